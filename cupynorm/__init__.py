@@ -1,0 +1,42 @@
+"""Layer normalization for arrays that live outside a deep-learning framework."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cupynorm.functional import LayerNormResult, layer_norm
+
+if TYPE_CHECKING:
+    from cupynorm._config import show_config
+    from cupynorm._explain import Explanation, explain, warmup
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "LayerNormResult",
+    "__version__",
+    "explain",
+    "layer_norm",
+    "show_config",
+    "warmup",
+]
+
+_LAZY = {
+    "Explanation": "cupynorm._explain",
+    "explain": "cupynorm._explain",
+    "warmup": "cupynorm._explain",
+    "show_config": "cupynorm._config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the parts that a plain `layer_norm` call does not need when they are first named."""
+    if name not in _LAZY:
+        msg = f"module 'cupynorm' has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,65 @@
+"""Arrays of any array-API library: layout and `out` around the reference path."""
+
+from typing import Any
+
+from cupynorm import _problem, _reference
+from cupynorm._arrays import check_companion, check_overlap, library_of
+
+__all__ = ["layer_norm"]
+
+
+def layer_norm(
+    x: Any,
+    axes: tuple[int, ...],
+    weight: Any,
+    bias: Any,
+    eps: float,
+    order: str,
+    out: Any,
+) -> tuple[Any, Any, Any]:
+    """Layer norm by array-API calls; arguments are checked, axes ascending."""
+    from array_api_compat import array_namespace
+
+    xp = array_namespace(x)
+    if out is not None:
+        _check_out(x, weight, bias, order, out)
+    y, mean, rstd = _reference.layer_norm_fwd(xp, x, axes, weight, bias, eps)
+    if out is not None:
+        out[...] = y
+        return out, mean, rstd
+    return _ordered(xp, y, order), mean, rstd
+
+
+def _check_out(x: Any, weight: Any, bias: Any, order: str, out: Any) -> None:
+    check_companion("out", out, x)
+    library = library_of(x)
+    if library == "jax":
+        msg = "out= is given but JAX arrays cannot be written to; use the returned array"
+        raise TypeError(msg)
+    _problem.check_out(tuple(out.shape), str(out.dtype), tuple(x.shape), str(x.dtype), order)
+    if library == "torch":
+        if any(t is not None and t.requires_grad for t in (x, weight, bias, out)):
+            msg = (
+                "out= is given but an argument requires grad, and autograd cannot follow a write "
+                "to out; call without out=, or inside torch.no_grad() on detached tensors"
+            )
+            raise ValueError(msg)
+        check_overlap("x", x, out, same_allowed=True)
+
+
+def _ordered(xp: Any, y: Any, order: str) -> Any:
+    """Give y the layout asked for where the library lets a caller choose one."""
+    if order == "K":
+        return y
+    if hasattr(y, "contiguous"):  # torch
+        if order == "C":
+            return y.contiguous()
+        back = tuple(range(y.ndim))[::-1]
+        return xp.permute_dims(xp.permute_dims(y, back).contiguous(), back)
+    if order == "F":
+        msg = (
+            f"order='F' is given but {library_of(y)} arrays have no layout to choose; "
+            "use order='K'"
+        )
+        raise ValueError(msg)
+    return y

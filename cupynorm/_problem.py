@@ -1,0 +1,252 @@
+"""Rules of a layer-norm call, its error sentences, and the folding of a shape into (outer, M, N)."""
+
+import functools
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "ITEMSIZE",
+    "Problem",
+    "axis_order",
+    "check_affine",
+    "check_eps",
+    "check_order",
+    "check_out",
+    "check_x_dtype",
+    "dtype_name",
+    "fold",
+    "resolve_axes",
+    "stats_dtype",
+    "stats_shape",
+]
+
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+FLOAT_DTYPES = tuple(ITEMSIZE)
+_CHOICES = "float16, bfloat16, float32 or float64"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One call shape: all that a plan may depend on, and nothing of the data."""
+
+    op: str  # "layer_norm_fwd"
+    x_dtype: str
+    weight_dtype: str | None
+    bias_dtype: str | None
+    outer: int
+    M: int  # rows of one outer step
+    N: int  # columns: elements that share a mean
+    x_strides: tuple[int, int, int]  # elements, for (outer, M, N)
+    y_strides: tuple[int, int, int]
+    stats: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows in all."""
+        return self.outer * self.M
+
+
+def stats_dtype(x_dtype: str) -> str:
+    """Name of the dtype in which mean and rstd are computed and returned."""
+    return "float64" if x_dtype == "float64" else "float32"
+
+
+def stats_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
+    """Shape of mean and rstd: x's with the normalized axes of length 1."""
+    return tuple(1 if a in axes else n for a, n in enumerate(shape))
+
+
+@functools.cache
+def dtype_name(dtype: Any) -> str:
+    """Name of a dtype of any library: 'float32' for numpy's '>f4', torch.float32, strict.float32."""
+    name = getattr(dtype, "name", None)
+    return name if isinstance(name, str) else str(dtype).rpartition(".")[2]
+
+
+def check_x_dtype(name: str, cast: str = "x.astype('float32')") -> None:
+    """Refuse every dtype of x that is not one of the four floating ones."""
+    if name not in ITEMSIZE:
+        msg = f"x has dtype {name}; layer_norm takes {_CHOICES}. Cast it first: {cast}"
+        raise TypeError(msg)
+
+
+def _integers(value: Any, label: str) -> tuple[int, ...]:
+    """Read an int or a sequence of ints."""
+    items = tuple(value) if isinstance(value, Sequence) else (value,)
+    try:
+        if isinstance(value, str) or any(isinstance(item, bool) for item in items):
+            raise TypeError
+        return tuple(operator.index(item) for item in items)
+    except TypeError:
+        msg = f"{label} must be an int or a tuple of ints, not {value!r}"
+        raise TypeError(msg) from None
+
+
+def resolve_axes(shape: tuple[int, ...], normalized_shape: Any, axis: Any) -> tuple[int, ...]:
+    """Non-negative axes to normalize, in the order that `weight` is indexed by.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Shape of x.
+    normalized_shape : int, sequence of int or None
+        Trailing dimensions of x.
+    axis : int, sequence of int or None
+        Axes of x; negatives count from the end.
+
+    Raises
+    ------
+    TypeError
+        If both are given, or either is not made of integers.
+    ValueError
+        If they do not fit x.
+    """
+    if normalized_shape is not None and axis is not None:
+        msg = (
+            f"got both normalized_shape={normalized_shape!r} and axis={axis!r}, which say the same "
+            "thing in two ways; pass one of them"
+        )
+        raise TypeError(msg)
+    if not shape:
+        msg = "x has shape () and so no axis to normalize; reshape it, e.g. x.reshape(1)"
+        raise ValueError(msg)
+    ndim = len(shape)
+    if axis is not None:
+        return _axes_from_axis(shape, _integers(axis, "axis"))
+    if normalized_shape is None:
+        return (ndim - 1,)
+    wanted = _integers(normalized_shape, "normalized_shape")
+    if not wanted:
+        msg = (
+            "normalized_shape=() names no dimension to normalize; pass the trailing dimensions "
+            f"of x, e.g. normalized_shape={shape[-1:]} for x with shape {shape}"
+        )
+        raise ValueError(msg)
+    if wanted != shape[-len(wanted) :]:
+        msg = (
+            f"normalized_shape={wanted} does not equal the trailing dimensions of x with shape "
+            f"{shape}; pass normalized_shape={shape[-len(wanted) :]}, or axis= for other axes"
+        )
+        raise ValueError(msg)
+    return tuple(range(ndim - len(wanted), ndim))
+
+
+def _axes_from_axis(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
+    ndim = len(shape)
+    if not wanted:
+        msg = "axis=() names no axis to normalize; pass at least one, e.g. axis=-1"
+        raise ValueError(msg)
+    for a in wanted:
+        if not -ndim <= a < ndim:
+            msg = (
+                f"axis={a} is out of range for x with shape {shape}; "
+                f"it must be from {-ndim} to {ndim - 1}"
+            )
+            raise ValueError(msg)
+    axes = tuple(a % ndim for a in wanted)
+    if len(set(axes)) != len(axes):
+        msg = f"axis={wanted} names an axis twice for x with shape {shape}; name each axis once"
+        raise ValueError(msg)
+    return axes
+
+
+def axis_order(axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Permutation that brings weight's dimensions into ascending axis order; None if they are."""
+    order = tuple(sorted(range(len(axes)), key=axes.__getitem__))
+    return None if order == tuple(range(len(axes))) else order
+
+
+def check_affine(label: str, shape: tuple[int, ...], dtype: str, expected: tuple[int, ...]) -> None:
+    """Refuse a weight or bias whose shape or dtype does not fit."""
+    if dtype not in ITEMSIZE:
+        msg = (
+            f"{label} has dtype {dtype}; it must be {_CHOICES}. "
+            f"Cast it first: {label}.astype('float32')"
+        )
+        raise TypeError(msg)
+    if shape != expected:
+        msg = (
+            f"{label} has shape {shape}, but the normalized axes have shape {expected}; "
+            f"pass {label}.reshape({expected}) or an array of that shape"
+        )
+        raise ValueError(msg)
+
+
+def check_eps(eps: Any) -> float:
+    """Read eps: any finite real number."""
+    if not isinstance(eps, numbers.Real) or isinstance(eps, bool):
+        msg = f"eps must be a real number such as 1e-5, not {eps!r} of type {type(eps).__name__}"
+        raise TypeError(msg)
+    value = float(eps)
+    if not math.isfinite(value):
+        msg = f"eps={value} is not finite; pass a finite number such as 1e-5"
+        raise ValueError(msg)
+    return value
+
+
+def check_order(order: Any) -> None:
+    """Refuse an `order` other than K, C and F."""
+    if order not in ("K", "C", "F"):
+        msg = f"order={order!r} is not one of 'K' (x's layout), 'C' (row-major), 'F' (column-major)"
+        raise ValueError(msg)
+
+
+def check_out(
+    shape: tuple[int, ...], dtype: str, x_shape: tuple[int, ...], x_dtype: str, order: str
+) -> None:
+    """Refuse an `out` whose shape or dtype is not x's, or a layout asked for twice."""
+    if shape != x_shape:
+        _refuse_out(f"out has shape {shape}, but x has shape {x_shape}", "make it x's shape")
+    if dtype != x_dtype:
+        _refuse_out(f"out has dtype {dtype}, but x has dtype {x_dtype}", "make it x's dtype")
+    if order != "K":
+        _refuse_out(f"got both out= and order={order!r}", "out keeps its own layout; drop order=")
+
+
+def _refuse_out(fault: str, way_out: str) -> NoReturn:
+    msg = f"{fault}; {way_out}"
+    raise ValueError(msg)
+
+
+def _merge(dims: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
+    """Join neighbouring (length, strides) groups that step evenly in every array; drop length 1."""
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for length, strides in dims:
+        if length == 1:
+            continue
+        if merged and all(s == length * t for s, t in zip(merged[-1][1], strides, strict=True)):
+            merged[-1] = (merged[-1][0] * length, strides)
+        else:
+            merged.append((length, strides))
+    return merged
+
+
+def fold(
+    shape: Sequence[int], axes: Sequence[int], *strides: Sequence[int]
+) -> tuple[list[tuple[int, tuple[int, ...]]], list[tuple[int, tuple[int, ...]]]]:
+    """Fold batch and normalized axes to as few groups as the layouts allow.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape that the arrays share.
+    axes : sequence of int
+        Normalized axes, ascending.
+    *strides : sequence of int
+        Element strides, one sequence per array (x and y). They are folded together, so that one
+        walk over the groups visits the same element of each array.
+
+    Returns
+    -------
+    batch, cols : list of (length, strides)
+        Groups in C order, each with one stride per array. Rows are numbered in C order of the
+        batch axes, which is also the order of mean and rstd.
+    """
+    dims = [(n, tuple(s[a] for s in strides)) for a, n in enumerate(shape)]
+    batch = _merge([d for a, d in enumerate(dims) if a not in axes])
+    return batch, _merge([dims[a] for a in axes])
