@@ -1,0 +1,75 @@
+"""Two-pass layer norm in array-API calls: the path of every namespace without one of its own."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from cupynorm._problem import dtype_name, stats_dtype
+
+__all__ = ["layer_norm_fwd"]
+
+
+def layer_norm_fwd(
+    xp: Any,
+    x: Any,
+    axes: tuple[int, ...],
+    weight: Any | None,
+    bias: Any | None,
+    eps: float,
+) -> tuple[Any, Any, Any]:
+    """Normalize `x` over `axes` with functions of `xp` only.
+
+    Nothing is written in place and no step depends on the values, so that the library that owns
+    `x` can differentiate, trace, vectorize or delay the whole.
+
+    Parameters
+    ----------
+    xp : module
+        Array-API namespace of `x`.
+    x : array
+        Input, of any floating dtype.
+    axes : tuple of int
+        Axes to normalize, non-negative and ascending.
+    weight, bias : array or None
+        Scale and shift, of shape ``tuple(x.shape[a] for a in axes)`` and any floating dtype.
+    eps : float
+        Added to the variance.
+
+    Returns
+    -------
+    y : array
+        Shape and dtype of `x`.
+    mean, rstd : array
+        float32 (float64 for float64 `x`), with length 1 on `axes`; NaN where rows are empty.
+    """
+    dtype = getattr(xp, stats_dtype(dtype_name(x.dtype)))
+    affine_shape = tuple(n if a in axes else 1 for a, n in enumerate(x.shape))
+    n = math.prod(x.shape[a] for a in axes)
+    # A power of two that is at most 1/n: scaling by it is exact, and a sum of n scaled terms
+    # overflows no sooner than its largest term.
+    q = 2.0 ** -max(n - 1, 0).bit_length()
+
+    def row_mean(scaled: Any) -> Any:
+        # dtype is spelled out: `sum` of the standards before 2023 widens float32 without it.
+        return xp.sum(scaled, axis=axes, dtype=dtype, keepdims=True) / (n * q)
+
+    def affine(value: Any) -> Any:
+        return xp.reshape(xp.astype(value, dtype, copy=False), affine_shape)
+
+    # Libraries that compute through NumPy would warn about every row that holds NaN or Inf.
+    with np.errstate(all="ignore"):
+        values = xp.astype(x, dtype, copy=False)
+        start = row_mean(values * q)
+        offset = values - start
+        # `start` is rounded, at 1e6 in float32 by 0.03, and every offset is off by that much.
+        # Their mean is that error, and being small it is known precisely.
+        shift = row_mean(offset * q)
+        centred = offset - shift
+        rstd = 1.0 / xp.sqrt(row_mean(centred * q * centred) + eps)
+        y = centred * rstd
+        if weight is not None:
+            y = y * affine(weight)
+        if bias is not None:
+            y = y + affine(bias)
+        return xp.astype(y, x.dtype, copy=False), start + shift, rstd
