@@ -1,9 +1,11 @@
 """Two-pass layer norm in array-API calls: the path of every namespace without one of its own."""
 
+import contextlib
 import math
 from typing import Any
 
 import numpy as np
+from array_api_compat import is_torch_namespace
 
 from cupynorm._problem import dtype_name, stats_dtype
 
@@ -45,7 +47,7 @@ def layer_norm_fwd(
     """
     dtype = getattr(xp, stats_dtype(dtype_name(x.dtype)))
     affine_shape = tuple(n if a in axes else 1 for a, n in enumerate(x.shape))
-    n = math.prod(x.shape[a] for a in axes)
+    n = math.prod([x.shape[a] for a in axes])
     # A power of two that is at most 1/n: scaling by it is exact, and a sum of n scaled terms
     # overflows no sooner than its largest term.
     q = 2.0 ** -max(n - 1, 0).bit_length()
@@ -57,8 +59,10 @@ def layer_norm_fwd(
     def affine(value: Any) -> Any:
         return xp.reshape(xp.astype(value, dtype, copy=False), affine_shape)
 
-    # Libraries that compute through NumPy would warn about every row that holds NaN or Inf.
-    with np.errstate(all="ignore"):
+    # Libraries that compute through NumPy would warn about every row that holds NaN or Inf. torch
+    # does not, and torch.compile cannot trace errstate.
+    quiet = contextlib.nullcontext() if is_torch_namespace(xp) else np.errstate(all="ignore")
+    with quiet:
         values = xp.astype(x, dtype, copy=False)
         start = row_mean(values * q)
         offset = values - start
