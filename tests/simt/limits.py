@@ -1,0 +1,83 @@
+"""What a device of each compute capability can launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1024
+# NVIDIA CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability":
+# opt-in shared memory per block, shared memory per multiprocessor, threads per multiprocessor.
+_TABLE = {
+    "75": (64, 64, 1024),
+    "80": (163, 164, 2048),
+    "86": (99, 100, 1536),
+    "89": (99, 100, 1536),
+    "90": (227, 228, 2048),
+    "100": (227, 228, 2048),
+    "120": (99, 100, 1536),
+}
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """Limits of a launch on one compute capability."""
+
+    compute_capability: str = "90"
+    opt_in_shared: int = 227 * KIB
+    shared_per_multiprocessor: int = 228 * KIB
+    threads_per_multiprocessor: int = 2048
+    threads: int = 1024
+    block: tuple[int, int, int] = (1024, 1024, 64)
+    grid: tuple[int, int, int] = (2**31 - 1, 65535, 65535)
+    shared: int = 48 * KIB
+    registers: int = 64 * KIB
+    registers_per_thread: int = 255
+
+    @classmethod
+    def of(cls, compute_capability: str) -> DeviceLimits:
+        """Limits of "75", "80", "86", "89", "90", "100" or "120"."""
+        opt_in, shared, threads = _TABLE[compute_capability]
+        return cls(compute_capability, opt_in * KIB, shared * KIB, threads)
+
+    def refuse(
+        self,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        dynamic_shared: int,
+        static_shared: int,
+        opt_in: int,
+        registers_per_thread: int | None,
+    ) -> str:
+        """Why the device would refuse the launch; empty when it would not."""
+        sm = f"sm_{self.compute_capability}"
+        threads = block[0] * block[1] * block[2]
+        for axis, g, b, most_g, most_b in zip("xyz", grid, block, self.grid, self.block, strict=True):
+            if not 1 <= g <= most_g:
+                return f"grid {axis} is {g}; {sm} takes 1 to {most_g}"
+            if not 1 <= b <= most_b:
+                return f"block {axis} is {b}; {sm} takes 1 to {most_b}"
+        if threads > self.threads:
+            return f"block {block} has {threads} threads; {sm} takes {self.threads}"
+        if static_shared > self.shared:
+            return f"{static_shared} bytes of static shared memory; {sm} takes {self.shared}"
+        if dynamic_shared < 0 or dynamic_shared + static_shared > self.opt_in_shared:
+            return (
+                f"{dynamic_shared} bytes of dynamic and {static_shared} of static shared memory; "
+                f"{sm} takes {self.opt_in_shared} per block"
+            )
+        if dynamic_shared + static_shared > self.shared and dynamic_shared > opt_in:
+            return (
+                f"{dynamic_shared} bytes of dynamic shared memory need the opt-in attribute "
+                f"max_dynamic_shared_size_bytes, which is {opt_in}"
+            )
+        if registers_per_thread is None:
+            return ""
+        # Registers are handed out to warps in pieces of 256.
+        per_warp = -(-registers_per_thread * 32 // 256) * 256
+        used = -(-threads // 32) * per_warp
+        if registers_per_thread > self.registers_per_thread or used > self.registers:
+            return (
+                f"{threads} threads of {registers_per_thread} registers use {used}; "
+                f"{sm} has {self.registers} per block and {self.registers_per_thread} per thread"
+            )
+        return ""
