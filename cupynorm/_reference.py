@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
-from array_api_compat import is_torch_namespace
+from array_api_compat import is_dask_namespace, is_jax_namespace, is_torch_namespace
 
 from cupynorm._problem import dtype_name, stats_dtype
 
@@ -53,8 +53,7 @@ def layer_norm_fwd(
     q = 2.0 ** -max(n - 1, 0).bit_length()
 
     def row_mean(scaled: Any) -> Any:
-        # dtype is spelled out: `sum` of the standards before 2023 widens float32 without it.
-        return xp.sum(scaled, axis=axes, dtype=dtype, keepdims=True) / (n * q)
+        return _row_sum(xp, scaled, axes, n, dtype) / (n * q)
 
     def affine(value: Any) -> Any:
         return xp.reshape(xp.astype(value, dtype, copy=False), affine_shape)
@@ -77,3 +76,28 @@ def layer_norm_fwd(
         if bias is not None:
             y = y + affine(bias)
         return xp.astype(y, x.dtype, copy=False), start + shift, rstd
+
+
+def _row_sum(xp: Any, terms: Any, axes: tuple[int, ...], n: int, dtype: Any) -> Any:
+    """Sum over `axes`, kept with length 1, in an order that depends on n alone.
+
+    `xp.sum` chooses its order by strides, thread count and number of rows (torch's does), and so
+    would give one row different bits in different batches. Halving the row by elementwise sums
+    cannot, and a tree rounds less too. XLA and Dask rearrange what they are given, so they get
+    the plain sum, which they know how to split.
+    """
+    if n == 0 or is_jax_namespace(xp) or is_dask_namespace(xp):
+        # dtype is spelled out: `sum` of the standards before 2023 widens float32 without it.
+        return xp.sum(terms, axis=axes, dtype=dtype, keepdims=True)
+    batch = tuple(a for a in range(terms.ndim) if a not in axes)
+    kept = tuple(1 if a in axes else length for a, length in enumerate(terms.shape))
+    rows = xp.permute_dims(terms, (*batch, *axes))
+    rows = xp.reshape(rows, (*(terms.shape[a] for a in batch), n))
+    half = 1 << (n.bit_length() - 1)  # the largest power of two within n
+    if n > half:
+        folded = rows[..., : n - half] + rows[..., half:]
+        rows = xp.concat([folded, rows[..., n - half : half]], axis=-1)
+    while half > 1:
+        half //= 2
+        rows = rows[..., :half] + rows[..., half:]
+    return xp.reshape(rows, kept)
