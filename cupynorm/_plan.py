@@ -1,0 +1,267 @@
+"""Decides which kernel runs a problem, and with what launch; pure Python, the same on any machine."""
+
+import functools
+from dataclasses import dataclass
+
+from cupynorm._problem import ITEMSIZE, Problem
+
+__all__ = [
+    "CHUNK_VECS",
+    "TABLE",
+    "Device",
+    "Plan",
+    "Stage",
+    "TableRow",
+    "choose_plan",
+    "table_row",
+]
+
+VEC_BYTES = 16
+CHUNK_VECS = 1024  # kernels/chunk.cuh: 256 threads of 4 vectors, 16 KiB
+CHUNK_THREADS = 256
+# One section per chunk up to this many, so that every row K3 can hold has the tree of K5.
+MAX_SECTIONS = 1024
+MAX_GRID_X = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a plan needs to know of a GPU.
+
+    Attributes
+    ----------
+    compute_capability : int
+        90 for sm_90.
+    sm_count : int
+        Streaming multiprocessors.
+    shared_bytes : int
+        Shared memory a block may have after opting in, in bytes.
+    """
+
+    compute_capability: int
+    sm_count: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """One row of the plan table: rows of x of up to `max_vecs` 16-byte vectors."""
+
+    family: str
+    max_vecs: int
+    threads_per_row: int
+    threads: int  # of a block
+    rows_per_group: int  # rows that one group of lanes holds at a time
+    blocks_per_sm: int  # occupancy that the registers must allow
+    source: str
+
+
+_PREDICTED = "predicted, bench/results/PENDING.md"
+
+# K3's limit is the device's shared memory, so its last row ends where the largest GPU's does.
+TABLE = (
+    TableRow("warp", 8, 8, 128, 2, 8, _PREDICTED),
+    TableRow("warp", 16, 16, 128, 2, 8, _PREDICTED),
+    TableRow("warp", 32, 32, 128, 2, 8, _PREDICTED),
+    TableRow("warp", 64, 32, 128, 2, 8, _PREDICTED),
+    TableRow("warp", 128, 32, 128, 1, 8, _PREDICTED),
+    TableRow("warp", 256, 32, 128, 1, 6, _PREDICTED),
+    TableRow("block", 512, 64, 128, 1, 6, _PREDICTED),
+    TableRow("block", 1024, 128, 128, 1, 6, _PREDICTED),
+    TableRow("block", 2048, 256, 256, 1, 3, _PREDICTED),
+    TableRow("shared", 7 * CHUNK_VECS, 512, 512, 1, 1, _PREDICTED),
+    TableRow("shared", 15 * CHUNK_VECS, 1024, 1024, 1, 1, _PREDICTED),
+    TableRow("split", 2**60, CHUNK_THREADS, CHUNK_THREADS, 1, 4, _PREDICTED),
+)
+
+# Few rows leave most multiprocessors idle under K3; K5 costs a second launch and a read from L2.
+SPLIT_MIN_VECS = 8 * CHUNK_VECS  # 128 KiB
+SPLIT_ROWS_PER_SM = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One kernel launch: what to compile and how to launch it."""
+
+    kernel: str  # the __device__ template in kernels/
+    family: str
+    constants: tuple[int, ...]  # its leading template arguments
+    name: str  # of the extern "C" entry, which states the specialization
+    x_dtype: str
+    weight_dtype: str | None
+    bias_dtype: str | None
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    blocks_per_sm: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What runs a problem on a device."""
+
+    family: str
+    stages: tuple[Stage, ...]
+    threads_per_row: int
+    vecs_per_thread: int
+    rows_per_block: int
+    sections: int  # per row (K5)
+    chunks_per_section: int
+    parts: int  # blocks per row that normalize (K5)
+    workspace_bytes: int
+    source: str  # of the thresholds
+
+
+def table_row(vecs: int) -> TableRow:
+    """The table's row for rows of `vecs` 16-byte vectors."""
+    return next(row for row in TABLE if vecs <= row.max_vecs)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_plan(problem: Problem, device: Device) -> Plan:
+    """Choose kernel and launch.
+
+    The choice looks at N and the dtypes; at the number of rows only between K3 and K5, whose bits
+    are the same.
+
+    Parameters
+    ----------
+    problem : Problem
+        A problem whose columns have unit stride and which is not empty.
+    device : Device
+        The GPU.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    ValueError
+        If the launch would need more than 2**31 - 1 blocks.
+    """
+    vecs = -(-problem.N * ITEMSIZE[problem.x_dtype] // VEC_BYTES)
+    row = table_row(vecs)
+    if row.family == "shared":
+        few = problem.rows <= SPLIT_ROWS_PER_SM * device.sm_count and vecs >= SPLIT_MIN_VECS
+        if few or _staged_bytes(problem, vecs) > device.shared_bytes:
+            row = TABLE[-1]
+    if row.family == "split":
+        return _split_plan(problem, row)
+    return _row_plan(problem, row, vecs)
+
+
+def _staged_bytes(problem: Problem, vecs: int) -> int:
+    chunks = -(-vecs // CHUNK_VECS)
+    return VEC_BYTES * vecs + 24 * chunks * _accumulator_bytes(problem)
+
+
+def _accumulator_bytes(problem: Problem) -> int:
+    return 8 if problem.x_dtype == "float64" else 4
+
+
+def _row_plan(problem: Problem, row: TableRow, vecs: int) -> Plan:
+    """K1, K2, K3: a row stays with one block."""
+    rows_per_block = row.threads // row.threads_per_row * row.rows_per_group
+    if row.family == "shared":
+        vecs_per_thread = 4
+        constants: tuple[int, ...] = (row.threads,)
+        shared = _staged_bytes(problem, vecs)
+        label = f"t{row.threads}"
+    else:
+        vecs_per_thread = -(-vecs // row.threads_per_row)
+        constants = (row.threads, row.threads_per_row, vecs_per_thread)
+        shared = 0
+        label = f"t{row.threads_per_row}_v{vecs_per_thread}"
+        if row.family == "warp":
+            constants += (row.rows_per_group,)
+            label += f"_r{row.rows_per_group}"
+        else:
+            shared = 3 * row.threads // 32 * _accumulator_bytes(problem)
+    grid = -(-problem.rows // rows_per_block)
+    stage = _stage(problem, row, f"layer_norm_fwd_{row.family}", constants, label, grid, shared)
+    return Plan(
+        family=row.family,
+        stages=(stage,),
+        threads_per_row=row.threads_per_row,
+        vecs_per_thread=vecs_per_thread,
+        rows_per_block=rows_per_block,
+        sections=0,
+        chunks_per_section=0,
+        parts=0,
+        workspace_bytes=0,
+        source=row.source,
+    )
+
+
+def _split_plan(problem: Problem, row: TableRow) -> Plan:
+    """K5: the sections depend on N alone, so that a row's bits do not depend on the other rows."""
+    vecs = -(-problem.N * ITEMSIZE[problem.x_dtype] // VEC_BYTES)
+    chunks = -(-vecs // CHUNK_VECS)
+    per_section = -(-chunks // MAX_SECTIONS)
+    sections = -(-chunks // per_section)
+    parts = sections
+    size = _accumulator_bytes(problem)
+    stats = _stage(
+        problem,
+        row,
+        "layer_norm_fwd_split_stats",
+        (),
+        "",
+        problem.rows * sections,
+        24 * size,
+    )
+    normalize = _stage(
+        problem, row, "layer_norm_fwd_split_normalize", (), "", problem.rows * parts, 24 * size
+    )
+    return Plan(
+        family=row.family,
+        stages=(stats, normalize),
+        threads_per_row=row.threads_per_row,
+        vecs_per_thread=4,
+        rows_per_block=1,
+        sections=sections,
+        chunks_per_section=per_section,
+        parts=parts,
+        workspace_bytes=3 * size * problem.rows * sections,
+        source=row.source,
+    )
+
+
+_CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+
+
+def _stage(
+    problem: Problem,
+    row: TableRow,
+    kernel: str,
+    constants: tuple[int, ...],
+    label: str,
+    grid: int,
+    shared: int,
+) -> Stage:
+    if grid > MAX_GRID_X:
+        msg = (
+            f"x has {problem.rows} rows of {problem.N} columns, which needs {grid} blocks; a launch "
+            f"takes at most {MAX_GRID_X}. Normalize x in slices along its first axis"
+        )
+        raise ValueError(msg)
+    affine = kernel != "layer_norm_fwd_split_stats"  # which sees neither weight nor bias
+    weight = problem.weight_dtype if affine else None
+    bias = problem.bias_dtype if affine else None
+    parts = [kernel, _CODES[problem.x_dtype], label]
+    parts += [f"w_{_CODES[weight]}"] if weight else []
+    parts += [f"b_{_CODES[bias]}"] if bias else []
+    return Stage(
+        kernel=kernel,
+        family=row.family,
+        constants=constants,
+        name="_".join(p for p in parts if p),
+        x_dtype=problem.x_dtype,
+        weight_dtype=weight,
+        bias_dtype=bias,
+        grid=(grid, 1, 1),
+        block=(row.threads, 1, 1),
+        shared_bytes=shared,
+        blocks_per_sm=row.blocks_per_sm,
+    )

@@ -1,0 +1,184 @@
+// A segment: up to LANES * VECS vectors of one row that a group of LANES lanes holds in registers.
+//
+// Lane l holds the columns [(k * LANES + l) * V, ... + V) of the segment for k = 0 .. VECS - 1,
+// whatever the address. Memory is always accessed in aligned 16-byte granules: when the segment
+// starts `skew` bytes past a 16-byte boundary, each lane loads the granule that begins before its
+// columns, takes the rest from the next lane by a shuffle and shifts (and the other way round for
+// stores). Were the map to follow the address instead, the order of the sums, and so the bits of a
+// row, would depend on where the row lies. Only the granules at both ends are accessed in part, in
+// naturally aligned pieces of 8, 4 and 2 bytes; no byte outside the segment is touched.
+
+template <int LANES, int VECS>
+struct Segment {
+    Vec v[VECS];
+    Vec extra;  // granule LANES * VECS, which only a skewed segment has: lane 0's, until realigned
+};
+
+__device__ __forceinline__ int skew_of(const void* p) { return (int)((u64)p & 15u); }
+
+// One naturally aligned piece of a granule: does [at, at + BYTES) lie in it, and if so move on.
+template <int BYTES>
+__device__ __forceinline__ bool takes_piece(int at, int end, bool rising) {
+    return at + BYTES <= end && (!rising || (at & BYTES));
+}
+
+template <int BYTES, int ELEMENT>
+__device__ __forceinline__ void load_piece(Vec& v, const unsigned char* p, int& at, int end, bool rising) {
+    if (BYTES < ELEMENT || !takes_piece<BYTES>(at, end, rising)) return;
+    if (BYTES == 8) {
+        const u64 bits = *(const u64*)(p + at);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            v.w[2 * i] |= at == 8 * i ? (u32)bits : 0u;
+            v.w[2 * i + 1] |= at == 8 * i ? (u32)(bits >> 32) : 0u;
+        }
+    } else {
+        const u32 bits = BYTES == 4 ? *(const u32*)(p + at) : (u32) * (const u16*)(p + at) << 8 * (at & 2);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v.w[i] |= at >> 2 == i ? bits : 0u;
+    }
+    at += BYTES;
+}
+
+// Bytes [at, end) of the granule at p; the rest of the result is zero.
+template <int ELEMENT>
+__device__ __forceinline__ Vec load_partial(const unsigned char* p, int at, int end) {
+    Vec v = {{0u, 0u, 0u, 0u}};
+    load_piece<2, ELEMENT>(v, p, at, end, true);
+    load_piece<4, ELEMENT>(v, p, at, end, true);
+    load_piece<8, ELEMENT>(v, p, at, end, true);
+    load_piece<8, ELEMENT>(v, p, at, end, false);
+    load_piece<4, ELEMENT>(v, p, at, end, false);
+    load_piece<2, ELEMENT>(v, p, at, end, false);
+    return v;
+}
+
+template <int BYTES, int ELEMENT>
+__device__ __forceinline__ void store_piece(const Vec& v, unsigned char* p, int& at, int end, bool rising) {
+    if (BYTES < ELEMENT || !takes_piece<BYTES>(at, end, rising)) return;
+    if (BYTES == 8) {
+        const u32 lo = at ? v.w[2] : v.w[0], hi = at ? v.w[3] : v.w[1];
+        *(u64*)(p + at) = (u64)lo | (u64)hi << 32;
+    } else {
+        const u32 word = at & 8 ? (at & 4 ? v.w[3] : v.w[2]) : (at & 4 ? v.w[1] : v.w[0]);
+        if (BYTES == 4)
+            *(u32*)(p + at) = word;
+        else
+            *(u16*)(p + at) = (u16)(word >> 8 * (at & 2));
+    }
+    at += BYTES;
+}
+
+template <int ELEMENT>
+__device__ __forceinline__ void store_partial(const Vec& v, unsigned char* p, int at, int end) {
+    store_piece<2, ELEMENT>(v, p, at, end, true);
+    store_piece<4, ELEMENT>(v, p, at, end, true);
+    store_piece<8, ELEMENT>(v, p, at, end, true);
+    store_piece<8, ELEMENT>(v, p, at, end, false);
+    store_piece<4, ELEMENT>(v, p, at, end, false);
+    store_piece<2, ELEMENT>(v, p, at, end, false);
+}
+
+// Granules of the n elements at p, as they lie in memory; bytes outside the segment read as zero.
+template <int LANES, int VECS, class T>
+__device__ __forceinline__ void load_granules(Segment<LANES, VECS>& s, const T* p, int n, int lane) {
+    const int skew = skew_of(p);
+    const int end = skew + n * (int)sizeof(T);  // in bytes from the first granule
+    const unsigned char* base = (const unsigned char*)p - skew;
+    const int head = skew != 0;
+#pragma unroll
+    for (int k = 0; k < VECS; ++k) {
+        const int g = k * LANES + lane;
+        if (g >= head && 16 * g + 16 <= end)
+            s.v[k] = load16(base + 16 * g);
+        else
+            s.v[k] = Vec{{0u, 0u, 0u, 0u}};
+    }
+    s.extra = Vec{{0u, 0u, 0u, 0u}};
+    if (head && lane == 0 && n > 0) s.v[0] = load_partial<sizeof(T)>(base, skew, end < 16 ? end : 16);
+    const int tail = end >> 4;  // the granule that ends in part
+    if ((end & 15) && tail >= head && lane == tail % LANES) {
+        const Vec part = load_partial<sizeof(T)>(base + 16 * tail, 0, end & 15);
+#pragma unroll
+        for (int k = 0; k < VECS; ++k)
+            if (tail == k * LANES + lane) s.v[k] = part;
+        if (tail == VECS * LANES) s.extra = part;
+    }
+}
+
+// Bytes [by, by + 16) of the 32 bytes (lo, hi); `by` is a multiple of the element size.
+template <int ELEMENT>
+__device__ __forceinline__ Vec funnel(const Vec& lo, const Vec& hi, int by) {
+    u32 w[8] = {lo.w[0], lo.w[1], lo.w[2], lo.w[3], hi.w[0], hi.w[1], hi.w[2], hi.w[3]};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) w[i] = by & 16 ? w[i + 4] : w[i];
+#pragma unroll
+    for (int i = 0; i < 6; ++i) w[i] = by & 8 ? w[i + 2] : w[i];
+    if (ELEMENT < 8) {
+#pragma unroll
+        for (int i = 0; i < 5; ++i) w[i] = by & 4 ? w[i + 1] : w[i];
+    }
+    if (ELEMENT < 4) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) w[i] = by & 2 ? w[i] >> 16 | w[i + 1] << 16 : w[i];
+    }
+    return Vec{{w[0], w[1], w[2], w[3]}};
+}
+
+template <int LANES>
+__device__ __forceinline__ Vec shuffle(const Vec& v, int from) {
+    Vec out;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out.w[i] = __shfl_sync(0xffffffffu, v.w[i], from, LANES);
+    return out;
+}
+
+// From granules to columns. Every lane of the warp must come here, whatever its row's skew: a warp
+// may hold several rows, and the shuffles name all 32 lanes.
+template <int LANES, int VECS, class T>
+__device__ __forceinline__ void granules_to_columns(Segment<LANES, VECS>& s, int skew, int lane) {
+    if (!__any_sync(0xffffffffu, skew)) return;
+#pragma unroll
+    for (int k = 0; k < VECS; ++k) {
+        // Lane 0 passes on what follows the last lane's granule: its own next one.
+        const Vec mine = lane ? s.v[k] : k + 1 < VECS ? s.v[k + 1 < VECS ? k + 1 : k] : s.extra;
+        s.v[k] = funnel<sizeof(T)>(s.v[k], shuffle<LANES>(mine, (lane + 1) % LANES), skew);
+    }
+}
+
+// From columns to granules, for a destination `skew` bytes past a boundary; `extra` is the last lane's.
+template <int LANES, int VECS, class T>
+__device__ __forceinline__ void columns_to_granules(Segment<LANES, VECS>& s, int skew, int lane) {
+    s.extra = Vec{{0u, 0u, 0u, 0u}};
+    if (!__any_sync(0xffffffffu, skew)) return;
+    s.extra = funnel<sizeof(T)>(s.v[VECS - 1], s.extra, 16 - skew);
+#pragma unroll
+    for (int k = VECS - 1; k >= 0; --k) {
+        const Vec mine = lane < LANES - 1 ? s.v[k] : s.v[k > 0 ? k - 1 : 0];
+        s.v[k] = funnel<sizeof(T)>(shuffle<LANES>(mine, (lane + LANES - 1) % LANES), s.v[k], 16 - skew);
+    }
+}
+
+template <int LANES, int VECS, class T>
+__device__ __forceinline__ void store_granules(const Segment<LANES, VECS>& s, T* p, int n, int lane) {
+    const int skew = skew_of(p);
+    const int end = skew + n * (int)sizeof(T);
+    unsigned char* base = (unsigned char*)p - skew;
+    const int head = skew != 0;
+#pragma unroll
+    for (int k = 0; k < VECS; ++k) {
+        const int g = k * LANES + lane;
+        if (g >= head && 16 * g + 16 <= end) store16(base + 16 * g, s.v[k]);
+    }
+    if (head && lane == 0 && n > 0) store_partial<sizeof(T)>(s.v[0], base, skew, end < 16 ? end : 16);
+    const int tail = end >> 4;
+    if ((end & 15) && tail >= head) {
+        Vec part = s.extra;
+#pragma unroll
+        for (int k = 0; k < VECS; ++k)
+            if (tail == k * LANES + lane) part = s.v[k];
+        // Granule LANES * VECS is the last lane's overhang.
+        const int owner = tail == VECS * LANES ? LANES - 1 : tail % LANES;
+        if (lane == owner) store_partial<sizeof(T)>(part, base + 16 * tail, 0, end & 15);
+    }
+}
