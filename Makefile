@@ -1,0 +1,82 @@
+# make demo | test | lint | gpu OUT=folder | bench | clean
+#
+# demo and test make virtual environments of their own and install into them once; a changed
+# pyproject.toml or constraints.txt installs again. gpu and bench use the python they are given.
+
+PYTHON ?= python3
+EXTRAS ?= demo
+PYTEST_ARGS ?= -n 2
+OUT ?= out
+
+VENV := .venv
+DEMO := .venvs/demo
+SOURCES := $(wildcard cupynorm/*.py cupynorm/py.typed kernels/*)
+PIP := -m pip --disable-pip-version-check install --quiet
+
+# The CUDA extra that fits the driver; none without a driver. Set CUDA_EXTRA= to do without.
+CUDA_EXTRA ?= $(shell nvidia-smi 2>/dev/null | \
+  sed -nE 's/.*CUDA[A-Za-z ]*Version: *([0-9]+).*/\1/p' | head -n 1 | \
+  awk '{ print ($$1 >= 13) ? "cuda13" : "cuda12" }')
+comma := ,
+DEMO_EXTRAS := $(EXTRAS)$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA))
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint gpu bench clean python-check
+
+help:
+	@echo "make demo              install, normalize real data on every available path, save a picture"
+	@echo "make test              install all that the tests need, run them"
+	@echo "make lint              ruff and mypy"
+	@echo "make gpu OUT=folder    on a machine with a CUDA GPU: tests, sanitizer, benchmark; no network"
+	@echo "make bench OUT=folder  the CPU benchmark"
+	@echo "make clean             remove what the others made"
+
+python-check:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, '$(PYTHON)' is not: make PYTHON=python3.12 ..." >&2; exit 1; }
+
+# -- demo: the package as a user installs it, so not editable, and -P keeps the checkout out of sys.path
+
+demo: $(DEMO)/.installed
+	@mkdir -p out
+	$(DEMO)/bin/python -P -m cupynorm --picture out/demo.png
+
+$(DEMO)/.dependencies: pyproject.toml | python-check
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python $(PIP) ".[$(DEMO_EXTRAS)]"
+	@touch $@
+
+$(DEMO)/.installed: $(DEMO)/.dependencies $(SOURCES)
+	$(DEMO)/bin/python $(PIP) --no-deps --force-reinstall .
+	@touch $@
+
+# -- test
+
+test: $(VENV)/.installed
+	@command -v g++ >/dev/null || { echo "g++ is needed: the tests compile the CUDA text" \
+	  "with it and run it on the CPU. On Debian: apt-get install g++" >&2; exit 1; }
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# The build backend goes first so that the package itself, editable, needs no isolated download of it.
+$(VENV)/.installed: pyproject.toml constraints.txt | python-check
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP) -c constraints.txt hatchling editables
+	$(VENV)/bin/python $(PIP) -c constraints.txt --no-build-isolation -e ".[test]"
+	@touch $@
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# -- measurements: these take the machine as it is
+
+gpu:
+	$(PYTHON) -m bench.gpu "$(OUT)"
+
+bench:
+	$(PYTHON) -m bench.cpu "$(OUT)"
+
+clean:
+	rm -rf $(VENV) .venvs out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .simt_cache
+	find cupynorm tests bench -name __pycache__ -type d -exec rm -rf {} +
