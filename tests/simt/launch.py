@@ -365,13 +365,15 @@ def _pack(kernel: _Kernel, args: Sequence[Any]) -> list[ctypes.Array[ctypes.c_ch
     for i, (arg, (letter, size)) in enumerate(zip(args, kernel.signature, strict=True)):
         if isinstance(arg, Buffer):
             raw, kinds = np.uint64(arg.ptr).tobytes(), "pi"
-        elif isinstance(arg, (bool, int)):
+        elif isinstance(arg, (bool, np.bool_)):
+            raw, kinds = bytes([arg]), "i"
+        elif isinstance(arg, int):
             raw, kinds = (int(arg) & (2**64 - 1)).to_bytes(8, "little"), "pi"
         elif isinstance(arg, float):
             raw, kinds = np.float64(arg).tobytes(), "f"
-        elif isinstance(arg, np.generic):
+        elif isinstance(arg, np.generic) or (isinstance(arg, np.ndarray) and arg.size == 1):
             raw = arg.tobytes()
-            kinds = "f" if arg.dtype.kind == "f" else "pi" if arg.dtype.kind in "iub" else "s"
+            kinds = "f" if arg.dtype.kind == "f" else "pi" if arg.dtype.kind in "iu" else "s"
         else:
             msg = f"argument {i} of {kernel.entry} is a {type(arg).__name__}"
             raise SimtFault("argument", msg)

@@ -1,0 +1,208 @@
+"""A module that stands in for CuPy where there is no GPU: kernels run on the CPU, under checks."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .limits import DeviceLimits
+from .simulated_array import Array, MemoryPointer
+from .simulated_cuda import (
+    CUDARuntimeError,
+    RawKernel,
+    SimulatedDevice,
+    SimulatedStream,
+    Simulator,
+    current_stream,
+)
+
+_DTYPES = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 complex64 bool_"
+
+
+def make_cupy(
+    compute_capability: str = "90",
+    sm_count: int = 132,
+    *,
+    devices: int = 1,
+    seed: int | None = 0,
+    count: bool = True,
+    l2_bytes: int = 50 * 1024 * 1024,
+    registers_per_thread: int | None = None,
+) -> Any:
+    """A fresh stand-in; `module.simulator` holds its launches, compilations and memory."""
+    sim = Simulator(
+        DeviceLimits.of(compute_capability), sm_count, devices, l2_bytes, seed, count,
+        registers_per_thread,
+    )  # fmt: skip
+    bound = {"_sim": sim, "__module__": "cupy"}
+    cupy: Any = ModuleType("cupy")
+    cupy.__version__ = "14.2.0"
+    cupy.__path__ = []  # a package: `import cupy.cuda` looks here
+    cupy.simulator = sim
+    cupy.ndarray = type("ndarray", (Array,), bound)
+    cupy.RawKernel = type("RawKernel", (RawKernel,), bound)
+    cupy.cuda = _make_cuda(sim, bound)
+    cupy.dtype, cupy.newaxis = np.dtype, None
+    for name in _DTYPES.split():
+        setattr(cupy, name, getattr(np, name))
+    for function in (_creation(cupy), _conversion(cupy)):
+        vars(cupy).update(function)
+    return cupy
+
+
+def _make_cuda(sim: Simulator, bound: dict[str, Any]) -> Any:
+    cuda: Any = ModuleType("cupy.cuda")
+    cuda.__path__ = []
+    cuda.Device = sim.device_type = type("Device", (SimulatedDevice,), bound)
+    cuda.Stream = type("Stream", (SimulatedStream,), bound)
+    cuda.Stream.null = sim.null_stream = cuda.Stream(null=True)
+    cuda.ExternalStream = _external_stream(cuda.Stream)
+    cuda.MemoryPointer = MemoryPointer
+    cuda.alloc = sim.alloc
+    cuda.get_current_stream = lambda device_id=None: current_stream(sim)
+    cuda.is_available = lambda: sim.device_count > 0
+    cuda.runtime = runtime = ModuleType("cupy.cuda.runtime")
+    limits = sim.limits
+    properties = {
+        "name": b"Simulated GPU sm_" + limits.compute_capability.encode(),
+        "major": int(limits.compute_capability[:-1]),
+        "minor": int(limits.compute_capability[-1]),
+        "multiProcessorCount": sim.sm_count,
+        "totalGlobalMem": 80 * 1024**3,
+        "sharedMemPerBlock": limits.shared,
+        "sharedMemPerBlockOptin": limits.opt_in_shared,
+        "sharedMemPerMultiprocessor": limits.shared_per_multiprocessor,
+        "regsPerMultiprocessor": limits.registers,
+        "maxThreadsPerMultiProcessor": limits.threads_per_multiprocessor,
+        "l2CacheSize": sim.l2_bytes,
+        "warpSize": 32,
+    }
+    vars(runtime).update(
+        CUDARuntimeError=CUDARuntimeError,
+        is_hip=False,
+        getDevice=lambda: sim.current_device,
+        setDevice=lambda device: setattr(sim, "current_device", device),
+        getDeviceCount=lambda: sim.device_count,
+        getDeviceProperties=lambda device: dict(properties),
+        runtimeGetVersion=lambda: 12090,
+        driverGetVersion=lambda: 12090,
+        deviceSynchronize=lambda: None,
+    )
+    return cuda
+
+
+def _external_stream(stream: type) -> type:
+    class ExternalStream(stream):
+        """`cupy.cuda.ExternalStream`: somebody else's stream, by pointer."""
+
+        def __init__(self, ptr: int, device_id: int = -1) -> None:
+            self.ptr, self.device_id = ptr, device_id
+
+    return ExternalStream
+
+
+def _creation(cupy: Any) -> dict[str, Any]:
+    def empty(shape: Any, dtype: Any = float, order: str = "C") -> Array:
+        return cupy.ndarray(shape, dtype, order=order)
+
+    def full(shape: Any, fill_value: Any, dtype: Any = None, order: str = "C") -> Array:
+        made = cupy.ndarray(shape, np.asarray(fill_value).dtype if dtype is None else dtype, order=order)
+        made.fill(fill_value)
+        return made
+
+    def empty_like(
+        prototype: Array, dtype: Any = None, order: str = "K", subok: Any = None, shape: Any = None
+    ) -> Array:
+        host = np.empty_like(prototype._host(), dtype=dtype, order=order, shape=shape)
+        return cupy.ndarray(host.shape, host.dtype, strides=host.strides)
+
+    return {
+        "empty": empty,
+        "empty_like": empty_like,
+        "full": full,
+        "zeros": lambda shape, dtype=float, order="C": full(shape, 0, dtype, order),
+        "ones": lambda shape, dtype=float, order="C": full(shape, 1, dtype, order),
+    }
+
+
+def _conversion(cupy: Any) -> dict[str, Any]:
+    def place(host: Any, *, offset: int = 0, name: str = "", order: str = "K") -> Array:
+        """For tests: an array whose address is `offset` modulo 256, with a name for reports."""
+        host = np.array(host, order=order)
+        memory = cupy.simulator.alloc(host.nbytes, host.dtype, host.shape, offset=offset, name=name)
+        made = cupy.ndarray(host.shape, host.dtype, memory, host.strides)
+        made.set(host)
+        return made
+
+    def asarray(
+        a: Any, dtype: Any = None, order: Any = None, *, copy: Any = None, blocking: bool = False
+    ) -> Array:
+        if not isinstance(a, Array):
+            interface = getattr(a, "__cuda_array_interface__", None)
+            a = from_interface(interface, a) if interface else place(a, order=order or "K")
+        made = a.astype(a.dtype if dtype is None else dtype, order=order or "K", copy=False)
+        return made.copy() if copy and made is a else made
+
+    def from_interface(interface: dict[str, Any], owner: Any) -> Array:
+        address, _ = interface["data"]
+        memory = cupy.simulator.find(address)
+        if memory is None:
+            msg = f"{address:#x} is not memory of a simulated device"
+            raise ValueError(msg)
+        dtype = np.dtype(interface["typestr"])
+        pointer = MemoryPointer(memory, address - memory.ptr)
+        made = cupy.ndarray(interface["shape"], dtype, pointer, interface.get("strides"))
+        made.base = owner
+        return made
+
+    def ascontiguousarray(a: Any, dtype: Any = None) -> Array:
+        return asarray(a, dtype, order="C")
+
+    def asfortranarray(a: Any, dtype: Any = None) -> Array:
+        return asarray(a, dtype, order="F")
+
+    def copyto(dst: Array, src: Any, casting: str = "same_kind", where: Any = None) -> None:
+        if isinstance(src, Array) and not np.can_cast(src.dtype, dst.dtype, casting):
+            msg = f"Cannot cast {src.dtype!r} to {dst.dtype!r} in {casting} casting mode"
+            raise TypeError(msg)
+        dst[...] = src
+
+    def asnumpy(a: Any, stream: Any = None, order: str = "C", out: Any = None) -> np.ndarray:
+        return a.get(order=order) if isinstance(a, Array) else np.asarray(a, order=order)
+
+    def from_dlpack(a: Any, **_: Any) -> Array:
+        return a.__dlpack__().simulated_array[...]
+
+    def broadcast_to(a: Array, shape: Any) -> Array:
+        return a._view_of(np.broadcast_to(a._host(), shape))
+
+    def may_share_memory(a: Array, b: Array, max_work: Any = None) -> bool:
+        return a.data.mem is b.data.mem and np.may_share_memory(a._host(), b._host())
+
+    functions = (
+        place, asarray, ascontiguousarray, asfortranarray, copyto, asnumpy, from_dlpack,
+        broadcast_to, may_share_memory,
+    )  # fmt: skip
+    return {f.__name__: f for f in functions} | {"array": lambda a, **kw: asarray(a, copy=True, **kw)}
+
+
+@contextlib.contextmanager
+def simulated_cupy(**options: Any) -> Iterator[Any]:
+    """`import cupy` gives a fresh stand-in inside, and what it gave before afterwards."""
+    made = make_cupy(**options)
+    modules = {"cupy": made, "cupy.cuda": made.cuda, "cupy.cuda.runtime": made.cuda.runtime}
+    before = {n: m for n, m in sys.modules.items() if n == "cupy" or n.startswith("cupy.")}
+    for name in before:
+        del sys.modules[name]
+    sys.modules.update(modules)
+    try:
+        yield made
+    finally:
+        for name in [n for n in sys.modules if n == "cupy" or n.startswith("cupy.")]:
+            del sys.modules[name]
+        sys.modules.update(before)
