@@ -11,7 +11,7 @@ OUT ?= out
 VENV := .venv
 DEMO := .venvs/demo
 SOURCES := $(wildcard cupynorm/*.py cupynorm/py.typed kernels/*)
-PIP := -m pip --disable-pip-version-check install --quiet
+PIP := -m pip --disable-pip-version-check install -qq
 
 # The CUDA extra that fits the driver; none without a driver. Set CUDA_EXTRA= to do without.
 CUDA_EXTRA ?= $(shell nvidia-smi 2>/dev/null | \
