@@ -1,0 +1,270 @@
+"""Launches plans on a GPU; the only file that touches CuPy."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+
+from cupynorm import _problem
+from cupynorm._arrays import element_strides
+from cupynorm._plan import Device, Plan, Stage, choose_plan
+from cupynorm._problem import Problem
+from cupynorm._source import source_of
+
+__all__ = [
+    "Layout",
+    "device_of",
+    "empty",
+    "empty_like",
+    "from_exporter",
+    "kernel_of",
+    "layer_norm_fwd",
+    "layout_of",
+]
+
+empty = cupy.empty
+empty_like = cupy.empty_like
+
+
+def from_exporter(x: Any) -> Any:
+    """CuPy array over the memory of an object on a GPU that CuPy does not know."""
+    if hasattr(x, "__dlpack__"):
+        return cupy.from_dlpack(x)
+    return cupy.asarray(x)
+
+
+@functools.cache
+def device_of(index: int) -> Device:
+    """What the plan needs to know of GPU `index`."""
+    device = cupy.cuda.Device(index)
+    attributes = device.attributes
+    return Device(
+        compute_capability=int(device.compute_capability),
+        sm_count=attributes["MultiProcessorCount"],
+        shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
+    )
+
+
+@functools.cache
+def kernel_of(name: str, source: str, shared_bytes: int, index: int) -> Any:
+    """Loaded kernel of GPU `index`, which must be the current one.
+
+    `RawKernel.__call__` looks the device's function up on every call; its result is kept instead.
+    """
+    kernel = cupy.RawKernel(source, name)
+    function = kernel.kernel
+    if shared_bytes > 48 * 1024:  # beyond what a launch may ask for without opting in
+        kernel.max_dynamic_shared_size_bytes = shared_bytes
+    return function
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the memory of a call is met: as it lies, or through a copy and why."""
+
+    problem: Problem
+    copy_x: str = ""  # the reason for a row-major copy of x; empty: none
+    copy_y: str = ""  # the reason for a row-major result that is copied into y; empty: none
+
+
+def layout_of(
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    y_strides: tuple[int, ...],
+    dtypes: tuple[str, str | None, str | None],
+    stats: bool,
+) -> Layout:
+    """Fold a call into the rows that the row kernels take; strides in elements."""
+    N = 1
+    for a in axes:
+        N *= shape[a]
+    rows = 1
+    for a, n in enumerate(shape):
+        rows *= 1 if a in axes else n
+    copy_x = _copy_reason("x", shape, axes, x_strides)
+    copy_y = _copy_reason("y", shape, axes, y_strides)
+    dense = row_major_strides(shape, axes)
+    strides = (dense if copy_x else x_strides, dense if copy_y else y_strides)
+    batch, _ = _problem.fold(shape, axes, *strides)
+    if len(batch) > 2:  # each folds, but not the two together
+        copy_y = "the batch axes of x and y do not fold together into two strides"
+        batch, _ = _problem.fold(shape, axes, strides[0], dense)
+    if len(batch) > 2:
+        copy_x = "the batch axes of x do not fold into two strides"
+        batch, _ = _problem.fold(shape, axes, dense, dense)
+    outer, inner = ([(1, (0, 0))] * 2 + batch)[-2:]
+    problem = Problem(
+        op="layer_norm_fwd",
+        x_dtype=dtypes[0],
+        weight_dtype=dtypes[1],
+        bias_dtype=dtypes[2],
+        outer=outer[0],
+        M=inner[0],
+        N=N,
+        x_strides=(outer[1][0], inner[1][0], 1),
+        y_strides=(outer[1][1], inner[1][1], 1),
+        stats=stats,
+    )
+    return Layout(problem, copy_x, copy_y)
+
+
+def _copy_reason(
+    label: str, shape: tuple[int, ...], axes: tuple[int, ...], strides: tuple[int, ...]
+) -> str:
+    _, cols = _problem.fold(shape, axes, strides)
+    if len(cols) > 1:
+        return f"the normalized axes {axes} of {label} do not fold into one stride"
+    if cols and cols[0][1] != (1,):
+        return f"the normalized axes {axes} of {label} have stride {cols[0][1][0]}, not 1"
+    return ""
+
+
+def row_major_strides(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Element strides, by axis of x, of a copy whose normalized axes lie innermost."""
+    strides = [0] * len(shape)
+    step = 1
+    for a in reversed([a for a in range(len(shape)) if a not in axes] + list(axes)):
+        strides[a] = step
+        step *= shape[a]
+    return tuple(strides)
+
+
+def _rows_last(ndim: int, axes: tuple[int, ...]) -> tuple[int, ...]:
+    return (*(a for a in range(ndim) if a not in axes), *axes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """All of a call that does not depend on its pointers."""
+
+    layout: Layout
+    plan: Plan
+    functions: tuple[Any, ...]
+    tail: tuple[Any, ...]  # the arguments after the pointers, but for eps
+    weight_as: Callable[[Any], Any] | None  # brings weight and bias to unit stride
+    bias_as: Callable[[Any], Any] | None
+
+
+_prepared: dict[Any, _Prepared] = {}
+
+
+def layer_norm_fwd(
+    x: Any,
+    axes: tuple[int, ...],
+    weight: Any,
+    bias: Any,
+    eps: float,
+    y: Any,
+    mean: Any,
+    rstd: Any,
+) -> None:
+    """Normalize x into y on CuPy's current stream; arguments are checked, arrays not empty."""
+    index = x.device.id
+    if index != cupy.cuda.runtime.getDevice():
+        with cupy.cuda.Device(index):
+            layer_norm_fwd(x, axes, weight, bias, eps, y, mean, rstd)
+        return
+    key = (
+        index,
+        x.dtype,
+        x.shape,
+        x.strides,
+        y.strides,
+        axes,
+        None if weight is None else (weight.dtype, weight.strides),
+        None if bias is None else (bias.dtype, bias.strides),
+        mean is not None,
+    )
+    ready = _prepared.get(key)
+    if ready is None:
+        ready = _prepared[key] = _prepare(index, x, axes, weight, bias, y, mean is not None)
+    _run(ready, x, axes, weight, bias, eps, y, mean, rstd)
+
+
+def _prepare(
+    index: int, x: Any, axes: tuple[int, ...], weight: Any, bias: Any, y: Any, stats: bool
+) -> _Prepared:
+    names = [None if a is None else _problem.dtype_name(a.dtype) for a in (x, weight, bias)]
+    layout = layout_of(
+        x.shape, axes, element_strides(x), element_strides(y), (str(names[0]), *names[1:]), stats
+    )
+    p = layout.problem
+    plan = choose_plan(p, device_of(index))
+    functions = tuple(_load(stage, index) for stage in plan.stages)
+    tail = (p.rows, p.M, p.x_strides[0], p.x_strides[1], p.y_strides[0], p.y_strides[1], p.N)
+    return _Prepared(layout, plan, functions, tail, _contiguous(weight), _contiguous(bias))
+
+
+def _load(stage: Stage, index: int) -> Any:
+    return kernel_of(stage.name, source_of(stage), stage.shared_bytes, index)
+
+
+def _contiguous(a: Any) -> Callable[[Any], Any] | None:
+    if a is None or a.flags.c_contiguous:
+        return None
+    return cupy.ascontiguousarray  # N elements, on the same device: not worth a kernel
+
+
+def _run(
+    ready: _Prepared,
+    x: Any,
+    axes: tuple[int, ...],
+    weight: Any,
+    bias: Any,
+    eps: float,
+    y: Any,
+    mean: Any,
+    rstd: Any,
+) -> None:
+    if ready.weight_as is not None:
+        weight = ready.weight_as(weight)
+    if ready.bias_as is not None:
+        bias = ready.bias_as(bias)
+    layout, plan = ready.layout, ready.plan
+    source, target = x, y
+    if layout.copy_x:
+        source = cupy.ascontiguousarray(x.transpose(_rows_last(x.ndim, axes)))
+    if layout.copy_y:
+        order = _rows_last(x.ndim, axes)
+        target = cupy.empty(tuple(x.shape[a] for a in order), dtype=x.dtype)
+    arguments = (
+        source.data.ptr,
+        target.data.ptr,
+        0 if weight is None else weight.data.ptr,
+        0 if bias is None else bias.data.ptr,
+        0 if mean is None else mean.data.ptr,
+        0 if rstd is None else rstd.data.ptr,
+        *ready.tail,
+        eps,
+    )
+    if plan.family == "split":
+        _launch_split(ready, arguments)
+    else:
+        stage = plan.stages[0]
+        ready.functions[0](stage.grid, stage.block, arguments, stage.shared_bytes)
+    if layout.copy_y:
+        y.transpose(_rows_last(x.ndim, axes))[...] = target
+
+
+def _launch_split(ready: _Prepared, arguments: tuple[Any, ...]) -> None:
+    plan = ready.plan
+    stats, normalize = plan.stages
+    # CuPy's pool orders reuse by stream, so the workspace may be dropped before it is read.
+    workspace = cupy.empty(plan.workspace_bytes, dtype="uint8")
+    sections = (plan.sections, plan.chunks_per_section)
+    rows, M, x_outer, x_row, _, _, N = ready.tail
+    ready.functions[0](
+        stats.grid,
+        stats.block,
+        (arguments[0], workspace.data.ptr, rows, M, x_outer, x_row, N, *sections),
+        stats.shared_bytes,
+    )
+    ready.functions[1](
+        normalize.grid,
+        normalize.block,
+        (*arguments, workspace.data.ptr, *sections, plan.parts),
+        normalize.shared_bytes,
+    )
