@@ -4,7 +4,8 @@
 
 namespace simt {
 
-constexpr u64 kSpinLimit = 1ull << 28;  // accesses of one thread with no barrier: it waits for someone
+constexpr size_t kSharedGap = 1024;  // as SIMT_ENTRY in prelude.hpp leaves it
+constexpr u64 kSpinLimit = 1ull << 26;  // accesses of one thread with no barrier: it waits for someone
 
 // `first_uid`: the oldest block that still counts. For shared memory that is this block.
 inline bool ordered_before(const Cell& c, const Thread& t, u32 first_uid) {
@@ -37,6 +38,8 @@ inline int distance(const Cell& c, const Cell& me) {
 }
 
 inline void check_race(const Thread& t, Region& r, uintptr_t a, u32 width, bool write, uintptr_t pc) {
+  if (t.warp->clock[t.lane][t.lane] > kMaxClock)
+    fault(&t, pc, "limits", "more than %u barriers in one block", kMaxClock);
   const Cell me{t.block->uid, t.index << kClockBits | t.warp->clock[t.lane][t.lane],
                 library_offset(pc)};
   const u32 oldest = r.space == Space::shared ? t.block->uid : g.first_uid;
@@ -103,13 +106,19 @@ inline void check_defined(const Thread& t, const Region& r, uintptr_t a, u32 wid
             width, (unsigned long long)(a - r.base), r.name, (unsigned long long)(a + i - r.base));
 }
 
+// Constants of the kernel are its library's own memory; so is a gap after its static shared memory.
+inline bool is_constant(uintptr_t a, u32 width) {
+  if (a < g.library_low || a + width > g.library_high) return false;
+  return !g.static_shared || a < g.static_shared->base || a >= g.static_shared->end + kSharedGap;
+}
+
 // `natural`: a power-of-two width, which a GPU would do at once and only if aligned to it.
 inline void access(uintptr_t a, u32 width, bool write, bool natural, uintptr_t pc) {
   Thread* t = g.current;
   if (!t || a - t->stack_low < kStackBytes) return;
   Region* r = find_region(a, pc);
   if (!r || a + width > r->end) {
-    if (!r && a >= g.library_low && a + width <= g.library_high) return;  // constants of the kernel
+    if (!r && !write && is_constant(a, width)) return;
     report_outside(*t, a, width, write, pc);
   }
   unsigned long long at = a - r->base;

@@ -150,8 +150,8 @@ inline std::string describe_waiting() {
 inline void report_deadlock() {
   const Index3& b = g.block.id;
   bool barrier = g.block.waiting != 0;
-  fault_in_scheduler(barrier ? "barrier-divergence" : "deadlock",
-                     "block (%u, %u, %u) cannot go on:%s", b.x, b.y, b.z, describe_waiting().c_str());
+  report_fault(nullptr, 0, barrier ? "barrier-divergence" : "deadlock",
+               "block (%u, %u, %u) cannot go on:%s", b.x, b.y, b.z, describe_waiting().c_str());
 }
 
 inline int barrier(int line, int op, int predicate, uintptr_t pc) {

@@ -14,6 +14,7 @@ namespace simt {
 
 constexpr size_t kPage = 4096;
 constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kStackGuard = 16 * kPage;  // wider than any one frame should be
 
 #if defined(__x86_64__)
 
@@ -46,7 +47,9 @@ simt_switch:
 struct Context {
   void* sp = nullptr;
 
-  void prepare(uintptr_t stack_low, void (*entry)()) {
+  // `color` staggers the stacks, which would otherwise compete for the same lines of the L1 cache.
+  void prepare(uintptr_t stack_low, size_t color, void (*entry)()) {
+    stack_low -= color % 64 * 64;
     auto* top = reinterpret_cast<uintptr_t*>(stack_low + kStackBytes);
     *--top = 0;  // where a return address would be: aligns the stack and ends backtraces
     *--top = reinterpret_cast<uintptr_t>(entry);
@@ -61,7 +64,7 @@ struct Context {
 struct Context {
   ucontext_t uc;
 
-  void prepare(uintptr_t stack_low, void (*entry)()) {
+  void prepare(uintptr_t stack_low, size_t, void (*entry)()) {
     getcontext(&uc);
     uc.uc_stack.ss_sp = reinterpret_cast<void*>(stack_low);
     uc.uc_stack.ss_size = kStackBytes;
@@ -73,13 +76,13 @@ struct Context {
 
 #endif
 
-// A stack of kStackBytes; the page below it is not accessible.
+// A stack of kStackBytes; the pages below it are not accessible.
 inline uintptr_t new_stack() {
-  void* p = mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE,
+  void* p = mmap(nullptr, kStackBytes + kStackGuard, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) return 0;
-  mprotect(p, kPage, PROT_NONE);
-  return reinterpret_cast<uintptr_t>(p) + kPage;
+  mprotect(p, kStackGuard, PROT_NONE);
+  return reinterpret_cast<uintptr_t>(p) + kStackGuard;
 }
 
 }  // namespace simt

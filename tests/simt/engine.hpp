@@ -67,7 +67,7 @@ struct Fault {
 struct Engine {
   Context scheduler;
   Thread* current = nullptr;
-  bool running = false, faulted = false;
+  bool faulted = false;
   Fault fault;
 
   std::vector<std::unique_ptr<Thread>> pool;
@@ -138,11 +138,13 @@ inline void record_fault(const Thread* who, uintptr_t pc, const char* kind, cons
   __builtin_unreachable();
 }
 
-__attribute__((format(printf, 2, 3))) inline void fault_in_scheduler(const char* kind,
-                                                                      const char* format, ...) {
+// Records without leaving: for the scheduler (no thread to blame) and the page-fault handler.
+__attribute__((format(printf, 4, 5))) inline void report_fault(const Thread* who, uintptr_t pc,
+                                                                const char* kind,
+                                                                const char* format, ...) {
   va_list list;
   va_start(list, format);
-  record_fault(nullptr, 0, kind, format, list);
+  record_fault(who, pc, kind, format, list);
   va_end(list);
 }
 

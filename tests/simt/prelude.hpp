@@ -208,6 +208,8 @@ int signature(void (*)(P...), int* out) {
 // One entry per library; build.py appends SIMT_ENTRY(name) after the text.
 extern "C" char __start_simt_shared[] __attribute__((weak, visibility("hidden")));
 extern "C" char __stop_simt_shared[] __attribute__((weak, visibility("hidden")));
+// The linker puts this section right after simt_shared: an overrun lands in it, not on a constant.
+asm(".pushsection simt_shared_gap,\"aw\",@progbits\n.zero 1024\n.popsection");
 #define SIMT_ENTRY(name)                                                                        \
   extern "C" __attribute__((no_sanitize_thread)) void simt_call(void** a) { simt::call(name, a); } \
   extern "C" int simt_signature(int* out) { return simt::signature(name, out); }                \

@@ -1,8 +1,11 @@
 // The runtime that kernel libraries link: scheduler, barriers, warp operations, sanitizer entry points.
+#if defined(__x86_64__)
 #include <xmmintrin.h>
+#endif
 
 #include "access.hpp"
 #include "collective.hpp"
+#include "crash.hpp"
 
 namespace simt {
 
@@ -28,7 +31,7 @@ static bool prepare_block(u64 linear) {
     g.pool.push_back(std::make_unique<Thread>());
     if (!(g.pool.back()->stack_low = new_stack())) {
       g.pool.pop_back();
-      fault_in_scheduler("limits", "no memory for the stacks of %u threads", b.size);
+      report_fault(nullptr, 0, "limits", "no memory for the stacks of %u threads", b.size);
       return false;
     }
   }
@@ -51,7 +54,7 @@ static bool prepare_block(u64 linear) {
     t.log.clear();
     t.warp->lanes[t.lane] = &t;
     t.warp->present |= 1u << t.lane;
-    t.context.prepare(t.stack_low, fiber_main);
+    t.context.prepare(t.stack_low, i, fiber_main);
     make_runnable(&t);
   }
   for (Region* r : {g.dynamic_shared, g.static_shared}) {
@@ -88,6 +91,15 @@ static bool run_block(u64 linear) {
   for (u32 w = 0; w < g.block.warps; ++w) flush_warp(g.warps[w]);
   return true;
 }
+
+// CuPy compiles with -ftz=true. (Here float64 flushes too, which it does not on a GPU.)
+struct FlushSubnormals {
+#if defined(__x86_64__)
+  unsigned before = _mm_getcsr();
+  FlushSubnormals() { _mm_setcsr(before | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(before); }
+#endif
+};
 
 static u64 gcd(u64 a, u64 b) { return b ? gcd(b, a % b) : a; }
 
@@ -180,10 +192,11 @@ EXPORT int simt_launch(const LaunchRequest* q, Fault* out) {
   for (Region* r : g.regions) memset(&r->counters, 0, sizeof r->counters);
   g.dynamic_shared->counters = Counters{};
   g.faulted = false;
-  unsigned mxcsr = _mm_getcsr();
-  _mm_setcsr(mxcsr | 0x8040);  // flush to zero, denormals are zero: CuPy compiles with -ftz=true
-  run_grid();
-  _mm_setcsr(mxcsr);
+  {
+    CrashGuard guard;
+    FlushSubnormals flush;
+    run_grid();
+  }
   g.current = nullptr;
   if (g.faulted) *out = g.fault;
   return g.faulted;
