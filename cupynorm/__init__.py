@@ -7,7 +7,8 @@ from cupynorm.functional import LayerNormResult, layer_norm
 
 if TYPE_CHECKING:
     from cupynorm._config import show_config
-    from cupynorm._explain import Explanation, explain, warmup
+    from cupynorm._explain import Explanation, explain
+    from cupynorm._warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -24,7 +25,7 @@ __all__ = [
 _LAZY = {
     "Explanation": "cupynorm._explain",
     "explain": "cupynorm._explain",
-    "warmup": "cupynorm._explain",
+    "warmup": "cupynorm._warmup",
     "show_config": "cupynorm._config",
 }
 

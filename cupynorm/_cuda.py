@@ -1,7 +1,8 @@
 """Launches plans on a GPU; the only file that touches CuPy."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +10,18 @@ import cupy
 
 from cupynorm import _problem
 from cupynorm._arrays import element_strides
+from cupynorm._layout import Layout, layout_of, rows_last
 from cupynorm._plan import Device, Plan, Stage, choose_plan
-from cupynorm._problem import Problem
 from cupynorm._source import source_of
 
 __all__ = [
-    "Layout",
     "device_of",
     "empty",
     "empty_like",
     "from_exporter",
     "kernel_of",
     "layer_norm_fwd",
-    "layout_of",
+    "warmup",
 ]
 
 empty = cupy.empty
@@ -37,7 +37,7 @@ def from_exporter(x: Any) -> Any:
 
 @functools.cache
 def device_of(index: int) -> Device:
-    """What the plan needs to know of GPU `index`."""
+    """Read what a plan needs to know of GPU `index`."""
     device = cupy.cuda.Device(index)
     attributes = device.attributes
     return Device(
@@ -49,7 +49,7 @@ def device_of(index: int) -> Device:
 
 @functools.cache
 def kernel_of(name: str, source: str, shared_bytes: int, index: int) -> Any:
-    """Loaded kernel of GPU `index`, which must be the current one.
+    """Compile and load a kernel on GPU `index`, which must be the current one.
 
     `RawKernel.__call__` looks the device's function up on every call; its result is kept instead.
     """
@@ -58,82 +58,6 @@ def kernel_of(name: str, source: str, shared_bytes: int, index: int) -> Any:
     if shared_bytes > 48 * 1024:  # beyond what a launch may ask for without opting in
         kernel.max_dynamic_shared_size_bytes = shared_bytes
     return function
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How the memory of a call is met: as it lies, or through a copy and why."""
-
-    problem: Problem
-    copy_x: str = ""  # the reason for a row-major copy of x; empty: none
-    copy_y: str = ""  # the reason for a row-major result that is copied into y; empty: none
-
-
-def layout_of(
-    shape: tuple[int, ...],
-    axes: tuple[int, ...],
-    x_strides: tuple[int, ...],
-    y_strides: tuple[int, ...],
-    dtypes: tuple[str, str | None, str | None],
-    stats: bool,
-) -> Layout:
-    """Fold a call into the rows that the row kernels take; strides in elements."""
-    N = 1
-    for a in axes:
-        N *= shape[a]
-    rows = 1
-    for a, n in enumerate(shape):
-        rows *= 1 if a in axes else n
-    copy_x = _copy_reason("x", shape, axes, x_strides)
-    copy_y = _copy_reason("y", shape, axes, y_strides)
-    dense = row_major_strides(shape, axes)
-    strides = (dense if copy_x else x_strides, dense if copy_y else y_strides)
-    batch, _ = _problem.fold(shape, axes, *strides)
-    if len(batch) > 2:  # each folds, but not the two together
-        copy_y = "the batch axes of x and y do not fold together into two strides"
-        batch, _ = _problem.fold(shape, axes, strides[0], dense)
-    if len(batch) > 2:
-        copy_x = "the batch axes of x do not fold into two strides"
-        batch, _ = _problem.fold(shape, axes, dense, dense)
-    outer, inner = ([(1, (0, 0))] * 2 + batch)[-2:]
-    problem = Problem(
-        op="layer_norm_fwd",
-        x_dtype=dtypes[0],
-        weight_dtype=dtypes[1],
-        bias_dtype=dtypes[2],
-        outer=outer[0],
-        M=inner[0],
-        N=N,
-        x_strides=(outer[1][0], inner[1][0], 1),
-        y_strides=(outer[1][1], inner[1][1], 1),
-        stats=stats,
-    )
-    return Layout(problem, copy_x, copy_y)
-
-
-def _copy_reason(
-    label: str, shape: tuple[int, ...], axes: tuple[int, ...], strides: tuple[int, ...]
-) -> str:
-    _, cols = _problem.fold(shape, axes, strides)
-    if len(cols) > 1:
-        return f"the normalized axes {axes} of {label} do not fold into one stride"
-    if cols and cols[0][1] != (1,):
-        return f"the normalized axes {axes} of {label} have stride {cols[0][1][0]}, not 1"
-    return ""
-
-
-def row_major_strides(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Element strides, by axis of x, of a copy whose normalized axes lie innermost."""
-    strides = [0] * len(shape)
-    step = 1
-    for a in reversed([a for a in range(len(shape)) if a not in axes] + list(axes)):
-        strides[a] = step
-        step *= shape[a]
-    return tuple(strides)
-
-
-def _rows_last(ndim: int, axes: tuple[int, ...]) -> tuple[int, ...]:
-    return (*(a for a in range(ndim) if a not in axes), *axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +113,12 @@ def _prepare(
 ) -> _Prepared:
     names = [None if a is None else _problem.dtype_name(a.dtype) for a in (x, weight, bias)]
     layout = layout_of(
-        x.shape, axes, element_strides(x), element_strides(y), (str(names[0]), *names[1:]), stats
+        x.shape,
+        axes,
+        element_strides(x),
+        element_strides(y),
+        (str(names[0]), names[1], names[2]),
+        stats,
     )
     p = layout.problem
     plan = choose_plan(p, device_of(index))
@@ -205,7 +134,8 @@ def _load(stage: Stage, index: int) -> Any:
 def _contiguous(a: Any) -> Callable[[Any], Any] | None:
     if a is None or a.flags.c_contiguous:
         return None
-    return cupy.ascontiguousarray  # N elements, on the same device: not worth a kernel
+    contiguous: Callable[[Any], Any] = cupy.ascontiguousarray
+    return contiguous  # N elements, on the same device: not worth a kernel
 
 
 def _run(
@@ -226,9 +156,9 @@ def _run(
     layout, plan = ready.layout, ready.plan
     source, target = x, y
     if layout.copy_x:
-        source = cupy.ascontiguousarray(x.transpose(_rows_last(x.ndim, axes)))
+        source = cupy.ascontiguousarray(x.transpose(rows_last(x.ndim, axes)))
     if layout.copy_y:
-        order = _rows_last(x.ndim, axes)
+        order = rows_last(x.ndim, axes)
         target = cupy.empty(tuple(x.shape[a] for a in order), dtype=x.dtype)
     arguments = (
         source.data.ptr,
@@ -246,7 +176,7 @@ def _run(
         stage = plan.stages[0]
         ready.functions[0](stage.grid, stage.block, arguments, stage.shared_bytes)
     if layout.copy_y:
-        y.transpose(_rows_last(x.ndim, axes))[...] = target
+        y.transpose(rows_last(x.ndim, axes))[...] = target
 
 
 def _launch_split(ready: _Prepared, arguments: tuple[Any, ...]) -> None:
@@ -268,3 +198,19 @@ def _launch_split(ready: _Prepared, arguments: tuple[Any, ...]) -> None:
         (*arguments, workspace.data.ptr, *sections, plan.parts),
         normalize.shared_bytes,
     )
+
+
+def warmup(shape: tuple[int, ...], dtypes: Sequence[str], affine: bool) -> list[str]:
+    """Compile and load, on the current device, what row-major x of these dtypes needs."""
+    index = cupy.cuda.runtime.getDevice()
+    N = math.prod(shape)
+    names = []
+    for name in dtypes:
+        for rows in (1, 2**20):  # few rows may take K5
+            strides = (N, 1)
+            dtypes_of_call = (name, name if affine else None, name if affine else None)
+            layout = layout_of((rows, N), (1,), strides, strides, dtypes_of_call, False)
+            for stage in choose_plan(layout.problem, device_of(index)).stages:
+                _load(stage, index)
+                names.append(stage.name)
+    return list(dict.fromkeys(names))

@@ -58,8 +58,7 @@ def _ordered(xp: Any, y: Any, order: str) -> Any:
         return xp.permute_dims(xp.permute_dims(y, back).contiguous(), back)
     if order == "F":
         msg = (
-            f"order='F' is given but {library_of(y)} arrays have no layout to choose; "
-            "use order='K'"
+            f"order='F' is given but {library_of(y)} arrays have no layout to choose; use order='K'"
         )
         raise ValueError(msg)
     return y

@@ -1,4 +1,4 @@
-"""Decides which kernel runs a problem, and with what launch; pure Python, the same on any machine."""
+"""Decides which kernel runs a problem and with what launch; pure Python, the same anywhere."""
 
 import functools
 from dataclasses import dataclass
@@ -113,7 +113,7 @@ class Plan:
 
 
 def table_row(vecs: int) -> TableRow:
-    """The table's row for rows of `vecs` 16-byte vectors."""
+    """Find the table's row for rows of `vecs` 16-byte vectors."""
     return next(row for row in TABLE if vecs <= row.max_vecs)
 
 
@@ -242,8 +242,8 @@ def _stage(
 ) -> Stage:
     if grid > MAX_GRID_X:
         msg = (
-            f"x has {problem.rows} rows of {problem.N} columns, which needs {grid} blocks; a launch "
-            f"takes at most {MAX_GRID_X}. Normalize x in slices along its first axis"
+            f"x has {problem.rows} rows of {problem.N} columns, which needs {grid} blocks; "
+            f"a launch takes at most {MAX_GRID_X}. Normalize x in slices along its first axis"
         )
         raise ValueError(msg)
     affine = kernel != "layer_norm_fwd_split_stats"  # which sees neither weight nor bias

@@ -1,4 +1,4 @@
-"""Rules of a layer-norm call, its error sentences, and the folding of a shape into (outer, M, N)."""
+"""Rules of a layer-norm call, its error sentences, and how a shape folds into (outer, M, N)."""
 
 import functools
 import math
@@ -21,6 +21,7 @@ __all__ = [
     "dtype_name",
     "fold",
     "resolve_axes",
+    "rows_and_cols",
     "stats_dtype",
     "stats_shape",
 ]
@@ -56,6 +57,12 @@ def stats_dtype(x_dtype: str) -> str:
     return "float64" if x_dtype == "float64" else "float32"
 
 
+def rows_and_cols(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, int]:
+    """How many rows are normalized, and how many elements each has."""
+    cols = math.prod(shape[a] for a in axes)
+    return math.prod(n for a, n in enumerate(shape) if a not in axes), cols
+
+
 def stats_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
     """Shape of mean and rstd: x's with the normalized axes of length 1."""
     return tuple(1 if a in axes else n for a, n in enumerate(shape))
@@ -63,7 +70,7 @@ def stats_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
 
 @functools.cache
 def dtype_name(dtype: Any) -> str:
-    """Name of a dtype of any library: 'float32' for numpy's '>f4', torch.float32, strict.float32."""
+    """Name of a dtype of any library: 'float32' for numpy's '>f4' and for torch.float32."""
     name = getattr(dtype, "name", None)
     return name if isinstance(name, str) else str(dtype).rpartition(".")[2]
 

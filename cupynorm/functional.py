@@ -15,7 +15,7 @@ from cupynorm._arrays import (
     library_of,
 )
 
-__all__ = ["LayerNormResult", "layer_norm"]
+__all__ = ["Call", "LayerNormResult", "check_arguments", "layer_norm"]
 
 
 class LayerNormResult(NamedTuple):
@@ -108,7 +108,42 @@ def layer_norm(
     array([[-1.225,  0.   ,  1.225],
            [-1.225,  0.   ,  1.225]])
     """
-    eps = _problem.check_eps(eps) if type(eps) is not float or eps - eps != 0.0 else eps
+    call = check_arguments(x, normalized_shape, weight, bias, eps, axis, order, out)
+    if call.path == "namespace":
+        from cupynorm import _namespace
+
+        y, mean, rstd = _namespace.layer_norm(
+            call.x, call.axes, call.weight, call.bias, call.eps, order, out
+        )
+    else:
+        y, mean, rstd = _strided(call, order, out, return_stats)
+    return LayerNormResult(y, mean, rstd) if return_stats else y
+
+
+class Call(NamedTuple):
+    """Arguments that have passed every rule, in the form that the paths take."""
+
+    path: str  # 'numpy', 'cupy' or 'namespace'
+    x: Any
+    axes: tuple[int, ...]  # ascending
+    weight: Any  # dimensions in the order of `axes`
+    bias: Any
+    eps: float
+
+
+def check_arguments(
+    x: Any,
+    normalized_shape: Any,
+    weight: Any,
+    bias: Any,
+    eps: Any,
+    axis: Any,
+    order: str,
+    out: Any,
+) -> Call:
+    """Apply every argument rule but those of `out`'s memory, which need y's path."""
+    if type(eps) is not float or eps - eps != 0.0:
+        eps = _problem.check_eps(eps)
     if order != "K":
         _problem.check_order(order)
     path = "numpy"
@@ -122,13 +157,7 @@ def layer_norm(
         weight = _affine("weight", weight, x, expected, order_of_weight)
     if bias is not None:
         bias = _affine("bias", bias, x, expected, order_of_weight)
-    if path == "namespace":
-        from cupynorm import _namespace
-
-        y, mean, rstd = _namespace.layer_norm(x, axes, weight, bias, eps, order, out)
-    else:
-        y, mean, rstd = _strided(path, x, axes, weight, bias, eps, order, out, return_stats)
-    return LayerNormResult(y, mean, rstd) if return_stats else y
+    return Call(path, x, axes, weight, bias, eps)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -180,18 +209,9 @@ def _path(name: str) -> Any:
     return importlib.import_module(f"cupynorm._{'cpu' if name == 'numpy' else 'cuda'}")
 
 
-def _strided(
-    path: str,
-    x: Any,
-    axes: tuple[int, ...],
-    weight: Any,
-    bias: Any,
-    eps: float,
-    order: str,
-    out: Any,
-    return_stats: bool,
-) -> tuple[Any, Any, Any]:
+def _strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, Any, Any]:
     """NumPy and CuPy: allocate what is returned, then let the path write into it."""
+    path, x, axes, weight, bias, eps = call
     do = _path(path)
     new = np if path == "numpy" else do
     y = new.empty_like(x, order=order) if out is None else _out(out, x, weight, bias, order)
