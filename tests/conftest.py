@@ -1,0 +1,250 @@
+"""The libraries that a test body runs on, and how an array of each is made and read back."""
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import hypothesis
+import ml_dtypes
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile(
+    "cupynorm",
+    deadline=None,  # a first example may compile
+    print_blob=True,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("cupynorm")
+
+ALL_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+class Backend(Enum):
+    """Each way that `layer_norm` is reached; the value is the test id."""
+
+    NUMPY = "numpy"
+    CUPY_SIMULATED = "cupy-simulated"
+    CUPY = "cupy"
+    TORCH = "torch"
+    TORCH_CUDA = "torch-cuda"
+    JAX = "jax"
+    STRICT = "strict"
+    STRICT_DEVICE1 = "strict-device1"
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Floating dtypes of the library as it is set up here (JAX without x64)."""
+        if self in (Backend.STRICT, Backend.STRICT_DEVICE1):
+            return ("float32", "float64")
+        return ALL_DTYPES[:3] if self is Backend.JAX else ALL_DTYPES
+
+    @property
+    def on_gpu(self) -> bool:
+        return self in (Backend.CUPY, Backend.TORCH_CUDA)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether each new combination of dtypes costs a second: test few."""
+        return self is Backend.CUPY_SIMULATED
+
+
+@dataclass(frozen=True)
+class Library:
+    """An array library as the tests see it."""
+
+    backend: Backend
+    from_numpy: Callable[[np.ndarray], Any]  # same dtype, and same strides where `strided`
+    to_numpy: Callable[[Any], np.ndarray]  # same dtype
+    strides: Callable[[Any], tuple[int, ...]] | None = None  # in elements
+    writable: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.backend.value
+
+    @property
+    def strided(self) -> bool:
+        return self.strides is not None
+
+    def array(self, values: Any, dtype: str = "float32") -> Any:
+        """Array of this library that holds the values, rounded to dtype."""
+        return self.from_numpy(np.asarray(values).astype(np_dtype(dtype)))
+
+    def dtype(self, array: Any) -> str:
+        return str(getattr(array.dtype, "name", array.dtype)).rpartition(".")[2]
+
+
+def np_dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name)) if name == "bfloat16" else np.dtype(name)
+
+
+def _numpy() -> Library:
+    return Library(
+        Backend.NUMPY,
+        from_numpy=lambda a: a,
+        to_numpy=lambda a: a,
+        strides=lambda a: tuple(s // a.itemsize for s in a.strides),
+    )
+
+
+def _cupy(backend: Backend) -> Library:
+    import cupy
+
+    def from_numpy(a: np.ndarray) -> Any:
+        return cupy.asarray(a, order="K" if a.flags.forc else "C")
+
+    return Library(
+        backend,
+        from_numpy=from_numpy,
+        to_numpy=cupy.asnumpy,
+        strides=lambda a: tuple(s // a.itemsize for s in a.strides),
+    )
+
+
+def _torch(device: str) -> Library:
+    import torch
+
+    def from_numpy(a: np.ndarray) -> Any:
+        if a.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16).to(device)
+        return torch.from_numpy(a).to(device)
+
+    def to_numpy(t: Any) -> np.ndarray:
+        t = t.detach().cpu()
+        if t.dtype == torch.bfloat16:
+            return t.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        return t.numpy()
+
+    backend = Backend.TORCH if device == "cpu" else Backend.TORCH_CUDA
+    return Library(backend, from_numpy, to_numpy, strides=lambda t: t.stride())
+
+
+def _jax() -> Library:
+    import jax.numpy as jnp
+
+    return Library(
+        Backend.JAX, from_numpy=jnp.asarray, to_numpy=np.asarray, strides=None, writable=False
+    )
+
+
+def _strict(name: str) -> Library:
+    import array_api_strict as strict
+
+    device, host = strict.Device(name), strict.Device("CPU_DEVICE")
+    return Library(
+        Backend.STRICT if device == host else Backend.STRICT_DEVICE1,
+        from_numpy=lambda a: strict.asarray(a, device=device, copy=True),
+        to_numpy=lambda a: np.asarray(a.to_device(host)),
+    )
+
+
+_MAKERS: dict[Backend, Callable[[], Library]] = {
+    Backend.NUMPY: _numpy,
+    Backend.CUPY_SIMULATED: lambda: _cupy(Backend.CUPY_SIMULATED),
+    Backend.CUPY: lambda: _cupy(Backend.CUPY),
+    Backend.TORCH: lambda: _torch("cpu"),
+    Backend.TORCH_CUDA: lambda: _torch("cuda"),
+    Backend.JAX: _jax,
+    Backend.STRICT: lambda: _strict("CPU_DEVICE"),
+    Backend.STRICT_DEVICE1: lambda: _strict("device1"),
+}
+
+
+@functools.cache
+def why_not(backend: Backend) -> str | None:
+    """The reason why a backend cannot run here; None where it can."""
+    library = backend.value.partition("-")[0].replace("strict", "array_api_strict")
+    if backend is Backend.CUPY_SIMULATED:
+        return None if importlib.util.find_spec("tests.simt.cupy_stand_in") else "not built yet"
+    if importlib.util.find_spec(library) is None:
+        return f"{library} is not installed"
+    return _why_no_cuda() if backend.on_gpu else None
+
+
+@functools.cache
+def _why_no_cuda() -> str | None:
+    """Ask the driver itself: importing CuPy or torch to ask takes seconds."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return "no CUDA driver"
+    count = ctypes.c_int(0)
+    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return None if status == 0 and count.value else f"no CUDA device (cuInit gives {status})"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run on every backend that is here; with a `dtype` argument, on every dtype it has.
+
+    A module's BACKENDS narrows the choice. The backends that are not here, and why, are reported
+    once, by `test_backend_is_here`.
+    """
+    if "lib" not in metafunc.fixturenames:
+        return
+    both = "dtype" in metafunc.fixturenames
+    cases = []
+    for backend in getattr(metafunc.module, "BACKENDS", Backend):
+        if why_not(backend):
+            continue
+        marks = [pytest.mark.gpu] if backend.on_gpu else []
+        for dtype in backend.dtypes if both else ("",):
+            values = (backend, dtype) if both else (backend,)
+            name = f"{backend.value}-{dtype}" if both else backend.value
+            cases.append(pytest.param(*values, marks=marks, id=name))
+    metafunc.parametrize("lib,dtype" if both else "lib", cases, indirect=["lib"])
+
+
+@contextlib.contextmanager
+def _simulated() -> Iterator[None]:
+    """CuPy's stand-in, and a `_cuda` that was imported with it and has no kernels of another."""
+    import cupynorm
+    from tests.simt.cupy_stand_in import simulated_cupy
+
+    name, absent = "cupynorm._cuda", object()
+
+    def swap(module: Any) -> Any:
+        before = sys.modules.pop(name, absent)
+        vars(cupynorm).pop("_cuda", None)
+        if module is not absent:
+            sys.modules[name] = cupynorm._cuda = module
+        return before
+
+    with simulated_cupy():
+        before = swap(absent)
+        try:
+            yield
+        finally:
+            swap(before)
+
+
+@pytest.fixture
+def lib(request: pytest.FixtureRequest) -> Iterator[Library]:
+    """The library of this case, as the tests see it."""
+    with contextlib.ExitStack() as stack:
+        if request.param is Backend.CUPY_SIMULATED:
+            stack.enter_context(_simulated())
+        yield _MAKERS[request.param]()
+
+
+@pytest.fixture
+def assert_close() -> Callable[[np.ndarray, np.ndarray, str, int], None]:
+    """Compare with the oracle under its one tolerance rule."""
+    from tests import oracle
+
+    def check(actual: np.ndarray, expected: np.ndarray, dtype: str, n: int) -> None:
+        assert actual.shape == expected.shape
+        bound = oracle.tolerance(dtype, n)
+        np.testing.assert_allclose(
+            actual.astype(np.float64), expected, rtol=bound, atol=bound, equal_nan=True
+        )
+
+    return check
