@@ -83,7 +83,15 @@ def _histograms(figure: Any, x: Any, y: Any) -> None:
             if high - low < 0.02:  # after the norm all rows agree: show it on a readable scale
                 low, high = round((low + high) / 2, 1) - 0.5, round((low + high) / 2, 1) + 0.5
             ax.hist(values, bins=41, range=(low, high), color=color)
-            spread = f"{float(values.min()):.3g} to {float(values.max()):.3g}"
-            ax.set_title(f"{name}, {label}: {spread}", fontsize=10)
+            ax.set_title(f"{name}, {label}: {_spread_text(values)}", fontsize=10)
             ax.set_ylabel(counted)
             ax.spines[["top", "right"]].set_visible(False)
+
+
+def _spread_text(values: Any) -> str:
+    """Smallest to largest, or a center and its reach where they agree in the digits shown."""
+    low, high = float(values.min()), float(values.max())
+    center, reach = (low + high) / 2, (high - low) / 2
+    if reach < 1e-3:
+        return f"{round(center, 3) + 0.0:.3g} ± {reach:.0e}"
+    return f"{low:.3g} to {high:.3g}"
