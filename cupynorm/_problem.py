@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import numpy as np
+
 __all__ = [
     "FLOAT_DTYPES",
     "ITEMSIZE",
@@ -68,11 +70,18 @@ def stats_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(1 if a in axes else n for a, n in enumerate(shape))
 
 
-@functools.cache
 def dtype_name(dtype: Any) -> str:
     """Name of a dtype of any library: 'float32' for numpy's '>f4' and for torch.float32."""
+    if isinstance(dtype, np.dtype):
+        return _numpy_name(dtype)
+    # Not cached: other libraries' dtypes may warn when compared with NumPy's.
     name = getattr(dtype, "name", None)
     return name if isinstance(name, str) else str(dtype).rpartition(".")[2]
+
+
+@functools.cache
+def _numpy_name(dtype: np.dtype[Any]) -> str:
+    return dtype.name  # builds the string anew each time, which costs microseconds
 
 
 def check_x_dtype(name: str, cast: str = "x.astype('float32')") -> None:

@@ -1,7 +1,6 @@
 """The public functions: each documents, checks, and routes to the path that does the work."""
 
 import functools
-import importlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -203,10 +202,15 @@ def _companion(label: str, value: Any, x: Any) -> Any:
     return value
 
 
-@functools.cache
 def _path(name: str) -> Any:
     """Import the module that does the work only when an array for it arrives."""
-    return importlib.import_module(f"cupynorm._{'cpu' if name == 'numpy' else 'cuda'}")
+    if name == "numpy":
+        from cupynorm import _cpu
+
+        return _cpu
+    from cupynorm import _cuda
+
+    return _cuda
 
 
 def _strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, Any, Any]:
