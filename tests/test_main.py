@@ -1,0 +1,302 @@
+"""`python -m cupynorm` and `show_config`: what they report, and that they can say no."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cupynorm as cn
+from cupynorm import _backends, _config, _probe, _selfcheck
+from cupynorm.__main__ import main
+from cupynorm.functional import layer_norm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """One small table and the NumPy path alone, to keep in-process checks short."""
+    table = _selfcheck.Data("small", np.random.default_rng(0).normal(3.0, 2.0, size=(5, 12)))
+    backend = _backends.Backend("cpu-numpy", "numpy", ("float32", "float64"))
+    monkeypatch.setattr(_selfcheck, "datasets", lambda: ([table], ""))
+    monkeypatch.setattr(_backends, "find", lambda config: ([backend], []))
+    monkeypatch.setattr(_selfcheck, "_SECONDS", 0.0)
+
+
+# -- the whole program
+
+
+def test_program_checks_every_path_and_draws(tmp_path):
+    picture = tmp_path / "new" / "demo.png"
+    done = subprocess.run(
+        [sys.executable, "-m", "cupynorm", "--json", "--picture", picture],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stderr
+    report = json.loads(done.stdout)
+    assert report["ok"]
+    assert report["config"]["versions"]["cupynorm"] == cn.__version__
+    seen = {(c["path"], c["library"], c["data"], c["dtype"]) for c in report["checks"]}
+    every = {"float16", "bfloat16", "float32", "float64"}
+    for path, library, dtypes in (
+        ("cpu-numba", "numpy", every),
+        ("cpu-numpy", "numpy", every),
+        ("reference", "torch", every),
+        ("reference", "jax", every - {"float64"}),
+        ("reference", "array-api-strict", {"float32", "float64"}),
+    ):
+        wanted = {(path, library, d, t) for d in ("digits", "breast-cancer") for t in dtypes}
+        assert wanted <= seen
+    if not report["config"]["gpus"]:
+        (cuda,) = (u for u in report["unavailable"] if u["path"] == "cuda")
+        assert "->" in cuda["why"]
+    assert all(0 < c["error"] <= c["allowed"] and c["seconds"] > 0 for c in report["checks"])
+    assert all(c["torch_ratio"] > 0 for c in report["checks"])
+    assert Path(report["picture"]) == picture.resolve()
+    _check_png(picture)
+
+
+def _check_png(path):
+    from matplotlib.image import imread
+
+    pixels = imread(path)[..., :3]
+    assert pixels.shape[0] > 600
+    assert pixels.shape[1] > 900
+    assert 0.02 < (pixels < 0.9).any(axis=-1).mean() < 0.9, "all paper or all ink"
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100  # greys and two color scales
+
+
+def test_text_report(small, capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert "2 of 2 checks right" in out
+    assert "cpu-numpy  numpy   small  5x12   float32" in out
+    assert "versions" in out
+    out.encode("ascii", "strict")  # consoles that are not UTF-8 exist
+
+
+def test_picture_path_is_printed(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cupynorm._picture.draw", lambda table, path: path.resolve())
+    assert main(["--picture", str(tmp_path / "p.png")]) == 0
+    assert f"picture: {tmp_path / 'p.png'}" in capsys.readouterr().out
+
+
+# -- it can say no
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda r: r._replace(y=r.y * (1 + 1e-4)), "y is off by"),
+        (lambda r: r._replace(y=np.full_like(r.y, np.nan)), "y is off by nan"),
+        (lambda r: r._replace(y=r.y[:-1]), "y has shape (4, 12), not (5, 12)"),
+        (lambda r: r._replace(y=r.y.astype("longdouble")), "y has dtype"),
+        (lambda r: r._replace(mean=r.mean + 1e-3), "mean is off by"),
+        (lambda r: r._replace(rstd=r.rstd * 1.001), "rstd is off by"),
+    ],
+    ids=["scale", "nan", "shape", "dtype", "mean", "rstd"],
+)
+def test_a_wrong_path_exits_1(small, monkeypatch, capsys, spoil, words):
+    def wrong(*args, return_stats=False):
+        result = spoil(layer_norm(*args, return_stats=True))
+        return result if return_stats else result.y
+
+    monkeypatch.setattr(_selfcheck, "layer_norm", wrong)
+    assert main([]) == 1
+    out = capsys.readouterr().out
+    assert f"WRONG: {words}" in out
+    assert "0 of 2 checks right" in out
+
+
+def test_a_raising_path_exits_1(small, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        msg = "launch failed\nand much more"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(_selfcheck, "layer_norm", broken)
+    assert main(["--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["ok"]
+    assert {c["note"] for c in report["checks"]} == {"RuntimeError: launch failed"}
+    assert all(c["error"] is None for c in report["checks"])
+
+
+def test_no_matplotlib_exits_2_with_the_way_out(small, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["--picture", str(tmp_path / "p.png")]) == 2
+    assert "pip install 'cupynorm[demo]'" in capsys.readouterr().err
+
+
+def test_no_sklearn_takes_a_seeded_table_and_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    (table,), remark = _selfcheck.datasets()
+    (again,), _ = _selfcheck.datasets()
+    assert table.x.shape == (1797, 64)
+    assert np.array_equal(table.x, again.x)
+    assert "pip install 'cupynorm[demo]'" in remark
+
+
+def test_no_bfloat16_and_no_library_are_left_out(monkeypatch):
+    for name in ("ml_dtypes", "torch", "array_api_strict"):
+        monkeypatch.setitem(sys.modules, name, None)
+    there, absent = _backends.find(cn.show_config())
+    assert not [b for b in there if "bfloat16" in b.dtypes]
+    assert {"torch", "array-api-strict"} <= {u.library for u in absent}
+    assert _backends.torch_call("cpu", [np.ones((2, 3))] * 3, 1e-5) is None
+
+
+def test_exact_by_hand():
+    y, mean, rstd = _selfcheck.exact([[1.0, 2.0, 3.0]], [1.0, 1.0, 2.0], [0.0, 1.0, 0.0], eps=0.0)
+    assert y[0].tolist() == pytest.approx([-(1.5**0.5), 1.0, 2 * 1.5**0.5])
+    assert (float(mean[0, 0]), float(rstd[0, 0])) == pytest.approx((2.0, 1.5**0.5))
+
+
+# -- show_config
+
+
+def test_config_names_every_path():
+    config = cn.show_config()
+    assert [p.name for p in config.paths] == ["cuda", "cpu-numba", "cpu-numpy", "reference"]
+    for path in config.paths:
+        assert path.available != bool(path.way_out), "a way out just where it is needed"
+    assert config.path("cpu-numpy").available
+    assert config.versions["numpy"] == np.__version__
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.driver = "other"
+
+
+def test_config_as_text_and_html():
+    path = _config.PathStatus("cuda", False, "no <GPU>", "buy one & plug it in")
+    gpu = _config.Gpu("H200", "90", 141 * 2**30)
+    config = _config.Config({"torch": None}, "570.1", "12.9", None, (gpu,), (path,))
+    lines = str(config).splitlines()
+    assert "  torch    not installed" in lines
+    assert "  GPU 0    H200, sm_90, 141.0 GiB" in lines
+    assert "  cuda     no: no <GPU>" in lines
+    assert "           -> buy one & plug it in" in lines
+    page = config._repr_html_()
+    assert "no &lt;GPU&gt;" in page
+    assert "<script" not in page
+    assert page.count("<tr>") == len(lines)
+
+
+def test_config_imports_neither_torch_nor_jax():
+    code = (
+        "import sys, cupynorm; str(cupynorm.show_config());"
+        "print([m for m in ('torch', 'jax', 'sklearn', 'dask', 'pandas') if m in sys.modules])"
+    )
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["cupy", "numba", "array_api_compat"])
+def test_config_survives_a_package_that_does_not_import(monkeypatch, name):
+    real = _probe.import_module
+
+    def import_module(wanted):
+        if wanted == name:
+            msg = "===\n libsomething.so: undefined symbol"
+            raise OSError(msg)
+        return real(wanted)
+
+    monkeypatch.setattr(_probe, "import_module", import_module)
+    monkeypatch.setattr(_config, "import_module", import_module)
+    status = cn.show_config().path({"cupy": "cuda", "numba": "cpu-numba"}.get(name, "reference"))
+    assert not status.available
+    assert "does not import (OSError: libsomething.so: undefined symbol)" in status.detail
+    assert "pip install" in status.way_out
+
+
+def test_config_without_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(_probe, "_installed", lambda name: None)
+    status = cn.show_config().path("cuda")
+    assert status.detail == "cupy is not installed"
+    assert "cupynorm[cuda12]" in status.way_out
+
+
+def test_config_names_two_cupys(monkeypatch):
+    there = {"cupy-cuda12x": "14.2.0", "cupy-cuda13x": "14.2.0"}
+    monkeypatch.setattr(_probe, "_installed", there.get)
+    status = cn.show_config().path("cuda")
+    assert "two CuPy distributions" in status.detail
+    assert "pip uninstall" in status.way_out
+
+
+def _fake_cupy(*, gpus=1, nvrtc=True):
+    def properties(i):
+        return {"name": b"Fake", "major": 9, "minor": 0, "totalGlobalMem": 2**30}
+
+    def version():
+        if not nvrtc:
+            msg = "libnvrtc.so.12 not found"
+            raise RuntimeError(msg)
+        return (12, 9)
+
+    runtime = types.SimpleNamespace(
+        driverGetVersion=lambda: 12080,
+        getDeviceCount=lambda: gpus,
+        getDeviceProperties=properties,
+    )
+    cuda = types.SimpleNamespace(runtime=runtime, nvrtc=types.SimpleNamespace(getVersion=version))
+    return types.SimpleNamespace(cuda=cuda)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Put a stand-in for cupy and for the search of CUDA's headers in place."""
+
+    def put(cupy, headers="/cuda/include"):
+        finder = types.SimpleNamespace(find_nvidia_header_directory=lambda name: headers)
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        monkeypatch.setitem(sys.modules, "cuda.pathfinder", finder)
+        monkeypatch.setattr(_probe, "_driver_version", lambda: "570.86")
+
+    return put
+
+
+def test_config_with_gpus(fake):
+    fake(_fake_cupy(gpus=2))
+    config = cn.show_config()
+    assert config.path("cuda").available
+    assert [str(gpu) for gpu in config.gpus] == ["Fake, sm_90, 1.0 GiB"] * 2
+    assert config.driver == "570.86, runs CUDA up to 12.8"
+    assert (config.nvrtc, config.cuda_headers) == ("12.9", "/cuda/include")
+
+
+@pytest.mark.parametrize(
+    ("cupy", "headers", "words"),
+    [
+        (_fake_cupy(nvrtc=False), "/cuda/include", "NVRTC cannot be loaded"),
+        (_fake_cupy(), None, "CUDA's headers cannot be found"),
+        (_fake_cupy(gpus=0), "/cuda/include", "no GPU can be used"),
+    ],
+    ids=["nvrtc", "headers", "gpus"],
+)
+def test_config_tells_what_a_gpu_lacks(fake, cupy, headers, words):
+    fake(cupy, headers)
+    config = cn.show_config()
+    assert words in config.path("cuda").detail
+    assert not config.path("cuda").available
+
+
+def test_config_reports_a_bad_thread_count(monkeypatch):
+    monkeypatch.setenv("CUPYNORM_NUM_THREADS", "many")
+    assert "CUPYNORM_NUM_THREADS='many'" in cn.show_config().path("cpu-numpy").detail
+
+
+def test_driver_version_is_read_from_the_kernel(monkeypatch, tmp_path):
+    file = tmp_path / "version"
+    file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Tue\n")
+    monkeypatch.setattr(_probe, "_DRIVER_FILE", file)
+    assert _probe._driver_version() == "570.86.15"
+    monkeypatch.setattr(_probe, "_DRIVER_FILE", tmp_path / "absent")
+    assert _probe._driver_version() is None
