@@ -23,7 +23,7 @@ def run(x, axes=(1,), weight=None, bias=None, eps=1e-5):
     return layer_norm_fwd(array_api_compat.array_namespace(x), x, axes, weight, bias, eps)
 
 
-# --- values -----------------------------------------------------------------------------------
+# --- values -------------------------------------------------------------------------------------
 
 
 def test_values_and_statistics(lib, dtype, assert_close):
@@ -90,7 +90,7 @@ def test_empty_batch(lib):
     assert [tuple(a.shape) for a in (y, mean, rstd)] == [(0, 4), (0, 1), (0, 1)]
 
 
-# --- exactness --------------------------------------------------------------------------------
+# --- exactness ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [64, 768, 5000])
@@ -143,7 +143,7 @@ def test_bits_of_a_row_do_not_depend_on_its_batch_or_strides(lib, n):
     np.testing.assert_array_equal(lib.to_numpy(run(turned, (0,))[0]).T, y)
 
 
-# --- what it asks of a namespace --------------------------------------------------------------
+# --- what it asks of a namespace ----------------------------------------------------------------
 
 
 @pytest.fixture
