@@ -78,5 +78,5 @@ bench:
 	$(PYTHON) -m bench.cpu "$(OUT)"
 
 clean:
-	rm -rf $(VENV) .venvs out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .simt_cache
+	rm -rf $(VENV) .venvs out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .simt_cache .nvrtc_cache
 	find cupynorm tests bench -name __pycache__ -type d -exec rm -rf {} +

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cupynorm import _backends, _probe, _selfcheck
+from cupynorm import _backends, _picture, _probe, _selfcheck
 from cupynorm._config import show_config
 
 __all__ = ["main"]
@@ -29,21 +29,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     config = show_config()
     data, remark = _selfcheck.datasets()
-    picture = None
-    if options.picture is not None:
-        try:
-            from cupynorm import _picture
-
-            picture = _picture.draw(data[0], options.picture)
-        except ImportError as error:
-            print(
-                f"cannot draw ({_probe.short(error)}): pip install 'cupynorm[demo]'",
-                file=sys.stderr,
-            )
-            return 2
     there, absent = _backends.find(config)
     checks = [check for backend in there for check in _selfcheck.check_backend(backend, data)]
     wrong = [check for check in checks if not check.ok]
+    status = 1 if wrong else 0
+    picture = None
+    if options.picture is not None:
+        try:
+            picture = _picture.draw(data[0], options.picture)
+        except ImportError as error:
+            _complain(f"cannot draw ({_probe.short(error)}): pip install 'cupynorm[demo]'")
+        except Exception as error:  # a path that the checks found wrong, or a folder not writable
+            _complain(f"cannot draw to {options.picture} ({_probe.short(error)})")
+        status = status or (2 if picture is None else 0)
     if options.json:
         report = {
             "ok": not wrong,
@@ -58,7 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(config, _report(checks, absent, remark), sep="\n\n")
         if picture is not None:
             print(f"\npicture: {picture}")
-    return 1 if wrong else 0
+    return status
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

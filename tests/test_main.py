@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def small(monkeypatch):
     """One small table and the NumPy path alone, to keep in-process checks short."""
-    table = _selfcheck.Data("small", np.random.default_rng(0).normal(3.0, 2.0, size=(5, 12)))
+    table = _selfcheck.Data("small", np.random.default_rng(0).normal(3.0, 2.0, size=(8, 16)))
     backend = _backends.Backend("cpu-numpy", "numpy", ("float32", "float64"))
     monkeypatch.setattr(_selfcheck, "datasets", lambda: ([table], ""))
     monkeypatch.setattr(_backends, "find", lambda config: ([backend], []))
@@ -78,7 +78,7 @@ def test_text_report(small, capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
     assert "2 of 2 checks right" in out
-    assert "cpu-numpy  numpy   small  5x12   float32" in out
+    assert "cpu-numpy  numpy   small  8x16   float32" in out
     assert "versions" in out
     out.encode("ascii", "strict")  # consoles that are not UTF-8 exist
 
@@ -97,7 +97,7 @@ def test_picture_path_is_printed(small, tmp_path, capsys, monkeypatch):
     [
         (lambda r: r._replace(y=r.y * (1 + 1e-4)), "y is off by"),
         (lambda r: r._replace(y=np.full_like(r.y, np.nan)), "y is off by nan"),
-        (lambda r: r._replace(y=r.y[:-1]), "y has shape (4, 12), not (5, 12)"),
+        (lambda r: r._replace(y=r.y[:-1]), "y has shape (7, 16), not (8, 16)"),
         (lambda r: r._replace(y=r.y.astype("longdouble")), "y has dtype"),
         (lambda r: r._replace(mean=r.mean + 1e-3), "mean is off by"),
         (lambda r: r._replace(rstd=r.rstd * 1.001), "rstd is off by"),
@@ -133,6 +133,14 @@ def test_no_matplotlib_exits_2_with_the_way_out(small, monkeypatch, capsys, tmp_
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["--picture", str(tmp_path / "p.png")]) == 2
     assert "pip install 'cupynorm[demo]'" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_exits_2(small, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main(["--picture", str(tmp_path / "file" / "p.png")]) == 2
+    captured = capsys.readouterr()
+    assert "cannot draw to" in captured.err
+    assert "2 of 2 checks right" in captured.out
 
 
 def test_no_sklearn_takes_a_seeded_table_and_says_so(monkeypatch):
