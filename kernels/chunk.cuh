@@ -4,9 +4,11 @@
 // whichever kernel computes them; runs of chunks are always merged in the same tree. That is why the
 // split-row kernel may be chosen by the number of rows without changing a bit of the result.
 
-constexpr int CHUNK_WARPS = 8;
-constexpr int CHUNK_THREADS = 32 * CHUNK_WARPS;
-constexpr int CHUNK_VECS = 4;  // per thread
+enum {
+    CHUNK_WARPS = 8,
+    CHUNK_THREADS = 32 * CHUNK_WARPS,
+    CHUNK_VECS = 4,  // per thread
+};
 
 template <class T>
 struct Chunk {
