@@ -22,12 +22,14 @@ inline int distance(const Cell& c, const Cell& me) {
   return c.who >> kClockBits >> 5 != me.who >> kClockBits >> 5;
 }
 
-[[noreturn]] inline void report_race(const Thread& t, const Region& r, uintptr_t a, bool write,
-                                     const Cell& other, bool other_wrote, uintptr_t pc) {
+[[noreturn]] __attribute__((noinline)) inline void report_race(const Thread& t, const Region& r,
+                                                               size_t granule, bool write,
+                                                               const Cell& other, bool other_wrote,
+                                                               uintptr_t pc) {
   u32 thread = other.who >> kClockBits;
   const char* verb = write ? "writes" : "reads";
   const char* other_verb = other_wrote ? "wrote" : "read";
-  unsigned long long at = a - r.base;
+  unsigned long long at = granule << r.granule_shift;
   if (other.uid != t.block->uid)
     fault(&t, pc, "race", "%s byte %llu of %s, which thread %u of another block %s at @{%x}", verb, at,
           r.name, thread, other_verb, other.pc);
@@ -44,27 +46,29 @@ inline void check_race(const Thread& t, Region& r, uintptr_t a, u32 width, bool 
                 library_offset(pc)};
   const u32 oldest = r.space == Space::shared ? t.block->uid : g.first_uid;
   size_t first = (a - r.base) >> r.granule_shift, last = (a + width - 1 - r.base) >> r.granule_shift;
-  for (Cell* c = r.cells + 3 * first; c <= r.cells + 3 * last; c += 3) {
+  for (size_t granule = first; granule <= last; ++granule) {
+    Cell* c = r.cells + 3 * granule;
     Cell &writer = c[0], &reader = c[1], &far_reader = c[2];
-    uintptr_t at = r.base + ((c - r.cells) / 3 << r.granule_shift);
-    if (!ordered_before(writer, t, oldest)) report_race(t, r, at, write, writer, true, pc);
+    if (!ordered_before(writer, t, oldest)) report_race(t, r, granule, write, writer, true, pc);
     if (write) {
-      if (!ordered_before(reader, t, oldest)) report_race(t, r, at, write, reader, false, pc);
-      if (!ordered_before(far_reader, t, oldest)) report_race(t, r, at, write, far_reader, false, pc);
+      if (!ordered_before(reader, t, oldest)) report_race(t, r, granule, write, reader, false, pc);
+      if (!ordered_before(far_reader, t, oldest))
+        report_race(t, r, granule, write, far_reader, false, pc);
       writer = me;
       reader = far_reader = Cell{0, 0, 0};
     } else {
       // Two readers are kept: the last one and, of the others, one as far from it as possible.
       // A reader ordered before this read is implied by it.
-      if (!ordered_before(reader, t, oldest) && (ordered_before(far_reader, t, oldest) ||
-                                         distance(far_reader, me) < distance(reader, me)))
+      if (!ordered_before(reader, t, oldest) &&
+          (ordered_before(far_reader, t, oldest) ||
+           distance(far_reader, me) < distance(reader, me)))
         far_reader = reader;
       reader = me;
     }
   }
 }
 
-[[noreturn]] inline void report_outside(const Thread& t, uintptr_t a, u32 width, bool write,
+[[noreturn]] __attribute__((noinline)) inline void report_outside(const Thread& t, uintptr_t a, u32 width, bool write,
                                         uintptr_t pc) {
   const char* verb = write ? "store" : "load";
   for (auto& other : g.pool)
@@ -100,6 +104,11 @@ inline Region* find_region(uintptr_t a, uintptr_t pc) {
 
 inline void check_defined(const Thread& t, const Region& r, uintptr_t a, u32 width, uintptr_t pc) {
   const u8* d = r.defined + (a - r.base);
+  u64 words[2], all = 0x0101010101010101ull;
+  if (width == 16) {
+    memcpy(words, d, 16);
+    if (words[0] == all && words[1] == all) return;
+  }
   for (u32 i = 0; i < width; ++i)
     if (!d[i])
       fault(&t, pc, "uninitialized", "%u-byte load from offset %llu of %s: nobody wrote byte %llu",
@@ -113,7 +122,8 @@ inline bool is_constant(uintptr_t a, u32 width) {
 }
 
 // `natural`: a power-of-two width, which a GPU would do at once and only if aligned to it.
-inline void access(uintptr_t a, u32 width, bool write, bool natural, uintptr_t pc) {
+inline __attribute__((always_inline)) void access(uintptr_t a, u32 width, bool write, bool natural,
+                                                  uintptr_t pc) {
   Thread* t = g.current;
   if (!t || a - t->stack_low < kStackBytes) return;
   Region* r = find_region(a, pc);
@@ -148,7 +158,7 @@ inline void access(uintptr_t a, u32 width, bool write, bool natural, uintptr_t p
   ++widths[width >= 32 ? 5 : 31 - __builtin_clz(width)];
   count_distinct(*r, a, width, write, t->block->uid);
   u64 site = pc ^ (t->depth ? t->hashes[std::min(t->depth, 63u) - 1] : 0);
-  t->log.push_back({a, site, r, width, write});
+  t->log.push_back({a, site, r, library_offset(pc), u16(width), write});
   t->warp->logged = true;
 }
 

@@ -18,14 +18,34 @@ CXX = os.environ.get("CXX", "g++")
 
 # -O1: variables stay in registers, as on a GPU, and line numbers stay readable.
 # -fno-gnu-unique: statics of templates must not be shared between kernel libraries.
-KERNEL_FLAGS = (
-    "-std=c++17 -O1 -g -fPIC -fsanitize=thread -ffp-contract=off -fno-math-errno -fno-exceptions "
-    "-fno-rtti -fno-gnu-unique -fno-strict-aliasing -w"
-).split()
-RUNTIME_FLAGS = (
-    "-std=c++17 -O2 -g1 -fPIC -shared -fvisibility=hidden -fno-exceptions -fno-rtti -Wall -Wextra "
-    "-static-libstdc++ -static-libgcc"
-).split()
+KERNEL_FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-fPIC",
+    "-fsanitize=thread",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fno-gnu-unique",
+    "-fno-strict-aliasing",
+    "-w",
+]
+RUNTIME_FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wall",
+    "-Wextra",
+    "-static-libstdc++",
+    "-static-libgcc",
+]
 
 
 class CompileError(RuntimeError):
@@ -91,7 +111,7 @@ def kernel_paths(source: str, entry: str) -> tuple[Path, Path]:
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         made_text, made_object = Path(scratch) / text.name, Path(scratch) / "kernel.o"
         made = Path(scratch) / "kernel.so"
-        made_text.write_text(f"{source}\n#line 1 \"simt_entry\"\nSIMT_ENTRY({entry})\n")
+        made_text.write_text(f'{source}\n#line 1 "simt_entry"\nSIMT_ENTRY({entry})\n')
         # The debug information names the text by its final place.
         mapped = f"-fdebug-prefix-map={scratch}={CACHE}"
         command = [CXX, *KERNEL_FLAGS, *_cpu_flags(), mapped, "-include", str(prelude)]
@@ -127,6 +147,4 @@ def source_lines(library: Path, offsets: list[int]) -> list[tuple[str, int]]:
             continue
         file, _, line = row.partition(" ")[0].rpartition(":")
         frames[-1].append((os.path.basename(file), int(line) if line.isdigit() else 0))
-    return [
-        next((f for f in group if f[0] != "prelude.hpp" and f[1]), ("", 0)) for group in frames
-    ]
+    return [next((f for f in group if f[0] != "prelude.hpp" and f[1]), ("", 0)) for group in frames]

@@ -80,6 +80,25 @@ inline bool waits_alike(const Thread& a, const Thread& b) {
   return a.op == b.op && a.size == b.size && a.mask == b.mask;
 }
 
+// Lanes of the warp wait in different operations: do those that `t` names wait in its own?
+inline bool meets_all(const Warp& w, const Thread& t) {
+  bool all = true;
+  for (u32 rest = t.mask; rest; rest &= rest - 1) {
+    const Thread& other = *w.lanes[__builtin_ctz(rest)];
+    if (other.state != State::in_warp) {
+      all = false;
+    } else if (!waits_alike(t, other)) {
+      all = false;
+      if (other.mask >> t.lane & 1)
+        fault(&t, t.wait_pc, "mask-mismatch",
+              "lane %u calls %s with mask 0x%08x, but lane %u waits in %s with mask 0x%08x at @{%x}",
+              t.lane, op_name(t.op), t.mask, other.lane, op_name(other.op), other.mask,
+              library_offset(other.wait_pc));
+    }
+  }
+  return all;
+}
+
 inline u64 collective(u32 op, u32 size, u32 mask, u64 value, int param, int width, uintptr_t pc) {
   Thread& t = *g.current;
   Warp& w = *t.warp;
@@ -91,29 +110,21 @@ inline u64 collective(u32 op, u32 size, u32 mask, u64 value, int param, int widt
   if (width < 1 || width > 32 || (width & (width - 1)))
     fault(&t, pc, "argument", "%s with width %d, which is not a power of two up to 32", op_name(op),
           width);
+  if (mask & ~w.present)
+    fault(&t, pc, "exited-lane", "%s names lane %u in its mask 0x%08x, but the block has no such thread",
+          op_name(op), u32(__builtin_ctz(mask & ~w.present)), mask);
+  if (mask & w.exited)
+    fault(&t, pc, "exited-lane", "%s names lane %u in its mask 0x%08x, but that lane has exited",
+          op_name(op), u32(__builtin_ctz(mask & w.exited)), mask);
   t.state = State::in_warp;
-  bool all_here = true;
-  for (u32 rest = mask; rest; rest &= rest - 1) {
-    u32 lane = u32(__builtin_ctz(rest));
-    if (!(w.present >> lane & 1))
-      fault(&t, pc, "exited-lane", "%s names lane %u in its mask 0x%08x, but the block has no such thread",
-            op_name(op), lane, mask);
-    const Thread& other = *w.lanes[lane];
-    if (other.state == State::exited)
-      fault(&t, pc, "exited-lane", "%s names lane %u in its mask 0x%08x, but that lane has exited",
-            op_name(op), lane, mask);
-    if (other.state != State::in_warp) {
-      all_here = false;
-    } else if (!waits_alike(t, other)) {
-      all_here = false;
-      if (other.mask >> t.lane & 1)
-        fault(&t, pc, "mask-mismatch",
-              "lane %u calls %s with mask 0x%08x, but lane %u waits in %s with mask 0x%08x at @{%x}",
-              t.lane, op_name(op), mask, lane, op_name(other.op), other.mask,
-              library_offset(other.wait_pc));
-    }
+  if (!w.waiting) w.first_waiting = &t, w.alike = true;
+  w.waiting |= 1u << t.lane;
+  w.alike = w.alike && waits_alike(t, *w.first_waiting);
+  if (w.alike ? (w.waiting & mask) == mask : meets_all(w, t)) {
+    w.waiting &= ~mask;
+    w.alike = false;  // whoever is left waits for something else
+    complete(w, t);
   }
-  if (all_here) complete(w, t);
   suspend(&t);
   return t.result;
 }

@@ -12,16 +12,13 @@ import numpy as np
 
 from .limits import DeviceLimits
 from .simulated_array import Array, MemoryPointer
-from .simulated_cuda import (
-    CUDARuntimeError,
-    RawKernel,
-    SimulatedDevice,
-    SimulatedStream,
-    Simulator,
-    current_stream,
-)
+from .simulated_device import SimulatedDevice, SimulatedStream, current_stream
+from .simulated_kernel import RawKernel
+from .simulator import CUDARuntimeError, Simulator
 
-_DTYPES = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 complex64 bool_"
+_DTYPES = (
+    "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 complex64 bool_"
+)
 
 
 def make_cupy(
@@ -111,7 +108,9 @@ def _creation(cupy: Any) -> dict[str, Any]:
         return cupy.ndarray(shape, dtype, order=order)
 
     def full(shape: Any, fill_value: Any, dtype: Any = None, order: str = "C") -> Array:
-        made = cupy.ndarray(shape, np.asarray(fill_value).dtype if dtype is None else dtype, order=order)
+        made = cupy.ndarray(
+            shape, np.asarray(fill_value).dtype if dtype is None else dtype, order=order
+        )
         made.fill(fill_value)
         return made
 
@@ -188,7 +187,9 @@ def _conversion(cupy: Any) -> dict[str, Any]:
         place, asarray, ascontiguousarray, asfortranarray, copyto, asnumpy, from_dlpack,
         broadcast_to, may_share_memory,
     )  # fmt: skip
-    return {f.__name__: f for f in functions} | {"array": lambda a, **kw: asarray(a, copy=True, **kw)}
+    return {f.__name__: f for f in functions} | {
+        "array": lambda a, **kw: asarray(a, copy=True, **kw)
+    }
 
 
 @contextlib.contextmanager

@@ -40,7 +40,9 @@ struct Thread {
 
 struct Warp {
   Thread* lanes[32];
-  u32 present, exited;
+  u32 present, exited, waiting;
+  const Thread* first_waiting;
+  bool alike;  // all waiting lanes wait in the same operation with the same mask
   bool logged;
   // clock[a][b]: accesses of lane b below this are ordered before what lane a does now.
   u32 clock[32][32];
@@ -75,6 +77,7 @@ struct Engine {
   Block block;
   std::vector<Thread*> queue;
   size_t queue_head = 0;
+  Sites sites;
   u64 random_state = 0;
   bool shuffled = true, count = true;
 
@@ -162,7 +165,7 @@ inline void flush_warp(Warp& w) {
   int lanes = 0;
   for (int l = 0; l < 32; ++l)
     if (w.present >> l & 1) logs[lanes++] = &w.lanes[l]->log;
-  flush_logs(logs, lanes);
+  flush_logs(logs, lanes, g.sites);
   w.logged = false;
 }
 

@@ -51,7 +51,9 @@ class DeviceLimits:
         """Why the device would refuse the launch; empty when it would not."""
         sm = f"sm_{self.compute_capability}"
         threads = block[0] * block[1] * block[2]
-        for axis, g, b, most_g, most_b in zip("xyz", grid, block, self.grid, self.block, strict=True):
+        for axis, g, b, most_g, most_b in zip(
+            "xyz", grid, block, self.grid, self.block, strict=True
+        ):
             if not 1 <= g <= most_g:
                 return f"grid {axis} is {g}; {sm} takes 1 to {most_g}"
             if not 1 <= b <= most_b:

@@ -162,6 +162,12 @@ EXPORT Region* simt_static_shared_new(u64 base, u64 nbytes) {
   snprintf(r->name, sizeof r->name, "static shared memory");
   return map_shadow(*r) ? r : nullptr;
 }
+// Of the last launch; `out` may be null to ask for their number.
+EXPORT u64 simt_sites(SiteCounters* out) {
+  if (out)
+    for (auto& [key, site] : g.sites) *out++ = site;
+  return g.sites.size();
+}
 EXPORT Region* simt_dynamic_region() { return g.dynamic_shared; }
 
 EXPORT int simt_launch(const LaunchRequest* q, Fault* out) {
@@ -191,6 +197,7 @@ EXPORT int simt_launch(const LaunchRequest* q, Fault* out) {
   memset(g.by_site, 0, sizeof g.by_site);
   for (Region* r : g.regions) memset(&r->counters, 0, sizeof r->counters);
   g.dynamic_shared->counters = Counters{};
+  g.sites.clear();
   g.faulted = false;
   {
     CrashGuard guard;

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .launch import Buffer
+from .buffer import Buffer
 
 REFUSAL = (
     "Implicit conversion to a NumPy array is not allowed. "
@@ -204,7 +204,12 @@ class Array:
         return self._view_of(self._host().view(dtype))
 
     def astype(
-        self, dtype: Any, order: str = "K", casting: Any = None, subok: Any = None, copy: bool = True
+        self,
+        dtype: Any,
+        order: str = "K",
+        casting: Any = None,
+        subok: Any = None,
+        copy: bool = True,
     ) -> Array:
         """Converted copy, or the array itself where nothing changes and `copy` is false."""
         host = self._host()

@@ -12,18 +12,27 @@ struct Access {
   uintptr_t address;
   u64 site;  // code address mixed with its call stack
   Region* region;
-  u32 width;
+  u32 pc;    // as an offset into the kernel's library
+  u16 width;
   bool write;
 };
 using Log = std::vector<Access>;
 
 struct WarpAccess {
   Region* region;
-  u32 width;
+  u32 pc, width;
   bool write;
   int lanes = 0;
   uintptr_t address[32];
 };
+
+// What one instruction did to one region. Read by kernel.py through ctypes: keep the order.
+struct SiteCounters {
+  Region* region;
+  u32 pc, write;
+  u64 warp_accesses, bytes, sectors, wavefronts, minimal_wavefronts;
+};
+using Sites = std::unordered_map<u64, SiteCounters>;
 
 // 32-byte sectors that one warp access touches; an aligned access never straddles two, a range may.
 inline u32 count_sectors(const WarpAccess& w) {
@@ -46,7 +55,7 @@ inline u32 count_sectors(const WarpAccess& w) {
 }
 
 // Shared memory: 32 banks of 4 bytes; 8-byte accesses go by half warps, 16-byte ones by quarters.
-inline void count_banks(const WarpAccess& w, const int* lane_of, Counters& c) {
+inline void count_banks(const WarpAccess& w, const int* lane_of, Counters& c, SiteCounters& s) {
   int lanes_per_phase = w.width <= 4 ? 32 : w.width == 8 ? 16 : 8;
   for (int phase = 0; phase < 32 / lanes_per_phase; ++phase) {
     uintptr_t words[32 * 4];
@@ -60,24 +69,31 @@ inline void count_banks(const WarpAccess& w, const int* lane_of, Counters& c) {
     n = u32(std::unique(words, words + n) - words);
     u64 per_bank[32] = {}, ways = 1;
     for (u32 i = 0; i < n; ++i) ways = std::max(ways, ++per_bank[words[i] & 31]);
-    c.wavefronts += ways;
-    c.minimal_wavefronts += (n + 31) / 32;
+    c.wavefronts += ways, s.wavefronts += ways;
+    c.minimal_wavefronts += (n + 31) / 32, s.minimal_wavefronts += (n + 31) / 32;
     c.max_ways = std::max(c.max_ways, ways);
   }
 }
 
-inline void count_warp_access(const WarpAccess& w, const int* lane_of) {
+inline void count_warp_access(const WarpAccess& w, const int* lane_of, Sites& sites) {
   Counters& c = w.region->counters;
+  u64 key = (u64(w.pc) << 1 | w.write) * 0x9E3779B97F4A7C15ull ^ w.region->base;
+  SiteCounters& s = sites[key];
+  s.region = w.region, s.pc = w.pc, s.write = w.write;
+  ++s.warp_accesses;
+  s.bytes += u64(w.lanes) * w.width;
   ++(w.write ? c.warp_writes : c.warp_reads);
   if (w.region->space == Space::shared) {
-    count_banks(w, lane_of, c);
+    count_banks(w, lane_of, c, s);
   } else {
-    (w.write ? c.write_sectors : c.read_sectors) += count_sectors(w);
+    u32 sectors = count_sectors(w);
+    (w.write ? c.write_sectors : c.read_sectors) += sectors;
+    s.sectors += sectors;
   }
 }
 
 // All lanes that logged anything logged the same sites in the same order: join by position.
-inline bool join_in_step(Log* const* logs, int lanes) {
+inline bool join_in_step(Log* const* logs, int lanes, Sites& sites) {
   const Log* first = nullptr;
   for (int l = 0; l < lanes; ++l) {
     const Log& log = *logs[l];
@@ -92,20 +108,21 @@ inline bool join_in_step(Log* const* logs, int lanes) {
   }
   if (!first) return true;
   for (size_t i = 0; i < first->size(); ++i) {
-    WarpAccess w{(*first)[i].region, (*first)[i].width, (*first)[i].write, 0, {}};
+    const Access& head = (*first)[i];
+    WarpAccess w{head.region, head.pc, head.width, head.write, 0, {}};
     int lane_of[32];
     for (int l = 0; l < lanes; ++l) {
       if (logs[l]->empty()) continue;
       lane_of[w.lanes] = l;
       w.address[w.lanes++] = (*logs[l])[i].address;
     }
-    count_warp_access(w, lane_of);
+    count_warp_access(w, lane_of, sites);
   }
   return true;
 }
 
 // Lanes went different ways: join the n-th execution of each site.
-inline void join_by_turn(Log* const* logs, int lanes) {
+inline void join_by_turn(Log* const* logs, int lanes, Sites& sites) {
   struct Key {
     const Access* access;
     u32 turn;
@@ -129,20 +146,20 @@ inline void join_by_turn(Log* const* logs, int lanes) {
   });
   for (size_t i = 0; i < keys.size();) {
     const Access& head = *keys[i].access;
-    WarpAccess w{head.region, head.width, head.write, 0, {}};
+    WarpAccess w{head.region, head.pc, head.width, head.write, 0, {}};
     int lane_of[32];
     size_t j = i;
     for (; j < keys.size() && same(keys[i], keys[j]); ++j) {
       lane_of[w.lanes] = keys[j].lane;
       w.address[w.lanes++] = keys[j].access->address;
     }
-    count_warp_access(w, lane_of);
+    count_warp_access(w, lane_of, sites);
     i = j;
   }
 }
 
-inline void flush_logs(Log* const* logs, int lanes) {
-  if (!join_in_step(logs, lanes)) join_by_turn(logs, lanes);
+inline void flush_logs(Log* const* logs, int lanes, Sites& sites) {
+  if (!join_in_step(logs, lanes, sites)) join_by_turn(logs, lanes, sites);
   for (int l = 0; l < lanes; ++l) logs[l]->clear();
 }
 

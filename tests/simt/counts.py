@@ -1,0 +1,172 @@
+"""What a launch moved: bytes, accesses, sectors, bank conflicts; per buffer and per source line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .api import Counters, SiteCounters, api
+from .buffer import Buffer
+
+
+@dataclass(frozen=True)
+class BufferTraffic:
+    """What one launch did to one buffer; bytes and accesses are summed over lanes.
+
+    Sectors are the 32-byte pieces of memory that each warp access touches. The distinct counts
+    take each byte and sector once per block: what is left when L1 merges the accesses.
+    """
+
+    name: str
+    ptr: int
+    read_bytes: int
+    written_bytes: int
+    reads: int
+    writes: int
+    warp_reads: int
+    warp_writes: int
+    read_sectors: int
+    write_sectors: int
+    distinct_read_bytes: int
+    distinct_written_bytes: int
+    distinct_read_sectors: int
+    distinct_write_sectors: int
+    read_widths: dict[int, int]
+    write_widths: dict[int, int]
+
+    @property
+    def sector_use(self) -> float:
+        """Bytes that lanes loaded and stored, over the bytes of the sectors that took."""
+        return _ratio(
+            self.read_bytes + self.written_bytes, 32 * (self.read_sectors + self.write_sectors)
+        )
+
+    @property
+    def read_sector_use(self) -> float:
+        """Bytes that lanes asked for, over the bytes of the sectors that warp accesses touched."""
+        return _ratio(self.read_bytes, 32 * self.read_sectors)
+
+    @property
+    def write_sector_use(self) -> float:
+        """As read_sector_use, for stores."""
+        return _ratio(self.written_bytes, 32 * self.write_sectors)
+
+    @property
+    def merged_read_sector_use(self) -> float:
+        """Distinct bytes over the bytes of distinct sectors, per block."""
+        return _ratio(self.distinct_read_bytes, 32 * self.distinct_read_sectors)
+
+    @property
+    def merged_write_sector_use(self) -> float:
+        """As merged_read_sector_use, for stores."""
+        return _ratio(self.distinct_written_bytes, 32 * self.distinct_write_sectors)
+
+
+@dataclass(frozen=True)
+class SharedTraffic:
+    """What one launch did to shared memory, static and dynamic together."""
+
+    read_bytes: int = 0
+    written_bytes: int = 0
+    warp_reads: int = 0
+    warp_writes: int = 0
+    wavefronts: int = 0
+    minimal_wavefronts: int = 0
+    max_ways: int = 0
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+@dataclass(frozen=True)
+class SiteTraffic:
+    """What one instruction did to one buffer."""
+
+    line: int
+    text: str
+    memory: str
+    write: bool
+    warp_accesses: int
+    bytes: int
+    sectors: int
+    wavefronts: int
+    minimal_wavefronts: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one launch moved: `traffic["x"]` or `traffic[buffer]`, and `traffic.shared`."""
+
+    buffers: tuple[BufferTraffic, ...]
+    shared: SharedTraffic
+    _sites: list[tuple[int, str, SiteCounters]] = field(default_factory=list, repr=False)
+    _describe: Callable[[Sequence[int]], list[tuple[str, int]]] | None = field(
+        default=None, repr=False
+    )
+
+    def __getitem__(self, key: Any) -> BufferTraffic:
+        """Of the buffer with a name, of a Buffer, or of an array of the CuPy stand-in."""
+        if isinstance(key, str):
+            found = [b for b in self.buffers if b.name == key]
+        else:
+            memory = key if isinstance(key, Buffer) else key.data.mem
+            found = [b for b in self.buffers if b.ptr == memory.ptr]
+        if len(found) != 1:
+            msg = f"{len(found)} buffers match {key!r}; there are {[b.name for b in self.buffers]}"
+            raise KeyError(msg)
+        return found[0]
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read from buffers, summed over lanes."""
+        return sum(b.read_bytes for b in self.buffers)
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes written to buffers, summed over lanes."""
+        return sum(b.written_bytes for b in self.buffers)
+
+    def sites(self) -> list[SiteTraffic]:
+        """Per instruction of the kernel text, in the order of the lines: where waste comes from."""
+        if not self._sites or self._describe is None:
+            return []
+        lines = self._describe([pc for pc, _, _ in self._sites])
+        sites = [
+            SiteTraffic(
+                line, text, memory, bool(c.write), c.warp_accesses, c.bytes, c.sectors,
+                c.wavefronts, c.minimal_wavefronts,
+            )
+            for (text, line), (_, memory, c) in zip(lines, self._sites, strict=True)
+        ]  # fmt: skip
+        return sorted(sites, key=lambda s: (s.line, s.memory, s.write))
+
+
+def collect(
+    static_region: int | None,
+    buffers: Sequence[Buffer],
+    dynamic: bool,
+    describe: Callable[[Sequence[int]], list[tuple[str, int]]],
+) -> Traffic:
+    """Counters of the launch that has just ended."""
+    names = {b.region: b.name for b in buffers}
+    records = []
+    for b in buffers:
+        c = Counters.from_address(b.region)
+        own = [f.name for f in fields(BufferTraffic) if f.name not in ("name", "ptr")]
+        values = {name: getattr(c, name) for name in own}
+        for key in ("read_widths", "write_widths"):
+            values[key] = {1 << i: n for i, n in enumerate(values[key]) if n}
+        records.append(BufferTraffic(name=b.name, ptr=b.ptr, **values))
+    regions = [api().simt_dynamic_region()] if dynamic else []
+    regions += [static_region] if static_region else []
+    shared = [Counters.from_address(r) for r in regions]
+    merged = {
+        f.name: (max if f.name == "max_ways" else sum)([getattr(c, f.name) for c in shared] or [0])
+        for f in fields(SharedTraffic)
+    }
+    found = (SiteCounters * api().simt_sites(None))()
+    api().simt_sites(found)
+    sites = [(c.pc, names.get(c.region, "shared memory"), c) for c in found]
+    return Traffic(tuple(records), SharedTraffic(**merged), sites, describe)

@@ -1,0 +1,33 @@
+"""The exception that a bad kernel or launch ends in."""
+
+from __future__ import annotations
+
+KINDS = frozenset({
+    "argument",  # not what the entry's parameters are, or a shuffle's width
+    "barrier-divergence",  # __syncthreads that not all threads of the block reach
+    "compile",
+    "deadlock",
+    "exited-lane",  # named in a mask, but no longer there
+    "limits",  # beyond the device
+    "mask-mismatch",  # lanes that name each other call different things
+    "misaligned",
+    "not-in-mask",  # a lane outside the mask calls or is read
+    "out-of-bounds",
+    "race",
+    "read-only",
+    "stack-overflow",
+    "uninitialized",
+    "wrong-device",
+})  # fmt: skip
+
+
+class SimtFault(RuntimeError):
+    """What a GPU would punish, or should: `kind` is one of KINDS, the message says where.
+
+    `line` is the line of the kernel text, 0 where there is none.
+    """
+
+    def __init__(self, kind: str, message: str, line: int = 0) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind = kind
+        self.line = line

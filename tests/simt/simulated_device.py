@@ -1,0 +1,115 @@
+"""Devices and streams of the CuPy stand-in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .limits import KIB
+from .simulator import CUDARuntimeError, Simulator
+
+
+class SimulatedDevice:
+    """`cupy.cuda.Device`."""
+
+    _sim: Simulator
+
+    def __init__(self, device: Any = None) -> None:
+        self.id = self._sim.current_device if device is None else int(device)
+        if not 0 <= self.id < self._sim.device_count:
+            msg = f"cudaErrorInvalidDevice: invalid device ordinal {self.id}"
+            raise CUDARuntimeError(msg)
+        self._outer: list[int] = []
+
+    @property
+    def compute_capability(self) -> str:
+        """ "90" for 9.0."""
+        return self._sim.limits.compute_capability
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """Names as CUDA's, without the prefix cudaDevAttr."""
+        limits = self._sim.limits
+        return {
+            "ComputeCapabilityMajor": int(limits.compute_capability[:-1]),
+            "ComputeCapabilityMinor": int(limits.compute_capability[-1]),
+            "L2CacheSize": self._sim.l2_bytes,
+            "MaxBlockDimX": limits.block[0],
+            "MaxGridDimX": limits.grid[0],
+            "MaxGridDimY": limits.grid[1],
+            "MaxRegistersPerBlock": limits.registers,
+            "MaxRegistersPerMultiprocessor": limits.registers,
+            "MaxSharedMemoryPerBlock": limits.shared,
+            "MaxSharedMemoryPerBlockOptin": limits.opt_in_shared,
+            "MaxSharedMemoryPerMultiprocessor": limits.shared_per_multiprocessor,
+            "MaxThreadsPerBlock": limits.threads,
+            "MaxThreadsPerMultiProcessor": limits.threads_per_multiprocessor,
+            "MultiProcessorCount": self._sim.sm_count,
+            "ReservedSharedMemoryPerBlock": KIB,
+            "WarpSize": 32,
+        }
+
+    def use(self) -> None:
+        """Make it current."""
+        self._sim.current_device = self.id
+
+    def synchronize(self) -> None:
+        """Launches have ended when they return."""
+
+    def __enter__(self) -> SimulatedDevice:
+        self._outer.append(self._sim.current_device)
+        self.use()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sim.current_device = self._outer.pop()
+
+    def __int__(self) -> int:
+        return self.id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SimulatedDevice) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return self.id
+
+    def __repr__(self) -> str:
+        return f"<CUDA Device {self.id}>"
+
+
+class SimulatedStream:
+    """`cupy.cuda.Stream`; its pointer is a number that only the log of launches sees."""
+
+    _sim: Simulator
+    null: SimulatedStream
+
+    def __init__(
+        self,
+        null: bool = False,
+        non_blocking: bool = False,
+        ptds: bool = False,
+        priority: Any = None,
+    ) -> None:
+        self.device_id = self._sim.current_device
+        self.ptr = 0 if null else 0x5000 + 0x10 * len(self._sim.streams)
+        if self.ptr:
+            self._sim.streams[self.ptr] = self.device_id
+
+    def use(self) -> SimulatedStream:
+        """Make it current."""
+        self._sim.stream_stack[:] = [self]
+        return self
+
+    def synchronize(self) -> None:
+        """Launches have ended when they return."""
+
+    def __enter__(self) -> SimulatedStream:
+        self._sim.stream_stack.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sim.stream_stack.pop()
+
+
+def current_stream(sim: Simulator) -> SimulatedStream:
+    """The innermost stream entered by this host thread, else the null stream."""
+    return sim.stream_stack[-1] if sim.stream_stack else sim.null_stream

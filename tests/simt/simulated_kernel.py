@@ -1,0 +1,132 @@
+"""RawKernel and Function of the CuPy stand-in, as strict as CuPy's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .fault import SimtFault
+from .launch import launch, load
+from .simulated_array import Array
+from .simulated_device import current_stream
+from .simulator import Launch, Simulator
+
+
+def _wrong_type(what: str, wanted: type, value: Any) -> TypeError:
+    got = type(value).__name__
+    return TypeError(
+        f"Argument '{what}' has incorrect type (expected {wanted.__name__}, got {got})"
+    )
+
+
+class Function:
+    """`cupy.cuda.function.Function`: an entry loaded on one device."""
+
+    __slots__ = ("_code", "_device", "_name", "_opt_in", "_sim")
+
+    def __init__(self, sim: Simulator, code: str, name: str) -> None:
+        load(code, name)
+        self._sim, self._code, self._name = sim, code, name
+        self._device = sim.current_device
+        self._opt_in = sim.limits.shared
+        sim.compilations.append((name, self._device))
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: Any,
+        shared_mem: int = 0,
+        stream: Any = None,
+        enable_cooperative_groups: bool = False,
+    ) -> None:
+        for what, value in (("grid", grid), ("block", block)):
+            if type(value) is not tuple:
+                raise _wrong_type(what, tuple, value)
+        sim = self._sim
+        pointer = current_stream(sim).ptr if stream is None else stream.ptr
+        if sim.current_device != self._device:
+            msg = f"{self._name} was loaded on device {self._device}, not on {sim.current_device}"
+            raise SimtFault("wrong-device", msg)
+        if sim.streams.get(pointer, self._device) != self._device:
+            msg = f"{self._name}: the stream belongs to device {sim.streams[pointer]}"
+            raise SimtFault("wrong-device", msg)
+        # CuPy: missing lengths are 1, and so are lengths below 1.
+        full_grid = tuple(max(1, int(n)) for n in (*grid, 1, 1)[:3])
+        full_block = tuple(max(1, int(n)) for n in (*block, 1, 1)[:3])
+        passed = tuple(a.data.ptr if isinstance(a, Array) else a for a in args)
+        traffic = launch(
+            self._code, self._name, full_grid, full_block, shared_mem,
+            passed,
+            buffers=sim.buffers(), seed=sim.seed, limits=sim.limits, opt_in_shared=self._opt_in,
+            registers_per_thread=sim.registers_per_thread, device=self._device, count=sim.count,
+        )  # fmt: skip
+        sim.launches.append(
+            Launch(
+                self._name,
+                full_grid,
+                full_block,
+                shared_mem,
+                pointer,
+                self._device,
+                passed,
+                traffic,
+            )
+        )
+
+
+class RawKernel:
+    """`cupy.RawKernel`: compiled on first use on each device."""
+
+    _sim: Simulator
+
+    def __init__(
+        self,
+        code: str,
+        name: str,
+        options: tuple[str, ...] = (),
+        backend: str = "nvrtc",
+        translate_cucomplex: bool = False,
+        *,
+        enable_cooperative_groups: bool = False,
+        jitify: Any = None,
+    ) -> None:
+        for what, value, wanted in (
+            ("code", code, str), ("name", name, str), ("options", options, tuple),
+            ("backend", backend, str),
+        ):  # fmt: skip
+            if type(value) is not wanted:
+                raise _wrong_type(what, wanted, value)
+        self.code, self.name, self.options, self.backend = code, name, options, backend
+        self.enable_cooperative_groups = enable_cooperative_groups
+        self._loaded: dict[int, Function] = {}
+
+    @property
+    def kernel(self) -> Function:
+        """The entry on the current device."""
+        device = self._sim.current_device
+        if device not in self._loaded:
+            self._loaded[device] = Function(self._sim, self.code, self.name)
+        return self._loaded[device]
+
+    def compile(self, log_stream: Any = None) -> None:
+        """Compile for the current device, again if need be."""
+        self._loaded = {}
+        _ = self.kernel
+
+    def __call__(self, grid: Any, block: Any, args: Any, **kwargs: Any) -> None:
+        self.kernel(
+            grid, block, args, enable_cooperative_groups=self.enable_cooperative_groups, **kwargs
+        )
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        """Of the entry on the current device; 48 KiB until set."""
+        return self.kernel._opt_in
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, nbytes: int) -> None:
+        most = self._sim.limits.opt_in_shared
+        if not 0 <= nbytes <= most:
+            msg = f"{self.name}: {nbytes} bytes of dynamic shared memory; the device takes {most}"
+            raise SimtFault("limits", msg)
+        self.kernel._opt_in = int(nbytes)
