@@ -182,12 +182,20 @@ def _why_no_cuda() -> str | None:
     return None if status == 0 and count.value else f"no CUDA device (cuInit gives {status})"
 
 
+def _param(backend: Backend, *dtype: str) -> Any:
+    marks = [pytest.mark.gpu] if backend.on_gpu else []
+    return pytest.param(backend, *dtype, marks=marks, id="-".join((backend.value, *dtype)))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run on every backend that is here; with a `dtype` argument, on every dtype it has.
 
     A module's BACKENDS narrows the choice. The backends that are not here, and why, are reported
     once, by `test_backend_is_here`.
     """
+    if "cupy_lib" in metafunc.fixturenames:
+        cupys = [b for b in (Backend.CUPY_SIMULATED, Backend.CUPY) if not why_not(b)]
+        metafunc.parametrize("cupy_lib", [_param(b) for b in cupys], indirect=True)
     if "lib" not in metafunc.fixturenames:
         return
     both = "dtype" in metafunc.fixturenames
@@ -195,11 +203,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for backend in getattr(metafunc.module, "BACKENDS", Backend):
         if why_not(backend):
             continue
-        marks = [pytest.mark.gpu] if backend.on_gpu else []
-        for dtype in backend.dtypes if both else ("",):
-            values = (backend, dtype) if both else (backend,)
-            name = f"{backend.value}-{dtype}" if both else backend.value
-            cases.append(pytest.param(*values, marks=marks, id=name))
+        cases += [_param(backend, d) for d in backend.dtypes] if both else [_param(backend)]
     metafunc.parametrize("lib,dtype" if both else "lib", cases, indirect=["lib"])
 
 
@@ -229,10 +233,12 @@ def _simulated() -> Iterator[None]:
 @pytest.fixture
 def lib(request: pytest.FixtureRequest) -> Iterator[Library]:
     """The library of this case, as the tests see it."""
-    with contextlib.ExitStack() as stack:
-        if request.param is Backend.CUPY_SIMULATED:
-            stack.enter_context(_simulated())
+    context = _simulated() if request.param is Backend.CUPY_SIMULATED else contextlib.nullcontext()
+    with context:
         yield _MAKERS[request.param]()
+
+
+cupy_lib = lib  # the same for tests that need CuPy, simulated or real
 
 
 @pytest.fixture
