@@ -65,6 +65,7 @@ class LaunchRequest(ctypes.Structure):
         ("shared_bytes", ctypes.c_uint32),
         ("shuffled", ctypes.c_int),
         ("count", ctypes.c_int),
+        ("flush", ctypes.c_int),
         ("seed", ctypes.c_uint64),
         ("regions", ctypes.c_void_p),
         ("region_count", ctypes.c_uint64),

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(SIMT_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -16,7 +16,7 @@ constexpr size_t kPage = 4096;
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kStackGuard = 16 * kPage;  // wider than any one frame should be
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SIMT_UCONTEXT)
 
 // swapcontext() makes two system calls for the signal mask; this keeps to the callee-saved registers.
 extern "C" void simt_switch(void** save_sp, void* next_sp);

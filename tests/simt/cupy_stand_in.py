@@ -34,7 +34,7 @@ def make_cupy(
     """A fresh stand-in; `module.simulator` holds its launches, compilations and memory."""
     sim = Simulator(
         DeviceLimits.of(compute_capability), sm_count, devices, l2_bytes, seed, count,
-        registers_per_thread,
+        registers_per_thread=registers_per_thread,
     )  # fmt: skip
     bound = {"_sim": sim, "__module__": "cupy"}
     cupy: Any = ModuleType("cupy")
@@ -193,17 +193,31 @@ def _conversion(cupy: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def simulated_cupy(**options: Any) -> Iterator[Any]:
-    """`import cupy` gives a fresh stand-in inside, and what it gave before afterwards."""
+def simulated_cupy(*, reload: tuple[str, ...] = (), **options: Any) -> Iterator[Any]:
+    """`import cupy` gives a fresh stand-in inside, and what it gave before afterwards.
+
+    Modules named in `reload` are imported anew inside and forgotten afterwards: those that keep
+    a reference to the cupy they found, as "cupynorm._cuda" does.
+    """
     made = make_cupy(**options)
     modules = {"cupy": made, "cupy.cuda": made.cuda, "cupy.cuda.runtime": made.cuda.runtime}
-    before = {n: m for n, m in sys.modules.items() if n == "cupy" or n.startswith("cupy.")}
-    for name in before:
-        del sys.modules[name]
+    before = _forget(reload)
     sys.modules.update(modules)
     try:
         yield made
     finally:
-        for name in [n for n in sys.modules if n == "cupy" or n.startswith("cupy.")]:
-            del sys.modules[name]
-        sys.modules.update(before)
+        _forget(reload)
+        for name, module in before.items():
+            sys.modules[name] = module
+            package, _, last = name.rpartition(".")
+            if name in reload and package in sys.modules:
+                setattr(sys.modules[package], last, module)
+
+
+def _forget(reload: tuple[str, ...]) -> dict[str, Any]:
+    """Take cupy and the modules of `reload` out of sys.modules, and out of their packages."""
+    names = [n for n in sys.modules if n == "cupy" or n.startswith("cupy.")]
+    for name in reload:
+        package, _, last = name.rpartition(".")
+        vars(sys.modules.get(package, ModuleType(""))).pop(last, None)
+    return {n: sys.modules.pop(n) for n in (*names, *reload) if n in sys.modules}

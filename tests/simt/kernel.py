@@ -41,6 +41,11 @@ class Kernel:
         if self.static_bytes:
             self.static_region = api().simt_static_shared_new(low, self.static_bytes)
         self.mapped_range = _mapped_range(self.path)
+        # Literal bounds only: the text may hold an expression, which only its compiler can tell.
+        bounds = re.findall(
+            rf"__global__[^;{{}}]*?__launch_bounds__\(\s*(\d+)[^;{{}}]*?\b{entry}\s*\(", source
+        )
+        self.launch_bounds = int(bounds[-1]) if bounds else None
 
     def pack(self, args: Sequence[Any]) -> list[ctypes.Array[ctypes.c_char]]:
         """Bytes of each argument, checked against the entry's own parameter types."""

@@ -52,6 +52,7 @@ def launch(
     registers_per_thread: int | None = None,
     device: int = 0,
     count: bool = True,
+    flush: bool = True,
 ) -> Traffic:
     """Run `entry` of `source`; raise SimtFault for what a GPU would punish.
 
@@ -75,6 +76,9 @@ def launch(
         Buffers of another device are out of reach.
     count : bool
         Whether to count traffic; the checks are made in any case.
+    flush : bool
+        Subnormals are zero, as CuPy's -ftz=true has it for float32. Here float64 flushes too, which
+        it does not on a GPU: switch it off to see float64 subnormals.
     """
     limits = limits or DeviceLimits.of("90")
     grid, block = _triple(grid), _triple(block)
@@ -84,6 +88,9 @@ def launch(
         refusal = limits.refuse(
             grid, block, shared_bytes, loaded.static_bytes, opt_in, registers_per_thread
         )
+        bounds, threads = loaded.launch_bounds, block[0] * block[1] * block[2]
+        if not refusal and bounds and threads > bounds:
+            refusal = f"block {block} has {threads} threads; its __launch_bounds__ allow {bounds}"
         if refusal:
             raise SimtFault("limits", f"{entry}: {refusal}")
         packed = loaded.pack(args)
@@ -93,7 +100,7 @@ def launch(
         pointers = (ctypes.c_void_p * max(1, len(packed)))(*(ctypes.addressof(p) for p in packed))
         request = LaunchRequest(
             loaded.address, ctypes.addressof(pointers), grid, block, shared_bytes,
-            seed is not None, count, (seed or 0) & (2**64 - 1), ctypes.addressof(regions),
+            seed is not None, count, flush, (seed or 0) & (2**64 - 1), ctypes.addressof(regions),
             len(buffers), loaded.static_region, *loaded.mapped_range,
         )  # fmt: skip
         fault = Fault()

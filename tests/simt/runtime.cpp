@@ -96,8 +96,10 @@ static bool run_block(u64 linear) {
 struct FlushSubnormals {
 #if defined(__x86_64__)
   unsigned before = _mm_getcsr();
-  FlushSubnormals() { _mm_setcsr(before | 0x8040); }
+  explicit FlushSubnormals(bool on) { _mm_setcsr(on ? before | 0x8040 : before & ~0x8040u); }
   ~FlushSubnormals() { _mm_setcsr(before); }
+#else
+  explicit FlushSubnormals(bool) {}
 #endif
 };
 
@@ -131,7 +133,7 @@ struct LaunchRequest {
   void** args;
   u32 grid[3], block[3];
   u32 shared_bytes;
-  int shuffled, count;
+  int shuffled, count, flush;
   u64 seed;
   Region** regions;
   u64 region_count;
@@ -201,7 +203,7 @@ EXPORT int simt_launch(const LaunchRequest* q, Fault* out) {
   g.faulted = false;
   {
     CrashGuard guard;
-    FlushSubnormals flush;
+    FlushSubnormals flush(q->flush);
     run_grid();
   }
   g.current = nullptr;

@@ -59,6 +59,7 @@ class Function:
             passed,
             buffers=sim.buffers(), seed=sim.seed, limits=sim.limits, opt_in_shared=self._opt_in,
             registers_per_thread=sim.registers_per_thread, device=self._device, count=sim.count,
+            flush=sim.flush,
         )  # fmt: skip
         sim.launches.append(
             Launch(

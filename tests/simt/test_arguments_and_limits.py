@@ -85,3 +85,10 @@ extern "C" __global__ void k(float* y) {
 }
 """
     assert "49156 bytes of static" in caught("limits", source, (1,), (unwritten(1),))
+
+
+def test_launch_bounds():
+    source = COPY.replace("void k", "void __launch_bounds__(32, 4)\nk")
+    message = caught("limits", source, (64,), (floats(64), unwritten(64)))
+    assert "64 threads; its __launch_bounds__ allow 32" in message
+    run(source, (32,), (floats(64), unwritten(64)))

@@ -85,6 +85,14 @@ def test_float32_subnormals_flush():
     assert np.float32(1e-30) * np.float32(1e-10) != 0  # the process keeps its own mode
 
 
+def test_float64_subnormals_on_demand():
+    source = 'extern "C" __global__ void k(const double* x, double* y) { y[0] = x[0] * 1e-10; }'
+    x, y = Buffer.from_array(np.full(1, 1e-300)), Buffer.empty(8, name="y", granule=8)
+    for flush, wanted in ((True, 0.0), (False, 1e-300 * 1e-10)):
+        run(source, (1,), (x, y), flush=flush)
+        assert y.to_numpy(np.float64)[0] == wanted
+
+
 def test_launches_from_several_threads():
     wrong = []
 
