@@ -11,8 +11,9 @@ import numpy as np
 
 from cupynorm import _probe
 from cupynorm._config import Config
+from cupynorm._problem import numpy_dtype
 
-__all__ = ["Backend", "Unavailable", "epsilon", "find", "numpy_dtype", "torch_call"]
+__all__ = ["Backend", "Unavailable", "epsilon", "find", "torch_call"]
 
 Array = np.ndarray[Any, Any]
 
@@ -146,11 +147,6 @@ def _bfloat16_is_there() -> bool:
     except Exception:
         return False
     return True
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """NumPy's dtype of that name; bfloat16 is ml_dtypes'."""
-    return np.dtype(import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
 
 
 def epsilon(name: str) -> float:

@@ -22,6 +22,7 @@ __all__ = [
     "check_x_dtype",
     "dtype_name",
     "fold",
+    "numpy_dtype",
     "resolve_axes",
     "rows_and_cols",
     "stats_dtype",
@@ -82,6 +83,15 @@ def dtype_name(dtype: Any) -> str:
 @functools.cache
 def _numpy_name(dtype: np.dtype[Any]) -> str:
     return dtype.name  # builds the string anew each time, which costs microseconds
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of that name; bfloat16 is ml_dtypes'."""
+    if name == "bfloat16":
+        from ml_dtypes import bfloat16
+
+        return np.dtype(bfloat16)
+    return np.dtype(name)
 
 
 def check_x_dtype(name: str, cast: str = "x.astype('float32')") -> None:

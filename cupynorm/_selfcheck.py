@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm import _backends, _probe
+from cupynorm import _backends, _probe, _problem
 from cupynorm.functional import layer_norm
 
 __all__ = ["Check", "Data", "check_backend", "datasets", "exact"]
@@ -121,7 +121,7 @@ def _check(backend: _backends.Backend, table: Data, dtype: str) -> Check:
     rng = np.random.default_rng(1)
     n = table.x.shape[1]
     host = [
-        a.astype(_backends.numpy_dtype(dtype))
+        a.astype(_problem.numpy_dtype(dtype))
         for a in (table.x, 1.0 + 0.1 * rng.standard_normal(n), 0.1 * rng.standard_normal(n))
     ]
     x, weight, bias = (backend.put(a) for a in host)
