@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -84,6 +85,16 @@ def _run(command: list[str]) -> None:
         raise CompileError(msg)
 
 
+def _publish(made: Path, path: Path) -> None:
+    """Give a finished file its final name, unless another process was first.
+
+    Never replaced: a process that has loaded the first file and then met a second one of the same
+    name would run two runtimes.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.link(made, path)
+
+
 @functools.cache
 def runtime_path() -> Path:
     """Path of the runtime, compiled without the sanitizer; once per content."""
@@ -92,11 +103,10 @@ def runtime_path() -> Path:
     path = CACHE / f"runtime-{_digest(*RUNTIME_FLAGS, *(f.read_text() for f in files))}.so"
     if not path.exists():
         CACHE.mkdir(exist_ok=True)
-        # A name of its own, then a rename: several test processes may build at once.
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             made = Path(scratch) / "runtime.so"
             _run([CXX, *RUNTIME_FLAGS, str(HERE / "runtime.cpp"), "-o", str(made)])
-            made.replace(path)
+            _publish(made, path)
     return path
 
 
@@ -118,8 +128,8 @@ def kernel_paths(source: str, entry: str) -> tuple[Path, Path]:
         _run([*command, "-c", str(made_text), "-o", str(made_object)])
         # Not linked with libtsan: the runtime answers the sanitizer's calls.
         _run([CXX, "-shared", "-Wl,-Bsymbolic", str(made_object), str(runtime), "-o", str(made)])
-        made_text.replace(text)
-        made.replace(library)
+        _publish(made_text, text)
+        _publish(made, library)
     return library, text
 
 
