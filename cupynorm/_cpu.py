@@ -1,0 +1,230 @@
+"""Layer norm of NumPy arrays: which loops run, and which rows on which thread."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from cupynorm import _cpu_blocks, _threads
+
+__all__ = ["describe", "layer_norm_fwd", "warmup", "without_numba"]
+
+Array = np.ndarray[Any, Any]
+
+# Elements below which one thread does all: handing work over takes 20 to 40 us, in which one
+# thread normalizes about as many (bench/results).
+_ALONE = 1 << 17
+# Elements per block of rows: enough to hide the 2 us of a block's call, few enough that a helper
+# that comes late, or not at all, leaves nobody waiting for long.
+_BLOCK = 1 << 16
+# Blocks per thread: more even out threads of unequal speed.
+_BLOCKS_PER_THREAD = 8
+
+_plain: ContextVar[bool] = ContextVar("cupynorm_plain_numpy", default=False)
+
+
+@functools.cache
+def _loops() -> tuple[ModuleType, str]:
+    """Find the module whose loops run, and what to say about it."""
+    if os.environ.get("CUPYNORM_NUMBA", "1").strip() == "0":
+        return _cpu_blocks, "plain NumPy blocks (CUPYNORM_NUMBA=0)"
+    try:
+        from cupynorm import _cpu_numba
+    except ImportError as error:
+        return _cpu_blocks, f"plain NumPy blocks (numba cannot be imported: {error})"
+    import numba
+
+    return _cpu_numba, f"numba {numba.__version__} loops"
+
+
+def _engine() -> ModuleType:
+    return _cpu_blocks if _plain.get() else _loops()[0]
+
+
+def describe() -> str:
+    """Say in words which loops NumPy arrays take."""
+    return "plain NumPy blocks" if _plain.get() else _loops()[1]
+
+
+@contextlib.contextmanager
+def without_numba() -> Iterator[None]:
+    """Within this context run as if numba were not installed."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def warmup(shape: tuple[int, ...], dtypes: Sequence[str], affine: bool) -> list[str]:
+    """Load, or compile and keep, the loops for arrays of these dtypes; names of what is ready."""
+    from cupynorm._problem import numpy_dtype
+
+    for name in dtypes:
+        x = np.zeros((1, *shape), numpy_dtype(name))
+        weight = np.ones(shape, x.dtype) if affine else None
+        axes = tuple(range(1, x.ndim))
+        if x.size:
+            layer_norm_fwd(x, axes, weight, weight, 1e-5, x, None, None)
+    return [f"{describe()}: {name}" for name in dtypes]
+
+
+@functools.lru_cache(maxsize=64)
+def _kind(dtype: np.dtype[Any]) -> tuple[str, bool, type]:
+    """Name of a dtype, whether loops can read it as it is, and the type they compute in."""
+    name = dtype.name
+    return name, dtype.isnative, np.float64 if name == "float64" else np.float32
+
+
+def _affine(value: Array | None, compute: type) -> Array | None:
+    """Weight or bias as a row in the type that the loops compute in."""
+    if value is None:
+        return None
+    flags = value.flags
+    if value.dtype == compute and flags.c_contiguous and flags.writeable and flags.aligned:
+        return value.reshape(-1)
+    if value.dtype.name == "bfloat16":  # without ml_dtypes' cast, one element at a time
+        value = (value.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(all="ignore"):  # a float64 weight may be Inf in float32
+        return value.astype(compute, order="C").reshape(-1)
+
+
+def _as_rows(x: Array, axes: tuple[int, ...], M: int, N: int) -> Array | None:
+    """View of x as M contiguous rows at one pitch, or None if its memory is laid out otherwise."""
+    if axes[0] != x.ndim - len(axes) and x.size != N:
+        return None
+    flags = x.flags
+    if not flags.aligned:
+        return None
+    if flags.c_contiguous:
+        return x.reshape(M, N)
+    try:
+        rows = np.reshape(x, (M, N), copy=False)
+    except ValueError:
+        return None
+    pitch, step = rows.strides
+    if N > 1 and step != x.itemsize:
+        return None
+    # An x whose rows are all the same one (pitch 0) can be read; nothing else may overlap.
+    whole = pitch % x.itemsize == 0 and (pitch >= N * x.itemsize or pitch == 0)
+    return rows if M == 1 or whole else None
+
+
+def layer_norm_fwd(
+    x: Array,
+    axes: tuple[int, ...],
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    y: Array,
+    mean: Array | None,
+    rstd: Array | None,
+) -> None:
+    """Normalize x over ``axes`` into y; any strides, dtype and byte order, y may be x.
+
+    ``axes`` ascend, ``weight`` and ``bias`` have the shape of these axes; ``mean`` and ``rstd``
+    are C-contiguous float32 (float64 for float64 x) with length 1 on them. Nothing is empty.
+    """
+    kind, native, compute = _kind(x.dtype)
+    N = 1
+    for axis in axes:
+        N *= x.shape[axis]
+    M = x.size // N
+    w, b = _affine(weight, compute), _affine(bias, compute)
+    mean = None if mean is None else mean.reshape(-1)
+    rstd = None if rstd is None else rstd.reshape(-1)
+    x_rows = _as_rows(x, axes, M, N) if native else None
+    y_rows = _as_rows(y, axes, M, N) if native else None
+    if x_rows is None or y_rows is None:
+        from cupynorm import _cpu_strided
+
+        _cpu_strided.layer_norm_fwd(_engine(), kind, x, axes, w, b, eps, y, mean, rstd)
+        return
+    if compute is np.float32 and kind != "float32":
+        x_rows, y_rows = x_rows.view(np.uint16), y_rows.view(np.uint16)
+    engine = _engine()
+    threads = 1 if x.size < _ALONE else _threads.num_threads()
+    if threads == 1:
+        engine.rows(kind, x_rows, y_rows, w, b, eps, mean, rstd)
+    elif 4 * threads <= M or engine.CHUNK * 16 > N:
+        _by_rows(engine, kind, x_rows, y_rows, w, b, eps, mean, rstd, threads)
+    else:
+        _by_chunks(engine, kind, x_rows, y_rows, w, b, eps, mean, rstd, threads)
+
+
+def _by_rows(
+    engine: ModuleType,
+    kind: str,
+    x: Array,
+    y: Array,
+    w: Array | None,
+    b: Array | None,
+    eps: float,
+    mean: Array | None,
+    rstd: Array | None,
+    threads: int,
+) -> None:
+    """Blocks of whole rows over the threads."""
+    M = x.shape[0]
+    count = max(1, min(M, x.size // _BLOCK, threads * _BLOCKS_PER_THREAD))
+
+    def block(index: int) -> None:
+        part = slice(M * index // count, M * (index + 1) // count)
+        to_mean = None if mean is None else mean[part]
+        to_rstd = None if rstd is None else rstd[part]
+        engine.rows(kind, x[part], y[part], w, b, eps, to_mean, to_rstd)
+
+    _threads.run(lambda: block, count, threads)
+
+
+def _by_chunks(
+    engine: ModuleType,
+    kind: str,
+    x: Array,
+    y: Array,
+    w: Array | None,
+    b: Array | None,
+    eps: float,
+    mean: Array | None,
+    rstd: Array | None,
+    threads: int,
+) -> None:
+    """Pieces of long rows over the threads: statistics of every piece, then results of every one.
+
+    The chunks and the order in which they merge go by N alone, so the bits are those of a row
+    that one thread did alone.
+    """
+    M, N = x.shape
+    size = engine.CHUNK
+    chunks = -(-N // size)
+    pieces = min(chunks, threads * _BLOCKS_PER_THREAD)
+    edges = [chunks * i // pieces for i in range(pieces + 1)]
+    parts = np.empty((M, chunks, 3))
+
+    def statistics(index: int) -> None:
+        piece, row = divmod(index, M)
+        lo, hi = edges[piece], edges[piece + 1]
+        engine.chunk_moments(kind, x[row, lo * size : hi * size], eps, parts[row, lo:hi])
+
+    _threads.run(lambda: statistics, M * pieces, threads)
+    merged = [engine.finish(parts[row], N, eps) for row in range(M)]
+    for row, (s, m, r) in enumerate(merged):
+        if mean is not None:
+            mean[row] = s + m
+        if rstd is not None:
+            with np.errstate(all="ignore"):
+                rstd[row] = r
+
+    def results(index: int) -> None:
+        # Backwards, as the end of x was read last; rows of a piece in turn share weight and bias.
+        piece, row = divmod(M * pieces - 1 - index, M)
+        part = slice(edges[piece] * size, min(edges[piece + 1] * size, N))
+        to_w, to_b = (None if a is None else a[part] for a in (w, b))
+        engine.normalize(kind, x[row, part], y[row, part], to_w, to_b, *merged[row])
+
+    _threads.run(lambda: results, M * pieces, threads)

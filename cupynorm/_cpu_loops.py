@@ -1,0 +1,166 @@
+"""The inner loops of layer norm on contiguous rows, for numba to compile."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+from cupynorm._cpu_lanes import (
+    add,
+    fold,
+    keep_last,
+    lanes,
+    like,
+    load,
+    mul,
+    splat,
+    store,
+    sub,
+)
+
+__all__ = ["CHUNK", "apply_row", "compiled", "merge", "moments", "row_sum"]
+
+# Elements of a row whose moments are taken together: 16 KiB of float32, read twice from L1.
+# Short rows are taken in groups of as many elements.
+CHUNK = 4096
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile for use inside other loops. Without fastmath: no sum is reordered, no fma fused."""
+    return numba.njit(nogil=True, error_model="numpy", **options)  # type: ignore[no-any-return]
+
+
+@compiled()
+def row_sum(x, n):  # type: ignore[no-untyped-def]
+    """Sum of the n elements at x, in an order that depends on n alone."""
+    step = lanes(x)
+    if n < step:
+        total = like(x, 0)
+        for i in range(n):
+            total += x[i]
+        return total
+    a = b = c = d = splat(x, like(x, 0))
+    i = 0
+    while i + 4 * step <= n:
+        a = add(a, load(x, i))
+        b = add(b, load(x, i + step))
+        c = add(c, load(x, i + 2 * step))
+        d = add(d, load(x, i + 3 * step))
+        i += 4 * step
+    while i + step <= n:
+        a = add(a, load(x, i))
+        i += step
+    if i < n:
+        b = add(b, keep_last(load(x, n - step), n - i))
+    return fold(add(add(a, b), add(c, d)))
+
+
+@compiled()
+def _sums(x, n, s):  # type: ignore[no-untyped-def]
+    """Sum x - s and its square."""
+    step = lanes(x)
+    if n < step:
+        first = second = like(x, 0)
+        for i in range(n):
+            t = x[i] - s
+            first += t
+            second += t * t
+        return first, second
+    shift = splat(x, s)
+    a = b = aa = bb = cc = dd = splat(x, like(x, 0))
+    i = 0
+    while i + 4 * step <= n:
+        t = sub(load(x, i), shift)
+        u = sub(load(x, i + step), shift)
+        a, aa = add(a, t), add(aa, mul(t, t))
+        b, bb = add(b, u), add(bb, mul(u, u))
+        t = sub(load(x, i + 2 * step), shift)
+        u = sub(load(x, i + 3 * step), shift)
+        a, cc = add(a, t), add(cc, mul(t, t))
+        b, dd = add(b, u), add(dd, mul(u, u))
+        i += 4 * step
+    while i + step <= n:
+        t = sub(load(x, i), shift)
+        a, aa = add(a, t), add(aa, mul(t, t))
+        i += step
+    if i < n:
+        t = keep_last(sub(load(x, n - step), shift), n - i)
+        b, bb = add(b, t), add(bb, mul(t, t))
+    return fold(add(a, b)), fold(add(add(aa, bb), add(cc, dd)))
+
+
+@compiled()
+def _wide_sums(x, n, s):  # type: ignore[no-untyped-def]
+    # float64, terms scaled by 1/n: a row near the maximum must not overflow its own sum
+    share = 1.0 / n
+    first = 0.0
+    second = 0.0
+    for i in range(n):
+        d = float(x[i]) - s
+        first += d * share
+        second += (d * share) * d
+    return first, second
+
+
+@compiled()
+def moments(x, n, total, low, high):  # type: ignore[no-untyped-def]
+    """Return s, mean(x - s) and the variance; taken again where float32 sums cannot hold them."""
+    s = like(x, total / n)
+    first, second = _sums(x, n, s)
+    v = float(second) / n
+    if low < v < high:
+        m = float(first) / n
+        return float(s), m, v - m * m
+    mean, _ = _wide_sums(x, n, 0.0)
+    s = like(x, mean)
+    m, v = _wide_sums(x, n, float(s))
+    return float(s), m, v - m * m
+
+
+@compiled()
+def _scaled(x, w, b, i, s, m, r, has_w, has_b):  # type: ignore[no-untyped-def]
+    """Compute the vector ((x - s) - m) * r * w + b at i; s, m and r are vectors."""
+    t = mul(sub(sub(load(x, i), s), m), r)
+    if has_w:
+        t = mul(t, load(w, i))
+    if has_b:
+        t = add(t, load(b, i))
+    return t
+
+
+@compiled()
+def apply_row(x, y, n, w, b, wide_s, wide_m, wide_r, has_w, has_b):  # type: ignore[no-untyped-def]
+    """Write ((x - s) - m) * r * w + b to y, n elements; y may be x."""
+    step = lanes(x)
+    s, m, r = like(x, wide_s), like(x, wide_m), like(x, wide_r)
+    if n < step:
+        for i in range(n):
+            t = ((x[i] - s) - m) * r
+            if has_w:
+                t *= w[i]
+            if has_b:
+                t += b[i]
+            y[i] = t
+        return
+    vs, vm, vr = splat(x, s), splat(x, m), splat(x, r)
+    # The last vector overlaps the one before it, so it is computed first, for the case y is x.
+    last = _scaled(x, w, b, n - step, vs, vm, vr, has_w, has_b)
+    for i in range(0, n - step + 1, step):
+        store(y, i, _scaled(x, w, b, i, vs, vm, vr, has_w, has_b))
+    store(y, n - step, last)
+
+
+@compiled()
+def merge(parts, N):  # type: ignore[no-untyped-def]
+    """Merge s, mean - s and variance of the chunks in their order; the tree goes by N alone."""
+    s = parts[0, 0]
+    m = 0.0
+    for c in range(parts.shape[0]):
+        share = min(CHUNK, N - c * CHUNK) / N
+        m += share * ((parts[c, 0] - s) + parts[c, 1])
+    v = 0.0
+    for c in range(parts.shape[0]):
+        share = min(CHUNK, N - c * CHUNK) / N
+        away = ((parts[c, 0] - s) + parts[c, 1]) - m
+        v += share * (parts[c, 2] + away * away)
+    return s, m, v
