@@ -139,8 +139,8 @@ def runtime() -> ctypes.CDLL:
     return ctypes.CDLL(str(runtime_path()))
 
 
-def source_lines(library: Path, offsets: list[int]) -> list[tuple[str, int]]:
-    """(file name, line) of code offsets in `library`; the innermost frame outside the prelude."""
+def source_lines(library: Path, offsets: list[int], text: Path) -> list[list[int]]:
+    """Lines of `text` for code offsets in `library`: for each, the innermost call first."""
     if not offsets:
         return []
     # The offsets are return addresses: the call is the instruction before.
@@ -149,12 +149,12 @@ def source_lines(library: Path, offsets: list[int]) -> list[tuple[str, int]]:
     try:
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return [("", 0)] * len(offsets)
-    frames: list[list[tuple[str, int]]] = []
+        return [[] for _ in offsets]
+    frames: list[list[int]] = []
     for row in out.splitlines():
-        if row.startswith("0x") and ":" not in row:
-            frames.append([])
-            continue
         file, _, line = row.partition(" ")[0].rpartition(":")
-        frames[-1].append((os.path.basename(file), int(line) if line.isdigit() else 0))
-    return [next((f for f in group if f[0] != "prelude.hpp" and f[1]), ("", 0)) for group in frames]
+        if not file:  # an address starts the next group
+            frames.append([])
+        elif os.path.basename(file) == text.name and line.isdigit():
+            frames[-1].append(int(line))
+    return frames

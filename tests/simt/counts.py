@@ -9,6 +9,8 @@ from typing import Any
 from .api import Counters, SiteCounters, api
 from .buffer import Buffer
 
+Describe = Callable[[Sequence[int]], list[list[tuple[str, int]]]]
+
 
 @dataclass(frozen=True)
 class BufferTraffic:
@@ -82,10 +84,11 @@ def _ratio(part: int, whole: int) -> float:
 
 @dataclass(frozen=True)
 class SiteTraffic:
-    """What one instruction did to one buffer."""
+    """What one instruction did to one buffer; `callers` are the lines it was inlined at."""
 
     line: int
     text: str
+    callers: tuple[int, ...]
     memory: str
     write: bool
     warp_accesses: int
@@ -102,9 +105,7 @@ class Traffic:
     buffers: tuple[BufferTraffic, ...]
     shared: SharedTraffic
     _sites: list[tuple[int, str, SiteCounters]] = field(default_factory=list, repr=False)
-    _describe: Callable[[Sequence[int]], list[tuple[str, int]]] | None = field(
-        default=None, repr=False
-    )
+    _describe: Describe | None = field(default=None, repr=False)
 
     def __getitem__(self, key: Any) -> BufferTraffic:
         """Of the buffer with a name, of a Buffer, or of an array of the CuPy stand-in."""
@@ -132,22 +133,23 @@ class Traffic:
         """Per instruction of the kernel text, in the order of the lines: where waste comes from."""
         if not self._sites or self._describe is None:
             return []
-        lines = self._describe([pc for pc, _, _ in self._sites])
+        found = self._describe([pc for pc, _, _ in self._sites])
         sites = [
             SiteTraffic(
-                line, text, memory, bool(c.write), c.warp_accesses, c.bytes, c.sectors,
-                c.wavefronts, c.minimal_wavefronts,
+                calls[0][1], calls[0][0], tuple(line for _, line in calls[1:]), memory,
+                bool(c.write), c.warp_accesses, c.bytes, c.sectors, c.wavefronts,
+                c.minimal_wavefronts,
             )
-            for (text, line), (_, memory, c) in zip(lines, self._sites, strict=True)
+            for calls, (_, memory, c) in zip(found, self._sites, strict=True)
         ]  # fmt: skip
-        return sorted(sites, key=lambda s: (s.line, s.memory, s.write))
+        return sorted(sites, key=lambda s: (s.line, s.callers, s.memory, s.write))
 
 
 def collect(
     static_region: int | None,
     buffers: Sequence[Buffer],
     dynamic: bool,
-    describe: Callable[[Sequence[int]], list[tuple[str, int]]],
+    describe: Describe,
 ) -> Traffic:
     """Counters of the launch that has just ended."""
     names = {b.region: b.name for b in buffers}

@@ -64,13 +64,16 @@ class Kernel:
             packed.append(ctypes.create_string_buffer(raw, len(raw)))
         return packed
 
-    def describe(self, offsets: Sequence[int]) -> list[tuple[str, int]]:
-        """For each code offset, `line 12: the text of it`, and 12."""
+    def describe(self, offsets: Sequence[int]) -> list[list[tuple[str, int]]]:
+        """For each code offset, the calls that lead there as (`line 12: its text`, 12).
+
+        The innermost comes first, inlined calls included; at least one, with line 0 if unknown.
+        """
         out = []
-        for file, line in source_lines(self.path, list(offsets)):
-            known = file == self._text.name and 0 < line <= len(self._lines)
-            text = f"line {line}: {self._lines[line - 1].strip()}" if known else "an unknown line"
-            out.append((text, line if known else 0))
+        for lines in source_lines(self.path, list(offsets), self._text):
+            known = [n for n in lines if 0 < n <= len(self._lines)]
+            calls = [(f"line {n}: {self._lines[n - 1].strip()}", n) for n in known]
+            out.append(calls or [("an unknown line", 0)])
         return out
 
     def exception(self, fault: Fault) -> SimtFault:
@@ -78,11 +81,11 @@ class Kernel:
         message = fault.message.decode()
         tokens = sorted(set(re.findall(r"@\{([0-9a-f]+)\}", message)))
         frames = list(fault.pcs[: fault.depth])
-        texts = self.describe([*(int(t, 16) for t in tokens), *frames])
-        for token, (text, _) in zip(tokens, texts, strict=False):
-            message = message.replace(f"@{{{token}}}", text)
-        stack = [t for t in texts[len(tokens) :] if t[1]]
-        where = f"{self.entry}"
+        calls = self.describe([*(int(t, 16) for t in tokens), *frames])
+        for token, own in zip(tokens, calls, strict=False):
+            message = message.replace(f"@{{{token}}}", own[0][0])
+        stack = [call for group in calls[len(tokens) :] for call in group if call[1]]
+        where = self.entry
         if fault.has_thread:
             where = f"block {tuple(fault.block)}, thread {tuple(fault.thread)} of {self.entry}"
         message += f"\n  in {where}"

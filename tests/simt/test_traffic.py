@@ -100,14 +100,15 @@ extern "C" __global__ void k(const float* x, float* y) {
     assert "float b = x[threadIdx.x * 8];" in sites[1].text
 
 
-def test_fault_inside_a_helper_names_its_caller():
+@pytest.mark.parametrize("inlining", ["__noinline__", "__forceinline__"])
+def test_fault_inside_a_helper_names_its_caller(inlining):
     source = """
-__device__ __noinline__ float get(const float* x) { return x[threadIdx.x]; }
+__device__ INLINING float get(const float* x) { return x[threadIdx.x]; }
 extern "C" __global__ void k(const float* x, float* y) {
   float v = get(x);
   y[threadIdx.x] = v + get(x + 64);
 }
-"""
+""".replace("INLINING", inlining)
     message = caught("out-of-bounds", source, (32,), (floats(64), unwritten(32)), "return x[")
     assert "called from line 5: y[threadIdx.x] = v + get(x + 64);" in message
 
