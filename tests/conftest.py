@@ -56,6 +56,34 @@ class Backend(Enum):
         """Whether each new combination of dtypes costs a second: test few."""
         return self is Backend.CUPY_SIMULATED
 
+    # What a test may ask for with @pytest.mark.needs("strided").
+
+    @property
+    def strided(self) -> bool:
+        """Whether a user can choose the layout of an array."""
+        return self.value.startswith(("numpy", "cupy", "torch"))
+
+    @property
+    def unstrided(self) -> bool:
+        return not self.strided
+
+    @property
+    def writable(self) -> bool:
+        return self is not Backend.JAX
+
+    @property
+    def not_numpy(self) -> bool:
+        return self is not Backend.NUMPY
+
+    @property
+    def has_float16(self) -> bool:
+        return "float16" in self.dtypes
+
+    @property
+    def same_bits(self) -> bool:
+        """Whether a row's bits are ours to choose: XLA orders sums by the shape of the whole."""
+        return self is not Backend.JAX
+
 
 @dataclass(frozen=True)
 class Library:
@@ -65,15 +93,10 @@ class Library:
     from_numpy: Callable[[np.ndarray], Any]  # same dtype, and same strides where `strided`
     to_numpy: Callable[[Any], np.ndarray]  # same dtype
     strides: Callable[[Any], tuple[int, ...]] | None = None  # in elements
-    writable: bool = True
 
     @property
     def name(self) -> str:
         return self.backend.value
-
-    @property
-    def strided(self) -> bool:
-        return self.strides is not None
 
     def array(self, values: Any, dtype: str = "float32") -> Any:
         """Array of this library that holds the values, rounded to dtype."""
@@ -131,9 +154,7 @@ def _torch(device: str) -> Library:
 def _jax() -> Library:
     import jax.numpy as jnp
 
-    return Library(
-        Backend.JAX, from_numpy=jnp.asarray, to_numpy=np.asarray, strides=None, writable=False
-    )
+    return Library(Backend.JAX, from_numpy=jnp.asarray, to_numpy=np.asarray)
 
 
 def _strict(name: str) -> Library:
@@ -182,6 +203,10 @@ def _why_no_cuda() -> str | None:
     return None if status == 0 and count.value else f"no CUDA device (cuInit gives {status})"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(property, ...): run on such backends only")
+
+
 def _param(backend: Backend, *dtype: str) -> Any:
     marks = [pytest.mark.gpu] if backend.on_gpu else []
     return pytest.param(backend, *dtype, marks=marks, id="-".join((backend.value, *dtype)))
@@ -190,8 +215,8 @@ def _param(backend: Backend, *dtype: str) -> Any:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run on every backend that is here; with a `dtype` argument, on every dtype it has.
 
-    A module's BACKENDS narrows the choice. The backends that are not here, and why, are reported
-    once, by `test_backend_is_here`.
+    `@pytest.mark.needs` and a module's BACKENDS narrow the choice. The backends that are not
+    here, and why, are reported once, by `test_backend_is_here`.
     """
     if "cupy_lib" in metafunc.fixturenames:
         cupys = [b for b in (Backend.CUPY_SIMULATED, Backend.CUPY) if not why_not(b)]
@@ -200,8 +225,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     both = "dtype" in metafunc.fixturenames
     cases = []
+    needs = [need for mark in metafunc.definition.iter_markers("needs") for need in mark.args]
     for backend in getattr(metafunc.module, "BACKENDS", Backend):
-        if why_not(backend):
+        if why_not(backend) or not all(getattr(backend, need) for need in needs):
             continue
         cases += [_param(backend, d) for d in backend.dtypes] if both else [_param(backend)]
     metafunc.parametrize("lib,dtype" if both else "lib", cases, indirect=["lib"])

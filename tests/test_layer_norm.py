@@ -144,9 +144,8 @@ def test_weight_and_bias_of_other_dtypes(lib, dtype, assert_close):
         assert_close(lib.to_numpy(y), expected(lib, x, (2,), weight, bias)[0], dtype, 10)
 
 
+@pytest.mark.needs("has_float16")
 def test_float16_near_its_maximum(lib, assert_close):
-    if "float16" not in lib.backend.dtypes:
-        pytest.skip(f"{lib.name} has no float16")
     x = lib.array(65504 * (1 - RNG.random((3, 50)) * [[0.0], [1e-2], [2.0]]), "float16")
     y, mean, _ = cn.layer_norm(x, return_stats=True)
     want = expected(lib, x, (1,))
@@ -220,11 +219,10 @@ def f_strides(shape):
     return tuple(math.prod(shape[:a]) for a in range(len(shape)))
 
 
+@pytest.mark.needs("strided")
 @pytest.mark.parametrize("layout", ["C", "F", "sliced", "turned"])
 @pytest.mark.parametrize("order", ["K", "C", "F"])
 def test_order_sets_the_layout_of_y(lib, layout, order, assert_close):
-    if not lib.strided:
-        pytest.skip(f"{lib.name} arrays have no layout to choose")
     source = {
         "C": X3,
         "F": np.asfortranarray(X3),
@@ -246,9 +244,8 @@ def test_order_sets_the_layout_of_y(lib, layout, order, assert_close):
 # --- out ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.needs("writable")
 def test_out_is_filled_and_returned(lib, dtype):
-    if not lib.writable:
-        pytest.skip(f"{lib.name} arrays cannot be written to")
     x, out = lib.array(X3, dtype), lib.array(np.full(X3.shape, 7.0), dtype)
     want = lib.to_numpy(cn.layer_norm(x, 10)).copy()
     assert cn.layer_norm(x, 10, out=out) is out
@@ -258,19 +255,17 @@ def test_out_is_filled_and_returned(lib, dtype):
     np.testing.assert_array_equal(lib.to_numpy(x), want)
 
 
+@pytest.mark.needs("writable")
 @pytest.mark.parametrize("axis", [0, 1, 2, (0, 2), (0, 1, 2)])
 def test_out_may_be_x_whatever_the_axes(lib, axis):
-    if not lib.writable:
-        pytest.skip(f"{lib.name} arrays cannot be written to")
     x = lib.array(X3.copy())
     want = lib.to_numpy(cn.layer_norm(x, axis=axis)).copy()
     cn.layer_norm(x, axis=axis, out=x)
     np.testing.assert_array_equal(lib.to_numpy(x), want)
 
 
+@pytest.mark.needs("strided")
 def test_out_of_any_layout(lib):
-    if not lib.strided:
-        pytest.skip(f"{lib.name} arrays have no layout to choose")
     x = lib.array(X3)
     want = lib.to_numpy(cn.layer_norm(x, 10))
     board = lib.array(np.full((4, 6, 20), 7.0))
@@ -325,7 +320,7 @@ def test_nothing_in_nothing_out(lib, shape, axis, stats):
     assert [tuple(a.shape) for a in (y, mean, rstd)] == [shape, stats, stats]
     assert type(y) is type(x)
     assert np.isnan(lib.to_numpy(mean)).all()  # vacuous where there are no rows
-    if lib.writable:
+    if lib.backend.writable:
         assert cn.layer_norm(x, weight=weight, axis=axis, out=x) is x
 
 
@@ -355,10 +350,9 @@ def test_nan_and_inf_spoil_their_row_only(lib, dtype, bad, axis):
 # --- the same bits ------------------------------------------------------------------------------
 
 
+@pytest.mark.needs("same_bits")
 @pytest.mark.parametrize("n", [1, 7, 64, 250, 1000])
 def test_bits_of_a_row_are_those_of_the_row_alone(lib, n):
-    if lib.backend is Backend.JAX:
-        pytest.skip("XLA chooses the order of every sum by the shape of the whole array")
     values = RNG.standard_normal((40, n)) + 3
     y = lib.to_numpy(cn.layer_norm(lib.array(values)))
     for i in (0, 13, 39):
@@ -367,10 +361,9 @@ def test_bits_of_a_row_are_those_of_the_row_alone(lib, n):
     np.testing.assert_array_equal(lib.to_numpy(cn.layer_norm(lib.array(values[3:20]))), y[3:20])
 
 
+@pytest.mark.needs("strided")
 @pytest.mark.parametrize("n", [7, 250, 1000])
 def test_bits_of_a_row_do_not_depend_on_its_layout(lib, n):
-    if not lib.strided:
-        pytest.skip(f"{lib.name} arrays have no layout to choose")
     values = RNG.standard_normal((40, n)) + 3
     y = lib.to_numpy(cn.layer_norm(lib.array(values)))
     padded = np.zeros((40, n + 5))
