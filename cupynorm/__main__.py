@@ -102,9 +102,7 @@ def _report(
         right = [f"{cell:>{w}}" for cell, w in zip(row[5:9], widths[5:9], strict=True)]
         lines.append("  " + "  ".join([*left, *right, row[9]]).rstrip())
     lines.append("  error: largest |y - exact| in units of epsilon(dtype) * max(1, |exact|)")
-    lines.append(
-        "  x torch: time over that of torch.nn.functional.layer_norm, taking turns with it"
-    )
+    lines.append("  time: median of a call; x torch: fastest call over that of torch's layer_norm")
     for path in absent:
         lines.append(f"not checked: {path.path} with {path.library}: {path.why}")
     wrong = sum(not c.ok for c in checks)

@@ -13,7 +13,7 @@ from cupynorm import _probe
 from cupynorm._config import Config
 from cupynorm._problem import numpy_dtype
 
-__all__ = ["Backend", "Unavailable", "epsilon", "find", "torch_call"]
+__all__ = ["Backend", "Unavailable", "epsilon", "find", "torch_call", "torch_on_one_thread"]
 
 Array = np.ndarray[Any, Any]
 
@@ -182,3 +182,15 @@ def torch_call(device: str, host: list[Array], eps: float) -> Callable[[], Any] 
         return y
 
     return call
+
+
+@contextlib.contextmanager
+def torch_on_one_thread() -> Iterator[None]:
+    """Within this context torch computes on one thread; torch must be there."""
+    torch = import_module("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

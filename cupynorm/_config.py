@@ -1,6 +1,7 @@
 """What is installed, which GPUs are seen, and which paths can run or why they cannot."""
 
 import html
+import os
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -165,6 +166,8 @@ def _cuda_status(cuda: _probe.Cuda) -> PathStatus:
 
 
 def _numba_status(installed: str | None) -> PathStatus:
+    if os.environ.get("CUPYNORM_NUMBA", "").strip() == "0":
+        return PathStatus("cpu-numba", False, "CUPYNORM_NUMBA=0 is set", "unset CUPYNORM_NUMBA")
     try:
         import_module("numba")
     except Exception as error:

@@ -301,6 +301,12 @@ def test_config_reports_a_bad_thread_count(monkeypatch):
     assert "CUPYNORM_NUM_THREADS='many'" in cn.show_config().path("cpu-numpy").detail
 
 
+def test_config_says_that_numba_is_switched_off(monkeypatch):
+    monkeypatch.setenv("CUPYNORM_NUMBA", "0")
+    status = cn.show_config().path("cpu-numba")
+    assert (status.available, status.way_out) == (False, "unset CUPYNORM_NUMBA")
+
+
 def test_driver_version_is_read_from_the_kernel(monkeypatch, tmp_path):
     file = tmp_path / "version"
     file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Tue\n")
