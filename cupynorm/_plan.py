@@ -19,6 +19,7 @@ __all__ = [
 VEC_BYTES = 16
 CHUNK_VECS = 1024  # kernels/chunk.cuh: 256 threads of 4 vectors, 16 KiB
 CHUNK_THREADS = 256
+CHUNK_PARTIALS = 25
 # One section per chunk up to this many, so that every row K3 can hold has the tree of K5.
 MAX_SECTIONS = 1024
 MAX_GRID_X = 2**31 - 1
@@ -79,6 +80,7 @@ TABLE = (
 # Few rows leave most multiprocessors idle under K3; K5 costs a second launch and a read from L2.
 SPLIT_MIN_VECS = 8 * CHUNK_VECS  # 128 KiB
 SPLIT_ROWS_PER_SM = 0.5
+SPLIT_BLOCKS_PER_SM = 4  # of the normalizing kernel, over all rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +151,13 @@ def choose_plan(problem: Problem, device: Device) -> Plan:
         if few or _staged_bytes(problem, vecs) > device.shared_bytes:
             row = TABLE[-1]
     if row.family == "split":
-        return _split_plan(problem, row)
+        return _split_plan(problem, row, device)
     return _row_plan(problem, row, vecs)
 
 
 def _staged_bytes(problem: Problem, vecs: int) -> int:
     chunks = -(-vecs // CHUNK_VECS)
-    return VEC_BYTES * vecs + 24 * chunks * _accumulator_bytes(problem)
+    return VEC_BYTES * vecs + CHUNK_PARTIALS * chunks * _accumulator_bytes(problem)
 
 
 def _accumulator_bytes(problem: Problem) -> int:
@@ -196,13 +198,15 @@ def _row_plan(problem: Problem, row: TableRow, vecs: int) -> Plan:
     )
 
 
-def _split_plan(problem: Problem, row: TableRow) -> Plan:
+def _split_plan(problem: Problem, row: TableRow, device: Device) -> Plan:
     """K5: the sections depend on N alone, so that a row's bits do not depend on the other rows."""
     vecs = -(-problem.N * ITEMSIZE[problem.x_dtype] // VEC_BYTES)
     chunks = -(-vecs // CHUNK_VECS)
     per_section = -(-chunks // MAX_SECTIONS)
     sections = -(-chunks // per_section)
-    parts = sections
+    # Every part merges all sections of its row again, so no more parts than keep the device busy.
+    parts = max(-(-SPLIT_BLOCKS_PER_SM * device.sm_count // problem.rows), -(-chunks // 64))
+    parts = -(-chunks // -(-chunks // min(chunks, parts)))
     size = _accumulator_bytes(problem)
     stats = _stage(
         problem,

@@ -8,6 +8,9 @@ enum {
     CHUNK_WARPS = 8,
     CHUNK_THREADS = 32 * CHUNK_WARPS,
     CHUNK_VECS = 4,  // per thread
+    // Words of one chunk's partial sums: an odd number, so that lanes which read the sums of
+    // neighbouring chunks (K3's merge) meet different banks.
+    CHUNK_PARTIALS = 3 * CHUNK_WARPS + 1,
 };
 
 template <class T>

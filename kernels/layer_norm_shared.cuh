@@ -2,7 +2,8 @@
 //
 // The row is staged in shared memory as vectors in column order. Each thread reads back only what it
 // wrote itself, so the barriers are those of the two reductions alone.
-// Shared memory: Vec row[ceil(N / V)], then A partial[chunks][3][CHUNK_WARPS]; at most 32 chunks.
+// Shared memory: Vec row[ceil(N / V)], then A partial[chunks][CHUNK_PARTIALS]; at most 32
+// chunks.
 
 template <int THREADS, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
 __device__ __forceinline__ void layer_norm_fwd_shared(const RowArguments<X, W, B>& a) {
@@ -33,13 +34,13 @@ __device__ __forceinline__ void layer_norm_fwd_shared(const RowArguments<X, W, B
         for (int k = 0; k < CHUNK_VECS; ++k)
             if ((k * 32 + lane) * V < n) staged[first / V + k * 32 + lane] = s[0].v[k];
         const A sum = warp_sum<32>(lane_sum<X, A>(s[0].v));
-        if (lane == 0) partials[c * 3 * CHUNK_WARPS + warp] = sum;
+        if (lane == 0) partials[c * CHUNK_PARTIALS + warp] = sum;
     }
     __syncthreads();
     for (int c = group; c < chunks; c += GROUPS) {
         const int first = c * COLS + warp * WARP_COLS;
         const int n = at_most(N - first, WARP_COLS);
-        A* partial = partials + c * 3 * CHUNK_WARPS;
+        A* partial = partials + c * CHUNK_PARTIALS;
 #pragma unroll
         for (int k = 0; k < CHUNK_VECS; ++k) {
             if ((k * 32 + lane) * V < n)
@@ -56,7 +57,7 @@ __device__ __forceinline__ void layer_norm_fwd_shared(const RowArguments<X, W, B
     Run<A> run = {0, 0, 0};
     if (lane < chunks) {
         const int n = at_most(N - lane * COLS, COLS);
-        run = run_of(chunk_moments(partials + lane * 3 * CHUNK_WARPS, n, q), (A)n, shift);
+        run = run_of(chunk_moments(partials + lane * CHUNK_PARTIALS, n, q), (A)n, shift);
     }
     run = warp_merge(run, q);
     const RowStats<A> stats[1] = {row_stats(Moments<A>{shift, run.mean, run.m2q}, q, a.N, a.eps)};

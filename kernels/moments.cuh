@@ -51,7 +51,7 @@ __device__ __forceinline__ void lane_deviations(const Vec (&v)[VECS], A s, A q, 
 #pragma unroll
     for (int k = 0; k < VECS; ++k) {
         A t[V];
-        unpack(v[k], t, (const T*)0);
+        unpack(unseen(v[k]), t, (const T*)0);
         const int left = n - (k * LANES + lane) * V;
         if (left >= V) {
 #pragma unroll

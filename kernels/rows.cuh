@@ -63,7 +63,7 @@ __device__ __forceinline__ void normalize(
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         A t[V];
-        unpack(*v[r], t, (const X*)0);
+        unpack(unseen(*v[r]), t, (const X*)0);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
             t[i] = multiply_add(t[i] - stats[r].mean, stats[r].rstd, stats[r].shift);

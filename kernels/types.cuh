@@ -159,6 +159,15 @@ __device__ __forceinline__ float to_float(bf16 v) { return bit_cast<float>((u32)
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ double to_float(double v) { return v; }
 
+// A copy that the compiler must take for new. Each pass over a row unpacks its vectors again; for
+// sm_100 and later the compiler would rather keep the first pass's floats, and spill them.
+__device__ __forceinline__ Vec unseen(Vec v) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(v.w[0]), "+r"(v.w[1]), "+r"(v.w[2]), "+r"(v.w[3]));
+#endif
+    return v;
+}
+
 // The elements of a vector, in column order. `T*` only names the type.
 __device__ __forceinline__ void unpack(const Vec& v, float (&out)[8], const f16*) {
 #pragma unroll
