@@ -16,6 +16,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+pytest_plugins = ["tests.report"]
+
 hypothesis.settings.register_profile(
     "cupynorm",
     deadline=None,  # a first example may compile
