@@ -1,7 +1,7 @@
 # make demo | test | lint | gpu OUT=folder | bench | clean
 #
 # demo and test make virtual environments of their own and install into them once; a changed
-# pyproject.toml or constraints.txt installs again. gpu and bench use the python they are given.
+# pyproject.toml or constraints.txt installs again. gpu uses the python it is given: PYTHON=...
 
 PYTHON ?= python3
 EXTRAS ?= demo
@@ -28,7 +28,7 @@ help:
 	@echo "make test              install all that the tests need, run them"
 	@echo "make lint              ruff and mypy"
 	@echo "make gpu OUT=folder    on a machine with a CUDA GPU: tests, sanitizer, benchmark; no network"
-	@echo "make bench OUT=folder  the CPU benchmark"
+	@echo "make bench OUT=folder  CPU times against torch"
 	@echo "make clean             remove what the others made"
 
 python-check:
@@ -69,13 +69,16 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# -- measurements: these take the machine as it is
+# -- measurements
 
+# For a machine without a network: the python at hand, which must have CuPy, pytest and numpy.
+# GPU_ARGS=--simulate runs the same logic without a GPU.
 gpu:
-	$(PYTHON) -m bench.gpu "$(OUT)"
+	$(PYTHON) -m bench.gpu --out "$(OUT)" $(GPU_ARGS)
 
-bench:
-	$(PYTHON) -m bench.cpu "$(OUT)"
+bench: $(VENV)/.installed
+	@mkdir -p "$(OUT)"
+	$(VENV)/bin/python bench/cpu.py --to "$(OUT)" $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) .venvs out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .simt_cache .nvrtc_cache
