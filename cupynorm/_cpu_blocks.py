@@ -14,6 +14,7 @@ Array = np.ndarray[Any, Any]
 # buffers of this size fit the smallest L2; at half of it the calls themselves begin to show.
 CHUNK = 16384
 
+_PIECE = 512  # elements summed in one go
 # Sums of squares that float32 (float64) cannot hold well are taken again in float64, scaled.
 _SAFE = {"f": (2.0**-100, 2.0**126), "d": (2.0**-960, 2.0**1020)}
 # Variances so small that their digits matter only if eps is smaller still.
@@ -36,17 +37,34 @@ def _wide_moments(x: Array) -> tuple[float, float, float]:  # x: (n,), out of th
     return s, m, float(np.add.reduce((d / n) * d)) - m * m
 
 
+def _row_sums(d: Array, e: Array | None = None) -> Array:  # d, e: (R, n) -> (R,) float64
+    """Sum each row of d, or of d * e, in an order that depends on n alone."""
+    # einsum takes a contiguous row several lanes at a time, three times as fast as add.reduce,
+    # but on to the end: pieces keep the rounding of long rows as small as that of short ones.
+    R, n = d.shape
+    k = n // _PIECE if n > 2 * _PIECE else 0
+    last = slice(k * _PIECE, None)
+    pair = (d,) if e is None else (d, e)
+    total = np.zeros(R)
+    if k:
+        pieces = [a[:, : k * _PIECE].reshape(R, k, _PIECE) for a in pair]
+        part = np.einsum("ijk->ij" if e is None else "ijk,ijk->ij", *pieces)
+        total += np.add.reduce(part.astype(np.float64), axis=1)
+    if n > k * _PIECE:
+        total += np.einsum("ij->i" if e is None else "ij,ij->i", *(a[:, last] for a in pair))
+    return total
+
+
 def _block_moments(x: Array, d: Array, eps: float) -> Array:  # x, d: (R, n) -> (R, 3) float64
     """Write d = x - s and return s, mean(d) and the variance of each row."""
     n = x.shape[1]
     stats = np.empty((x.shape[0], 3))
     s, m, v = stats[:, 0], stats[:, 1], stats[:, 2]
-    # einsum sums each contiguous row by itself, several lanes at a time; three times add.reduce.
-    rounded = np.einsum("ij->i", x) / x.dtype.type(n)
+    rounded = (_row_sums(x) / n).astype(x.dtype)
     s[:] = rounded
     np.subtract(x, rounded[:, None], out=d)
-    np.divide(np.einsum("ij->i", d), n, out=m, dtype=np.float64)
-    np.divide(np.einsum("ij,ij->i", d, d), n, out=v, dtype=np.float64)
+    np.divide(_row_sums(d), n, out=m)
+    np.divide(_row_sums(d, d), n, out=v)
     low, high = safe_range(x.dtype.char, eps)
     safe = (v > low) & (v < high)
     v -= m * m
