@@ -21,7 +21,7 @@ comma := ,
 DEMO_EXTRAS := $(EXTRAS)$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint gpu bench clean python-check
+.PHONY: help demo test lint gpu bench clean python-check compiler-check
 
 help:
 	@echo "make demo              install, normalize real data on every available path, save a picture"
@@ -52,10 +52,12 @@ $(DEMO)/.installed: $(DEMO)/.dependencies $(SOURCES)
 
 # -- test
 
-test: $(VENV)/.installed
+test: compiler-check $(VENV)/.installed
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+compiler-check:
 	@command -v g++ >/dev/null || { echo "g++ is needed: the tests compile the CUDA text" \
 	  "with it and run it on the CPU. On Debian: apt-get install g++" >&2; exit 1; }
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 # The build backend goes first so that the package itself, editable, needs no isolated download of it.
 $(VENV)/.installed: pyproject.toml constraints.txt | python-check
