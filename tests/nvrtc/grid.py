@@ -1,0 +1,117 @@
+"""Every entry that the plan can ask for, by asking it; and the part each test run compiles."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+
+from cupynorm._plan import CHUNK_VECS, TABLE, VEC_BYTES, Device, Stage, choose_plan, table_row
+from cupynorm._problem import ITEMSIZE, Problem
+from cupynorm._source import source_of
+from tests.nvrtc.build import CUPY_OPTIONS, without_comments
+from tests.simt.limits import DeviceLimits
+
+ARCHS = ("75", "80", "86", "89", "90", "100", "120")
+DTYPES = tuple(ITEMSIZE)
+FAMILIES = tuple(dict.fromkeys(row.family for row in TABLE))
+FULL = "90"  # the architecture whose every entry is compiled in each test run
+
+Flags = tuple[str | None, str | None]  # dtypes of weight and bias
+FEW, MANY = 1, 2**20  # rows
+_HELD = max(row.max_vecs for row in TABLE if row.family in ("warp", "block"))
+_LONGEST = max(row.max_vecs for row in TABLE if row.family == "shared")
+
+
+def stages(arch: str, x_dtype: str, vecs: int, rows: int, flags: Flags) -> tuple[Stage, ...]:
+    """What launches rows of `vecs` whole vectors."""
+    N = vecs * VEC_BYTES // ITEMSIZE[x_dtype]
+    problem = Problem(
+        "layer_norm_fwd", x_dtype, *flags, 1, rows, N, (0, N, 1), (0, N, 1), stats=True
+    )
+    limits = DeviceLimits.of(arch)
+    return choose_plan(problem, Device(int(arch), 100, limits.opt_in_shared)).stages
+
+
+def sampled_vecs() -> Iterator[tuple[int, int]]:
+    """(vecs, rows): every length held in registers; beyond, ends of chunks, and a row of 1 GiB."""
+    yield from ((vecs, MANY) for vecs in range(1, _HELD + 1))
+    for rows in (FEW, MANY):
+        for vecs in (*range(_HELD + 1, _LONGEST + 2, CHUNK_VECS // 8), _LONGEST + 1, 2**26):
+            yield vecs, rows
+
+
+@cache
+def shapes(arch: str, x_dtype: str) -> dict[str, tuple[int, int]]:
+    """By entry without weight and bias: the largest (vecs, rows) that runs it."""
+    found = {}
+    for vecs, rows in sampled_vecs():
+        for stage in stages(arch, x_dtype, vecs, rows, (None, None)):
+            found[stage.name] = vecs, rows
+    return found
+
+
+def heaviest(arch: str, x_dtype: str) -> dict[str, tuple[int, int]]:
+    """Of `shapes`, the longest of each row of the plan table."""
+    last = {}
+    for name, (vecs, rows) in shapes(arch, x_dtype).items():
+        for stage in stages(arch, x_dtype, vecs, rows, (None, None)):
+            if stage.name == name:
+                last[stage.kernel, stage.family, table_row(vecs)] = name
+    return {name: shapes(arch, x_dtype)[name] for name in last.values()}
+
+
+def usual_flags(x_dtype: str) -> tuple[Flags, ...]:
+    """The heaviest first: weight and bias of x's dtype, of float32, none."""
+    return tuple(dict.fromkeys([(x_dtype, x_dtype), ("float32", "float32"), (None, None)]))
+
+
+def rare_flags(x_dtype: str) -> tuple[Flags, ...]:
+    """Tried on one entry only: the code is the same everywhere."""
+    mixed = [("float64", "float64"), (x_dtype, "float32")] if x_dtype == "float16" else []
+    return ((x_dtype, None), (None, x_dtype), *mixed)
+
+
+def entries(arch: str, x_dtype: str, family: str, *, everything: bool = False) -> list[Stage]:
+    """Stages to compile, without repeats."""
+    every, heavy = shapes(arch, x_dtype), heaviest(arch, x_dtype)
+    first, *others = usual_flags(x_dtype)
+    wanted: list[tuple[dict[str, tuple[int, int]], Flags]] = [(heavy, first)]
+    if everything or arch == FULL:
+        wanted = [(every, first)] + [(every if everything else heavy, flags) for flags in others]
+        longest = {name: shape for name, shape in heavy.items() if "_fwd_warp_" in name}
+        wanted += [
+            (dict([max(longest.items(), key=lambda item: item[1])]), f) for f in rare_flags(x_dtype)
+        ]
+    chosen = {}
+    for names, flags in wanted:
+        for vecs, rows in names.values():
+            for stage in stages(arch, x_dtype, vecs, rows, flags):
+                if stage.family == family:
+                    chosen[stage.name] = stage
+    return list(chosen.values())
+
+
+def all_entries(arch: str) -> list[Stage]:
+    """The exhaustive grid of one architecture."""
+    return [
+        stage
+        for x_dtype in DTYPES
+        for family in FAMILIES
+        for stage in entries(arch, x_dtype, family, everything=True)
+    ]
+
+
+def state_of_the_text() -> str:
+    """Hash of what the exhaustive grid compiles: plans, and kernel text without comments."""
+    went_in = hashlib.sha256("\0".join(CUPY_OPTIONS).encode())
+    for arch in ARCHS:
+        for stage in all_entries(arch):
+            went_in.update(f"{arch} {stage.name} {stage.block} {stage.blocks_per_sm}\n".encode())
+            went_in.update(_hash_of(source_of(stage)))
+    return went_in.hexdigest()[:16]
+
+
+@cache
+def _hash_of(source: str) -> bytes:
+    return hashlib.sha256(without_comments(source).encode()).digest()

@@ -1,0 +1,108 @@
+"""The compile matrix as a table: after a test run, and kept under bench/results/."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cupynorm._plan import Stage
+from tests.nvrtc.build import CUPY_OPTIONS, Facts, version
+from tests.nvrtc.check import blocks_that_fit
+from tests.nvrtc.grid import ARCHS, FAMILIES
+from tests.simt.limits import DeviceLimits
+
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
+TABLE_PAGE = RESULTS / "compile-matrix.md"
+TABLE_ROWS = RESULTS / "compile-matrix.csv"
+COMMAND = "python -m tests.nvrtc --all --write"
+LEGEND = "entries · most registers · bytes spilled · least occupancy"
+
+Record = dict[str, Any]
+
+
+def record_of(arch: str, stage: Stage, facts: Facts) -> Record:
+    """What the table needs of one compiled entry, in types that travel between processes."""
+    limits = DeviceLimits.of(arch)
+    blocks = min(blocks_that_fit(limits, facts, stage).values())
+    return {
+        "arch": arch,
+        "family": stage.family,
+        "name": stage.name,
+        "registers": facts.registers,
+        "spilled": facts.spill_stores + facts.spill_loads + facts.stack,
+        "occupancy": blocks * stage.block[0] / limits.threads_per_multiprocessor,
+    }
+
+
+def summary(records: Iterable[Record]) -> list[list[str]]:
+    """Rows by architecture, columns by family, under a heading."""
+    cells: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        cells.setdefault((record["arch"], record["family"]), []).append(record)
+    rows = [["", *FAMILIES]]
+    for arch in ARCHS:
+        if any((arch, family) in cells for family in FAMILIES):
+            rows.append([f"sm_{arch}", *(_cell(cells.get((arch, family))) for family in FAMILIES)])
+    return rows
+
+
+def _cell(records: list[Record] | None) -> str:
+    if not records:
+        return "-"
+    most = max(record["registers"] for record in records)
+    spilled = sum(record["spilled"] for record in records)
+    least = min(record["occupancy"] for record in records)
+    return f"{len(records)} · {most} · {spilled} · {least:.0%}"
+
+
+def title() -> str:
+    """Heading of the lines that a test run prints."""
+    return f"NVRTC {version()}, {LEGEND}: {', '.join(FAMILIES)}"
+
+
+def line(arch: str, x_dtype: str, records: list[Record]) -> str:
+    """What one test of the run compiled."""
+    cells = (_cell([r for r in records if r["family"] == family]) for family in FAMILIES)
+    return f"sm_{arch:<4} {x_dtype:<9}" + "".join(f"{cell:>21}" for cell in cells)
+
+
+def kept_page(state: str, commit: str, records: list[Record]) -> str:
+    """Text of the kept page."""
+    header, *body = summary(records)
+    lines = [
+        "# Compile matrix",
+        "",
+        "Every entry that the plan table can ask for, compiled by NVRTC for every architecture",
+        f"with the options that CuPy passes: `{' '.join(CUPY_OPTIONS)}`.",
+        "",
+        "Holds for all, or this page is not written: no warning, no stack frame, no spill, the",
+        "blocks per multiprocessor that the plan states, 128-bit loads of x and stores of y,",
+        "subnormals flushed, IEEE division and root. Registers of each: `compile-matrix.csv`.",
+        "",
+        f"- NVRTC {version()}, at commit {commit}; no GPU took part",
+        f"- state of the compiled text: `{state}`",
+        f"- written by `{COMMAND}`",
+        "",
+        f"Each cell: {LEGEND}.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in body),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def kept_rows(records: list[Record]) -> str:
+    """Text of the kept CSV: an entry per row, its registers per architecture."""
+    by_name: dict[str, dict[str, int]] = {}
+    for record in records:
+        by_name.setdefault(record["name"], {})[record["arch"]] = record["registers"]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["entry", *(f"sm_{arch}" for arch in ARCHS)])
+    for name, registers in by_name.items():
+        writer.writerow([name, *(registers.get(arch, "") for arch in ARCHS)])
+    return out.getvalue()
