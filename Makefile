@@ -18,7 +18,7 @@ CUDA_EXTRA ?= $(shell nvidia-smi 2>/dev/null | \
   sed -nE 's/.*CUDA[A-Za-z ]*Version: *([0-9]+).*/\1/p' | head -n 1 | \
   awk '{ print ($$1 >= 13) ? "cuda13" : "cuda12" }')
 comma := ,
-DEMO_EXTRAS := $(EXTRAS)$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA))
+DEMO_EXTRAS = $(EXTRAS)$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA))
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint gpu bench clean python-check compiler-check
