@@ -1,0 +1,1 @@
+"""Measurements: `bench.cpu` on any machine, `bench.gpu` where there is a CUDA GPU."""

@@ -1,0 +1,124 @@
+"""A contender: something that normalizes (or copies) the buffers of a case; checked, then timed."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from bench.gpu_check import largest_error, limit
+from bench.gpu_clock import Batch, Times, capture, interleave, passes_for
+from bench.gpu_data import Inputs, poison
+from bench.gpu_grid import Case
+from bench.gpu_session import Session
+
+__all__ = ["Contender", "Result", "Unavailable", "measure"]
+
+
+class Unavailable(Exception):
+    """This contender cannot run here or not on this case; the message says why."""
+
+
+@dataclass
+class Contender:
+    """What runs, and how to look at what it left."""
+
+    name: str
+    call: Callable[[int], Any]  # launches call number i and gives its y
+    kernel: str = ""
+    ours: bool = False
+    capture: Callable[[Session, Callable[[], None], int], Batch] = capture
+    scope: Callable[[], Any] = contextlib.nullcontext  # of its library: stream, no gradients
+    to_cupy: Callable[[Any], Any] = lambda y: y
+    error: Callable[[int, Any], float] | None = None  # instead of the comparison with float64
+
+
+@dataclass
+class Result:
+    """What became of a contender on a case."""
+
+    name: str
+    status: str  # ok, wrong, error, skipped
+    kernel: str = ""
+    method: str = ""
+    error: float | None = None
+    times: Times | None = None
+    note: str = ""
+    ours: bool = False
+
+
+Builder = tuple[str, Callable[[], Contender]]
+
+
+def measure(
+    session: Session, case: Case, inputs: Inputs, builders: Iterable[Builder], rounds: int
+) -> list[Result]:
+    """Check everybody's batch, then time the right ones interleaved; a wrong one gets no number."""
+    results, batches = [], {}
+    passes = passes_for(session, len(inputs), case.moved_bytes)
+    for name, build in builders:
+        try:
+            contender = build()
+            result, batch = _prepare(session, case, inputs, contender, passes)
+        except Unavailable as reason:
+            result, batch = Result(name, "skipped", note=str(reason)), None
+        except Exception as error:  # out of memory, a refused shape: the others go on
+            result, batch = Result(name, "error", note=f"{type(error).__name__}: {error}"), None
+            _quiet(session)
+        results.append(result)
+        if batch is not None and result.status == "ok":
+            batches[name] = batch
+    times = interleave(session, batches, rounds)
+    for result in results:
+        result.times = times.get(result.name)
+    return results
+
+
+def _prepare(
+    session: Session, case: Case, inputs: Inputs, contender: Contender, passes: int
+) -> tuple[Result, Batch]:
+    calls = range(len(inputs))
+    kept: list[Any] = [None] * len(inputs)  # no y may be reused while its batch runs
+
+    def body() -> None:
+        for _ in range(passes):
+            for i in calls:
+                kept[i] = contender.call(i)
+
+    session.synchronize()
+    with session.stream, contender.scope():
+        contender.call(0)  # compiles
+    session.synchronize()
+    batch = contender.capture(session, body, passes * len(inputs))
+    poison(inputs.flat_y)
+    session.synchronize()
+    batch.replay()  # what is checked is what is timed
+    session.synchronize()
+    batch.keep.append(kept)
+    worst = max((_error(session, case, inputs, contender, i, kept[i]) for i in {0, len(kept) - 1}),
+                key=lambda e: float("inf") if e != e else e)  # fmt: skip
+    right = worst <= limit(case.dtype, contender.ours)
+    note = "" if right else f"error {worst:.3g}, allowed {limit(case.dtype, contender.ours):g}"
+    status = "ok" if right else "wrong"
+    result = Result(contender.name, status, contender.kernel, batch.method, worst, note=note)
+    result.ours = contender.ours
+    return result, batch
+
+
+def _error(
+    session: Session, case: Case, inputs: Inputs, contender: Contender, i: int, y: Any
+) -> float:
+    y = contender.to_cupy(y)
+    if contender.error is not None:
+        return contender.error(i, y)
+    x, w, b, y = (
+        None if a is None else session.plain(a)
+        for a in (inputs.x[i], inputs.weight, inputs.bias, y)
+    )
+    return largest_error(session.xp, x, w, b, y)
+
+
+def _quiet(session: Session) -> None:
+    """After a failure: give memory back and see whether the device still answers."""
+    with contextlib.suppress(AttributeError):  # the simulated device has no pool
+        session.cupy.get_default_memory_pool().free_all_blocks()
+    session.synchronize()
