@@ -1,0 +1,66 @@
+"""Rows for the kernel tests, families by force, and the comparison with the oracle."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from cupynorm._plan import CHUNK_VECS, VEC_BYTES
+from cupynorm._problem import ITEMSIZE, stats_dtype
+from tests import oracle
+from tests.conftest import np_dtype
+from tests.row_kernels import normalize
+
+FAMILIES = ("warp", "block", "shared", "split")
+
+
+def device_for(machine, family):
+    """A device on which a few long rows take the family."""
+    change = {
+        "shared": {"sm_count": 1},  # few rows are enough for K3
+        "split": {"shared_bytes": 0},  # K3 holds nothing
+    }.get(family, {})
+    return dataclasses.replace(machine.device, **change)
+
+
+def values(rows, N, dtype="float32", scale=3.0, offset=5.0):
+    """The same for the same shape, in whatever order tests run."""
+    rng = np.random.default_rng((rows, N))
+    return (rng.standard_normal((rows, N)) * scale + offset).astype(np_dtype(dtype))
+
+
+@functools.cache
+def affine(N, weight="float32", bias="float32"):
+    """The same vectors for the same N: every case of a length compares bits with the others."""
+    rng = np.random.default_rng(N)
+    return tuple(
+        None if d is None else rng.standard_normal(N).astype(np_dtype(d)) for d in (weight, bias)
+    )
+
+
+def length(family, dtype):
+    """A row of the family whose columns fill neither its vectors nor its lanes."""
+    vecs = {"warp": 40, "block": 300, "shared": 2 * CHUNK_VECS + 300, "split": 3 * CHUNK_VECS - 7}
+    return vecs[family] * VEC_BYTES // ITEMSIZE[dtype] - 1
+
+
+def run(machine, family, x, weight=None, bias=None, **options):
+    """As `normalize`, with K3 or K5 by force where `family` is one of them."""
+    device = device_for(machine, family)
+    result = normalize(machine, x, weight, bias, device=device, **options)
+    assert result.plan.family == family
+    return result
+
+
+def check(result, x, weight=None, bias=None, eps=1e-5):
+    """Compare y and the statistics with the oracle; a mean may cancel terms of any size."""
+    N = x.shape[1]
+    y, mean, rstd = oracle.layer_norm(x, (1,), weight, bias, eps)
+    pairs = [(result.y, y, x.dtype.name, 1.0)]
+    if result.mean is not None:
+        kind = stats_dtype(x.dtype.name)
+        pairs.append((result.mean, mean[:, 0], kind, float(np.abs(x).max())))
+        pairs.append((result.rstd, rstd[:, 0], kind, 1.0))
+    for got, want, dtype, scale in pairs:
+        bound = oracle.tolerance(dtype, N)
+        np.testing.assert_allclose(got.astype(np.float64), want, rtol=bound, atol=bound * scale)
