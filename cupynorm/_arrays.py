@@ -16,6 +16,7 @@ __all__ = [
 
 # Tables have no single dtype or axis to speak of; guessing a conversion would lose names or nulls.
 _TABLES = {"pandas": "to_numpy()", "cudf": "to_cupy()", "polars": "to_numpy()"}
+_CPU, _CUDA = 1, 2  # DLPack's device types
 _TABLE_TYPES = ("DataFrame", "Series", "LazyFrame", "Index")
 
 
@@ -37,7 +38,7 @@ def library_of(x: Any) -> str:
 
 
 def classify(x: Any, label: str = "x") -> tuple[Any, str]:
-    """Tell the path of an array: 'numpy', 'cupy' or 'namespace' (any array-API library).
+    """Tell the path of an array.
 
     Parameters
     ----------
@@ -50,9 +51,10 @@ def classify(x: Any, label: str = "x") -> tuple[Any, str]:
     Returns
     -------
     x : array
-        The same object; for a mere exporter a NumPy or CuPy array that shares its memory.
+        The same object; for a mere exporter on the CPU a NumPy array that shares its memory.
     path : str
-        'numpy', 'cupy' or 'namespace'.
+        'numpy', 'cupy', 'namespace' (any other array-API library), or 'gpu-exporter', which CuPy
+        has yet to take in.
 
     Raises
     ------
@@ -70,7 +72,15 @@ def classify(x: Any, label: str = "x") -> tuple[Any, str]:
 
     if not isinstance(x, np.generic) and is_array_api_obj(x):
         return x, "namespace"
-    return _from_exporter(x, label)
+    device = _dlpack_device(x)
+    if hasattr(x, "__cuda_array_interface__") or device == _CUDA:
+        return x, "gpu-exporter"
+    if device == _CPU:
+        return _from_dlpack(x, label), "numpy"
+    _refuse(
+        f"{label} is a {type(x).__module__}.{type(x).__qualname__}, which is no array",
+        f"pass an array, e.g. numpy.asarray({label}, dtype='float32')",
+    )
 
 
 def _plain_numpy(x: np.ndarray[Any, Any], label: str) -> np.ndarray[Any, Any]:
@@ -84,22 +94,19 @@ def _plain_numpy(x: np.ndarray[Any, Any], label: str) -> np.ndarray[Any, Any]:
     return x if type(x) is np.ndarray else x.view(np.ndarray)
 
 
-def _from_exporter(x: Any, label: str) -> tuple[Any, str]:
-    """Take in an object that speaks an exchange protocol but belongs to no known library."""
-    if hasattr(x, "__cuda_array_interface__") or _dlpack_device(x) == 2:
-        from cupynorm import _cuda
-
-        return _cuda.from_exporter(x), "cupy"
-    if _dlpack_device(x) == 1:
-        return np.from_dlpack(x), "numpy"
-    _refuse(
-        f"{label} is a {type(x).__module__}.{type(x).__qualname__}, which is no array",
-        f"pass an array, e.g. numpy.asarray({label}, dtype='float32')",
-    )
+def _from_dlpack(x: Any, label: str) -> np.ndarray[Any, Any]:
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError) as error:
+        msg = (
+            f"{label} exports an array that NumPy cannot take ({error}); NumPy's DLPack knows no "
+            f"bfloat16, for example. Pass {label} in its own library, or cast to float32 first"
+        )
+        raise TypeError(msg) from error
 
 
 def _dlpack_device(x: Any) -> int:
-    """DLPack's device type (1: CPU, 2: CUDA), 0 if x does not speak DLPack."""
+    """DLPack's device type, 0 if x does not speak DLPack."""
     if not (hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")):
         return 0
     return int(x.__dlpack_device__()[0])
@@ -169,6 +176,8 @@ def check_writable(out: Strided) -> None:
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         msg = "out is read-only; pass a writable array, e.g. numpy.empty_like(x)"
         raise ValueError(msg)
+    if not out.size:
+        return
     reach = out.itemsize  # bytes that all smaller steps together cover
     for stride, n in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True)):
         if n > 1 and stride < reach:

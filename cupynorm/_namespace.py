@@ -38,7 +38,10 @@ def _check_out(x: Any, weight: Any, bias: Any, order: str, out: Any) -> None:
         raise TypeError(msg)
     _problem.check_out(tuple(out.shape), str(out.dtype), tuple(x.shape), str(x.dtype), order)
     if library == "torch":
-        if any(t is not None and t.requires_grad for t in (x, weight, bias, out)):
+        import torch
+
+        tensors = [t for t in (x, weight, bias, out) if t is not None]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             msg = (
                 "out= is given but an argument requires grad, and autograd cannot follow a write "
                 "to out; call without out=, or inside torch.no_grad() on detached tensors"

@@ -15,7 +15,8 @@ __all__ = [
     "ITEMSIZE",
     "Problem",
     "axis_order",
-    "check_affine",
+    "check_affine_dtype",
+    "check_affine_shape",
     "check_eps",
     "check_order",
     "check_out",
@@ -88,9 +89,9 @@ def _numpy_name(dtype: np.dtype[Any]) -> str:
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """NumPy's dtype of that name; bfloat16 is ml_dtypes'."""
     if name == "bfloat16":
-        from ml_dtypes import bfloat16
+        import ml_dtypes
 
-        return np.dtype(bfloat16)
+        return np.dtype(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
     return np.dtype(name)
 
 
@@ -187,14 +188,15 @@ def axis_order(axes: tuple[int, ...]) -> tuple[int, ...] | None:
     return None if order == tuple(range(len(axes))) else order
 
 
-def check_affine(label: str, shape: tuple[int, ...], dtype: str, expected: tuple[int, ...]) -> None:
-    """Refuse a weight or bias whose shape or dtype does not fit."""
+def check_affine_dtype(label: str, dtype: str, cast: str) -> None:
+    """Refuse a weight or bias that is not of a floating dtype."""
     if dtype not in ITEMSIZE:
-        msg = (
-            f"{label} has dtype {dtype}; it must be {_CHOICES}. "
-            f"Cast it first: {label}.astype('float32')"
-        )
+        msg = f"{label} has dtype {dtype}; it must be {_CHOICES}. Cast it first: {cast}"
         raise TypeError(msg)
+
+
+def check_affine_shape(label: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Refuse a weight or bias whose shape is not that of the normalized axes."""
     if shape != expected:
         msg = (
             f"{label} has shape {shape}, but the normalized axes have shape {expected}; "
@@ -208,7 +210,10 @@ def check_eps(eps: Any) -> float:
     if not isinstance(eps, numbers.Real) or isinstance(eps, bool):
         msg = f"eps must be a real number such as 1e-5, not {eps!r} of type {type(eps).__name__}"
         raise TypeError(msg)
-    value = float(eps)
+    try:
+        value = float(eps)
+    except OverflowError:  # an int beyond float64
+        value = math.inf
     if not math.isfinite(value):
         msg = f"eps={value} is not finite; pass a finite number such as 1e-5"
         raise ValueError(msg)

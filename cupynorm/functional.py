@@ -147,10 +147,10 @@ def check_arguments(
         _problem.check_order(order)
     path = "numpy"
     if type(x) is not np.ndarray:
-        x, path = classify(x)
+        x, path = _take_in(x, "x")
     dtype = _problem.dtype_name(x.dtype)
     if dtype not in _problem.ITEMSIZE:
-        _problem.check_x_dtype(dtype, _cast(x))
+        _problem.check_x_dtype(dtype, _cast("x", x))
     axes, order_of_weight, expected = _axes(tuple(x.shape), normalized_shape, axis)
     if weight is not None:
         weight = _affine("weight", weight, x, expected, order_of_weight)
@@ -177,8 +177,30 @@ def _axes(
         return _resolve.__wrapped__(shape, normalized_shape, axis)
 
 
-def _cast(x: Any) -> str:
-    return "x.to(torch.float32)" if library_of(x) == "torch" else "x.astype('float32')"
+def _take_in(x: Any, label: str) -> tuple[Any, str]:
+    """Classify an array; a mere exporter on a GPU becomes a CuPy array over its memory."""
+    x, path = classify(x, label)
+    if path != "gpu-exporter":
+        return x, path
+    try:
+        do = _path("cupy")
+    except ImportError as error:
+        msg = (
+            f"{label} is on a GPU, and CuPy, which would take it, cannot be imported ({error}); "
+            "pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
+        )
+        raise ImportError(msg) from error
+    return do.from_exporter(x), "cupy"
+
+
+def _cast(label: str, x: Any) -> str:
+    """How x's own library spells the cast."""
+    library = library_of(x)
+    if library == "torch":
+        return f"{label}.to(torch.float32)"
+    if library in ("numpy", "cupy", "jax"):
+        return f"{label}.astype('float32')"
+    return f"{library}.astype({label}, {library}.float32)"
 
 
 def _affine(
@@ -187,9 +209,14 @@ def _affine(
     """Check a weight or bias and bring its dimensions into ascending axis order."""
     if type(value) is not np.ndarray or type(x) is not np.ndarray:
         value = _companion(label, value, x)
-    _problem.check_affine(label, tuple(value.shape), _problem.dtype_name(value.dtype), expected)
+    dtype = _problem.dtype_name(value.dtype)
+    if dtype not in _problem.ITEMSIZE:
+        _problem.check_affine_dtype(label, dtype, _cast(label, value))
+    _problem.check_affine_shape(label, tuple(value.shape), expected)
     if order is None:
         return value
+    if library_of(value) in ("numpy", "cupy"):
+        return value.transpose(order)
     from array_api_compat import array_namespace
 
     return array_namespace(value).permute_dims(value, order)
@@ -197,7 +224,7 @@ def _affine(
 
 def _companion(label: str, value: Any, x: Any) -> Any:
     """Take in a subclass or a mere exporter; refuse what lives elsewhere than x."""
-    value, _ = classify(value, label)
+    value, _ = _take_in(value, label)
     check_companion(label, value, x)
     return value
 

@@ -150,7 +150,8 @@ def test_float16_near_its_maximum(lib, assert_close):
     y, mean, _ = cn.layer_norm(x, return_stats=True)
     want = expected(lib, x, (1,))
     assert_close(lib.to_numpy(y), want[0], "float16", 50)
-    np.testing.assert_allclose(lib.to_numpy(mean), want[1], rtol=1e-6)
+    # float32 sums of numbers near 65504, whose mean may be far smaller
+    np.testing.assert_allclose(lib.to_numpy(mean), want[1], rtol=1e-6, atol=65504 * 2.0**-23)
 
 
 def test_inputs_are_left_alone(lib):
