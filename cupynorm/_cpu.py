@@ -75,19 +75,19 @@ def warmup(shape: tuple[int, ...], dtypes: Sequence[str], affine: bool) -> list[
 
 
 @functools.lru_cache(maxsize=64)
-def _kind(dtype: np.dtype[Any]) -> tuple[str, bool, type]:
-    """Name of a dtype, whether loops can read it as it is, and the type they compute in."""
+def _kind(dtype: np.dtype[Any]) -> tuple[str, bool, np.dtype[Any], bool]:
+    """Name of a dtype, whether it is native, what loops compute in, whether it has 16 bits."""
     name = dtype.name
-    return name, dtype.isnative, np.float64 if name == "float64" else np.float32
+    compute = np.dtype(np.float64 if name == "float64" else np.float32)
+    return name, dtype.isnative, compute, dtype.itemsize == 2
 
 
-def _affine(value: Array | None, compute: type) -> Array | None:
+def _affine(value: Array | None, compute: np.dtype[Any]) -> Array | None:
     """Weight or bias as a row in the type that the loops compute in."""
     if value is None:
         return None
-    flags = value.flags
-    if value.dtype == compute and flags.c_contiguous and flags.writeable and flags.aligned:
-        return value.reshape(-1)
+    if value.dtype == compute and value.flags.carray:
+        return value if value.ndim == 1 else value.reshape(-1)
     if value.dtype.name == "bfloat16":  # without ml_dtypes' cast, one element at a time
         value = (value.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     with np.errstate(all="ignore"):  # a float64 weight may be Inf in float32
@@ -99,10 +99,10 @@ def _as_rows(x: Array, axes: tuple[int, ...], M: int, N: int) -> Array | None:
     if axes[0] != x.ndim - len(axes) and x.size != N:
         return None
     flags = x.flags
+    if flags.carray:  # contiguous, aligned and writable in one look
+        return x if x.shape == (M, N) else x.reshape(M, N)
     if not flags.aligned:
         return None
-    if flags.c_contiguous:
-        return x.reshape(M, N)
     try:
         rows = np.reshape(x, (M, N), copy=False)
     except ValueError:
@@ -130,7 +130,7 @@ def layer_norm_fwd(
     ``axes`` ascend, ``weight`` and ``bias`` have the shape of these axes; ``mean`` and ``rstd``
     are C-contiguous float32 (float64 for float64 x) with length 1 on them. Nothing is empty.
     """
-    kind, native, compute = _kind(x.dtype)
+    kind, native, compute, half = _kind(x.dtype)
     N = 1
     for axis in axes:
         N *= x.shape[axis]
@@ -145,7 +145,7 @@ def layer_norm_fwd(
 
         _cpu_strided.layer_norm_fwd(_engine(), kind, x, axes, w, b, eps, y, mean, rstd)
         return
-    if compute is np.float32 and kind != "float32":
+    if half:
         x_rows, y_rows = x_rows.view(np.uint16), y_rows.view(np.uint16)
     engine = _engine()
     threads = 1 if x.size < _ALONE else _threads.num_threads()

@@ -129,20 +129,16 @@ def _cached() -> SimpleNamespace:
 
 
 _entry = _cached()
-_EMPTY = {"f": np.empty(0, np.float32), "d": np.empty(0, np.float64)}
+_EMPTY: dict[str, Array] = {"f": np.empty(0, np.float32), "d": np.empty(0, np.float64)}
 
 
-def _call(name: str, *args: Any) -> Any:
+def _call(name: str, args: tuple[Any, ...]) -> Any:
+    global _entry
     try:
         return getattr(_entry, name)(*args)
-    except OSError:  # the cache could not be read or written, a full disk for one
-        return _uncached(name, *args)
-
-
-def _uncached(name: str, *args: Any) -> Any:
-    global _entry
-    _entry = _entries(1, compiled())
-    return getattr(_entry, name)(*args)
+    except OSError:  # the cache could not be read or written, on a full disk for one
+        _entry = _entries(1, compiled())
+        return getattr(_entry, name)(*args)
 
 
 class _Window:
@@ -155,16 +151,16 @@ class _Window:
         self.owner = x
 
 
-def _flat(x: Array, size: int) -> Array:
-    """Show x's memory as one row of ``size`` elements.
+def _flat(x: Array, M: int, N: int) -> tuple[Array, int]:  # x: (M, N), each row contiguous
+    """Show x's memory from its first element to its last as one row, and give its pitch.
 
     numba compiles once more for arrays that are read-only or have a pitch: they are passed as if
     they were neither. A read-only x is not written to.
     """
-    flags = x.flags
-    if flags.c_contiguous and flags.writeable and type(x) is np.ndarray:
-        return x.reshape(-1)
-    return np.asarray(_Window(x, size))
+    if x.flags.carray and type(x) is np.ndarray:
+        return x.ravel(), N
+    pitch = x.strides[0] // x.itemsize if M > 1 else N
+    return np.asarray(_Window(x, (M - 1) * pitch + N)), pitch
 
 
 def rows(
@@ -182,36 +178,26 @@ def rows(
     char = "d" if kind == "float64" else "f"
     empty = _EMPTY[char]
     low, high = safe_range(char, eps)
-    xp = x.strides[0] // x.itemsize if M > 1 else N
-    yp = y.strides[0] // y.itemsize if M > 1 else N
-    _call(
-        "rows",
-        _flat(x, (M - 1) * xp + N),
-        xp,
-        _flat(y, (M - 1) * yp + N),
-        yp,
-        M,
-        N,
-        empty if w is None else w,
-        empty if b is None else b,
-        eps,
-        low,
-        high,
-        empty if mean is None else mean,
-        empty if rstd is None else rstd,
-        kind == "bfloat16",
-    )
+    x, xp = _flat(x, M, N)
+    y, yp = _flat(y, M, N)
+    w = empty if w is None else w
+    b = empty if b is None else b
+    mean = empty if mean is None else mean
+    rstd = empty if rstd is None else rstd
+    args = (x, xp, y, yp, M, N, w, b, eps, low, high, mean, rstd, kind == "bfloat16")
+    _call("rows", args)
 
 
 def chunk_moments(kind: str, x: Array, eps: float, parts: Array) -> None:
     """Moments of each chunk of x (n,) into parts (chunks, 3); x begins at a chunk's edge."""
     low, high = safe_range("d" if kind == "float64" else "f", eps)
-    _call("chunk_moments", _flat(x, x.size), low, high, parts, kind == "bfloat16")
+    args = (_flat(x[None], 1, x.size)[0], low, high, parts, kind == "bfloat16")
+    _call("chunk_moments", args)
 
 
 def finish(parts: Array, N: int, eps: float) -> tuple[float, float, float]:
     """Merge the chunks of one row in their order: s, mean - s and rstd, all float64."""
-    s, m, r = _call("finish", parts, N, eps)
+    s, m, r = _call("finish", (parts, N, eps))
     return s, m, r
 
 
@@ -228,4 +214,5 @@ def normalize(
     """Write ((x - s) - m) * r * w + b to y, over a piece of one row."""
     empty = _EMPTY["d" if kind == "float64" else "f"]
     wb = (empty if w is None else w), (empty if b is None else b)
-    _call("normalize", _flat(x, x.size), _flat(y, y.size), *wb, s, m, r, kind == "bfloat16")
+    xy = _flat(x[None], 1, x.size)[0], _flat(y[None], 1, y.size)[0]
+    _call("normalize", (*xy, *wb, s, m, r, kind == "bfloat16"))
