@@ -96,8 +96,9 @@ def _prepare(
     batch.keep.append(kept)
     worst = max((_error(session, case, inputs, contender, i, kept[i]) for i in {0, len(kept) - 1}),
                 key=lambda e: float("inf") if e != e else e)  # fmt: skip
-    right = worst <= limit(case.dtype, contender.ours)
-    note = "" if right else f"error {worst:.3g}, allowed {limit(case.dtype, contender.ours):g}"
+    allowed = limit(case.dtype, case.N, contender.ours)
+    right = worst <= allowed
+    note = "" if right else f"error {worst:.3g}, allowed {allowed:g}"
     status = "ok" if right else "wrong"
     result = Result(contender.name, status, contender.kernel, batch.method, worst, note=note)
     result.ours = contender.ours

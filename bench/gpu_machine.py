@@ -1,7 +1,8 @@
 """Describes the machine, the versions and the measured tree."""
 
 import hashlib
-import importlib
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -15,7 +16,6 @@ __all__ = ["describe", "tree_hash"]
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT_VARIABLE = "CUPYNORM_COMMIT"  # for a copy of the tree without .git
 LIBRARIES = (
-    "cupy",
     "numpy",
     "torch",
     "triton",
@@ -42,21 +42,22 @@ def describe(cupy: Any, simulated: bool = False) -> dict[str, str]:
         **_device(cupy),
         **_driver(simulated),
     }
-    facts |= {name: version(name, cupy) for name in LIBRARIES}
+    facts |= versions() | {"cupy": str(cupy.__version__)}
     facts["compute-sanitizer"] = shutil.which("compute-sanitizer") or ""
     facts["nvcc"] = shutil.which("nvcc") or ""
     return facts
 
 
-def version(name: str, cupy: Any = None) -> str:
-    """Version of a library, "" if it is not there; CuPy's may be the stand-in's."""
-    if name == "cupy" and cupy is not None:
-        return str(cupy.__version__)
-    try:
-        found = importlib.import_module(name)
-    except Exception:  # a broken install is as good as none; the step that needs it says more
-        return ""
-    return str(getattr(found, "__version__", "installed"))
+def versions() -> dict[str, str]:
+    """Versions of the libraries, "" where one is not there; importing them would take seconds."""
+    owners = importlib.metadata.packages_distributions()
+    found = {}
+    for name in LIBRARIES:
+        there = importlib.util.find_spec(name) is not None
+        found[name] = "installed, version unknown" if there else ""
+        if there and name in owners:
+            found[name] = importlib.metadata.version(owners[name][0])
+    return found
 
 
 def _device(cupy: Any) -> dict[str, str]:

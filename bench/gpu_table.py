@@ -23,7 +23,7 @@ COLUMNS = {
     "kernel": "name of the specialization that ran",
     "method": "graph (CUDA graph of many calls) or launches; host for Python time",
     "status": "ok, wrong (no number), error, skipped, simulated (no number)",
-    "error": "largest |y - float64| in units of epsilon(dtype) * max(1, |x_hat * weight|, |bias|)",
+    "error": "max of abs(y - float64) / (epsilon(dtype) * max(1, size of the terms and of y))",
     "median_us": "microseconds per call, median over rounds",
     "p10_us": "10th percentile over rounds",
     "p90_us": "90th percentile over rounds",

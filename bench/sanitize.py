@@ -68,7 +68,7 @@ def run(cupy: Any, cases: Any = CASES, out: Any = print) -> int:
             result = cn.layer_norm(x, N, weight, bias, EPS, out=y, return_stats=True)
             hosts = (before, *(cupy.asnumpy(a) for a in (weight, bias, result.y)))
             error = largest_error(np, *hosts)
-            right = error <= limit(dtype, ours=True) and _stats_right(before, result, cupy)
+            right = error <= limit(dtype, N, ours=True) and _stats_right(before, result, cupy)
             wrong += not right
             out(f"{'ok   ' if right else 'WRONG'} {dtype} {rows}x{N} {name}: error {error:.3g}")
     return wrong
