@@ -117,6 +117,15 @@ def test_squares_of_large_values_do_not_overflow_the_sum(lib):
     np.testing.assert_allclose(lib.to_numpy(rstd), 1e-19, rtol=1e-6)
 
 
+def test_one_square_beyond_float32_does_not_overflow(lib):
+    values = np.zeros((1, 4096))
+    values[0, 7] = 1e20  # its square is 1e40, the variance 2.4e36
+    y, _, rstd = run(lib.array(values))
+    want_y, _, want_rstd = oracle.layer_norm(np.float32(values), (1,), None, None, 1e-5)
+    np.testing.assert_allclose(lib.to_numpy(y), want_y, rtol=1e-5)
+    np.testing.assert_allclose(lib.to_numpy(rstd), want_rstd, rtol=1e-5)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_inf_spoil_their_row_only(lib, dtype, bad):
     values = VALUES.copy()
@@ -170,6 +179,8 @@ def test_every_version_of_the_standard(strict_flags, version, dtype, assert_clos
     assert_close(
         np.asarray(result[0]), oracle.layer_norm(exact[0], (1,), *exact[1:], 1e-5)[0], dtype, COLS
     )
+    empty = run(strict.zeros((2, 0), dtype=getattr(strict, dtype)))
+    assert [a.dtype for a in empty] == [getattr(strict, dtype)] * 3
 
 
 @pytest.mark.parametrize("name", ["device1", "device2", "no_float64", "no_x64"])
