@@ -78,8 +78,9 @@ def quick() -> list[Case]:
     cases += [case("float32", N) for N in wide]
     cases += [case("bfloat16", N, SMALL) for N in (256, 1024, 4096, 16384, 65536)]
     cases += [
-        case("bfloat16", 64 * 2**20, FEW, 1),
-        case("bfloat16", 4 * 2**20, FEW, 8),
+        case("bfloat16", 64 * 2**20, FEW, 1, weight_dtype=None),
+        case("bfloat16", 4 * 2**20, FEW, 8, weight_dtype=None),
+        case("float32", 16 * 2**20, FEW, 1, weight_dtype=None),
         case("float32", 16 * 2**20, FEW, 1),
         case("float16", 1024),
         case("float16", 4096),
@@ -99,7 +100,9 @@ def full() -> list[Case]:
         cases += [case(dtype, N, SMALL) for N in sorted(POWERS + ODD)]
     for rows in (1, 2, 8):
         for N in (2**20, 4 * 2**20, 16 * 2**20, 64 * 2**20):
-            cases += [case(dtype, N, FEW, rows) for dtype in ("bfloat16", "float32")]
+            for dtype in ("bfloat16", "float32"):
+                cases.append(case(dtype, N, FEW, rows, weight_dtype=None))
+                cases.append(case(dtype, N, FEW, rows))
     for N in (1000, 1024, 4096, 5001, 16384):
         for dtype in ("bfloat16", "float32"):
             for layout in ("offset", "pitch"):

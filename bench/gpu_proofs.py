@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib.util
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,20 +25,22 @@ Outcome = tuple[str, str]  # ok, failed or skipped; one sentence
 def _logged(command: list[str], log: Path, seconds: float) -> tuple[int | None, str]:
     """Run from the repository's root, append what it says to the log; None: out of time."""
     shown = " ".join(["python" if c == sys.executable else c for c in command])
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=max(1.0, seconds),
-            check=False,
-        )
-        code, text = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as late:
-        code, text = None, (late.stdout or b"").decode(errors="replace")
+        text, _ = child.communicate(timeout=max(1.0, seconds))
+        code: int | None = child.returncode
+    except subprocess.TimeoutExpired:
+        # The sanitizer's own child too: left alone, it would share the GPU with what is timed next.
+        os.killpg(child.pid, signal.SIGKILL)
+        (text, _), code = child.communicate(), None
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {shown}\n{text[-LOG_CHARACTERS:]}\n[exit status {code}]\n\n")
     return code, text

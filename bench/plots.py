@@ -82,8 +82,10 @@ def tick(N: int) -> str:
 
 
 def _chosen(rows: Rows, group: str, dtype: str) -> Rows:
+    few = group == "few rows"
     found = [r for r in rows if r["group"] == group and r["dtype"] == dtype]
-    return [r for r in found if r["rows"] == "1"] if group == "few rows" else found
+    # With one row, weight and bias are as large as x: the panel keeps to the rows without them.
+    return [r for r in found if r["rows"] == "1" and not r["weight_dtype"]] if few else found
 
 
 def bandwidth(plt: Any, rows: Rows) -> Any:
@@ -103,9 +105,11 @@ def bandwidth(plt: Any, rows: Rows) -> Any:
             _panel(axes[i, j], _chosen(rows, group, dtype))
             axes[i, j].set_title(f"{dtype}, {GROUPS[group]}", fontsize=9)
         axes[i, 0].set_ylabel("GB/s")
+        axes[i, 0].set_ylim(bottom=0)  # once the whole row is drawn: it shares the axis
     for ax in axes[-1]:
         ax.set_xlabel("N (columns)")
-    handles = {h.get_label(): h for ax in axes.flat for h in ax.get_lines()}
+    lines = [h for ax in axes.flat for h in ax.get_lines() if h.get_label()[0] != "_"]
+    handles = {h.get_label(): h for h in lines}
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=7, frameon=False
     )
@@ -122,27 +126,33 @@ def _panel(ax: Any, rows: Rows) -> None:
             continue
         style = {"ls": "--", "lw": 1.2} if peer == "copy" else {"marker": "o", "ms": 3.5, "lw": 1.3}
         front = 3 if peer == "cupynorm" else 2
-        ax.plot(*zip(*points, strict=True), color=color, label=peer, zorder=front, **style)
+        even = [p for p in points if p[0] & (p[0] - 1) == 0] or points
+        ax.plot(*zip(*even, strict=True), color=color, label=peer, zorder=front, **style)
+        odd = [p for p in points if p not in even and peer != "copy"]
+        if odd:  # lengths that break vectors: open circles beside the line
+            ax.plot(
+                *zip(*odd, strict=True), "o", ms=4, mfc="white", mec=color, zorder=front, label="_"
+            )
     ax.set_xscale("log", base=2)
     columns = sorted({int(r["N"]) for r in rows})
     powers = [N for N in columns if N & (N - 1) == 0] or columns
     ax.set_xticks(powers[:: -(-len(powers) // 8)])
     ax.set_xticklabels([tick(int(N)) for N in ax.get_xticks()])
     ax.minorticks_off()
-    ax.set_ylim(bottom=0)
     ax.grid(axis="y", alpha=0.3)
 
 
 def bars(plt: Any, rows: Rows) -> Any:
     """A panel per dtype: each peer's share of the copy's bandwidth, by N, at 1 GB moved."""
-    big = [r for r in rows if r["group"] == "1GB"] or rows
+    group = next(g for g in (*GROUPS, rows[0]["group"]) if any(r["group"] == g for r in rows))
+    big, size = [r for r in rows if r["group"] == group], GROUPS.get(group, group)
     dtypes = [d for d in DTYPES if any(r["dtype"] == d for r in big)]
     figure, axes = plt.subplots(
         len(dtypes), 1, figsize=(11, 1.0 + 2.6 * len(dtypes)), squeeze=False, layout="constrained"
     )
     for ax, dtype in zip(axes[:, 0], dtypes, strict=True):
         _bars_panel(ax, [r for r in big if r["dtype"] == dtype])
-        ax.set_title(f"{dtype}, 1 GB moved: share of the copy's bandwidth", fontsize=9)
+        ax.set_title(f"{dtype}, {size}: share of the copy's bandwidth", fontsize=9)
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=7, frameon=False)
     return figure

@@ -217,6 +217,14 @@ def test_error_sees_one_unit_in_the_last_place(dtype):
     assert not largest_error(np, x, weight, bias, y) <= limit(dtype, 500, ours=False)
 
 
+def test_error_of_a_long_row():
+    x = np.random.default_rng(3).standard_normal((1, 2**20)).astype(np.float32)
+    wide = x.astype(np.longdouble)
+    y = ((wide - wide.mean()) / np.sqrt(wide.var() + 1e-5)).astype(np.float32)
+    assert largest_error(np, x, None, None, y) <= 0.51
+    assert largest_error(np, x, None, None, y * np.float32(1 + 1e-5)) > 8
+
+
 def test_short_set_counts_what_is_wrong(session, monkeypatch):
     lines = []
     assert sanitize.run(session.cupy, sanitize.TINY, lines.append) == 0
@@ -465,7 +473,8 @@ def synthetic(path):
         for N in (256, 1000, 1024, 4096, 16384, 65536, 262144, 2**20):
             nbytes = 10**9 if group == "1GB" else 33 * 10**6
             rows = 1 if group == "few rows" else nbytes // (8 * N)
-            case = Case(dtype, rows, N, group)
+            affine = None if group == "few rows" else "same"
+            case = Case(dtype, rows, N, group, affine)
             t = case.copy_bytes / 4.2e6 + 3
             results = [timed("cupynorm", 1.03 * t, ours=True), timed("copy-block", t)]
             results += [timed("torch-eager", 1.6 * t), timed("torch-compile", 1.1 * t)]
