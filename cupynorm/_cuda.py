@@ -19,6 +19,7 @@ __all__ = [
     "empty",
     "empty_like",
     "from_exporter",
+    "is_current",
     "kernel_of",
     "layer_norm_fwd",
     "warmup",
@@ -26,6 +27,12 @@ __all__ = [
 
 empty = cupy.empty
 empty_like = cupy.empty_like
+
+
+def is_current(x: Any) -> bool:
+    """Whether CuPy allocates and launches on x's device."""
+    current: bool = x.device.id == cupy.cuda.runtime.getDevice()
+    return current
 
 
 def from_exporter(x: Any) -> Any:
@@ -87,12 +94,11 @@ def layer_norm_fwd(
     mean: Any,
     rstd: Any,
 ) -> None:
-    """Normalize x into y on CuPy's current stream; arguments are checked, arrays not empty."""
+    """Normalize x into y on CuPy's current stream.
+
+    Arguments are checked, arrays not empty, and x's device is the current one.
+    """
     index = x.device.id
-    if index != cupy.cuda.runtime.getDevice():
-        with cupy.cuda.Device(index):
-            layer_norm_fwd(x, axes, weight, bias, eps, y, mean, rstd)
-        return
     key = (
         index,
         x.dtype,

@@ -244,6 +244,9 @@ def _strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any,
     """NumPy and CuPy: allocate what is returned, then let the path write into it."""
     path, x, axes, weight, bias, eps = call
     do = _path(path)
+    if path == "cupy" and not do.is_current(x):
+        with x.device:  # or y would be allocated, and the kernel launched, on another GPU
+            return _strided(call, order, out, return_stats)
     new = np if path == "numpy" else do
     y = new.empty_like(x, order=order) if out is None else _out(out, x, weight, bias, order)
     mean = rstd = None

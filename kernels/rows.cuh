@@ -98,6 +98,8 @@ __device__ __forceinline__ void normalize_segments(
 template <int LANES, int VECS, class T>
 __device__ __forceinline__ void store_columns(Segment<LANES, VECS>& s, T* p, int n, int lane) {
     columns_to_granules<LANES, VECS, T>(s, n ? skew_of(p) : 0, lane);
+    // In place, a lane may write the edge that another one has read; shuffles order no memory.
+    __syncwarp(0xffffffffu);
     store_granules(s, p, n, lane);
 }
 

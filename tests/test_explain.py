@@ -1,0 +1,192 @@
+"""What `explain` says is what a call does; `warmup` compiles what a later call takes."""
+
+import html.parser
+import itertools
+
+import numpy as np
+import pytest
+
+import cupynorm as cn
+from cupynorm._explain import _DEVICES
+from cupynorm._layout import result_strides
+from tests.conftest import _simulated
+from tests.simt.limits import DeviceLimits
+
+
+@pytest.fixture
+def cupy():
+    with _simulated():
+        import cupy
+
+        yield cupy
+
+
+SHAPES = [
+    ((5, 100), {}),
+    ((300, 64), {"axis": -1, "return_stats": True}),
+    ((3, 4, 500), {"normalized_shape": (4, 500)}),
+    ((2, 9001), {}),
+    ((200, 20_000), {}),
+    ((1, 70_000), {}),
+    ((6, 40), {"axis": 0}),
+    ((2, 3, 4, 5), {"axis": (1, 3)}),
+    ((2, 3, 4), {"order": "F"}),
+]
+
+
+@pytest.mark.parametrize(("shape", "kw"), SHAPES, ids=str)
+def test_the_launches_are_those_of_the_call(cupy, shape, kw):
+    x = cupy.asarray(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    told = cn.explain(x, **kw)
+    before = len(cupy.simulator.launches)
+    cn.layer_norm(x, **kw)
+    done = cupy.simulator.launches[before:]
+    assert told.path == "cuda"
+    assert [text.split(",")[0] for text in told.launches] == [one.name for one in done]
+    for text, one in zip(told.launches, done, strict=True):
+        assert f"grid {one.grid[0]}, block {one.block[0]}, " in text
+
+
+@pytest.mark.parametrize(("shape", "kw"), SHAPES, ids=str)
+def test_bytes_moved_are_those_the_kernels_move(cupy, shape, kw):
+    x = cupy.asarray(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    told = cn.explain(x, **kw)
+    before = len(cupy.simulator.launches)
+    cn.layer_norm(x, **kw)
+    done = cupy.simulator.launches[before:]
+    by_kernels = told.bytes_moved - 2 * x.nbytes * len(told.copies)
+    # In distinct bytes per block: K5's workspace is read by many threads of a block.
+    counted = sum(
+        b.distinct_read_bytes + b.distinct_written_bytes
+        for one in done
+        for b in one.traffic.buffers
+    )
+    # K5's parts each read the whole row's moments, which explain counts once.
+    assert by_kernels <= counted <= 1.02 * by_kernels
+
+
+def test_copies_and_their_reasons():
+    x = np.ones((2, 64, 14, 14), np.float32)
+    told = cn.explain(x, axis=1, device="sm_90")
+    assert [text.partition(":")[0] for text in told.copies] == ["of x", "of y"]
+    assert "stride 196, not 1" in told.copies[0]
+    assert told.bytes_moved == 3 * told.bytes_floor
+    assert cn.explain(x, axis=(1, 2, 3), device="sm_90").copies == ()
+    sliced = np.ones((10, 100), np.float32)[:, :64]
+    assert cn.explain(sliced, device="sm_90").copies == ()
+    backwards = np.ones((10, 100), np.float32)[:, ::-1]
+    assert "stride -1, not 1" in cn.explain(backwards, device="sm_90").copies[0]
+
+
+def test_floor_counts_each_byte_once():
+    x = np.ones((30, 64), np.float16)
+    w = np.ones(64, np.float64)
+    told = cn.explain(x, weight=w, return_stats=True, device="sm_80")
+    assert told.bytes_floor == 2 * 30 * 64 * 2 + 64 * 8 + 2 * 30 * 4
+    assert told.bytes_moved == told.bytes_floor
+    assert (told.rows, told.cols, told.dtype, told.stats_dtype) == (30, 64, "float16", "float32")
+
+
+def test_each_path_says_what_runs():
+    torch = pytest.importorskip("torch")
+    on_cpu = cn.explain(np.ones((4, 8)))
+    assert on_cpu.path == "cpu"
+    assert "thread" in on_cpu.kernel
+    assert on_cpu.launches == ()
+    elsewhere = cn.explain(torch.ones(4, 8))
+    assert elsewhere.path == "reference"
+    assert "torch" in elsewhere.kernel
+    assert elsewhere.bytes_moved is None
+
+
+def test_bad_arguments_are_those_of_layer_norm():
+    x = np.ones((4, 8), np.float32)
+    with pytest.raises(ValueError, match=r"trailing dimensions"):
+        cn.explain(x, 7)
+    with pytest.raises(TypeError, match=r"int64.*astype"):
+        cn.explain(x.astype(np.int64))
+    with pytest.raises(ValueError, match=r"sm_91.*sm_90"):
+        cn.explain(x, device="sm_91")
+
+
+def test_empty_x_launches_nothing():
+    told = cn.explain(np.ones((0, 8), np.float32), device="sm_90")
+    assert told.launches == ()
+    assert told.bytes_moved == 0
+    assert "empty" in str(told)
+
+
+class _Cells(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.text, self.open = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.open.append(tag)
+        assert tag in ("table", "tr", "th", "td")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_text_and_html_say_the_same():
+    told = cn.explain(np.ones((2, 3_000_000), np.float16), device="sm_90")
+    cells = _Cells()
+    cells.feed(told._repr_html_())
+    assert cells.open == []
+    assert str(told).split() == " ".join(cells.text).split()
+    assert "K5 split row" in str(told)
+    assert repr(told) == str(told)
+
+
+def test_devices_are_those_that_the_harness_knows():
+    for cc, device in _DEVICES.items():
+        assert device.compute_capability == cc
+        assert device.shared_bytes == DeviceLimits.of(str(cc)).opt_in_shared
+
+
+def test_result_strides_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    for shape in [(3, 4), (2, 3, 4), (2, 1, 4, 3), (5,), (2, 3, 1)]:
+        for perm in itertools.permutations(range(len(shape))):
+            x = np.empty([shape[a] for a in perm], np.float32).transpose(np.argsort(perm))
+            x = x[tuple(slice(None, None, int(rng.choice([1, -1]))) for _ in shape)]
+            for order in "KCF":
+                want = np.empty_like(x, order=order).strides
+                got = result_strides(x.shape, tuple(s // 4 for s in x.strides), order)
+                for n, a, b in zip(x.shape, want, got, strict=True):
+                    assert n == 1 or a == 4 * b, (x.shape, x.strides, order)
+
+
+def test_warmup_compiles_what_a_call_takes(cupy):
+    names = cn.warmup(100, ["float32", "float16"])
+    assert len(names) == 2
+    compiled = len(cupy.simulator.compilations)
+    assert compiled == 2
+    w = cupy.asarray(np.ones(100, np.float32))
+    cn.layer_norm(cupy.asarray(np.ones((7, 100), np.float32)), weight=w, bias=w)
+    assert len(cupy.simulator.compilations) == compiled
+    assert cupy.simulator.launches[-1].name in names
+
+
+def test_warmup_of_long_rows_covers_few_and_many(cupy):
+    names = cn.warmup((2, 25_000), ["float32"], affine=False)
+    assert [name.split("_f32")[0] for name in names] == [
+        "layer_norm_fwd_split_stats",
+        "layer_norm_fwd_split_normalize",
+        "layer_norm_fwd_shared",
+    ]
+
+
+def test_warmup_on_the_cpu_names_each_dtype():
+    assert len(cn.warmup(16, ["float32", "float64"], device="cpu")) == 2
+
+
+def test_warmup_refuses_what_layer_norm_refuses():
+    with pytest.raises(TypeError, match="int32"):
+        cn.warmup(16, ["int32"], device="cpu")
+    with pytest.raises(ValueError, match="'tpu'"):
+        cn.warmup(16, device="tpu")
