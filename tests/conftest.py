@@ -34,6 +34,7 @@ class Backend(Enum):
     """Each way that `layer_norm` is reached; the value is the test id."""
 
     NUMPY = "numpy"
+    NUMPY_PLAIN = "numpy-plain"  # as if numba were not installed
     CUPY_SIMULATED = "cupy-simulated"
     CUPY = "cupy"
     TORCH = "torch"
@@ -74,8 +75,12 @@ class Backend(Enum):
         return self is not Backend.JAX
 
     @property
+    def numpy(self) -> bool:
+        return self.value.startswith("numpy")
+
+    @property
     def not_numpy(self) -> bool:
-        return self is not Backend.NUMPY
+        return not self.numpy
 
     @property
     def has_float16(self) -> bool:
@@ -112,9 +117,9 @@ def np_dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name)) if name == "bfloat16" else np.dtype(name)
 
 
-def _numpy() -> Library:
+def _numpy(backend: Backend) -> Library:
     return Library(
-        Backend.NUMPY,
+        backend,
         from_numpy=lambda a: a,
         to_numpy=lambda a: a,
         strides=lambda a: tuple(s // a.itemsize for s in a.strides),
@@ -171,7 +176,8 @@ def _strict(name: str) -> Library:
 
 
 _MAKERS: dict[Backend, Callable[[], Library]] = {
-    Backend.NUMPY: _numpy,
+    Backend.NUMPY: lambda: _numpy(Backend.NUMPY),
+    Backend.NUMPY_PLAIN: lambda: _numpy(Backend.NUMPY_PLAIN),
     Backend.CUPY_SIMULATED: lambda: _cupy(Backend.CUPY_SIMULATED),
     Backend.CUPY: lambda: _cupy(Backend.CUPY),
     Backend.TORCH: lambda: _torch("cpu"),
@@ -258,11 +264,19 @@ def _simulated() -> Iterator[None]:
             swap(before)
 
 
+def _plain() -> contextlib.AbstractContextManager[None]:
+    from cupynorm import _cpu
+
+    return _cpu.without_numba()
+
+
+_CONTEXTS = {Backend.CUPY_SIMULATED: _simulated, Backend.NUMPY_PLAIN: _plain}
+
+
 @pytest.fixture
 def lib(request: pytest.FixtureRequest) -> Iterator[Library]:
     """The library of this case, as the tests see it."""
-    context = _simulated() if request.param is Backend.CUPY_SIMULATED else contextlib.nullcontext()
-    with context:
+    with _CONTEXTS.get(request.param, contextlib.nullcontext)():
         yield _MAKERS[request.param]()
 
 
