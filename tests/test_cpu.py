@@ -71,7 +71,7 @@ def assert_exact(result, x, axes, weight, bias, eps, slack=1.0):
 # Every branch by N: below one vector, its edges, several vectors with a rest, the edge of numba's
 # chunk and of NumPy's, rows of several chunks.
 WIDTHS = [1, 2, 3, 7, 8, 15, 16, 17, 31, 63, 64, 65, 100, 768, 1000, 1025, 4095, 4096, 4097]
-WIDTHS += [9000, 16384, 16385, 40000]
+WIDTHS += [9000, 32768, 32769, 80000]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
