@@ -34,11 +34,13 @@ def _loops() -> tuple[ModuleType, str]:
     if os.environ.get("CUPYNORM_NUMBA", "1").strip() == "0":
         return _cpu_blocks, "plain NumPy blocks (CUPYNORM_NUMBA=0)"
     try:
+        import numba
+
+        if numba.config.DISABLE_JIT:  # loops over raw vectors have no meaning in Python
+            return _cpu_blocks, "plain NumPy blocks (NUMBA_DISABLE_JIT is set)"
         from cupynorm import _cpu_numba
     except ImportError as error:
         return _cpu_blocks, f"plain NumPy blocks (numba cannot be imported: {error})"
-    import numba
-
     return _cpu_numba, f"numba {numba.__version__} loops"
 
 

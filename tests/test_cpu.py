@@ -554,6 +554,7 @@ def test_numba_that_is_absent_or_refused():
     code = textwrap.dedent(FIRST_CALL).replace('"numba" not in sys.modules and ', "")
     code = code.replace('if "numba" in sys.modules:', "if False:")
     assert run_python(block + code).split()[0] == "plain"
+    assert run_python(code, NUMBA_DISABLE_JIT="1").split()[0] == "plain"
     said = block + "from cupynorm import _cpu; print(_cpu.describe())"
     assert "numba cannot be imported" in run_python(said)
 
