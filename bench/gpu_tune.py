@@ -17,15 +17,17 @@ from bench.gpu_table import Table, rows_of
 from cupynorm._layout import layout_of
 from cupynorm._plan import TABLE, Device, Plan, TableRow
 from cupynorm._problem import ITEMSIZE
+from cupynorm._source import source_of
 
 __all__ = ["candidates", "launcher", "tune"]
 
 DTYPES = ("bfloat16", "float32")
 ROUNDS = 9
 WORTH = 0.99  # a neighbour replaces a row when it takes less than this share of its time
-MOST_VECS = 16  # of one thread: beyond, registers spill
+REGISTERS = 65536  # of a multiprocessor; a vector takes four, and spills are not proposed
+OTHER_REGISTERS = 36
 WARP_SHAPES = ((8, 128), (16, 128), (32, 128), (32, 64), (32, 256))
-BLOCK_SHAPES = ((64, 64), (64, 128), (128, 128), (256, 256), (512, 512))
+BLOCK_SHAPES = ((64, 64), (64, 128), (128, 128), (256, 256), (512, 512), (1024, 1024))
 
 
 def candidates(row: TableRow) -> list[TableRow]:
@@ -38,13 +40,20 @@ def candidates(row: TableRow) -> list[TableRow]:
     elif row.family in ("warp", "block"):
         for family, shapes in (("warp", WARP_SHAPES), ("block", BLOCK_SHAPES)):
             made += [
-                change(row, family=family, threads_per_row=t, threads=n, rows_per_group=1)
+                change(
+                    row,
+                    family=family,
+                    threads_per_row=t,
+                    threads=n,
+                    rows_per_group=1,
+                    blocks_per_sm=max(1, row.threads * row.blocks_per_sm // n),
+                )
                 for t, n in shapes
             ]
         if row.family == "warp":
             made += [change(row, rows_per_group=r) for r in (1, 2, 4)]
         made += [change(row, blocks_per_sm=b) for b in (2, 4, 6, 8, 12, 16)]
-    return [r for r in dict.fromkeys(made) if _fits(r)]
+    return [r for r in dict.fromkeys(made) if r is row or _fits(r)]
 
 
 def _fits(row: TableRow) -> bool:
@@ -52,8 +61,9 @@ def _fits(row: TableRow) -> bool:
         return False
     if row.family == "shared":
         return True
-    vecs = -(-row.max_vecs // row.threads_per_row)
-    return row.threads % row.threads_per_row == 0 and vecs * row.rows_per_group <= MOST_VECS
+    vecs = -(-row.max_vecs // row.threads_per_row) * row.rows_per_group
+    registers = REGISTERS // (row.threads * row.blocks_per_sm)
+    return row.threads % row.threads_per_row == 0 and 4 * vecs + OTHER_REGISTERS <= registers
 
 
 def plan_of(row: TableRow, problem: Any) -> Plan:
@@ -78,6 +88,7 @@ def launcher(session: Session, case: Case, inputs: Inputs, row: TableRow) -> Con
         msg = "beyond the device's shared memory"
         raise Unavailable(msg)
     functions = tuple(_cuda._load(stage, index) for stage in plan.stages)
+    _refuse_spills(session, plan)
     tail = (p.rows, p.M, p.x_strides[0], p.x_strides[1], p.y_strides[0], p.y_strides[1], p.N)
     ready = _cuda._Prepared(layout, plan, functions, tail, None, None)
 
@@ -88,6 +99,17 @@ def launcher(session: Session, case: Case, inputs: Inputs, row: TableRow) -> Con
 
     kernel = "+".join(stage.name for stage in plan.stages)
     return Contender(label(row), call, kernel=kernel, ours=True)
+
+
+def _refuse_spills(session: Session, plan: Plan) -> None:
+    """No row of the table may spill, so no candidate may, however fast."""
+    if session.simulated:
+        return
+    for stage in plan.stages:
+        spilled = session.cupy.RawKernel(source_of(stage), stage.name).local_size_bytes
+        if spilled:
+            msg = f"{stage.name} keeps {spilled} bytes per thread in local memory"
+            raise Unavailable(msg)
 
 
 def label(row: TableRow) -> str:
