@@ -16,7 +16,7 @@ __all__ = [
 
 # Tables have no single dtype or axis to speak of; guessing a conversion would lose names or nulls.
 _TABLES = {"pandas": "to_numpy()", "cudf": "to_cupy()", "polars": "to_numpy()"}
-_CPU, _CUDA = 1, 2  # DLPack's device types
+_ON_CPU, _ON_GPU = (1, 3), (2, 13)  # DLPack's device types; 3: pinned, 13: managed memory
 _TABLE_TYPES = ("DataFrame", "Series", "LazyFrame", "Index")
 
 
@@ -66,16 +66,18 @@ def classify(x: Any, label: str = "x") -> tuple[Any, str]:
     library = library_of(x)
     if library == "cupy" and hasattr(x, "__cuda_array_interface__"):
         return x, "cupy"
-    if library in _TABLES and type(x).__name__ in _TABLE_TYPES:
-        _refuse(f"{label} is a {library} {type(x).__name__}", f"pass {label}.{_TABLES[library]}")
+    for base in type(x).__mro__:
+        origin = base.__module__.partition(".")[0]
+        if origin in _TABLES and base.__name__ in _TABLE_TYPES:
+            _refuse(f"{label} is a {origin} {base.__name__}", f"pass {label}.{_TABLES[origin]}")
     from array_api_compat import is_array_api_obj
 
     if not isinstance(x, np.generic) and is_array_api_obj(x):
         return x, "namespace"
     device = _dlpack_device(x)
-    if hasattr(x, "__cuda_array_interface__") or device == _CUDA:
+    if hasattr(x, "__cuda_array_interface__") or device in _ON_GPU:
         return x, "gpu-exporter"
-    if device == _CPU:
+    if device in _ON_CPU:
         return _from_dlpack(x, label), "numpy"
     _refuse(
         f"{label} is a {type(x).__module__}.{type(x).__qualname__}, which is no array",

@@ -91,7 +91,8 @@ def _affine(value: Array | None, compute: np.dtype[Any]) -> Array | None:
     if value.dtype == compute and value.flags.carray:
         return value if value.ndim == 1 else value.reshape(-1)
     if value.dtype.name == "bfloat16":  # without ml_dtypes' cast, one element at a time
-        value = (value.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        bits = value.view(np.dtype(np.uint16).newbyteorder(value.dtype.byteorder))
+        value = (bits.astype(np.uint32) << 16).view(np.float32)
     with np.errstate(all="ignore"):  # a float64 weight may be Inf in float32
         return value.astype(compute, order="C").reshape(-1)
 

@@ -114,7 +114,8 @@ def kernel_paths(source: str, entry: str) -> tuple[Path, Path]:
     """Paths of the library built from `source` for `entry`, and of the text its lines refer to."""
     prelude = HERE / "prelude.hpp"
     runtime = runtime_path()
-    name = _digest(*KERNEL_FLAGS, prelude.read_text(), runtime.name, entry, source)
+    # A kernel's library names the runtime's by its whole path: a copied folder builds its own.
+    name = _digest(*KERNEL_FLAGS, prelude.read_text(), str(runtime), entry, source)
     library, text = CACHE / f"{name}.so", CACHE / f"{name}.cpp"
     if library.exists() and text.exists():
         return library, text
