@@ -53,11 +53,20 @@ def shapes(arch: str, x_dtype: str) -> dict[str, tuple[int, int]]:
 
 def heaviest(arch: str, x_dtype: str) -> dict[str, tuple[int, int]]:
     """Of `shapes`, the longest of each row of the plan table."""
+    return _longest(arch, x_dtype, by_table_row=True)
+
+
+def longest(arch: str, x_dtype: str) -> dict[str, tuple[int, int]]:
+    """Of `shapes`, the longest of each kernel."""
+    return _longest(arch, x_dtype, by_table_row=False)
+
+
+def _longest(arch: str, x_dtype: str, *, by_table_row: bool) -> dict[str, tuple[int, int]]:
     last = {}
-    for name, (vecs, rows) in shapes(arch, x_dtype).items():
+    for name, (vecs, rows) in sorted(shapes(arch, x_dtype).items(), key=lambda item: item[1]):
         for stage in stages(arch, x_dtype, vecs, rows, (None, None)):
             if stage.name == name:
-                last[stage.kernel, stage.family, table_row(vecs)] = name
+                last[stage.kernel, table_row(vecs) if by_table_row else None] = name
     return {name: shapes(arch, x_dtype)[name] for name in last.values()}
 
 
@@ -74,15 +83,16 @@ def rare_flags(x_dtype: str) -> tuple[Flags, ...]:
 
 def entries(arch: str, x_dtype: str, family: str, *, everything: bool = False) -> list[Stage]:
     """Stages to compile, without repeats."""
-    every, heavy = shapes(arch, x_dtype), heaviest(arch, x_dtype)
+    every = shapes(arch, x_dtype)
     first, *others = usual_flags(x_dtype)
-    wanted: list[tuple[dict[str, tuple[int, int]], Flags]] = [(heavy, first)]
-    if everything or arch == FULL:
-        wanted = [(every, first)] + [(every if everything else heavy, flags) for flags in others]
-        longest = {name: shape for name, shape in heavy.items() if "_fwd_warp_" in name}
-        wanted += [
-            (dict([max(longest.items(), key=lambda item: item[1])]), f) for f in rare_flags(x_dtype)
-        ]
+    if not everything and arch != FULL:
+        wanted = [(heaviest(arch, x_dtype), first)]
+    else:
+        some = longest(arch, x_dtype)
+        one = {name: shape for name, shape in some.items() if "_fwd_warp_" in name}
+        wanted = [(every, first)]
+        wanted += [(every if everything else some, flags) for flags in others]
+        wanted += [(one, flags) for flags in rare_flags(x_dtype)]
     chosen = {}
     for names, flags in wanted:
         for vecs, rows in names.values():
