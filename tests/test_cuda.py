@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from tests import oracle
+from tests import gpu_backend, oracle
 from tests.conftest import Backend, why_not
+from tests.row_cases import device_for
+from tests.row_kernels import At, normalize
 from tests.simt.cupy_stand_in import simulated_cupy
 
 RNG = np.random.default_rng(20260104)
@@ -391,3 +393,30 @@ def test_mere_exporters_come_back_as_cupy(cp):
         y = cn.layer_norm(x, weight=Exporter(cp.asarray(weight)))
         assert type(y) is cp.ndarray
         check(y, host[view], None, weight)
+
+
+# --- the way that tests/test_kernels.py takes on a GPU ------------------------------------------
+
+
+def test_kernel_tests_run_through_cupy(sim):
+    """What `make gpu` runs of them, here on the stand-in: layouts, K3's limit, K5's workspace."""
+    gpu_backend._raw_kernel.cache_clear()
+    gpu = gpu_backend.GpuMachine()
+    for family in ("warp", "shared", "split"):
+        x, device = numbers(3, FAMILIES[family]), device_for(gpu, family)
+        at = {"x_at": At(1, 1), "y_at": At(3, 2)}
+        expected = normalize(gpu_backend.SIMULATED, x, device=device, **at)
+        result = normalize(gpu, x, device=device, **at)
+        assert result.plan.family == family
+        assert result.bits() == expected.bits()
+    gpu_backend._raw_kernel.cache_clear()
+
+
+def test_a_write_beside_its_memory_is_noticed_there(sim):
+    gpu = gpu_backend.GpuMachine()
+    memory = gpu.memory(100, "y", offset=8)
+    assert memory.ptr % 256 == 8
+    assert not gpu.written(memory).any()
+    memory.whole[memory.first + 100 : memory.first + 101].fill(0)
+    with pytest.raises(AssertionError, match="outside its memory"):
+        gpu.get(memory)

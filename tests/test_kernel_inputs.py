@@ -54,6 +54,16 @@ def test_scales(machine, family, scale):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_an_outlier_whose_square_overflows(machine, family):
+    """1e20 squared is beyond float32, the variance of a row that holds one such value is not."""
+    x = values(2, length(family, "float32"))
+    x[0, 0], x[1, -1] = 1e20, -1e20
+    result = run(machine, family, x)
+    assert np.isfinite(result.rstd).all()
+    assert kernel_error(result, x) < 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_constant_rows(machine, family, dtype):
     """Variance 0 exactly: y is the bias, and no rounding of the mean shows through rstd."""
