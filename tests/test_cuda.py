@@ -160,6 +160,7 @@ def test_runs_on_the_current_stream(sim):
 
 def test_stream_order_on_a_device(cp):
     x = cp.asarray(numbers(64, 5000))
+    cp.cuda.Device().synchronize()  # x was copied on the null stream, which the next does not await
     with cp.cuda.Stream(non_blocking=True) as stream:
         y = cn.layer_norm(x)
         z = cn.layer_norm(y, out=y)
