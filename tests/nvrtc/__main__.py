@@ -26,7 +26,8 @@ def _commit() -> str:
         done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "kernels", "cupynorm")
+    compiled = ("kernels", "cupynorm/_plan.py", "cupynorm/_source.py")
+    changed = git("status", "--porcelain", "--", *compiled)
     return git("rev-parse", "--short", "HEAD") + (" with changes on top" if changed else "")
 
 
