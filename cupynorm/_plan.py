@@ -21,7 +21,7 @@ CHUNK_VECS = 1024  # kernels/chunk.cuh: 256 threads of 4 vectors, 16 KiB
 CHUNK_THREADS = 256
 CHUNK_PARTIALS = 25
 # One section per chunk up to this many, so that every row K3 can hold has the tree of K5.
-MAX_SECTIONS = 1024
+MAX_SECTIONS = 512
 MAX_GRID_X = 2**31 - 1
 
 
@@ -80,7 +80,7 @@ TABLE = (
 # Few rows leave most multiprocessors idle under K3; K5 costs a second launch and a read from L2.
 SPLIT_MIN_VECS = 8 * CHUNK_VECS  # 128 KiB
 SPLIT_ROWS_PER_SM = 0.5
-SPLIT_BLOCKS_PER_SM = 4  # of the normalizing kernel, over all rows
+SPLIT_BLOCKS_PER_SM = 3  # of the normalizing kernel, over all rows
 
 
 @dataclass(frozen=True, slots=True)

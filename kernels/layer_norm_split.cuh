@@ -2,7 +2,7 @@
 // leaves the moments of every section of a row in a workspace, the second merges them and
 // normalizes. No cooperative launch, no spinning, no atomics: the launch order is the only barrier.
 //
-// A section is `chunks_per_section` chunks (one, until a row has more than 1024). Workspace:
+// A section is `chunks_per_section` chunks (one, until a row has more than 512). Workspace:
 // A moments[rows][sections][3].
 
 template <class X>

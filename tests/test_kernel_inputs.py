@@ -105,7 +105,7 @@ def test_nan_and_inf_spoil_their_row_only(machine, family, spoiler):
 
 
 def test_sections_of_several_chunks(machine, monkeypatch):
-    """What a row of more than 1024 chunks takes, with a limit of 4 instead."""
+    """What a row of more than 512 chunks takes, with a limit of 4 instead."""
     monkeypatch.setattr(_plan, "MAX_SECTIONS", 4)
     monkeypatch.setattr("tests.row_kernels.choose_plan", _plan.choose_plan.__wrapped__)
     for chunks in (4, 5, 9, 11):
