@@ -178,7 +178,7 @@ def check_writable(out: Strided) -> None:
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         msg = "out is read-only; pass a writable array, e.g. numpy.empty_like(x)"
         raise ValueError(msg)
-    if not out.size:
+    if not out.size or (hasattr(out, "flags") and out.flags.c_contiguous):
         return
     reach = out.itemsize  # bytes that all smaller steps together cover
     for stride, n in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True)):
@@ -196,6 +196,8 @@ def check_overlap(label: str, other: Any, out: Any, *, same_allowed: bool) -> No
 
     Writing there would change elements that are still to be read.
     """
+    if isinstance(out, np.ndarray) and not np.may_share_memory(other, out):
+        return
     a, b = _Span(other), _Span(out)
     if same_allowed and a.key == b.key:
         return

@@ -36,7 +36,7 @@ def _check_out(x: Any, weight: Any, bias: Any, order: str, out: Any) -> None:
     if library == "jax":
         msg = "out= is given but JAX arrays cannot be written to; use the returned array"
         raise TypeError(msg)
-    _problem.check_out(tuple(out.shape), str(out.dtype), tuple(x.shape), str(x.dtype), order)
+    _problem.check_out(tuple(out.shape), out.dtype, tuple(x.shape), x.dtype, order)
     if library == "torch":
         import torch
 

@@ -228,7 +228,7 @@ def check_order(order: Any) -> None:
 
 
 def check_out(
-    shape: tuple[int, ...], dtype: str, x_shape: tuple[int, ...], x_dtype: str, order: str
+    shape: tuple[int, ...], dtype: Any, x_shape: tuple[int, ...], x_dtype: Any, order: str
 ) -> None:
     """Refuse an `out` whose shape or dtype is not x's, or a layout asked for twice."""
     if shape != x_shape:

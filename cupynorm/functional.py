@@ -265,7 +265,7 @@ def _strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any,
 def _out(out: Any, x: Any, weight: Any, bias: Any, order: str) -> Any:
     """Check `out` whole before anything is written to it."""
     y = _companion("out", out, x)
-    _problem.check_out(tuple(y.shape), str(y.dtype), tuple(x.shape), str(x.dtype), order)
+    _problem.check_out(y.shape, y.dtype, x.shape, x.dtype, order)
     check_writable(y)
     check_overlap("x", x, y, same_allowed=True)
     for label, other in (("weight", weight), ("bias", bias)):
