@@ -4,7 +4,9 @@
 
 Bytes of a case, the least that can move: M*N read + M*N written + what weight and bias hold.
 Every contender is checked against float64 on the same input before any is timed. Times are
-medians over rounds in which each contender runs once, so that a slow spell hits all alike.
+medians over rounds in which each contender has its turn, so that a slow spell hits all alike. A
+turn is a pause, calls for 2 ms that are not timed, and timed ones: torch's second thread spins for
+milliseconds after a call, on the core that the next contender's would need.
 """
 
 import argparse
@@ -46,6 +48,7 @@ SHAPES = [
     (2, 4000000),
 ]
 CONTENDERS = ["torch", "numba", "numpy", "numba out=", "copyto"]
+PAUSE = 0.01  # seconds
 RATIOS = {"numba": "torch", "numpy": "torch", "numba out=": "copyto"}
 
 
@@ -117,13 +120,19 @@ def measure(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, fl
     """Median seconds of each call; a round runs each in turn, small ones several times."""
     repeat = {}
     for name, call in calls.items():
+        time.sleep(PAUSE)
+        call()
         start = time.perf_counter()
         call()
-        repeat[name] = max(1, min(200, int(1e-3 / (time.perf_counter() - start + 1e-9))))
+        repeat[name] = max(1, min(500, int(2e-3 / (time.perf_counter() - start + 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["torch"]) < 7:
         for name, call in calls.items():
+            time.sleep(PAUSE)
+            start = time.perf_counter()
+            while time.perf_counter() < start + 2e-3:
+                call()
             start = time.perf_counter()
             for _ in range(repeat[name]):
                 call()

@@ -16,14 +16,8 @@ __all__ = ["describe", "layer_norm_fwd", "warmup", "without_numba"]
 
 Array = np.ndarray[Any, Any]
 
-# Elements below which one thread does all: handing work over takes 20 to 40 us, in which one
-# thread normalizes about as many (bench/results).
-_ALONE = 1 << 17
-# Elements per block of rows: enough to hide the 2 us of a block's call, few enough that a helper
-# that comes late, or not at all, leaves nobody waiting for long.
-_BLOCK = 1 << 16
-# Blocks per thread: more even out threads of unequal speed.
-_BLOCKS_PER_THREAD = 8
+# Pieces per thread of rows that are shared: more even out threads of unequal speed.
+_PIECES = 8
 
 _plain: ContextVar[bool] = ContextVar("cupynorm_plain_numpy", default=False)
 
@@ -151,38 +145,11 @@ def layer_norm_fwd(
     if half:
         x_rows, y_rows = x_rows.view(np.uint16), y_rows.view(np.uint16)
     engine = _engine()
-    threads = 1 if x.size < _ALONE else _threads.num_threads()
-    if threads == 1:
-        engine.rows(kind, x_rows, y_rows, w, b, eps, mean, rstd)
-    elif 4 * threads <= M or engine.CHUNK * 16 > N:
-        _by_rows(engine, kind, x_rows, y_rows, w, b, eps, mean, rstd, threads)
+    threads = 1 if x.size < engine.ALONE else _threads.num_threads()
+    if 4 * threads <= M or threads == 1 or engine.LONG * engine.CHUNK > N:
+        engine.rows(kind, x_rows, y_rows, w, b, eps, mean, rstd, threads)
     else:
         _by_chunks(engine, kind, x_rows, y_rows, w, b, eps, mean, rstd, threads)
-
-
-def _by_rows(
-    engine: ModuleType,
-    kind: str,
-    x: Array,
-    y: Array,
-    w: Array | None,
-    b: Array | None,
-    eps: float,
-    mean: Array | None,
-    rstd: Array | None,
-    threads: int,
-) -> None:
-    """Blocks of whole rows over the threads."""
-    M = x.shape[0]
-    count = max(1, min(M, x.size // _BLOCK, threads * _BLOCKS_PER_THREAD))
-
-    def block(index: int) -> None:
-        part = slice(M * index // count, M * (index + 1) // count)
-        to_mean = None if mean is None else mean[part]
-        to_rstd = None if rstd is None else rstd[part]
-        engine.rows(kind, x[part], y[part], w, b, eps, to_mean, to_rstd)
-
-    _threads.run(lambda: block, count, threads)
 
 
 def _by_chunks(
@@ -205,7 +172,7 @@ def _by_chunks(
     M, N = x.shape
     size = engine.CHUNK
     chunks = -(-N // size)
-    pieces = min(chunks, threads * _BLOCKS_PER_THREAD)
+    pieces = min(chunks, threads * _PIECES)
     edges = [chunks * i // pieces for i in range(pieces + 1)]
     parts = np.empty((M, chunks, 3))
 

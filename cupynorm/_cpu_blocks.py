@@ -5,17 +5,20 @@ from typing import Any
 
 import numpy as np
 
+from cupynorm import _threads
 from cupynorm._cpu_half import narrow, widen
 
-__all__ = ["CHUNK", "chunk_moments", "finish", "normalize", "rows", "safe_range"]
+__all__ = ["ALONE", "CHUNK", "LONG", "chunk_moments", "finish", "normalize", "rows", "safe_range"]
 
 Array = np.ndarray[Any, Any]
 
-# Elements of a row whose moments are taken together, and of a block of short rows: x, y and the
-# scratch in float32 are 384 KiB. At half of it the two dozen calls of a block cost 30 to 70 % more.
-CHUNK = 32768
-
-_PIECE = 512  # elements summed in one go
+# Elements of a row whose moments are taken together, and of a block of short rows: a buffer of
+# 1 MiB of float32. Smaller ones would stay in the L2, and cost two threads five times as much:
+# between two calls of a block each waits for the interpreter, longer than a short call takes.
+CHUNK = 1 << 18
+ALONE = 4 * CHUNK  # elements below which one thread does all
+LONG = 4  # chunks from which a row is shared between threads when there are few of them
+_PIECE = 256  # elements summed in one go
 # Sums of squares that float32 (float64) cannot hold well are taken again in float64, scaled.
 _SAFE = {"f": (2.0**-100, 2.0**126), "d": (2.0**-960, 2.0**1020)}
 # Variances so small that their digits matter only if eps is smaller still.
@@ -117,8 +120,31 @@ def rows(
     eps: float,
     mean: Array | None,  # (M,)
     rstd: Array | None,  # (M,)
+    threads: int = 1,
 ) -> None:
     """Normalize every row of x into y."""
+    M = x.shape[0]
+    count = 1 if threads == 1 else min(M, -(-x.size // CHUNK))
+
+    def block(index: int) -> None:
+        part = slice(M * index // count, M * (index + 1) // count)
+        to_mean = None if mean is None else mean[part]
+        to_rstd = None if rstd is None else rstd[part]
+        _block(kind, x[part], y[part], w, b, eps, to_mean, to_rstd)
+
+    _threads.run(lambda: block, count, threads)
+
+
+def _block(
+    kind: str,
+    x: Array,
+    y: Array,
+    w: Array | None,
+    b: Array | None,
+    eps: float,
+    mean: Array | None,
+    rstd: Array | None,
+) -> None:
     with np.errstate(all="ignore"):  # of this thread; helpers do not inherit the caller's
         if x.shape[1] > CHUNK:
             for row in range(x.shape[0]):

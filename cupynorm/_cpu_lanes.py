@@ -9,6 +9,7 @@ from numba.extending import intrinsic, models, register_model
 __all__ = [
     "add",
     "advance",
+    "claim",
     "fold",
     "keep_last",
     "lanes",
@@ -67,6 +68,17 @@ def advance(typingctx, p, i):  # type: ignore[no-untyped-def]
         return builder.gep(args[0], [args[1]])
 
     return p(p, types.intp), codegen
+
+
+@intrinsic
+def claim(typingctx, counter):  # type: ignore[no-untyped-def]
+    """Add one to counter[0], whoever else does so now, and give what it was."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), codegen
 
 
 @intrinsic

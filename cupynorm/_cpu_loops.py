@@ -19,7 +19,7 @@ from cupynorm._cpu_lanes import (
     sub,
 )
 
-__all__ = ["CHUNK", "apply_row", "compiled", "merge", "moments", "row_sum"]
+__all__ = ["CHUNK", "apply_row", "compiled", "merge", "moments", "pivot"]
 
 # Elements of a row whose moments are taken together: 16 KiB of float32, read twice from L1.
 # Short rows are taken in groups of as many elements.
@@ -27,6 +27,10 @@ CHUNK = 4096
 # Squares of values on a coarse grid (a large common offset) end in 00 or 01, so that float32 sums
 # of many of them round down more often than up: pieces of 16 terms a lane meet in float64.
 _PIECE = 1024
+# Elements whose mean is the pivot s. Any s gives the moments of x - s; what it costs is a factor
+# E[(x-s)^2] / var in their rounding, which is held below 2. A sum of all would read the row twice,
+# and while the second reading goes on in the L1, nothing comes from memory.
+_SAMPLE = 256
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -35,7 +39,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 @compiled()
-def row_sum(x, n):  # type: ignore[no-untyped-def]
+def _sum(x, n):  # type: ignore[no-untyped-def]
     """Sum of the n elements at x, in an order that depends on n alone."""
     step = lanes(x)
     if n < step:
@@ -107,20 +111,35 @@ def _wide_sums(x, n, s):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def moments(x, n, total, low, high):  # type: ignore[no-untyped-def]
-    """Return s, mean(x - s) and the variance; taken again where float32 sums cannot hold them."""
-    s = like(x, total / n)
+def _about(x, n, s):  # type: ignore[no-untyped-def]
+    """Mean of x - s and of its square, in float64."""
     m = 0.0
     v = 0.0
     for lo in range(0, n, _PIECE):
         first, second = _sums(advance(x, lo), min(_PIECE, n - lo), s)
         m += first
         v += second
-    m /= n
-    v /= n
+    return m / n, v / n
+
+
+@compiled()
+def pivot(x, n):  # type: ignore[no-untyped-def]
+    """A value near the mean of the n elements at x."""
+    sample = min(n, _SAMPLE)
+    return _sum(x, sample) / sample
+
+
+@compiled()
+def moments(x, n, near, low, high):  # type: ignore[no-untyped-def]
+    """Return s, mean(x - s) and the variance, with s = near if that is near enough."""
+    s = like(x, near)
+    m, v = _about(x, n, s)
+    if m * m > 0.5 * v:  # the pivot is farther from the mean than the values are
+        s = like(x, s + m)
+        m, v = _about(x, n, s)
     if low < v < high:
         return float(s), m, v - m * m
-    mean, _ = _wide_sums(x, n, 0.0)
+    mean, _ = _wide_sums(x, n, 0.0)  # float32 sums overflow, or vanish beside eps
     s = like(x, mean)
     m, v = _wide_sums(x, n, float(s))
     return float(s), m, v - m * m
@@ -141,7 +160,8 @@ def _scaled(x, w, b, i, s, m, r, has_w, has_b):  # type: ignore[no-untyped-def]
 def apply_row(x, y, n, w, b, wide_s, wide_m, wide_r, has_w, has_b):  # type: ignore[no-untyped-def]
     """Write ((x - s) - m) * r * w + b to y, n elements; y may be x."""
     step = lanes(x)
-    s, m, r = like(x, wide_s), like(x, wide_m), like(x, wide_r)
+    s = like(x, wide_s + wide_m)  # the mean to x's precision, and what that leaves over
+    m, r = like(x, (wide_s - float(s)) + wide_m), like(x, wide_r)
     if n < step:
         for i in range(n):
             t = ((x[i] - s) - m) * r

@@ -8,65 +8,28 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm._cpu_bits import give, place, take
+from cupynorm import _threads
 from cupynorm._cpu_blocks import safe_range
-from cupynorm._cpu_lanes import advance, pointer
-from cupynorm._cpu_loops import CHUNK, apply_row, compiled, merge, moments, row_sum
+from cupynorm._cpu_lanes import claim
+from cupynorm._cpu_loops import CHUNK, compiled, merge
+from cupynorm._cpu_rows import long_rows, row_moments, row_results, short_rows
 
-__all__ = ["CHUNK", "chunk_moments", "finish", "normalize", "rows"]
+__all__ = ["ALONE", "CHUNK", "LONG", "chunk_moments", "finish", "normalize", "rows"]
 
 Array = np.ndarray[Any, Any]
 
-
-@compiled()
-def _group(p, xp, q, yp, M, N, w, b, eps, low, high, s, m, r):  # type: ignore[no-untyped-def]
-    # Phase by phase over a group of rows: alone, each row would wait for its own divisions and
-    # square root, which take longer than 64 elements.
-    for k in range(M):
-        s[k] = row_sum(advance(p, k * xp), N)
-    for k in range(M):
-        s[k], m[k], r[k] = moments(advance(p, k * xp), N, s[k], low, high)
-    for k in range(M):
-        r[k] = 1.0 / math.sqrt(r[k] + eps)
-    wp, bp = pointer(w, 0), pointer(b, 0)
-    for k in range(M):
-        to = advance(q, k * yp)
-        apply_row(advance(p, k * xp), to, N, wp, bp, s[k], m[k], r[k], w.size > 0, b.size > 0)
-
-
-@compiled()
-def _keep(mean, rstd, row, M, s, m, r):  # type: ignore[no-untyped-def]
-    if mean.size:
-        for k in range(M):
-            mean[row + k] = s[k] + m[k]
-    if rstd.size:
-        for k in range(M):
-            rstd[row + k] = r[k]
-
-
-@compiled()
-def _moments(x, at, n, low, high, parts, scratch, bfloat16):  # type: ignore[no-untyped-def]
-    for c in range(parts.shape[0]):
-        size = min(CHUNK, n - c * CHUNK)
-        p, _ = take(x, at + c * CHUNK, size, 1, size, scratch, bfloat16)
-        parts[c, 0], parts[c, 1], parts[c, 2] = moments(p, size, row_sum(p, size), low, high)
-
-
-@compiled()
-def _normalize(x, at, y, to, n, w, b, s, m, r, scratch, bfloat16):  # type: ignore[no-untyped-def]
-    has_w, has_b = w.size > 0, b.size > 0
-    for c in range(0, n, CHUNK):
-        size = min(CHUNK, n - c)
-        p, _ = take(x, at + c, size, 1, size, scratch, bfloat16)
-        q, _ = place(y, to + c, size, size, scratch)
-        wp, bp = pointer(w, c), pointer(b, c)
-        apply_row(p, q, size, wp, bp, s, m, r, has_w, has_b)
-        give(y, to + c, size, 1, size, scratch, bfloat16)
+# Elements below which one thread does all: a helper comes after 20 to 40 us, in which one thread
+# normalizes about half as many.
+ALONE = 1 << 18
+# Elements of a block that a thread claims: 6 us, so that no thread waits long for another's last.
+BLOCK = 1 << 15
+# Chunks from which a row is shared between threads when there are few of them.
+LONG = 16
 
 
 def _sources() -> int:
     """Checksum of the files whose functions the entries are compiled from."""
-    names = ("_cpu_lanes.py", "_cpu_loops.py", "_cpu_bits.py")
+    names = ("_cpu_lanes.py", "_cpu_loops.py", "_cpu_bits.py", "_cpu_rows.py")
     text = b"".join(Path(__file__).with_name(name).read_bytes() for name in names)
     return zlib.crc32(text) | 1
 
@@ -79,32 +42,64 @@ def _entries(sources: int, jit: Any) -> SimpleNamespace:
     """
 
     @jit
-    def rows(x, xp, y, yp, M, N, w, b, eps, low, high, mean, rstd, bfloat16):  # type: ignore[no-untyped-def]
-        # M rows of N at x, pitch xp, into y, pitch yp; empty w, b, mean, rstd are absent
+    def rows(x, xp, y, yp, M, N, w, b, eps, low, high, mean, rstd, bfloat16, counter, count):  # type: ignore[no-untyped-def]
+        # M rows of N at x, pitch xp, into y, pitch yp; empty w, b, mean, rstd are absent. With a
+        # count, the rows are cut into so many blocks, and this thread does those that it claims.
         group = max(1, min(M, CHUNK // N))
         scratch = np.empty(min(CHUNK, group * N) * (sources != 0), np.float32)
-        s, m, r = np.empty(group), np.empty(group), np.empty(group)
-        if N <= CHUNK:
-            for lo in range(0, M, group):
-                n = min(group, M - lo)
-                p, pp = take(x, lo * xp, xp, n, N, scratch, bfloat16)
-                q, qp = place(y, lo * yp, yp, N, scratch)
-                _group(p, pp, q, qp, n, N, w, b, eps, low, high, s, m, r)
-                give(y, lo * yp, yp, n, N, scratch, bfloat16)
-                _keep(mean, rstd, lo, n, s, m, r)
-            return
-        parts = np.empty(((N + CHUNK - 1) // CHUNK, 3), np.float64)
-        for k in range(M):
-            _moments(x, k * xp, N, low, high, parts, scratch, bfloat16)
-            s[0], m[0], r[0] = merge(parts, N)
-            r[0] = 1.0 / math.sqrt(r[0] + eps)
-            _keep(mean, rstd, k, 1, s, m, r)
-            _normalize(x, k * xp, y, k * yp, N, w, b, s[0], m[0], r[0], scratch, bfloat16)
+        stats = np.empty((3, group))
+        parts = np.empty(((N + CHUNK - 1) // CHUNK, 3))
+        block, blocks = 0, 1
+        if count > 0:
+            block, blocks = claim(counter), count
+        while block < blocks:
+            lo, hi = M * block // blocks, M * (block + 1) // blocks
+            if N <= CHUNK:
+                short_rows(
+                    x,
+                    xp,
+                    y,
+                    yp,
+                    lo,
+                    hi,
+                    N,
+                    w,
+                    b,
+                    eps,
+                    low,
+                    high,
+                    mean,
+                    rstd,
+                    bfloat16,
+                    scratch,
+                    stats,
+                )
+            else:
+                long_rows(
+                    x,
+                    xp,
+                    y,
+                    yp,
+                    lo,
+                    hi,
+                    N,
+                    w,
+                    b,
+                    eps,
+                    low,
+                    high,
+                    mean,
+                    rstd,
+                    bfloat16,
+                    scratch,
+                    parts,
+                )
+            block = claim(counter) if count > 0 else 1
 
     @jit
     def chunk_moments(x, low, high, parts, bfloat16):  # type: ignore[no-untyped-def]
         scratch = np.empty(min(CHUNK, x.size) * (sources != 0), np.float32)
-        _moments(x, 0, x.size, low, high, parts, scratch, bfloat16)
+        row_moments(x, 0, x.size, low, high, parts, scratch, bfloat16)
 
     @jit
     def finish(parts, N, eps):  # type: ignore[no-untyped-def]
@@ -114,7 +109,7 @@ def _entries(sources: int, jit: Any) -> SimpleNamespace:
     @jit
     def normalize(x, y, w, b, s, m, r, bfloat16):  # type: ignore[no-untyped-def]
         scratch = np.empty(min(CHUNK, x.size) * (sources != 0), np.float32)
-        _normalize(x, 0, y, 0, x.size, w, b, s, m, r, scratch, bfloat16)
+        row_results(x, 0, y, 0, x.size, w, b, s, m, r, scratch, bfloat16)
 
     return SimpleNamespace(
         rows=rows, chunk_moments=chunk_moments, finish=finish, normalize=normalize
@@ -129,6 +124,7 @@ def _cached() -> SimpleNamespace:
 
 
 _entry = _cached()
+_NO_COUNTER = np.zeros(1, np.int64)
 _EMPTY: dict[str, Array] = {"f": np.empty(0, np.float32), "d": np.empty(0, np.float64)}
 
 
@@ -172,6 +168,7 @@ def rows(
     eps: float,
     mean: Array | None,  # (M,)
     rstd: Array | None,  # (M,)
+    threads: int = 1,
 ) -> None:
     """Normalize every row of x into y."""
     M, N = x.shape
@@ -185,7 +182,13 @@ def rows(
     mean = empty if mean is None else mean
     rstd = empty if rstd is None else rstd
     args = (x, xp, y, yp, M, N, w, b, eps, low, high, mean, rstd, kind == "bfloat16")
-    _call("rows", args)
+    if threads == 1:
+        _call("rows", (*args, _NO_COUNTER, 0))
+        return
+    # The threads claim blocks inside the loops: between calls from Python each would wait for the
+    # others' hold of the interpreter, tens of microseconds at a time.
+    shared = (*args, np.zeros(1, np.int64), min(M, -(-M * N // BLOCK)))
+    _threads.run(lambda: lambda ticket: _call("rows", shared), threads, threads)
 
 
 def chunk_moments(kind: str, x: Array, eps: float, parts: Array) -> None:

@@ -1,0 +1,80 @@
+"""Rows and chunks of NumPy arrays in compiled loops: read, take the moments, normalize, write."""
+
+import math
+
+from cupynorm._cpu_bits import give, place, take
+from cupynorm._cpu_lanes import advance, pointer
+from cupynorm._cpu_loops import CHUNK, apply_row, compiled, merge, moments, pivot
+
+__all__ = ["long_rows", "row_moments", "row_results", "short_rows"]
+
+
+@compiled()
+def _group(p, xp, q, yp, M, N, w, b, eps, low, high, s, m, r):  # type: ignore[no-untyped-def]
+    # Phase by phase over a group of rows: alone, each row would wait for its own divisions and
+    # square root, which take longer than 64 elements.
+    for k in range(M):
+        s[k] = pivot(advance(p, k * xp), N)
+    for k in range(M):
+        s[k], m[k], r[k] = moments(advance(p, k * xp), N, s[k], low, high)
+    for k in range(M):
+        r[k] = 1.0 / math.sqrt(r[k] + eps)
+    wp, bp = pointer(w, 0), pointer(b, 0)
+    for k in range(M):
+        to = advance(q, k * yp)
+        apply_row(advance(p, k * xp), to, N, wp, bp, s[k], m[k], r[k], w.size > 0, b.size > 0)
+
+
+@compiled()
+def _keep(mean, rstd, row, M, s, m, r):  # type: ignore[no-untyped-def]
+    if mean.size:
+        for k in range(M):
+            mean[row + k] = s[k] + m[k]
+    if rstd.size:
+        for k in range(M):
+            rstd[row + k] = r[k]
+
+
+@compiled()
+def row_moments(x, at, n, low, high, parts, scratch, bfloat16):  # type: ignore[no-untyped-def]
+    for c in range(parts.shape[0]):
+        size = min(CHUNK, n - c * CHUNK)
+        p, _ = take(x, at + c * CHUNK, size, 1, size, scratch, bfloat16)
+        parts[c, 0], parts[c, 1], parts[c, 2] = moments(p, size, pivot(p, size), low, high)
+
+
+@compiled()
+def row_results(x, at, y, to, n, w, b, s, m, r, scratch, bfloat16):  # type: ignore[no-untyped-def]
+    has_w, has_b = w.size > 0, b.size > 0
+    for c in range(0, n, CHUNK):
+        size = min(CHUNK, n - c)
+        p, _ = take(x, at + c, size, 1, size, scratch, bfloat16)
+        q, _ = place(y, to + c, size, size, scratch)
+        wp, bp = pointer(w, c), pointer(b, c)
+        apply_row(p, q, size, wp, bp, s, m, r, has_w, has_b)
+        give(y, to + c, size, 1, size, scratch, bfloat16)
+
+
+@compiled()
+def short_rows(x, xp, y, yp, lo, hi, N, w, b, eps, low, high, mean, rstd, bfloat16, scratch, stats):  # type: ignore[no-untyped-def]
+    s, m, r = stats[0], stats[1], stats[2]
+    for row in range(lo, hi, s.size):
+        n = min(s.size, hi - row)
+        p, pp = take(x, row * xp, xp, n, N, scratch, bfloat16)
+        q, qp = place(y, row * yp, yp, N, scratch)
+        _group(p, pp, q, qp, n, N, w, b, eps, low, high, s, m, r)
+        give(y, row * yp, yp, n, N, scratch, bfloat16)
+        _keep(mean, rstd, row, n, s, m, r)
+
+
+@compiled()
+def long_rows(x, xp, y, yp, lo, hi, N, w, b, eps, low, high, mean, rstd, bfloat16, scratch, parts):  # type: ignore[no-untyped-def]
+    for row in range(lo, hi):
+        row_moments(x, row * xp, N, low, high, parts, scratch, bfloat16)
+        s, m, v = merge(parts, N)
+        r = 1.0 / math.sqrt(v + eps)
+        if mean.size:
+            mean[row] = s + m
+        if rstd.size:
+            rstd[row] = r
+        row_results(x, row * xp, y, row * yp, N, w, b, s, m, r, scratch, bfloat16)
