@@ -26,6 +26,7 @@ TIERS = (
     {"_cpu", "_cuda", "_namespace"},  # do
     {"_reference"},
     {"_cpu_numba", "_cpu_strided"},
+    {"_cpu_rows"},
     {"_cpu_bits"},
     {"_cpu_blocks", "_cpu_loops"},
     {"_cpu_half", "_cpu_lanes", "_probe", "_threads"},
