@@ -11,7 +11,7 @@ import numpy as np
 from cupynorm import _threads
 from cupynorm._cpu_blocks import safe_range
 from cupynorm._cpu_lanes import claim
-from cupynorm._cpu_loops import CHUNK, compiled, merge
+from cupynorm._cpu_loops import CHUNK, GROUP, compiled, merge
 from cupynorm._cpu_rows import long_rows, row_moments, row_results, short_rows
 
 __all__ = ["ALONE", "CHUNK", "LONG", "chunk_moments", "finish", "normalize", "rows"]
@@ -45,7 +45,7 @@ def _entries(sources: int, jit: Any) -> SimpleNamespace:
     def rows(x, xp, y, yp, M, N, w, b, eps, low, high, mean, rstd, bfloat16, counter, count):  # type: ignore[no-untyped-def]
         # M rows of N at x, pitch xp, into y, pitch yp; empty w, b, mean, rstd are absent. With a
         # count, the rows are cut into so many blocks, and this thread does those that it claims.
-        group = max(1, min(M, CHUNK // N))
+        group = max(1, min(M, GROUP // N))
         scratch = np.empty(min(CHUNK, group * N) * (sources != 0), np.float32)
         stats = np.empty((3, group))
         parts = np.empty(((N + CHUNK - 1) // CHUNK, 3))
