@@ -18,9 +18,9 @@ __all__ = ["ALONE", "CHUNK", "LONG", "chunk_moments", "finish", "normalize", "ro
 
 Array = np.ndarray[Any, Any]
 
-# Elements below which one thread does all: a helper comes after 20 to 40 us, in which one thread
-# normalizes about half as many.
-ALONE = 1 << 18
+# Elements below which one thread does all: at 512x768 two threads took 160 us, one took 117 to 134
+# (bench/NOTES.md), since waking the second costs more than it saves.
+ALONE = 1 << 19
 # Elements of a block that a thread claims: 6 us, so that no thread waits long for another's last.
 BLOCK = 1 << 15
 # Chunks from which a row is shared between threads when there are few of them.
