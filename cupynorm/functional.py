@@ -229,12 +229,16 @@ def _companion(label: str, value: Any, x: Any) -> Any:
     return value
 
 
+_cpu_path: Any = None  # an import statement costs half a microsecond even when it has nothing to do
+
+
 def _path(name: str) -> Any:
     """Import the module that does the work only when an array for it arrives."""
+    global _cpu_path
     if name == "numpy":
-        from cupynorm import _cpu
-
-        return _cpu
+        if _cpu_path is None:
+            from cupynorm import _cpu as _cpu_path
+        return _cpu_path
     from cupynorm import _cuda
 
     return _cuda
