@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import numpy as np
 
 __all__ = [
-    "FLOAT_DTYPES",
     "ITEMSIZE",
     "Problem",
     "axis_order",
@@ -31,7 +30,6 @@ __all__ = [
 ]
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-FLOAT_DTYPES = tuple(ITEMSIZE)
 _CHOICES = "float16, bfloat16, float32 or float64"
 
 

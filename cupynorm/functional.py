@@ -95,7 +95,9 @@ def layer_norm(
     -----
     Statistics are computed in float32 (float64 for float64 x) by the corrected two-pass algorithm
     of Chan, Golub and LeVeque (1983), "Algorithms for computing the sample variance", so a large
-    common offset costs no accuracy. A row's result depends on that row alone, bit for bit.
+    common offset costs no accuracy; Numba's loops take the first pass over a row's first elements
+    only, and again over all where that mean is far off. A row's result depends on that row alone,
+    bit for bit, but for JAX and Dask, whose compilers choose the order of sums.
     The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450.
 
     Examples

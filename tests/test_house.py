@@ -43,7 +43,6 @@ MAY_IMPORT = {
     "_cpu_lanes": {"llvmlite", "numba"},
     "_cpu_loops": {"numba"},
     "_cpu_numba": {"numba"},
-    "_cpu_strided": {"numba"},
     "dask": {"dask"},
     "sklearn": {"sklearn"},
     "torch": {"torch"},
