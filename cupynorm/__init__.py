@@ -9,22 +9,30 @@ if TYPE_CHECKING:
     from cupynorm._config import show_config
     from cupynorm._explain import Explanation, explain
     from cupynorm._warmup import warmup
+    from cupynorm.gradient import LayerNormGradients, layer_norm_backward
+    from cupynorm.modules import LayerNorm
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "LayerNorm",
+    "LayerNormGradients",
     "LayerNormResult",
     "__version__",
     "explain",
     "layer_norm",
+    "layer_norm_backward",
     "show_config",
     "warmup",
 ]
 
 _LAZY = {
     "Explanation": "cupynorm._explain",
+    "LayerNorm": "cupynorm.modules",
+    "LayerNormGradients": "cupynorm.gradient",
     "explain": "cupynorm._explain",
+    "layer_norm_backward": "cupynorm.gradient",
     "warmup": "cupynorm._warmup",
     "show_config": "cupynorm._config",
 }

@@ -156,7 +156,7 @@ def explain(
     >>> cn.explain(np.ones((64, 1000), np.float32), device="sm_90").threads_per_row
     32
     """
-    from cupynorm.functional import check_arguments
+    from cupynorm._arguments import check_arguments
 
     call = check_arguments(x, normalized_shape, weight, bias, eps, axis, order, out)
     shape = tuple(call.x.shape)

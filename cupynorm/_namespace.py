@@ -5,7 +5,7 @@ from typing import Any
 from cupynorm import _problem, _reference
 from cupynorm._arrays import check_companion, check_overlap, library_of
 
-__all__ = ["layer_norm"]
+__all__ = ["layer_norm", "layer_norm_backward"]
 
 
 def layer_norm(
@@ -28,6 +28,28 @@ def layer_norm(
         out[...] = y
         return out, mean, rstd
     return _ordered(xp, y, order), mean, rstd
+
+
+def layer_norm_backward(
+    dy: Any,
+    x: Any,
+    axes: tuple[int, ...],
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    mask: tuple[bool, bool, bool],
+    dtype: str,
+) -> tuple[Any, Any, Any]:
+    """Gradients by array-API calls, dweight and dbias in `dtype`; arguments are checked."""
+    from array_api_compat import array_namespace
+
+    xp = array_namespace(x)
+    dx, *sums = _reference.layer_norm_bwd(xp, dy, x, axes, mean, rstd, weight)
+    dweight, dbias = (
+        xp.astype(total, getattr(xp, dtype), copy=False) if wanted else None
+        for total, wanted in zip(sums, mask[1:], strict=True)
+    )
+    return dx if mask[0] else None, dweight, dbias
 
 
 def _check_out(x: Any, weight: Any, bias: Any, order: str, out: Any) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "axis_order",
     "check_affine_dtype",
     "check_affine_shape",
+    "check_beside_x",
     "check_eps",
     "check_order",
     "check_out",
@@ -23,6 +24,7 @@ __all__ = [
     "dtype_name",
     "fold",
     "numpy_dtype",
+    "refuse_dtype_beside_x",
     "resolve_axes",
     "rows_and_cols",
     "stats_dtype",
@@ -235,6 +237,26 @@ def check_out(
         _refuse_out(f"out has dtype {dtype}, but x has dtype {x_dtype}", "make it x's dtype")
     if order != "K":
         _refuse_out(f"got both out= and order={order!r}", "out keeps its own layout; drop order=")
+
+
+def check_beside_x(
+    label: str, shape: tuple[int, ...], expected: tuple[int, ...], x_shape: tuple[int, ...]
+) -> None:
+    """Refuse a gradient or statistic whose shape does not go with x's."""
+    if shape != expected:
+        way_out = (
+            "it is the gradient of layer_norm(x), which has x's shape"
+            if label == "dy"
+            else "pass what layer_norm(x, ..., return_stats=True) gave, for the same axes"
+        )
+        msg = f"{label} has shape {shape}, but {expected} goes with x of shape {x_shape}; {way_out}"
+        raise ValueError(msg)
+
+
+def refuse_dtype_beside_x(label: str, dtype: str, expected: str, x_dtype: str) -> NoReturn:
+    """Refuse a gradient or statistic whose dtype does not go with x's."""
+    msg = f"{label} has dtype {dtype}, but {expected} goes with x of dtype {x_dtype}; cast {label}"
+    raise ValueError(msg)
 
 
 def _refuse_out(fault: str, way_out: str) -> NoReturn:

@@ -9,7 +9,7 @@ from array_api_compat import is_dask_namespace, is_jax_namespace, is_torch_names
 
 from cupynorm._problem import dtype_name, stats_dtype
 
-__all__ = ["layer_norm_fwd"]
+__all__ = ["layer_norm_bwd", "layer_norm_fwd"]
 
 
 def layer_norm_fwd(
@@ -76,6 +76,64 @@ def layer_norm_fwd(
         if bias is not None:
             y = y + affine(bias)
         return xp.astype(y, x.dtype, copy=False), start + shift, rstd
+
+
+def layer_norm_bwd(
+    xp: Any,
+    dy: Any,
+    x: Any,
+    axes: tuple[int, ...],
+    mean: Any,
+    rstd: Any,
+    weight: Any | None,
+) -> tuple[Any, Any, Any]:
+    """Differentiate `layer_norm_fwd` with functions of `xp` only.
+
+    Parameters
+    ----------
+    xp : module
+        Array-API namespace of `x`.
+    dy, x : array
+        Gradient of y, and x; of one shape and dtype.
+    axes : tuple of int
+        Normalized axes, non-negative and ascending.
+    mean, rstd : array
+        As `layer_norm_fwd` gave them.
+    weight : array or None
+        Scale, of shape ``tuple(x.shape[a] for a in axes)``.
+
+    Returns
+    -------
+    dx : array
+        Shape and dtype of `x`.
+    dweight, dbias : array
+        float32 (float64 for float64 `x`), of the shape of the normalized axes.
+    """
+    dtype = getattr(xp, stats_dtype(dtype_name(x.dtype)))
+    affine_shape = tuple(n if a in axes else 1 for a, n in enumerate(x.shape))
+    batch = tuple(a for a in range(x.ndim) if a not in axes)
+    n = math.prod([x.shape[a] for a in axes])
+    m = math.prod([x.shape[a] for a in batch])
+    q = 2.0 ** -max(n - 1, 0).bit_length()
+
+    def row_mean(scaled: Any) -> Any:
+        return _row_sum(xp, scaled, axes, n, dtype) / (n * q) if n else scaled
+
+    def over_rows(terms: Any) -> Any:
+        shape = tuple(x.shape[a] for a in axes)
+        return xp.reshape(_row_sum(xp, terms, batch, m, dtype), shape)
+
+    quiet = contextlib.nullcontext() if is_torch_namespace(xp) else np.errstate(all="ignore")
+    with quiet:
+        g = slope = xp.astype(dy, dtype, copy=False)
+        if weight is not None:
+            g = slope * xp.reshape(xp.astype(weight, dtype, copy=False), affine_shape)
+        offset = xp.astype(x, dtype, copy=False) - mean
+        # What the rounded mean lacks; see layer_norm_fwd.
+        x_hat = (offset - row_mean(offset * q)) * rstd
+        dx = rstd * (g - row_mean(g * q) - x_hat * row_mean(g * q * x_hat))
+        dx = xp.astype(dx, x.dtype, copy=False)
+        return dx, over_rows(slope * x_hat), over_rows(slope)
 
 
 def _row_sum(xp: Any, terms: Any, axes: tuple[int, ...], n: int, dtype: Any) -> Any:

@@ -1,20 +1,14 @@
 """The public functions: each documents, checks, and routes to the path that does the work."""
 
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupynorm import _problem
-from cupynorm._arrays import (
-    check_companion,
-    check_overlap,
-    check_writable,
-    classify,
-    library_of,
-)
+from cupynorm._arguments import Call, check_arguments, companion_of, path_of
+from cupynorm._arrays import check_overlap, check_writable
 
-__all__ = ["Call", "LayerNormResult", "check_arguments", "layer_norm"]
+__all__ = ["LayerNormResult", "layer_norm"]
 
 
 class LayerNormResult(NamedTuple):
@@ -121,135 +115,10 @@ def layer_norm(
     return LayerNormResult(y, mean, rstd) if return_stats else y
 
 
-class Call(NamedTuple):
-    """Arguments that have passed every rule, in the form that the paths take."""
-
-    path: str  # 'numpy', 'cupy' or 'namespace'
-    x: Any
-    axes: tuple[int, ...]  # ascending
-    weight: Any  # dimensions in the order of `axes`
-    bias: Any
-    eps: float
-
-
-def check_arguments(
-    x: Any,
-    normalized_shape: Any,
-    weight: Any,
-    bias: Any,
-    eps: Any,
-    axis: Any,
-    order: str,
-    out: Any,
-) -> Call:
-    """Apply every argument rule but those of `out`'s memory, which need y's path."""
-    if type(eps) is not float or eps - eps != 0.0:
-        eps = _problem.check_eps(eps)
-    if order != "K":
-        _problem.check_order(order)
-    path = "numpy"
-    if type(x) is not np.ndarray:
-        x, path = _take_in(x, "x")
-    dtype = _problem.dtype_name(x.dtype)
-    if dtype not in _problem.ITEMSIZE:
-        _problem.check_x_dtype(dtype, _cast("x", x))
-    axes, order_of_weight, expected = _axes(tuple(x.shape), normalized_shape, axis)
-    if weight is not None:
-        weight = _affine("weight", weight, x, expected, order_of_weight)
-    if bias is not None:
-        bias = _affine("bias", bias, x, expected, order_of_weight)
-    return Call(path, x, axes, weight, bias, eps)
-
-
-@functools.lru_cache(maxsize=1024)
-def _resolve(
-    shape: tuple[int, ...], normalized_shape: Any, axis: Any
-) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...]]:
-    """Ascending axes, the permutation of weight's dimensions to them, and weight's shape."""
-    axes = _problem.resolve_axes(shape, normalized_shape, axis)
-    return tuple(sorted(axes)), _problem.axis_order(axes), tuple(shape[a] for a in axes)
-
-
-def _axes(
-    shape: tuple[int, ...], normalized_shape: Any, axis: Any
-) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...]]:
-    try:
-        return _resolve(shape, normalized_shape, axis)
-    except TypeError:  # a list is not hashable; an error of ours is raised again by the direct call
-        return _resolve.__wrapped__(shape, normalized_shape, axis)
-
-
-def _take_in(x: Any, label: str) -> tuple[Any, str]:
-    """Classify an array; a mere exporter on a GPU becomes a CuPy array over its memory."""
-    x, path = classify(x, label)
-    if path != "gpu-exporter":
-        return x, path
-    try:
-        do = _path("cupy")
-    except ImportError as error:
-        msg = (
-            f"{label} is on a GPU, and CuPy, which would take it, cannot be imported ({error}); "
-            "pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
-        )
-        raise ImportError(msg) from error
-    return do.from_exporter(x), "cupy"
-
-
-def _cast(label: str, x: Any) -> str:
-    """How x's own library spells the cast."""
-    library = library_of(x)
-    if library == "torch":
-        return f"{label}.to(torch.float32)"
-    if library in ("numpy", "cupy", "jax"):
-        return f"{label}.astype('float32')"
-    return f"{library}.astype({label}, {library}.float32)"
-
-
-def _affine(
-    label: str, value: Any, x: Any, expected: tuple[int, ...], order: tuple[int, ...] | None
-) -> Any:
-    """Check a weight or bias and bring its dimensions into ascending axis order."""
-    if type(value) is not np.ndarray or type(x) is not np.ndarray:
-        value = _companion(label, value, x)
-    dtype = _problem.dtype_name(value.dtype)
-    if dtype not in _problem.ITEMSIZE:
-        _problem.check_affine_dtype(label, dtype, _cast(label, value))
-    _problem.check_affine_shape(label, tuple(value.shape), expected)
-    if order is None:
-        return value
-    if library_of(value) in ("numpy", "cupy"):
-        return value.transpose(order)
-    from array_api_compat import array_namespace
-
-    return array_namespace(value).permute_dims(value, order)
-
-
-def _companion(label: str, value: Any, x: Any) -> Any:
-    """Take in a subclass or a mere exporter; refuse what lives elsewhere than x."""
-    value, _ = _take_in(value, label)
-    check_companion(label, value, x)
-    return value
-
-
-_cpu_path: Any = None  # an import statement costs half a microsecond even when it has nothing to do
-
-
-def _path(name: str) -> Any:
-    """Import the module that does the work only when an array for it arrives."""
-    global _cpu_path
-    if name == "numpy":
-        if _cpu_path is None:
-            from cupynorm import _cpu as _cpu_path
-        return _cpu_path
-    from cupynorm import _cuda
-
-    return _cuda
-
-
 def _strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, Any, Any]:
     """NumPy and CuPy: allocate what is returned, then let the path write into it."""
-    path, x, axes, weight, bias, eps = call
-    do = _path(path)
+    path, x, axes, weight, bias, eps, _ = call
+    do = path_of(path)
     if path == "cupy" and not do.is_current(x):
         with x.device:  # or y would be allocated, and the kernel launched, on another GPU
             return _strided(call, order, out, return_stats)
@@ -270,7 +139,7 @@ def _strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any,
 
 def _out(out: Any, x: Any, weight: Any, bias: Any, order: str) -> Any:
     """Check `out` whole before anything is written to it."""
-    y = _companion("out", out, x)
+    y = companion_of("out", out, x)
     _problem.check_out(y.shape, y.dtype, x.shape, x.dtype, order)
     check_writable(y)
     check_overlap("x", x, y, same_allowed=True)

@@ -34,6 +34,26 @@ def layer_norm(x, axes, weight, bias, eps):
         return tuple(a.astype(np.float64) for a in (y, mean, rstd))
 
 
+def layer_norm_backward(dy, x, axes, weight, eps):
+    """dx, dweight and dbias in float64; the latter two have the shape of the normalized axes."""
+    axes = tuple(sorted(a % np.ndim(x) for a in axes))
+    with np.errstate(all="ignore"):
+        wide = np.asarray(x).astype(np.float64).astype(np.longdouble)
+        slope = np.asarray(dy).astype(np.float64).astype(np.longdouble)
+        d = wide - wide.mean(axis=axes, keepdims=True)
+        d = d - d.mean(axis=axes, keepdims=True)
+        rstd = 1 / np.sqrt((d * d).mean(axis=axes, keepdims=True) + np.longdouble(eps))
+        x_hat, g = d * rstd, slope
+        if weight is not None:
+            shape = [n if a in axes else 1 for a, n in enumerate(wide.shape)]
+            g = slope * np.asarray(weight).astype(np.float64).reshape(shape)
+        c1 = g.mean(axis=axes, keepdims=True)
+        c2 = (g * x_hat).mean(axis=axes, keepdims=True)
+        batch = tuple(a for a in range(wide.ndim) if a not in axes)
+        sums = ((slope * x_hat).sum(axis=batch), slope.sum(axis=batch))
+        return tuple(a.astype(np.float64) for a in (rstd * (g - c1 - x_hat * c2), *sums))
+
+
 def tolerance(dtype, N):
     """The one bound, relative and absolute alike, on y with weight and bias of order 1.
 

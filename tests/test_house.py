@@ -20,8 +20,10 @@ TIERS = (
     {"_picture"},
     {"_selfcheck"},
     {"_backends"},
-    {"_explain", "_warmup", "frames", "modules"},  # what users call, besides
+    {"modules"},
+    {"_explain", "_warmup", "frames", "gradient"},  # what users call, besides
     {"functional"},
+    {"_arguments"},
     {"_config"},
     {"_cpu", "_cuda", "_namespace"},  # do
     {"_reference"},
