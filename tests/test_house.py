@@ -25,8 +25,10 @@ TIERS = (
     {"functional"},
     {"_arguments"},
     {"_config"},
+    {"_cpu_raw"},
     {"_cpu", "_cuda", "_namespace"},  # do
     {"_reference"},
+    {"_cpu_entries"},
     {"_cpu_numba", "_cpu_strided"},
     {"_cpu_rows"},
     {"_cpu_bits"},
@@ -42,6 +44,7 @@ TIERS = (
 MAY_IMPORT = {
     "_cuda": {"cupy"},
     "_cpu_bits": {"llvmlite", "numba"},
+    "_cpu_entries": {"numba"},
     "_cpu_lanes": {"llvmlite", "numba"},
     "_cpu_loops": {"numba"},
     "_cpu_numba": {"numba"},

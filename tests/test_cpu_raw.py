@@ -1,0 +1,250 @@
+"""Raw addresses: the bits of the NumPy path, its threads, its code kept on disk."""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cupynorm import _cpu, _cpu_raw, _threads
+from tests import oracle
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+}
+
+
+def address(a):
+    return 0 if a is None else a.ctypes.data
+
+
+def compute(kind):
+    return np.float64 if kind == "float64" else np.float32
+
+
+def values(shape, dtype, seed):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def guarded(shape, dtype):
+    """Array with a marked element before and after it, and a check that they still stand."""
+    size = int(np.prod(shape))
+    memory = np.full(size + 2, 77, dtype)
+
+    def check():
+        assert memory[0] == 77
+        assert memory[-1] == 77
+
+    return memory[1:-1].reshape(shape), check
+
+
+def same_bits(a, b):
+    return np.array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{b.itemsize}"))
+
+
+def forward(kind, x, weight, bias, eps, stats=True, in_place=False):
+    """y, mean and rstd through addresses; nothing beside them is written."""
+    M, N = x.shape
+    y, untouched = guarded(x.shape, x.dtype)
+    if in_place:
+        y[...] = x
+    mean, mean_untouched = guarded((M,), compute(kind))
+    rstd, rstd_untouched = guarded((M,), compute(kind))
+    to_stats = (address(mean), address(rstd)) if stats else (0, 0)
+    source = address(y if in_place else x)
+    wb = address(weight), address(bias)
+    _cpu_raw.layer_norm_fwd(kind, source, address(y), M, N, *wb, eps, *to_stats)
+    for check in (untouched, mean_untouched, rstd_untouched):
+        check()
+    return y, mean, rstd
+
+
+def numpy_forward(kind, x, weight, bias, eps):
+    y = np.empty_like(x)
+    mean, rstd = (np.empty((x.shape[0], 1), compute(kind)) for _ in range(2))
+    _cpu.layer_norm_fwd(x, (1,), weight, bias, eps, y, mean, rstd)
+    return y, mean[:, 0], rstd[:, 0]
+
+
+def assert_same_bits(got, want):
+    for name, a, b in zip(("y", "mean", "rstd"), got, want, strict=True):
+        assert same_bits(a, b), name
+
+
+# Below one vector, its edges, several with a rest, the edge of a chunk, several chunks.
+WIDTHS = [1, 3, 15, 16, 17, 64, 100, 768, 4096, 4097, 9000]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_of_the_numpy_path(kind):
+    for N in WIDTHS:
+        x = values((5, N), KINDS[kind], N)
+        weight, bias = (values((N,), compute(kind), seed) for seed in (1, 2))
+        for w, b in ((weight, bias), (weight, None), (None, bias), (None, None)):
+            want = numpy_forward(kind, x, w, b, 1e-5)
+            assert_same_bits(forward(kind, x, w, b, 1e-5), want)
+            assert same_bits(forward(kind, x, w, b, 1e-5, stats=False)[0], want[0])
+            assert_same_bits(forward(kind, x, w, b, 1e-5, in_place=True), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_float64(kind):
+    x = values((7, 300), KINDS[kind], 0)
+    weight, bias = (values((300,), compute(kind), seed) for seed in (1, 2))
+    got = forward(kind, x, weight, bias, 1e-5)
+    want = oracle.layer_norm(x, (1,), weight, bias, 1e-5)
+    for name, a, b in zip(("y", "mean", "rstd"), got, want, strict=True):
+        bound = oracle.tolerance(KINDS[kind] if name == "y" else compute(kind), 300)
+        a = a.astype(np.float64).reshape(b.shape)
+        np.testing.assert_allclose(a, b, rtol=bound, atol=bound, err_msg=name)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-30, 0.5, -1e-3])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_ranges_that_need_a_second_look(eps, scale):
+    """float32 sums of squares overflow, or vanish beside eps: as in the NumPy path."""
+    x = values((4, 100), np.float32, 3) * np.float32(scale)
+    want = numpy_forward("float32", x, None, None, eps)
+    assert_same_bits(forward("float32", x, None, None, eps), want)
+
+
+def test_nan_and_inf_stay_in_their_row():
+    x = values((6, 40), np.float32, 4)
+    x[1, 3], x[4, 0] = np.nan, np.inf
+    y, mean, _ = forward("float32", x, None, None, 1e-5)
+    assert np.isnan(y[[1, 4]]).all()
+    assert np.isfinite(y[[0, 2, 3, 5]]).all()
+    assert not np.isfinite(mean[[1, 4]]).any()
+
+
+SHARED = [(3000, 256), (40, 20000), (1, 1 << 20), (3, 300001)]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("shape", SHARED, ids=str)
+def test_every_number_of_threads_gives_the_same_bits(kind, shape, monkeypatch):
+    x = values(shape, KINDS[kind], 5)
+    weight, bias = (values(shape[1:], compute(kind), seed) for seed in (1, 2))
+    monkeypatch.setenv("CUPYNORM_NUM_THREADS", "1")
+    want = numpy_forward(kind, x, weight, bias, 1e-5)
+    for threads in ("1", "2", "5"):
+        monkeypatch.setenv("CUPYNORM_NUM_THREADS", threads)
+        assert_same_bits(forward(kind, x, weight, bias, 1e-5), want)
+        assert_same_bits(forward(kind, x, weight, bias, 1e-5, in_place=True), want)
+    absent = forward(kind, x, None, None, 1e-5, stats=False)[0]
+    assert same_bits(absent, numpy_forward(kind, x, None, None, 1e-5)[0])
+
+
+def test_many_threads_call_at_once():
+    x = values((500, 64), np.float32, 6)
+    want = numpy_forward("float32", x, None, None, 1e-5)
+    wrong = []
+
+    def calls():
+        for _ in range(200):
+            y = np.empty_like(x)
+            _cpu_raw.layer_norm_fwd("float32", address(x), address(y), 500, 64, 0, 0, 1e-5, 0, 0)
+            if not same_bits(y, want[0]):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=calls) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_an_interrupted_call_leaves_no_helper_at_work(monkeypatch):
+    """Else the helper would write to memory that the caller frees as the interrupt goes up."""
+    left = threading.Event()
+    begun = threading.Event()
+
+    def entry(*args):
+        begun.set()
+        time.sleep(0.05)
+        left.set()
+
+    def interrupted(make_task, count, threads):
+        threading.Thread(target=make_task(), args=(0,)).start()
+        assert begun.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_threads, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _cpu_raw._claimed(entry, (), 4, 2)
+    assert left.is_set()
+
+
+def test_available():
+    assert _cpu_raw.available()
+    with _cpu.without_numba():
+        assert not _cpu_raw.available()
+    code = "from cupynorm import _cpu_raw; print(_cpu_raw.available())"
+    assert run_python(code, CUPYNORM_NUMBA="0").strip() == "False"
+    assert run_python("import sys; sys.modules['numba'] = None\n" + code).strip() == "False"
+
+
+# --- compiled once, and again when what it is made of has changed --------------------------------
+
+
+def run_python(code, root=ROOT, **env):
+    """Standard output of a fresh interpreter with the package of ``root``."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"PYTHONPATH": str(root)} | env,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+FIRST_CALLS = """
+    import numpy as np
+    from cupynorm import _cpu_raw
+    x = np.arange(12.0).reshape(3, 4)
+    for kind in ("float32", "float64"):
+        a = x.astype(kind)
+        y = np.empty_like(a)
+        pointers = a.ctypes.data, y.ctypes.data
+        _cpu_raw.layer_norm_fwd(kind, *pointers, 3, 4, 0, 0, 1e-5, 0, 0)
+        assert abs(y[0, 0] + 1.3416) < 1e-3, y
+        print(sum(_cpu_raw._fwd[kind][0].stats.cache_hits.values()))
+"""
+
+
+def test_kept_on_disk_until_an_inner_file_changes(tmp_path):
+    shutil.copytree(
+        ROOT / "cupynorm", tmp_path / "cupynorm", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    folder = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert run_python(FIRST_CALLS, tmp_path, **folder).split() == ["0", "0"]
+    assert run_python(FIRST_CALLS, tmp_path, **folder).split() == ["1", "1"]
+    inner = tmp_path / "cupynorm" / "_cpu_rows.py"
+    inner.write_text(inner.read_text() + "\n")
+    assert run_python(FIRST_CALLS, tmp_path, **folder).split() == ["0", "0"]
+
+
+def test_a_full_disk_keeps_no_call_from_its_result(tmp_path):
+    full = """
+        import numba.core.caching as caching
+        def save(self, *args):
+            raise OSError(28, "No space left on device")
+        caching.IndexDataCacheFile.save = save
+    """
+    code = textwrap.dedent(full) + textwrap.dedent(FIRST_CALLS)
+    assert run_python(code, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["0", "0"]
