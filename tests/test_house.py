@@ -21,6 +21,8 @@ TIERS = (
     {"_selfcheck"},
     {"_backends"},
     {"modules"},
+    {"_state"},
+    {"_checkpoint", "_parameters"},
     {"_explain", "_warmup", "frames", "gradient"},  # what users call, besides
     {"functional"},
     {"_arguments"},
@@ -33,7 +35,7 @@ TIERS = (
     {"_cpu_rows"},
     {"_cpu_bits"},
     {"_cpu_blocks", "_cpu_loops"},
-    {"_cpu_half", "_cpu_lanes", "_probe", "_threads"},
+    {"_cpu_half", "_cpu_lanes", "_pages", "_probe", "_threads"},
     {"_source"},  # text
     {"_plan"},  # decide
     {"_layout"},

@@ -1,0 +1,157 @@
+"""Files of named arrays, .safetensors and .npz: whole or not at all, and never pickled."""
+
+import contextlib
+import io
+import os
+import secrets
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from cupynorm import _problem
+
+__all__ = ["Arrays", "read", "write"]
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Write arrays under their names to a file whose ending says the format.
+
+    A reader meets the old file or the new one, never a part: the bytes go to a file beside it,
+    which takes its name at the end.
+
+    Raises
+    ------
+    ValueError
+        If the name ends in neither .safetensors nor .npz.
+    ImportError
+        If the package that the format needs is not installed.
+    """
+    encode, _ = _format(path)
+    data = encode({name: np.ascontiguousarray(a) for name, a in arrays.items()})
+    target = os.path.realpath(path)  # or a link would be replaced by the file
+    part = f"{target}.{secrets.token_hex(4)}.part"
+    try:
+        with open(part, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or a crash may keep the new name without its bytes
+        os.replace(part, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+        raise
+
+
+def read(path: str | os.PathLike[str], wanted: set[str]) -> tuple[list[str], Arrays]:
+    """Names of all arrays in a file, and those of `wanted` that it holds.
+
+    Other arrays are not read, so a layer comes out of a large model's file at no cost.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the name ends in neither .safetensors nor .npz, or the file is not of that format.
+    TypeError
+        If a wanted array has a dtype other than the four floating ones.
+    ImportError
+        If the package that the format needs is not installed.
+    """
+    _, decode = _format(path)
+    return decode(os.fspath(path), wanted)
+
+
+_Format = tuple[Callable[[Arrays], bytes], Callable[[str, set[str]], tuple[list[str], Arrays]]]
+
+
+def _format(path: str | os.PathLike[str]) -> _Format:
+    ending = os.path.splitext(path)[1]
+    if ending not in _FORMATS:
+        msg = f"{os.fspath(path)!r} does not say its format; end it in {' or '.join(_FORMATS)}"
+        raise ValueError(msg)
+    return _FORMATS[ending]
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        msg = (
+            f"a .safetensors file needs the package safetensors ({error}); "
+            "pip install 'cupynorm[safetensors]', or use a .npz file"
+        )
+        raise ImportError(msg) from error
+    return safetensors
+
+
+def _encode_safetensors(arrays: Arrays) -> bytes:
+    data: bytes = _safetensors().numpy.save(arrays)
+    return data
+
+
+_SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def _decode_safetensors(path: str, wanted: set[str]) -> tuple[list[str], Arrays]:
+    package = _safetensors()
+    found = {}
+    try:
+        with package.safe_open(path, framework="np") as file:
+            names = sorted(file.keys())
+            for name in wanted.intersection(names):
+                stored = file.get_slice(name).get_dtype()
+                _check_dtype(name, _SAFETENSORS.get(stored, stored), path)
+                found[name] = file.get_tensor(name)
+    except package.SafetensorError as error:
+        msg = f"{path} is not a .safetensors file that can be read: {error}"
+        raise ValueError(msg) from error
+    return names, found
+
+
+def _encode_npz(arrays: Arrays) -> bytes:
+    buffer = io.BytesIO()
+    # NumPy would store bfloat16 as nameless pairs of bytes. As float32 every value is exact, and
+    # whoever opens the file reads numbers; loading rounds back to the same bits.
+    widened: Any = {
+        name: a.astype(np.float32) if _problem.dtype_name(a.dtype) == "bfloat16" else a
+        for name, a in arrays.items()
+    }
+    np.savez(buffer, **widened)
+    return buffer.getvalue()
+
+
+def _decode_npz(path: str, wanted: set[str]) -> tuple[list[str], Arrays]:
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file):  # or NumPy would take it for a pickle
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                names = sorted(archive.files)
+                found = {name: archive[name] for name in wanted.intersection(names)}
+    except zipfile.BadZipFile as error:
+        msg = f"{path} is not a .npz file that can be read: {error}"
+        raise ValueError(msg) from error
+    for name, array in found.items():
+        _check_dtype(name, _problem.dtype_name(array.dtype), path)
+    return names, found
+
+
+def _check_dtype(name: str, dtype: str, path: str) -> None:
+    if dtype == "bfloat16":
+        _problem.numpy_dtype(dtype)  # says that ml_dtypes is missing, where it is
+    if dtype not in _problem.ITEMSIZE:
+        msg = (
+            f"{name} has dtype {dtype} in {path}; "
+            f"a layer takes one of {', '.join(_problem.ITEMSIZE)}"
+        )
+        raise TypeError(msg)
+
+
+_FORMATS: dict[str, _Format] = {
+    ".safetensors": (_encode_safetensors, _decode_safetensors),
+    ".npz": (_encode_npz, _decode_npz),
+}

@@ -1,0 +1,173 @@
+"""What every layer has: named parameters and gradients, state dicts, files."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from cupynorm import _checkpoint, _parameters
+
+__all__ = ["IncompatibleKeys", "Stateful"]
+
+
+class IncompatibleKeys(NamedTuple):
+    """What a state and a layer do not have in common.
+
+    Attributes
+    ----------
+    missing_keys : list of str
+        Parameters of the layer that the state does not hold.
+    unexpected_keys : list of str
+        Names in the state that the layer does not have.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Stateful:
+    """Base of the layers: a weight and a bias, either of which may be None."""
+
+    weight: Any
+    bias: Any
+    grad: dict[str, Any]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients: the next `backward` starts anew. Arrays already taken stay."""
+        self.grad = dict.fromkeys(self.state_dict())
+
+    def state_dict(self, prefix: str = "") -> dict[str, Any]:
+        """Parameters by torch's names, 'weight' and 'bias': the arrays themselves, no copies.
+
+        Parameters
+        ----------
+        prefix : str, default ''
+            Put before each name, as 'encoder.norm1.' for a layer of a model.
+
+        Returns
+        -------
+        dict of str to array
+            Only what the layer has.
+        """
+        both = (("weight", self.weight), ("bias", self.bias))
+        return {prefix + name: value for name, value in both if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Copy values into the parameters, which stay where they are and keep their dtype.
+
+        Parameters
+        ----------
+        state : mapping of str to array
+            Arrays named 'weight' and 'bias', of any library and on any device: this call copies,
+            from torch tensors and between devices too.
+        strict : bool, default True
+            Whether missing and unexpected names are errors. A wrong shape always is.
+
+        Returns
+        -------
+        IncompatibleKeys
+            The named tuple (missing_keys, unexpected_keys).
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit, or under `strict` names; all faults in one sentence.
+        TypeError
+            If a value is no array or has another than the four floating dtypes.
+
+        Notes
+        -----
+        Nothing is changed where anything is wrong. Gradients and what `forward` kept stay.
+        """
+        return self._load(state, strict, "state", "")
+
+    def _load(
+        self, state: Mapping[str, Any], strict: bool, source: str, prefix: str
+    ) -> IncompatibleKeys:
+        mine = self.state_dict(prefix)
+        missing = [name for name in mine if name not in state]
+        unexpected = [name for name in state if name not in mine]
+        hosts = {n: _parameters.to_host(n, state[n]) for n in mine if n in state}
+        faults = [
+            f"{name} has shape {host.shape}, the layer's has {tuple(mine[name].shape)}"
+            for name, host in hosts.items()
+            if host.shape != tuple(mine[name].shape)
+        ]
+        if strict and missing:
+            faults.append(f"it lacks {_listed(missing)}")
+        if strict and unexpected:
+            faults.append(f"the layer has no {_listed(unexpected)}")
+        if faults:
+            msg = f"cannot load {source} into {self!r}: {'; '.join(faults)}"
+            if strict and (missing or unexpected):
+                msg += ". strict=False leaves out what is on one side only"
+            raise ValueError(msg)
+        for name, host in hosts.items():
+            _parameters.fill(mine[name], host)
+        return IncompatibleKeys(missing, unexpected)
+
+    def save(self, path: str | os.PathLike[str], *, prefix: str = "") -> None:
+        """Write the parameters to a .safetensors or .npz file, whole or not at all.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Ends in '.safetensors' (needs the package safetensors) or '.npz'. A file that is there
+            is replaced at the end, so no reader meets half of one.
+        prefix : str, default ''
+            Put before each name, to match a layer of a model: 'encoder.norm1.'.
+
+        Raises
+        ------
+        ValueError
+            If the name has another ending.
+        ImportError
+            If safetensors is needed and not installed.
+
+        Notes
+        -----
+        The names are torch's, and ``safetensors.torch`` reads the file. An .npz holds bfloat16
+        as float32, which is exact, because NumPy has no name for it in a file. Neither format
+        can run code when it is read.
+        """
+        state = self.state_dict(prefix)
+        _checkpoint.write(path, {n: _parameters.to_host(n, a) for n, a in state.items()})
+
+    def load(
+        self, path: str | os.PathLike[str], *, prefix: str = "", strict: bool = True
+    ) -> IncompatibleKeys:
+        """Copy the parameters from a .safetensors or .npz file, as `load_state_dict` does.
+
+        Parameters
+        ----------
+        path : str or path-like
+            A file that `save`, ``safetensors.torch.save_file`` or ``numpy.savez`` wrote.
+        prefix : str, default ''
+            Take names that begin so, and read them without it: with 'encoder.norm1.' one layer
+            comes out of a whole model's file. Only its arrays are read.
+        strict : bool, default True
+            As for `load_state_dict`, among the names that begin with `prefix`.
+
+        Returns
+        -------
+        IncompatibleKeys
+            The named tuple (missing_keys, unexpected_keys), with the prefix.
+
+        Raises
+        ------
+        FileNotFoundError, ImportError
+            If there is no such file; if safetensors is needed and not installed.
+        ValueError
+            If the name has another ending, the file is not of that format, shapes do not fit, or
+            under `strict` names.
+        TypeError
+            If an array has another than the four floating dtypes.
+        """
+        names, arrays = _checkpoint.read(path, set(self.state_dict(prefix)))
+        state = {name: arrays.get(name) for name in names if name.startswith(prefix)}
+        return self._load(state, strict, os.fspath(path), prefix)
+
+
+def _listed(names: list[str], most: int = 10) -> str:
+    """Quote names; of a whole model's, the first and how many more."""
+    text = ", ".join(repr(name) for name in names[:most])
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"
