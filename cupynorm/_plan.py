@@ -6,8 +6,13 @@ from dataclasses import dataclass
 from cupynorm._problem import ITEMSIZE, Problem
 
 __all__ = [
+    "CHUNK_THREADS",
     "CHUNK_VECS",
+    "CODES",
+    "MAX_GRID_X",
+    "MAX_SECTIONS",
     "TABLE",
+    "VEC_BYTES",
     "Device",
     "Plan",
     "Stage",
@@ -234,7 +239,7 @@ def _split_plan(problem: Problem, row: TableRow, device: Device) -> Plan:
     )
 
 
-_CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
 
 def _stage(
@@ -256,9 +261,9 @@ def _stage(
     weight = problem.weight_dtype if affine else None
     bias = problem.bias_dtype if affine else None
     double = problem.x_dtype == "float64"
-    parts = [kernel, _CODES[problem.x_dtype], label]
-    parts += [f"w_{_CODES[weight]}"] if weight else []
-    parts += [f"b_{_CODES[bias]}"] if bias else []
+    parts = [kernel, CODES[problem.x_dtype], label]
+    parts += [f"w_{CODES[weight]}"] if weight else []
+    parts += [f"b_{CODES[bias]}"] if bias else []
     return Stage(
         kernel=kernel,
         family=row.family,

@@ -12,6 +12,7 @@ import numpy as np
 
 __all__ = [
     "ITEMSIZE",
+    "GradientProblem",
     "Problem",
     "axis_order",
     "check_affine_dtype",
@@ -49,6 +50,28 @@ class Problem:
     x_strides: tuple[int, int, int]  # elements, for (outer, M, N)
     y_strides: tuple[int, int, int]
     stats: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows in all."""
+        return self.outer * self.M
+
+
+@dataclass(frozen=True, slots=True)
+class GradientProblem:
+    """One shape of a backward call: all that its plan may depend on, and nothing of the data."""
+
+    x_dtype: str
+    weight_dtype: str | None
+    dweight_dtype: str | None  # None: not wanted
+    dbias_dtype: str | None
+    dx: bool  # wanted
+    outer: int
+    M: int
+    N: int
+    dy_strides: tuple[int, int, int]  # elements, for (outer, M, N)
+    x_strides: tuple[int, int, int]
+    dx_strides: tuple[int, int, int]
 
     @property
     def rows(self) -> int:

@@ -15,6 +15,11 @@ _FAMILIES = {
     "block": (*_SHARED, "layer_norm_block"),
     "shared": (*_SHARED, "chunk", "layer_norm_shared"),
     "split": (*_SHARED, "chunk", "layer_norm_split"),
+    "warp_bwd": (*_SHARED, "gradient", "layer_norm_warp_bwd"),
+    "block_bwd": (*_SHARED, "gradient", "layer_norm_block_bwd"),
+    "shared_bwd": (*_SHARED, "gradient", "layer_norm_shared_bwd"),
+    "split_bwd": (*_SHARED, "chunk", "gradient", "layer_norm_split_bwd"),
+    "totals_bwd": ("types", "reduce", "column_totals"),
 }
 
 _TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "float", "float64": "double"}
@@ -32,6 +37,18 @@ _ROW_BODY = (
     "    {kernel}<{constants}{X}, {W}, {B}, {has_weight}, {has_bias}>(a{more});"
 )
 
+_GRADIENT_PARAMETERS = (
+    "const {X}* dy, const {X}* x, const {A}* mean, const {A}* rstd, const {W}* weight, {X}* dx, "
+    "{A}* partials, i64 rows, i64 M, i64 dy_outer, i64 dy_row, i64 x_outer, i64 x_row, "
+    "i64 dx_outer, i64 dx_row, i64 N"
+)
+_GRADIENT_BODY = (
+    "const GradientArguments<{X}, {W}> a = {{dy, x, mean, rstd, weight, dx, partials, rows, M, "
+    "dy_outer, dy_row, x_outer, x_row, dx_outer, dx_row, N}};\n"
+    "    {kernel}<{constants}{X}, {W}, {has_weight}>(a{more});"
+)
+_GRADIENT = (_GRADIENT_PARAMETERS, _GRADIENT_BODY)
+
 # Parameters and body of an entry, by kernel. Integers are all 64-bit and eps is a double, because
 # that is how CuPy passes Python numbers.
 _ENTRIES = {
@@ -44,6 +61,31 @@ _ENTRIES = {
         _ROW_PARAMETERS + ", const {A}* moments, i64 sections, i64 chunks_per_section, i64 parts",
         _ROW_BODY,
     ),
+    "layer_norm_bwd_warp": _GRADIENT,
+    "layer_norm_bwd_block": _GRADIENT,
+    "layer_norm_bwd_shared": _GRADIENT,
+    "layer_norm_bwd_split_sums": (
+        _GRADIENT_PARAMETERS + ", {A}* sums, i64 sections, i64 chunks_per_section",
+        _GRADIENT_BODY,
+    ),
+    "layer_norm_bwd_split_merge": (
+        "const {A}* sums, {A}* gradients, i64 rows, i64 sections, i64 N",
+        "{kernel}<{constants}{A}>(sums, gradients, rows, sections, N);",
+    ),
+    "layer_norm_bwd_split_apply": (
+        _GRADIENT_PARAMETERS + ", const {A}* gradients, i64 parts",
+        _GRADIENT_BODY,
+    ),
+    "column_totals": (
+        "const {A}* partials, i64 count, i64 pitch, i64 N, {W}* dweight, {B}* dbias",
+        "{kernel}<{A}, {W}, {B}, {has_weight}, {has_bias}>(partials, count, pitch, N, dweight, dbias);",
+    ),
+}
+# What an entry passes on besides the structure of its arguments.
+_MORE = {
+    "layer_norm_fwd_split_normalize": ", moments, sections, chunks_per_section, parts",
+    "layer_norm_bwd_split_sums": ", sums, sections, chunks_per_section",
+    "layer_norm_bwd_split_apply": ", gradients, parts",
 }
 
 
@@ -67,7 +109,6 @@ def source_of(stage: Stage) -> str:
     """
     parameters, body = _ENTRIES.get(stage.kernel, (_ROW_PARAMETERS, _ROW_BODY))
     X = _TYPES[stage.x_dtype]
-    split = stage.kernel == "layer_norm_fwd_split_normalize"
     names = {
         "kernel": stage.kernel,
         "constants": "".join(f"{c}, " for c in stage.constants),
@@ -77,7 +118,7 @@ def source_of(stage: Stage) -> str:
         "A": "double" if X == "double" else "float",
         "has_weight": str(stage.weight_dtype is not None).lower(),
         "has_bias": str(stage.bias_dtype is not None).lower(),
-        "more": ", moments, sections, chunks_per_section, parts" if split else "",
+        "more": _MORE.get(stage.kernel, ""),
     }
     bounds = f"__launch_bounds__({stage.block[0]}, {stage.blocks_per_sm})"
     entry = (

@@ -159,6 +159,24 @@ __device__ __forceinline__ float to_float(bf16 v) { return bit_cast<float>((u32)
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ double to_float(double v) { return v; }
 
+// One accumulator rounded to an element. `T*` only names the type.
+template <class A>
+__device__ __forceinline__ f16 rounded(A v, const f16*) {
+    return f16{(u16)f16_pair((float)v, 0.0f)};
+}
+template <class A>
+__device__ __forceinline__ bf16 rounded(A v, const bf16*) {
+    return bf16{(u16)bf16_pair((float)v, 0.0f)};
+}
+template <class A>
+__device__ __forceinline__ float rounded(A v, const float*) {
+    return (float)v;
+}
+template <class A>
+__device__ __forceinline__ double rounded(A v, const double*) {
+    return (double)v;
+}
+
 // A copy that the compiler must take for new. Each pass over a row unpacks its vectors again; for
 // sm_100 and later the compiler would rather keep the first pass's floats, and spill them.
 __device__ __forceinline__ Vec unseen(Vec v) {

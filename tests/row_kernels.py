@@ -79,7 +79,7 @@ class Result:
         return [b"".join(a[i].tobytes() for a in (self.y, *stats)) for i in range(len(self.y))]
 
 
-def _vector(machine: Machine, name: str, values: np.ndarray | None, offset: int) -> Rows | None:
+def vector_at(machine: Machine, name: str, values: np.ndarray | None, offset: int) -> Rows | None:
     if values is None:
         return None
     rows = Rows(machine, name, values.dtype, (1, 1, values.size), At(offset))
@@ -112,7 +112,7 @@ def normalize(
     source.memory.writable = in_place
     target = source if in_place else Rows(machine, "y", x.dtype, shape, y_at)
     w, b = (
-        _vector(machine, name, values, affine_offset)
+        vector_at(machine, name, values, affine_offset)
         for name, values in (("weight", weight), ("bias", bias))
     )
     accumulator = stats_dtype(x.dtype.name)

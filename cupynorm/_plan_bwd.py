@@ -1,0 +1,267 @@
+"""Decides which kernels run a backward problem and with what launches; pure Python."""
+
+import functools
+from dataclasses import dataclass
+
+from cupynorm._plan import (
+    CHUNK_THREADS,
+    CHUNK_VECS,
+    CODES,
+    MAX_GRID_X,
+    MAX_SECTIONS,
+    VEC_BYTES,
+    Device,
+    Stage,
+    TableRow,
+)
+from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
+
+__all__ = ["BWD_TABLE", "GradientPlan", "choose_plan_bwd"]
+
+_PREDICTED = "predicted, bench/results/PENDING.md"
+
+# A thread holds at most two vectors of x and two of dy, and as many of the row that comes next, beside
+# up to 32 registers of dweight and dbias. K3's limit is the device's shared memory; its last row
+# ends where 512 threads can hold x and dy no longer.
+BWD_TABLE = (
+    TableRow("warp", 8, 8, 128, 1, 4, 4, _PREDICTED),
+    TableRow("warp", 16, 16, 128, 1, 4, 4, _PREDICTED),
+    TableRow("warp", 32, 32, 128, 1, 4, 4, _PREDICTED),
+    TableRow("warp", 64, 32, 128, 1, 3, 3, _PREDICTED),
+    TableRow("block", 128, 64, 64, 1, 6, 6, _PREDICTED),
+    TableRow("block", 256, 128, 128, 1, 3, 3, _PREDICTED),
+    TableRow("block", 512, 256, 256, 1, 2, 2, _PREDICTED),
+    TableRow("block", 1024, 512, 512, 1, 1, 1, _PREDICTED),
+    TableRow("shared", 4096, 512, 512, 1, 1, 1, _PREDICTED),
+    TableRow("split", 2**60, CHUNK_THREADS, CHUNK_THREADS, 1, 2, 2, _PREDICTED),
+)
+
+# Rows that a block adds up before it leaves a partial sum: each costs 16 bytes a column, written and
+# read again, where a row of float32 moves 12.
+ROWS_PER_PARTIAL = 4
+AHEAD_VECS = 4  # kernels/layer_norm_shared_bwd.cuh: up to so many, the next row is fetched ahead
+APPLY_VECS = 2  # kernels/layer_norm_split_bwd.cuh
+APPLY_BLOCKS_PER_SM = 2
+TOTALS_THREADS = 1024
+MERGE_THREADS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class GradientPlan:
+    """What runs a backward problem on a device."""
+
+    family: str
+    stages: tuple[Stage, ...]
+    threads_per_row: int
+    vecs_per_thread: int
+    rows_per_block: int
+    sections: int  # per row (K5)
+    chunks_per_section: int
+    partials: int  # blocks that leave sums for dweight and dbias
+    pitch: int  # columns of one partial
+    sums_at: int  # bytes into the workspace, K5's
+    gradients_at: int
+    workspace_bytes: int
+    passes: int  # over memory: of x, dy and dx, of which each has one at least
+    source: str
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_plan_bwd(problem: GradientProblem, device: Device) -> GradientPlan:
+    """Choose kernels and launches.
+
+    Which family runs depends on N, the dtypes and the device alone, so that a row's dx has the same
+    bits in every batch.
+
+    Parameters
+    ----------
+    problem : GradientProblem
+        A problem whose columns have unit stride and which is not empty.
+    device : Device
+        The GPU.
+
+    Returns
+    -------
+    GradientPlan
+
+    Raises
+    ------
+    ValueError
+        If a launch would need more than 2**31 - 1 blocks.
+    """
+    vecs = -(-problem.N * ITEMSIZE[problem.x_dtype] // VEC_BYTES)
+    row = next(row for row in BWD_TABLE if vecs <= row.max_vecs)
+    vecs_per_thread = -(-vecs // row.threads_per_row)
+    if (
+        row.family == "shared"
+        and _shared_bytes(problem, row, vecs_per_thread) > device.shared_bytes
+    ):
+        row = BWD_TABLE[-1]
+    if row.family == "split":
+        return _split_plan(problem, row, vecs, device)
+    return _row_plan(problem, row, vecs, vecs_per_thread, device)
+
+
+def _accumulator_bytes(problem: GradientProblem) -> int:
+    return ITEMSIZE[stats_dtype(problem.x_dtype)]
+
+
+def _totals(problem: GradientProblem) -> int:
+    """How many of dweight and dbias are wanted."""
+    return (problem.dweight_dtype is not None) + (problem.dbias_dtype is not None)
+
+
+def _vec_totals_bytes(problem: GradientProblem) -> int:
+    """Bytes of the sums that belong to one vector of x."""
+    return VEC_BYTES // ITEMSIZE[problem.x_dtype] * _accumulator_bytes(problem)
+
+
+def _shared_bytes(problem: GradientProblem, row: TableRow, vecs_per_thread: int) -> int:
+    size = _accumulator_bytes(problem)
+    if row.family == "warp":
+        return 2 * row.threads_per_row * vecs_per_thread * _vec_totals_bytes(problem)
+    sums = 2 * 3 * row.threads // 32 * size
+    if row.family == "block":
+        return sums
+    return sums + _totals(problem) * vecs_per_thread * row.threads * _vec_totals_bytes(problem)
+
+
+def _partials_bytes(problem: GradientProblem, vecs: int, partials: int) -> int:
+    return _totals(problem) * partials * vecs * _vec_totals_bytes(problem)
+
+
+def _row_plan(
+    problem: GradientProblem, row: TableRow, vecs: int, vecs_per_thread: int, device: Device
+) -> GradientPlan:
+    """K1, K2, K3: as many blocks as the device holds, block b taking rows b, b + grid, ...."""
+    rows_per_block = row.threads // row.threads_per_row
+    blocks = -(-problem.rows // (rows_per_block * (ROWS_PER_PARTIAL if _totals(problem) else 1)))
+    grid = min(_blocks_per_sm(problem, row) * device.sm_count, blocks)
+    constants = {
+        "warp": (row.threads, row.threads_per_row, vecs_per_thread),
+        "block": (row.threads, vecs_per_thread),
+        "shared": (row.threads, vecs_per_thread, int(vecs_per_thread <= AHEAD_VECS)),
+    }[row.family]
+    label = f"t{row.threads_per_row}_v{vecs_per_thread}"
+    shared = _shared_bytes(problem, row, vecs_per_thread)
+    main = _gradient_stage(problem, row, row.family, constants, label, grid, shared)
+    return GradientPlan(
+        family=row.family,
+        stages=(main, *_totals_stage(problem)),
+        threads_per_row=row.threads_per_row,
+        vecs_per_thread=vecs_per_thread,
+        rows_per_block=rows_per_block,
+        sections=0,
+        chunks_per_section=0,
+        partials=grid,
+        pitch=vecs * VEC_BYTES // ITEMSIZE[problem.x_dtype],
+        sums_at=0,
+        gradients_at=0,
+        workspace_bytes=_partials_bytes(problem, vecs, grid),
+        passes=2 + problem.dx,
+        source=row.source,
+    )
+
+
+def _split_plan(problem: GradientProblem, row: TableRow, vecs: int, device: Device) -> GradientPlan:
+    """K5: the sums of sections, their merge, then dx with the sums over rows, by columns."""
+    chunks = -(-vecs // CHUNK_VECS)
+    per_section = -(-chunks // MAX_SECTIONS)
+    sections = -(-chunks // per_section)
+    runs = -(-vecs // (CHUNK_THREADS * APPLY_VECS))  # blocks that stand side by side
+    parts = -(-APPLY_BLOCKS_PER_SM * device.sm_count // runs)
+    if _totals(problem):
+        parts = min(parts, -(-problem.rows // ROWS_PER_PARTIAL))
+    parts = min(max(parts, 1), problem.rows)
+    size = _accumulator_bytes(problem)
+    merging = -(-problem.rows // (MERGE_THREADS // 32))
+    stages = (
+        _gradient_stage(problem, row, "split_sums", (), "", problem.rows * sections, 24 * size),
+        _gradient_stage(problem, row, "split_merge", (MERGE_THREADS,), "", merging, 0),
+        _gradient_stage(problem, row, "split_apply", (), "", runs * parts, 0),
+    )
+    sums_at = _partials_bytes(problem, vecs, parts)
+    gradients_at = sums_at + 3 * size * problem.rows * sections
+    return GradientPlan(
+        family=row.family,
+        stages=(*stages, *_totals_stage(problem)),
+        threads_per_row=row.threads_per_row,
+        vecs_per_thread=APPLY_VECS,
+        rows_per_block=1,
+        sections=sections,
+        chunks_per_section=per_section,
+        partials=parts,
+        pitch=vecs * VEC_BYTES // ITEMSIZE[problem.x_dtype],
+        sums_at=sums_at,
+        gradients_at=gradients_at,
+        workspace_bytes=gradients_at + 3 * size * problem.rows,
+        passes=4 + problem.dx,
+        source=row.source,
+    )
+
+
+def _blocks_per_sm(problem: GradientProblem, row: TableRow) -> int:
+    return row.blocks_per_sm_f64 if problem.x_dtype == "float64" else row.blocks_per_sm
+
+
+def _gradient_stage(
+    problem: GradientProblem,
+    row: TableRow,
+    kind: str,
+    constants: tuple[int, ...],
+    label: str,
+    grid: int,
+    shared: int,
+) -> Stage:
+    """Make the stage of a kernel of `kernels/layer_norm_*_bwd.cuh`."""
+    if grid > MAX_GRID_X:
+        msg = (
+            f"x has {problem.rows} rows of {problem.N} columns, which needs {grid} blocks; "
+            f"a launch takes at most {MAX_GRID_X}. Differentiate x in slices along its first axis"
+        )
+        raise ValueError(msg)
+    kernel = f"layer_norm_bwd_{kind}"
+    wanted = (problem.dx, problem.dweight_dtype is not None, problem.dbias_dtype is not None)
+    weight = None if kind == "split_merge" else problem.weight_dtype
+    parts = [kernel, CODES[problem.x_dtype], label]
+    if kind not in ("split_sums", "split_merge"):
+        constants = (*constants, *(int(w) for w in wanted))
+        parts += [name for name, w in zip(("dx", "dw", "db"), wanted, strict=True) if w]
+    parts += [f"w_{CODES[weight]}"] if weight else []
+    return Stage(
+        kernel=kernel,
+        family=f"{row.family}_bwd",
+        constants=constants,
+        name="_".join(p for p in parts if p),
+        x_dtype=problem.x_dtype,
+        weight_dtype=weight,
+        bias_dtype=None,
+        grid=(grid, 1, 1),
+        block=(MERGE_THREADS if kind == "split_merge" else row.threads, 1, 1),
+        shared_bytes=shared,
+        blocks_per_sm=_blocks_per_sm(problem, row),
+    )
+
+
+def _totals_stage(problem: GradientProblem) -> tuple[Stage, ...]:
+    """Add up the partials; nothing where neither dweight nor dbias is wanted."""
+    dtypes = (problem.dweight_dtype, problem.dbias_dtype)
+    if dtypes == (None, None):
+        return ()
+    code = CODES[stats_dtype(problem.x_dtype)]
+    parts = ["column_totals", code]
+    parts += [f"{label}_{CODES[d]}" for label, d in zip(("dw", "db"), dtypes, strict=True) if d]
+    stage = Stage(
+        kernel="column_totals",
+        family="totals_bwd",
+        constants=(),
+        name="_".join(parts),
+        x_dtype=stats_dtype(problem.x_dtype),  # of the partials
+        weight_dtype=dtypes[0],
+        bias_dtype=dtypes[1],
+        grid=(_totals(problem) * -(-problem.N // 32), 1, 1),
+        block=(TOTALS_THREADS, 1, 1),
+        shared_bytes=32 * 33 * _accumulator_bytes(problem),
+        blocks_per_sm=1,
+    )
+    return (stage,)

@@ -1,0 +1,251 @@
+// What the backward kernels share: a row of x and dy on chip, its three sums, dx, and the sums over
+// rows that become dweight and dbias.
+//
+//     h = (x - mean) * rstd     l = sum(h) / N         what the rounded mean lacks, times rstd
+//     g = dy * weight           x_hat = h - l
+//     c1 = sum(g) / N           c2 = sum(g * x_hat) / N = (sum(g * h) - l * sum(g)) / N
+//     dx = rstd * (g - c1 - x_hat * c2)
+//     dweight = sum over rows of dy * x_hat            dbias = sum over rows of dy
+//
+// The three sums of a row need one exchange. Without l a row of values near 1e6 would lose most of
+// its digits, here as in the forward.
+
+// The arguments of every backward kernel that writes dx, in the order of its entry.
+template <class X, class W>
+struct GradientArguments {
+    typedef typename Accumulator<X>::type A;
+    const X* dy;      // rows of N columns, unit stride inside a row
+    const X* x;       // the same
+    const A* mean;    // (rows,)
+    const A* rstd;    // (rows,)
+    const W* weight;  // (N,) or null
+    X* dx;            // as x, or null
+    A* partials;      // [dweight, dbias][count][pitch]: what each block has added up
+    i64 rows;         // outer * M
+    i64 M;
+    i64 dy_outer, dy_row, x_outer, x_row, dx_outer, dx_row;  // element strides
+    i64 N;
+};
+
+// Columns of one row of partials: whole vectors, so that each is stored in 16-byte pieces.
+template <class X>
+__device__ __forceinline__ i64 pitch_of(i64 N) {
+    constexpr int V = PerVec<X>::count;
+    return (N + V - 1) / V * V;
+}
+
+// The columns [first, first + n) of one row of x and dy, as a group of lanes holds them.
+template <int LANES, int VECS, class A>
+struct GradientRow {
+    Segment<LANES, VECS> x, dy;
+    int x_skew, dy_skew;
+    A mean, rstd;
+};
+
+// Issues the loads alone: what they bring is first looked at in `to_columns`.
+template <int LANES, int VECS, class X, class W, class A>
+__device__ __forceinline__ void fetch(
+    GradientRow<LANES, VECS, A>& r, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
+    const bool live = row < a.rows;
+    if (!live) n = 0;
+    const X* x = a.x + (n ? row_offset(row, a.rows, a.M, a.x_outer, a.x_row) + first : 0);
+    const X* dy = a.dy + (n ? row_offset(row, a.rows, a.M, a.dy_outer, a.dy_row) + first : 0);
+    r.x_skew = skew_of(x);
+    r.dy_skew = skew_of(dy);
+    load_granules(r.x, x, n, lane);
+    load_granules(r.dy, dy, n, lane);
+    r.mean = live ? a.mean[row] : (A)0;
+    r.rstd = live ? a.rstd[row] : (A)0;
+}
+
+template <class X, int LANES, int VECS, class A>
+__device__ __forceinline__ void to_columns(GradientRow<LANES, VECS, A>& r, int lane) {
+    granules_to_columns<LANES, VECS, X>(r.x, r.x_skew, lane);
+    granules_to_columns<LANES, VECS, X>(r.dy, r.dy_skew, lane);
+}
+
+// sum(h), sum(g), sum(g * h).
+template <class A>
+struct GradientSums {
+    A h, g, gh;
+};
+
+template <int LANES, class A>
+__device__ __forceinline__ GradientSums<A> warp_sum(const GradientSums<A>& s) {
+    return GradientSums<A>{warp_sum<LANES>(s.h), warp_sum<LANES>(s.g), warp_sum<LANES>(s.gh)};
+}
+
+// The sums over a block, through A sums[3][WARPS] of shared memory: written before one barrier, read
+// after it.
+template <int WARPS, class A>
+__device__ __forceinline__ GradientSums<A> block_sums(A* sums, const GradientSums<A>& mine, int warp, int lane) {
+    const GradientSums<A> s = warp_sum<32>(mine);
+    if (lane == 0) {
+        sums[warp] = s.h;
+        sums[WARPS + warp] = s.g;
+        sums[2 * WARPS + warp] = s.gh;
+    }
+    __syncthreads();
+    // Every group of WARPS lanes adds the warps' sums in the same tree.
+    const A* from = sums + lane % WARPS;
+    return warp_sum<WARPS>(GradientSums<A>{from[0], from[WARPS], from[2 * WARPS]});
+}
+
+// h and g of one vector. dy is zero past the row's end, x - mean is not: it is left out.
+template <class X, bool HAS_WEIGHT, class W, class A, int V>
+__device__ __forceinline__ void unpack_row(
+    const Vec& x, const Vec& dy, A mean, A rstd, const W* weight, i64 col, int left, A (&h)[V], A (&s)[V], A (&g)[V]) {
+    A w[V];
+    if (HAS_WEIGHT) load_affine(weight, col, left, w);
+    unpack(unseen(x), h, (const X*)0);
+    unpack(unseen(dy), s, (const X*)0);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+        h[i] = i < left ? (h[i] - mean) * rstd : (A)0;
+        g[i] = HAS_WEIGHT ? s[i] * w[i] : s[i];
+    }
+}
+
+// The sums over the columns that a lane holds.
+template <class X, bool HAS_WEIGHT, int LANES, int VECS, class W, class A>
+__device__ __forceinline__ GradientSums<A> lane_sums(
+    const GradientRow<LANES, VECS, A>& r, const W* weight, i64 first, int n, int lane) {
+    constexpr int V = PerVec<X>::count;
+    GradientSums<A> sums = {0, 0, 0};
+#pragma unroll
+    for (int k = 0; k < VECS; ++k) {
+        const int col = (k * LANES + lane) * V;
+        if (col >= n) break;
+        A h[V], s[V], g[V];
+        unpack_row<X, HAS_WEIGHT>(r.x.v[k], r.dy.v[k], r.mean, r.rstd, weight, first + col, n - col, h, s, g);
+        sums.h += tree_sum(h);
+        sums.g += tree_sum(g);
+#pragma unroll
+        for (int i = 0; i < V; ++i) h[i] *= g[i];
+        sums.gh += tree_sum(h);
+    }
+    return sums;
+}
+
+// What a row's sums come to.
+template <class A>
+struct RowGradient {
+    A lack, c1, c2;
+};
+
+template <class A>
+__device__ __forceinline__ RowGradient<A> row_gradient(const GradientSums<A>& s, i64 N) {
+    const A lack = s.h / (A)N;
+    return RowGradient<A>{lack, s.g / (A)N, multiply_add(-lack, s.g, s.gh) / (A)N};
+}
+
+// dweight and dbias of the columns that a thread holds, in its registers.
+template <int VECS, class A, int V>
+struct RegisterTotals {
+    A dweight[VECS][V], dbias[VECS][V];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int k = 0; k < VECS; ++k) {
+#pragma unroll
+            for (int i = 0; i < V; ++i) dweight[k][i] = dbias[k][i] = 0;
+        }
+    }
+    template <bool DWEIGHT, bool DBIAS>
+    __device__ __forceinline__ void add(int k, const A (&s)[V], const A (&x_hat)[V]) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+            if (DWEIGHT) dweight[k][i] = multiply_add(s[i], x_hat[i], dweight[k][i]);
+            if (DBIAS) dbias[k][i] += s[i];
+        }
+    }
+};
+
+// Adds the row to `totals` and turns r.x into dx.
+template <class X, bool DX, bool DWEIGHT, bool DBIAS, bool HAS_WEIGHT, int LANES, int VECS, class W, class A, class Totals>
+__device__ __forceinline__ void differentiate(
+    GradientRow<LANES, VECS, A>& r, const RowGradient<A>& c, const W* weight, i64 first, int n, int lane,
+    Totals& totals) {
+    constexpr int V = PerVec<X>::count;
+#pragma unroll
+    for (int k = 0; k < VECS; ++k) {
+        const int col = (k * LANES + lane) * V;
+        if (col >= n) break;
+        A h[V], s[V], g[V];
+        unpack_row<X, HAS_WEIGHT && DX>(
+            r.x.v[k], r.dy.v[k], r.mean, r.rstd, weight, first + col, n - col, h, s, g);
+#pragma unroll
+        for (int i = 0; i < V; ++i) h[i] -= c.lack;
+        totals.template add<DWEIGHT, DBIAS>(k, s, h);
+        if (DX) {
+#pragma unroll
+            for (int i = 0; i < V; ++i) g[i] = r.rstd * multiply_add(-h[i], c.c2, g[i] - c.c1);
+            pack(r.x.v[k], g, (const X*)0);
+        }
+    }
+}
+
+// Writes r.x, which holds dx by now. Every lane of the warp must come here.
+template <bool DX, int LANES, int VECS, class X, class W, class A>
+__device__ __forceinline__ void store_dx(
+    GradientRow<LANES, VECS, A>& r, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
+    if (!DX) return;
+    if (row >= a.rows) n = 0;
+    store_columns(r.x, a.dx + (n ? row_offset(row, a.rows, a.M, a.dx_outer, a.dx_row) + first : 0), n, lane);
+}
+
+// ---- sums of V accumulators, in 16-byte pieces -----------------------------------------------------
+
+template <class A, int V>
+struct Pieces {
+    static constexpr int count = V * (int)sizeof(A) / 16;
+    struct alignas(16) Piece {
+        A e[16 / sizeof(A)];
+    };
+};
+
+// Element i of piece p lies at p * step pieces: lanes that are neighbours meet different banks.
+template <class A, int V>
+__device__ __forceinline__ void put_pieces(void* at, int step, const A (&v)[V]) {
+    typedef typename Pieces<A, V>::Piece Piece;
+    constexpr int E = 16 / (int)sizeof(A);
+#pragma unroll
+    for (int p = 0; p < Pieces<A, V>::count; ++p) {
+        Piece piece;
+#pragma unroll
+        for (int i = 0; i < E; ++i) piece.e[i] = v[p * E + i];
+        ((Piece*)at)[p * step] = piece;
+    }
+}
+
+template <class A, int V>
+__device__ __forceinline__ void get_pieces(const void* at, int step, A (&v)[V]) {
+    typedef typename Pieces<A, V>::Piece Piece;
+    constexpr int E = 16 / (int)sizeof(A);
+#pragma unroll
+    for (int p = 0; p < Pieces<A, V>::count; ++p) {
+        const Piece piece = ((const Piece*)at)[p * step];
+#pragma unroll
+        for (int i = 0; i < E; ++i) v[p * E + i] = piece.e[i];
+    }
+}
+
+// Where block `index` of `count` leaves its sums of dweight (which = 0) or dbias (which = 1, or 0 where
+// dweight is not wanted).
+template <class X, class A>
+__device__ __forceinline__ A* partial_row(A* partials, i64 which, i64 index, i64 count, i64 N) {
+    return partials + (which * count + index) * pitch_of<X>(N);
+}
+
+// Writes what one lane holds of a block's sums.
+template <class X, bool DWEIGHT, bool DBIAS, int LANES, int VECS, class A, int V>
+__device__ __forceinline__ void put_totals(
+    A* partials, i64 index, i64 count, i64 N, const RegisterTotals<VECS, A, V>& totals, i64 first, int n, int lane) {
+#pragma unroll
+    for (int k = 0; k < VECS; ++k) {
+        const int col = (k * LANES + lane) * V;
+        if (col >= n) break;
+        if (DWEIGHT) put_pieces(partial_row<X>(partials, 0, index, count, N) + first + col, 1, totals.dweight[k]);
+        if (DBIAS) put_pieces(partial_row<X>(partials, DWEIGHT, index, count, N) + first + col, 1, totals.dbias[k]);
+    }
+}
