@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,8 @@ def check(calls: dict[str, Callable[[], Any]], x: np.ndarray, w: Any, b: Any) ->
             sys.exit(f"{name} is wrong on {x.shape} {x.dtype}: {error.max():.3g} > {bound:.3g}")
 
 
-def measure(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median seconds of each call; a round runs each in turn, small ones several times."""
+def measure(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Seconds of each call by rounds; a round runs each in turn, small ones several times."""
     repeat = {}
     for name, call in calls.items():
         time.sleep(PAUSE)
@@ -137,7 +137,22 @@ def measure(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, fl
             for _ in range(repeat[name]):
                 call()
             times[name].append((time.perf_counter() - start) / repeat[name])
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    return math.exp(statistics.mean(map(math.log, ratios)))
+
+
+def write(rows: list[dict[str, Any]], folder: Path, name: str) -> Path:
+    """Save rows as a CSV that says in its name what it holds, when and of which commit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{rows[0]['date']}-{rows[0]['commit']}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 def main() -> None:
@@ -158,7 +173,8 @@ def main() -> None:
         for M, N in SHAPES:
             kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
             calls, x = contenders(M, N, kind)
-            t = measure(calls, args.seconds)
+            times = measure(calls, args.seconds)
+            t = {name: statistics.median(values) for name, values in times.items()}
             moved = (2 * M * N + 2 * N) * x.itemsize
             ratio = {f"{a}/{b}": t[a] / t[b] for a, b in RATIOS.items()}
             us = "".join(f"{t[name] * 1e6:12.1f}" for name in CONTENDERS)
@@ -173,16 +189,10 @@ def main() -> None:
         mine = [row for row in rows if row["dtype"] == dtype]
         for a, b in RATIOS.items():
             values = [row[f"{a}/{b}"] for row in mine]
-            mean = math.exp(statistics.mean(map(math.log, values)))
+            mean = geometric_mean(values)
             print(f"{dtype} {a}/{b}: geometric mean {mean:.2f}, worst {max(values):.2f}")
     if args.to:
-        args.to.mkdir(parents=True, exist_ok=True)
-        path = args.to / f"cpu-{host['date']}-{host['commit']}.csv"
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-        print(path)
+        print(write(rows, args.to, "cpu"))
 
 
 if __name__ == "__main__":
