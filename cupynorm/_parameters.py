@@ -86,6 +86,7 @@ def to_host(label: str, value: Any) -> np.ndarray[Any, Any]:
     TypeError
         If it is no array, or its dtype is not one of the four floating ones.
     """
+    host: np.ndarray[Any, Any]
     if library_of(value) == "cupy":
         host = value.get()
     elif hasattr(value, "detach"):  # torch
