@@ -14,6 +14,7 @@ from bench.gpu_data import Inputs, make_inputs
 from bench.gpu_grid import Case, case
 from bench.gpu_session import Session
 from bench.gpu_table import Table, rows_of
+from cupynorm._launches import ready_fwd
 from cupynorm._layout import layout_of
 from cupynorm._plan import TABLE, Device, Plan, TableRow
 from cupynorm._problem import ITEMSIZE
@@ -66,10 +67,10 @@ def _fits(row: TableRow) -> bool:
     return row.threads % row.threads_per_row == 0 and 4 * vecs + OTHER_REGISTERS <= registers
 
 
-def plan_of(row: TableRow, problem: Any) -> Plan:
+def plan_of(row: TableRow, problem: Any, device: Device) -> Plan:
     """Plan of a problem under a table row that is not the table's."""
     if row.family == "split":
-        return plans._split_plan(problem, row)
+        return plans._split_plan(problem, row, device)
     vecs = -(-problem.N * ITEMSIZE[problem.x_dtype] // plans.VEC_BYTES)
     return plans._row_plan(problem, row, vecs)
 
@@ -81,20 +82,18 @@ def launcher(session: Session, case: Case, inputs: Inputs, row: TableRow) -> Con
     strides, affine = (case.pitch, 1), case.affine_dtype
     shape = (case.rows, case.N)
     layout = layout_of(shape, (1,), strides, strides, (case.dtype, affine, affine), False)
-    p = layout.problem
-    plan = plan_of(row, p)
     index = session.cupy.cuda.runtime.getDevice()
-    if max(s.shared_bytes for s in plan.stages) > _cuda.device_of(index).shared_bytes:
+    device = _cuda.device_of(index)
+    plan = plan_of(row, layout.problem, device)
+    if max(s.shared_bytes for s in plan.stages) > device.shared_bytes:
         msg = "beyond the device's shared memory"
         raise Unavailable(msg)
-    functions = tuple(_cuda._load(stage, index) for stage in plan.stages)
     _refuse_spills(session, plan)
-    tail = (p.rows, p.M, p.x_strides[0], p.x_strides[1], p.y_strides[0], p.y_strides[1], p.N)
-    ready = _cuda._Prepared(layout, plan, functions, tail, None, None)
+    ready = ready_fwd(layout, plan, _cuda.loaded(plan.stages, index))
 
     def call(i: int) -> Any:
         x, y = inputs.x[i], inputs.y[i]
-        _cuda._run(ready, x, (1,), inputs.weight, inputs.bias, EPS, y, None, None)
+        _cuda.run_fwd(ready, x, (1,), inputs.weight, inputs.bias, EPS, y, None, None)
         return y
 
     kernel = "+".join(stage.name for stage in plan.stages)

@@ -2,16 +2,24 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import cupy
 
 from cupynorm import _problem
 from cupynorm._arrays import element_strides
-from cupynorm._layout import Layout, layout_of, rows_last
-from cupynorm._plan import Device, Plan, Stage, choose_plan
+from cupynorm._launches import (
+    ReadyBackward,
+    ReadyForward,
+    launch_bwd,
+    launch_fwd,
+    ready_bwd,
+    ready_fwd,
+)
+from cupynorm._layout import gradient_layout_of, layout_of, rows_last
+from cupynorm._plan import Device, Stage, choose_plan
+from cupynorm._plan_bwd import choose_plan_bwd
 from cupynorm._source import source_of
 
 __all__ = [
@@ -21,7 +29,14 @@ __all__ = [
     "from_exporter",
     "is_current",
     "kernel_of",
+    "launch_bwd",
+    "launch_fwd",
+    "layer_norm_bwd",
     "layer_norm_fwd",
+    "loaded",
+    "prepared_bwd",
+    "prepared_fwd",
+    "run_fwd",
     "warmup",
 ]
 
@@ -69,19 +84,63 @@ def kernel_of(name: str, source: str, opt_in: bool, index: int) -> Any:
     return function
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """All of a call that does not depend on its pointers."""
+@functools.lru_cache(maxsize=4096)
+def prepared_fwd(
+    index: int,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    y_strides: tuple[int, ...],
+    dtypes: tuple[str, str | None, str | None],
+    stats: bool,
+) -> ReadyForward:
+    """Plan and load a forward on GPU `index`, the current one.
 
-    layout: Layout
-    plan: Plan
-    functions: tuple[Any, ...]
-    tail: tuple[Any, ...]  # the arguments after the pointers, but for eps
-    weight_as: Callable[[Any], Any] | None  # brings weight and bias to unit stride
-    bias_as: Callable[[Any], Any] | None
+    Strides count elements, dtypes are the names of x's, weight's and bias's. What `copies` of the
+    result names is to be passed as a row-major copy with the normalized axes last.
+    """
+    layout = layout_of(shape, axes, x_strides, y_strides, dtypes, stats)
+    plan = choose_plan(layout.problem, device_of(index))
+    return ready_fwd(layout, plan, loaded(plan.stages, index))
 
 
-_prepared: dict[Any, _Prepared] = {}
+@functools.lru_cache(maxsize=4096)
+def prepared_bwd(
+    index: int,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    dy_strides: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    dx_strides: tuple[int, ...] | None,
+    dtypes: tuple[str, str | None, str | None, str | None],
+) -> ReadyBackward:
+    """Plan and load a backward on GPU `index`, the current one.
+
+    As `prepared_fwd`; dtypes are the names of x's, weight's, dweight's and dbias's, None for what
+    is absent or not wanted, and dx is not wanted where `dx_strides` is None.
+    """
+    layout = gradient_layout_of(shape, axes, dy_strides, x_strides, dx_strides, dtypes)
+    plan = choose_plan_bwd(layout.problem, device_of(index))
+    return ready_bwd(layout, plan, loaded(plan.stages, index))
+
+
+def loaded(stages: Sequence[Stage], index: int) -> tuple[Any, ...]:
+    """Compile and load the kernels of a plan on GPU `index`, the current one."""
+    # A launch needs no permission for up to 48 KiB; only K3's texts are ever launched with more.
+    return tuple(
+        kernel_of(stage.name, source_of(stage), stage.family.startswith("shared"), index)
+        for stage in stages
+    )
+
+
+# Looked up by CuPy's own objects: turning dtypes and strides into names and elements for the caches
+# above costs more than the launch.
+_prepared: dict[Any, ReadyForward] = {}
+_prepared_bwd: dict[Any, ReadyBackward] = {}
+
+
+def _name(a: Any) -> str | None:
+    return None if a is None else _problem.dtype_name(a.dtype)
 
 
 def layer_norm_fwd(
@@ -99,6 +158,7 @@ def layer_norm_fwd(
     Arguments are checked, arrays not empty, and x's device is the current one.
     """
     index = x.device.id
+    stats = mean is not None
     key = (
         index,
         x.dtype,
@@ -106,49 +166,20 @@ def layer_norm_fwd(
         x.strides,
         y.strides,
         axes,
-        None if weight is None else (weight.dtype, weight.strides),
-        None if bias is None else (bias.dtype, bias.strides),
-        mean is not None,
+        None if weight is None else weight.dtype,
+        None if bias is None else bias.dtype,
+        stats,
     )
     ready = _prepared.get(key)
     if ready is None:
-        ready = _prepared[key] = _prepare(index, x, axes, weight, bias, y, mean is not None)
-    _run(ready, x, axes, weight, bias, eps, y, mean, rstd)
+        dtypes = (str(_name(x)), _name(weight), _name(bias))
+        strides = (element_strides(x), element_strides(y))
+        ready = _prepared[key] = prepared_fwd(index, x.shape, axes, *strides, dtypes, stats)
+    run_fwd(ready, x, axes, weight, bias, eps, y, mean, rstd)
 
 
-def _prepare(
-    index: int, x: Any, axes: tuple[int, ...], weight: Any, bias: Any, y: Any, stats: bool
-) -> _Prepared:
-    names = [None if a is None else _problem.dtype_name(a.dtype) for a in (x, weight, bias)]
-    layout = layout_of(
-        x.shape,
-        axes,
-        element_strides(x),
-        element_strides(y),
-        (str(names[0]), names[1], names[2]),
-        stats,
-    )
-    p = layout.problem
-    plan = choose_plan(p, device_of(index))
-    functions = tuple(_load(stage, index) for stage in plan.stages)
-    tail = (p.rows, p.M, p.x_strides[0], p.x_strides[1], p.y_strides[0], p.y_strides[1], p.N)
-    return _Prepared(layout, plan, functions, tail, _contiguous(weight), _contiguous(bias))
-
-
-def _load(stage: Stage, index: int) -> Any:
-    # A launch needs no permission for up to 48 KiB; only K3's text is ever launched with more.
-    return kernel_of(stage.name, source_of(stage), stage.family == "shared", index)
-
-
-def _contiguous(a: Any) -> Callable[[Any], Any] | None:
-    if a is None or a.flags.c_contiguous:
-        return None
-    contiguous: Callable[[Any], Any] = cupy.ascontiguousarray
-    return contiguous  # N elements, on the same device: not worth a kernel
-
-
-def _run(
-    ready: _Prepared,
+def run_fwd(
+    ready: ReadyForward,
     x: Any,
     axes: tuple[int, ...],
     weight: Any,
@@ -158,55 +189,83 @@ def _run(
     mean: Any,
     rstd: Any,
 ) -> None:
-    if ready.weight_as is not None:
-        weight = ready.weight_as(weight)
-    if ready.bias_as is not None:
-        bias = ready.bias_as(bias)
-    layout, plan = ready.layout, ready.plan
-    source, target = x, y
-    if layout.copy_x:
-        source = cupy.ascontiguousarray(x.transpose(rows_last(x.ndim, axes)))
-    if layout.copy_y:
-        order = rows_last(x.ndim, axes)
-        target = cupy.empty(tuple(x.shape[a] for a in order), dtype=x.dtype)
-    arguments = (
+    """Launch a plan on CuPy arrays, through the copies that it expects."""
+    source = _rows_first(x, axes) if "x" in ready.copies else x
+    target = _empty_rows(x, axes) if "y" in ready.copies else y
+    weight, bias = _dense(weight), _dense(bias)  # held until the launch
+    pointers = (  # written out: a loop costs as much as a plan's look-up
         source.data.ptr,
         target.data.ptr,
         0 if weight is None else weight.data.ptr,
         0 if bias is None else bias.data.ptr,
         0 if mean is None else mean.data.ptr,
         0 if rstd is None else rstd.data.ptr,
-        *ready.tail,
-        eps,
     )
-    if plan.family == "split":
-        _launch_split(ready, arguments)
-    else:
-        stage = plan.stages[0]
-        ready.functions[0](stage.grid, stage.block, arguments, stage.shared_bytes)
-    if layout.copy_y:
+    # CuPy's pool orders reuse by stream, so the workspace may be dropped before it is read.
+    workspace = cupy.empty(ready.workspace_bytes, dtype="uint8") if ready.workspace_bytes else None
+    launch_fwd(ready, pointers, eps, _address(workspace))
+    if target is not y:
         y.transpose(rows_last(x.ndim, axes))[...] = target
 
 
-def _launch_split(ready: _Prepared, arguments: tuple[Any, ...]) -> None:
-    plan = ready.plan
-    stats, normalize = plan.stages
-    # CuPy's pool orders reuse by stream, so the workspace may be dropped before it is read.
-    workspace = cupy.empty(plan.workspace_bytes, dtype="uint8")
-    sections = (plan.sections, plan.chunks_per_section)
-    rows, M, x_outer, x_row, _, _, N = ready.tail
-    ready.functions[0](
-        stats.grid,
-        stats.block,
-        (arguments[0], workspace.data.ptr, rows, M, x_outer, x_row, N, *sections),
-        stats.shared_bytes,
+def layer_norm_bwd(
+    dy: Any,
+    x: Any,
+    axes: tuple[int, ...],
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    dx: Any,
+    dweight: Any,
+    dbias: Any,
+) -> None:
+    """Write dx, dweight and dbias (each may be None) on CuPy's current stream.
+
+    Arguments are checked, arrays not empty, dweight and dbias contiguous, and x's device is the
+    current one.
+    """
+    index = x.device.id
+    key = (
+        index,
+        x.dtype,
+        x.shape,
+        dy.strides,
+        x.strides,
+        None if dx is None else dx.strides,
+        axes,
+        *(None if a is None else a.dtype for a in (weight, dweight, dbias)),
     )
-    ready.functions[1](
-        normalize.grid,
-        normalize.block,
-        (*arguments, workspace.data.ptr, *sections, plan.parts),
-        normalize.shared_bytes,
-    )
+    ready = _prepared_bwd.get(key)
+    if ready is None:
+        dtypes = (str(_name(x)), _name(weight), _name(dweight), _name(dbias))
+        strides = (element_strides(dy), element_strides(x))
+        to = None if dx is None else element_strides(dx)
+        ready = _prepared_bwd[key] = prepared_bwd(index, x.shape, axes, *strides, to, dtypes)
+    source = _rows_first(x, axes) if "x" in ready.copies else x
+    slope = _rows_first(dy, axes) if "dy" in ready.copies else dy
+    target = _empty_rows(x, axes) if "dx" in ready.copies else dx
+    arrays = (slope, source, _dense(mean), _dense(rstd), _dense(weight), target, dweight, dbias)
+    workspace = cupy.empty(ready.workspace_bytes, dtype="uint8") if ready.workspace_bytes else None
+    launch_bwd(ready, [_address(a) for a in arrays], _address(workspace))
+    if target is not dx:
+        dx.transpose(rows_last(x.ndim, axes))[...] = target
+
+
+def _address(a: Any) -> int:
+    return 0 if a is None else a.data.ptr  # type: ignore[no-any-return]
+
+
+def _dense(a: Any) -> Any:
+    """Bring a small array to unit stride: N or M elements, on the same device."""
+    return a if a is None or a.flags.c_contiguous else cupy.ascontiguousarray(a)
+
+
+def _rows_first(a: Any, axes: tuple[int, ...]) -> Any:
+    return cupy.ascontiguousarray(a.transpose(rows_last(a.ndim, axes)))
+
+
+def _empty_rows(x: Any, axes: tuple[int, ...]) -> Any:
+    return cupy.empty(tuple(x.shape[a] for a in rows_last(x.ndim, axes)), dtype=x.dtype)
 
 
 def warmup(shape: tuple[int, ...], dtypes: Sequence[str], affine: bool) -> list[str]:
@@ -219,7 +278,7 @@ def warmup(shape: tuple[int, ...], dtypes: Sequence[str], affine: bool) -> list[
             strides = (N, 1)
             dtypes_of_call = (name, name if affine else None, name if affine else None)
             layout = layout_of((rows, N), (1,), strides, strides, dtypes_of_call, False)
-            for stage in choose_plan(layout.problem, device_of(index)).stages:
-                _load(stage, index)
-                names.append(stage.name)
+            plan = choose_plan(layout.problem, device_of(index))
+            loaded(plan.stages, index)
+            names += [stage.name for stage in plan.stages]
     return list(dict.fromkeys(names))

@@ -3,9 +3,17 @@
 from dataclasses import dataclass
 
 from cupynorm import _problem
-from cupynorm._problem import Problem
+from cupynorm._problem import GradientProblem, Problem
 
-__all__ = ["Layout", "layout_of", "result_strides", "row_major_strides", "rows_last"]
+__all__ = [
+    "GradientLayout",
+    "Layout",
+    "gradient_layout_of",
+    "layout_of",
+    "result_strides",
+    "row_major_strides",
+    "rows_last",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +25,14 @@ class Layout:
     copy_y: str = ""  # the reason for a row-major result that is copied into y; empty: none
 
 
+@dataclass(frozen=True, slots=True)
+class GradientLayout:
+    """How the memory of a backward call is met; copies by array, with the reason."""
+
+    problem: GradientProblem
+    copies: tuple[tuple[str, str], ...] = ()
+
+
 def layout_of(
     shape: tuple[int, ...],
     axes: tuple[int, ...],
@@ -26,31 +42,85 @@ def layout_of(
     stats: bool,
 ) -> Layout:
     """Fold a call into the rows that the row kernels take; strides in elements."""
-    copy_x = _copy_reason("x", shape, axes, x_strides)
-    copy_y = _copy_reason("y", shape, axes, y_strides)
-    dense = row_major_strides(shape, axes)
-    strides = (dense if copy_x else x_strides, dense if copy_y else y_strides)
-    batch, _ = _problem.fold(shape, axes, *strides)
-    if len(batch) > 2:  # each folds, but not the two together
-        copy_y = "the batch axes of x and y do not fold together into two strides"
-        batch, _ = _problem.fold(shape, axes, strides[0], dense)
-    if len(batch) > 2:
-        copy_x = "the batch axes of x do not fold into two strides"
-        batch, _ = _problem.fold(shape, axes, dense, dense)
-    outer, inner = ([(1, (0, 0))] * 2 + batch)[-2:]
+    sizes, steps, reasons = _fit(shape, axes, {"x": x_strides, "y": y_strides})
     problem = Problem(
         op="layer_norm_fwd",
         x_dtype=dtypes[0],
         weight_dtype=dtypes[1],
         bias_dtype=dtypes[2],
-        outer=outer[0],
-        M=inner[0],
-        N=_problem.rows_and_cols(shape, axes)[1],
-        x_strides=(outer[1][0], inner[1][0], 1),
-        y_strides=(outer[1][1], inner[1][1], 1),
+        outer=sizes[0],
+        M=sizes[1],
+        N=sizes[2],
+        x_strides=steps[0],
+        y_strides=steps[1],
         stats=stats,
     )
-    return Layout(problem, copy_x, copy_y)
+    return Layout(problem, reasons.get("x", ""), reasons.get("y", ""))
+
+
+def gradient_layout_of(
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    dy_strides: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    dx_strides: tuple[int, ...] | None,
+    dtypes: tuple[str, str | None, str | None, str | None],
+) -> GradientLayout:
+    """Fold a backward call; dtypes of x, weight, dweight and dbias, no dx_strides: no dx."""
+    arrays = {"x": x_strides, "dy": dy_strides}
+    if dx_strides is not None:
+        arrays["dx"] = dx_strides
+    sizes, steps, reasons = _fit(shape, axes, arrays)
+    problem = GradientProblem(
+        x_dtype=dtypes[0],
+        weight_dtype=dtypes[1],
+        dweight_dtype=dtypes[2],
+        dbias_dtype=dtypes[3],
+        dx=dx_strides is not None,
+        outer=sizes[0],
+        M=sizes[1],
+        N=sizes[2],
+        x_strides=steps[0],
+        dy_strides=steps[1],
+        dx_strides=steps[-1] if dx_strides is not None else (0, 0, 1),
+    )
+    return GradientLayout(problem, tuple(reasons.items()))
+
+
+def _fit(
+    shape: tuple[int, ...], axes: tuple[int, ...], arrays: dict[str, tuple[int, ...]]
+) -> tuple[tuple[int, int, int], list[tuple[int, int, int]], dict[str, str]]:
+    """Fold several arrays together, through row-major copies of those that do not.
+
+    Returns
+    -------
+    sizes : (outer, M, N)
+    steps : list of (outer, M, N) element strides, one for each array
+    reasons : dict
+        By array, why it needs a copy.
+    """
+    dense = row_major_strides(shape, axes)
+    reasons = {
+        label: reason
+        for label, strides in arrays.items()
+        if (reason := _copy_reason(label, shape, axes, strides))
+    }
+
+    def batch() -> list[tuple[int, tuple[int, ...]]]:
+        met = [dense if label in reasons else strides for label, strides in arrays.items()]
+        return _problem.fold(shape, axes, *met)[0]
+
+    labels = list(arrays)
+    for i in range(len(labels) - 1, -1, -1):  # each may fold alone, but not all together
+        if len(batch()) > 2 and labels[i] not in reasons:
+            reasons[labels[i]] = (
+                f"the batch axes of {' and '.join(labels[: i + 1])} do not fold together into "
+                "two strides"
+            )
+    groups = ([(1, (0,) * len(labels))] * 2 + batch())[-2:]
+    (outer, outer_steps), (inner, inner_steps) = groups
+    sizes = outer, inner, _problem.rows_and_cols(shape, axes)[1]
+    return sizes, [(o, i, 1) for o, i in zip(outer_steps, inner_steps, strict=True)], reasons
 
 
 def _copy_reason(

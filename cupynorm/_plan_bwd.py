@@ -20,9 +20,9 @@ __all__ = ["BWD_TABLE", "GradientPlan", "choose_plan_bwd"]
 
 _PREDICTED = "predicted, bench/results/PENDING.md"
 
-# A thread holds at most two vectors of x and two of dy, and as many of the row that comes next, beside
-# up to 32 registers of dweight and dbias. K3's limit is the device's shared memory; its last row
-# ends where 512 threads can hold x and dy no longer.
+# Under K1 and K2 a thread holds at most two vectors of x and two of dy, and as many of the row that
+# comes next, beside up to 32 registers of dweight and dbias. K3's limit is the device's shared
+# memory; its row ends where 512 threads can hold x and dy no longer.
 BWD_TABLE = (
     TableRow("warp", 8, 8, 128, 1, 4, 4, _PREDICTED),
     TableRow("warp", 16, 16, 128, 1, 4, 4, _PREDICTED),
@@ -36,10 +36,12 @@ BWD_TABLE = (
     TableRow("split", 2**60, CHUNK_THREADS, CHUNK_THREADS, 1, 2, 2, _PREDICTED),
 )
 
-# Rows that a block adds up before it leaves a partial sum: each costs 16 bytes a column, written and
-# read again, where a row of float32 moves 12.
+# Rows that a block adds up before it leaves a partial sum: that costs 16 bytes a column, written
+# and read again, where a row of float32 moves 12.
 ROWS_PER_PARTIAL = 4
-AHEAD_VECS = 4  # kernels/layer_norm_shared_bwd.cuh: up to so many, the next row is fetched ahead
+# kernels/layer_norm_shared_bwd.cuh: up to so many vectors a thread, the next row is fetched ahead.
+# One more of float64, and sm_120 spills.
+AHEAD_VECS = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 3}
 APPLY_VECS = 2  # kernels/layer_norm_split_bwd.cuh
 APPLY_BLOCKS_PER_SM = 2
 TOTALS_THREADS = 1024
@@ -137,10 +139,15 @@ def _row_plan(
     rows_per_block = row.threads // row.threads_per_row
     blocks = -(-problem.rows // (rows_per_block * (ROWS_PER_PARTIAL if _totals(problem) else 1)))
     grid = min(_blocks_per_sm(problem, row) * device.sm_count, blocks)
+    ahead = vecs_per_thread <= AHEAD_VECS[problem.x_dtype]
     constants = {
         "warp": (row.threads, row.threads_per_row, vecs_per_thread),
         "block": (row.threads, vecs_per_thread),
-        "shared": (row.threads, vecs_per_thread, int(vecs_per_thread <= AHEAD_VECS)),
+        "shared": (
+            row.threads,
+            vecs_per_thread,
+            int(ahead),
+        ),
     }[row.family]
     label = f"t{row.threads_per_row}_v{vecs_per_thread}"
     shared = _shared_bytes(problem, row, vecs_per_thread)

@@ -78,7 +78,8 @@ _ENTRIES = {
     ),
     "column_totals": (
         "const {A}* partials, i64 count, i64 pitch, i64 N, {W}* dweight, {B}* dbias",
-        "{kernel}<{A}, {W}, {B}, {has_weight}, {has_bias}>(partials, count, pitch, N, dweight, dbias);",
+        "{kernel}<{A}, {W}, {B}, {has_weight}, {has_bias}>"
+        "(partials, count, pitch, N, dweight, dbias);",
     ),
 }
 # What an entry passes on besides the structure of its arguments.

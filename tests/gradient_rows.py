@@ -19,6 +19,7 @@ from tests.row_kernels import At, Rows, vector_at
 from tests.simt.launch import Traffic
 
 ALL = (True, True, True)
+HERE = At()
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ def differentiate(
     wanted: Sequence[bool] = ALL,
     totals_dtype: str | None = None,  # of dweight and dbias; weight's, or that of the statistics
     outer: int = 1,
-    dy_at: At = At(),
-    x_at: At = At(),
-    dx_at: At = At(),
+    dy_at: At = HERE,
+    x_at: At = HERE,
+    dx_at: At = HERE,
     weight_offset: int = 0,
     device: Device | None = None,
     seed: int | None = 0,
@@ -79,7 +80,7 @@ def differentiate(
     arrays["dx"] = target if wanted[0] else None
     totals = totals_dtype or (kind if weight is None else weight.dtype.name)
     dweight, dbias = (
-        Rows(machine, name, np.dtype(totals), (1, 1, N), At()) if want else None
+        Rows(machine, name, np.dtype(totals), (1, 1, N), HERE) if want else None
         for name, want in zip(("dweight", "dbias"), wanted[1:], strict=True)
     )
     problem = GradientProblem(

@@ -25,6 +25,11 @@ TIERS = (
     {"_checkpoint", "_parameters"},
     {"_explain", "_warmup", "frames", "gradient"},  # what users call, besides
     {"functional"},
+    {"_torch_autograd"},
+    {"_torch_ops"},
+    {"_torch_launch"},
+    {"_torch_cpu", "_torch_cuda"},
+    {"_torch_formula"},
     {"_arguments"},
     {"_config"},
     {"_cpu_raw"},
@@ -36,7 +41,9 @@ TIERS = (
     {"_cpu_bits"},
     {"_cpu_blocks", "_cpu_loops"},
     {"_cpu_half", "_cpu_lanes", "_pages", "_probe", "_threads"},
+    {"_launches"},
     {"_source"},  # text
+    {"_plan_bwd"},
     {"_plan"},  # decide
     {"_layout"},
     {"_arrays"},
@@ -52,6 +59,12 @@ MAY_IMPORT = {
     "_cpu_numba": {"numba"},
     "dask": {"dask"},
     "sklearn": {"sklearn"},
+    "_torch_autograd": {"torch"},
+    "_torch_cpu": {"torch"},
+    "_torch_cuda": {"torch"},
+    "_torch_formula": {"torch"},
+    "_torch_launch": {"torch"},
+    "_torch_ops": {"torch"},
     "torch": {"torch"},
 }
 

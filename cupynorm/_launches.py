@@ -1,0 +1,138 @@
+"""From addresses to kernel launches: the argument lists of the plans, in their order."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cupynorm._layout import GradientLayout, Layout
+from cupynorm._plan import Plan
+from cupynorm._plan_bwd import GradientPlan
+
+__all__ = [
+    "ReadyBackward",
+    "ReadyForward",
+    "launch_bwd",
+    "launch_fwd",
+    "ready_bwd",
+    "ready_fwd",
+]
+
+# A loaded kernel: called with grid, block, arguments, bytes of shared memory and a stream, or None
+# for CuPy's current one.
+Function = Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyForward:
+    """All of a forward call that does not depend on its pointers."""
+
+    plan: Plan
+    functions: tuple[Function, ...]
+    tail: tuple[int, ...]  # the arguments after the pointers, but for eps
+    copies: tuple[str, ...]  # arrays that the plan expects as row-major copies, rows last
+    workspace_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyBackward:
+    """All of a backward call that does not depend on its pointers."""
+
+    plan: GradientPlan
+    functions: tuple[Function, ...]
+    tail: tuple[int, ...]
+    copies: tuple[str, ...]
+    workspace_bytes: int
+
+
+def ready_fwd(layout: Layout, plan: Plan, functions: tuple[Function, ...]) -> ReadyForward:
+    """Join a forward layout, a plan for it, and the plan's loaded kernels."""
+    p = layout.problem
+    steps = (*p.x_strides[:2], *p.y_strides[:2])
+    copies = (("x", layout.copy_x), ("y", layout.copy_y))
+    labels = tuple(label for label, reason in copies if reason)
+    tail = (p.rows, p.M, *steps, p.N)
+    return ReadyForward(plan, functions, tail, labels, plan.workspace_bytes)
+
+
+def ready_bwd(
+    layout: GradientLayout, plan: GradientPlan, functions: tuple[Function, ...]
+) -> ReadyBackward:
+    """Join a backward layout, a plan for it, and the plan's loaded kernels."""
+    p = layout.problem
+    steps = (*p.dy_strides[:2], *p.x_strides[:2], *p.dx_strides[:2])
+    labels = tuple(label for label, _ in layout.copies)
+    tail = (p.rows, p.M, *steps, p.N)
+    return ReadyBackward(plan, functions, tail, labels, plan.workspace_bytes)
+
+
+def launch_fwd(
+    ready: ReadyForward,
+    pointers: Sequence[int],
+    eps: float,
+    workspace: int = 0,
+    stream: Any = None,
+) -> None:
+    """Launch a forward.
+
+    Parameters
+    ----------
+    ready : ReadyForward
+        The plan, for the device that is current.
+    pointers : sequence of int
+        Addresses of x, y, weight, bias, mean and rstd; 0 for what is absent.
+    eps : float
+        Added to the variance.
+    workspace : int
+        Address of ``ready.workspace_bytes`` bytes that nothing else on the stream writes.
+    stream : object with ``ptr``, optional
+        Where to launch; CuPy's current stream by default.
+    """
+    plan = ready.plan
+    arguments = (*pointers, *ready.tail, eps)
+    if plan.family != "split":
+        stage = plan.stages[0]
+        ready.functions[0](stage.grid, stage.block, arguments, stage.shared_bytes, stream)
+        return
+    rows, M, x_outer, x_row, _, _, N = ready.tail
+    sections = (plan.sections, plan.chunks_per_section)
+    calls = (
+        (pointers[0], workspace, rows, M, x_outer, x_row, N, *sections),
+        (*arguments, workspace, *sections, plan.parts),
+    )
+    for stage, function, call in zip(plan.stages, ready.functions, calls, strict=True):
+        function(stage.grid, stage.block, call, stage.shared_bytes, stream)
+
+
+def launch_bwd(
+    ready: ReadyBackward, pointers: Sequence[int], workspace: int = 0, stream: Any = None
+) -> None:
+    """Launch a backward.
+
+    Parameters
+    ----------
+    ready : ReadyBackward
+        The plan, for the device that is current.
+    pointers : sequence of int
+        Addresses of dy, x, mean, rstd, weight, dx, dweight and dbias; 0 for what is absent.
+    workspace : int
+        Address of ``ready.workspace_bytes`` bytes, aligned to 16, that nothing else on the stream
+        writes.
+    stream : object with ``ptr``, optional
+        Where to launch; CuPy's current stream by default.
+    """
+    plan = ready.plan
+    rows, N = ready.tail[0], ready.tail[-1]
+    *inputs, dweight, dbias = pointers
+    common = (*inputs, workspace, *ready.tail)
+    sums, gradients = workspace + plan.sums_at, workspace + plan.gradients_at
+    for stage, function in zip(plan.stages, ready.functions, strict=True):
+        call: tuple[int, ...] = common
+        if stage.kernel == "column_totals":
+            call = (workspace, plan.partials, plan.pitch, N, dweight, dbias)
+        elif stage.kernel == "layer_norm_bwd_split_sums":
+            call = (*common, sums, plan.sections, plan.chunks_per_section)
+        elif stage.kernel == "layer_norm_bwd_split_merge":
+            call = (sums, gradients, rows, plan.sections, N)
+        elif stage.kernel == "layer_norm_bwd_split_apply":
+            call = (*common, gradients, plan.partials)
+        function(stage.grid, stage.block, call, stage.shared_bytes, stream)
