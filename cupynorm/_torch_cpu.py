@@ -1,0 +1,169 @@
+"""Torch tensors on the CPU: by their addresses where memory is row-major, else as NumPy views."""
+
+import importlib.util
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from cupynorm import _cpu, _cpu_raw, _reference
+
+__all__ = ["layer_norm_bwd", "layer_norm_fwd"]
+
+_KINDS = {
+    torch.float32: ("float32", torch.float32),
+    torch.bfloat16: ("bfloat16", torch.float32),
+    torch.float16: ("float16", torch.float32),
+    torch.float64: ("float64", torch.float64),
+}
+
+
+def _as_row(value: Any, compute: Any) -> Any:
+    """Weight or bias as contiguous memory of the type that the loops compute in."""
+    if value.dtype is compute and value.is_contiguous():
+        return value
+    return value.detach().to(compute).contiguous()
+
+
+def layer_norm_fwd(
+    x: Any,
+    axes: tuple[int, ...],
+    weight: Any,
+    bias: Any,
+    eps: float,
+    y: Any,
+    mean: Any,
+    rstd: Any,
+) -> None:
+    """Normalize x into y; mean and rstd may be None, nothing is empty."""
+    first = axes[0]
+    if not (
+        x.is_contiguous()
+        and y.is_contiguous()
+        and first + len(axes) == x.ndim
+        and _cpu_raw.available()
+    ):
+        _forward_of_views(x, axes, weight, bias, eps, y, mean, rstd)
+        return
+    kind, compute = _KINDS[x.dtype]
+    N = math.prod(x.shape[first:]) if weight is None else weight.numel()
+    w = b = 0
+    if weight is not None:
+        weight = _as_row(weight, compute)  # the name keeps a converted copy alive for the call
+        w = weight.data_ptr()
+    if bias is not None:
+        bias = _as_row(bias, compute)
+        b = bias.data_ptr()
+    m = 0 if mean is None else mean.data_ptr()
+    r = 0 if rstd is None else rstd.data_ptr()
+    _cpu_raw.layer_norm_fwd(kind, x.data_ptr(), y.data_ptr(), x.numel() // N, N, w, b, eps, m, r)
+
+
+def layer_norm_bwd(
+    dy: Any,
+    x: Any,
+    axes: tuple[int, ...],
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    dx: Any,
+    dweight: Any,
+    dbias: Any,
+) -> None:
+    """Gradients into dx, dweight and dbias, each of which may be None; nothing is empty."""
+    if not (x.is_contiguous() and axes[0] + len(axes) == x.ndim and _cpu_raw.available()):
+        _backward_of_views(dy, x, axes, mean, rstd, weight, dx, dweight, dbias)
+        return
+    kind, compute = _KINDS[x.dtype]
+    N = math.prod(x.shape[axes[0] :])
+    dy = dy.contiguous()  # that of y.sum() is one number seen from everywhere
+    if weight is not None:
+        weight = _as_row(weight, compute)
+    sums = [g if g is None or g.dtype is compute else g.to(compute) for g in (dweight, dbias)]
+    # dx, dweight and dbias were made here, and mean and rstd by forward: all of them contiguous.
+    _cpu_raw.layer_norm_bwd(
+        kind,
+        dy.data_ptr(),
+        x.data_ptr(),
+        0 if dx is None else dx.data_ptr(),
+        x.numel() // N,
+        N,
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        *(0 if g is None else g.data_ptr() for g in sums),
+    )
+    for grad, total in zip((dweight, dbias), sums, strict=True):
+        if grad is not total:
+            grad.copy_(total)
+
+
+# --- NumPy views --------------------------------------------------------------------------------
+
+
+def _numpy(tensor: Any) -> Any:
+    """NumPy's view of a tensor's memory."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach()
+    if tensor.dtype is not torch.bfloat16:
+        return tensor.numpy()
+    import ml_dtypes
+
+    return tensor.view(torch.int16).numpy().view(np.dtype(ml_dtypes.bfloat16))
+
+
+def _viewable(*tensors: Any) -> bool:
+    """Whether NumPy has a dtype for each: ml_dtypes brings bfloat16, and need not be there."""
+    half = any(t is not None and t.dtype is torch.bfloat16 for t in tensors)
+    return not half or importlib.util.find_spec("ml_dtypes") is not None
+
+
+def _forward_of_views(
+    x: Any,
+    axes: tuple[int, ...],
+    weight: Any,
+    bias: Any,
+    eps: float,
+    y: Any,
+    mean: Any,
+    rstd: Any,
+) -> None:
+    if _viewable(x, weight, bias):
+        x, weight, bias, y, mean, rstd = map(_numpy, (x, weight, bias, y, mean, rstd))
+        _cpu.layer_norm_fwd(x, axes, weight, bias, eps, y, mean, rstd)
+        return
+    import array_api_compat.torch as xp
+
+    with torch.no_grad():
+        results = _reference.layer_norm_fwd(xp, x, axes, weight, bias, eps)
+        _store(results, (y, mean, rstd))
+
+
+def _backward_of_views(
+    dy: Any,
+    x: Any,
+    axes: tuple[int, ...],
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    dx: Any,
+    dweight: Any,
+    dbias: Any,
+) -> None:
+    if _viewable(x, weight, dweight, dbias):
+        inputs = map(_numpy, (dy, x)), map(_numpy, (mean, rstd, weight, dx, dweight, dbias))
+        _cpu.layer_norm_bwd(*inputs[0], axes, *inputs[1])
+        return
+    import array_api_compat.torch as xp
+
+    with torch.no_grad():
+        results = _reference.layer_norm_bwd(xp, dy, x, axes, mean, rstd, weight)
+        _store(results, (dx, dweight, dbias))
+
+
+def _store(results: tuple[Any, ...], targets: tuple[Any, ...]) -> None:
+    for result, target in zip(results, targets, strict=True):
+        if target is not None:
+            target.copy_(result)

@@ -1,0 +1,242 @@
+"""LayerNorm for torch: a function, a module, and the conversion of a whole model."""
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch.nn.utils import parametrize
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from cupynorm import _problem, _torch_autograd
+from cupynorm._arrays import check_companion
+
+__all__ = ["LayerNorm", "convert", "layer_norm"]
+
+_log = logging.getLogger(__name__)
+
+_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+
+def layer_norm(
+    input: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Any:
+    """Normalize the trailing dimensions of a tensor, as ``torch.nn.functional.layer_norm`` does.
+
+    ``y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias``, with the biased variance.
+
+    Parameters
+    ----------
+    input : Tensor
+        float16, bfloat16, float32 or float64, on the CPU or a CUDA device, any strides.
+    normalized_shape : int or sequence of int
+        Trailing dimensions of `input`.
+    weight, bias : Tensor, optional
+        Scale and shift of shape `normalized_shape`, on `input`'s device, of any of the four
+        dtypes: bfloat16 activations with float32 parameters need no cast.
+    eps : float, default 1e-5
+        Added to the variance; any finite real number.
+
+    Returns
+    -------
+    Tensor
+        Row-major, of `input`'s shape, dtype and device; float32 where CUDA autocast is on and
+        `input` has 16 bits, as torch has it.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of the four, or an argument is no tensor.
+    ValueError
+        If shapes or devices do not fit, or `eps` is not finite.
+    ImportError
+        If `input` is on a GPU and CuPy is not installed.
+
+    Notes
+    -----
+    Statistics are float32 (float64 for float64 input) by the corrected two-pass algorithm of Chan,
+    Golub and LeVeque (1983). The formula is that of Ba, Kiros and Hinton (2016), "Layer
+    Normalization", arXiv:1607.06450; the backward is that of `cupynorm.layer_norm_backward`, with
+    the same bits in every run.
+
+    Gradients of any order, forward-mode derivatives, ``torch.func`` transforms, ``torch.compile``
+    (``fullgraph=True``) and ``torch.export`` work; first derivatives run on our kernels, those of
+    higher order and forward-mode ones on torch's own functions. On a GPU, kernels run on torch's
+    current stream in memory of torch's allocator, nothing is synchronized, and a CUDA graph can
+    capture the call once a first call has compiled the kernel. Tensor subclasses that decide about
+    operators themselves, nested, sparse and other tensors without strides go to torch.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cupynorm.torch
+    >>> x = torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+    >>> cupynorm.torch.layer_norm(x, (3,))
+    tensor([[-1.2247,  0.0000,  1.2247],
+            [-1.2247,  0.0000,  1.2247]])
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps
+        )
+    if not isinstance(input, torch.Tensor):
+        _refuse_no_tensor("input", input, "torch.as_tensor(input), or call cupynorm.layer_norm")
+    if input.layout is not torch.strided or input.is_nested:
+        return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
+    if type(eps) is not float or eps - eps != 0.0:
+        eps = _problem.check_eps(eps)
+    shape = input.shape
+    if type(normalized_shape) is not tuple:
+        axes = _problem.resolve_axes(tuple(shape), normalized_shape, None)
+        normalized_shape = tuple(shape[-len(axes) :])
+    n = len(normalized_shape)
+    if n == 0 or shape[-n:] != normalized_shape:
+        _problem.resolve_axes(tuple(shape), normalized_shape, None)  # has the sentence
+    if input.dtype not in _DTYPES:
+        _problem.check_x_dtype(_problem.dtype_name(input.dtype), "input.to(torch.float32)")
+    if weight is not None:
+        _check("weight", weight, input, normalized_shape)
+    if bias is not None:
+        _check("bias", bias, input, normalized_shape)
+    if not input.is_cpu:
+        input, weight, bias = _autocast(input, weight, bias)
+    ndim = len(shape)
+    axes = tuple(range(ndim - n, ndim))
+    return _torch_autograd.layer_norm(input, axes, weight, bias, eps, keep=False)
+
+
+def _check(label: str, value: Any, x: Any, expected: tuple[int, ...]) -> None:
+    """Refuse a weight or bias that does not go with x."""
+    if not isinstance(value, torch.Tensor):
+        _refuse_no_tensor(label, value, f"torch.as_tensor({label})")
+    if value.shape != expected:
+        _problem.check_affine_shape(label, tuple(value.shape), expected)
+    if value.dtype not in _DTYPES:
+        cast = f"{label}.to(torch.float32)"
+        _problem.check_affine_dtype(label, _problem.dtype_name(value.dtype), cast)
+    if value.device != x.device:
+        check_companion(label, value, x)
+
+
+def _refuse_no_tensor(label: str, value: Any, way_out: str) -> None:
+    kind = type(value)
+    msg = f"{label} is a {kind.__module__}.{kind.__qualname__}, not a torch.Tensor; pass {way_out}"
+    raise TypeError(msg)
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """What torch's list of autocast operators says of layer_norm: float32 on CUDA, nothing else.
+
+    On the CPU it is on neither list, and the input keeps its dtype.
+    """
+    device = tensors[0].device.type
+    if device != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return tensors
+    half = (torch.float16, torch.bfloat16)
+    return tuple(t.float() if t is not None and t.dtype in half else t for t in tensors)
+
+
+class LayerNorm(torch.nn.LayerNorm):  # type: ignore[misc]
+    """``torch.nn.LayerNorm`` whose forward and backward are cupynorm's.
+
+    Same constructor, parameters, ``state_dict`` and repr, so that checkpoints load either way;
+    ``isinstance(module, torch.nn.LayerNorm)`` holds.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        Trailing dimensions of the input.
+    eps : float, default 1e-5
+        Added to the variance.
+    elementwise_affine : bool, default True
+        Whether there is a weight (ones), and with `bias` a bias (zeros).
+    bias : bool, default True
+        Whether there is a bias.
+    device, dtype : optional
+        Of the parameters.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cupynorm.torch
+    >>> norm = cupynorm.torch.LayerNorm(3)
+    >>> norm(torch.tensor([[1.0, 2.0, 3.0]])).tolist()
+    [[-1.2247..., 0.0, 1.2247...]]
+    """
+
+    def forward(self, input: Any) -> Any:
+        """Normalize the trailing dimensions of `input`."""
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def convert(model: Any, inplace: bool = True) -> Any:
+    """Let every ``torch.nn.LayerNorm`` of a model run on cupynorm.
+
+    The modules stay the objects they are and change class only, so parameters, optimizers, hooks,
+    parametrizations, devices and shared modules stay as they were. Subclasses of
+    ``torch.nn.LayerNorm`` are left alone, as their ``forward`` may be another. Convert before
+    ``torch.compile``, FSDP or other wrappers.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any module; it may itself be a LayerNorm.
+    inplace : bool, default True
+        Whether to change `model` itself; otherwise a deep copy.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model. How many were converted goes to the logger ``cupynorm.torch`` at level INFO,
+        and at level WARNING where there was none to convert.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cupynorm.torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
+    >>> model = cupynorm.torch.convert(model)
+    >>> sum(isinstance(m, cupynorm.torch.LayerNorm) for m in model.modules())
+    1
+    """
+    if not isinstance(model, torch.nn.Module):
+        msg = f"model is a {type(model).__qualname__}, not a torch.nn.Module; pass the module"
+        raise TypeError(msg)
+    if not inplace:
+        model = copy.deepcopy(model)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
+    count = 0
+    for module in norms:
+        target = _converted_class(module)
+        if target is not None:
+            module.__class__ = target
+            count += 1
+    others = sum(not isinstance(m, LayerNorm) for m in norms)
+    aside = f"; left {others} of a subclass of torch.nn.LayerNorm as they are" if others else ""
+    if count:
+        _log.info("converted %d LayerNorm modules of %s%s", count, type(model).__name__, aside)
+    else:
+        _log.warning("found no torch.nn.LayerNorm to convert in %s%s", type(model).__name__, aside)
+    return model
+
+
+def _converted_class(module: Any) -> Any:
+    """The class that a LayerNorm is to have; None for one that is to stay as it is."""
+    kind = type(module)
+    if kind is torch.nn.LayerNorm:
+        return LayerNorm
+    if parametrize.is_parametrized(module) and kind.__bases__ == (torch.nn.LayerNorm,):
+        # Each parametrized module has a class of its own, with properties for its parameters; a
+        # deep copy shares it with its original, which is to stay as it is.
+        body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+        return type(kind.__name__, (LayerNorm,), body)
+    return None
