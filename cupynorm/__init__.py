@@ -7,7 +7,8 @@ from cupynorm.functional import LayerNormResult, layer_norm
 
 if TYPE_CHECKING:
     from cupynorm._config import show_config
-    from cupynorm._explain import Explanation, explain
+    from cupynorm._explain import explain
+    from cupynorm._explanation import Explanation
     from cupynorm._warmup import warmup
     from cupynorm.gradient import LayerNormGradients, layer_norm_backward
     from cupynorm.modules import LayerNorm
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Explanation": "cupynorm._explain",
+    "Explanation": "cupynorm._explanation",
     "LayerNorm": "cupynorm.modules",
     "LayerNormGradients": "cupynorm.gradient",
     "explain": "cupynorm._explain",

@@ -1,13 +1,14 @@
 """What a call would run, without running it."""
 
-import html
-from dataclasses import dataclass
 from typing import Any
 
 from cupynorm import _problem
+from cupynorm._arguments import check_arguments
 from cupynorm._arrays import element_strides, library_of
-from cupynorm._layout import Layout, layout_of, result_strides
-from cupynorm._plan import Device, Plan, choose_plan
+from cupynorm._explanation import Explanation, Facts
+from cupynorm._layout import gradient_layout_of, layout_of, result_strides
+from cupynorm._plan import Device, choose_plan
+from cupynorm._plan_bwd import choose_plan_bwd
 
 __all__ = ["Explanation", "explain"]
 
@@ -31,89 +32,12 @@ _FAMILIES = {
     "shared": "K3 shared: a block stages its row in shared memory",
     "split": "K5 split row: chunk statistics, then merge and normalize",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What `layer_norm` would run for a call; prints as aligned text, a table in a notebook.
-
-    Attributes
-    ----------
-    path : str
-        'cuda', 'cpu' or 'reference'.
-    kernel : str
-        What does the work.
-    rows, cols : int
-        Rows that are normalized and elements in each.
-    dtype, stats_dtype : str
-        Of x and y, and of the statistics.
-    launches : tuple of str
-        Each kernel launch: entry, grid, block, shared memory; empty off the GPU.
-    threads_per_row, rows_per_block : int or None
-        Of the plan; None off the GPU.
-    bytes_floor : int
-        x read once and y written once, with weight, bias and statistics, in bytes of memory.
-    bytes_moved : int or None
-        What this plan moves; None where a library decides.
-    copies : tuple of str
-        Every copy of x or y that the call makes, with its reason.
-    source : str
-        What set the plan's thresholds.
-    """
-
-    path: str
-    kernel: str
-    rows: int
-    cols: int
-    dtype: str
-    stats_dtype: str
-    launches: tuple[str, ...]
-    threads_per_row: int | None
-    rows_per_block: int | None
-    bytes_floor: int
-    bytes_moved: int | None
-    copies: tuple[str, ...]
-    source: str
-
-    def _rows(self) -> list[tuple[str, str]]:
-        moved = "decided by the library" if self.bytes_moved is None else _bytes(self.bytes_moved)
-        if self.bytes_moved:
-            moved += f", {self.bytes_moved / self.bytes_floor:.2f} of the floor"
-        rows = [
-            ("path", self.path),
-            ("kernel", self.kernel),
-            ("problem", f"{self.rows} rows of {self.cols}, {self.dtype}"),
-            ("statistics", f"{self.stats_dtype}, corrected two-pass"),
-        ]
-        rows += [("launch", text) for text in self.launches]
-        if self.threads_per_row is not None:
-            rows.append(("threads per row", str(self.threads_per_row)))
-            rows.append(("rows per block", str(self.rows_per_block)))
-        rows += [("floor", _bytes(self.bytes_floor)), ("moved", moved)]
-        rows += [("copy", text) for text in self.copies or ("none",)]
-        return rows + ([("plan from", self.source)] if self.source else [])
-
-    def __str__(self) -> str:
-        rows = self._rows()
-        width = max(len(key) for key, _ in rows)
-        return "\n".join(f"{key:{width}}  {value}" for key, value in rows)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(key)}</th>"
-            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for key, value in self._rows()
-        )
-        return f"<table>{cells}</table>"
-
-
-def _bytes(n: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n} bytes"
+_BACKWARD = {
+    "warp": "K1 warp backward: rows, dweight and dbias in registers; 3 passes",
+    "block": "K2 block backward: rows, dweight and dbias in registers; 3 passes",
+    "shared": "K3 shared backward: rows in registers, dweight and dbias in shared memory; 3 passes",
+    "split": "K5 split backward: sums fit no block, so x and dy are read twice; 5 passes",
+}
 
 
 def explain(
@@ -128,8 +52,11 @@ def explain(
     out: Any = None,
     return_stats: bool = False,
     device: str | None = None,
+    backward: bool = False,
 ) -> Explanation:
-    """Tell what `layer_norm` would run for the same arguments, without running it.
+    """Tell what `layer_norm`, or its backward, would run for the same arguments.
+
+    Nothing is run.
 
     Parameters
     ----------
@@ -138,6 +65,8 @@ def explain(
     device : str, optional
         A GPU to plan for, such as 'sm_90', when x is not on one: what would run were x and the
         others CuPy arrays of the same shape, strides and dtype there.
+    backward : bool, default False
+        Explain `layer_norm_backward` instead, for a dy that lies in memory as y does.
 
     Returns
     -------
@@ -156,8 +85,6 @@ def explain(
     >>> cn.explain(np.ones((64, 1000), np.float32), device="sm_90").threads_per_row
     32
     """
-    from cupynorm._arguments import check_arguments
-
     call = check_arguments(x, normalized_shape, weight, bias, eps, axis, order, out)
     shape = tuple(call.x.shape)
     rows, cols = _problem.rows_and_cols(shape, call.axes)
@@ -165,7 +92,7 @@ def explain(
         None if a is None else _problem.dtype_name(a.dtype)
         for a in (call.x, call.weight, call.bias)
     )
-    facts = _Facts(shape, call.axes, rows, cols, dtypes, return_stats)
+    facts = Facts(shape, call.axes, rows, cols, dtypes, return_stats, backward)
     if device is not None or call.path == "cupy":
         gpu = _gpu(call.x, device)
         strides = element_strides(call.x) if hasattr(call.x, "strides") else None
@@ -173,7 +100,8 @@ def explain(
             msg = f"device={device!r} needs an x with strides, not a {library_of(x)} array"
             raise TypeError(msg)
         to = result_strides(shape, strides, order) if out is None else element_strides(out)
-        return _explain_cuda(facts, strides, to, gpu)
+        explained = _explain_bwd if backward else _explain_fwd
+        return explained(facts, strides, to, gpu)
     if call.path == "numpy":
         from cupynorm import _cpu, _threads
 
@@ -181,54 +109,6 @@ def explain(
         return facts.explanation("cpu", kernel, facts.floor())
     kernel = f"array-API calls of {library_of(x)}"
     return facts.explanation("reference", kernel, None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What every path's explanation states."""
-
-    shape: tuple[int, ...]
-    axes: tuple[int, ...]
-    rows: int
-    cols: int
-    dtypes: tuple[str | None, ...]  # of x, weight, bias
-    stats: bool
-
-    @property
-    def x_bytes(self) -> int:
-        return self.rows * self.cols * _problem.ITEMSIZE[str(self.dtypes[0])]
-
-    def floor(self) -> int:
-        affine = sum(self.cols * _problem.ITEMSIZE[d] for d in self.dtypes[1:] if d)
-        width = _problem.ITEMSIZE[_problem.stats_dtype(str(self.dtypes[0]))]
-        return 2 * self.x_bytes + affine + 2 * width * self.rows * self.stats
-
-    def explanation(
-        self,
-        path: str,
-        kernel: str,
-        moved: int | None,
-        plan: Plan | None = None,
-        copies: tuple[str, ...] = (),
-    ) -> Explanation:
-        return Explanation(
-            path=path,
-            kernel=kernel,
-            rows=self.rows,
-            cols=self.cols,
-            dtype=str(self.dtypes[0]),
-            stats_dtype=_problem.stats_dtype(str(self.dtypes[0])),
-            launches=tuple(
-                f"{s.name}, grid {s.grid[0]}, block {s.block[0]}, shared {s.shared_bytes} bytes"
-                for s in (plan.stages if plan else ())
-            ),
-            threads_per_row=plan.threads_per_row if plan else None,
-            rows_per_block=plan.rows_per_block if plan else None,
-            bytes_floor=self.floor(),
-            bytes_moved=moved,
-            copies=copies,
-            source=plan.source if plan else "",
-        )
 
 
 def _gpu(x: Any, name: str | None) -> Device:
@@ -243,8 +123,8 @@ def _gpu(x: Any, name: str | None) -> Device:
     return known[name]
 
 
-def _explain_cuda(
-    facts: _Facts, x_strides: tuple[int, ...], y_strides: tuple[int, ...], gpu: Device
+def _explain_fwd(
+    facts: Facts, x_strides: tuple[int, ...], y_strides: tuple[int, ...], gpu: Device
 ) -> Explanation:
     if not facts.rows * facts.cols:
         return facts.explanation("cuda", "none: x is empty", 0)
@@ -260,11 +140,22 @@ def _explain_cuda(
     plan = choose_plan(layout.problem, gpu)
     moved = facts.floor() + plan.workspace_bytes * 2
     moved += facts.x_bytes * (plan.family == "split")  # the second read, from L2 where it fits
-    copies = _copies(layout)
+    reasons = (("x", layout.copy_x), ("y", layout.copy_y))
+    copies = tuple(f"of {label}: {reason}" for label, reason in reasons if reason)
     moved += 2 * facts.x_bytes * len(copies)
     return facts.explanation("cuda", _FAMILIES[plan.family], moved, plan, copies)
 
 
-def _copies(layout: Layout) -> tuple[str, ...]:
-    reasons = (("x", layout.copy_x), ("y", layout.copy_y))
-    return tuple(f"of {label}: {reason}" for label, reason in reasons if reason)
+def _explain_bwd(
+    facts: Facts, x_strides: tuple[int, ...], dy_strides: tuple[int, ...], gpu: Device
+) -> Explanation:
+    if not facts.rows * facts.cols:
+        return facts.explanation("cuda", "none: x is empty", 0)
+    dtypes = (str(facts.dtypes[0]), facts.dtypes[1], *facts.totals)
+    to = result_strides(facts.shape, x_strides, "K")
+    layout = gradient_layout_of(facts.shape, facts.axes, dy_strides, x_strides, to, dtypes)
+    plan = choose_plan_bwd(layout.problem, gpu)
+    copies = tuple(f"of {label}: {reason}" for label, reason in layout.copies)
+    moved = facts.floor() + plan.workspace_bytes * 2
+    moved += facts.x_bytes * (plan.passes - 3 + 2 * len(copies))
+    return facts.explanation("cuda", _BACKWARD[plan.family], moved, plan, copies)

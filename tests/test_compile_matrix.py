@@ -6,8 +6,9 @@ import struct
 import pytest
 
 from cupynorm._plan import CHUNK_VECS, TABLE
+from cupynorm._plan_bwd import BWD_TABLE
 from cupynorm._source import source_of
-from tests.nvrtc import build, grid, report
+from tests.nvrtc import build, grid, grid_bwd, report
 from tests.nvrtc.check import faults
 from tests.report import put_table
 
@@ -38,6 +39,26 @@ def test_sampled_lengths_miss_no_entry():
         for stage in grid.stages(grid.FULL, x_dtype, vecs, rows, (None, None))
     }
     assert every == set(grid.shapes(grid.FULL, x_dtype))
+
+
+def test_sampled_lengths_miss_no_backward_entry():
+    for x_dtype in ("bfloat16", "float64"):
+        every = {
+            stage.name
+            for vecs in range(1, BWD_TABLE[-2].max_vecs + 2)
+            for stage in grid_bwd.stages(grid.FULL, x_dtype, vecs, x_dtype)
+        }
+        assert every == set(grid_bwd.shapes(grid.FULL, x_dtype))
+
+
+def test_each_run_compiles_every_row_of_the_backward_table():
+    for arch in grid.ARCHS:
+        names = " ".join(s.name for f in grid.FAMILIES for s in grid.entries(arch, "float32", f))
+        for row in BWD_TABLE:
+            assert f"layer_norm_bwd_{row.family}_" in names
+        for part in ("split_sums", "split_merge", "split_apply"):
+            assert f"layer_norm_bwd_{part}_" in names
+        assert "column_totals_" in names
 
 
 def test_each_run_compiles_every_row_of_the_plan_table():

@@ -190,3 +190,39 @@ def test_warmup_refuses_what_layer_norm_refuses():
         cn.warmup(16, ["int32"], device="cpu")
     with pytest.raises(ValueError, match="'tpu'"):
         cn.warmup(16, device="tpu")
+
+
+# --- backward -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("N", "kernel", "passes"),
+    [(100, "K1", 3), (3000, "K2", 3), (16_000, "K3", 3), (40_000, "K5", 5)],
+)
+def test_backward_states_its_passes(N, kernel, passes):
+    """x and dy are read and dx is written once each; the fallback says that it needs five."""
+    M, weight = 4096, np.ones(N, np.float32)
+    e = cn.explain(np.ones((M, N), np.float32), weight=weight, device="sm_90", backward=True)
+    assert kernel in e.kernel and f"{passes} passes" in e.kernel
+    assert e.bytes_floor == 3 * 4 * M * N + 3 * 4 * N + 2 * 4 * M
+    extra = (e.bytes_moved - e.bytes_floor) / (4 * M * N)
+    assert passes - 3 <= extra < passes - 3 + 0.5
+    assert any("column_totals" in launch for launch in e.launches)
+
+
+def test_backward_without_weight_has_no_dweight():
+    e = cn.explain(np.ones((64, 100), np.float32), device="sm_90", backward=True)
+    assert "_dx_db" in e.launches[0] and "_dw" not in e.launches[0]
+    assert e.bytes_floor == 3 * 4 * 6400 + 4 * 100 + 2 * 4 * 64
+
+
+def test_backward_names_the_copies_it_makes():
+    x = np.ones((100, 64), np.float32).T
+    e = cn.explain(x, device="sm_90", backward=True)
+    assert [copy.split(":")[0] for copy in e.copies] == ["of x", "of dy", "of dx"]
+
+
+def test_backward_on_the_cpu_and_of_nothing():
+    assert cn.explain(np.ones((3, 4)), backward=True).path == "cpu"
+    empty = cn.explain(np.ones((0, 4), np.float32), device="sm_90", backward=True)
+    assert empty.bytes_moved == 0 and not empty.launches

@@ -25,6 +25,7 @@ TIERS = (
     {"_checkpoint", "_parameters"},
     {"_explain", "_warmup", "frames", "gradient"},  # what users call, besides
     {"functional"},
+    {"_explanation"},
     {"_torch_autograd"},
     {"_torch_ops"},
     {"_torch_launch"},
@@ -34,11 +35,12 @@ TIERS = (
     {"_config"},
     {"_cpu_raw"},
     {"_cpu", "_cuda", "_namespace"},  # do
+    {"_cpu_bwd_numba", "_cpu_bwd_strided"},
     {"_reference"},
     {"_cpu_entries"},
     {"_cpu_numba", "_cpu_strided"},
-    {"_cpu_rows"},
-    {"_cpu_bits"},
+    {"_cpu_bwd_blocks", "_cpu_bwd_rows", "_cpu_rows"},
+    {"_cpu_bits", "_cpu_bwd_loops"},
     {"_cpu_blocks", "_cpu_loops"},
     {"_cpu_half", "_cpu_lanes", "_pages", "_probe", "_threads"},
     {"_launches"},

@@ -32,12 +32,20 @@ def blocks_that_fit(limits: DeviceLimits, facts: Facts, stage: Stage) -> dict[st
     }
 
 
-def vecs_in_flight(stage: Stage) -> int:
-    """16-byte accesses of x that a thread must have, unrolled."""
+def vecs_in_flight(stage: Stage) -> tuple[int, int]:
+    """16-byte accesses that a thread must have, unrolled: loads of x and dy, stores of y or dx."""
+    kernel, constants = stage.kernel, stage.constants
+    if kernel in ("column_totals", "layer_norm_bwd_split_merge"):
+        return 0, 0  # they see sums alone
+    if kernel.startswith("layer_norm_bwd"):
+        if kernel == "layer_norm_bwd_split_sums":
+            return 2 * 4, 0
+        vecs = 2 if kernel == "layer_norm_bwd_split_apply" else constants[-4 - ("shared" in kernel)]
+        return 2 * vecs, vecs * constants[-3]
     if stage.family in ("shared", "split"):
-        return 4  # of a chunk
-    rows = stage.constants[3] if stage.family == "warp" else 1
-    return stage.constants[2] * rows
+        return 4, 0 if kernel.endswith("_stats") else 4  # of a chunk
+    rows = constants[3] if stage.family == "warp" else 1
+    return constants[2] * rows, constants[2] * rows
 
 
 def faults(stage: Stage, facts: Facts, arch: str) -> list[str]:
@@ -72,13 +80,11 @@ def faults(stage: Stage, facts: Facts, arch: str) -> list[str]:
 
 def _of_instructions(stage: Stage, facts: Facts) -> list[str]:
     found = []
-    wanted = vecs_in_flight(stage)
-    if facts.loads128 < wanted:
-        found.append(f"{facts.loads128} global loads of 128 bits, {wanted} vectors of x to load")
-    if stage.kernel.endswith("_stats"):
-        wanted = 0  # y is the next kernel's
-    if facts.stores128 < wanted:
-        found.append(f"{facts.stores128} global stores of 128 bits, {wanted} vectors of y to store")
+    loads, stores = vecs_in_flight(stage)
+    if facts.loads128 < loads:
+        found.append(f"{facts.loads128} global loads of 128 bits, {loads} vectors to load")
+    if facts.stores128 < stores:
+        found.append(f"{facts.stores128} global stores of 128 bits, {stores} vectors to store")
     if facts.no_ftz or not (facts.ftz or stage.x_dtype == "float64"):
         found.append(f"{facts.no_ftz} float32 instructions keep subnormals, {facts.ftz} flush them")
     if facts.approximate:

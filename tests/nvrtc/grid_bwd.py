@@ -1,0 +1,92 @@
+"""Every backward entry that the plan can ask for, by asking it; the part each test run compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+from cupynorm._plan import VEC_BYTES, Device, Stage
+from cupynorm._plan_bwd import BWD_TABLE, choose_plan_bwd
+from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
+from tests.simt.limits import DeviceLimits
+
+FAMILIES = (*(f"{f}_bwd" for f in dict.fromkeys(row.family for row in BWD_TABLE)), "totals_bwd")
+
+Wanted = tuple[bool, bool, bool]  # dx, dweight, dbias
+ALL: Wanted = (True, True, True)
+# Tried on the longest row of each kernel only.
+RARELY: tuple[Wanted, ...] = ((True, False, False), (False, True, True), (True, True, False))
+ROWS = 2**20
+_LAST = next(row.max_vecs for row in BWD_TABLE if row.family == "shared")
+
+
+def stages(
+    arch: str, x_dtype: str, vecs: int, weight: str | None, wanted: Wanted = ALL
+) -> tuple[Stage, ...]:
+    """What launches rows of `vecs` whole vectors."""
+    N = vecs * VEC_BYTES // ITEMSIZE[x_dtype]
+    totals = weight or stats_dtype(x_dtype)
+    strides = (0, N, 1)
+    problem = GradientProblem(
+        x_dtype,
+        weight,
+        totals if wanted[1] else None,
+        totals if wanted[2] else None,
+        wanted[0],
+        1,
+        ROWS,
+        N,
+        strides,
+        strides,
+        strides,
+    )
+    device = Device(int(arch), 100, DeviceLimits.of(arch).opt_in_shared)
+    return choose_plan_bwd(problem, device).stages
+
+
+def sampled_vecs() -> Iterator[int]:
+    """Each table row's longest, each number of vectors per thread of K3, and beyond."""
+    for row in BWD_TABLE[:-1]:
+        yield from range(row.threads_per_row, row.max_vecs + 1, row.threads_per_row)
+    yield from (_LAST + 1, 2**20)
+
+
+@cache
+def shapes(arch: str, x_dtype: str) -> dict[str, int]:
+    """By entry with a weight of x's dtype and all results: the longest row that runs it."""
+    found = {}
+    for vecs in sorted(set(sampled_vecs())):
+        for stage in stages(arch, x_dtype, vecs, x_dtype):
+            found[stage.name] = vecs
+    return found
+
+
+def _longest(arch: str, x_dtype: str, by_table_row: bool) -> list[int]:
+    """The longest row of each kernel, or of each row of the table."""
+    last = {}
+    for vecs in sorted(set(sampled_vecs())):
+        main = stages(arch, x_dtype, vecs, x_dtype)[0]
+        row = next(i for i, row in enumerate(BWD_TABLE) if vecs <= row.max_vecs)
+        last[main.kernel, row if by_table_row else None] = vecs
+    return list(last.values())
+
+
+def entries(arch: str, x_dtype: str, family: str, full: bool, everything: bool) -> list[Stage]:
+    """Stages to compile, without repeats; `full` where each test run compiles all that differs."""
+    every = sorted(set(shapes(arch, x_dtype).values()))
+    few = _longest(arch, x_dtype, by_table_row=False)
+    weights = (x_dtype, *dict.fromkeys(w for w in ("float32", None) if w != x_dtype))
+    if everything:
+        asked = [(v, w, ALL) for w in weights for v in every]
+    elif full:
+        asked = [(v, x_dtype, ALL) for v in every] + [(v, w, ALL) for w in weights for v in few]
+    else:
+        asked = [(v, x_dtype, ALL) for v in _longest(arch, x_dtype, by_table_row=True)]
+    if everything or full:
+        asked += [(v, x_dtype, wanted) for wanted in RARELY for v in few]
+    chosen = {}
+    for vecs, weight, wanted in asked:
+        for stage in stages(arch, x_dtype, vecs, weight, wanted):
+            if stage.family == family:
+                chosen[stage.name] = stage
+    return list(chosen.values())
