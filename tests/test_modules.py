@@ -1,0 +1,832 @@
+"""`cn.LayerNorm`: against torch's and the oracle, its memory, its state and its files."""
+
+import copy
+import doctest
+import inspect
+import os
+import pickle
+import stat
+import sys
+import weakref
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cupynorm as cn
+from cupynorm import modules
+from tests import oracle
+from tests.conftest import ALL_DTYPES, Backend, np_dtype
+
+torch = pytest.importorskip("torch")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+BACKENDS = (Backend.NUMPY, Backend.NUMPY_PLAIN, Backend.CUPY_SIMULATED, Backend.CUPY)
+RNG = np.random.default_rng(20261122)
+ENDINGS = (".safetensors", ".npz")
+VARIANTS = {
+    "affine": {},
+    "no-bias": {"bias": False},
+    "plain": {"elementwise_affine": False},
+    "eps": {"eps": 0.5},
+}
+
+
+def values(*shape, dtype="float32"):
+    return (RNG.standard_normal(shape) * 2 + 0.5).astype(np_dtype(dtype))
+
+
+def device_of(lib):
+    return "cuda" if lib.name.startswith("cupy") else "cpu"
+
+
+def set_values(lib, layer):
+    """Give weight and bias random values, and return them in float64, None where there is none."""
+    drawn = {}
+    for name in ("weight", "bias"):
+        array = getattr(layer, name)
+        drawn[name] = None
+        if array is not None:
+            host = values(*array.shape, dtype=array.dtype.name)
+            array[...] = lib.from_numpy(host)
+            drawn[name] = host.astype(np.float64)
+    return drawn
+
+
+def as_tensor(a):
+    """Torch tensor with a NumPy array's values, made without the package."""
+    if a.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(a.astype(np.float32)).to(torch.bfloat16)
+    return torch.from_numpy(a.copy())
+
+
+def as_bits(a):
+    """The bytes of a NumPy array or a torch tensor."""
+    if not isinstance(a, np.ndarray):
+        a = a.detach().contiguous().view(torch.uint8).numpy()
+    return np.ascontiguousarray(a).tobytes()
+
+
+def random_layer(dtype="float32", shape=5, **variant):
+    layer = cn.LayerNorm(shape, dtype=dtype, **variant)
+    for array in layer.state_dict().values():
+        array[...] = values(*array.shape, dtype=dtype)
+    return layer
+
+
+# --- as torch's ---------------------------------------------------------------------------------
+
+
+def test_signature_is_torchs():
+    ours = inspect.signature(cn.LayerNorm).parameters
+    theirs = inspect.signature(torch.nn.LayerNorm).parameters
+    assert list(ours) == list(theirs)
+    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+    assert [p.kind for p in ours.values()] == [p.kind for p in theirs.values()]
+
+
+def test_docstring_example():
+    globs = {}
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder().find(cn.LayerNorm, "LayerNorm", globs=globs):
+        runner.run(test)
+    assert runner.tries > 5
+    assert runner.failures == 0
+
+
+@pytest.mark.parametrize("shape", [64, (3, 4), [3, 4], (7,), torch.Size([2, 5]), np.int64(6), 0])
+@pytest.mark.parametrize("variant", [*VARIANTS.values(), {"eps": 1}, {"eps": 1e-12}], ids=str)
+def test_attributes_state_and_repr_are_torchs(shape, variant):
+    ours, theirs = cn.LayerNorm(shape, **variant), torch.nn.LayerNorm(shape, **variant)
+    assert repr(ours).replace("np.int64(6)", "6") == repr(theirs).replace("np.int64(6)", "6")
+    assert ours.normalized_shape == theirs.normalized_shape
+    assert ours.eps == theirs.eps
+    assert ours.elementwise_affine == theirs.elementwise_affine
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, tensor in theirs.state_dict().items():
+        np.testing.assert_array_equal(ours.state_dict()[name], tensor.numpy(), strict=True)
+
+
+def test_repr_has_the_name_of_a_subclass():
+    class Norm(cn.LayerNorm):
+        pass
+
+    assert repr(Norm(3)) == "Norm((3,), eps=1e-05, elementwise_affine=True, bias=True)"
+
+
+@pytest.mark.needs("numpy")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_and_backward(lib, dtype, variant, assert_close):
+    check_forward_and_backward(lib, dtype, variant, assert_close)
+
+
+@pytest.mark.parametrize(("dtype", "variant"), [("float16", "affine"), ("float32", "no-bias")])
+def test_forward_and_backward_on_a_gpu(cupy_lib, dtype, variant, assert_close):
+    check_forward_and_backward(cupy_lib, dtype, variant, assert_close)
+
+
+def check_forward_and_backward(lib, dtype, variant, assert_close):
+    layer = cn.LayerNorm((4, 6), dtype=dtype, device=device_of(lib), **VARIANTS[variant])
+    affine = set_values(lib, layer)
+    x, dy = values(3, 5, 4, 6, dtype=dtype), values(3, 5, 4, 6, dtype=dtype)
+    y = layer(lib.from_numpy(x))
+    dx = layer.backward(lib.from_numpy(dy))
+    want = oracle.layer_norm(x, (2, 3), affine["weight"], affine["bias"], layer.eps)[0]
+    slopes = oracle.layer_norm_backward(dy, x, (2, 3), affine["weight"], layer.eps)
+    # Weight and bias are up to 7 here, and the gradient rows add up 15 terms of that order.
+    n, size = 24, 16
+    assert_close(lib.to_numpy(y).astype(np.float64) / size, want / size, dtype, n)
+    assert_close(lib.to_numpy(dx).astype(np.float64) / size, slopes[0] / size, dtype, n)
+    assert lib.to_numpy(y).dtype == lib.to_numpy(dx).dtype == np_dtype(dtype)
+    assert set(layer.grad) == set(layer.state_dict())
+    for name, slope in (("weight", slopes[1]), ("bias", slopes[2])):
+        if affine[name] is not None:
+            got = lib.to_numpy(layer.grad[name])
+            assert got.dtype == np_dtype(dtype)
+            assert_close(got.astype(np.float64) / size, slope / size, dtype, n)
+
+
+@pytest.mark.needs("numpy")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_and_backward_agree_with_torchs(lib, dtype, variant):
+    layer = cn.LayerNorm(40, dtype=dtype, **VARIANTS[variant])
+    set_values(lib, layer)
+    kind = getattr(torch, dtype)
+    module = torch.nn.LayerNorm(40, dtype=kind, **VARIANTS[variant])
+    module.load_state_dict({k: as_tensor(a) for k, a in layer.state_dict().items()})
+    x, dy = values(7, 40, dtype=dtype), values(7, 40, dtype=dtype)
+    leaf = as_tensor(x).requires_grad_()
+    y = module(leaf)
+    y.backward(as_tensor(dy))
+
+    def close(ours, theirs):
+        assert str(ours.dtype) == dtype
+        theirs = theirs.detach().double().numpy()
+        bound = 40 * oracle.tolerance(dtype, 40)  # values are up to 40
+        np.testing.assert_allclose(ours.astype(np.float64), theirs, rtol=bound, atol=bound)
+
+    close(layer(x), y)
+    close(layer.backward(dy), leaf.grad)
+    for name, parameter in module.named_parameters():
+        close(layer.grad[name], parameter.grad)
+
+
+def test_a_training_in_double_precision_is_torchs():
+    layer, module = cn.LayerNorm(6, dtype="float64"), torch.nn.LayerNorm(6, dtype=torch.float64)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for _ in range(20):
+        x, target = values(8, 6, dtype="float64"), values(8, 6, dtype="float64")
+        optimizer.zero_grad()
+        ((module(torch.from_numpy(x)) - torch.from_numpy(target)) ** 2).sum().backward()
+        optimizer.step()
+        layer.zero_grad()
+        layer.backward(2 * (layer(x) - target))
+        for name, array in layer.state_dict().items():
+            array -= 0.1 * layer.grad[name]
+    assert not np.allclose(layer.weight, 1, atol=0.1)
+    np.testing.assert_allclose(layer.weight, module.weight.detach().numpy(), rtol=1e-11)
+    np.testing.assert_allclose(layer.bias, module.bias.detach().numpy(), rtol=1e-11)
+
+
+def test_parameters_in_another_dtype_than_x():
+    layer = cn.LayerNorm(6)
+    x = values(3, 6, dtype="float16")
+    assert layer(x).dtype == np.float16
+    assert layer.backward(x).dtype == np.float16
+    assert layer.grad["weight"].dtype == layer.grad["bias"].dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_dtype_by_any_name(dtype):
+    names = [dtype, np_dtype(dtype), np_dtype(dtype).type, getattr(torch, dtype)]
+    for name in names:
+        layer = cn.LayerNorm(3, dtype=name)
+        assert layer.weight.dtype == layer.bias.dtype == np_dtype(dtype)
+    assert cn.LayerNorm(3, dtype=float).weight.dtype == np.float64
+
+
+@pytest.mark.parametrize("dtype", ["int32", np.int64, bool, "complex64", torch.int8, "longdouble"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_other_dtypes_are_refused(dtype, affine):
+    with pytest.raises(TypeError, match="float16, bfloat16, float32, float64"):
+        cn.LayerNorm(3, elementwise_affine=affine, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "error"),
+    [((), ValueError), (-1, ValueError), ((3, -4), ValueError), (2.5, TypeError),
+     ("3", TypeError), (True, TypeError), (None, TypeError), ((3, 4.0), TypeError)],
+)  # fmt: skip
+def test_shapes_that_are_none(shape, error):
+    with pytest.raises(error, match="normalized_shape"):
+        cn.LayerNorm(shape)
+
+
+@pytest.mark.parametrize("eps", [float("nan"), float("inf"), "1", None, True])
+def test_eps_must_be_finite(eps):
+    with pytest.raises((ValueError, TypeError), match="eps"):
+        cn.LayerNorm(3, eps=eps)
+
+
+# --- devices ------------------------------------------------------------------------------------
+
+
+def test_parameters_are_in_the_library_of_the_device(cupy_lib):
+    import cupy
+
+    for device in ("cuda", "cuda:0", torch.device("cuda"), cupy.cuda.Device(0)):
+        layer = cn.LayerNorm(5, device=device, dtype="float16")
+        for array, value in ((layer.weight, 1), (layer.bias, 0)):
+            assert isinstance(array, cupy.ndarray)
+            assert array.device.id == 0
+            np.testing.assert_array_equal(cupy.asnumpy(array), np.full(5, value, np.float16))
+
+
+def test_parameters_are_on_the_gpu_that_was_named():
+    from tests.simt.cupy_stand_in import simulated_cupy
+
+    with simulated_cupy(devices=2, reload=("cupynorm._cuda",)) as cupy:
+        layer = cn.LayerNorm(5, device="cuda:1")
+        assert layer.weight.device.id == layer.bias.device.id == 1
+        assert cupy.cuda.runtime.getDevice() == 0
+        with cupy.cuda.Device(1):
+            assert cn.LayerNorm(5, device="cuda").weight.device.id == 1
+        with pytest.raises(RuntimeError, match=r"'cuda:2' cannot be used .*invalid device"):
+            cn.LayerNorm(5, device="cuda:2")
+
+
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu"), np.ones(1).device])
+def test_parameters_on_the_host(device):
+    assert type(cn.LayerNorm(5, device=device).weight) is np.ndarray
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:", "cuda:x", "gpu", 0, "cpu:cuda"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_devices_that_are_none(device, affine):
+    with pytest.raises(ValueError, match="none of 'cpu'"):
+        cn.LayerNorm(5, elementwise_affine=affine, device=device)
+
+
+def test_a_gpu_without_cupy_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "cupynorm._cuda", raising=False)
+    monkeypatch.delattr(cn, "_cuda", raising=False)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ImportError, match=r"'cuda:1' needs CuPy.*cupynorm\[cuda12\]"):
+        cn.LayerNorm(5, device="cuda:1")
+
+
+def test_x_of_another_library_is_layer_norms_error(cupy_lib):
+    x = values(2, 5)
+    for layer, wrong in (
+        (cn.LayerNorm(5), cupy_lib.from_numpy(x)),
+        (cn.LayerNorm(5), torch.from_numpy(x)),
+        (cn.LayerNorm(5, device="cuda"), x),
+    ):
+        with pytest.raises(ValueError, match="nothing is copied between libraries") as told:
+            layer(wrong)
+        with pytest.raises(ValueError, match="weight is a") as direct:
+            cn.layer_norm(wrong, 5, layer.weight, layer.bias)
+        assert str(told.value) == str(direct.value)
+
+
+def test_without_parameters_x_may_be_of_any_library():
+    layer = cn.LayerNorm(5, elementwise_affine=False)
+    x = torch.from_numpy(values(2, 5))
+    y, dx = layer(x), layer.backward(x)
+    assert isinstance(y, torch.Tensor)
+    assert isinstance(dx, torch.Tensor)
+    slope = oracle.layer_norm_backward(x.numpy(), x.numpy(), (1,), None, 1e-5)[0]
+    np.testing.assert_allclose(dx.numpy(), slope, atol=1e-6)
+    assert layer.grad == {}
+
+
+# --- what forward keeps -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["backward", "forward", "keep=False", "failing forward"])
+def test_x_is_kept_once_and_released(way):
+    layer, x = cn.LayerNorm(5), values(3, 5)
+    layer(x)
+    held = weakref.ref(x)
+    dy = np.ones_like(x)
+    del x
+    assert held() is not None
+    if way == "backward":
+        layer.backward(dy)
+    elif way == "forward":
+        layer(dy)
+    elif way == "keep=False":
+        layer(dy, keep=False)
+    else:
+        with pytest.raises(ValueError, match="normalized_shape"):
+            layer(dy.T)
+    assert held() is None
+
+
+def test_the_last_forward_is_what_backward_goes_through():
+    layer, first, last, dy = random_layer(), values(3, 5), values(4, 5), values(4, 5)
+    layer(first)
+    layer(last)
+    dx = layer.backward(dy)
+    slope = oracle.layer_norm_backward(dy, last, (1,), layer.weight, 1e-5)[0]
+    np.testing.assert_allclose(dx, slope, atol=1e-5)
+
+
+def test_backward_with_nothing_kept_says_so():
+    layer, x = cn.LayerNorm(5), values(3, 5)
+    with pytest.raises(RuntimeError, match=r"Call forward\(x\) first"):
+        layer.backward(x)
+    layer(x)
+    layer.backward(x)
+    before = layer.grad["weight"].copy()
+    with pytest.raises(RuntimeError, match="serves one backward"):
+        layer.backward(x)
+    layer.forward(x, keep=False)
+    with pytest.raises(RuntimeError, match="without keep=False"):
+        layer.backward(x)
+    np.testing.assert_array_equal(layer.grad["weight"], before)
+
+
+def test_a_wrong_dy_can_be_mended():
+    layer, x = cn.LayerNorm(5), values(3, 5)
+    layer(x)
+    with pytest.raises(ValueError, match="dy"):
+        layer.backward(x[:2])
+    with pytest.raises(ValueError, match="dy"):
+        layer.backward(torch.from_numpy(x))
+    assert layer.grad == {"weight": None, "bias": None}
+    assert layer.backward(x).shape == x.shape
+
+
+def test_keep_does_not_change_y():
+    layer, x = random_layer(), values(9, 5)
+    np.testing.assert_array_equal(layer(x), layer.forward(x, keep=False), strict=True)
+
+
+def test_call_goes_through_forward():
+    class Doubled(cn.LayerNorm):
+        def forward(self, x, *, keep=True):
+            return 2 * super().forward(x, keep=keep)
+
+    x = values(2, 5)
+    np.testing.assert_array_equal(Doubled(5)(x), 2 * cn.LayerNorm(5)(x))
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_gradients_add_up_until_zero_grad(dtype):
+    layer = random_layer(dtype)
+    assert layer.grad == {"weight": None, "bias": None}
+    parts = []
+    for _ in range(2):
+        x = values(3, 5, dtype=dtype)
+        alone = copy.deepcopy(layer)
+        alone.zero_grad()
+        for each in (layer, alone):
+            each(x)
+            each.backward(x)
+        parts.append(alone.grad)
+        kept = layer.grad["weight"]
+    for name in ("weight", "bias"):
+        want = parts[0][name] + parts[1][name]
+        np.testing.assert_array_equal(layer.grad[name], want, strict=True)
+    assert layer.grad["weight"] is kept
+    copied = kept.copy()
+    layer.zero_grad()
+    assert layer.grad == {"weight": None, "bias": None}
+    layer(x)
+    layer.backward(x)
+    np.testing.assert_array_equal(kept, copied)  # an array that was taken stays as it was
+    np.testing.assert_array_equal(layer.grad["weight"], parts[1]["weight"])
+
+
+def test_gradients_exist_for_the_parameters_that_do():
+    x = values(3, 5)
+    for variant, names in ((VARIANTS["no-bias"], {"weight"}), (VARIANTS["plain"], set())):
+        layer = cn.LayerNorm(5, **variant)
+        layer(x)
+        layer.backward(x)
+        assert set(layer.grad) == names
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_batch_of_few_or_no_rows(rows):
+    layer, x = cn.LayerNorm(5), values(rows, 5)
+    assert layer(x).shape == layer.backward(x).shape == (rows, 5)
+    np.testing.assert_array_equal(layer.grad["bias"], x.sum(axis=0), strict=True)
+
+
+def test_assigned_parameters_are_used():
+    layer, x = cn.LayerNorm(5), values(3, 5)
+    layer.weight, layer.bias = layer.weight * 2, None
+    np.testing.assert_array_equal(layer(x), cn.layer_norm(x, 5, np.full(5, 2, np.float32)))
+    layer.backward(x)
+    assert layer.grad["bias"] is None
+    assert list(layer.state_dict()) == ["weight"]
+    layer.weight = np.ones(6, np.float32)
+    with pytest.raises(ValueError, match="weight has shape"):
+        layer(x)
+
+
+# --- the object ---------------------------------------------------------------------------------
+
+
+def test_a_layer_equals_itself_only():
+    a, b = cn.LayerNorm(5), cn.LayerNorm(5)
+    assert a == a
+    assert a != b
+    assert {a: 1, b: 2}[a] == 1
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_have_parameters_of_their_own_and_no_batch(way, dtype):
+    layer, x = random_layer(dtype, eps=0.25), values(1000, 5, dtype=dtype)
+    layer(x)
+    layer.backward(x)
+    layer(x)
+    data = pickle.dumps(layer)
+    assert len(data) < x.nbytes / 2
+    twin = copy.deepcopy(layer) if way == "deepcopy" else pickle.loads(data)
+    assert repr(twin) == repr(layer)
+    for ours, theirs in ((layer.state_dict(), twin.state_dict()), (layer.grad, twin.grad)):
+        for name, array in ours.items():
+            np.testing.assert_array_equal(theirs[name], array, strict=True)
+            assert not np.shares_memory(theirs[name], array)
+    np.testing.assert_array_equal(twin(x), layer(x))
+    fresh = copy.deepcopy(layer)
+    with pytest.raises(RuntimeError, match="nothing to go back through"):
+        fresh.backward(x)
+    layer.backward(x)  # the original still has its batch
+
+
+# --- state --------------------------------------------------------------------------------------
+
+
+def test_state_is_the_arrays_themselves():
+    layer = cn.LayerNorm(5)
+    assert layer.state_dict()["weight"] is layer.weight
+    assert list(layer.state_dict("encoder.norm1.")) == [
+        "encoder.norm1.weight",
+        "encoder.norm1.bias",
+    ]
+
+
+@pytest.mark.parametrize("source", ALL_DTYPES)
+@pytest.mark.parametrize("target", ALL_DTYPES)
+def test_loading_copies_into_the_arrays(source, target):
+    layer, other = cn.LayerNorm(5, dtype=target), random_layer(source)
+    weight, bias = layer.weight, layer.bias
+    assert layer.load_state_dict(other.state_dict()) == ([], [])
+    assert layer.weight is weight
+    assert layer.bias is bias
+    assert not np.shares_memory(weight, other.weight)
+    np.testing.assert_array_equal(weight, other.weight.astype(np_dtype(target)), strict=True)
+    np.testing.assert_array_equal(bias, other.bias.astype(np_dtype(target)), strict=True)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_state_goes_to_and_from_torch(dtype):
+    module = torch.nn.LayerNorm(5, dtype=getattr(torch, dtype))
+    torch.nn.init.normal_(module.weight)
+    for state in (module.state_dict(), dict(module.named_parameters())):
+        layer = cn.LayerNorm(5, dtype=dtype)
+        layer.load_state_dict(state)
+        assert as_bits(layer.weight) == as_bits(module.weight)
+        assert layer.weight.ctypes.data != module.weight.data_ptr()
+
+
+def test_state_goes_between_the_host_and_a_gpu(cupy_lib):
+    host = random_layer("float16")
+    there = cn.LayerNorm(5, device="cuda")
+    there.load_state_dict(host.state_dict())
+    back = cn.LayerNorm(5, dtype="float16")
+    back.load_state_dict(there.state_dict())
+    assert type(back.weight) is np.ndarray
+    np.testing.assert_array_equal(back.weight, host.weight)
+    np.testing.assert_array_equal(cupy_lib.to_numpy(there.bias), host.bias.astype(np.float32))
+
+
+def test_every_fault_of_a_state_is_told_and_nothing_is_changed():
+    layer = cn.LayerNorm((2, 3))
+    before = copy.deepcopy(layer.state_dict())
+    faulty = {"weight": np.zeros(6, np.float32), "gamma": 1, "running_mean": 2}
+    with pytest.raises(ValueError) as told:
+        layer.load_state_dict(faulty)
+    for words in ("weight has shape (6,)", "(2, 3)", "lacks 'bias'", "no 'gamma', 'running_mean'"):
+        assert words in str(told.value)
+    assert "strict=False" in str(told.value)
+    with pytest.raises(ValueError) as told:
+        layer.load_state_dict({"weight": np.zeros((2, 3)), "bias": np.zeros(7)})
+    assert "bias has shape (7,)" in str(told.value)
+    assert "strict" not in str(told.value)  # it would not help
+    for name, array in layer.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_not_strict_takes_what_is_common():
+    layer = cn.LayerNorm(3)
+    keys = layer.load_state_dict({"weight": np.full(3, 5.0), "gamma": None}, strict=False)
+    assert keys == (["bias"], ["gamma"])
+    assert keys.missing_keys == ["bias"]
+    assert keys.unexpected_keys == ["gamma"]
+    np.testing.assert_array_equal(layer.weight, [5, 5, 5])
+    with pytest.raises(ValueError, match=r"weight has shape \(4,\)"):
+        layer.load_state_dict({"weight": np.ones(4)}, strict=False)
+
+
+@pytest.mark.parametrize("wrong", [1.0, "1", None, [1.0, 1.0, 1.0], np.ones(3, np.int32),
+                                   np.ones(3, bool), np.ones(3, np.complex64), torch.ones(3).int(),
+                                   np.array([1, 2, None])])  # fmt: skip
+def test_values_that_are_no_floating_array_are_refused(wrong):
+    layer = cn.LayerNorm(3)
+    with pytest.raises(TypeError, match="bias"):
+        layer.load_state_dict({"weight": np.zeros(3), "bias": wrong})
+    np.testing.assert_array_equal(layer.weight, [1, 1, 1])
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_saved_is_loaded(tmp_path, ending, dtype, variant):
+    layer = random_layer(dtype, (2, 5), **VARIANTS[variant])
+    path = tmp_path / f"norm{ending}"
+    layer.save(path)
+    for where in (path, str(path)):
+        twin = cn.LayerNorm((2, 5), dtype=dtype, **VARIANTS[variant])
+        assert twin.load(where) == ([], [])
+        for name, array in layer.state_dict().items():
+            np.testing.assert_array_equal(twin.state_dict()[name], array, strict=True)
+    assert os.listdir(tmp_path) == [path.name]  # no file beside it stays
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_safetensors_to_and_from_torch(tmp_path, dtype):
+    layer, path = random_layer(dtype), tmp_path / "norm.safetensors"
+    layer.save(path)
+    module = torch.nn.LayerNorm(5, dtype=getattr(torch, dtype))
+    module.load_state_dict(safetensors_torch.load_file(path))
+    assert as_bits(module.weight) == as_bits(layer.weight)
+    torch.nn.init.normal_(module.bias)
+    safetensors_torch.save_file(module.state_dict(), path)
+    layer.load(path)
+    assert as_bits(layer.bias) == as_bits(module.bias)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_an_npz_holds_numbers_that_numpy_reads(tmp_path, dtype):
+    layer, path = random_layer(dtype), tmp_path / "norm.npz"
+    layer.save(path)
+    with np.load(path, allow_pickle=False) as stored:
+        assert sorted(stored.files) == ["bias", "weight"]
+        wanted = np.float32 if dtype == "bfloat16" else np_dtype(dtype)
+        np.testing.assert_array_equal(stored["weight"], layer.weight.astype(wanted), strict=True)
+    np.savez(path, weight=np.arange(5.0), bias=np.zeros(5))
+    layer.load(path)
+    np.testing.assert_array_equal(layer.weight, np.arange(5).astype(np_dtype(dtype)), strict=True)
+
+
+def test_one_layer_of_a_models_file(tmp_path):
+    model = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False
+    )
+    module = model.layers[1].norm2
+    torch.nn.init.normal_(module.weight)
+    others = {"steps": torch.tensor(3), "small": torch.ones(2).to(torch.float8_e4m3fn)}
+    path = tmp_path / "model.safetensors"
+    safetensors_torch.save_file(model.state_dict() | others, path)
+    layer = cn.LayerNorm(8)
+    assert layer.load(path, prefix="layers.1.norm2.") == ([], [])
+    assert as_bits(layer.weight) == as_bits(module.weight)
+    with pytest.raises(ValueError, match=r"lacks 'weight', 'bias'.*and \d+ more"):
+        layer.load(path)
+    with pytest.raises(ValueError, match=r"lacks 'layers.1.norm2weight'"):
+        layer.load(path, prefix="layers.1.norm2")
+    assert layer.load(path, prefix="layers.1.norm9.", strict=False).missing_keys == [
+        "layers.1.norm9.weight",
+        "layers.1.norm9.bias",
+    ]
+    layer.weight += 1
+    layer.save(path, prefix="layers.1.norm2.")
+    model.load_state_dict(safetensors_torch.load_file(path), strict=False)
+    assert as_bits(layer.weight) == as_bits(module.weight)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_file_with_a_wrong_shape(tmp_path, ending):
+    path = tmp_path / f"norm{ending}"
+    cn.LayerNorm(4).save(path)
+    with pytest.raises(
+        ValueError, match=r"weight has shape \(4,\), the layer's has \(5,\)"
+    ) as told:
+        cn.LayerNorm(5).load(path)
+    assert str(path) in str(told.value)
+
+
+def test_a_layer_on_a_gpu_has_files_too(cupy_lib, tmp_path):
+    host = random_layer()
+    for ending in ENDINGS:
+        path = tmp_path / f"norm{ending}"
+        layer = cn.LayerNorm(5, device="cuda")
+        layer.load_state_dict(host.state_dict())
+        layer.save(path)
+        twin = cn.LayerNorm(5, device="cuda")
+        twin.load(path)
+        np.testing.assert_array_equal(cupy_lib.to_numpy(twin.weight), host.weight)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_strided_and_swapped_parameters_are_saved_by_value(tmp_path, ending):
+    layer = cn.LayerNorm(5)
+    layer.weight = values(10)[::2]
+    layer.bias = values(5).astype(">f4")
+    layer.save(tmp_path / f"norm{ending}")
+    twin = cn.LayerNorm(5)
+    twin.load(tmp_path / f"norm{ending}")
+    np.testing.assert_array_equal(twin.weight, layer.weight)
+    np.testing.assert_array_equal(twin.bias, layer.bias)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch, ending, fails):
+    path = tmp_path / f"norm{ending}"
+    cn.LayerNorm(5).save(path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, fails, full)
+    with pytest.raises(OSError, match="No space left"):
+        random_layer().save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_file_is_as_open_would_make_it(tmp_path):
+    path, link, plain = tmp_path / "norm.npz", tmp_path / "link.npz", tmp_path / "plain"
+    plain.touch()
+    cn.LayerNorm(5).save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+    link.symlink_to(path)
+    random_layer(shape=6).save(link)
+    assert link.is_symlink()
+    cn.LayerNorm(6).load(path)
+
+
+@pytest.mark.parametrize("name", ["norm.pt", "norm", "norm.npy", "norm.safetensors.bak"])
+def test_other_endings_are_refused(tmp_path, name):
+    for call in (cn.LayerNorm(5).save, cn.LayerNorm(5).load):
+        with pytest.raises(ValueError, match=r"end it in \.safetensors or \.npz"):
+            call(tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_no_file_and_no_such_format(tmp_path, ending):
+    path = tmp_path / f"norm{ending}"
+    layer = cn.LayerNorm(5)
+    with pytest.raises(FileNotFoundError):
+        layer.load(path)
+    path.write_bytes(b"neither of the two")
+    with pytest.raises(ValueError, match=f"is not a {ending} file that can be read"):
+        layer.load(path)
+    layer.save(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"is not a {ending} file that can be read"):
+        layer.load(path)
+
+
+class Trap:
+    """Its pickle runs code when it is read."""
+
+    sprung = False
+
+    def __reduce__(self):
+        return (setattr, (Trap, "sprung", True))
+
+
+def test_a_pickle_is_never_read(tmp_path):
+    inside, outside = tmp_path / "inside.npz", tmp_path / "outside.npz"
+    np.savez(inside, weight=np.array([Trap()], dtype=object), bias=np.zeros(1))
+    outside.write_bytes(pickle.dumps(Trap()))
+    for path in (inside, outside):
+        with pytest.raises(ValueError, match=r"allow_pickle=False|can be read"):
+            cn.LayerNorm(1).load(path)
+    assert not Trap.sprung
+
+
+def test_dtypes_in_a_file_that_are_none_of_the_four(tmp_path):
+    layer = cn.LayerNorm(3)
+    st, npz = tmp_path / "norm.safetensors", tmp_path / "norm.npz"
+    for tensor in (torch.ones(3).int(), torch.ones(3).to(torch.float8_e4m3fn)):
+        safetensors_torch.save_file({"weight": tensor, "bias": torch.zeros(3)}, st)
+        with pytest.raises(TypeError, match=r"weight has dtype (I32|F8_E4M3)"):
+            layer.load(st)
+    # What numpy.savez makes of bfloat16 has lost the name of its dtype; it must not be guessed.
+    for array in (np.ones(3, np.int64), np.ones(3, ml_dtypes.bfloat16)):
+        np.savez(npz, weight=array, bias=np.zeros(3))
+        with pytest.raises(TypeError, match=r"weight has dtype (int64|void16)"):
+            layer.load(npz)
+    np.testing.assert_array_equal(layer.weight, [1, 1, 1])
+
+
+def test_without_safetensors_it_says_what_to_install(tmp_path, monkeypatch):
+    path = tmp_path / "norm.safetensors"
+    path.touch()
+    for name in ("safetensors", "safetensors.numpy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for call in (cn.LayerNorm(5).save, cn.LayerNorm(5).load):
+        with pytest.raises(ImportError, match=r"pip install 'cupynorm\[safetensors\]'"):
+            call(path)
+    cn.LayerNorm(5).save(tmp_path / "norm.npz")
+
+
+# --- torch --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_memory_is_shared_with_torch(dtype, variant):
+    kind = getattr(torch, dtype)
+    module = torch.nn.LayerNorm((2, 3), dtype=kind, **VARIANTS[variant])
+    layer = cn.LayerNorm.from_torch(module)
+    back = layer.to_torch()
+    assert repr(layer) == repr(module) == repr(back)
+    assert type(back) is torch.nn.LayerNorm
+    assert list(layer.state_dict()) == list(module.state_dict()) == list(back.state_dict())
+    for name, array in layer.state_dict().items():
+        theirs, again = getattr(module, name), getattr(back, name)
+        assert array.dtype == np_dtype(dtype)
+        assert array.ctypes.data == theirs.data_ptr() == again.data_ptr()
+        assert isinstance(again, torch.nn.Parameter)
+        assert again.requires_grad
+        assert again.dtype == kind
+        array[...] = 3
+        assert (theirs == 3).all()
+        with torch.no_grad():
+            again.fill_(4)
+        assert (array.astype(np.float32) == 4).all()
+
+
+def test_a_step_of_torchs_optimizer_is_seen():
+    layer = cn.LayerNorm(5)
+    module = layer.to_torch()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    x = values(4, 5)
+    (module(torch.from_numpy(x)) ** 2).sum().backward()
+    optimizer.step()
+    assert not np.allclose(layer.weight, 1)
+    np.testing.assert_allclose(
+        layer(x), module(torch.from_numpy(x)).detach().numpy(), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_layer_from_torch_trains():
+    module = torch.nn.LayerNorm(5)
+    layer = cn.LayerNorm.from_torch(module)
+    assert layer.grad == {"weight": None, "bias": None}
+    x = values(4, 5)
+    layer(x)
+    layer.backward(x)
+    layer.bias -= layer.grad["bias"]
+    np.testing.assert_array_equal(module.bias.detach().numpy(), -layer.grad["bias"])
+
+
+def test_from_torch_keeps_the_class():
+    class Norm(cn.LayerNorm):
+        pass
+
+    class Theirs(torch.nn.LayerNorm):
+        pass
+
+    assert type(Norm.from_torch(Theirs(3))) is Norm
+
+
+def test_what_from_torch_does_not_take():
+    for module in (torch.nn.RMSNorm(3), torch.nn.BatchNorm1d(3), torch.ones(3), None):
+        with pytest.raises(TypeError, match=r"takes a torch\.nn\.LayerNorm"):
+            cn.LayerNorm.from_torch(module)
+    with pytest.raises(ValueError, match="weight is on meta"):
+        cn.LayerNorm.from_torch(torch.nn.LayerNorm(3, device="meta"))
+
+
+def test_memory_is_shared_with_torch_on_a_gpu(cupy_lib):
+    if not cupy_lib.backend.on_gpu or not torch.cuda.is_available():
+        pytest.skip("needs a GPU that CuPy and torch both reach")
+    for kind in (torch.float32, torch.bfloat16):
+        module = torch.nn.LayerNorm(5, device="cuda", dtype=kind)
+        layer = cn.LayerNorm.from_torch(module)
+        assert layer.weight.data.ptr == module.weight.data_ptr()
+        assert layer.to_torch().weight.data_ptr() == module.weight.data_ptr()
+
+
+def test_public_names():
+    assert modules.__all__ == ["LayerNorm"]
+    assert cn.LayerNorm is modules.LayerNorm
