@@ -23,6 +23,7 @@ from cupynorm._plan_bwd import choose_plan_bwd
 from cupynorm._source import source_of
 
 __all__ = [
+    "device",
     "device_of",
     "empty",
     "empty_like",
@@ -48,6 +49,11 @@ def is_current(x: Any) -> bool:
     """Whether CuPy allocates and launches on x's device."""
     current: bool = x.device.id == cupy.cuda.runtime.getDevice()
     return current
+
+
+def device(index: int | None) -> Any:
+    """CuPy's device of that index, the current one for None; a context to allocate in."""
+    return cupy.cuda.Device(index)
 
 
 def from_exporter(x: Any) -> Any:
@@ -268,17 +274,25 @@ def _empty_rows(x: Any, axes: tuple[int, ...]) -> Any:
     return cupy.empty(tuple(x.shape[a] for a in rows_last(x.ndim, axes)), dtype=x.dtype)
 
 
-def warmup(shape: tuple[int, ...], dtypes: Sequence[str], affine: bool) -> list[str]:
+def warmup(
+    shape: tuple[int, ...], dtypes: Sequence[str], affine: bool, backward: bool
+) -> list[str]:
     """Compile and load, on the current device, what row-major x of these dtypes needs."""
     index = cupy.cuda.runtime.getDevice()
     N = math.prod(shape)
     names = []
+    strides = (N, 1)
     for name in dtypes:
+        affine_dtype = name if affine else None
         for rows in (1, 2**20):  # few rows may take K5
-            strides = (N, 1)
-            dtypes_of_call = (name, name if affine else None, name if affine else None)
+            dtypes_of_call = (name, affine_dtype, affine_dtype)
             layout = layout_of((rows, N), (1,), strides, strides, dtypes_of_call, False)
             plan = choose_plan(layout.problem, device_of(index))
             loaded(plan.stages, index)
             names += [stage.name for stage in plan.stages]
+        if backward:
+            totals = (affine_dtype, affine_dtype or _problem.stats_dtype(name))
+            layouts = ((2**20, N), (1,), strides, strides, strides)
+            ready = prepared_bwd(index, *layouts, (name, affine_dtype, *totals))
+            names += [stage.name for stage in ready.plan.stages]
     return list(dict.fromkeys(names))

@@ -24,6 +24,7 @@ __all__ = [
     "check_x_dtype",
     "dtype_name",
     "fold",
+    "integers",
     "numpy_dtype",
     "refuse_dtype_beside_x",
     "resolve_axes",
@@ -125,8 +126,8 @@ def check_x_dtype(name: str, cast: str = "x.astype('float32')") -> None:
         raise TypeError(msg)
 
 
-def _integers(value: Any, label: str) -> tuple[int, ...]:
-    """Read an int or a sequence of ints."""
+def integers(value: Any, label: str) -> tuple[int, ...]:
+    """Read an int or a sequence of ints; `label` is what the caller calls it."""
     items = tuple(value) if isinstance(value, Sequence) else (value,)
     try:
         if isinstance(value, str) or any(isinstance(item, bool) for item in items):
@@ -167,10 +168,10 @@ def resolve_axes(shape: tuple[int, ...], normalized_shape: Any, axis: Any) -> tu
         raise ValueError(msg)
     ndim = len(shape)
     if axis is not None:
-        return _axes_from_axis(shape, _integers(axis, "axis"))
+        return _axes_from_axis(shape, integers(axis, "axis"))
     if normalized_shape is None:
         return (ndim - 1,)
-    wanted = _integers(normalized_shape, "normalized_shape")
+    wanted = integers(normalized_shape, "normalized_shape")
     if not wanted:
         msg = (
             "normalized_shape=() names no dimension to normalize; pass the trailing dimensions "

@@ -12,6 +12,7 @@ def warmup(
     dtypes: Sequence[str] = ("float16", "bfloat16", "float32"),
     *,
     affine: bool = True,
+    backward: bool = False,
     device: str = "cuda",
 ) -> list[str]:
     """Compile ahead what later calls on row-major arrays will need.
@@ -24,6 +25,8 @@ def warmup(
         dtypes of x; weight and bias are taken to have x's.
     affine : bool, default True
         Compile the kernels with weight and bias; otherwise those without.
+    backward : bool, default False
+        Compile what `layer_norm_backward` needs as well.
     device : {'cuda', 'cpu'}
         'cuda': CuPy's current device. 'cpu': the loops that numba compiles.
 
@@ -46,12 +49,12 @@ def warmup(
     if device == "cuda":
         from cupynorm import _cuda
 
-        compiled: list[str] = _cuda.warmup(shape, dtypes, affine)
+        compiled: list[str] = _cuda.warmup(shape, dtypes, affine, backward)
         return compiled
     if device == "cpu":
         from cupynorm import _cpu
 
-        compiled = _cpu.warmup(shape, dtypes, affine)
+        compiled = _cpu.warmup(shape, dtypes, affine, backward)
         return compiled
     msg = f"device={device!r} is not 'cuda' or 'cpu'"
     raise ValueError(msg)
