@@ -248,7 +248,7 @@ class LayerNorm(Stateful):
 
 
 def _read_shape(normalized_shape: Any) -> tuple[int, ...]:
-    shape = _problem._integers(normalized_shape, "normalized_shape")
+    shape = _problem.integers(normalized_shape, "normalized_shape")
     if not shape or min(shape) < 0:
         msg = (
             f"normalized_shape={normalized_shape!r} is no shape to normalize over; pass the "
