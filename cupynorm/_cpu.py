@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from cupynorm import _cpu_blocks, _threads
+from cupynorm._cpu_half import round_into
 
-__all__ = ["describe", "layer_norm_fwd", "warmup", "without_numba"]
+__all__ = ["describe", "layer_norm_bwd", "layer_norm_fwd", "warmup", "without_numba"]
 
 Array = np.ndarray[Any, Any]
 
@@ -57,9 +58,11 @@ def without_numba() -> Iterator[None]:
         _plain.reset(token)
 
 
-def warmup(shape: tuple[int, ...], dtypes: Sequence[str], affine: bool) -> list[str]:
+def warmup(
+    shape: tuple[int, ...], dtypes: Sequence[str], affine: bool, backward: bool = False
+) -> list[str]:
     """Load, or compile and keep, the loops for arrays of these dtypes; names of what is ready."""
-    from cupynorm._problem import numpy_dtype
+    from cupynorm._problem import numpy_dtype, stats_dtype
 
     for name in dtypes:
         x = np.zeros((1, *shape), numpy_dtype(name))
@@ -67,6 +70,10 @@ def warmup(shape: tuple[int, ...], dtypes: Sequence[str], affine: bool) -> list[
         axes = tuple(range(1, x.ndim))
         if x.size:
             layer_norm_fwd(x, axes, weight, weight, 1e-5, x, None, None)
+        if x.size and backward:
+            mean = np.zeros((1,) * x.ndim, stats_dtype(name))
+            totals = np.zeros((2, *shape), stats_dtype(name))
+            layer_norm_bwd(x, x, axes, mean, mean, weight, np.empty_like(x), *totals)
     return [f"{describe()}: {name}" for name in dtypes]
 
 
@@ -198,3 +205,57 @@ def _by_chunks(
         engine.normalize(kind, x[row, part], y[row, part], to_w, to_b, *merged[row])
 
     _threads.run(lambda: results, M * pieces, threads)
+
+
+def _bwd_engine() -> ModuleType:
+    if _engine() is _cpu_blocks:
+        from cupynorm import _cpu_bwd_blocks
+
+        return _cpu_bwd_blocks
+    from cupynorm import _cpu_bwd_numba
+
+    return _cpu_bwd_numba
+
+
+def layer_norm_bwd(
+    dy: Array,
+    x: Array,
+    axes: tuple[int, ...],
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    dx: Array | None,
+    dweight: Array | None,
+    dbias: Array | None,
+) -> None:
+    """Write the gradients that are not None; any strides, dtype and byte order, dx may be dy.
+
+    ``axes`` ascend, ``weight``, ``dweight`` and ``dbias`` have the shape of these axes, the latter
+    two C-contiguous; ``mean`` and ``rstd`` are float32 (float64 for float64 x) with length 1 on
+    them. Nothing is empty. dweight and dbias are sums in float64, rounded once.
+    """
+    kind, _, compute, half = _kind(x.dtype)
+    N = 1
+    for axis in axes:
+        N *= x.shape[axis]
+    M = x.size // N
+    engine, w = _bwd_engine(), _affine(weight, compute)
+    sums: Any  # (2, N), or None where nobody asks
+    summed = dweight is not None or dbias is not None
+    arrays = (dy, x) if dx is None else (dy, x, dx)
+    tables = [_as_rows(a, axes, M, N) if a.dtype.isnative else None for a in arrays]
+    if any(table is None for table in tables):
+        from cupynorm import _cpu_bwd_strided
+
+        sums = _cpu_bwd_strided.layer_norm_bwd(engine, kind, dy, x, axes, mean, rstd, w, dx, summed)
+    else:
+        if half:
+            tables = [table.view(np.uint16) for table in tables if table is not None]
+        stats = _affine(mean, compute), _affine(rstd, compute)
+        threads = 1 if x.size < engine.ALONE else _threads.num_threads()
+        dx_rows = None if dx is None else tables[2]
+        sums = engine.rows(kind, *tables[:2], dx_rows, w, *stats, summed, threads)
+    if dweight is not None:
+        round_into(sums[0], dweight)
+    if dbias is not None:
+        round_into(sums[1], dbias)

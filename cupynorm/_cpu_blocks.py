@@ -8,7 +8,18 @@ import numpy as np
 from cupynorm import _threads
 from cupynorm._cpu_half import narrow, widen
 
-__all__ = ["ALONE", "CHUNK", "LONG", "chunk_moments", "finish", "normalize", "rows", "safe_range"]
+__all__ = [
+    "ALONE",
+    "CHUNK",
+    "LONG",
+    "Scratch",
+    "chunk_moments",
+    "finish",
+    "normalize",
+    "row_sums",
+    "rows",
+    "safe_range",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -41,7 +52,7 @@ def _wide_moments(x: Array) -> tuple[float, float, float]:  # x: (n,), out of th
     return s, m, float(np.add.reduce((d / n) * d)) - m * m
 
 
-class _Scratch(threading.local):
+class Scratch(threading.local):
     """A block of memory per thread: from malloc it would come as fresh pages, call by call."""
 
     def __init__(self) -> None:
@@ -52,10 +63,10 @@ class _Scratch(threading.local):
         return self.memory.view(x.dtype)[: x.size].reshape(x.shape)
 
 
-_scratch = _Scratch()
+_scratch = Scratch()
 
 
-def _row_sums(d: Array, e: Array | None = None) -> Array:  # d, e: (R, n) -> (R,) float64
+def row_sums(d: Array, e: Array | None = None) -> Array:  # d, e: (R, n) -> (R,) float64
     """Sum each row of d, or of d * e, in an order that depends on n alone."""
     # einsum takes a contiguous row several lanes at a time, three times as fast as add.reduce,
     # but on to the end: pieces keep the rounding of long rows as small as that of short ones.
@@ -78,11 +89,11 @@ def _block_moments(x: Array, d: Array, eps: float) -> Array:  # x, d: (R, n) -> 
     n = x.shape[1]
     stats = np.empty((x.shape[0], 3))
     s, m, v = stats[:, 0], stats[:, 1], stats[:, 2]
-    rounded = (_row_sums(x) / n).astype(x.dtype)
+    rounded = (row_sums(x) / n).astype(x.dtype)
     s[:] = rounded
     np.subtract(x, rounded[:, None], out=d)
-    np.divide(_row_sums(d), n, out=m)
-    np.divide(_row_sums(d, d), n, out=v)
+    np.divide(row_sums(d), n, out=m)
+    np.divide(row_sums(d, d), n, out=v)
     low, high = safe_range(x.dtype.char, eps)
     # NaN is neither above nor below, and goes the long way with the rest.
     all_safe = v.max() < high and (low < 0 or v.min() > low)

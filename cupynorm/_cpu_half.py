@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["narrow", "widen"]
+__all__ = ["narrow", "round_into", "widen"]
 
 Array = np.ndarray[Any, Any]
 
@@ -71,3 +71,20 @@ def _narrow_float16(values: Array, y: Array) -> None:
         odd[huge] = np.where(big != big, np.uint32(0x7E00), np.uint32(0x7C00))
     odd |= sign
     np.copyto(y, odd, casting="unsafe")
+
+
+def round_into(values: Array, y: Array) -> None:  # values: (N,) float64; y: N, C-contiguous
+    """Round float64 values once into y, of any of the four dtypes."""
+    values = values.reshape(y.shape)
+    with np.errstate(all="ignore"):
+        if y.dtype.name != "bfloat16":
+            np.copyto(y, values, casting="same_kind")
+            return
+        # To float32 first, towards odd: what is cut off must not look like half of a last digit.
+        single = values.astype(np.float32)
+        near = single.astype(np.float64)
+        beyond = np.abs(near) > np.abs(values)
+        bits = np.where(beyond, np.nextafter(single, np.float32(0)), single).view(np.uint32)
+        bits |= near != values
+        native = y.view(np.dtype(np.uint16).newbyteorder(y.dtype.byteorder))
+        narrow("bfloat16", bits.view(np.float32), native)

@@ -15,10 +15,12 @@ __all__ = [
     "lanes",
     "like",
     "load",
+    "load_first",
     "mul",
     "pointer",
     "splat",
     "store",
+    "store_first",
     "sub",
 ]
 
@@ -140,6 +142,49 @@ def store(typingctx, p, i, v):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(p, types.intp, v), codegen
+
+
+def _masked(builder: Any, name: str, vector: ir.VectorType, result: Any, args: list[Any]) -> Any:
+    """Call LLVM's masked load or store; it gives the rest of the name, and drops the alignment."""
+    full = f"llvm.masked.{name}.v{vector.count}f{64 if vector.count == 8 else 32}.p0"
+    kind = ir.FunctionType(result, [a.type for a in args])
+    function = builder.module.globals.get(full) or ir.Function(builder.module, kind, full)
+    return builder.call(function, args)
+
+
+def _first(builder: Any, vector: ir.VectorType, count: Any) -> Any:
+    index = ir.VectorType(ir.IntType(32), vector.count)
+    count = builder.trunc(count, ir.IntType(32))
+    return builder.icmp_signed(
+        "<", _constant(index, range(vector.count)), _broadcast(builder, count, index)
+    )
+
+
+@intrinsic
+def load_first(typingctx, p, i, count, rest):  # type: ignore[no-untyped-def]
+    """Read ``count`` lanes from p[i] on and touch no memory after; the others come from rest."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vector = rest.vector
+        address, mask = _vector_at(builder, vector, *args[:2]), _first(builder, vector, args[2])
+        align = ir.Constant(ir.IntType(32), p.dtype.bitwidth // 8)
+        return _masked(builder, "load", vector, vector, [address, align, mask, args[3]])
+
+    return rest(p, types.intp, types.intp, rest), codegen
+
+
+@intrinsic
+def store_first(typingctx, p, i, count, v):  # type: ignore[no-untyped-def]
+    """Write the first ``count`` lanes of v to p[i] and after, and nothing else."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vector = v.vector
+        address, mask = _vector_at(builder, vector, *args[:2]), _first(builder, vector, args[2])
+        align = ir.Constant(ir.IntType(32), p.dtype.bitwidth // 8)
+        _masked(builder, "store", vector, ir.VoidType(), [args[3], address, align, mask])
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp, types.intp, v), codegen
 
 
 @intrinsic

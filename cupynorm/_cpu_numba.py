@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,17 @@ from cupynorm._cpu_lanes import claim
 from cupynorm._cpu_loops import CHUNK, GROUP, compiled, merge
 from cupynorm._cpu_rows import long_rows, row_moments, row_results, short_rows
 
-__all__ = ["ALONE", "CHUNK", "LONG", "chunk_moments", "finish", "normalize", "rows"]
+__all__ = [
+    "ALONE",
+    "CHUNK",
+    "LONG",
+    "Kept",
+    "chunk_moments",
+    "finish",
+    "flat",
+    "normalize",
+    "rows",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -29,8 +40,8 @@ LONG = 16
 
 def _sources() -> int:
     """Checksum of the files whose functions the entries are compiled from."""
-    names = ("_cpu_lanes.py", "_cpu_loops.py", "_cpu_bits.py", "_cpu_rows.py")
-    text = b"".join(Path(__file__).with_name(name).read_bytes() for name in names)
+    names = ("lanes", "loops", "bits", "rows", "bwd_loops", "bwd_rows")
+    text = b"".join(Path(__file__).with_name(f"_cpu_{name}.py").read_bytes() for name in names)
     return zlib.crc32(text) | 1
 
 
@@ -116,25 +127,31 @@ def _entries(sources: int, jit: Any) -> SimpleNamespace:
     )
 
 
-def _cached() -> SimpleNamespace:
-    try:
-        return _entries(_sources(), compiled(cache=True))
-    except (RuntimeError, OSError):  # numba found no directory to keep compiled code in
-        return _entries(1, compiled())
+class Kept:
+    """Functions to call from Python, compiled when first called and kept on disk if possible."""
+
+    def __init__(self, define: Callable[[int, Any], SimpleNamespace]) -> None:
+        self._define = define
+        try:
+            self._table = define(_sources(), compiled(cache=True))
+        except (RuntimeError, OSError):  # numba found no directory to keep compiled code in
+            self._table = define(1, compiled())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._table, name)
+
+    def call(self, name: str, args: tuple[Any, ...]) -> Any:
+        """Call one of them, compiled in memory alone if it cannot be kept."""
+        try:
+            return getattr(self._table, name)(*args)
+        except OSError:  # the cache could not be read or written, on a full disk for one
+            self._table = self._define(1, compiled())
+            return getattr(self._table, name)(*args)
 
 
-_entry = _cached()
+_entry = Kept(_entries)
 _NO_COUNTER = np.zeros(1, np.int64)
 _EMPTY: dict[str, Array] = {"f": np.empty(0, np.float32), "d": np.empty(0, np.float64)}
-
-
-def _call(name: str, args: tuple[Any, ...]) -> Any:
-    global _entry
-    try:
-        return getattr(_entry, name)(*args)
-    except OSError:  # the cache could not be read or written, on a full disk for one
-        _entry = _entries(1, compiled())
-        return getattr(_entry, name)(*args)
 
 
 class _Window:
@@ -147,7 +164,7 @@ class _Window:
         self.owner = x
 
 
-def _flat(x: Array, M: int, N: int) -> tuple[Array, int]:  # x: (M, N), each row contiguous
+def flat(x: Array, M: int, N: int) -> tuple[Array, int]:  # x: (M, N), each row contiguous
     """Show x's memory from its first element to its last as one row, and give its pitch.
 
     numba compiles once more for arrays that are read-only or have a pitch: they are passed as if
@@ -175,32 +192,32 @@ def rows(
     char = "d" if kind == "float64" else "f"
     empty = _EMPTY[char]
     low, high = safe_range(char, eps)
-    x, xp = _flat(x, M, N)
-    y, yp = _flat(y, M, N)
+    x, xp = flat(x, M, N)
+    y, yp = flat(y, M, N)
     w = empty if w is None else w
     b = empty if b is None else b
     mean = empty if mean is None else mean
     rstd = empty if rstd is None else rstd
     args = (x, xp, y, yp, M, N, w, b, eps, low, high, mean, rstd, kind == "bfloat16")
     if threads == 1:
-        _call("rows", (*args, _NO_COUNTER, 0))
+        _entry.call("rows", (*args, _NO_COUNTER, 0))
         return
     # The threads claim blocks inside the loops: between calls from Python each would wait for the
     # others' hold of the interpreter, tens of microseconds at a time.
     shared = (*args, np.zeros(1, np.int64), min(M, -(-M * N // BLOCK)))
-    _threads.run(lambda: lambda ticket: _call("rows", shared), threads, threads)
+    _threads.run(lambda: lambda ticket: _entry.call("rows", shared), threads, threads)
 
 
 def chunk_moments(kind: str, x: Array, eps: float, parts: Array) -> None:
     """Moments of each chunk of x (n,) into parts (chunks, 3); x begins at a chunk's edge."""
     low, high = safe_range("d" if kind == "float64" else "f", eps)
-    args = (_flat(x[None], 1, x.size)[0], low, high, parts, kind == "bfloat16")
-    _call("chunk_moments", args)
+    args = (flat(x[None], 1, x.size)[0], low, high, parts, kind == "bfloat16")
+    _entry.call("chunk_moments", args)
 
 
 def finish(parts: Array, N: int, eps: float) -> tuple[float, float, float]:
     """Merge the chunks of one row in their order: s, mean - s and rstd, all float64."""
-    s, m, r = _call("finish", (parts, N, eps))
+    s, m, r = _entry.call("finish", (parts, N, eps))
     return s, m, r
 
 
@@ -217,5 +234,5 @@ def normalize(
     """Write ((x - s) - m) * r * w + b to y, over a piece of one row."""
     empty = _EMPTY["d" if kind == "float64" else "f"]
     wb = (empty if w is None else w), (empty if b is None else b)
-    xy = _flat(x[None], 1, x.size)[0], _flat(y[None], 1, y.size)[0]
-    _call("normalize", (*xy, *wb, s, m, r, kind == "bfloat16"))
+    xy = flat(x[None], 1, x.size)[0], flat(y[None], 1, y.size)[0]
+    _entry.call("normalize", (*xy, *wb, s, m, r, kind == "bfloat16"))

@@ -8,17 +8,22 @@ import numpy as np
 
 from cupynorm import _threads
 
-__all__ = ["layer_norm_fwd"]
+__all__ = ["ALONE", "bits", "blocks_of", "layer_norm_fwd", "rows_of_block"]
 
 Array = np.ndarray[Any, Any]
 
 _BLOCK = 1 << 16  # elements of a block: 256 KiB of float32, within the L2 of one core
 _ROWS = 16  # rows whose neighbours share a cache line of float32 when the axis is strided
 _LARGEST = 1 << 22  # elements; a block of _ROWS rows may not become larger than this
-_ALONE = 1 << 16  # elements below which one thread does all; gathering costs more than loops
+ALONE = 1 << 16  # elements below which one thread does all; gathering costs more than loops
 
 
-def _blocks(outer: tuple[int, ...], rows: int) -> list[tuple[slice, ...]]:
+def rows_of_block(N: int) -> int:
+    """How many rows of N elements are gathered together."""
+    return max(1, _BLOCK // N, min(_ROWS, _LARGEST // N))
+
+
+def blocks_of(outer: tuple[int, ...], rows: int) -> list[tuple[slice, ...]]:
     """Index the outer dimensions in blocks of at most ``rows`` rows, near each other in memory."""
     split = 0
     while math.prod(outer[split + 1 :]) > rows:
@@ -57,11 +62,11 @@ def layer_norm_fwd(
     means, rstds = (_stats_view(a, shape, order) for a in (mean, rstd))
     turn = [outer[i] for i in order] + list(axes)
     if kind in ("float16", "bfloat16"):  # as integers: ml_dtypes' copies go one by one
-        x, y = x.view(_bits(x)), y.view(_bits(y))
+        x, y = x.view(bits(x)), y.view(bits(y))
     xt, yt = x.transpose(turn), y.transpose(turn)
     N = math.prod(xt.shape[len(outer) :])
-    rows = max(1, _BLOCK // N, min(_ROWS, _LARGEST // N))
-    blocks = _blocks(xt.shape[: len(outer)], rows)
+    rows = rows_of_block(N)
+    blocks = blocks_of(xt.shape[: len(outer)], rows)
     dtype = x.dtype.newbyteorder("=")
 
     def make_task() -> _threads.Task:
@@ -82,9 +87,10 @@ def layer_norm_fwd(
 
         return task
 
-    threads = 1 if x.size < _ALONE else _threads.num_threads()
+    threads = 1 if x.size < ALONE else _threads.num_threads()
     _threads.run(make_task, len(blocks), threads)
 
 
-def _bits(x: Array) -> np.dtype[Any]:
+def bits(x: Array) -> np.dtype[Any]:
+    """Integers of x's size and byte order."""
     return np.dtype(np.uint16).newbyteorder(x.dtype.byteorder)

@@ -1,0 +1,190 @@
+"""Blocks of rows, and of columns of long rows, in the compiled loops of layer norm's backward."""
+
+import numpy as np
+
+from cupynorm._cpu_bits import give, place, take
+from cupynorm._cpu_bwd_loops import FIELDS, TILE, add_rows, finish_row, row_sums
+from cupynorm._cpu_lanes import advance, claim, pointer
+from cupynorm._cpu_loops import CHUNK, compiled
+
+__all__ = [
+    "LONGEST",
+    "block_count",
+    "finish_long_rows",
+    "merge_sums",
+    "share_long_columns",
+    "share_long_sums",
+    "share_rows",
+    "sums_pitch",
+]
+
+# Rows whose dy * x_hat and dy meet in one float32 sum, four by four: at most 64 terms, so that
+# 200000 rows round like 64. Blocks of fewer than the least would leave much to merge.
+_MOST_ROWS = 256
+_LEAST_ROWS = 32
+_BLOCKS = 32  # which enough threads can share, unless that makes the blocks too large or small
+# Elements of a group of short rows, whose sums are taken before its first gradient.
+_GROUP = 2048
+# Columns from which rows go one by one: four of x and dy would leave the L2 between their sums
+# and their gradients.
+_WIDE = 8192
+# Columns from which x and dy are read twice, since one row of both does not stay in the L2.
+LONGEST = 32768
+# The column sums of a block are written in whole vectors of up to so many elements.
+_VECTOR = 16
+
+
+@compiled()
+def _block_rows(M):  # type: ignore[no-untyped-def]
+    return max(_LEAST_ROWS, min(_MOST_ROWS, (M + _BLOCKS - 1) // _BLOCKS))
+
+
+@compiled()
+def block_count(M):  # type: ignore[no-untyped-def]
+    """Count the blocks of rows that have column sums of their own."""
+    size = _block_rows(M)
+    return (M + size - 1) // size
+
+
+@compiled()
+def sums_pitch(N):  # type: ignore[no-untyped-def]
+    """Elements of one block's sums of dy * x_hat; those of dy follow, with as many."""
+    return (N + _VECTOR - 1) // _VECTOR * _VECTOR
+
+
+@compiled()
+def _group(dy, dyp, x, xp, dx, dxp, row, M, N, w, mean, rstd, stats, to_w, to_b, rooms, bfloat16):  # type: ignore[no-untyped-def]
+    x_room, dy_room = rooms
+    p, pp = take(x, row * xp, xp, M, N, x_room, bfloat16)
+    q, qp = take(dy, row * dyp, dyp, M, N, dy_room, bfloat16)
+    t, tp = place(dx, row * dxp, dxp, N, dy_room)
+    wp, has_w = pointer(w, 0), w.size > 0
+    for k in range(M):
+        m, r = mean[row + k], rstd[row + k]
+        h, gh, g = row_sums(advance(p, k * pp), advance(q, k * qp), wp, N, m, r, has_w)
+        at = FIELDS * k
+        stats[at], stats[at + 1] = m, r
+        stats[at + 2], stats[at + 3], stats[at + 4] = finish_row(h, gh, g, N)
+    to_s = pointer(stats, 0)
+    add_rows(p, pp, q, qp, t, tp, M, N, wp, to_s, to_w, to_b, has_w, dx.size > 0)
+    if dx.size:
+        give(dx, row * dxp, dxp, M, N, dy_room, bfloat16)
+
+
+@compiled()
+def share_rows(dy, dyp, x, xp, dx, dxp, M, N, w, mean, rstd, sums, bfloat16, counter):  # type: ignore[no-untyped-def]
+    """Do those blocks of rows that this thread claims from the counter, which begins at 0.
+
+    M rows of N <= LONGEST at dy and x, pitches dyp and xp; an empty dx, w or sums is absent.
+    ``sums`` has block_count(M) times two rows of sums_pitch(N), one for dy * x_hat, one for dy.
+    """
+    size, pitch = _block_rows(M), sums_pitch(N)
+    group = min(M, max(TILE if N <= _WIDE else 1, _GROUP // N // TILE * TILE))
+    x_room = np.empty(group * N if x.itemsize == 2 else 0, mean.dtype)
+    rooms = x_room, np.empty(x_room.size, mean.dtype)
+    stats = np.empty(FIELDS * group, mean.dtype)
+    spare = np.empty(0 if sums.size else 2 * pitch, mean.dtype)
+    block = claim(counter)
+    while block * size < M:
+        part = sums[2 * block * pitch : 2 * (block + 1) * pitch] if sums.size else spare
+        part[:] = 0
+        to_w, to_b = pointer(part, 0), pointer(part, pitch)
+        end = min(M, (block + 1) * size)
+        for row in range(block * size, end, group):
+            _group(
+                dy,
+                dyp,
+                x,
+                xp,
+                dx,
+                dxp,
+                row,
+                min(group, end - row),
+                N,
+                w,
+                mean,
+                rstd,
+                stats,
+                to_w,
+                to_b,
+                rooms,
+                bfloat16,
+            )
+        block = claim(counter)
+
+
+@compiled()
+def share_long_sums(dy, dyp, x, xp, M, N, w, mean, rstd, parts, bfloat16, counter):  # type: ignore[no-untyped-def]
+    """Take the sums over those chunks of rows that this thread claims; parts (M, chunks, 3)."""
+    chunks = parts.shape[1]
+    x_room = np.empty(CHUNK if x.itemsize == 2 else 0, mean.dtype)
+    dy_room = np.empty(x_room.size, mean.dtype)
+    item = claim(counter)
+    while item < M * chunks:
+        row, c = item // chunks, item % chunks
+        lo = c * CHUNK
+        n = min(CHUNK, N - lo)
+        p, _ = take(x, row * xp + lo, 0, 1, n, x_room, bfloat16)
+        q, _ = take(dy, row * dyp + lo, 0, 1, n, dy_room, bfloat16)
+        wp = pointer(w, lo)
+        h, gh, g = row_sums(p, q, wp, n, mean[row], rstd[row], w.size > 0)
+        parts[row, c, 0], parts[row, c, 1], parts[row, c, 2] = h, gh, g
+        item = claim(counter)
+
+
+@compiled()
+def finish_long_rows(parts, N, mean, rstd, stats):  # type: ignore[no-untyped-def]
+    """Merge the chunks of every row in their order, into stats (M * FIELDS,)."""
+    for row in range(parts.shape[0]):
+        h = gh = g = 0.0
+        for c in range(parts.shape[1]):
+            h += parts[row, c, 0]
+            gh += parts[row, c, 1]
+            g += parts[row, c, 2]
+        at = FIELDS * row
+        stats[at], stats[at + 1] = mean[row], rstd[row]
+        stats[at + 2], stats[at + 3], stats[at + 4] = finish_row(h, gh, g, N)
+
+
+@compiled()
+def share_long_columns(dy, dyp, x, xp, dx, dxp, M, N, w, stats, sums, bfloat16, counter):  # type: ignore[no-untyped-def]
+    """Write dx, and the sums, of those chunks of columns of a block that this thread claims."""
+    size, pitch, chunks = _block_rows(M), sums_pitch(N), (N + CHUNK - 1) // CHUNK
+    x_room = np.empty(TILE * CHUNK if x.itemsize == 2 else 0, stats.dtype)
+    dy_room = np.empty(x_room.size, stats.dtype)
+    spare = np.empty(0 if sums.size else 2 * CHUNK, stats.dtype)
+    item = claim(counter)
+    while item < block_count(M) * chunks:
+        # Backwards, as the end of x and dy was read last.
+        block, c = block_count(M) - 1 - item // chunks, chunks - 1 - item % chunks
+        lo = c * CHUNK
+        n = min(CHUNK, N - lo)
+        at = 2 * block * pitch + lo
+        to_w = pointer(sums, at) if sums.size else pointer(spare, 0)
+        to_b = pointer(sums, at + pitch) if sums.size else pointer(spare, CHUNK)
+        for i in range(sums_pitch(n)):
+            to_w[i] = to_b[i] = 0
+        wp, end = pointer(w, lo), min(M, (block + 1) * size)
+        for row in range(block * size, end, TILE):
+            k = min(TILE, end - row)
+            p, pp = take(x, row * xp + lo, xp, k, n, x_room, bfloat16)
+            q, qp = take(dy, row * dyp + lo, dyp, k, n, dy_room, bfloat16)
+            t, tp = place(dx, row * dxp + lo, dxp, n, dy_room)
+            to_s = pointer(stats, FIELDS * row)
+            add_rows(p, pp, q, qp, t, tp, k, n, wp, to_s, to_w, to_b, w.size > 0, dx.size > 0)
+            if dx.size:
+                give(dx, row * dxp + lo, dxp, k, n, dy_room, bfloat16)
+        item = claim(counter)
+
+
+@compiled()
+def merge_sums(sums, blocks, N, totals):  # type: ignore[no-untyped-def]
+    """Add the sums of the blocks in their order, in float64, into totals (2 * N,)."""
+    pitch = sums_pitch(N)
+    totals[:] = 0.0
+    for block in range(blocks):
+        at = 2 * block * pitch
+        for i in range(N):
+            totals[i] += sums[at + i]
+        for i in range(N):
+            totals[N + i] += sums[at + pitch + i]
