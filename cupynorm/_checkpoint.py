@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import secrets
+import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,6 +40,8 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray[Any, Any
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # or a crash may keep the new name without its bytes
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(target, part)  # a file kept from others' eyes must stay so
         os.replace(part, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

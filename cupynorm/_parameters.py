@@ -69,7 +69,7 @@ def new_array(shape: tuple[int, ...], dtype: np.dtype[Any], index: int | None, v
         )
         raise ImportError(msg) from error
     try:
-        with do.cupy.cuda.Device(index):
+        with do.device(index):
             array = do.empty(shape, dtype=dtype)
             array.set(host)  # not fill(): that would compile a kernel for one number
     except RuntimeError as error:  # CuPy's, where there is no driver or no such GPU

@@ -205,7 +205,9 @@ class LayerNorm(Stateful):
         -------
         LayerNorm
             A step of either side's training is seen by the other, until one of them replaces its
-            arrays, as ``module.to(...)`` to another device or dtype does. Gradients are not shared.
+            arrays, as ``module.to(...)`` to another device or dtype does. Gradients are not
+            shared, and autograd does not notice what this side writes, so write between torch's
+            backward and its next forward.
 
         Raises
         ------

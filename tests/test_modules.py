@@ -498,6 +498,14 @@ def test_state_goes_to_and_from_torch(dtype):
         assert layer.weight.ctypes.data != module.weight.data_ptr()
 
 
+@pytest.mark.parametrize("library", ["jax.numpy", "array_api_strict"])
+def test_state_may_be_of_any_library(library):
+    xp = pytest.importorskip(library)
+    layer, wanted = cn.LayerNorm(5), values(5)
+    layer.load_state_dict({"weight": xp.asarray(wanted), "bias": xp.zeros(5, dtype=xp.float32)})
+    np.testing.assert_array_equal(layer.weight, wanted)
+
+
 def test_state_goes_between_the_host_and_a_gpu(cupy_lib):
     host = random_layer("float16")
     there = cn.LayerNorm(5, device="cuda")
@@ -674,6 +682,9 @@ def test_a_file_is_as_open_would_make_it(tmp_path):
     plain.touch()
     cn.LayerNorm(5).save(path)
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+    path.chmod(0o600)
+    cn.LayerNorm(5).save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600  # what the old one allowed
     link.symlink_to(path)
     random_layer(shape=6).save(link)
     assert link.is_symlink()
