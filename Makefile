@@ -81,6 +81,7 @@ gpu:
 bench: $(VENV)/.installed
 	@mkdir -p "$(OUT)"
 	$(VENV)/bin/python bench/cpu.py --to "$(OUT)" $(BENCH_ARGS)
+	$(VENV)/bin/python bench/torch_cpu.py --to "$(OUT)" $(TORCH_BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) .venvs out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .simt_cache .nvrtc_cache

@@ -1,6 +1,7 @@
 """The argument rules of a call, applied to arrays of any library; the module that does the work."""
 
 import functools
+import importlib.util
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from cupynorm import _problem
 from cupynorm._arrays import check_companion, classify, library_of
 
-__all__ = ["Call", "check_arguments", "companion_of", "path_of"]
+__all__ = ["Call", "check_arguments", "companion_of", "is_launchable", "path_of"]
 
 
 class Call(NamedTuple):
@@ -135,3 +136,22 @@ def path_of(name: str) -> Any:
     from cupynorm import _cuda
 
     return _cuda
+
+
+def is_launchable(x: Any) -> bool:
+    """Whether x is a torch tensor that our loops, or our kernels where CuPy is there, can take."""
+    if library_of(x) != "torch" or x.layout is not _strided_layout():
+        return False
+    return x.device.type == "cpu" or (x.device.type == "cuda" and _has_cupy())
+
+
+@functools.cache
+def _strided_layout() -> Any:
+    import torch
+
+    return torch.strided
+
+
+@functools.cache
+def _has_cupy() -> bool:
+    return importlib.util.find_spec("cupy") is not None

@@ -121,10 +121,10 @@ def find(config: Config) -> tuple[list[Backend], list[Unavailable]]:
         else:
             absent.append(Unavailable(path, library, f"{status.detail} -> {status.way_out}"))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the GPU to the others
-    for library, module, kind in (
-        ("torch", "torch", _Torch),
-        ("jax", "jax", _Jax),
-        ("array-api-strict", "array_api_strict", _Strict),
+    for path, library, module, kind in (
+        ("torch", "torch", "torch", _Torch),
+        ("reference", "jax", "jax", _Jax),
+        ("reference", "array-api-strict", "array_api_strict", _Strict),
     ):
         try:
             imported = import_module(module)
@@ -132,12 +132,12 @@ def find(config: Config) -> tuple[list[Backend], list[Unavailable]]:
             fault = _probe.import_fault(
                 library, error, config.versions[library], f"pip install {library}"
             )
-            absent.append(Unavailable("reference", library, " -> ".join(fault)))
+            absent.append(Unavailable(path, library, " -> ".join(fault)))
             continue
         dtypes = {"array-api-strict": _STANDARD, "torch": every}.get(library)
         if dtypes is None:
             dtypes = every if imported.config.jax_enable_x64 else (*narrow, "float32")
-        there.append(kind("reference", library, dtypes))
+        there.append(kind(path, library, dtypes))
     return there, absent
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from cupynorm import _problem
-from cupynorm._arguments import check_arguments
+from cupynorm._arguments import check_arguments, is_launchable
 from cupynorm._arrays import element_strides, library_of
 from cupynorm._explanation import Explanation, Facts
 from cupynorm._layout import gradient_layout_of, layout_of, result_strides
@@ -93,16 +93,17 @@ def explain(
         for a in (call.x, call.weight, call.bias)
     )
     facts = Facts(shape, call.axes, rows, cols, dtypes, return_stats, backward)
-    if device is not None or call.path == "cupy":
+    launchable = is_launchable(call.x)
+    if device is not None or call.path == "cupy" or (launchable and call.x.device.type == "cuda"):
         gpu = _gpu(call.x, device)
-        strides = element_strides(call.x) if hasattr(call.x, "strides") else None
+        strides = _element_strides(call.x)
         if strides is None:
             msg = f"device={device!r} needs an x with strides, not a {library_of(x)} array"
             raise TypeError(msg)
-        to = result_strides(shape, strides, order) if out is None else element_strides(out)
+        to = _element_strides(out) or result_strides(shape, strides, order)
         explained = _explain_bwd if backward else _explain_fwd
         return explained(facts, strides, to, gpu)
-    if call.path == "numpy":
+    if call.path == "numpy" or launchable:
         from cupynorm import _cpu, _threads
 
         kernel = f"{_cpu.describe()}, up to {_threads.num_threads()} thread(s) over blocks of rows"
@@ -111,11 +112,17 @@ def explain(
     return facts.explanation("reference", kernel, None)
 
 
+def _element_strides(x: Any) -> tuple[int, ...] | None:
+    if library_of(x) == "torch":
+        return tuple(x.stride())
+    return element_strides(x) if hasattr(x, "strides") else None
+
+
 def _gpu(x: Any, name: str | None) -> Device:
     if name is None:
         from cupynorm import _cuda
 
-        return _cuda.device_of(x.device.id)
+        return _cuda.device_of(x.device.index if library_of(x) == "torch" else x.device.id)
     known = {f"sm_{cc}": device for cc, device in _DEVICES.items()}
     if name not in known:
         msg = f"device={name!r} is not known; choose one of {', '.join(known)}"

@@ -5,7 +5,7 @@ from typing import Any
 from cupynorm import _problem, _reference
 from cupynorm._arrays import check_companion, check_overlap, library_of
 
-__all__ = ["layer_norm", "layer_norm_backward"]
+__all__ = ["check_out", "layer_norm", "layer_norm_backward", "ordered"]
 
 
 def layer_norm(
@@ -22,12 +22,12 @@ def layer_norm(
 
     xp = array_namespace(x)
     if out is not None:
-        _check_out(x, weight, bias, order, out)
+        check_out(x, weight, bias, order, out)
     y, mean, rstd = _reference.layer_norm_fwd(xp, x, axes, weight, bias, eps)
     if out is not None:
         out[...] = y
         return out, mean, rstd
-    return _ordered(xp, y, order), mean, rstd
+    return ordered(y, order), mean, rstd
 
 
 def layer_norm_backward(
@@ -52,7 +52,8 @@ def layer_norm_backward(
     return dx if mask[0] else None, dweight, dbias
 
 
-def _check_out(x: Any, weight: Any, bias: Any, order: str, out: Any) -> None:
+def check_out(x: Any, weight: Any, bias: Any, order: str, out: Any) -> None:
+    """Refuse an `out` that does not fit, or that its library or autograd cannot have written."""
     check_companion("out", out, x)
     library = library_of(x)
     if library == "jax":
@@ -72,7 +73,7 @@ def _check_out(x: Any, weight: Any, bias: Any, order: str, out: Any) -> None:
         check_overlap("x", x, out, same_allowed=True)
 
 
-def _ordered(xp: Any, y: Any, order: str) -> Any:
+def ordered(y: Any, order: str) -> Any:
     """Give y the layout asked for where the library lets a caller choose one."""
     if order == "K":
         return y
@@ -80,7 +81,7 @@ def _ordered(xp: Any, y: Any, order: str) -> Any:
         if order == "C":
             return y.contiguous()
         back = tuple(range(y.ndim))[::-1]
-        return xp.permute_dims(xp.permute_dims(y, back).contiguous(), back)
+        return y.permute(back).contiguous().permute(back)
     if order == "F":
         msg = (
             f"order='F' is given but {library_of(y)} arrays have no layout to choose; use order='K'"

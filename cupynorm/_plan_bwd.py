@@ -133,11 +133,17 @@ def _partials_bytes(problem: GradientProblem, vecs: int, partials: int) -> int:
 
 
 def _row_plan(
-    problem: GradientProblem, row: TableRow, vecs: int, vecs_per_thread: int, device: Device
+    problem: GradientProblem,
+    row: TableRow,
+    vecs: int,
+    vecs_per_thread: int,
+    device: Device,
+    rows_per_partial: int = ROWS_PER_PARTIAL,
 ) -> GradientPlan:
     """K1, K2, K3: as many blocks as the device holds, block b taking rows b, b + grid, ...."""
     rows_per_block = row.threads // row.threads_per_row
-    blocks = -(-problem.rows // (rows_per_block * (ROWS_PER_PARTIAL if _totals(problem) else 1)))
+    per_block = rows_per_block * (rows_per_partial if _totals(problem) else 1)
+    blocks = -(-problem.rows // per_block)
     grid = min(_blocks_per_sm(problem, row) * device.sm_count, blocks)
     ahead = vecs_per_thread <= AHEAD_VECS[problem.x_dtype]
     constants = {
@@ -170,7 +176,13 @@ def _row_plan(
     )
 
 
-def _split_plan(problem: GradientProblem, row: TableRow, vecs: int, device: Device) -> GradientPlan:
+def _split_plan(
+    problem: GradientProblem,
+    row: TableRow,
+    vecs: int,
+    device: Device,
+    rows_per_partial: int = ROWS_PER_PARTIAL,
+) -> GradientPlan:
     """K5: the sums of sections, their merge, then dx with the sums over rows, by columns."""
     chunks = -(-vecs // CHUNK_VECS)
     per_section = -(-chunks // MAX_SECTIONS)
@@ -178,7 +190,7 @@ def _split_plan(problem: GradientProblem, row: TableRow, vecs: int, device: Devi
     runs = -(-vecs // (CHUNK_THREADS * APPLY_VECS))  # blocks that stand side by side
     parts = -(-APPLY_BLOCKS_PER_SM * device.sm_count // runs)
     if _totals(problem):
-        parts = min(parts, -(-problem.rows // ROWS_PER_PARTIAL))
+        parts = min(parts, -(-problem.rows // rows_per_partial))
     parts = min(max(parts, 1), problem.rows)
     size = _accumulator_bytes(problem)
     merging = -(-problem.rows // (MERGE_THREADS // 32))

@@ -5,7 +5,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupynorm import _problem
-from cupynorm._arguments import Call, check_arguments, companion_of, path_of
+from cupynorm._arguments import (
+    Call,
+    check_arguments,
+    companion_of,
+    is_launchable,
+    path_of,
+)
 from cupynorm._arrays import check_overlap, check_writable
 
 __all__ = ["LayerNormResult", "layer_norm"]
@@ -104,14 +110,16 @@ def layer_norm(
            [-1.225,  0.   ,  1.225]])
     """
     call = check_arguments(x, normalized_shape, weight, bias, eps, axis, order, out)
-    if call.path == "namespace":
+    if call.path != "namespace":
+        y, mean, rstd = _strided(call, order, out, return_stats)
+    elif is_launchable(call.x):
+        y, mean, rstd = _torch(call, order, out, return_stats)
+    else:
         from cupynorm import _namespace
 
         y, mean, rstd = _namespace.layer_norm(
             call.x, call.axes, call.weight, call.bias, call.eps, order, out
         )
-    else:
-        y, mean, rstd = _strided(call, order, out, return_stats)
     return LayerNormResult(y, mean, rstd) if return_stats else y
 
 
@@ -135,6 +143,24 @@ def _strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any,
     if x.size:
         do.layer_norm_fwd(x, axes, weight, bias, eps, y, mean, rstd)
     return y if out is None else out, mean, rstd
+
+
+def _torch(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, Any, Any]:
+    """Torch tensors: our kernels and loops, differentiable."""
+    from cupynorm import _namespace, _torch_autograd
+
+    _, x, axes, weight, bias, eps, _ = call
+    if out is not None:
+        _namespace.check_out(x, weight, bias, order, out)
+    mean = rstd = None
+    if return_stats:
+        y, mean, rstd = _torch_autograd.layer_norm_with_stats(x, axes, weight, bias, eps)
+    else:
+        y = _torch_autograd.layer_norm(x, axes, weight, bias, eps)
+    if out is None:
+        return _namespace.ordered(y, order), mean, rstd
+    out[...] = y
+    return out, mean, rstd
 
 
 def _out(out: Any, x: Any, weight: Any, bias: Any, order: str) -> Any:

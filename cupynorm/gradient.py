@@ -5,7 +5,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupynorm import _problem
-from cupynorm._arguments import Call, check_arguments, companion_of, path_of
+from cupynorm._arguments import (
+    Call,
+    check_arguments,
+    companion_of,
+    is_launchable,
+    path_of,
+)
 from cupynorm._arrays import library_of
 
 __all__ = ["LayerNormGradients", "layer_norm_backward"]
@@ -113,7 +119,9 @@ def layer_norm_backward(
         for label, value in (("mean", mean), ("rstd", rstd))
     )
     dtype = stats if weight is None else _problem.dtype_name(weight.dtype)
-    if call.path == "namespace":
+    if call.path == "namespace" and is_launchable(call.x) and _unwatched(call, dy, mean, rstd):
+        dx, dweight, dbias = _torch(call, dy, mean, rstd, mask, dtype)
+    elif call.path == "namespace":
         from cupynorm import _namespace
 
         dx, dweight, dbias = _namespace.layer_norm_backward(
@@ -171,6 +179,29 @@ def _strided(
             if total is not None:
                 total.fill(0)  # the sum over no rows
     return dx, dweight, dbias
+
+
+def _unwatched(call: Call, *tensors: Any) -> bool:
+    """Whether torch is not to differentiate, compile or transform this call itself."""
+    from cupynorm._torch_autograd import unwatched
+
+    return all(unwatched(t, call.weight, None) for t in (call.x, *tensors))
+
+
+def _torch(
+    call: Call, dy: Any, mean: Any, rstd: Any, mask: tuple[bool, bool, bool], dtype: str
+) -> tuple[Any, Any, Any]:
+    """Torch tensors that nobody watches: our kernels and loops."""
+    import torch
+
+    from cupynorm import _torch_launch
+
+    dtypes = (getattr(torch, dtype),) * 2
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    grads: tuple[Any, Any, Any] = _torch_launch.backward(
+        dy, call.x, call.axes, mean, rstd, call.weight, mask, dtypes
+    )
+    return grads
 
 
 def _turned(total: Any, turn: tuple[int, ...]) -> Any:

@@ -93,7 +93,10 @@ def test_each_path_says_what_runs():
     assert on_cpu.path == "cpu"
     assert "thread" in on_cpu.kernel
     assert on_cpu.launches == ()
-    elsewhere = cn.explain(torch.ones(4, 8))
+    assert cn.explain(torch.ones(4, 8)).path == "cpu"
+    planned = cn.explain(torch.ones(8, 4).T, device="sm_90")
+    assert planned.path == "cuda" and len(planned.copies) == 2
+    elsewhere = cn.explain(torch.ones(4, 8, device="meta"))
     assert elsewhere.path == "reference"
     assert "torch" in elsewhere.kernel
     assert elsewhere.bytes_moved is None

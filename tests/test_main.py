@@ -51,7 +51,7 @@ def test_program_checks_every_path_and_draws(tmp_path):
     for path, library, dtypes in (
         ("cpu-numba", "numpy", every),
         ("cpu-numpy", "numpy", every),
-        ("reference", "torch", every),
+        ("torch", "torch", every),
         ("reference", "jax", every - {"float64"}),
         ("reference", "array-api-strict", {"float32", "float64"}),
     ):
