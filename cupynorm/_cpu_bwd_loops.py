@@ -3,6 +3,7 @@
 from cupynorm._cpu_lanes import (
     add,
     advance,
+    fma,
     fold,
     lanes,
     like,
@@ -34,12 +35,12 @@ def _read(p, i, count, rest):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _terms(x, dy, w, i, count, m, r, has_w):  # type: ignore[no-untyped-def]
-    """Compute h, g * h and g of one vector; lanes that are not there give 0."""
+    """Compute h and g of one vector; lanes that are not there give 0."""
     zero = splat(x, like(x, 0))
     h, g = mul(sub(_read(x, i, count, m), m), r), _read(dy, i, count, zero)
     if has_w:
         g = mul(g, _read(w, i, count, zero))
-    return h, mul(g, h), g
+    return h, g
 
 
 @compiled()
@@ -50,14 +51,14 @@ def _sums(x, dy, w, n, mean, rstd, has_w):  # type: ignore[no-untyped-def]
     h0 = h1 = gh0 = gh1 = g0 = g1 = splat(x, like(x, 0))
     i = 0
     while i + 2 * step <= n:
-        h, gh, g = _terms(x, dy, w, i, step, m, r, has_w)
-        h0, gh0, g0 = add(h0, h), add(gh0, gh), add(g0, g)
-        h, gh, g = _terms(x, dy, w, i + step, step, m, r, has_w)
-        h1, gh1, g1 = add(h1, h), add(gh1, gh), add(g1, g)
+        h, g = _terms(x, dy, w, i, step, m, r, has_w)
+        h0, gh0, g0 = add(h0, h), fma(g, h, gh0), add(g0, g)
+        h, g = _terms(x, dy, w, i + step, step, m, r, has_w)
+        h1, gh1, g1 = add(h1, h), fma(g, h, gh1), add(g1, g)
         i += 2 * step
     while i < n:
-        h, gh, g = _terms(x, dy, w, i, min(step, n - i), m, r, has_w)
-        h0, gh0, g0 = add(h0, h), add(gh0, gh), add(g0, g)
+        h, g = _terms(x, dy, w, i, min(step, n - i), m, r, has_w)
+        h0, gh0, g0 = add(h0, h), fma(g, h, gh0), add(g0, g)
         i += step
     return fold(add(h0, h1)), fold(add(gh0, gh1)), fold(add(g0, g1))
 
@@ -76,10 +77,13 @@ def row_sums(x, dy, w, n, mean, rstd, has_w):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def finish_row(sum_h, sum_gh, sum_g, N):  # type: ignore[no-untyped-def]
-    """What h exceeds x_hat by (mean is rounded), mean of g, mean of g * x_hat."""
+def finish_row(stats, k, mean, rstd, sum_h, sum_gh, sum_g, N):  # type: ignore[no-untyped-def]
+    """Put mean, rstd, what x_hat is above h (mean is rounded), -mean(g), -mean(g * x_hat)."""
     lack = sum_h / N
-    return lack, sum_g / N, (sum_gh - lack * sum_g) / N
+    i = FIELDS * k
+    stats[i], stats[i + 1] = mean, rstd
+    stats[i + 2], stats[i + 3] = -lack, -sum_g / N
+    stats[i + 4] = (lack * sum_g - sum_gh) / N
 
 
 @compiled()
@@ -96,38 +100,44 @@ def _splats(stats, k):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _cell(x, dy, dx, i, count, w, row, has_w, has_dx):  # type: ignore[no-untyped-def]
-    """One vector of one row: write dx, give dy * x_hat and dy."""
+    """One vector of one row: write dx, give dy and x_hat."""
     m, r, lack, c1, c2 = row
     d = _read(dy, i, count, splat(x, like(x, 0)))
-    x_hat = sub(mul(sub(_read(x, i, count, m), m), r), lack)
+    x_hat = fma(sub(_read(x, i, count, m), m), r, lack)
     if has_dx:
-        g = mul(d, w) if has_w else d
-        g = mul(sub(sub(g, c1), mul(x_hat, c2)), r)
+        # dy * w is rounded as in its sum: where all of a row are equal, nothing must be left over.
+        g = mul(fma(x_hat, c2, add(mul(d, w) if has_w else d, c1)), r)
         if count == lanes(x):
             store(dx, i, g)
         else:
             store_first(dx, i, count, g)
-    return mul(d, x_hat), d
+    return d, x_hat
 
 
 @compiled()
-def _four_cells(x, xp, dy, dyp, dx, dxp, i, count, w, rows, has_w, has_dx):  # type: ignore[no-untyped-def]
-    """The vectors below each other in four rows: write dx, give the sums of what _cell gives."""
+def _two_cells(x, xp, dy, dyp, dx, dxp, i, count, w, row0, row1, has_w, has_dx):  # type: ignore[no-untyped-def]
+    """Vectors below each other: write dx, give the sums of dy * x_hat and of dy."""
+    d, h = _cell(x, dy, dx, i, count, w, row0, has_w, has_dx)
+    x, dy, dx = advance(x, xp), advance(dy, dyp), advance(dx, dxp)
+    e, k = _cell(x, dy, dx, i, count, w, row1, has_w, has_dx)
+    return fma(d, h, mul(e, k)), add(d, e)
+
+
+@compiled()
+def _four_cells(x, xp, dy, dyp, dx, dxp, i, count, w, rows, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
     r0, r1, r2, r3 = rows
-    a, e = _cell(x, dy, dx, i, count, w, r0, has_w, has_dx)
-    x, dy, dx = advance(x, xp), advance(dy, dyp), advance(dx, dxp)
-    b, f = _cell(x, dy, dx, i, count, w, r1, has_w, has_dx)
-    x, dy, dx = advance(x, xp), advance(dy, dyp), advance(dx, dxp)
-    a, e = add(a, b), add(e, f)
-    b, f = _cell(x, dy, dx, i, count, w, r2, has_w, has_dx)
-    x, dy, dx = advance(x, xp), advance(dy, dyp), advance(dx, dxp)
-    c, g = _cell(x, dy, dx, i, count, w, r3, has_w, has_dx)
-    return add(a, add(b, c)), add(e, add(f, g))
+    a, d = _two_cells(x, xp, dy, dyp, dx, dxp, i, count, w, r0, r1, has_w, has_dx)
+    x, dy, dx = advance(x, 2 * xp), advance(dy, 2 * dyp), advance(dx, 2 * dxp)
+    b, e = _two_cells(x, xp, dy, dyp, dx, dxp, i, count, w, r2, r3, has_w, has_dx)
+    store(to_w, i, add(load(to_w, i), add(a, b)))
+    store(to_b, i, add(load(to_b, i), add(d, e)))
 
 
 @compiled()
-def _grow(p, i, v):  # type: ignore[no-untyped-def]
-    store(p, i, add(load(p, i), v))
+def _one_cell(x, dy, dx, i, count, w, row, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
+    d, h = _cell(x, dy, dx, i, count, w, row, has_w, has_dx)
+    store(to_w, i, fma(d, h, load(to_w, i)))
+    store(to_b, i, add(load(to_b, i), d))
 
 
 @compiled()
@@ -143,16 +153,12 @@ def _add_four(x, xp, dy, dyp, dx, dxp, n, w, stats, k, to_w, to_b, has_w, has_dx
     while i + step <= n:
         if has_w:
             wv = load(w, i)
-        a, e = _four_cells(x, xp, dy, dyp, dx, dxp, i, step, wv, rows, has_w, has_dx)
-        _grow(to_w, i, a)
-        _grow(to_b, i, e)
+        _four_cells(x, xp, dy, dyp, dx, dxp, i, step, wv, rows, to_w, to_b, has_w, has_dx)
         i += step
     if i < n:
         if has_w:
             wv = load_first(w, i, n - i, wv)
-        a, e = _four_cells(x, xp, dy, dyp, dx, dxp, i, n - i, wv, rows, has_w, has_dx)
-        _grow(to_w, i, a)
-        _grow(to_b, i, e)
+        _four_cells(x, xp, dy, dyp, dx, dxp, i, n - i, wv, rows, to_w, to_b, has_w, has_dx)
 
 
 @compiled()
@@ -163,23 +169,19 @@ def _add_one(x, dy, dx, n, w, stats, k, to_w, to_b, has_w, has_dx):  # type: ign
     while i + step <= n:
         if has_w:
             wv = load(w, i)
-        a, e = _cell(x, dy, dx, i, step, wv, row, has_w, has_dx)
-        _grow(to_w, i, a)
-        _grow(to_b, i, e)
+        _one_cell(x, dy, dx, i, step, wv, row, to_w, to_b, has_w, has_dx)
         i += step
     if i < n:
         if has_w:
             wv = load_first(w, i, n - i, wv)
-        a, e = _cell(x, dy, dx, i, n - i, wv, row, has_w, has_dx)
-        _grow(to_w, i, a)
-        _grow(to_b, i, e)
+        _one_cell(x, dy, dx, i, n - i, wv, row, to_w, to_b, has_w, has_dx)
 
 
 @compiled()
 def add_rows(x, xp, dy, dyp, dx, dxp, M, n, w, stats, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
     """Write dx of M rows of n elements, and add their dy * x_hat and dy to to_w and to_b.
 
-    ``stats`` (5, M) holds mean, rstd and finish_row()'s three; to_w and to_b have whole vectors.
+    ``stats`` holds what finish_row() put for each row; to_w and to_b have whole vectors.
     """
     k = 0
     while k < M:

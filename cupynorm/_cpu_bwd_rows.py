@@ -62,9 +62,7 @@ def _group(dy, dyp, x, xp, dx, dxp, row, M, N, w, mean, rstd, stats, to_w, to_b,
     for k in range(M):
         m, r = mean[row + k], rstd[row + k]
         h, gh, g = row_sums(advance(p, k * pp), advance(q, k * qp), wp, N, m, r, has_w)
-        at = FIELDS * k
-        stats[at], stats[at + 1] = m, r
-        stats[at + 2], stats[at + 3], stats[at + 4] = finish_row(h, gh, g, N)
+        finish_row(stats, k, m, r, h, gh, g, N)
     to_s = pointer(stats, 0)
     add_rows(p, pp, q, qp, t, tp, M, N, wp, to_s, to_w, to_b, has_w, dx.size > 0)
     if dx.size:
@@ -141,9 +139,7 @@ def finish_long_rows(parts, N, mean, rstd, stats):  # type: ignore[no-untyped-de
             h += parts[row, c, 0]
             gh += parts[row, c, 1]
             g += parts[row, c, 2]
-        at = FIELDS * row
-        stats[at], stats[at + 1] = mean[row], rstd[row]
-        stats[at + 2], stats[at + 3], stats[at + 4] = finish_row(h, gh, g, N)
+        finish_row(stats, row, mean[row], rstd[row], h, gh, g, N)
 
 
 @compiled()

@@ -10,6 +10,7 @@ __all__ = [
     "add",
     "advance",
     "claim",
+    "fma",
     "fold",
     "keep_last",
     "lanes",
@@ -144,9 +145,10 @@ def store(typingctx, p, i, v):  # type: ignore[no-untyped-def]
     return types.void(p, types.intp, v), codegen
 
 
-def _masked(builder: Any, name: str, vector: ir.VectorType, result: Any, args: list[Any]) -> Any:
-    """Call LLVM's masked load or store; it gives the rest of the name, and drops the alignment."""
-    full = f"llvm.masked.{name}.v{vector.count}f{64 if vector.count == 8 else 32}.p0"
+def _llvm(builder: Any, name: str, vector: ir.VectorType, result: Any, args: list[Any]) -> Any:
+    """Call LLVM's own function of that name for vectors of this type."""
+    full = f"llvm.{name}.v{vector.count}f{64 if vector.count == 8 else 32}"
+    full += ".p0" if name.startswith("masked") else ""
     kind = ir.FunctionType(result, [a.type for a in args])
     function = builder.module.globals.get(full) or ir.Function(builder.module, kind, full)
     return builder.call(function, args)
@@ -168,7 +170,7 @@ def load_first(typingctx, p, i, count, rest):  # type: ignore[no-untyped-def]
         vector = rest.vector
         address, mask = _vector_at(builder, vector, *args[:2]), _first(builder, vector, args[2])
         align = ir.Constant(ir.IntType(32), p.dtype.bitwidth // 8)
-        return _masked(builder, "load", vector, vector, [address, align, mask, args[3]])
+        return _llvm(builder, "masked.load", vector, vector, [address, align, mask, args[3]])
 
     return rest(p, types.intp, types.intp, rest), codegen
 
@@ -181,7 +183,7 @@ def store_first(typingctx, p, i, count, v):  # type: ignore[no-untyped-def]
         vector = v.vector
         address, mask = _vector_at(builder, vector, *args[:2]), _first(builder, vector, args[2])
         align = ir.Constant(ir.IntType(32), p.dtype.bitwidth // 8)
-        _masked(builder, "store", vector, ir.VoidType(), [args[3], address, align, mask])
+        _llvm(builder, "masked.store", vector, ir.VoidType(), [args[3], address, align, mask])
         return context.get_dummy_value()
 
     return types.void(p, types.intp, types.intp, v), codegen
@@ -212,6 +214,16 @@ def _binary(operation: str) -> Any:
 add = _binary("fadd")
 sub = _binary("fsub")
 mul = _binary("fmul")
+
+
+@intrinsic
+def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """Compute a * b + c, rounded once: the same bits on every CPU, as no compiler chooses."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _llvm(builder, "fma", a.vector, a.vector, list(args))
+
+    return a(a, b, c), codegen
 
 
 @intrinsic
