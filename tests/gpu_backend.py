@@ -95,7 +95,7 @@ class GpuMachine:
 
     def run(self, stage: Stage, args: Sequence[Any], memories: Sequence[Any], seed: Any) -> Any:
         kernel = _raw_kernel(stage.name, source_of(stage))
-        if stage.family == "shared":
+        if stage.family.startswith("shared"):
             kernel.max_dynamic_shared_size_bytes = self.device.shared_bytes
         kernel(stage.grid, stage.block, tuple(args), shared_mem=stage.shared_bytes)
 

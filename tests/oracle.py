@@ -11,6 +11,13 @@ import numpy as np
 
 # What each path may compute its statistics in, by x's dtype.
 _COMPUTE_EPS = {"float64": 2.0**-52}
+# Below it a result may be off by its last bit (float16), or count as zero (float32 on a GPU).
+_LEAST = {
+    "float16": 2.0**-24,
+    "bfloat16": 2.0**-126,
+    "float32": 2.0**-126,
+    "float64": 2.0**-1022,
+}
 _EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
 
@@ -36,6 +43,35 @@ def layer_norm(x, axes, weight, bias, eps):
 
 def layer_norm_backward(dy, x, axes, weight, eps):
     """dx, dweight and dbias in float64; the latter two have the shape of the normalized axes."""
+    slope, g, x_hat, rstd, axes, batch = _backward_terms(dy, x, axes, weight, eps)
+    with np.errstate(all="ignore"):
+        c1 = g.mean(axis=axes, keepdims=True)
+        c2 = (g * x_hat).mean(axis=axes, keepdims=True)
+        sums = ((slope * x_hat).sum(axis=batch), slope.sum(axis=batch))
+        return tuple(a.astype(np.float64) for a in (rstd * (g - c1 - x_hat * c2), *sums))
+
+
+def gradient_scales(dy, x, axes, weight, eps):
+    """The size of what is added up and cancels on the way to each gradient, in float64.
+
+    An error of x_hat is one of max(1, |x_hat|), because the mean is among its terms. For dx the
+    size is that of rstd * (|g| + mean |g| + |x_hat| * mean |g * x_hat|). For dweight and dbias it
+    is the root of the sum of the squared terms, because errors of rows have any sign, and the
+    total, to which a sum of terms of one sign rises.
+    """
+    slope, g, x_hat, rstd, axes, batch = _backward_terms(dy, x, axes, weight, eps)
+    with np.errstate(all="ignore"):
+        size, g = np.maximum(np.abs(x_hat), 1), np.abs(g)
+        c1 = g.mean(axis=axes, keepdims=True)
+        c2 = (g * size).mean(axis=axes, keepdims=True)
+        sums = (
+            np.sqrt(((slope * factor) ** 2).sum(axis=batch)) + np.abs((slope * by).sum(axis=batch))
+            for factor, by in ((size, x_hat), (1, 1))
+        )
+        return tuple(a.astype(np.float64) for a in (rstd * (g + c1 + size * c2), *sums))
+
+
+def _backward_terms(dy, x, axes, weight, eps):
     axes = tuple(sorted(a % np.ndim(x) for a in axes))
     with np.errstate(all="ignore"):
         wide = np.asarray(x).astype(np.float64).astype(np.longdouble)
@@ -47,11 +83,8 @@ def layer_norm_backward(dy, x, axes, weight, eps):
         if weight is not None:
             shape = [n if a in axes else 1 for a, n in enumerate(wide.shape)]
             g = slope * np.asarray(weight).astype(np.float64).reshape(shape)
-        c1 = g.mean(axis=axes, keepdims=True)
-        c2 = (g * x_hat).mean(axis=axes, keepdims=True)
-        batch = tuple(a for a in range(wide.ndim) if a not in axes)
-        sums = ((slope * x_hat).sum(axis=batch), slope.sum(axis=batch))
-        return tuple(a.astype(np.float64) for a in (rstd * (g - c1 - x_hat * c2), *sums))
+    batch = tuple(a for a in range(wide.ndim) if a not in axes)
+    return slope, g, x_hat, rstd, axes, batch
 
 
 def tolerance(dtype, N):
@@ -63,3 +96,50 @@ def tolerance(dtype, N):
     """
     name = str(np.dtype(dtype))
     return _EPS[name] + _COMPUTE_EPS.get(name, 2.0**-23) * (4 + math.log2(max(N, 1)))
+
+
+def gradient_tolerance(dtype, terms):
+    """The one bound on a gradient, in units of its scale, besides the rounding of the result.
+
+    As `tolerance`, of the dtype that x's statistics have: one epsilon for each of four operations
+    on an element, and one for each level of a tree that sums the terms, N of them or the rows.
+    """
+    return _COMPUTE_EPS.get(str(np.dtype(dtype)), 2.0**-23) * (4 + math.log2(max(terms, 1)))
+
+
+def gradient_excess(got, dy, x, axes, weight=None, eps=1e-5):
+    """Largest error of dx, dweight and dbias over the bound: at most 1; 0 for one that is None.
+
+    The bound is one epsilon of the result's dtype relative to it, and `gradient_tolerance` of its
+    scale. NaN and Inf must stand where the definition has a value that is not finite.
+    """
+    N = math.prod(np.shape(x)[a] for a in axes)
+    rows = np.size(x) // N
+    want = layer_norm_backward(dy, x, axes, weight, eps)
+    scales = gradient_scales(dy, x, axes, weight, eps)
+    excess = []
+    for a, exact, scale, terms in zip(got, want, scales, (N, rows, rows), strict=True):
+        if a is None:
+            excess.append(0.0)
+            continue
+        assert np.shape(a) == exact.shape, (np.shape(a), exact.shape)
+        name = str(a.dtype)
+        bound = _EPS[name] * np.abs(exact) + gradient_tolerance(x.dtype, terms) * scale
+        bound = bound + _LEAST[name]
+        values, known = np.asarray(a).astype(np.float64), np.isfinite(exact)
+        if (np.isfinite(values) != known).any():
+            excess.append(math.inf)
+            continue
+        with np.errstate(all="ignore"):
+            ratio = np.where(known, np.abs(values - exact) / bound, 0.0)
+        excess.append(float(ratio.max(initial=0.0)))
+    return excess
+
+
+def assert_gradients(got, dy, x, axes, weight=None, eps=1e-5):
+    """Compare dx, dweight and dbias (None: not computed) with the definition."""
+    excess = gradient_excess(got, dy, x, axes, weight, eps)
+    said = ", ".join(
+        f"{n} {e:.3g}" for n, e in zip(("dx", "dweight", "dbias"), excess, strict=True)
+    )
+    assert max(excess) <= 1, f"errors over their bounds: {said}"

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import numpy as np
+import pytest
 
 from cupynorm._plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._problem import ITEMSIZE, stats_dtype
@@ -64,3 +65,17 @@ def check(result, x, weight=None, bias=None, eps=1e-5):
     for got, want, dtype, scale in pairs:
         bound = oracle.tolerance(dtype, N)
         np.testing.assert_allclose(got.astype(np.float64), want, rtol=bound, atol=bound * scale)
+
+
+def far_rows(machine, name, nbytes):
+    """Two pieces of memory at least 2**31 float16 apart."""
+    first = machine.memory(nbytes, f"{name} 0", itemsize=2)
+    taken = [machine.hole(5 * 2**30)]
+    second = machine.memory(nbytes, f"{name} 1", itemsize=2)
+    while abs(second.ptr - first.ptr) < 2**32:  # in some older gap: fill it
+        if len(taken) > 3000:
+            pytest.skip("the allocator gave no addresses far apart")
+        taken.append(machine.hole(2**26 >> min(len(taken) // 100, 12)))
+        taken.append(second)
+        second = machine.memory(nbytes, f"{name} 1", itemsize=2)
+    return first, second

@@ -9,7 +9,7 @@ from cupynorm._problem import Problem
 from tests import oracle
 from tests.conftest import np_dtype
 from tests.gpu_backend import ON_EACH_MACHINE
-from tests.row_cases import FAMILIES, affine, check, device_for, length, run, values
+from tests.row_cases import FAMILIES, affine, check, device_for, far_rows, length, run, values
 from tests.row_kernels import At, Rows, run_plan
 
 pytestmark = ON_EACH_MACHINE
@@ -155,17 +155,3 @@ def test_rows_more_than_2_to_31_elements_apart(machine, family, outer):
     run_plan(machine, plan, problem, pointers, memories)
     got = [machine.get(memory).view(np.float16) for memory in far[1]]
     np.testing.assert_array_equal(got, expected.y)
-
-
-def far_rows(machine, name, nbytes):
-    """Two pieces of memory at least 2**31 float16 apart."""
-    first = machine.memory(nbytes, f"{name} 0", itemsize=2)
-    taken = [machine.hole(5 * 2**30)]
-    second = machine.memory(nbytes, f"{name} 1", itemsize=2)
-    while abs(second.ptr - first.ptr) < 2**32:  # in some older gap: fill it
-        if len(taken) > 3000:
-            pytest.skip("the allocator gave no addresses far apart")
-        taken.append(machine.hole(2**26 >> min(len(taken) // 100, 12)))
-        taken.append(second)
-        second = machine.memory(nbytes, f"{name} 1", itemsize=2)
-    return first, second
