@@ -8,11 +8,12 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from cupynorm import _cpu_numba
+from cupynorm._cpu_bwd_rows import block_count, merge_sums, share_rows, sums_pitch
 from cupynorm._cpu_lanes import claim
 from cupynorm._cpu_loops import CHUNK, GROUP, compiled
 from cupynorm._cpu_rows import long_rows, short_rows
 
-__all__ = ["rows_fwd"]
+__all__ = ["backward", "forward", "merge", "sums_size"]
 
 # What the memory of x holds and what loops compute in; the 16-bit kinds share their code.
 _TYPES = {
@@ -21,8 +22,7 @@ _TYPES = {
     "float32": (np.float32, np.float32),
     "float64": (np.float64, np.float64),
 }
-_I, _F = types.int64, types.float64
-_ready: dict[Any, Callable[..., None]] = {}
+_ready: dict[Any, Any] = {}
 
 
 @intrinsic
@@ -41,19 +41,19 @@ def _seen(address, size, dtype):  # type: ignore[no-untyped-def]
     return carray(_at(address, dtype), (size if address else 0,))
 
 
-def _rows_fwd(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..., None]:
-    """Define the forward for one pair of types; ``sources`` as in ``_cpu_numba``."""
+# The functions that are called close over ``sources``, as those of _cpu_numba do and for the same
+# reason: numba's cache looks at the time stamp of this file alone.
 
+
+def _define_forward(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..., None]:
     @jit
-    def rows(x, y, M, N, w, b, eps, low, high, mean, rstd, bfloat16, counter, count):  # type: ignore[no-untyped-def]
-        # As _cpu_numba's entry does: with a count, this thread does the blocks that it claims.
-        x_row, y_row = _seen(x, M * N, stored), _seen(y, M * N, stored)
-        w_row, b_row = _seen(w, N, computed), _seen(b, N, computed)
-        means, rstds = _seen(mean, M, computed), _seen(rstd, M, computed)
-        tickets = _seen(counter, 1, np.int64)
-        half = bfloat16 != 0
+    def forward(x, y, M, N, w, b, eps, low, high, mean, rstd, bfloat16, counter, count):  # type: ignore[no-untyped-def]
+        p, q = _seen(x, M * N, stored), _seen(y, M * N, stored)
+        wp, bp = _seen(w, N, computed), _seen(b, N, computed)
+        m, r = _seen(mean, M, computed), _seen(rstd, M, computed)
+        tickets, half = _seen(counter, 1, np.int64), bfloat16 != 0
         group = max(1, min(M, GROUP // N))
-        scratch = np.empty(min(CHUNK, group * N) * (sources != 0), np.float32)
+        room = np.empty(min(CHUNK, group * N) * (sources != 0), np.float32)
         stats = np.empty((3, group))
         parts = np.empty(((N + CHUNK - 1) // CHUNK, 3))
         block, blocks = 0, 1
@@ -62,58 +62,74 @@ def _rows_fwd(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..
         while block < blocks:
             lo, hi = M * block // blocks, M * (block + 1) // blocks
             if N <= CHUNK:
-                short_rows(
-                    x_row,
-                    N,
-                    y_row,
-                    N,
-                    lo,
-                    hi,
-                    N,
-                    w_row,
-                    b_row,
-                    eps,
-                    low,
-                    high,
-                    means,
-                    rstds,
-                    half,
-                    scratch,
-                    stats,
-                )
+                short_rows(p, N, q, N, lo, hi, N, wp, bp, eps, low, high, m, r, half, room, stats)
             else:
-                long_rows(
-                    x_row,
-                    N,
-                    y_row,
-                    N,
-                    lo,
-                    hi,
-                    N,
-                    w_row,
-                    b_row,
-                    eps,
-                    low,
-                    high,
-                    means,
-                    rstds,
-                    half,
-                    scratch,
-                    parts,
-                )
+                long_rows(p, N, q, N, lo, hi, N, wp, bp, eps, low, high, m, r, half, room, parts)
             block = claim(tickets) if count > 0 else 1
 
-    return rows  # type: ignore[no-any-return]
+    return forward  # type: ignore[no-any-return]
 
 
-_FWD = types.void(_I, _I, _I, _I, _I, _I, _F, _F, _F, _I, _I, _I, _I, _I)
+@compiled()
+def _size(M, N):  # type: ignore[no-untyped-def]
+    return 2 * block_count(M) * sums_pitch(N)
 
 
-def _built(define: Callable[..., Callable[..., None]], signature: Any, kind: str) -> Any:
-    """Compile for a kind, or load what an earlier process kept."""
+@compiled()
+def _merge(sums, M, N, dweight, dbias):  # type: ignore[no-untyped-def]
+    if sums.size:
+        totals = np.empty(2 * N)
+        merge_sums(sums, block_count(M), N, totals)
+        for i in range(dweight.size):
+            dweight[i] = totals[i]
+        for i in range(dbias.size):
+            dbias[i] = totals[N + i]
+
+
+def _define_backward(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..., None]:
+    @jit
+    def backward(dy, x, dx, M, N, mean, rstd, w, dweight, dbias, bfloat16, sums, counter):  # type: ignore[no-untyped-def]
+        p, q = _seen(dy, M * N, stored), _seen(x, M * N, stored)
+        t, wp = _seen(dx, M * N, stored), _seen(w, N, computed)
+        m, r = _seen(mean, M, computed), _seen(rstd, M, computed)
+        dw, db, half = _seen(dweight, N, computed), _seen(dbias, N, computed), bfloat16 != 0
+        size = _size(M, N) * (sources != 0)
+        if counter:
+            tickets, part = _seen(counter, 1, np.int64), _seen(sums, size, computed)
+            share_rows(p, N, q, N, t, N, M, N, wp, m, r, part, half, tickets)
+        else:
+            own = np.empty(size if dweight or dbias else 0, computed)
+            share_rows(p, N, q, N, t, N, M, N, wp, m, r, own, half, np.zeros(1, np.int64))
+            _merge(own, M, N, dw, db)
+
+    return backward  # type: ignore[no-any-return]
+
+
+def _define_merge(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..., None]:
+    @jit
+    def merge(sums, M, N, dweight, dbias):  # type: ignore[no-untyped-def]
+        size = _size(M, N) * (sources != 0)
+        dw, db = _seen(dweight, N, computed), _seen(dbias, N, computed)
+        _merge(_seen(sums, size, computed), M, N, dw, db)
+
+    return merge  # type: ignore[no-any-return]
+
+
+def _define_size(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..., int]:
+    @jit
+    def size(M, N):  # type: ignore[no-untyped-def]
+        return _size(M, N) * (sources != 0)
+
+    return size  # type: ignore[no-any-return]
+
+
+def _built(define: Callable[..., Any], letters: str, kind: str = "float32") -> Any:
+    """Compile for a kind, or load what an earlier process kept; i is an int64, f a float64."""
     stored, computed = _TYPES[kind]
     key = define, stored
     if key not in _ready:
+        result = types.int64 if define is _define_size else types.void
+        signature = result(*({"i": types.int64, "f": types.float64}[c] for c in letters))
         try:
             jit = compiled(signature_or_function=signature, cache=True)
             _ready[key] = define(_cpu_numba._sources(), jit, stored, computed)
@@ -123,11 +139,31 @@ def _built(define: Callable[..., Callable[..., None]], signature: Any, kind: str
     return _ready[key]
 
 
-def rows_fwd(kind: str) -> Callable[..., None]:
-    """Forward over contiguous rows, all arguments numbers; its first call per kind compiles.
+def forward(kind: str) -> Callable[..., None]:
+    """Forward over contiguous rows, all arguments numbers; the first call per kind compiles.
 
-    ``rows(x, y, M, N, w, b, eps, low, high, mean, rstd, bfloat16, counter, count)``: addresses
+    ``forward(x, y, M, N, w, b, eps, low, high, mean, rstd, bfloat16, counter, count)``: addresses
     of what is absent are 0; ``count`` 0 does all rows, else those blocks of ``count`` that the
     calls with one ``counter`` claim among them.
     """
-    return _built(_rows_fwd, _FWD, kind)  # type: ignore[no-any-return]
+    return _built(_define_forward, "iiiiiifffiiiii", kind)  # type: ignore[no-any-return]
+
+
+def backward(kind: str) -> Callable[..., None]:
+    """Backward over contiguous rows of at most ``_cpu_bwd_rows.LONGEST`` elements.
+
+    ``backward(dy, x, dx, M, N, mean, rstd, w, dweight, dbias, bfloat16, sums, counter)``: with
+    ``counter`` 0 it does all; else those blocks of rows that the calls with one counter claim among
+    them, whose column sums stay in ``sums``, if that is not 0, for merge().
+    """
+    return _built(_define_backward, "iiiiiiiiiiiii", kind)  # type: ignore[no-any-return]
+
+
+def merge(kind: str) -> Callable[..., None]:
+    """``merge(sums, M, N, dweight, dbias)`` after backward() with a counter."""
+    return _built(_define_merge, "iiiii", kind)  # type: ignore[no-any-return]
+
+
+def sums_size(M: int, N: int) -> int:
+    """Elements of the column sums that backward() with a counter leaves."""
+    return _built(_define_size, "ii")(M, N)  # type: ignore[no-any-return]

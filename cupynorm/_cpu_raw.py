@@ -2,14 +2,17 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupynorm import _cpu, _cpu_blocks, _threads
 from cupynorm._cpu_blocks import safe_range
+from cupynorm._cpu_half import round_into
 
-__all__ = ["available", "layer_norm_fwd"]
+__all__ = ["available", "layer_norm_bwd", "layer_norm_fwd"]
+
+Array = np.ndarray[Any, Any]
 
 _STORED = {
     "float16": np.uint16,
@@ -17,8 +20,20 @@ _STORED = {
     "float32": np.float32,
     "float64": np.float64,
 }
-_GONE = 1 << 62  # more than any count of blocks
-_fwd: dict[str, tuple[Callable[..., None], str, int, Any]] = {}
+_GONE = 1 << 40  # more than any count of blocks; times the rows of one it is no overflow
+
+
+class _Loops(NamedTuple):
+    """Compiled code for one kind of x."""
+
+    call: Callable[..., None]
+    bfloat16: int
+    char: str  # of the dtype that they compute in
+    engine: Any  # the same loops on arrays, and their limits
+
+
+_fwd: dict[str, _Loops] = {}
+_bwd: dict[str, _Loops] = {}
 
 
 def available() -> bool:
@@ -26,12 +41,15 @@ def available() -> bool:
     return _cpu._engine() is not _cpu_blocks
 
 
-def _prepare(kind: str) -> tuple[Callable[..., None], str, int, Any]:
-    from cupynorm import _cpu_entries, _cpu_numba
+def _prepare(table: dict[str, _Loops], kind: str) -> _Loops:
+    from cupynorm import _cpu_bwd_numba, _cpu_entries, _cpu_numba
 
+    forward = table is _fwd
+    call = _cpu_entries.forward(kind) if forward else _cpu_entries.backward(kind)
     char = "d" if kind == "float64" else "f"
-    _fwd[kind] = found = _cpu_entries.rows_fwd(kind), char, int(kind == "bfloat16"), _cpu_numba
-    return found
+    engine = _cpu_numba if forward else _cpu_bwd_numba
+    table[kind] = _Loops(call, int(kind == "bfloat16"), char, engine)
+    return table[kind]
 
 
 def layer_norm_fwd(
@@ -52,33 +70,97 @@ def layer_norm_fwd(
     0 where absent. Nothing is empty, every address is aligned to its elements. The bits are those
     of ``_cpu.layer_norm_fwd``.
     """
-    entry, char, bfloat16, engine = _fwd.get(kind) or _prepare(kind)
+    call, bfloat16, char, engine = _fwd.get(kind) or _prepare(_fwd, kind)
     low, high = safe_range(char, eps)
-    if M * N < engine.ALONE:
-        entry(x, y, M, N, weight, bias, eps, low, high, mean, rstd, bfloat16, 0, 0)
+    args = x, y, M, N, weight, bias, eps, low, high, mean, rstd, bfloat16
+    if engine.ALONE > M * N:
+        call(*args, 0, 0)
         return
     threads = _threads.num_threads()
-    if 4 * threads <= M or threads == 1 or engine.LONG * engine.CHUNK > N:
-        args = x, y, M, N, weight, bias, eps, low, high, mean, rstd, bfloat16
-        _claimed(entry, args, min(M, -(-M * N // engine.BLOCK)), threads)
-        return
-    x_rows, y_rows = (_view(a, (M, N), _STORED[kind]) for a in (x, y))
-    w, b = (_view(a, (N,), char) if a else None for a in (weight, bias))
-    means, rstds = (_view(a, (M,), char) if a else None for a in (mean, rstd))
-    _cpu._by_chunks(engine, kind, x_rows, y_rows, w, b, eps, means, rstds, threads)
-
-
-def _claimed(entry: Callable[..., None], args: tuple[Any, ...], count: int, threads: int) -> None:
-    """Run the entry on each thread; together the calls do ``count`` blocks."""
     if threads == 1:
-        entry(*args, 0, 0)
-        return
-    counter, busy = np.zeros(1, np.int64), []
+        call(*args, 0, 0)
+    elif 4 * threads <= M or engine.LONG * engine.CHUNK > N:
+        blocks = min(M, -(-M * N // engine.BLOCK))
+        _claimed(lambda counter: call(*args, counter, blocks), threads)
+    else:
+        x_rows, y_rows = (_view(a, (M, N), _STORED[kind]) for a in (x, y))
+        w, b = (_view(a, (N,), char) if a else None for a in (weight, bias))
+        means, rstds = (_view(a, (M,), char) if a else None for a in (mean, rstd))
+        _cpu._by_chunks(engine, kind, x_rows, y_rows, w, b, eps, means, rstds, threads)
+
+
+def layer_norm_bwd(
+    kind: str,
+    dy: int,  # (M, N), contiguous
+    x: int,  # (M, N), contiguous
+    dx: int,  # (M, N), contiguous; may be dy
+    M: int,
+    N: int,
+    mean: int,  # (M,)
+    rstd: int,  # (M,)
+    weight: int,  # (N,)
+    dweight: int,  # (N,)
+    dbias: int,  # (N,)
+) -> None:
+    """Write the gradients whose addresses are not 0; the bits are ``_cpu.layer_norm_bwd``'s.
+
+    dy, x and dx are of dtype ``kind``, the others float32 (float64 for float64 x); ``weight`` may
+    be 0. Nothing is empty, every address is aligned to its elements.
+    """
+    call, bfloat16, char, engine = _bwd.get(kind) or _prepare(_bwd, kind)
+    threads = 1 if engine.ALONE > M * N else _threads.num_threads()
+    args = dy, x, dx, M, N, mean, rstd, weight, dweight, dbias
+    if engine.LONGEST < N:
+        _bwd_of_long_rows(engine, kind, char, *args, threads)
+    elif threads == 1:
+        call(*args, bfloat16, 0, 0)
+    else:
+        from cupynorm import _cpu_entries
+
+        size = _cpu_entries.sums_size(M, N) if dweight or dbias else 0
+        sums = np.empty(size, char)
+        at = sums.ctypes.data if size else 0
+        _claimed(lambda counter: call(*args, bfloat16, at, counter), threads)
+        if at:
+            _cpu_entries.merge(kind)(at, M, N, dweight, dbias)
+
+
+def _bwd_of_long_rows(
+    engine: Any,
+    kind: str,
+    char: str,
+    dy: int,
+    x: int,
+    dx: int,
+    M: int,
+    N: int,
+    mean: int,
+    rstd: int,
+    weight: int,
+    dweight: int,
+    dbias: int,
+    threads: int,
+) -> None:
+    dy_rows, x_rows = (_view(a, (M, N), _STORED[kind]) for a in (dy, x))
+    dx_rows = _view(dx, (M, N), _STORED[kind]) if dx else None
+    w = _view(weight, (N,), char) if weight else None
+    means, rstds = (_view(a, (M,), char) for a in (mean, rstd))
+    summed = bool(dweight or dbias)
+    sums = engine.rows(kind, dy_rows, x_rows, dx_rows, w, means, rstds, summed, threads)
+    for i, address in enumerate((dweight, dbias)):
+        if address:
+            round_into(sums[i], _view(address, (N,), char))
+
+
+def _claimed(work: Callable[[int], None], threads: int) -> None:
+    """Work on our threads; each claims blocks from the counter whose address it is given."""
+    counter = np.zeros(1, np.int64)
+    busy: list[int] = []
 
     def task(ticket: int) -> None:
         busy.append(ticket)
         try:
-            entry(*args, counter.ctypes.data, count)
+            work(counter.ctypes.data)
         finally:
             busy.pop()
 
@@ -97,14 +179,13 @@ class _Memory:
     """Elements at an address, for NumPy to look at."""
 
     def __init__(self, address: int, shape: tuple[int, ...], dtype: Any) -> None:
-        typestr = np.dtype(dtype).str
         self.__array_interface__ = {
             "shape": shape,
-            "typestr": typestr,
+            "typestr": np.dtype(dtype).str,
             "data": (address, False),
             "version": 3,
         }
 
 
-def _view(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+def _view(address: int, shape: tuple[int, ...], dtype: Any) -> Array:
     return np.asarray(_Memory(address, shape, dtype))

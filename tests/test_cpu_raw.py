@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupynorm import _cpu, _cpu_raw, _threads
+from cupynorm import _cpu, _cpu_entries, _cpu_raw, _threads
 from tests import oracle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,6 +146,93 @@ def test_every_number_of_threads_gives_the_same_bits(kind, shape, monkeypatch):
     assert same_bits(absent, numpy_forward(kind, x, None, None, 1e-5)[0])
 
 
+# --- backward -----------------------------------------------------------------------------------
+
+
+def backward(kind, dy, x, mean, rstd, weight, wanted=(True, True, True), over_dy=False):
+    """dx, dweight and dbias through addresses, None where not wanted; nothing beside is written."""
+    M, N = x.shape
+    arrays = [guarded(x.shape, x.dtype), *(guarded((N,), compute(kind)) for _ in range(2))]
+    if over_dy:
+        arrays[0][0][...] = dy
+        dy = arrays[0][0]
+    out = [array if want else None for (array, _), want in zip(arrays, wanted, strict=True)]
+    inputs = (address(mean), address(rstd), address(weight))
+    _cpu_raw.layer_norm_bwd(
+        kind, address(dy), address(x), address(out[0]), M, N, *inputs, *map(address, out[1:])
+    )
+    for _, untouched in arrays:
+        untouched()
+    return out
+
+
+def numpy_backward(kind, dy, x, mean, rstd, weight):
+    N = x.shape[1]
+    dx, dweight, dbias = np.empty_like(x), np.empty(N, compute(kind)), np.empty(N, compute(kind))
+    stats = mean[:, None], rstd[:, None]
+    _cpu.layer_norm_bwd(dy, x, (1,), *stats, weight, dx, dweight, dbias)
+    return dx, dweight, dbias
+
+
+def backward_case(kind, shape, seed=0):
+    x, dy = (values(shape, KINDS[kind], seed + i) for i in range(2))
+    weight = values(shape[1:], compute(kind), seed + 2)
+    _, mean, rstd = numpy_forward(kind, x, None, None, 1e-5)
+    return dy, x, mean, rstd, weight
+
+
+def assert_same_gradients(got, want):
+    for name, a, b in zip(("dx", "dweight", "dbias"), got, want, strict=True):
+        assert a is None or same_bits(a, b), name
+
+
+WANTED = [(True, True, True), (True, False, False), (False, True, True), (True, False, True)]
+WANTED += [(True, True, False), (False, True, False), (False, False, True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_have_the_bits_of_the_numpy_path(kind):
+    for N in [*WIDTHS, 32768, 32769]:
+        case = backward_case(kind, (6, N), N)
+        want = numpy_backward(kind, *case)
+        for wanted in WANTED if N < 5000 else WANTED[:3]:
+            got = backward(kind, *case, wanted)
+            assert [a is not None for a in got] == list(wanted)
+            assert_same_gradients(got, want)
+        assert_same_gradients(backward(kind, *case, over_dy=True), want)
+        plain = *case[:4], None
+        assert_same_gradients(backward(kind, *plain), numpy_backward(kind, *plain))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_against_float64(kind):
+    dy, x, mean, rstd, weight = backward_case(kind, (50, 300), 3)
+    got = backward(kind, dy, x, mean, rstd, weight)
+    want = oracle.layer_norm_backward(dy, x, (1,), weight, 1e-5)
+    for name, a, b in zip(("dx", "dweight", "dbias"), got, want, strict=True):
+        size = 1.0 if name == "dx" else 50.0
+        bound = 4 * oracle.tolerance(KINDS[kind] if name == "dx" else compute(kind), 300)
+        a = a.astype(np.float64)
+        np.testing.assert_allclose(a, b, rtol=bound, atol=bound * size, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(3000, 256), (40, 20000), (1, 1 << 19), (3, 200001)], ids=str)
+def test_every_number_of_threads_gives_the_same_gradients(kind, shape, monkeypatch):
+    case = backward_case(kind, shape, 5)
+    monkeypatch.setenv("CUPYNORM_NUM_THREADS", "1")
+    want = numpy_backward(kind, *case)
+    for threads in ("1", "2", "5"):
+        monkeypatch.setenv("CUPYNORM_NUM_THREADS", threads)
+        assert_same_gradients(backward(kind, *case), want)
+        assert_same_gradients(backward(kind, *case, WANTED[1]), want)
+        assert_same_gradients(backward(kind, *case, WANTED[2]), want)
+    assert_same_gradients(backward(kind, *case, over_dy=True), want)
+
+
+# --- threads ------------------------------------------------------------------------------------
+
+
 def test_many_threads_call_at_once():
     x = values((500, 64), np.float32, 6)
     want = numpy_forward("float32", x, None, None, 1e-5)
@@ -171,7 +258,7 @@ def test_an_interrupted_call_leaves_no_helper_at_work(monkeypatch):
     left = threading.Event()
     begun = threading.Event()
 
-    def entry(*args):
+    def work(counter):
         begun.set()
         time.sleep(0.05)
         left.set()
@@ -183,8 +270,21 @@ def test_an_interrupted_call_leaves_no_helper_at_work(monkeypatch):
 
     monkeypatch.setattr(_threads, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        _cpu_raw._claimed(entry, (), 4, 2)
+        _cpu_raw._claimed(work, 2)
     assert left.is_set()
+
+
+def test_an_interrupted_call_has_no_block_left_to_claim():
+    """A helper that comes late finds the counter beyond every block, in either direction."""
+    x = values((300, 64), np.float32, 7)
+    y = np.zeros_like(x)
+    mean, rstd = np.zeros(300, np.float32), np.ones(300, np.float32)
+    counter = np.full(1, _cpu_raw._GONE)
+    args = address(x), address(y), 300, 64, 0, 0, 1e-5, -1.0, 1e30, 0, 0, 0
+    _cpu_entries.forward("float32")(*args, address(counter), 9)
+    args = address(x), address(x), address(y), 300, 64, address(mean), address(rstd), 0, 0, 0, 0
+    _cpu_entries.backward("float32")(*args, 0, address(counter))
+    assert not y.any()
 
 
 def test_available():
@@ -224,6 +324,8 @@ FIRST_CALLS = """
         _cpu_raw.layer_norm_fwd(kind, *pointers, 3, 4, 0, 0, 1e-5, 0, 0)
         assert abs(y[0, 0] + 1.3416) < 1e-3, y
         print(sum(_cpu_raw._fwd[kind][0].stats.cache_hits.values()))
+        _cpu_raw.layer_norm_bwd(kind, pointers[0], *pointers, 3, 4, *[y.ctypes.data] * 2, 0, 0, 0)
+        print(sum(_cpu_raw._bwd[kind][0].stats.cache_hits.values()))
 """
 
 
@@ -232,11 +334,12 @@ def test_kept_on_disk_until_an_inner_file_changes(tmp_path):
         ROOT / "cupynorm", tmp_path / "cupynorm", ignore=shutil.ignore_patterns("__pycache__")
     )
     folder = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    assert run_python(FIRST_CALLS, tmp_path, **folder).split() == ["0", "0"]
-    assert run_python(FIRST_CALLS, tmp_path, **folder).split() == ["1", "1"]
-    inner = tmp_path / "cupynorm" / "_cpu_rows.py"
-    inner.write_text(inner.read_text() + "\n")
-    assert run_python(FIRST_CALLS, tmp_path, **folder).split() == ["0", "0"]
+    assert run_python(FIRST_CALLS, tmp_path, **folder).split() == ["0"] * 4
+    assert run_python(FIRST_CALLS, tmp_path, **folder).split() == ["1"] * 4
+    for name in ("_cpu_rows.py", "_cpu_bwd_rows.py"):
+        inner = tmp_path / "cupynorm" / name
+        inner.write_text(inner.read_text() + "\n")
+        assert run_python(FIRST_CALLS, tmp_path, **folder).split() == ["0"] * 4
 
 
 def test_a_full_disk_keeps_no_call_from_its_result(tmp_path):
@@ -247,4 +350,4 @@ def test_a_full_disk_keeps_no_call_from_its_result(tmp_path):
         caching.IndexDataCacheFile.save = save
     """
     code = textwrap.dedent(full) + textwrap.dedent(FIRST_CALLS)
-    assert run_python(code, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["0", "0"]
+    assert run_python(code, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["0"] * 4
