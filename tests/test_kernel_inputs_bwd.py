@@ -7,6 +7,7 @@ from cupynorm import _plan_bwd
 from cupynorm._plan import CHUNK_VECS
 from cupynorm._plan_bwd import choose_plan_bwd
 from cupynorm._problem import GradientProblem
+from tests import oracle
 from tests.conftest import np_dtype
 from tests.gpu_backend import ON_EACH_MACHINE
 from tests.gradient_rows import (
