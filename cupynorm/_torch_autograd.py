@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 
 from cupynorm import _torch_formula, _torch_launch, _torch_ops
 
-__all__ = ["layer_norm", "layer_norm_with_stats"]
+__all__ = ["layer_norm", "layer_norm_with_stats", "unwatched"]
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
@@ -27,6 +27,19 @@ def _transformed() -> bool:
 def _watched() -> bool:
     """Whether anything but reverse-mode autograd must see an operator rather than an address."""
     return _transformed() or bool(_modes_active()) or _tracing() is not None
+
+
+def unwatched(x: Any, weight: Any, bias: Any) -> bool:
+    """Whether a call is mere arithmetic: no compiler, no autograd, no mode is to hear of it."""
+    if _is_compiling() or type(x) is not torch.Tensor:
+        return False
+    if type(weight) not in _PLAIN or type(bias) not in _PLAIN:
+        return False
+    if torch.is_grad_enabled() and _requires_grad(x, weight, bias):
+        return False
+    if _transforms_active() or forward_ad._current_level >= 0 or _modes_active():
+        return False
+    return _tracing() is None
 
 
 def layer_norm(

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 
 from cupynorm import _cpu, _cpu_raw, _reference
+from cupynorm._pages import prefer_huge
 
-__all__ = ["layer_norm_bwd", "layer_norm_fwd"]
+__all__ = ["at_once", "layer_norm_bwd", "layer_norm_fwd"]
 
+_LARGE = 2**18  # elements; fewer are below the size that prefer_huge looks at
 _KINDS = {
     torch.float32: ("float32", torch.float32),
     torch.bfloat16: ("bfloat16", torch.float32),
@@ -24,6 +26,50 @@ def _as_row(value: Any, compute: Any) -> Any:
     if value.dtype is compute and value.is_contiguous():
         return value
     return value.detach().to(compute).contiguous()
+
+
+def at_once(x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> Any:
+    """y of a call that has nothing special about it; None for every other call, faulty or not.
+
+    A small call costs as much as the Python around it: this is every check that a tensor on the
+    CPU needs in one place, each in its cheapest form. The caller knows that neither autograd nor
+    anything else watches.
+    """
+    found = _KINDS.get(x.dtype)
+    shape = x.shape
+    if (
+        found is None
+        or type(normalized_shape) is not tuple
+        or len(normalized_shape) != 1
+        or type(eps) is not float
+        or eps - eps != 0.0
+        or not shape
+        or not x.is_contiguous()
+    ):
+        return None
+    kind, compute = found
+    N, count = shape[-1], x.numel()
+    # A negated view (z.conj().imag) has a stride of 2, so nothing contiguous is one but for N == 1.
+    if normalized_shape[0] != N or N < 2 or count == 0 or not _cpu_raw.available():
+        return None
+    w = b = 0
+    if weight is not None:
+        if not (weight.dtype is compute and weight.is_cpu and weight.is_contiguous()):
+            return None
+        if weight.shape != normalized_shape:
+            return None
+        w = weight.data_ptr()
+    if bias is not None:
+        if not (bias.dtype is compute and bias.is_cpu and bias.is_contiguous()):
+            return None
+        if bias.shape != normalized_shape:
+            return None
+        b = bias.data_ptr()
+    y = torch.empty_like(x)
+    if count > _LARGE:
+        prefer_huge(y.data_ptr(), y.nbytes)
+    _cpu_raw.layer_norm_fwd(kind, x.data_ptr(), y.data_ptr(), count // N, N, w, b, eps, 0, 0)
+    return y
 
 
 def layer_norm_fwd(
@@ -55,6 +101,7 @@ def layer_norm_fwd(
     if bias is not None:
         bias = _as_row(bias, compute)
         b = bias.data_ptr()
+    prefer_huge(y.data_ptr(), y.nbytes)
     m = 0 if mean is None else mean.data_ptr()
     r = 0 if rstd is None else rstd.data_ptr()
     _cpu_raw.layer_norm_fwd(kind, x.data_ptr(), y.data_ptr(), x.numel() // N, N, w, b, eps, m, r)
@@ -77,6 +124,8 @@ def layer_norm_bwd(
         return
     kind, compute = _KINDS[x.dtype]
     N = math.prod(x.shape[axes[0] :])
+    if dx is not None:
+        prefer_huge(dx.data_ptr(), dx.nbytes)
     dy = dy.contiguous()  # that of y.sum() is one number seen from everywhere
     if weight is not None:
         weight = _as_row(weight, compute)

@@ -133,8 +133,5 @@ def layer_norm_bwd(
 def _prepared_bwd(
     index: int, axes: tuple[int, ...], dy: Any, x: Any, dx: Any, dtypes: tuple[str | None, ...]
 ) -> Any:
-    wanted = (dx is not None, dtypes[2] is not None, dtypes[3] is not None)
     dx_strides = None if dx is None else dx.stride()
-    return _cuda.prepared_bwd(
-        index, x.shape, axes, dy.stride(), x.stride(), dx_strides, dtypes, wanted
-    )
+    return _cuda.prepared_bwd(index, x.shape, axes, dy.stride(), x.stride(), dx_strides, dtypes)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils import parametrize
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from cupynorm import _problem, _torch_autograd
+from cupynorm import _problem, _torch_autograd, _torch_cpu
 from cupynorm._arrays import check_companion
 
 __all__ = ["LayerNorm", "convert", "layer_norm"]
@@ -83,6 +83,10 @@ def layer_norm(
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps
         )
+    if _torch_autograd.unwatched(input, weight, bias) and input.is_cpu:
+        y = _torch_cpu.at_once(input, normalized_shape, weight, bias, eps)
+        if y is not None:
+            return y
     if not isinstance(input, torch.Tensor):
         _refuse_no_tensor("input", input, "torch.as_tensor(input), or call cupynorm.layer_norm")
     if input.layout is not torch.strided or input.is_nested:
