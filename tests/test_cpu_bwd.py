@@ -1,0 +1,365 @@
+"""The NumPy path's backward: both engines, every layout, sums over many rows, threads."""
+
+import itertools
+import warnings
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cupynorm import _cpu, _cpu_half, _threads
+from tests import oracle
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = ["float16", BF16, "float32", "float64"]
+
+
+@pytest.fixture(params=["numba", "numpy"])
+def engine(request):
+    """Both ways that a NumPy array can be taken."""
+    if request.param == "numba":
+        assert _cpu.describe().startswith("numba"), _cpu.describe()
+        yield "numba"
+    else:
+        with _cpu.without_numba():
+            yield "numpy"
+
+
+def values(shape, dtype, seed=0, offset=0.0, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return (offset + scale * rng.standard_normal(shape)).astype(dtype)
+
+
+def stats_of(x, axes, eps=1e-5):
+    """Mean and rstd as the forward gives them."""
+    kept = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    dtype = np.float64 if x.dtype.char == "d" else np.float32
+    mean, rstd = np.empty(kept, dtype), np.empty(kept, dtype)
+    _cpu.layer_norm_fwd(x, axes, None, None, eps, np.empty_like(x), mean, rstd)
+    return mean, rstd
+
+
+def backward(dy, x, axes, weight=None, eps=1e-5, *, dx=None, dtype=None, stats=None):
+    """dx, dweight, dbias of the path itself; dweight and dbias in the statistics' dtype."""
+    mean, rstd = stats_of(x, axes, eps) if stats is None else stats
+    shape = tuple(x.shape[a] for a in axes)
+    dx = np.full(x.shape, 7, x.dtype) if dx is None else dx
+    dweight, dbias = (np.full(shape, 7, dtype or mean.dtype) for _ in range(2))
+    _cpu.layer_norm_bwd(dy, x, axes, mean, rstd, weight, dx, dweight, dbias)
+    return dx, dweight, dbias
+
+
+def bits(a):
+    a = np.ascontiguousarray(a.astype(a.dtype.newbyteorder("=")))
+    return a.view(f"u{a.dtype.itemsize}")
+
+
+def same_bits(a, b):
+    return np.array_equal(bits(a), bits(b))
+
+
+# By N: below one vector, its edges, pieces of 1024, the widths from which numba takes rows one by
+# one and in chunks, the edge of NumPy's chunk.
+WIDTHS = [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 65, 100, 768, 1024, 1025, 1040, 4097]
+WIDTHS += [8192, 8193, 32768, 32769, 36865, 262144, 262145]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_width(engine, dtype):
+    for N in WIDTHS:
+        M = 5 if N < 10000 else 2
+        x, dy = values((M, N), dtype, seed=N, offset=0.5), values((M, N), dtype, seed=N + 1)
+        weight = values((N,), dtype, seed=1)
+        oracle.assert_gradients(backward(dy, x, (1,), weight), dy, x, (1,), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_number_of_rows(engine, dtype):
+    """One, a tile and what is left of one, blocks and what is left of one."""
+    for M in (1, 2, 3, 4, 5, 7, 8, 31, 32, 33, 255, 257, 1025, 9000):
+        x, dy = values((M, 19), dtype, seed=M), values((M, 19), dtype, seed=M + 1, offset=0.3)
+        oracle.assert_gradients(backward(dy, x, (1,)), dy, x, (1,))
+
+
+LAYOUTS = {
+    "C": lambda x: x,
+    "F": np.asfortranarray,
+    "reversed": lambda x: x[::-1, ..., ::-1].copy()[::-1, ..., ::-1],
+    "sliced rows": lambda x: np.concatenate([x, x], axis=-1)[..., : x.shape[-1]],
+    "stepped": lambda x: np.repeat(x, 3, axis=-1)[..., ::3],
+    "every other row": lambda x: np.repeat(x, 2, axis=0)[::2],
+    "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
+    "swapped axes": lambda x: np.ascontiguousarray(x.swapaxes(0, -1)).swapaxes(0, -1),
+    "unaligned": lambda x: unaligned(x),
+}
+
+
+def unaligned(x):
+    view = np.ndarray(x.shape, x.dtype, np.empty(x.nbytes + 1, np.uint8)[1:])
+    view[...] = x
+    assert not view.flags.aligned
+    return view
+
+
+def read_only(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_layout(engine, dtype, layout):
+    """dx has the bits of the contiguous array's, in whichever array the odd layout is."""
+    if layout == "big-endian" and dtype is BF16:
+        pytest.skip("ml_dtypes has no big-endian bfloat16")
+    lay = LAYOUTS[layout]
+    for shape in [(70, 33), (4, 6, 40), (2, 9000)]:
+        x, dy = values(shape, dtype, offset=2.0), values(shape, dtype, seed=1)
+        dims = range(len(shape))
+        for axes in [c for k in (1, 2) for c in itertools.combinations(dims, k)]:
+            weight = values(tuple(shape[a] for a in axes), dtype, seed=2)
+            plain = backward(dy, x, axes, weight)
+            oracle.assert_gradients(plain, dy, x, axes, weight)
+            target = lay(np.full(shape, 7, dtype))
+            for args in ((lay(dy), x, None), (dy, lay(x), None), (lay(dy), lay(x), target)):
+                other = backward(*args[:2], axes, weight, dx=args[2], stats=stats_of(x, axes))
+                assert same_bits(other[0], plain[0]), (shape, axes)
+                oracle.assert_gradients((None, *other[1:]), dy, x, axes, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_broadcast_and_read_only_inputs(engine, dtype):
+    row, one = values((50,), dtype), np.ones((), dtype)
+    for shape, axes in [((40, 50), (1,)), ((40, 50), (0,)), ((2, 3, 50), (0, 2))]:
+        x = read_only(values(shape, dtype, seed=3))
+        for dy in (np.broadcast_to(row, shape), np.broadcast_to(one, shape)):
+            oracle.assert_gradients(backward(dy, x, axes), dy, x, axes)
+        x, dy = np.broadcast_to(row, shape), read_only(values(shape, dtype, seed=4))
+        oracle.assert_gradients(backward(dy, x, axes), dy, x, axes)
+        weight = read_only(values(tuple(shape[a] for a in axes), "float32"))
+        stats = tuple(read_only(a) for a in stats_of(x, axes))
+        oracle.assert_gradients(backward(dy, x, axes, weight, stats=stats), dy, x, axes, weight)
+
+
+def test_nothing_is_written_around_the_targets(engine):
+    for dtype, N in itertools.product(DTYPES, (1, 5, 16, 33, 1030, 33000)):
+        memory = np.full((6, N + 3), 7, dtype)
+        x, dy = values((6, N), dtype), values((6, N), dtype, seed=1)
+        sums = np.full((2, 2, N), 7, np.float32)
+        mean, rstd = stats_of(x, (1,))
+        _cpu.layer_norm_bwd(dy, x, (1,), mean, rstd, None, memory[:, 1:-2], sums[0, 0], sums[1, 0])
+        assert np.all(memory[:, 0] == 7) and np.all(memory[:, -2:] == 7)
+        assert np.all(sums[:, 1] == 7)
+        got = memory[:, 1:-2], sums[0, 0], sums[1, 0]
+        oracle.assert_gradients(got, dy, x, (1,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["C", "F", "reversed", "stepped", "unaligned"])
+def test_in_place_gives_the_same_bits(engine, dtype, layout):
+    for shape, axes in [((40, 77), (1,)), ((40, 77), (0,)), ((3, 33001), (1,)), ((3, 9001), (0,))]:
+        x, dy = values(shape, dtype), LAYOUTS[layout](values(shape, dtype, seed=1))
+        weight = values(tuple(shape[a] for a in axes), dtype)
+        want = backward(dy.copy(order="K"), x, axes, weight)
+        for same in (lambda a: a, lambda a: a[...]):
+            slope = LAYOUTS[layout](values(shape, dtype, seed=1))
+            got = backward(slope, x, axes, weight, dx=same(slope))
+            assert same_bits(slope, want[0])
+            assert same_bits(got[1], want[1]) and same_bits(got[2], want[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_of_any_dtype_and_layout(engine, dtype):
+    x, dy = values((9, 200), dtype), values((9, 200), dtype, seed=1)
+    for w_dtype in (*DTYPES, ">f4"):
+        weight = np.repeat(values((200,), w_dtype, seed=3), 2)[::-2]
+        oracle.assert_gradients(backward(dy, x, (1,), weight), dy, x, (1,), weight)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_statistics_of_any_layout(engine, dtype):
+    x, dy = values((4, 30, 9), dtype), values((4, 30, 9), dtype, seed=1)
+    for axes in [(2,), (1,)]:
+        stats = stats_of(x, axes)
+        want = backward(dy, x, axes, stats=stats)
+        for name in ("F", "every other row", "big-endian", "unaligned"):
+            other = tuple(LAYOUTS[name](a) for a in stats)
+            got = backward(dy, x, axes, stats=other, dtype=dtype)
+            assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_are_rounded_once_to_any_dtype(engine, dtype):
+    x, dy = values((300, 40), dtype), values((300, 40), dtype, seed=1)
+    for target in DTYPES:
+        got = backward(dy, x, (1,), dtype=target)
+        assert got[1].dtype == target
+        oracle.assert_gradients(got, dy, x, (1,))
+
+
+def test_rounding_of_float64_to_bfloat16_is_not_done_twice():
+    """Just above the middle of two neighbours, float32 alone would see the middle."""
+    low = np.array([1.0, -3.0, 1e-30, 1e38, 2.0**-133]).astype(BF16)
+    high = (bits(low) + np.uint16(1)).view(BF16)
+    middle = (low.astype(np.float64) + high.astype(np.float64)) / 2
+    got = np.empty(low.shape, BF16)
+    for push, want in ((2.0**-40, high), (-(2.0**-40), low)):
+        _cpu_half.round_into(middle * (1 + push), got)
+        assert same_bits(got, want)
+    special = np.array([np.inf, -np.inf, np.nan, 1e300, -0.0])
+    got = np.empty(5, BF16)
+    _cpu_half.round_into(special, got)
+    np.testing.assert_array_equal(got.astype(np.float64), [np.inf, -np.inf, np.nan, np.inf, 0.0])
+    assert np.signbit(got[-1].astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", [(50, 64), (3, 33000), (2, 262145)], ids=str)
+def test_gradients_nobody_asks_for(engine, shape):
+    for dtype in ("float16", "float32"):
+        x, dy = values(shape, dtype), values(shape, dtype, seed=1)
+        weight = values(shape[1:], "float32")
+        stats = stats_of(x, (1,))
+        full = backward(dy, x, (1,), weight, stats=stats)
+        for mask in itertools.product((True, False), repeat=3):
+            got = [
+                np.empty_like(a) if wanted else None for a, wanted in zip(full, mask, strict=True)
+            ]
+            _cpu.layer_norm_bwd(dy, x, (1,), *stats, weight, *got)
+            for a, b in zip(got, full, strict=True):
+                assert a is None or same_bits(a, b)
+        strided = np.empty(shape, dtype, order="F")
+        _cpu.layer_norm_bwd(np.asfortranarray(dy), x, (1,), *stats, weight, strided, None, None)
+        assert same_bits(strided, full[0])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_sums_over_200000_rows_are_not_worse_than_torchs(engine, offset):
+    """One float32 sum of so many terms would lose hundreds of units in the last place."""
+    torch = pytest.importorskip("torch")
+    x, dy = values((200000, 8), "float32", offset=3.0), values((200000, 8), "float32", 1, offset)
+    weight = values((8,), "float32", seed=2)
+    stats = stats_of(x, (1,))
+    got = backward(dy, x, (1,), weight, stats=stats)
+    want = oracle.layer_norm_backward(dy, x, (1,), weight, 1e-5)
+    tensors = [torch.from_numpy(a) for a in (dy, x, *stats, weight)]
+    theirs = torch.ops.aten.native_layer_norm_backward(
+        tensors[0], tensors[1], (8,), *tensors[2:], torch.zeros(8), [True] * 3
+    )
+    for ours, other, exact in zip(got, theirs, want, strict=True):
+        error, limit = (np.abs(a - exact) for a in (ours, other.numpy()))
+        assert error.max() <= limit.max()
+        assert np.sqrt((error**2).mean()) <= np.sqrt((limit**2).mean())
+    oracle.assert_gradients(got, dy, x, (1,), weight)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_offsets_and_scales(engine, dtype):
+    cases = [(1e3, 1), (1e6, 1), (-1e6, 0.5), (0, 1e-20), (0, 1e-3), (0, 1e18), (1e18, 1e15)]
+    for N, (offset, scale), eps in itertools.product((30, 1000, 40000), cases, (1e-5, 1.0)):
+        x, dy = values((3, N), dtype, offset=offset, scale=scale), values((3, N), dtype, seed=1)
+        weight = values((N,), dtype, seed=2)
+        oracle.assert_gradients(backward(dy, x, (1,), weight, eps), dy, x, (1,), weight, eps)
+    for factor in (1e-30, 1e18, 1e30):
+        x, dy = values((5, 300), dtype), values((5, 300), dtype, seed=1, scale=factor)
+        oracle.assert_gradients(backward(dy, x, (1,)), dy, x, (1,))
+
+
+def test_constant_rows(engine):
+    """x_hat is 0 there, and a constant dy gives no dx at all, though rstd is 316."""
+    for N, value in itertools.product((1, 5, 64, 1000, 40000), (0.0, 0.1, -12345.678)):
+        x = np.full((3, N), value, np.float32)
+        dx, dweight, dbias = backward(np.full((3, N), 1.1, np.float32), x, (1,))
+        assert np.all(dweight == 0), (N, value)
+        assert np.abs(dx).max() <= 316.3 * 4 * 2.0**-23
+        np.testing.assert_allclose(dbias, 3.3, rtol=1e-6)
+        assert N > 1 or np.all(dx == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_inf_spoil_their_row_and_column_alone(engine, dtype):
+    for N in (5, 64, 100, 33000):
+        x, dy = values((8, N), dtype), values((8, N), dtype, seed=1)
+        stats = stats_of(x, (1,))
+        good = backward(dy, x, (1,), stats=stats)
+        bad = {1: (0, np.nan), 4: (N - 1, np.inf), 6: (N // 2, -np.inf)}
+        for row, (col, value) in bad.items():
+            dy[row, col] = value
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got = backward(dy, x, (1,), stats=stats)
+            scattered = backward(np.asfortranarray(dy), x, (1,), stats=stats)
+        rows = [r for r in range(8) if r not in bad]
+        cols = [c for c in range(N) if c not in {col for col, _ in bad.values()}]
+        for dx, dweight, dbias in (got, scattered):
+            assert same_bits(dx[rows], good[0][rows])
+            assert not np.isfinite(dx[list(bad)].astype(np.float32)).any()
+            for sums, clean in ((dweight, good[1]), (dbias, good[2])):
+                np.testing.assert_allclose(sums[cols], clean[cols], rtol=1e-5, atol=1e-5)
+                assert not np.isfinite(sums[[0, N - 1, N // 2]]).any()
+        x[2, 0] = np.nan  # the row has no mean: its x_hat is NaN in every column
+        dx, dweight, dbias = backward(values((8, N), dtype, seed=1), x, (1,))
+        assert np.isnan(dx[2].astype(np.float32)).all() and np.isnan(dweight).all()
+        rest = [0, 1, 3, 4, 5, 6, 7]
+        assert same_bits(dx[rest], good[0][rest]) and same_bits(dbias, good[2])
+
+
+SHARED = [((3000, 300), (1,)), ((40, 33000), (1,)), ((2, 1100000), (1,)), ((300, 4000), (0,))]
+
+
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(engine, case, monkeypatch):
+    (shape, axes), handed_out, run = case, [], _threads.run
+    monkeypatch.setattr(_threads, "run", lambda *a: (handed_out.append(a[1:]), run(*a)))
+    x, dy = values(shape, "float32", offset=3.0), values(shape, "float32", seed=1)
+    weight = values(tuple(shape[a] for a in axes), "float32")
+    results = []
+    for threads in ("1", "2", "4", "4", "4"):
+        monkeypatch.setenv("CUPYNORM_NUM_THREADS", threads)
+        handed_out.clear()
+        results.append(backward(dy, x, axes, weight, stats=stats_of(x, axes)))
+        assert any(count > 1 and n == int(threads) for count, n in handed_out) or threads == "1"
+    oracle.assert_gradients(results[0], dy, x, axes, weight)
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_rows_dx_is_the_same_in_every_batch(engine, dtype):
+    """Alone, in a tile or in what is left of one, at any alignment."""
+    for N in (5, 64, 100, 1000, 9000, 33000, 300000):
+        M = 7 if N < 1e5 else 2
+        x, dy = values((M, N), dtype, seed=N, offset=3.0), values((M, N), dtype, seed=N + 1)
+        weight = values((N,), "float32")
+        dx = backward(dy, x, (1,), weight)[0]
+        for row, shift in itertools.product((0, M // 2, M - 1), (0, 1, 3)):
+            memory = np.empty((2, N + 8), dtype)[:, shift : shift + N]
+            memory[:] = dy[row], x[row]
+            alone = backward(memory[0], memory[1], (0,), weight)[0]
+            assert same_bits(alone, dx[row]), (N, row)
+        assert same_bits(backward(dy[1:], x[1:], (1,), weight)[0], dx[1:])
+
+
+def test_no_warning_from_any_thread(engine, monkeypatch):
+    monkeypatch.setenv("CUPYNORM_NUM_THREADS", "3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for shape in [(4000, 300), (2, 1100000)]:
+            inf = np.full(shape, np.inf, np.float32)
+            assert np.isnan(backward(inf, inf, (1,))[0]).all()
+            huge = np.full(shape, 3e38, np.float32)
+            backward(huge, huge, (1,), huge[0].astype(np.float64) * 1e10, eps=0.0, dtype="float16")
+
+
+def test_compiled_code_is_kept_by_the_sources_of_the_backward(monkeypatch):
+    from cupynorm import _cpu_bwd_loops, _cpu_bwd_numba, _cpu_bwd_rows, _cpu_numba
+
+    read, seen = Path.read_bytes, set()
+    monkeypatch.setattr(Path, "read_bytes", lambda self: (seen.add(self.name), read(self))[1])
+    _cpu_numba._sources()
+    assert {Path(m.__file__).name for m in (_cpu_bwd_loops, _cpu_bwd_rows)} <= seen
+    first, second = (_cpu_bwd_numba._entries(n, lambda f: f) for n in (1, 3))
+    for name, function in vars(first).items():
+        cells = [{c.cell_contents for c in f.__closure__} for f in (function, vars(second)[name])]
+        assert cells == [{1}, {3}], name
