@@ -379,7 +379,7 @@ def test_call_goes_through_forward():
 def test_gradients_add_up_until_zero_grad(dtype):
     layer = random_layer(dtype)
     assert layer.grad == {"weight": None, "bias": None}
-    parts = []
+    parts, arrays = [], []
     for _ in range(2):
         x = values(3, 5, dtype=dtype)
         alone = copy.deepcopy(layer)
@@ -388,11 +388,12 @@ def test_gradients_add_up_until_zero_grad(dtype):
             each(x)
             each.backward(x)
         parts.append(alone.grad)
-        kept = layer.grad["weight"]
+        arrays.append(layer.grad["weight"])
     for name in ("weight", "bias"):
         want = parts[0][name] + parts[1][name]
         np.testing.assert_array_equal(layer.grad[name], want, strict=True)
-    assert layer.grad["weight"] is kept
+    kept = arrays[0]
+    assert layer.grad["weight"] is kept  # in place, as torch
     copied = kept.copy()
     layer.zero_grad()
     assert layer.grad == {"weight": None, "bias": None}
@@ -400,6 +401,17 @@ def test_gradients_add_up_until_zero_grad(dtype):
     layer.backward(x)
     np.testing.assert_array_equal(kept, copied)  # an array that was taken stays as it was
     np.testing.assert_array_equal(layer.grad["weight"], parts[1]["weight"])
+
+
+def test_gradients_add_up_on_a_gpu(cupy_lib):
+    if not cupy_lib.backend.on_gpu:
+        pytest.skip("the stand-in for CuPy has no arithmetic")
+    layer, x = cn.LayerNorm(5, device="cuda"), cupy_lib.from_numpy(values(3, 5))
+    for _ in range(2):
+        layer(x)
+        layer.backward(x)
+    wanted = 2 * cupy_lib.to_numpy(x).sum(axis=0)
+    np.testing.assert_allclose(cupy_lib.to_numpy(layer.grad["bias"]), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_exist_for_the_parameters_that_do():
@@ -818,6 +830,19 @@ def test_from_torch_keeps_the_class():
         pass
 
     assert type(Norm.from_torch(Theirs(3))) is Norm
+
+
+def test_the_way_on_to_the_torch_adapter():
+    import cupynorm.torch
+
+    layer = random_layer()
+    module = cupynorm.torch.convert(layer.to_torch())
+    assert type(module) is cupynorm.torch.LayerNorm
+    assert module.weight.data_ptr() == layer.weight.ctypes.data
+    back = cn.LayerNorm.from_torch(module)
+    assert back.bias.ctypes.data == layer.bias.ctypes.data
+    x = values(3, 5)
+    np.testing.assert_array_equal(module(torch.from_numpy(x)).detach().numpy(), layer(x))
 
 
 def test_what_from_torch_does_not_take():
