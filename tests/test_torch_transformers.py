@@ -1,0 +1,437 @@
+"""Models of Hugging Face's transformers, built small and afresh: `convert` changes roundings only.
+
+The oracle is the same model in float64. An output or gradient of the converted model may be as far
+from it as that of torch's own LayerNorm, within the factors below: what the other layers round is
+in both alike, and far more than what a norm does.
+"""
+
+import copy
+import logging
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from tests.conftest import Backend, why_not
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", minversion="5")
+
+import cupynorm.torch as ct  # noqa: E402
+
+# One tensor's error is chance, the more so the shorter it is: 0.5 to 1.9 times torch's were seen.
+# Their geometric mean was 0.5 to 0.97.
+OF_ONE = 3.0
+OF_ALL = 1.1
+
+NO_GPU = why_not(Backend.TORCH_CUDA)
+GPU = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+# --- models -------------------------------------------------------------------------------------
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+BERT = {
+    "vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 96, "max_position_embeddings": 64, **NO_DROPOUT,
+}  # fmt: skip
+GPT2 = {
+    "vocab_size": 99, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+VIT = {
+    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
+    "image_size": 32, "patch_size": 8, **NO_DROPOUT,
+}  # fmt: skip
+WHISPER = {
+    "vocab_size": 99, "d_model": 64, "num_mel_bins": 16, "max_source_positions": 20,
+    "max_target_positions": 20, "encoder_layers": 1, "decoder_layers": 1,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96, "dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}  # fmt: skip
+CONVNEXT = {"hidden_sizes": [16, 24], "depths": [1, 1], "num_stages": 2}
+LLAMA = {
+    "vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 64,
+}  # fmt: skip
+T5 = {
+    "vocab_size": 99,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 1,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+}
+
+
+def seeded(n=1):
+    return torch.Generator().manual_seed(n)
+
+
+def tokens(*shape):
+    return torch.randint(3, 99, shape, generator=seeded())
+
+
+def reals(*shape):
+    return torch.randn(shape, generator=seeded())
+
+
+@dataclass(frozen=True)
+class Architecture:
+    model: str
+    config: tuple[str, dict]
+    inputs: Callable[[], dict]
+    converted: int  # torch.nn.LayerNorm modules
+    left: int = 0  # modules of a subclass of it, with a forward of their own
+
+    def build(self, seed=0):
+        """A model in training mode whose norms have parameters that are not ones and zeros."""
+        kind, options = self.config
+        torch.manual_seed(seed)
+        model = getattr(transformers, self.model)(getattr(transformers, kind)(**options))
+        for module in norms(model):
+            torch.nn.init.normal_(module.weight, 1.0, 0.2)
+            torch.nn.init.normal_(module.bias, 0.0, 0.2)
+        return model.train()
+
+
+ARCHITECTURES = {
+    "bert": Architecture(
+        "BertModel", ("BertConfig", BERT), lambda: {"input_ids": tokens(4, 24)}, 5
+    ),
+    "gpt2": Architecture(
+        "GPT2LMHeadModel", ("GPT2Config", GPT2), lambda: {"input_ids": tokens(4, 24)}, 5
+    ),
+    "vit": Architecture(
+        "ViTModel", ("ViTConfig", VIT), lambda: {"pixel_values": reals(4, 3, 32, 32)}, 5
+    ),
+    "whisper": Architecture(
+        "WhisperModel", ("WhisperConfig", WHISPER),
+        lambda: {"input_features": reals(2, 16, 40), "decoder_input_ids": tokens(2, 12)}, 7,
+    ),
+    "convnext": Architecture(
+        "ConvNextModel", ("ConvNextConfig", CONVNEXT),
+        lambda: {"pixel_values": reals(2, 3, 32, 32)}, 1, left=4,
+    ),
+}  # fmt: skip
+WITHOUT_LAYER_NORM = {
+    "llama": Architecture(
+        "LlamaForCausalLM", ("LlamaConfig", LLAMA), lambda: {"input_ids": tokens(2, 12)}, 0
+    ),
+    "t5": Architecture(
+        "T5ForConditionalGeneration", ("T5Config", T5),
+        lambda: {"input_ids": tokens(2, 12), "decoder_input_ids": tokens(2, 5)}, 0,
+    ),
+}  # fmt: skip
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def norms(model):
+    return [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
+
+
+def pair(name, seed=0):
+    """A model and its converted copy."""
+    model = ARCHITECTURES[name].build(seed)
+    return model, ct.convert(model, inplace=False)
+
+
+# --- what is compared ---------------------------------------------------------------------------
+
+
+def to(values, dtype, device="cpu"):
+    """The tensors of a dict on a device, the real ones in a dtype."""
+    return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in values.items()}
+
+
+def outputs(model, inputs):
+    """Every real tensor that the model gives, by its name."""
+    given = model(**inputs).items()
+    return {k: v for k, v in given if isinstance(v, torch.Tensor) and v.is_floating_point()}
+
+
+def results(model, inputs):
+    """Outputs, and the gradient of each parameter for slopes that bfloat16 holds exactly."""
+    model.zero_grad()
+    found, generator, loss = outputs(model, inputs), seeded(5), 0.0
+    for y in found.values():
+        slope = torch.randn(y.shape, generator=generator).bfloat16()
+        loss = loss + (y.double() * slope.to(y.device)).sum()
+    loss.backward()
+    gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    return {k: v.detach().double().cpu() for k, v in (found | gradients).items()}
+
+
+def check_errors(exact, by_torch, ours, dtype):
+    """Compare errors, in the Euclidean norm of each tensor, with those of torch's layer norm."""
+    assert set(exact) == set(by_torch) == set(ours)
+    ratios = {}
+    for key, want in exact.items():
+        # An error below the rounding of the result itself is luck, which is not asked for. What
+        # should be zero, as the gradient of a bias that softmax takes out again, is rounding only.
+        floor = torch.finfo(dtype).eps / 4 * want.norm() + 1e-30
+        allowed = torch.maximum((by_torch[key] - want).norm(), floor)
+        ratios[key] = float((ours[key] - want).norm() / allowed)
+    worst = max(ratios, key=ratios.get)
+    assert ratios[worst] <= OF_ONE, f"{worst}: {ratios[worst]:.3g} times torch's error"
+    mean = math.exp(sum(math.log(max(r, 1e-3)) for r in ratios.values()) / len(ratios))
+    assert mean <= OF_ALL, f"{mean:.3g} times torch's error in the geometric mean"
+
+
+def check_against_float64(model, converted, inputs, dtype):
+    exact = results(copy.deepcopy(model).double(), to(inputs, torch.float64, model.device))
+    x = to(inputs, model.dtype, model.device)
+    by_torch, ours = results(model, x), results(converted, x)
+    assert any(not torch.equal(ours[k], v) for k, v in by_torch.items()), "is it converted?"
+    check_errors(exact, by_torch, ours, dtype)
+
+
+def with_float32_norms(model):
+    for module in norms(model):
+        module.float()
+    return model
+
+
+# --- outputs and gradients ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16 with float32 norms"])
+@every_architecture
+def test_outputs_and_gradients_are_as_near_to_float64_as_torchs(name, kind, device):
+    model = ARCHITECTURES[name].build()
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    model = model.to(device, dtype)
+    if kind.endswith("norms"):
+        model = with_float32_norms(model)
+    converted = ct.convert(model, inplace=False)
+    check_against_float64(model, converted, ARCHITECTURES[name].inputs(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_converted_model_changes_its_dtype(dtype):
+    model, converted = pair("bert")
+    model, converted = model.to(dtype), converted.to(dtype)
+    assert {m.weight.dtype for m in norms(converted)} == {dtype}
+    inputs = ARCHITECTURES["bert"].inputs()
+    if dtype is torch.float64:
+        by_torch, ours = results(model, inputs), results(converted, inputs)
+        for key, value in by_torch.items():
+            torch.testing.assert_close(ours[key], value, rtol=1e-11, atol=1e-11)
+    else:
+        check_against_float64(model, converted, inputs, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@every_architecture
+def test_autocast(name, device):
+    model, converted = (m.to(device) for m in pair(name))
+    inputs = to(ARCHITECTURES[name].inputs(), torch.float32, device)
+    exact = results(copy.deepcopy(model).double(), to(inputs, torch.float64, device))
+    dtypes = []
+
+    def see(module, args, y):
+        dtypes[-1].append(y.dtype)
+
+    found = []
+    for m in (model, converted):
+        dtypes.append([])
+        hooks = [module.register_forward_hook(see) for module in norms(m)]
+        with torch.autocast(device, dtype=torch.bfloat16):
+            found.append(results(m, inputs))
+        for hook in hooks:
+            hook.remove()
+    assert dtypes[0] == dtypes[1]
+    check_errors(exact, *found, torch.bfloat16)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_bits(reentrant):
+    _, converted = pair("gpt2")
+    batch = {"input_ids": tokens(4, 24), "labels": tokens(4, 24)}
+    enable = getattr(converted, "activation_checkpointing_enable", None)
+    enable = enable or converted.gradient_checkpointing_enable  # its name before 5.23
+
+    def gradients():
+        converted.zero_grad()
+        converted(**batch).loss.backward()
+        return {k: p.grad.clone() for k, p in converted.named_parameters()}
+
+    plain = gradients()
+    calls = []
+    hook = converted.transformer.h[0].ln_1.register_forward_hook(lambda *_: calls.append(1))
+    enable({"use_reentrant": reentrant})
+    again = gradients()
+    hook.remove()
+    assert len(calls) == 2  # forward, and once more for backward
+    for key, value in plain.items():
+        assert torch.equal(again[key], value), key
+
+
+def test_compiled_in_one_graph_as_torchs():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model, converted = pair("bert")
+    inputs = ARCHITECTURES["bert"].inputs()
+    exact = results(copy.deepcopy(model).double(), inputs)
+    found, graphs = [], []
+    for m in (model, converted):
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(m, backend=counter, fullgraph=False)
+        gradients = results(compiled, inputs)
+        found.append({k.removeprefix("_orig_mod."): v for k, v in gradients.items()})
+        graphs.append(counter.frame_count)
+        torch._dynamo.reset()
+    assert graphs[0] == graphs[1]
+    check_errors(exact, *found, torch.float32)
+
+
+def test_gradients_of_each_sample():
+    """torch.func: vmap over grad over functional_call."""
+    model, converted = pair("vit")
+    images = reals(3, 3, 32, 32)
+
+    def of_each_sample(m):
+        m.set_attn_implementation("eager")  # the fused attention has no rule for vmap
+        parameters = {k: p.detach() for k, p in m.named_parameters()}
+
+        def loss(parameters, image):
+            y = torch.func.functional_call(m, parameters, (image.unsqueeze(0),))
+            return y.last_hidden_state.square().sum() / 100
+
+        gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))
+        return {k: v.double() for k, v in gradients(parameters, images.to(m.dtype)).items()}
+
+    exact = of_each_sample(copy.deepcopy(model).double())
+    assert exact["layernorm.weight"].shape == (3, 48)
+    check_errors(exact, of_each_sample(model), of_each_sample(converted), torch.float32)
+
+
+# --- training and inference ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["gpt2", "vit"])
+def test_losses_side_by_side(name, device):
+    losses = []
+    inputs = to(ARCHITECTURES[name].inputs(), torch.float32, device)
+    for model in pair(name):
+        model.to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses.append([])
+        for _ in range(8):
+            optimizer.zero_grad()
+            if name == "gpt2":
+                loss = model(**inputs, labels=inputs["input_ids"]).loss
+            else:
+                loss = (model(**inputs).last_hidden_state - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    by_torch, ours = losses
+    assert by_torch[-1] < 0.95 * by_torch[0]
+    assert ours == pytest.approx(by_torch, rel=2e-5)
+
+
+def test_generated_tokens_are_torchs():
+    model, converted = pair("gpt2")
+    prompt = tokens(3, 8)
+    said = [
+        m.eval().generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False,
+            pad_token_id=0,
+        )
+        for m in (model, converted)
+    ]  # fmt: skip
+    assert said[0].shape[1] > prompt.shape[1]
+    assert torch.equal(*said)
+
+
+# --- what convert leaves as it is ---------------------------------------------------------------
+
+
+@every_architecture
+def test_convert_counts_and_keeps_the_state(name, caplog):
+    expected = ARCHITECTURES[name]
+    model = expected.build()
+    parameters = dict(model.named_parameters())
+    keys, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
+    with caplog.at_level(logging.INFO, logger="cupynorm.torch"):
+        assert ct.convert(model) is model
+    (said,) = caplog.messages
+    assert f"converted {expected.converted} LayerNorm modules of {expected.model}" in said
+    assert ("left" in said) == bool(expected.left)
+    assert f"left {expected.left} of a subclass" in said or not expected.left
+    assert sum(type(m) is ct.LayerNorm for m in model.modules()) == expected.converted
+    assert sum(type(m) is not ct.LayerNorm for m in norms(model)) == expected.left
+    others = zip(model.modules(), kinds, strict=True)
+    assert all(type(m) is kind for m, kind in others if kind is not torch.nn.LayerNorm)
+    assert list(model.state_dict()) == keys
+    assert all(p is parameters[k] for k, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", WITHOUT_LAYER_NORM)
+def test_a_model_with_another_norm_is_left_alone(name, caplog):
+    model = WITHOUT_LAYER_NORM[name].build()
+    inputs = WITHOUT_LAYER_NORM[name].inputs()
+    before, kinds = results(model, inputs), [type(m) for m in model.modules()]
+    with caplog.at_level(logging.INFO, logger="cupynorm.torch"):
+        assert ct.convert(model) is model
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert [type(m) for m in model.modules()] == kinds
+    after = results(model, inputs)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def entries(folder):
+    """Name, dtype and shape of what a folder's safetensors file holds."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        slices = {k: file.get_slice(k) for k in file.keys()}  # noqa: SIM118
+        return {k: (s.get_dtype(), s.get_shape()) for k, s in slices.items()}
+
+
+@every_architecture
+def test_saved_and_loaded_either_way(name, tmp_path):
+    model, converted = pair(name)
+    inputs = ARCHITECTURES[name].inputs()
+    for label, m in (("torch", model), ("ours", converted)):
+        m.eval().save_pretrained(tmp_path / label)
+    assert entries(tmp_path / "ours") == entries(tmp_path / "torch")
+    kind = type(model)
+
+    loaded = kind.from_pretrained(tmp_path / "ours")  # a file of ours, into torch's modules
+    assert not any(isinstance(m, ct.LayerNorm) for m in loaded.modules())
+    assert_same_outputs(loaded, model, inputs)
+
+    loaded = ct.convert(kind.from_pretrained(tmp_path / "torch"))  # and torch's file into ours
+    assert_same_outputs(loaded, converted, inputs)
+
+    other = ct.convert(ARCHITECTURES[name].build(seed=1)).eval()
+    other.load_state_dict(kind.from_pretrained(tmp_path / "torch").state_dict())
+    assert_same_outputs(other, converted, inputs)
+
+
+def assert_same_outputs(a, b, inputs):
+    with torch.no_grad():
+        ours, theirs = outputs(a, inputs), outputs(b, inputs)
+    assert ours
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value), key
