@@ -43,7 +43,7 @@ def read_device(device: Any) -> int | None:
     """Index of a GPU, None for the current one, -1 for the host."""
     if device is None:
         return _CPU
-    if hasattr(device, "id"):  # cupy.cuda.Device, as a CuPy array's .device gives it
+    if library_of(device) == "cupy":  # a Device, as a CuPy array's .device gives it
         return int(device.id)
     match = re.fullmatch(r"(cpu)|cuda(?::(\d+))?", str(device))  # torch.device prints itself so
     if match is None:
