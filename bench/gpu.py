@@ -1,7 +1,8 @@
 """One command for a machine with a CUDA GPU: prove, then measure, into a folder; no network.
 
-    python -m bench.gpu --out folder           environment, GPU tests, sanitizer, benchmark, plots
-    python -m bench.gpu --tune --out folder    candidates for each row of the plan table
+    python -m bench.gpu --out folder           environment, GPU tests, sanitizer, benchmarks, plots
+    python -m bench.gpu --steps backward,plots --out folder    some of it, with all of the time
+    python -m bench.gpu --tune --out folder    candidates for each row of the plan tables
     python -m bench.gpu --simulate --out folder  the same logic without a GPU, and without a time
 
 Nothing that is missing ends the run: summary.md says what each step did. Exit status 1 if a check
@@ -18,21 +19,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import gpu_proofs
+from bench import gpu_proofs, gpu_training
+from bench.gpu_backward import backward
 from bench.gpu_calls import calls, first_call
 from bench.gpu_forward import forward
 from bench.gpu_grid import GRIDS
+from bench.gpu_grid_backward import BACKWARD_GRIDS
 from bench.gpu_machine import ROOT, describe
 from bench.gpu_proofs import Outcome
 from bench.gpu_session import Session
 from bench.gpu_summary import verdict, write_summary
 from bench.gpu_table import Table
 from bench.gpu_tune import tune
+from bench.gpu_tune_backward import tune_backward
 from bench.peers import PEERS
+from bench.peers_backward import BACKWARD_PEERS
 
 __all__ = ["main"]
 
-STEPS = ("tests", "sanitizer", "forward", "calls", "plots")
+# What has a deadline gets this share of the time that is left, against those that still come.
+SHARES = {"calls": 0.05, "training": 0.1, "forward": 0.4, "backward": 0.45}
+PROOFS = {"short set": 0.05, "GPU tests": 0.25, "sanitizer": 0.2}  # of all the time
+STEPS = ("tests", "sanitizer", *SHARES, "plots")
+ALL_PEERS = tuple(dict.fromkeys(PEERS + BACKWARD_PEERS))
 
 
 @dataclass
@@ -43,6 +52,7 @@ class Run:
     session: Session
     given: argparse.Namespace
     outcomes: list[tuple[str, str, str]] = field(default_factory=list)
+    tables: dict[str, Table] = field(default_factory=dict)
 
     def step(self, name: str, do: Callable[[], Outcome]) -> None:
         """Run a step; whatever it raises is its outcome, and the run goes on."""
@@ -76,20 +86,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--out", type=Path, help="folder for the results")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--quick", action="store_true", help="the short grid, about 4 minutes (default)"
-    )
+    size.add_argument("--quick", action="store_true", help="the short grids (default)")
     size.add_argument("--full", action="store_true", help="every point")
     parser.add_argument("--tune", action="store_true", help="measure candidates for the plan table")
     parser.add_argument("--simulate", action="store_true", help="on the simulated device, tiny")
     parser.add_argument("--steps", default=",".join(STEPS), help=f"of {','.join(STEPS)}")
     parser.add_argument("--seconds", type=float, help="for the whole run; quick: 560")
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"of {','.join(PEERS)}")
+    parser.add_argument("--peers", default=",".join(ALL_PEERS), help=f"of {','.join(ALL_PEERS)}")
     given = parser.parse_args(argv)
     given.folder = given.out or given.folder or Path("out")
     given.steps = [s for s in given.steps.split(",") if s]
     given.peers = tuple(p for p in given.peers.split(",") if p)
-    for option, allowed in (("steps", STEPS), ("peers", PEERS)):
+    for option, allowed in (("steps", STEPS), ("peers", ALL_PEERS)):
         unknown = set(getattr(given, option)) - set(allowed)
         if unknown:
             parser.error(f"--{option}: {', '.join(sorted(unknown))} is not one of {allowed}")
@@ -100,35 +108,86 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def proofs(run: Run) -> None:
     """Tests and sanitizer; their output goes to one log, and they leave most of the time."""
-    log, simulate = run.folder / "checks.txt", run.given.simulate
+    log, simulate, steps = run.folder / "checks.txt", run.given.simulate, run.given.steps
+    if not {"tests", "sanitizer"} & set(steps):
+        return
     total = min(run.session.time_left(), 3600.0)
+    if not set(SHARES) & set(steps):
+        total *= 1.9  # nothing comes afterwards
     log.write_text("", encoding="utf-8")
-    if "tests" in run.given.steps:
-        run.step("short set", lambda: gpu_proofs.run_short_set(log, 0.1 * total, simulate))
+    if "tests" in steps:
+        seconds = PROOFS["short set"] * total
+        run.step("short set", lambda: gpu_proofs.run_short_set(log, seconds, simulate))
         if simulate:
             run.step("GPU tests", lambda: ("skipped", "they need a GPU"))
         else:
-            run.step("GPU tests", lambda: gpu_proofs.run_tests(log, 0.3 * total))
-    if "sanitizer" in run.given.steps:
+            seconds = PROOFS["GPU tests"] * total
+            run.step("GPU tests", lambda: gpu_proofs.run_tests(log, seconds))
+    if "sanitizer" in steps:
+        seconds = PROOFS["sanitizer"] * total / len(gpu_proofs.TOOLS)
         for tool in gpu_proofs.TOOLS:
             if simulate:
                 run.step(tool, lambda: ("skipped", "it needs a GPU"))
             else:
-                run.step(tool, lambda t=tool: gpu_proofs.run_sanitizer(t, log, 0.1 * total))
+                run.step(tool, lambda t=tool: gpu_proofs.run_sanitizer(t, log, seconds))
 
 
 def measurements(run: Run) -> None:
-    """Forward table and Python cost, in one CSV."""
-    session, given = run.session, run.given
-    table = Table(run.folder / "forward.csv", session.machine, session.simulated)
-    if "calls" in given.steps:
-        run.measure("Python cost", table, lambda: calls(session, table))
-        run.measure("first call", table, lambda: first_call(session, table))
-    if "forward" in given.steps:
-        grid = GRIDS["tiny" if session.simulated else "full" if given.full else "quick"]()
-        run.measure("forward", table, lambda: forward(session, table, grid, given.peers))
-        if "plots" in given.steps:
-            run.step("plots", lambda: plots(run.folder / "forward.csv", session.simulated))
+    """Python cost and the forward in one CSV, the backward in another; a training beside them."""
+    waiting = [name for name in SHARES if name in run.given.steps]
+    while waiting:
+        share = SHARES[waiting[0]] / sum(SHARES[name] for name in waiting)
+        with run.session.until(share * run.session.time_left()):
+            {
+                "calls": python_cost,
+                "training": training,
+                "forward": forwards,
+                "backward": backwards,
+            }[waiting.pop(0)](run)
+
+
+def table_of(run: Run, name: str) -> Table:
+    """The table of that name, begun once."""
+    if name not in run.tables:
+        path = run.folder / f"{name}.csv"
+        run.tables[name] = Table(path, run.session.machine, run.session.simulated)
+    return run.tables[name]
+
+
+def size_of(run: Run) -> str:
+    return "tiny" if run.session.simulated else "full" if run.given.full else "quick"
+
+
+def python_cost(run: Run) -> None:
+    """Calls on small arrays."""
+    table = table_of(run, "forward")
+    run.measure("Python cost", table, lambda: calls(run.session, table))
+    run.measure("first call", table, lambda: first_call(run.session, table))
+
+
+def training(run: Run) -> None:
+    """A transformer with torch's norms and with ours."""
+    run.step("training", lambda: gpu_training.step(run.folder, run.session))
+
+
+def forwards(run: Run) -> None:
+    """Forward table and its figures."""
+    table, grid = table_of(run, "forward"), GRIDS[size_of(run)]()
+    run.measure("forward", table, lambda: forward(run.session, table, grid, run.given.peers))
+    figures(run, table)
+
+
+def backwards(run: Run) -> None:
+    """Backward table, forward and backward together in it, and its figures."""
+    table, grid = table_of(run, "backward"), BACKWARD_GRIDS[size_of(run)]()
+    run.measure("backward", table, lambda: backward(run.session, table, grid, run.given.peers))
+    figures(run, table)
+
+
+def figures(run: Run, table: Table) -> None:
+    """Draw a table if that was asked for."""
+    if "plots" in run.given.steps:
+        run.step("plots", lambda: plots(table.path, run.session.simulated))
 
 
 def plots(table: Path, simulated: bool) -> Outcome:
@@ -145,10 +204,16 @@ def plots(table: Path, simulated: bool) -> Outcome:
 
 
 def tuning(run: Run) -> None:
-    """Candidates, in a table of their own."""
-    table = Table(run.folder / "tune.csv", run.session.machine, run.session.simulated)
-    report, most = run.folder / "tune.md", 1 if run.session.simulated else None
-    run.measure("tune", table, lambda: tune(run.session, table, report, most))
+    """Candidates, in a table of their own; of the forward, the backward, or both by halves."""
+    table, most = table_of(run, "tune"), 1 if run.session.simulated else None
+    wanted = [(n, do) for n, do in (("forward", tune), ("backward", tune_backward))
+              if n in run.given.steps]  # fmt: skip
+    for k, (name, do) in enumerate(wanted):
+        with run.session.until(run.session.time_left() / (len(wanted) - k)):
+            report = run.folder / f"tune-{name}.md"
+            run.measure(
+                f"tune {name}", table, lambda d=do, r=report: d(run.session, table, r, most)
+            )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -65,13 +65,13 @@ def _callables(session: Session, case: Case, inputs: Inputs) -> dict[str, Callab
     def without_out() -> Any:
         return cn.layer_norm(x, case.N, weight, bias, EPS)
 
-    def eager() -> Any:
+    def of_torch(name: str) -> Any:
         if session.simulated:
             msg = "torch cannot see simulated memory"
             raise Unavailable(msg)
         torch = load("torch")
         tensors = [as_torch(torch, a) for a in (x, weight, bias)]
-        function = torch_function("torch-eager", torch, case.N)
+        function = torch_function(name, torch, case.N)
         made = function(*tensors)
         torch.cuda.synchronize()
         return lambda: function(*tensors), session.cupy.from_dlpack(made)
@@ -80,7 +80,8 @@ def _callables(session: Session, case: Case, inputs: Inputs) -> dict[str, Callab
     return {
         "cupynorm": lambda: (without_out, without_out()),
         "cupynorm out=": lambda: (with_out, with_out()),
-        "torch-eager": eager,
+        "cupynorm.torch": lambda: of_torch("cupynorm.torch"),
+        "torch-eager": lambda: of_torch("torch-eager"),
         "RawKernel launch": lambda: (lambda: launch.call(0), None),
     }
 
@@ -123,7 +124,11 @@ def _row(case: Case, name: str, note: str, times: dict[str, Any]) -> dict[str, A
 
 def _sentence(case: Case, times: dict[str, Any]) -> str:
     shown = ", ".join(f"{name} {t.median:.1f}" for name, t in times.items())
-    return f"{case.rows}x{case.N}: {shown} µs"
+    said = f"{case.rows}x{case.N}: {shown} µs"
+    if {"cupynorm.torch", "torch-eager"} <= set(times):
+        ratio = times["cupynorm.torch"].median / times["torch-eager"].median
+        said += f" (cupynorm.torch over torch-eager: {ratio:.2f})"
+    return said
 
 
 def first_call(session: Session, table: Table, N: int = 1000) -> str:

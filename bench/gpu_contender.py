@@ -1,17 +1,18 @@
-"""A contender: something that normalizes (or copies) the buffers of a case; checked, then timed."""
+"""A contender: something that solves (or copies) the buffers of a case; checked, then timed."""
 
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.gpu_check import largest_error, limit
 from bench.gpu_clock import Batch, Times, capture, interleave, passes_for
-from bench.gpu_data import Inputs, poison
+from bench.gpu_data import poison
 from bench.gpu_grid import Case
 from bench.gpu_session import Session
 
 __all__ = ["Contender", "Result", "Unavailable", "measure"]
+
+COPY_ERROR = 0.5  # of what is right or wrong by its bits: 0 or infinity
 
 
 class Unavailable(Exception):
@@ -23,12 +24,12 @@ class Contender:
     """What runs, and how to look at what it left."""
 
     name: str
-    call: Callable[[int], Any]  # launches call number i and gives its y
+    call: Callable[[int], Any]  # launches call number i and gives its result
     kernel: str = ""
     ours: bool = False
     capture: Callable[[Session, Callable[[], None], int], Batch] = capture
     scope: Callable[[], Any] = contextlib.nullcontext  # of its library: stream, no gradients
-    to_cupy: Callable[[Any], Any] = lambda y: y
+    to_cupy: Callable[[Any], Any] = lambda result: result
     error: Callable[[int, Any], float] | None = None  # instead of the comparison with float64
 
 
@@ -50,15 +51,20 @@ Builder = tuple[str, Callable[[], Contender]]
 
 
 def measure(
-    session: Session, case: Case, inputs: Inputs, builders: Iterable[Builder], rounds: int
+    session: Session, case: Case, inputs: Any, builders: Iterable[Builder], rounds: int
 ) -> list[Result]:
-    """Check everybody's batch, then time the right ones interleaved; a wrong one gets no number."""
+    """Check everybody's batch, then time the right ones interleaved; a wrong one gets no number.
+
+    `inputs` has a length; `poison()`, which spoils the results that are its own; and
+    `judge(session, i, result, ours)`, which gives the error of what call i left and the largest
+    error that passes.
+    """
     results, batches = [], {}
     passes = passes_for(session, len(inputs), case.moved_bytes)
     for name, build in builders:
         try:
             contender = build()
-            result, batch = _prepare(session, case, inputs, contender, passes)
+            result, batch = _prepare(session, inputs, contender, passes)
         except Unavailable as reason:
             result, batch = Result(name, "skipped", note=str(reason)), None
         except Exception as error:  # out of memory, a refused shape: the others go on
@@ -74,10 +80,10 @@ def measure(
 
 
 def _prepare(
-    session: Session, case: Case, inputs: Inputs, contender: Contender, passes: int
+    session: Session, inputs: Any, contender: Contender, passes: int
 ) -> tuple[Result, Batch]:
     calls = range(len(inputs))
-    kept: list[Any] = [None] * len(inputs)  # no y may be reused while its batch runs
+    kept: list[Any] = [None] * len(inputs)  # no result may be reused while its batch runs
 
     def body() -> None:
         for _ in range(passes):
@@ -89,33 +95,44 @@ def _prepare(
         contender.call(0)  # compiles
     session.synchronize()
     batch = contender.capture(session, body, passes * len(inputs))
-    poison(inputs.flat_y)
+    inputs.poison()
+    for result in kept:  # allocated by the contender; the views are the inputs' own
+        poison([a for a in _arrays(contender, result) if a.flags.c_contiguous])
     session.synchronize()
     batch.replay()  # what is checked is what is timed
     session.synchronize()
     batch.keep.append(kept)
-    worst = max((_error(session, case, inputs, contender, i, kept[i]) for i in {0, len(kept) - 1}),
-                key=lambda e: float("inf") if e != e else e)  # fmt: skip
-    allowed = limit(case.dtype, case.N, contender.ours)
+    found = [_judge(session, inputs, contender, i, kept[i]) for i in {0, len(kept) - 1}]
+    worst, allowed = max(found, key=lambda e: e[0] / e[1] if e[0] == e[0] else float("inf"))
     right = worst <= allowed
     note = "" if right else f"error {worst:.3g}, allowed {allowed:g}"
     status = "ok" if right else "wrong"
-    result = Result(contender.name, status, contender.kernel, batch.method, worst, note=note)
-    result.ours = contender.ours
-    return result, batch
+    return Result(
+        contender.name,
+        status,
+        contender.kernel,
+        batch.method,
+        worst,
+        note=note,
+        ours=contender.ours,
+    ), batch
 
 
-def _error(
-    session: Session, case: Case, inputs: Inputs, contender: Contender, i: int, y: Any
-) -> float:
-    y = contender.to_cupy(y)
+def _arrays(contender: Contender, result: Any) -> list[Any]:
+    """The arrays of a result: one, or several, of which those not asked for are None."""
+    result = contender.to_cupy(result)
+    arrays = result if isinstance(result, tuple) else (result,)
+    return [a for a in arrays if a is not None]
+
+
+def _judge(
+    session: Session, inputs: Any, contender: Contender, i: int, result: Any
+) -> tuple[float, float]:
+    result = contender.to_cupy(result)
     if contender.error is not None:
-        return contender.error(i, y)
-    x, w, b, y = (
-        None if a is None else session.plain(a)
-        for a in (inputs.x[i], inputs.weight, inputs.bias, y)
-    )
-    return largest_error(session.xp, x, w, b, y)
+        return contender.error(i, result), COPY_ERROR
+    error, allowed = inputs.judge(session, i, result, contender.ours)
+    return error, allowed
 
 
 def _quiet(session: Session) -> None:

@@ -1,10 +1,9 @@
-"""The roof: copies of x's bytes in the same harness; and a kernel that does nothing."""
+"""The roof: copies of a case's bytes in the same harness; and a kernel that does nothing."""
 
 import functools
 from typing import Any
 
 from bench.gpu_contender import Builder, Contender
-from bench.gpu_data import Inputs
 from bench.gpu_grid import Case
 from bench.gpu_session import Session
 
@@ -57,9 +56,12 @@ def _kernel(cupy: Any, source: str, name: str) -> Any:
 forget_kernels = _kernel.cache_clear  # of a simulated device that is gone
 
 
-def copies(session: Session, case: Case, inputs: Inputs) -> list[Builder]:
-    """Three ways to copy as many bytes as x has; the fastest one in this run is the roof."""
-    nbytes = case.rows * case.N * case.itemsize // 16 * 16
+def copies(session: Session, case: Case, inputs: Any) -> list[Builder]:
+    """Three ways to move as many bytes as the case must; the fastest one in this run is the roof.
+
+    `inputs` has lists `copy_from` and `copy_to`, of half of `case.copy_bytes` or more each.
+    """
+    nbytes = case.copy_bytes // 32 * 16
     vecs = nbytes // 16
     cupy = session.cupy
 
@@ -67,21 +69,21 @@ def copies(session: Session, case: Case, inputs: Inputs) -> list[Builder]:
         function = _kernel(cupy, SOURCE, name)
 
         def call(i: int) -> Any:
-            arguments = (inputs.flat_x[i], inputs.flat_y[i], vecs)
+            arguments = (inputs.copy_from[i], inputs.copy_to[i], vecs)
             function((max(1, blocks),), (THREADS,), arguments)
-            return inputs.flat_y[i]
+            return inputs.copy_to[i]
 
         return Contender(f"copy-{name[5:]}", call, kernel=name, error=differs)
 
     def memcpy() -> Contender:
         def call(i: int) -> Any:
-            inputs.flat_y[i].data.copy_from_device_async(inputs.flat_x[i].data, nbytes)
-            return inputs.flat_y[i]
+            inputs.copy_to[i].data.copy_from_device_async(inputs.copy_from[i].data, nbytes)
+            return inputs.copy_to[i]
 
         return Contender("copy-memcpy", call, kernel="cudaMemcpyAsync", error=differs)
 
     def differs(i: int, y: Any) -> float:
-        a, b = (session.plain(f.view("uint8")[:nbytes]) for f in (inputs.flat_x[i], y))
+        a, b = (session.plain(f.view("uint8")[:nbytes]) for f in (inputs.copy_from[i], y))
         return 0.0 if bool((a == b).all()) else float("inf")
 
     stride = min(-(-vecs // THREADS), 8 * session.sm_count)

@@ -1,13 +1,33 @@
-"""What the GPU benchmark measures: the cases, in the order in which they are measured."""
+"""What the GPU benchmark measures: cases, and the forward ones in the order of measurement."""
 
 from dataclasses import dataclass
 
-from cupynorm._problem import ITEMSIZE
+from cupynorm._problem import ITEMSIZE, stats_dtype
 
-__all__ = ["GRIDS", "Case", "full", "quick", "tiny"]
+__all__ = [
+    "BIG",
+    "BOTH",
+    "BWD",
+    "FEW",
+    "FWD",
+    "GRIDS",
+    "LAYOUT",
+    "ODD",
+    "POWERS",
+    "SMALL",
+    "Case",
+    "case",
+    "full",
+    "quick",
+    "tiny",
+]
 
 MB, GB = 10**6, 10**9
 BIG, SMALL, FEW, LAYOUT = "1GB", "33MB", "few rows", "layout"
+FWD, BWD, BOTH = "layer_norm_fwd", "layer_norm_bwd", "layer_norm_fwd_bwd"
+PASSES = {FWD: 2, BWD: 3, BOTH: 5}  # of rows * N elements that no kernel can do without
+VECTORS = {FWD: 2, BWD: 3, BOTH: 5}  # of N: weight, bias; weight, dweight, dbias
+STATISTICS = {FWD: 0, BWD: 2, BOTH: 4}  # of rows: mean and rstd, written and read
 
 POWERS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 1048576)
 ODD = (
@@ -31,6 +51,7 @@ class Case:
     group: str
     weight_dtype: str | None = "same"  # "same": x's; None: neither weight nor bias
     layout: str = "C"  # "offset": base one element off; "pitch": rows 16 bytes apart
+    op: str = FWD
 
     @property
     def itemsize(self) -> int:
@@ -42,18 +63,22 @@ class Case:
 
     @property
     def copy_bytes(self) -> int:
-        """Bytes that a copy of x moves: each element read once and written once."""
-        return self.rows * self.N * 2 * self.itemsize
+        """Bytes of the passes over x, y, dy and dx: what the copies beside a case move."""
+        return self.rows * self.N * PASSES[self.op] * self.itemsize
 
     @property
     def moved_bytes(self) -> int:
-        """bytes = rows * N * 2 * itemsize + N * itemsize of weight + N * itemsize of bias.
+        """The floor, whatever a kernel really moves.
 
-        The floor, whatever a kernel really moves: x read once, y written once, weight and bias read
-        once from memory. No statistics are asked for here, so none are counted.
+        Forward: x read once, y written once, weight and bias read once; no statistics are asked
+        for, so none are counted. Backward: x and dy read once, dx written once, mean and rstd read
+        once, weight read, dweight and dbias written; partial sums are the kernel's own affair.
+        Both: the sum of the two, and the statistics are written too. Without weight there are
+        neither dweight nor dbias.
         """
-        affine = self.affine_dtype
-        return self.copy_bytes + (2 * self.N * ITEMSIZE[affine] if affine else 0)
+        affine = VECTORS[self.op] * self.N * ITEMSIZE[self.affine_dtype] if self.affine_dtype else 0
+        statistics = STATISTICS[self.op] * self.rows * ITEMSIZE[stats_dtype(self.dtype)]
+        return self.copy_bytes + statistics + affine
 
     @property
     def pitch(self) -> int:
@@ -62,13 +87,18 @@ class Case:
 
 
 def case(
-    dtype: str, N: int, group: str = BIG, rows: int | None = None, **options: str | None
+    dtype: str,
+    N: int,
+    group: str = BIG,
+    rows: int | None = None,
+    op: str = FWD,
+    **options: str | None,
 ) -> Case:
     """Case of about the bytes of its group; an odd number of rows, so that blocks have a rest."""
     if rows is None:
         size = GB if group != SMALL else 33 * MB
-        rows = max(1, size // (2 * ITEMSIZE[dtype] * N)) | 1
-    return Case(dtype, rows, N, group, **options)
+        rows = max(1, size // (PASSES[op] * ITEMSIZE[dtype] * N)) | 1
+    return Case(dtype, rows, N, group, op=op, **options)
 
 
 def quick() -> list[Case]:

@@ -15,7 +15,7 @@ from bench.gpu_machine import ROOT
 __all__ = ["run_sanitizer", "run_short_set", "run_tests"]
 
 TEST_NEEDS = ("pytest", "hypothesis", "ml_dtypes", "array_api_compat")
-TOOLS = ("memcheck", "racecheck")
+TOOLS = ("memcheck", "racecheck", "initcheck")
 NO_DEVICE = ("Device not supported", "Unable to find", "No CUDA-capable device")
 LOG_CHARACTERS = 200_000
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from bench.gpu_grid import BOTH, BWD, FWD
 from bench.gpu_proofs import Outcome
 from bench.gpu_session import Session
 
@@ -22,7 +23,10 @@ SHOWN = (
     "tree",
     "date",
 )
-TARGET_SHARE = 0.95  # of the copy of the same bytes, from N = 256 up, at 1 GB moved
+# Of the copy of the same bytes, at 1 GB moved: share, and from which N up.
+TARGETS = {FWD: (0.95, 256), BWD: (0.90, 64)}
+OPS = {FWD: "forward", BWD: "backward", BOTH: "forward and backward"}
+PEERS = ("cupynorm.torch", "torch-eager", "torch-compile", "liger", "quack", "cupy")
 
 
 def verdict(rows: list[dict[str, Any]], sentence: str) -> Outcome:
@@ -32,7 +36,7 @@ def verdict(rows: list[dict[str, Any]], sentence: str) -> Outcome:
         r = bad[0]
         what = f"{r.get('peer')} on {r.get('dtype')} {r.get('rows')}x{r.get('N')}: {r.get('note')}"
         return "failed", f"{len(bad)} wrong or in error, the first {what}. {sentence}"
-    return "ok", ". ".join([sentence, *claims(rows)])
+    return "ok", "; ".join([sentence, *claims(rows)])
 
 
 def _is_fault(row: dict[str, Any]) -> bool:
@@ -44,31 +48,51 @@ def _is_fault(row: dict[str, Any]) -> bool:
 
 
 def claims(rows: list[dict[str, Any]]) -> list[str]:
-    """Sentences on the two targets; none where nothing was timed."""
-    timed = [r for r in rows if r.get("op") == "layer_norm_fwd" and r.get("median_us")]
+    """Sentences on the targets; none where nothing was timed."""
+    timed = [r for r in rows if r.get("op") in OPS and r.get("median_us")]
     said = []
-    ours = [r for r in timed if r["peer"] == "cupynorm" and r.get("fraction_of_copy")]
-    big = [r for r in ours if r["group"] == "1GB" and r["N"] >= 256 and r["dtype"] != "float64"]
-    if big:
-        least = min(big, key=lambda r: r["fraction_of_copy"])
-        reached = sum(r["fraction_of_copy"] >= TARGET_SHARE for r in big)
-        said.append(
-            f"share of the copy at 1 GB, N >= 256: {reached} of {len(big)} "
-            f"reach {TARGET_SHARE:.0%}, "
-            f"least {least['fraction_of_copy']:.1%} ({least['dtype']}, N = {least['N']})"
-        )
-    for peer in ("torch-eager", "torch-compile", "liger", "quack", "cupy"):
-        ratios = [
-            (r["ratio_to_peer"], r) for r in timed if r["peer"] == peer and r["ratio_to_peer"]
-        ]
-        if ratios:
-            mean = math.exp(sum(math.log(q) for q, _ in ratios) / len(ratios))
-            worst, row = max(ratios, key=lambda pair: pair[0])
+    for op, name in OPS.items():
+        of_op = [r for r in timed if r["op"] == op]
+        parts = [*_shares(op, of_op), *(_ratios(peer, of_op) for peer in PEERS)]
+        said += [f"{name}: {part}" for part in parts if part]
+    return said
+
+
+def _shares(op: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Our share of the copy; rows beyond what a multiprocessor holds stand apart in the backward.
+
+    There they take five passes where three are counted, so no more than 60 % can be expected.
+    """
+    target, least_N = TARGETS.get(op, (None, 0))
+    ours = [r for r in rows if r["peer"] == "cupynorm" and r.get("fraction_of_copy")]
+    big = [r for r in ours if r["group"] == "1GB" and r["N"] >= least_N and r["dtype"] != "float64"]
+    long = [r for r in big if op != FWD and "split" in r["kernel"]]
+    named = ((f"at 1 GB, N >= {least_N}", [r for r in big if r not in long]), ("of K5", long))
+    said = []
+    for what, cases in named:
+        if cases:
+            least = min(cases, key=lambda r: r["fraction_of_copy"])
+            goal = target if cases is not long else None
+            reached = sum(r["fraction_of_copy"] >= goal for r in cases) if goal else 0
+            counted = f"{reached} of {len(cases)} reach {goal:.0%}, " if goal else ""
             said.append(
-                f"time over {peer}'s: {mean:.3f} in the geometric mean of {len(ratios)}, "
-                f"worst {worst:.3f} ({row['dtype']}, {row['rows']}x{row['N']})"
+                f"share of the copy {what}: {counted}"
+                f"least {least['fraction_of_copy']:.1%} ({least['dtype']}, N = {least['N']})"
             )
     return said
+
+
+def _ratios(peer: str, rows: list[dict[str, Any]]) -> str:
+    """Our time over a peer's, whichever way it turned out."""
+    ratios = [(r["ratio_to_peer"], r) for r in rows if r["peer"] == peer and r["ratio_to_peer"]]
+    if not ratios:
+        return ""
+    mean = math.exp(sum(math.log(q) for q, _ in ratios) / len(ratios))
+    worst, row = max(ratios, key=lambda pair: pair[0])
+    return (
+        f"time over {peer}'s: {mean:.3f} in the geometric mean of {len(ratios)}, "
+        f"worst {worst:.3f} ({row['dtype']}, {row['rows']}x{row['N']})"
+    )
 
 
 def write_summary(folder: Path, session: Session, outcomes: list[tuple[str, str, str]]) -> None:

@@ -12,10 +12,10 @@ __all__ = ["COLUMNS", "TIMED", "Table", "rows_of"]
 
 # Column, then its meaning; bench/README.md prints the same list, and a test compares the two.
 COLUMNS = {
-    "op": "layer_norm_fwd, empty_kernel, python_call or first_call",
+    "op": "layer_norm_fwd, _bwd or _fwd_bwd, empty_kernel, python_call or first_call",
     "group": "1GB, 33MB, few rows, layout: which sweep the case belongs to",
-    "dtype": "of x and y",
-    "weight_dtype": "of weight and bias; empty: neither",
+    "dtype": "of x, y, dy and dx",
+    "weight_dtype": "of weight, bias and their gradients; empty: none",
     "rows": "M",
     "N": "columns, the normalized axis",
     "layout": "C; offset: base one element off; pitch: rows 16 bytes apart",
@@ -23,12 +23,13 @@ COLUMNS = {
     "kernel": "name of the specialization that ran",
     "method": "graph (CUDA graph of many calls) or launches; host for Python time",
     "status": "ok, wrong (no number), error, skipped, simulated (no number)",
-    "error": "max of abs(y - float64) / (epsilon(dtype) * max(1, size of the terms and of y))",
+    "error": "max of abs(y - float64) / (epsilon(dtype) * max(1, size of the terms and of y)); "
+    "backward: of the gradient that comes nearest to its limit",
     "median_us": "microseconds per call, median over rounds",
     "p10_us": "10th percentile over rounds",
     "p90_us": "90th percentile over rounds",
     "rounds": "how many samples",
-    "bytes": "rows * N * 2 * itemsize, plus N * itemsize each for weight and bias",
+    "bytes": "the floor of the op: see 6 above",
     "gb_per_s": "bytes / median_us, 1 GB = 1e9 bytes; a copy is charged its own bytes",
     "fraction_of_copy": "gb_per_s over that of the fastest copy of the same case",
     "ratio_to_peer": "cupynorm's median_us over this row's; below 1, cupynorm is faster",
@@ -107,7 +108,7 @@ def _row(
     case: Case, r: Result, nbytes: int, gb: float | None, roof: float | None, ours: float | None
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "op": "layer_norm_fwd",
+        "op": case.op,
         "group": case.group,
         "dtype": case.dtype,
         "weight_dtype": case.affine_dtype or "",

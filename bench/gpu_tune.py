@@ -1,8 +1,9 @@
-"""Measures the neighbours of each row of the plan table; proposes rows with their provenance."""
+"""Measures the neighbours of each row of a plan table; proposes rows with their provenance."""
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,21 @@ from bench.gpu_session import Session
 from bench.gpu_table import Table, rows_of
 from cupynorm._launches import ready_fwd
 from cupynorm._layout import layout_of
-from cupynorm._plan import TABLE, Device, Plan, TableRow
+from cupynorm._plan import TABLE, Device, Plan, Stage, TableRow
 from cupynorm._problem import ITEMSIZE
 from cupynorm._source import source_of
 
-__all__ = ["candidates", "launcher", "tune"]
+__all__ = [
+    "Kind",
+    "Trial",
+    "candidates",
+    "label",
+    "launcher",
+    "refuse_what_does_not_fit",
+    "run_trials",
+    "tune",
+    "written",
+]
 
 DTYPES = ("bfloat16", "float32")
 ROUNDS = 9
@@ -29,6 +40,25 @@ REGISTERS = 65536  # of a multiprocessor; a vector takes four, and spills are no
 OTHER_REGISTERS = 36
 WARP_SHAPES = ((8, 128), (16, 128), (32, 128), (32, 64), (32, 256))
 BLOCK_SHAPES = ((64, 64), (64, 128), (128, 128), (256, 256), (512, 512), (1024, 1024))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Candidates, of which the first is today's, and the cases that judge them."""
+
+    name: str
+    candidates: list[Any]
+    cases: list[Case]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the candidates of a plan table are named, run, and written down."""
+
+    label: Callable[[Any], str]
+    launcher: Callable[[Session, Case, Any, Any], Contender]
+    make_inputs: Callable[[Session, Case], Any]
+    written: Callable[[Any, str], str]  # candidate and provenance, as the table's file has it
 
 
 def candidates(row: TableRow) -> list[TableRow]:
@@ -85,10 +115,7 @@ def launcher(session: Session, case: Case, inputs: Inputs, row: TableRow) -> Con
     index = session.cupy.cuda.runtime.getDevice()
     device = _cuda.device_of(index)
     plan = plan_of(row, layout.problem, device)
-    if max(s.shared_bytes for s in plan.stages) > device.shared_bytes:
-        msg = "beyond the device's shared memory"
-        raise Unavailable(msg)
-    _refuse_spills(session, plan)
+    refuse_what_does_not_fit(session, plan.stages, device)
     ready = ready_fwd(layout, plan, _cuda.loaded(plan.stages, index))
 
     def call(i: int) -> Any:
@@ -100,11 +127,14 @@ def launcher(session: Session, case: Case, inputs: Inputs, row: TableRow) -> Con
     return Contender(label(row), call, kernel=kernel, ours=True)
 
 
-def _refuse_spills(session: Session, plan: Plan) -> None:
-    """No row of the table may spill, so no candidate may, however fast."""
-    if session.simulated:
-        return
-    for stage in plan.stages:
+def refuse_what_does_not_fit(session: Session, stages: Iterable[Stage], device: Device) -> None:
+    """No row of a table may spill, so no candidate may, however fast."""
+    for stage in stages:
+        if stage.shared_bytes > device.shared_bytes:
+            msg = "beyond the device's shared memory"
+            raise Unavailable(msg)
+        if session.simulated:
+            continue
         spilled = session.cupy.RawKernel(source_of(stage), stage.name).local_size_bytes
         if spilled:
             msg = f"{stage.name} keeps {spilled} bytes per thread in local memory"
@@ -119,80 +149,97 @@ def label(row: TableRow) -> str:
     )
 
 
-def trials(device: Device) -> Iterator[tuple[str, list[TableRow], list[Case]]]:
-    """Name of each threshold, its candidates, and the cases that judge them.
+def written(row: TableRow, source: str) -> str:
+    """A row as the table has it."""
+    shown = ", ".join(repr(v) for v in dataclasses.astuple(row)[:-1])
+    return f"`TableRow({shown}, {source!r})`"
 
-    A table row is judged at its longest row and at three quarters of it.
-    """
+
+FORWARD = Kind(label, launcher, make_inputs, written)
+
+
+def trials(device: Device) -> Iterator[Trial]:
+    """A table row is judged at its longest row and at three quarters of it."""
     for number, row in enumerate(TABLE[:-1]):
         vecs = [row.max_vecs, max(1, 3 * row.max_vecs // 4)]
         cases = [case(d, v * 16 // ITEMSIZE[d]) for d in DTYPES for v in vecs]
-        yield f"row {number}: {row.family} up to {row.max_vecs} vectors", candidates(row), cases
+        name = f"row {number}: {row.family} up to {row.max_vecs} vectors"
+        yield Trial(name, candidates(row), cases)
     for vecs in (2048 + 1, 4096, 8192, 14336):  # where a block of its own competes with K5
         shared = next(r for r in TABLE if r.family == "shared" and vecs <= r.max_vecs)
         for share in (0.05, 0.25, 0.5, 1.0, 2.0):
             rows = max(1, int(share * device.sm_count))
             few = Case("bfloat16", rows, vecs * 8, "few rows")
             name = f"split: {vecs} vectors, {share:g} rows per multiprocessor"
-            yield name, [shared, TABLE[-1]], [few]
+            yield Trial(name, [shared, TABLE[-1]], [few])
 
 
 def tune(session: Session, table: Table, report: Path, limit: int | None = None) -> str:
-    """Measure all trials until the deadline; write the proposals next to the table."""
+    """Measure all trials of the forward until the deadline; write the proposals."""
     from cupynorm import _cuda
 
     device = _cuda.device_of(session.cupy.cuda.runtime.getDevice())
+    return run_trials(session, table, report, trials(device), FORWARD, limit)
+
+
+def run_trials(
+    session: Session,
+    table: Table,
+    report: Path,
+    trials: Iterable[Trial],
+    kind: Kind,
+    limit: int | None,
+) -> str:
+    """Measure trials until the deadline, at most `limit`; write the proposals as they come."""
     lines, done = [], 0
-    for name, rows, cases in trials(device):
+    for trial in trials:
         if session.time_left() < 0 or done == limit:
             break
         if session.simulated:
-            rows, cases = rows[:3], [Case("float32", 3, c.N, c.group) for c in cases[-1:]]
-        times = [_trial(session, table, rows, c, name) for c in cases]
-        if session.simulated:
-            lines += [f"### {name}", "", "Simulated: every candidate ran, none was timed.", ""]
-        else:
-            lines += [f"### {name}", "", *_proposal(rows, times, report.parent.name, name), ""]
-        report.write_text(
-            "\n".join(["# Proposals for the plan table", "", *lines]), encoding="utf-8"
-        )
+            few = [dataclasses.replace(c, dtype="float32", rows=3) for c in trial.cases[-1:]]
+            trial = Trial(trial.name, trial.candidates[:3], few)
+        times = [_measured(session, table, trial, c, kind) for c in trial.cases]
+        source = f"bench/results/{report.parent.name}/tune.csv, {trial.name.partition(':')[0]}"
+        said = ["Simulated: every candidate ran, none was timed."]
+        lines += [f"### {trial.name}", ""]
+        lines += said if session.simulated else _proposal(trial, times, kind, source)
+        lines += [""]
+        text = "\n".join(["# Proposals for the plan table", "", *lines])
+        report.write_text(text, encoding="utf-8")
         done += 1
     return f"{done} thresholds; proposals in {report.name}"
 
 
-def _trial(
-    session: Session, table: Table, rows: list[TableRow], case: Case, name: str
+def _measured(
+    session: Session, table: Table, trial: Trial, case: Case, kind: Kind
 ) -> dict[str, Result]:
-    inputs = make_inputs(session, case)
+    inputs = kind.make_inputs(session, case)
     builders = [
-        (label(r), lambda r=r: launcher(session, case, inputs, r)) for r in dict.fromkeys(rows)
+        (kind.label(c), lambda c=c: kind.launcher(session, case, inputs, c))
+        for c in dict.fromkeys(trial.candidates)
     ]
     results = measure(session, case, inputs, builders + copies(session, case, inputs), ROUNDS)
     for result in results:
-        result.note = f"{name}. {result.note}"
+        result.note = f"{trial.name}. {result.note}"
     table.add(rows_of(case, results))
     return {r.name: r for r in results}
 
 
-def _proposal(
-    rows: list[TableRow], trials: list[dict[str, Result]], folder: str, name: str
-) -> list[str]:
-    """A table of geometric means, and the row to write if a neighbour is worth it."""
+def _proposal(trial: Trial, results: list[dict[str, Result]], kind: Kind, source: str) -> list[str]:
+    """A table of geometric means, and what to write if a neighbour is worth it."""
     means = {}
-    for row in rows:
-        times = [t[label(row)].times for t in trials]
+    for candidate in trial.candidates:
+        times = [r[kind.label(candidate)].times for r in results]
         if all(t is not None for t in times):
-            means[row] = math.exp(sum(math.log(t.median) for t in times if t) / len(times))
-    if rows[0] not in means:
+            means[candidate] = math.exp(sum(math.log(t.median) for t in times if t) / len(times))
+    first = trial.candidates[0]
+    if first not in means:
         return ["The row of today has no time here: nothing is proposed."]
-    today = means[rows[0]]
+    today = means[first]
     lines = ["| candidate | µs, geometric mean | against today's |", "|---|---|---|"]
     ordered = sorted(means, key=means.__getitem__)
-    lines += [f"| {label(r)} | {means[r]:.2f} | {means[r] / today:.3f} |" for r in ordered]
-    best = ordered[0] if means[ordered[0]] < WORTH * today else rows[0]
-    source = f"bench/results/{folder}/tune.csv, {name.partition(':')[0]}"
-    verdict = "keep" if best is rows[0] else "change to"
-    if name.startswith("split"):
-        return [*lines, "", f"{verdict} {best.family}"]
-    shown = ", ".join(repr(v) for v in dataclasses.astuple(best)[:-1])
-    return [*lines, "", f"{verdict} `TableRow({shown}, {source!r})`"]
+    lines += [f"| {kind.label(c)} | {means[c]:.2f} | {means[c] / today:.3f} |" for c in ordered]
+    best = ordered[0] if means[ordered[0]] < WORTH * today else first
+    verdict = "keep" if best == first else "change to"
+    shown = best.family if trial.name.startswith("split") else kind.written(best, source)
+    return [*lines, "", f"{verdict} {shown}"]

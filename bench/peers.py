@@ -11,8 +11,9 @@ from bench.gpu_contender import Builder, Contender, Unavailable
 from bench.gpu_data import Inputs
 from bench.gpu_grid import FEW, Case
 from bench.gpu_session import Session
+from cupynorm._problem import numpy_dtype
 
-__all__ = ["PEERS", "as_torch", "composition", "peers", "torch_function"]
+__all__ = ["PEERS", "as_torch", "composition", "load", "peers", "torch_contender", "torch_function"]
 
 PEERS = ("torch-eager", "torch-compile", "liger", "quack", "cupy")
 LIGER_BYTES = 65536  # its block holds a whole row of at most this many elements
@@ -41,6 +42,9 @@ def torch_function(
         # Static shapes and a fresh cache per case: the best kernel that it has for this one.
         torch.compiler.reset()
         return torch.compile(eager, dynamic=False)
+    if name == "cupynorm.torch":
+        ours = load("cupynorm.torch").layer_norm
+        return lambda x, weight, bias: ours(x, (N,), weight, bias, eps)
     if name == "liger":
         if N > LIGER_BYTES:
             msg = f"Liger takes rows of at most {LIGER_BYTES} elements, not {N}"
@@ -74,13 +78,19 @@ def as_torch(torch: Any, a: Any) -> Any:
     return bits.view(getattr(torch, str(a.dtype)))
 
 
-def _from_torch(session: Session, torch: Any, t: Any, dtype: Any) -> Any:
-    return session.cupy.from_dlpack(t.detach().view(getattr(torch, _BITS[dtype.itemsize]))).view(
-        dtype
-    )
+def _from_torch(session: Session, result: Any) -> Any:
+    """CuPy arrays over the memory of a tensor, or of a tuple of tensors and None."""
+    if isinstance(result, tuple):
+        return tuple(None if t is None else _from_torch(session, t) for t in result)
+    torch, dtype = load("torch"), numpy_dtype(str(result.dtype).removeprefix("torch."))
+    bits = result.detach().view(getattr(torch, _BITS[dtype.itemsize]))
+    return session.cupy.from_dlpack(bits).view(dtype)
 
 
-def _torch_peer(session: Session, case: Case, inputs: Inputs, name: str) -> Contender:
+def torch_contender(
+    session: Session, name: str, make: Callable[[Any], Callable[[int], Any]]
+) -> Contender:
+    """Contender of a function of torch, which `make` gives; it runs on the session's stream."""
     if session.simulated:
         msg = "torch cannot see simulated memory"
         raise Unavailable(msg)
@@ -88,11 +98,6 @@ def _torch_peer(session: Session, case: Case, inputs: Inputs, name: str) -> Cont
     if not torch.cuda.is_available():
         msg = "torch sees no CUDA device"
         raise Unavailable(msg)
-    function = torch_function(name, torch, case.N)
-    x = [as_torch(torch, a) for a in inputs.x]
-    weight, bias = as_torch(torch, inputs.weight), as_torch(torch, inputs.bias)
-    if name == "quack":
-        weight, bias = (None if a is None else a.float() for a in (weight, bias))
     side = torch.cuda.ExternalStream(session.stream.ptr)
 
     @contextlib.contextmanager
@@ -113,14 +118,29 @@ def _torch_peer(session: Session, case: Case, inputs: Inputs, name: str) -> Cont
 
         return Batch(replay, calls, "graph", [graph])
 
+    session.synchronize()  # the inputs were made on another stream
+    with scope():  # what a forward leaves for its backward is remembered with its stream
+        call = make(torch)
     return Contender(
         name,
-        lambda i: function(x[i], weight, bias),
+        call,
         kernel=name,
         capture=capture,
         scope=scope,
-        to_cupy=lambda y: _from_torch(session, torch, y, inputs.x[0].dtype),
+        to_cupy=lambda result: _from_torch(session, result),
     )
+
+
+def _torch_peer(session: Session, case: Case, inputs: Inputs, name: str) -> Contender:
+    def call(torch: Any) -> Callable[[int], Any]:
+        function = torch_function(name, torch, case.N)
+        x = [as_torch(torch, a) for a in inputs.x]
+        weight, bias = as_torch(torch, inputs.weight), as_torch(torch, inputs.bias)
+        if name == "quack":
+            weight, bias = (None if a is None else a.float() for a in (weight, bias))
+        return lambda i: function(x[i], weight, bias)
+
+    return torch_contender(session, name, call)
 
 
 def _cupy_peer(session: Session, case: Case, inputs: Inputs) -> Contender:

@@ -1,4 +1,4 @@
-"""Draws the forward table: bandwidth against N under the copy roof, and bars against the peers.
+"""Draws a table: bandwidth against N under the copy roof, and bars against the peers.
 
 python -m bench.plots results.csv --out folder
 """
@@ -15,6 +15,7 @@ __all__ = ["draw", "main", "read"]
 # Okabe and Ito's palette, told apart by everybody; the copy is the grey line that nothing beats.
 COLORS = {
     "cupynorm": "#0072B2",
+    "cupynorm.torch": "#000000",
     "torch-eager": "#D55E00",
     "torch-compile": "#009E73",
     "liger": "#CC79A7",
@@ -24,21 +25,27 @@ COLORS = {
 }
 GROUPS = {"1GB": "1 GB moved", "33MB": "33 MB moved", "few rows": "1 row"}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+# What the files of an op's figures begin with, and what it is called.
+OPS = {
+    "layer_norm_fwd": ("", "forward"),
+    "layer_norm_bwd": ("backward-", "backward"),
+    "layer_norm_fwd_bwd": ("forward-backward-", "forward and backward"),
+}
 Rows = list[dict[str, str]]
 
 
 def read(path: Path) -> Rows:
-    """Rows of a forward table that have a time."""
+    """Rows of a table that have a bandwidth."""
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if r["op"] == "layer_norm_fwd" and r["gb_per_s"]]
+        rows = [r for r in csv.DictReader(file) if r["op"] in OPS and r["gb_per_s"]]
     if not rows:
-        msg = f"{path} has no timed forward rows to draw"
+        msg = f"{path} has no timed rows to draw"
         raise ValueError(msg)
     return rows
 
 
 def draw(rows: Rows, folder: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
-    """Write the figures; their paths."""
+    """Write the figures of each op; their paths."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -47,13 +54,15 @@ def draw(rows: Rows, folder: Path, formats: tuple[str, ...] = ("png", "svg")) ->
     made = []
     figures: dict[str, Callable[[Any, Rows], Any]] = {"bandwidth": bandwidth, "peers": bars}
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        for name, plot in figures.items():
-            figure = plot(plt, rows)
-            figure.suptitle(title(rows), fontsize=9)
-            for suffix in formats:
-                made.append(folder / f"{name}.{suffix}")
-                figure.savefig(made[-1], dpi=130)
-            plt.close(figure)
+        for op, (prefix, _) in OPS.items():
+            of_op = [r for r in rows if r["op"] == op]
+            for name, plot in figures.items() if of_op else ():
+                figure = plot(plt, of_op)
+                figure.suptitle(title(of_op), fontsize=9)
+                for suffix in formats:
+                    made.append(folder / f"{prefix}{name}.{suffix}")
+                    figure.savefig(made[-1], dpi=130)
+                plt.close(figure)
     return made
 
 
@@ -61,7 +70,8 @@ def title(rows: Rows) -> str:
     """Where the numbers come from."""
     r = rows[0]
     commit = (r["commit"] or f"tree {r['tree']}")[:12]
-    return f"layer_norm forward · {r['gpu']} · driver {r['driver']} · {commit} · {r['date'][:10]}"
+    where = f"{r['gpu']} · driver {r['driver']} · {commit} · {r['date'][:10]}"
+    return f"layer_norm {OPS[r['op']][1]} · {where}"
 
 
 def series(rows: Rows, peer: str) -> list[tuple[int, float]]:
@@ -176,9 +186,7 @@ def _bars_panel(ax: Any, rows: Rows) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.plots", description="Draw a forward table."
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench.plots", description="Draw a table.")
     parser.add_argument("csv", type=Path)
     parser.add_argument("--out", type=Path, help="folder; the table's own if not given")
     given = parser.parse_args(argv)

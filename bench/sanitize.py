@@ -14,12 +14,14 @@ import numpy as np
 
 import cupynorm as cn
 from bench.gpu_check import EPS, largest_error, limit
+from bench.gpu_check_backward import gradient_errors, worst_of
 from cupynorm._problem import numpy_dtype
 
 __all__ = ["CASES", "main", "run"]
 
-# (dtype, rows, N): the families by row length, each at a multiple of a vector and off it. The
-# family of a length is the plan's affair; `main` prints what ran.
+# (dtype, rows, N): the families by row length, each at a multiple of a vector and off it, forward
+# and backward. The family of a length is the plan's affair; `main` prints what ran. With three rows
+# or more a block of the backward takes several, and column_totals adds up several partials at 5.
 CASES = (
     ("float32", 37, 32),
     ("float16", 9, 100),
@@ -36,42 +38,60 @@ CASES = (
 TINY = (CASES[0], ("float32", 2, 33))
 
 
-def variants(cupy: Any, dtype: str, rows: int, N: int) -> Iterator[tuple[str, Any, Any]]:
-    """x and out by name; the values stand in `x` before the call."""
-    host = (np.random.default_rng(N).standard_normal((rows, N)) * 2 + 1).astype(numpy_dtype(dtype))
+def variants(cupy: Any, dtype: str, rows: int, N: int) -> Iterator[tuple[str, Any, Any, Any]]:
+    """x, out and dy by name; the values stand in x and dy before the call."""
+    rng = np.random.default_rng(N)
+    hosts = [(rng.standard_normal((rows, N)) * 2 + c).astype(numpy_dtype(dtype)) for c in (1, 0)]
 
-    def placed(offset: int, pitch: int) -> Any:
+    def placed(offset: int, pitch: int, host: np.ndarray = hosts[0]) -> Any:
         flat = cupy.empty(offset + rows * pitch, dtype=host.dtype)
         flat.view("uint8").fill(0xFF)
         a = flat[offset:].reshape(rows, pitch)[:, :N]
         a[...] = cupy.asarray(host)
         return a
 
-    yield "contiguous", placed(0, N), None
-    yield "offset", placed(1, N), placed(1, N)
-    yield "offset apart", placed(1, N), placed(3, N)
-    yield "pitch", placed(0, N + 3), placed(0, N + 5)
+    yield "contiguous", placed(0, N), None, placed(0, N, hosts[1])
+    yield "offset", placed(1, N), placed(1, N), placed(1, N, hosts[1])
+    yield "offset apart", placed(1, N), placed(3, N), placed(3, N, hosts[1])
+    yield "pitch", placed(0, N + 3), placed(0, N + 5), placed(1, N + 5, hosts[1])
     x = placed(0, N)
-    yield "in place", x, x
+    yield "in place", x, x, None
 
 
 def run(cupy: Any, cases: Any = CASES, out: Any = print) -> int:
-    """Run all; the number of wrong results."""
+    """Run all, forward and backward; the number of wrong results."""
     wrong = 0
+
+    def say(right: bool, what: str, error: float) -> int:
+        out(f"{'ok   ' if right else 'WRONG'} {what}: error {error:.3g}")
+        return int(not right)
+
     for dtype, rows, N in cases:
         rng = np.random.default_rng(rows)
         weight, bias = (
             cupy.asarray(rng.standard_normal(N).astype(numpy_dtype(dtype))) for _ in "wb"
         )
-        for name, x, y in variants(cupy, dtype, rows, N):
+        for name, x, y, dy in variants(cupy, dtype, rows, N):
             before = cupy.asnumpy(x)
             result = cn.layer_norm(x, N, weight, bias, EPS, out=y, return_stats=True)
             hosts = (before, *(cupy.asnumpy(a) for a in (weight, bias, result.y)))
             error = largest_error(np, *hosts)
             right = error <= limit(dtype, N, ours=True) and _stats_right(before, result, cupy)
-            wrong += not right
-            out(f"{'ok   ' if right else 'WRONG'} {dtype} {rows}x{N} {name}: error {error:.3g}")
+            wrong += say(right, f"{dtype} {rows}x{N} {name}", error)
+            if dy is not None:
+                error, allowed = _backward_error(cupy, dy, x, N, result, weight)
+                wrong += say(error <= allowed, f"{dtype} {rows}x{N} {name}, backward", error)
     return wrong
+
+
+def _backward_error(
+    cupy: Any, dy: Any, x: Any, N: int, result: Any, weight: Any
+) -> tuple[float, float]:
+    """Error of the worst gradient, and what it may be."""
+    made = cn.layer_norm_backward(dy, x, N, result.mean, result.rstd, weight)
+    dy, x, weight, *grads = (cupy.asnumpy(a) for a in (dy, x, weight, *made))
+    errors = gradient_errors(np, dy, x, weight, tuple(grads))
+    return worst_of(errors, dict.fromkeys(errors, str(x.dtype)), x.shape, ours=True)
 
 
 def _stats_right(x: np.ndarray, result: Any, cupy: Any) -> bool:
@@ -105,7 +125,8 @@ def main(argv: list[str] | None = None) -> int:
 def _kernels_that_ran() -> list[str]:
     from cupynorm import _cuda
 
-    plans = [ready.plan for ready in _cuda._prepared.values()]
+    prepared = (*_cuda._prepared.values(), *_cuda._prepared_bwd.values())
+    plans = [ready.plan for ready in prepared]
     return sorted({stage.name for plan in plans for stage in plan.stages})
 
 

@@ -24,6 +24,7 @@ from bench.gpu_simulated import simulated_session_cupy
 from bench.gpu_summary import claims, verdict
 from bench.gpu_table import COLUMNS, TIMED, Table, rows_of
 from cupynorm._plan import TABLE
+from tests.gpu_backend import SM90
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = {"gpu": "Drawn by a test", "driver": "0", "commit": "0" * 40, "date": "2026-01-01"}
@@ -55,7 +56,8 @@ def simulated_run(tmp_path_factory):
 
 def test_simulated_run_leaves_every_file(simulated_run):
     names = {p.name for p in simulated_run.iterdir()}
-    assert names == {"summary.md", "machine.json", "checks.txt", "forward.csv"}
+    tables = {"forward.csv", "backward.csv", "training.csv"}
+    assert names == {"summary.md", "machine.json", "checks.txt"} | tables
     assert json.loads((simulated_run / "machine.json").read_text())["gpu"].startswith("Simulated")
     assert "0 wrong" in (simulated_run / "checks.txt").read_text()
 
@@ -131,11 +133,12 @@ def test_a_step_that_raises_is_an_outcome(tmp_path, monkeypatch):
 
 
 def test_tune_runs_its_candidates_without_a_time(tmp_path):
-    assert gpu.main(["--simulate", "--tune", "--out", str(tmp_path)]) == 0
+    command = ["--simulate", "--tune", "--steps", "forward", "--out", str(tmp_path)]
+    assert gpu.main(command) == 0
     rows = [r for r in table_rows(tmp_path / "tune.csv") if "/" in r["peer"]]
     assert len(rows) == 3
     assert {r["status"] for r in rows} == {"simulated"}
-    assert "µs" not in (tmp_path / "tune.md").read_text()
+    assert "µs" not in (tmp_path / "tune-forward.md").read_text()
 
 
 # --- the check rejects ----------------------------------------------------------------------------
@@ -228,10 +231,11 @@ def test_error_of_a_long_row():
 def test_short_set_counts_what_is_wrong(session, monkeypatch):
     lines = []
     assert sanitize.run(session.cupy, sanitize.TINY, lines.append) == 0
-    assert len(lines) == 2 * 5
+    assert len(lines) == 2 * (5 + 4)
+    assert sum("backward" in line for line in lines) == 2 * 4
     monkeypatch.setattr(sanitize, "EPS", 1e-3)  # of the call and of the check's statistics
     lines.clear()
-    assert sanitize.run(session.cupy, sanitize.TINY[1:], lines.append) == 5
+    assert sanitize.run(session.cupy, sanitize.TINY[1:], lines.append) == 5 + 4
     assert all(line.startswith("WRONG") for line in lines)
 
 
@@ -269,6 +273,7 @@ def test_summary_names_the_worst_case():
         rows += rows_of(case, [*results, timed("torch-eager", eager)])
     copy, torch = claims(rows)
     assert "2 of 2 reach 95%" in copy
+    assert copy.startswith("forward: ")
     assert "worst 1.250 (bfloat16, 65536x4096)" in torch
     assert verdict(rows, "done")[0] == "ok"
     rows[1] |= {"status": "wrong", "peer": "torch-eager"}
@@ -359,7 +364,7 @@ def test_every_candidate_has_a_plan(row):
         problem = SimpleNamespace(
             x_dtype="bfloat16", weight_dtype=None, bias_dtype=None, rows=7, N=row.max_vecs * 8
         )
-        plan = gpu_tune.plan_of(candidate, problem)
+        plan = gpu_tune.plan_of(candidate, problem, SM90)
         assert plan.stages[0].block == (candidate.threads, 1, 1)
         assert plan.stages[0].grid[0] * plan.rows_per_block >= 7
 
@@ -369,8 +374,10 @@ def test_proposal_changes_only_for_a_gain():
     other = gpu_tune.candidates(row)[1]
 
     def lines(median):
-        trial = {gpu_tune.label(row): timed("a", 10.0), gpu_tune.label(other): timed("b", median)}
-        return gpu_tune._proposal([row, other], [trial, trial], "h200", "row 0: warp")[-1]
+        times = {gpu_tune.label(row): timed("a", 10.0), gpu_tune.label(other): timed("b", median)}
+        trial = gpu_tune.Trial("row 0: warp", [row, other], [])
+        source = "bench/results/h200/tune.csv, row 0"
+        return gpu_tune._proposal(trial, [times, times], gpu_tune.FORWARD, source)[-1]
 
     assert lines(9.95).startswith("keep")
     assert lines(9.0).startswith(f"change to `TableRow('{other.family}', {other.max_vecs},")
@@ -498,7 +505,7 @@ def test_figures_show_every_peer(tmp_path):
 
 
 def test_nothing_timed_is_not_drawn(simulated_run):
-    with pytest.raises(ValueError, match="no timed forward rows"):
+    with pytest.raises(ValueError, match="no timed rows"):
         plots.read(simulated_run / "forward.csv")
 
 

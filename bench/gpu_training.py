@@ -1,0 +1,303 @@
+"""Trains a small GPT on characters with torch's LayerNorm and with ours: the losses side by side.
+
+    python -m bench.gpu_training --out folder [--device cpu] [--steps 60]
+
+The text is the repository's LICENSE. All models start from the same parameters and see the same
+batches, a step of each in turn. How far two runs may part says a third model: torch's norms too,
+but each parameter moved by one unit in the last place, up or down by chance, before the first step.
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.gpu_machine import ROOT
+from bench.gpu_proofs import Outcome
+from bench.gpu_session import Session
+
+__all__ = ["SIZES", "Size", "main", "step", "train"]
+
+MODES = {"cuda": ("float32", "bfloat16", "autocast"), "cpu": ("float32", "bfloat16")}
+MODELS = ("torch", "cupynorm", "nudged")
+# Losses of about 3 may part by this much whatever the nudged model does: rounding of the dtype.
+FLOOR = {"float32": 1e-4, "bfloat16": 2e-2, "autocast": 2e-2}
+TIMES_NUDGED = 4.0
+LEARNT = 0.85  # the mean loss of the last steps over the first loss, at most
+WARM_STEPS = 5  # which compile; not in the times
+MACHINE = ("gpu", "driver", "cuda", "torch", "commit", "tree", "date")
+COLUMNS = ("mode", "step", *(f"loss_{m}" for m in MODELS), *(f"ms_{m}" for m in MODELS), *MACHINE)
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the model and of its training."""
+
+    layers: int
+    heads: int
+    width: int
+    context: int
+    batch: int
+    steps: int
+    rate: float
+
+
+SIZES = {"cuda": Size(4, 4, 256, 128, 32, 60, 1e-3), "cpu": Size(1, 2, 32, 32, 8, 12, 1e-2)}
+
+
+def gpt(torch: Any, size: Size, characters: int) -> Any:
+    """A decoder: embeddings, causal blocks, a last norm, and the embedding again as the head."""
+    nn = torch.nn
+
+    class GPT(nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Embedding(characters, size.width)
+            self.place = nn.Parameter(0.02 * torch.randn(size.context, size.width))
+            self.blocks = nn.ModuleList(
+                nn.TransformerEncoderLayer(
+                    size.width, size.heads, 4 * size.width, 0.0, "gelu",
+                    batch_first=True, norm_first=True,
+                )
+                for _ in range(size.layers)
+            )  # fmt: skip
+            self.norm = nn.LayerNorm(size.width)
+            nn.init.normal_(self.token.weight, std=0.02)
+
+        def forward(self, tokens: Any) -> Any:
+            h = self.token(tokens) + self.place
+            mask = nn.Transformer.generate_square_subsequent_mask(
+                size.context, device=h.device, dtype=h.dtype
+            )
+            for block in self.blocks:
+                h = block(h, src_mask=mask, is_causal=True)
+            return self.norm(h) @ self.token.weight.T.to(h.dtype)
+
+    return GPT()
+
+
+def models(torch: Any, size: Size, characters: int, mode: str, device: str) -> dict[str, Any]:
+    """Three models with the same parameters, but for the last bits of the third's."""
+    import cupynorm.torch
+
+    torch.manual_seed(1)
+    model = gpt(torch, size, characters).to(device)
+    model = model.to(torch.bfloat16) if mode == "bfloat16" else model
+    ours = cupynorm.torch.convert(copy.deepcopy(model))
+    plain = [m for m in ours.modules() if type(m) is torch.nn.LayerNorm]
+    if plain:
+        msg = f"convert left {len(plain)} of torch's norms in the model"
+        raise RuntimeError(msg)
+    nudged = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in nudged.parameters():
+            ulp = torch.finfo(p.dtype).eps * p.abs()
+            p += ulp * (2 * torch.randint(0, 2, p.shape, device=device) - 1)
+    return dict(zip(MODELS, (model, ours, nudged), strict=True))
+
+
+def batches(torch: Any, size: Size, device: str) -> tuple[int, Iterator[Any]]:
+    """How many characters there are, and windows of the text without end, the same in every run."""
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    alphabet = sorted(set(text))
+    data = torch.tensor([alphabet.index(c) for c in text])
+    draw = torch.Generator().manual_seed(2)
+
+    def windows() -> Iterator[Any]:
+        while True:
+            last = len(data) - size.context - 1
+            begins = torch.randint(0, last, (size.batch,), generator=draw)
+            yield torch.stack([data[b : b + size.context + 1] for b in begins]).to(device)
+
+    return len(alphabet), windows()
+
+
+def run_mode(torch: Any, size: Size, mode: str, device: str, deadline: float) -> Rows:
+    """Train the models a step in turn, starting with another one each time; a row per step."""
+    characters, windows = batches(torch, size, device)
+    made = models(torch, size, characters, mode, device)
+    optimizers = {n: torch.optim.AdamW(m.parameters(), lr=size.rate) for n, m in made.items()}
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    half = mode == "autocast"
+    rows: Rows = []
+    for number in range(size.steps):
+        if time.monotonic() > deadline:
+            break
+        window, row = next(windows), {"mode": mode, "step": number}
+        for name in MODELS[number % 3 :] + MODELS[: number % 3]:
+            wait()
+            begin = time.perf_counter()
+            with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
+                logits = made[name](window[:, :-1])
+            loss = torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), window[:, 1:].flatten()
+            )
+            optimizers[name].zero_grad()
+            loss.backward()
+            optimizers[name].step()
+            wait()
+            row[f"ms_{name}"] = 1e3 * (time.perf_counter() - begin)
+            row[f"loss_{name}"] = loss.item()
+        rows.append(row)
+    return rows
+
+
+def verdict(rows: Rows) -> tuple[bool, str]:
+    """Whether ours parts from torch's no more than rounding explains, and both have learnt."""
+    mode = rows[0]["mode"]
+    losses = {m: [r[f"loss_{m}"] for r in rows] for m in MODELS}
+
+    def parted(name: str) -> float:
+        return max(abs(a - b) for a, b in zip(losses[name], losses["torch"], strict=True))
+
+    tail = max(1, len(rows) // 8)
+    learnt = [statistics.fmean(values[-tail:]) / values[0] for values in losses.values()]
+    finite = all(abs(v) < float("inf") for values in losses.values() for v in values)
+    allowed = max(FLOOR[mode], TIMES_NUDGED * parted("nudged"))
+    good = finite and parted("cupynorm") <= allowed and max(learnt) <= LEARNT
+    sentence = (
+        f"{mode}: {len(rows)} steps, loss {losses['torch'][0]:.3f} to {losses['torch'][-1]:.3f}, "
+        f"ours apart by {parted('cupynorm'):.2g} at most, the nudged by {parted('nudged'):.2g}"
+    )
+    return good, sentence
+
+
+def step_times(rows: Rows) -> str:
+    """Medians of both, once everything is compiled."""
+    warm = rows[WARM_STEPS:] or rows
+    torchs, ours = (statistics.median(r[f"ms_{m}"] for r in warm) for m in MODELS[:2])
+    return f"ms per step {torchs:.2f} with torch's norms, {ours:.2f} with ours"
+
+
+def train(
+    folder: Path,
+    size: Size,
+    device: str,
+    machine: dict[str, str],
+    timed: bool = True,
+    deadline: float = float("inf"),
+) -> Outcome:
+    """Run every mode, write training.csv after each; ok if all modes are."""
+    import torch
+
+    good, said, rows = True, [], []
+    here = {name: machine.get(name, "") for name in MACHINE}
+    for mode in MODES[device]:
+        made = run_mode(torch, size, mode, device, deadline)
+        if len(made) < size.steps:
+            said.append(f"{mode}: left out at the deadline")
+            continue
+        right, sentence = verdict(made)
+        good, rows = good and right, rows + made
+        said.append(f"{sentence}, {step_times(made)}" if timed else sentence)
+        with (folder / "training.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            for row in rows:
+                shown = {k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()}
+                untimed = {} if timed else {f"ms_{m}": "" for m in MODELS}
+                writer.writerow(shown | untimed | here)
+    if not rows:
+        return "skipped", "; ".join(said)
+    return ("ok" if good else "failed"), "; ".join(said)
+
+
+def step(folder: Path, session: Session) -> Outcome:
+    """The step of `bench.gpu`; a simulated run trains on the CPU and says nothing about time."""
+    try:
+        import torch
+    except ImportError:
+        return "skipped", "torch is not installed"
+    if not session.simulated and not torch.cuda.is_available():
+        return "skipped", "torch sees no CUDA device"
+    device = "cpu" if session.simulated else "cuda"
+    timed = not session.simulated
+    found = train(folder, SIZES[device], device, session.machine, timed, session.deadline)
+    if timed and (folder / "training.csv").exists():
+        with contextlib.suppress(ImportError):
+            draw(folder / "training.csv", folder)
+    return found
+
+
+def draw(table: Path, folder: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
+    """A column per mode: the losses, and below how far they are from torch's."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from bench.plots import COLORS
+
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    modes = list(dict.fromkeys(r["mode"] for r in rows))
+    figure, axes = plt.subplots(
+        2, len(modes), figsize=(1.0 + 4.0 * len(modes), 5.5), squeeze=False, sharex=True,
+        layout="constrained",
+    )  # fmt: skip
+    colors = {"torch": COLORS["torch-eager"], "cupynorm": COLORS["cupynorm"], "nudged": "#777777"}
+    styles = {"torch": "-", "cupynorm": "--", "nudged": ":"}
+    for (top, bottom), mode in zip(axes.T, modes, strict=True):
+        of_mode = [r for r in rows if r["mode"] == mode]
+        steps = [int(r["step"]) for r in of_mode]
+        losses = {m: [float(r[f"loss_{m}"]) for r in of_mode] for m in MODELS}
+        for name, values in losses.items():
+            style = {"color": colors[name], "ls": styles[name], "label": name}
+            top.plot(steps, values, **style)
+            if name != "torch":
+                apart = [abs(a - b) for a, b in zip(values, losses["torch"], strict=True)]
+                bottom.plot(steps, apart, **style)
+        top.set_title(f"{mode}: loss", fontsize=9)
+        bottom.set_title("distance from torch's", fontsize=9)
+        bottom.set_yscale("symlog", linthresh=1e-7)
+        bottom.set_xlabel("step")
+    axes[0, 0].legend(frameon=False)
+    r = rows[0]
+    figure.suptitle(f"GPT on {r['gpu'] or 'the CPU'} · torch {r['torch']} · {r['commit'][:12]}")
+    made = [folder / f"training.{suffix}" for suffix in formats]
+    for path in made:
+        figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; exit status 1 if the losses part or do not fall."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_training", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", choices=tuple(SIZES), default="cuda")
+    parser.add_argument("--steps", type=int)
+    given = parser.parse_args(argv)
+    given.out.mkdir(parents=True, exist_ok=True)
+    size = SIZES[given.device]
+    size = dataclasses.replace(size, steps=given.steps or size.steps)
+    import torch
+
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("torch sees no CUDA device; --device cpu trains a smaller model", file=sys.stderr)
+        return 2
+    from bench.gpu_machine import commit, tree_hash
+
+    machine = {"torch": torch.__version__, "commit": commit(), "tree": tree_hash()}
+    if given.device == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    status, sentence = train(given.out, size, given.device, machine)
+    print(f"{status}: {sentence}")
+    draw(given.out / "training.csv", given.out)
+    return int(status == "failed")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
