@@ -1,5 +1,6 @@
 """Meets the memory of a call: folds it into rows, or says which copy is needed and why."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cupynorm import _problem
@@ -8,6 +9,7 @@ from cupynorm._problem import GradientProblem, Problem
 __all__ = [
     "GradientLayout",
     "Layout",
+    "fold",
     "gradient_layout_of",
     "layout_of",
     "result_strides",
@@ -108,7 +110,7 @@ def _fit(
 
     def batch() -> list[tuple[int, tuple[int, ...]]]:
         met = [dense if label in reasons else strides for label, strides in arrays.items()]
-        return _problem.fold(shape, axes, *met)[0]
+        return fold(shape, axes, *met)[0]
 
     labels = list(arrays)
     for i in range(len(labels) - 1, -1, -1):  # each may fold alone, but not all together
@@ -126,7 +128,7 @@ def _fit(
 def _copy_reason(
     label: str, shape: tuple[int, ...], axes: tuple[int, ...], strides: tuple[int, ...]
 ) -> str:
-    _, cols = _problem.fold(shape, axes, strides)
+    _, cols = fold(shape, axes, strides)
     if len(cols) > 1:
         return f"the normalized axes {axes} of {label} do not fold into one stride"
     if cols and cols[0][1] != (1,):
@@ -162,3 +164,42 @@ def result_strides(shape: tuple[int, ...], strides: tuple[int, ...], order: str)
         dense[a] = step
         step *= shape[a]
     return tuple(dense)
+
+
+def _merge(dims: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
+    """Join neighbouring (length, strides) groups that step evenly in every array; drop length 1."""
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for length, strides in dims:
+        if length == 1:
+            continue
+        if merged and all(s == length * t for s, t in zip(merged[-1][1], strides, strict=True)):
+            merged[-1] = (merged[-1][0] * length, strides)
+        else:
+            merged.append((length, strides))
+    return merged
+
+
+def fold(
+    shape: Sequence[int], axes: Sequence[int], *strides: Sequence[int]
+) -> tuple[list[tuple[int, tuple[int, ...]]], list[tuple[int, tuple[int, ...]]]]:
+    """Fold batch and normalized axes to as few groups as the layouts allow.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape that the arrays share.
+    axes : sequence of int
+        Normalized axes, ascending.
+    *strides : sequence of int
+        Element strides, one sequence per array (x and y). They are folded together, so that one
+        walk over the groups visits the same element of each array.
+
+    Returns
+    -------
+    batch, cols : list of (length, strides)
+        Groups in C order, each with one stride per array. Rows are numbered in C order of the
+        batch axes, which is also the order of mean and rstd.
+    """
+    dims = [(n, tuple(s[a] for s in strides)) for a, n in enumerate(shape)]
+    batch = _merge([d for a, d in enumerate(dims) if a not in axes])
+    return batch, _merge([dims[a] for a in axes])

@@ -1,4 +1,4 @@
-"""Rules of a layer-norm call, its error sentences, and how a shape folds into (outer, M, N)."""
+"""Rules of a layer-norm call, its error sentences, and the frozen problem that a plan is for."""
 
 import functools
 import math
@@ -23,7 +23,6 @@ __all__ = [
     "check_out",
     "check_x_dtype",
     "dtype_name",
-    "fold",
     "integers",
     "numpy_dtype",
     "refuse_dtype_beside_x",
@@ -286,42 +285,3 @@ def refuse_dtype_beside_x(label: str, dtype: str, expected: str, x_dtype: str) -
 def _refuse_out(fault: str, way_out: str) -> NoReturn:
     msg = f"{fault}; {way_out}"
     raise ValueError(msg)
-
-
-def _merge(dims: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
-    """Join neighbouring (length, strides) groups that step evenly in every array; drop length 1."""
-    merged: list[tuple[int, tuple[int, ...]]] = []
-    for length, strides in dims:
-        if length == 1:
-            continue
-        if merged and all(s == length * t for s, t in zip(merged[-1][1], strides, strict=True)):
-            merged[-1] = (merged[-1][0] * length, strides)
-        else:
-            merged.append((length, strides))
-    return merged
-
-
-def fold(
-    shape: Sequence[int], axes: Sequence[int], *strides: Sequence[int]
-) -> tuple[list[tuple[int, tuple[int, ...]]], list[tuple[int, tuple[int, ...]]]]:
-    """Fold batch and normalized axes to as few groups as the layouts allow.
-
-    Parameters
-    ----------
-    shape : sequence of int
-        Shape that the arrays share.
-    axes : sequence of int
-        Normalized axes, ascending.
-    *strides : sequence of int
-        Element strides, one sequence per array (x and y). They are folded together, so that one
-        walk over the groups visits the same element of each array.
-
-    Returns
-    -------
-    batch, cols : list of (length, strides)
-        Groups in C order, each with one stride per array. Rows are numbered in C order of the
-        batch axes, which is also the order of mean and rstd.
-    """
-    dims = [(n, tuple(s[a] for s in strides)) for a, n in enumerate(shape)]
-    batch = _merge([d for a, d in enumerate(dims) if a not in axes])
-    return batch, _merge([dims[a] for a in axes])
