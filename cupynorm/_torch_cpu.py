@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from cupynorm import _cpu, _cpu_raw, _reference
+from cupynorm._cpu import _plain
 from cupynorm._pages import prefer_huge
 
 __all__ = ["at_once", "layer_norm_bwd", "layer_norm_fwd"]
 
-_LARGE = 2**18  # elements; fewer are below the size that prefer_huge looks at
 _KINDS = {
     torch.float32: ("float32", torch.float32),
     torch.bfloat16: ("bfloat16", torch.float32),
@@ -29,47 +29,61 @@ def _as_row(value: Any, compute: Any) -> Any:
 
 
 def at_once(x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> Any:
-    """y of a call that has nothing special about it; None for every other call, faulty or not.
+    """y of a small call that has nothing special about it; None for any other, faulty or not.
 
     A small call costs as much as the Python around it: this is every check that a tensor on the
     CPU needs in one place, each in its cheapest form. The caller knows that neither autograd nor
     anything else watches.
     """
-    found = _KINDS.get(x.dtype)
-    shape = x.shape
-    if (
-        found is None
-        or type(normalized_shape) is not tuple
-        or len(normalized_shape) != 1
-        or type(eps) is not float
-        or eps - eps != 0.0
-        or not shape
-        or not x.is_contiguous()
-    ):
+    try:
+        ready = _ready.get((x.dtype, normalized_shape, eps))
+        if ready is None:
+            ready = _prepare(x.dtype, normalized_shape, eps)
+        N, compute, call, low, high, bfloat16, limit = ready
+        count, source = x.numel(), x.data_ptr()
+        if x.shape[-1] != N or not 0 < count < limit or not x.is_contiguous() or _plain.get():
+            return None
+        w = b = 0
+        if weight is not None:
+            if weight.dtype is not compute or weight.shape != normalized_shape:
+                return None
+            if not (weight.is_cpu and weight.is_contiguous()):
+                return None
+            w = weight.data_ptr()
+        if bias is not None:
+            if bias.dtype is not compute or bias.shape != normalized_shape:
+                return None
+            if not (bias.is_cpu and bias.is_contiguous()):
+                return None
+            b = bias.data_ptr()
+    except (IndexError, RuntimeError, TypeError):
+        # No dimension; sparse or nested, without an address; a list, which cannot be a key.
         return None
-    kind, compute = found
-    N, count = shape[-1], x.numel()
-    # A negated view (z.conj().imag) has a stride of 2, so nothing contiguous is one but for N == 1.
-    if normalized_shape[0] != N or N < 2 or count == 0 or not _cpu_raw.available():
-        return None
-    w = b = 0
-    if weight is not None:
-        if not (weight.dtype is compute and weight.is_cpu and weight.is_contiguous()):
-            return None
-        if weight.shape != normalized_shape:
-            return None
-        w = weight.data_ptr()
-    if bias is not None:
-        if not (bias.dtype is compute and bias.is_cpu and bias.is_contiguous()):
-            return None
-        if bias.shape != normalized_shape:
-            return None
-        b = bias.data_ptr()
     y = torch.empty_like(x)
-    if count > _LARGE:
-        prefer_huge(y.data_ptr(), y.nbytes)
-    _cpu_raw.layer_norm_fwd(kind, x.data_ptr(), y.data_ptr(), count // N, N, w, b, eps, 0, 0)
+    call(source, y.data_ptr(), count // N, N, w, b, eps, low, high, 0, 0, bfloat16, 0, 0)
     return y
+
+
+_ready: dict[Any, tuple[Any, ...]] = {}
+_NEVER = (-1, None, None, 0.0, 0.0, 0, 0)
+
+
+def _prepare(dtype: Any, normalized_shape: Any, eps: Any) -> tuple[Any, ...]:
+    """What `at_once` needs for rows of this kind; of use to no call where it takes none."""
+    if not _cpu_raw.available():
+        return _NEVER  # not kept: within `without_numba` that is so for a while
+    ready: tuple[Any, ...] = _NEVER
+    one = type(normalized_shape) is tuple and len(normalized_shape) == 1
+    number = type(eps) is float and eps - eps == 0.0
+    # A negated view (z.conj().imag) steps by 2, so none is contiguous unless it has one element.
+    if one and number and normalized_shape[0] > 1 and dtype in _KINDS:
+        kind, compute = _KINDS[dtype]
+        call, fixed, limit = _cpu_raw.forward_alone(kind, eps)
+        ready = (normalized_shape[0], compute, call, *fixed, limit)
+    if len(_ready) >= 1024:
+        _ready.clear()
+    _ready[dtype, normalized_shape, eps] = ready
+    return ready
 
 
 def layer_norm_fwd(

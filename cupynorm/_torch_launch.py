@@ -63,6 +63,8 @@ def forward(
     rstd: Any = None
     if stats:
         mean, rstd = _empty_stats(x, axes), _empty_stats(x, axes)
+    if x.is_meta:  # shape and dtype are all there is
+        return y, mean, rstd
     if y.numel():
         kind = "cpu" if x.is_cpu else x.device.type
         do = _paths.get(kind) or _path(kind)
@@ -95,6 +97,8 @@ def backward(
         torch.empty(shape, dtype=dtype, device=x.device) if want else None
         for want, dtype in zip(wanted[1:], dtypes, strict=True)
     )
+    if x.is_meta:
+        return dx, dweight, dbias
     if x.numel():
         kind = "cpu" if x.is_cpu else x.device.type
         do = _paths.get(kind) or _path(kind)

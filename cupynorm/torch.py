@@ -172,8 +172,12 @@ class LayerNorm(torch.nn.LayerNorm):  # type: ignore[misc]
     [[-1.2247..., 0.0, 1.2247...]]
     """
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalize the trailing dimensions of `input`."""
+        if torch.jit.is_scripting():  # TorchScript can run torch's operators alone
+            return torch.nn.functional.layer_norm(
+                input, self.normalized_shape, self.weight, self.bias, self.eps
+            )
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
