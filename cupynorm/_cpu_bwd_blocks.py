@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 ALONE = CHUNK // 2  # elements below which one thread does all
 _BLOCKS = 64  # of rows that have column sums of their own
 _SUMS = 1 << 21  # elements that the column sums of all blocks may have together
-_PIECE = 64  # rows that are added in float32 before they meet in float64
+_PIECE = 16  # rows that are added in float32 before they meet in float64
 _hat, _grad = Scratch(), Scratch()
 
 

@@ -23,7 +23,7 @@ __all__ = ["FIELDS", "TILE", "add_rows", "finish_row", "row_sums"]
 # once for all of them, and four rows are added before the sum that grows.
 TILE = 4
 # Elements whose sums are float32; those of a longer row meet in float64.
-_PIECE = 1024
+_PIECE = 512
 FIELDS = 5
 
 

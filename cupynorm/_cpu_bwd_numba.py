@@ -11,11 +11,11 @@ from cupynorm._cpu_bwd_rows import LONGEST, block_count, sums_pitch
 from cupynorm._cpu_loops import CHUNK
 from cupynorm._cpu_numba import Kept, flat
 
-__all__ = ["ALONE", "rows"]
+__all__ = ["ALONE", "LONGEST", "rows"]
 
 Array = np.ndarray[Any, Any]
 
-ALONE = 1 << 18  # elements below which one thread does all
+ALONE = 1 << 19  # elements below which one thread does all
 
 
 def _entries(sources: int, jit: Any) -> SimpleNamespace:
@@ -48,12 +48,21 @@ def _entries(sources: int, jit: Any) -> SimpleNamespace:
             _cpu_bwd_rows.finish_long_rows(parts, N, mean, rstd, stats)
 
     @jit
+    def sizes(M, N):  # type: ignore[no-untyped-def]
+        return block_count(M) * (sources != 0), sums_pitch(N)
+
+    @jit
     def merge(sums, blocks, N, totals):  # type: ignore[no-untyped-def]
         if sources:
             _cpu_bwd_rows.merge_sums(sums, blocks, N, totals)
 
     return SimpleNamespace(
-        rows=rows, long_sums=long_sums, long_columns=long_columns, finish=finish, merge=merge
+        rows=rows,
+        long_sums=long_sums,
+        long_columns=long_columns,
+        finish=finish,
+        sizes=sizes,
+        merge=merge,
     )
 
 
@@ -87,9 +96,10 @@ def rows(
     w = _EMPTY[compute] if w is None else w
     pair = (*flat(dy, M, N), *flat(x, M, N))
     target = (_EMPTY[x.dtype.type], 0) if dx is None else flat(dx, M, N)
-    blocks, sums, totals = block_count(M), _EMPTY[compute], None
+    sums, totals = _EMPTY[compute], None
     if summed:
-        sums, totals = np.empty(2 * blocks * sums_pitch(N), compute), np.empty((2, N))
+        blocks, pitch = _entry.call("sizes", (M, N))
+        sums, totals = np.empty(2 * blocks * pitch, compute), np.empty((2, N))
     if N <= LONGEST:
         _shared("rows", (*pair, *target, M, N, w, mean, rstd, sums, bfloat16), threads)
     else:

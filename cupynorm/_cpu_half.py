@@ -75,9 +75,10 @@ def _narrow_float16(values: Array, y: Array) -> None:
 
 def round_into(values: Array, y: Array) -> None:  # values: (N,) float64; y: N, C-contiguous
     """Round float64 values once into y, of any of the four dtypes."""
-    values = values.reshape(y.shape)
+    if values.shape != y.shape:
+        values = values.reshape(y.shape)
     with np.errstate(all="ignore"):
-        if y.dtype.name != "bfloat16":
+        if y.dtype.char in "efd":
             np.copyto(y, values, casting="same_kind")
             return
         # To float32 first, towards odd: what is cut off must not look like half of a last digit.
