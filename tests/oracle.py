@@ -104,7 +104,7 @@ def gradient_tolerance(dtype, terms):
     As `tolerance`, of the dtype that x's statistics have: one epsilon for each of four operations
     on an element, and one for each level of a tree that sums the terms, N of them or the rows.
     """
-    return _COMPUTE_EPS.get(str(np.dtype(dtype)), 2.0**-23) * (4 + math.log2(max(terms, 1)))
+    return _COMPUTE_EPS.get(np.dtype(dtype).name, 2.0**-23) * (4 + math.log2(max(terms, 1)))
 
 
 def gradient_excess(got, dy, x, axes, weight=None, eps=1e-5):
@@ -123,7 +123,7 @@ def gradient_excess(got, dy, x, axes, weight=None, eps=1e-5):
             excess.append(0.0)
             continue
         assert np.shape(a) == exact.shape, (np.shape(a), exact.shape)
-        name = str(a.dtype)
+        name = a.dtype.name
         bound = _EPS[name] * np.abs(exact) + gradient_tolerance(x.dtype, terms) * scale
         bound = bound + _LEAST[name]
         values, known = np.asarray(a).astype(np.float64), np.isfinite(exact)
