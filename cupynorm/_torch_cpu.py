@@ -216,8 +216,9 @@ def _backward_of_views(
     dbias: Any,
 ) -> None:
     if _viewable(x, weight, dweight, dbias):
-        inputs = map(_numpy, (dy, x)), map(_numpy, (mean, rstd, weight, dx, dweight, dbias))
-        _cpu.layer_norm_bwd(*inputs[0], axes, *inputs[1])
+        dy, x, mean, rstd, weight = map(_numpy, (dy, x, mean, rstd, weight))
+        dx, dweight, dbias = map(_numpy, (dx, dweight, dbias))
+        _cpu.layer_norm_bwd(dy, x, axes, mean, rstd, weight, dx, dweight, dbias)
         return
     import array_api_compat.torch as xp
 
