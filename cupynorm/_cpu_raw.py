@@ -74,12 +74,13 @@ def layer_norm_fwd(
     eps: float,
     mean: int,  # (M,)
     rstd: int,  # (M,)
+    num_threads: Callable[[], int] = _threads.num_threads,
 ) -> None:
     """Normalize M rows of N elements of dtype ``kind`` at address x into those at y.
 
     ``weight``, ``bias``, ``mean`` and ``rstd`` are addresses of float32 (float64 for float64 x),
-    0 where absent. Nothing is empty, every address is aligned to its elements. The bits are those
-    of ``_cpu.layer_norm_fwd``.
+    0 where absent. Nothing is empty, every address is aligned to its elements. ``num_threads`` is
+    asked where more than one pays. The bits are those of ``_cpu.layer_norm_fwd``.
     """
     call, bfloat16, char, engine = _fwd.get(kind) or _prepare(_fwd, kind)
     low, high = safe_range(char, eps)
@@ -87,7 +88,7 @@ def layer_norm_fwd(
     if engine.ALONE > M * N:
         call(*args, 0, 0)
         return
-    threads = _threads.num_threads()
+    threads = num_threads()
     if threads == 1:
         call(*args, 0, 0)
     elif 4 * threads <= M or engine.LONG * engine.CHUNK > N:
@@ -112,6 +113,7 @@ def layer_norm_bwd(
     weight: int,  # (N,)
     dweight: int,  # (N,)
     dbias: int,  # (N,)
+    num_threads: Callable[[], int] = _threads.num_threads,
 ) -> None:
     """Write the gradients whose addresses are not 0; the bits are ``_cpu.layer_norm_bwd``'s.
 
@@ -119,7 +121,7 @@ def layer_norm_bwd(
     be 0. Nothing is empty, every address is aligned to its elements.
     """
     call, bfloat16, char, engine = _bwd.get(kind) or _prepare(_bwd, kind)
-    threads = 1 if engine.ALONE > M * N else _threads.num_threads()
+    threads = 1 if engine.ALONE > M * N else num_threads()
     args = dy, x, dx, M, N, mean, rstd, weight, dweight, dbias
     if engine.LONGEST < N:
         _bwd_of_long_rows(engine, kind, char, *args, threads)

@@ -233,6 +233,26 @@ def test_every_number_of_threads_gives_the_same_gradients(kind, shape, monkeypat
 # --- threads ------------------------------------------------------------------------------------
 
 
+def test_threads_are_as_many_as_the_caller_says(monkeypatch):
+    asked, seen = [], []
+    monkeypatch.setattr(_cpu_raw, "_claimed", lambda work, threads: seen.append(threads))
+    x = values((3000, 256), np.float32, 8)
+    stats = np.ones((2, 3000), np.float32)
+
+    def call(M, num_threads):
+        a = address(x)
+        _cpu_raw.layer_norm_fwd("float32", a, a, M, 256, 0, 0, 1e-5, 0, 0, num_threads)
+        pointers = a, a, a, M, 256, *map(address, stats), 0, 0, 0
+        _cpu_raw.layer_norm_bwd("float32", *pointers, num_threads)
+
+    call(3000, lambda: 7)
+    assert seen == [7, 7]
+    call(3000, lambda: 1)
+    assert seen == [7, 7]
+    call(3, lambda: asked.append(1))
+    assert not asked
+
+
 def test_many_threads_call_at_once():
     x = values((500, 64), np.float32, 6)
     want = numpy_forward("float32", x, None, None, 1e-5)
