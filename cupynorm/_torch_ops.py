@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from cupynorm import _torch_formula, _torch_launch
+from cupynorm._problem import check_affine_shape
 
 __all__ = ["layer_norm_bwd", "layer_norm_fwd"]
 
@@ -27,7 +28,16 @@ _library.define(
 def _fwd(
     x: Any, axes: list[int], weight: Any, bias: Any, eps: float, keep: bool
 ) -> tuple[Any, Any, Any]:
+    _check_shapes(x, axes, weight, bias)
     return _torch_launch.forward(x, tuple(axes), weight, bias, eps, True, keep)
+
+
+def _check_shapes(x: Any, axes: list[int], *values: Any) -> None:
+    """A saved program may be run with any tensors; addresses alone would not tell."""
+    shape = tuple(x.shape[a] for a in axes)
+    for label, value in zip(("weight", "bias"), values, strict=False):
+        if value is not None and value.shape != shape:
+            check_affine_shape(label, tuple(value.shape), shape)
 
 
 def _bwd(
@@ -40,6 +50,7 @@ def _bwd(
     wanted: list[bool],
     *dtypes: Any,
 ) -> tuple[Any, ...]:
+    _check_shapes(x, axes, weight)
     grads = _torch_launch.backward(
         dy, x, tuple(axes), mean, rstd, weight, (wanted[0], wanted[1], wanted[2]), dtypes
     )

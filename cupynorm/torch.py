@@ -68,7 +68,7 @@ def layer_norm(
     higher order and forward-mode ones on torch's own functions. On a GPU, kernels run on torch's
     current stream in memory of torch's allocator, nothing is synchronized, and a CUDA graph can
     capture the call once a first call has compiled the kernel. Tensor subclasses that decide about
-    operators themselves, nested, sparse and other tensors without strides go to torch.
+    operators themselves, nested and sparse tensors, and TorchScript get torch's own layer_norm.
 
     Examples
     --------
@@ -89,7 +89,7 @@ def layer_norm(
             return y
     if not isinstance(input, torch.Tensor):
         _refuse_no_tensor("input", input, "torch.as_tensor(input), or call cupynorm.layer_norm")
-    if input.layout is not torch.strided or input.is_nested:
+    if input.layout is not torch.strided or input.is_nested or torch.jit.is_tracing():
         return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
     if type(eps) is not float or eps - eps != 0.0:
         eps = _problem.check_eps(eps)
