@@ -200,7 +200,7 @@ def convert(model: Any, inplace: bool = True) -> Any:
     -------
     torch.nn.Module
         The model. How many were converted goes to the logger ``cupynorm.torch`` at level INFO,
-        and at level WARNING where there was none to convert.
+        and at level WARNING, which Python prints by default, where there is no LayerNorm at all.
 
     Raises
     ------
@@ -230,7 +230,7 @@ def convert(model: Any, inplace: bool = True) -> Any:
             count += 1
     others = sum(not isinstance(m, LayerNorm) for m in norms)
     aside = f"; left {others} of a subclass of torch.nn.LayerNorm as they are" if others else ""
-    if count:
+    if len(norms) > others:
         _log.info("converted %d LayerNorm modules of %s%s", count, type(model).__name__, aside)
     else:
         _log.warning("found no torch.nn.LayerNorm to convert in %s%s", type(model).__name__, aside)
