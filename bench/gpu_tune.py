@@ -13,6 +13,7 @@ from bench.gpu_contender import Contender, Result, Unavailable, measure
 from bench.gpu_copy import copies
 from bench.gpu_data import Inputs, make_inputs
 from bench.gpu_grid import Case, case
+from bench.gpu_machine import ROOT
 from bench.gpu_session import Session
 from bench.gpu_table import Table, rows_of
 from cupynorm._launches import ready_fwd
@@ -199,7 +200,7 @@ def run_trials(
             few = [dataclasses.replace(c, dtype="float32", rows=3) for c in trial.cases[-1:]]
             trial = Trial(trial.name, trial.candidates[:3], few)
         times = [_measured(session, table, trial, c, kind) for c in trial.cases]
-        source = f"bench/results/{report.parent.name}/tune.csv, {trial.name.partition(':')[0]}"
+        source = f"{_shown(report.parent)}/tune.csv, {trial.name.partition(':')[0]}"
         said = ["Simulated: every candidate ran, none was timed."]
         lines += [f"### {trial.name}", ""]
         lines += said if session.simulated else _proposal(trial, times, kind, source)
@@ -208,6 +209,13 @@ def run_trials(
         report.write_text(text, encoding="utf-8")
         done += 1
     return f"{done} thresholds; proposals in {report.name}"
+
+
+def _shown(folder: Path) -> str:
+    """The folder as the table will name it, once it is committed."""
+    here = folder.resolve()
+    inside = here.is_relative_to(ROOT)
+    return here.relative_to(ROOT).as_posix() if inside else f"bench/results/{here.name}"
 
 
 def _measured(

@@ -384,6 +384,12 @@ def test_proposal_changes_only_for_a_gain():
     assert "'bench/results/h200/tune.csv, row 0'" in lines(9.0)
 
 
+def test_a_proposal_names_the_folder_that_will_be_committed(tmp_path):
+    inside = ROOT / "bench" / "results" / "h200" / "tune-forward"
+    assert gpu_tune._shown(inside) == "bench/results/h200/tune-forward"
+    assert gpu_tune._shown(tmp_path) == f"bench/results/{tmp_path.name}"
+
+
 # --- peers ----------------------------------------------------------------------------------------
 
 
