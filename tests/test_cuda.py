@@ -8,6 +8,7 @@ import pytest
 import cupynorm as cn
 from tests import gpu_backend, oracle
 from tests.conftest import Backend, why_not
+from tests.cuda_calls import Spent
 from tests.row_cases import device_for
 from tests.row_kernels import At, normalize
 from tests.simt.cupy_stand_in import simulated_cupy
@@ -41,26 +42,6 @@ def check(y, x, axes=None, weight=None, bias=None):
     want = oracle.layer_norm(x, axes, weight, bias, 1e-5)[0]
     bound = oracle.tolerance(x.dtype.name, np.prod([x.shape[a] for a in axes]))
     np.testing.assert_allclose(y.get().astype(np.float64), want, rtol=bound, atol=bound)
-
-
-class Spent:
-    """What a block of code launched, compiled and allocated."""
-
-    def __init__(self, cp):
-        self._sim = cp.simulator
-
-    def __enter__(self):
-        self._before = (len(self._sim.compilations), self._sim.allocations)
-        self._launched = len(self._sim.launches)
-        return self
-
-    def __exit__(self, *_):
-        self.launches = self._sim.launches[self._launched :]
-        self.names = [launch.name for launch in self.launches]
-        after = (len(self._sim.compilations), self._sim.allocations)
-        self.compilations, self.allocations = (
-            b - a for a, b in zip(self._before, after, strict=True)
-        )
 
 
 # --- what a call costs --------------------------------------------------------------------------
