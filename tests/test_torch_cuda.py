@@ -1,0 +1,235 @@
+"""The GPU branch of the torch adapter: its own launches, run on the simulated device.
+
+Tensors are on the CPU here. At the seam between the adapter and `_torch_cuda` they are copied into
+memory of the simulator, and what the kernels wrote is handed on as tensors over that memory; the
+rest, autograd and `_torch_cuda` itself, runs as it does on a GPU.
+"""
+
+import contextlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cupynorm.torch as cn_torch
+from cupynorm import _torch_autograd, _torch_cpu, _torch_launch
+from tests.simt.cupy_stand_in import simulated_cupy
+from tests.torch_cases import affine, check, check_gradients, expected, name_of, numbers, numpy_of
+
+# One N per kernel: K1, K2, K3, and K5 with few rows.
+FAMILIES = {"warp": 77, "block": 3001, "shared": 9001, "split": 36_001}
+STREAM = 0x7000  # torch's current stream, as the simulator sees it
+
+
+class _InSimulatedMemory(TorchDispatchMode):
+    """What torch allocates, as its CUDA allocator would: workspaces and contiguous copies."""
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(r.alias_info for r in func._schema.returns):
+            return result
+        self.gpu.allocated.append(str(func))
+        return self.gpu.moved(result, written="empty" not in str(func))
+
+
+class Gpu:
+    """Stands at the seam: `_torch_launch` takes it for the path of CPU tensors."""
+
+    def __init__(self, sim, module):
+        self.sim, self.module, self.allocated = sim, module, []
+
+    def moved(self, tensor, *, written=True):
+        """A tensor with the same strides over simulated memory."""
+        if tensor is None:
+            return None
+        storage = tensor.detach()
+        flat = torch.as_strided(
+            storage, (storage.untyped_storage().nbytes() // storage.itemsize,), (1,), 0
+        )
+        with self.sim.cuda.Device(1):
+            if written:
+                placed = self.sim.place(numpy_of(flat))
+            else:
+                placed = self.sim.empty(tuple(flat.shape), numpy_of(flat).dtype)
+        host = placed._host().view(np.uint8).reshape(-1)
+        memory = torch.from_numpy(host).view(tensor.dtype)
+        memory.owner = placed  # keeps the simulator's buffer alive
+        moved = memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        moved.owner = placed
+        return moved
+
+    def run(self, function, inputs, outputs):
+        moved = [self.moved(t) for t in inputs], [self.moved(t, written=False) for t in outputs]
+        with _InSimulatedMemory(self):
+            function(*moved)
+        for target, result in zip(outputs, moved[1], strict=True):
+            if target is not None:
+                target.copy_(result)
+
+    def layer_norm_fwd(self, x, axes, weight, bias, eps, y, mean, rstd):
+        def launch(inputs, outputs):
+            x, weight, bias = inputs
+            self.module.layer_norm_fwd(x, axes, weight, bias, eps, *outputs)
+
+        self.run(launch, (x, weight, bias), (y, mean, rstd))
+
+    def layer_norm_bwd(self, dy, x, axes, mean, rstd, weight, dx, dweight, dbias):
+        def launch(inputs, outputs):
+            dy, x, mean, rstd, weight = inputs
+            self.module.layer_norm_bwd(dy, x, axes, mean, rstd, weight, *outputs)
+
+        self.run(launch, (dy, x, mean, rstd, weight), (dx, dweight, dbias))
+
+    @property
+    def launches(self):
+        return self.sim.simulator.launches
+
+    @property
+    def names(self):
+        return [launch.name for launch in self.launches]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The adapter with a simulated GPU of index 1, of two, in the place of the CPU."""
+    sys.modules.pop("cupynorm._torch_cuda", None)
+    with simulated_cupy(devices=2, reload=("cupynorm._cuda", "cupynorm._torch_cuda")) as sim:
+        from cupynorm import _torch_cuda
+
+        gpu = Gpu(sim, _torch_cuda)
+        sim.simulator.current_device = 1
+        sim.simulator.streams[STREAM] = 1
+
+        @contextlib.contextmanager
+        def device(index):
+            with sim.cuda.Device(index):
+                yield
+
+        class Torch:
+            """torch, with the CUDA build's functions that `_torch_cuda` calls."""
+
+            class cuda:
+                current_device = staticmethod(lambda: sim.simulator.current_device)
+
+            def __getattr__(self, name):
+                return getattr(torch, name)
+
+        Torch.cuda.device = staticmethod(device)
+        monkeypatch.setattr(_torch_cuda, "torch", Torch())
+        monkeypatch.setattr(_torch_cuda, "_index", lambda x: 1)
+        monkeypatch.setattr(_torch_cuda, "_stream", lambda index: _torch_cuda._Stream(STREAM))
+        monkeypatch.setitem(_torch_launch._paths, "cpu", gpu)
+        monkeypatch.setattr(_torch_cpu, "at_once", lambda *_: None)
+        yield gpu
+        sim.simulator.current_device = 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_kernel_forward_and_backward(gpu, family):
+    N = FAMILIES[family]
+    x, (weight, bias) = numbers(3, N, grad=True), affine(N, grad=True)
+    dy = numbers(3, N, seed=4) - 3
+    y = cn_torch.layer_norm(x, (N,), weight, bias)
+    check(y, x, 1, weight, bias)
+    forward = len(gpu.launches)
+    assert all(name.startswith(f"layer_norm_fwd_{family}") for name in gpu.names)
+    y.backward(dy)
+    check_gradients((x.grad, weight.grad, bias.grad), dy, x, 1, weight)
+    assert any(name.startswith("layer_norm_bwd") for name in gpu.names[forward:])
+
+
+def test_everything_runs_on_torchs_stream_and_on_the_tensors_device(gpu):
+    gpu.sim.simulator.current_device = 0  # as after torch.cuda.set_device(0)
+    x, (weight, bias) = numbers(3, 77, grad=True), affine(77, grad=True)
+    y = cn_torch.layer_norm(x, (77,), weight, bias)
+    y.backward(numbers(3, 77))
+    assert {(launch.stream, launch.device) for launch in gpu.launches} == {(STREAM, 1)}
+    assert gpu.sim.simulator.current_device == 0
+
+
+def test_nothing_is_allocated_but_through_torch(gpu):
+    """The simulator would count memory that CuPy hands out."""
+    x, weight = numbers(2, FAMILIES["split"], grad=True), affine(FAMILIES["split"], grad=True)[0]
+    dy = numbers(2, FAMILIES["split"])
+    cn_torch.layer_norm(x, x.shape[1:], weight).backward(dy)
+    gpu.allocated.clear()
+    allocated = gpu.sim.simulator.allocations
+    compiled = len(gpu.sim.simulator.compilations)
+    cn_torch.layer_norm(x, x.shape[1:], weight).backward(dy)
+    # x, weight, y, mean, rstd; dy, x, mean, rstd, weight, dx, dweight: the test's own copies
+    own = 5 + 7 + len(gpu.allocated)
+    assert gpu.sim.simulator.allocations - allocated == own
+    assert len(gpu.sim.simulator.compilations) == compiled
+    assert set(gpu.allocated) == {"aten.empty.memory_format"}  # K5's and the partials' workspaces
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=name_of)
+def test_dtypes(gpu, dtype):
+    x, (weight, bias) = numbers(3, 77, dtype=dtype, grad=True), affine(77, grad=True)
+    y = cn_torch.layer_norm(x, (77,), weight, bias)
+    check(y, x, 1, weight, bias)
+    dy = (numbers(3, 77, seed=4) - 3).to(dtype)
+    y.backward(dy)
+    check_gradients((x.grad, weight.grad, bias.grad), dy, x, 1, weight)
+
+
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)])
+def test_only_what_is_asked_for_is_written(gpu, wanted):
+    tensors = numbers(4, 77), *affine(77)
+    for tensor, want in zip(tensors, wanted, strict=True):
+        tensor.requires_grad_(bool(want))
+    dy = numbers(4, 77, seed=4) - 3
+    cn_torch.layer_norm(tensors[0], (77,), *tensors[1:]).backward(dy)
+    check_gradients([t.grad for t in tensors], dy, tensors[0], 1, tensors[1])
+
+
+LAYOUTS = {
+    "padded": lambda: numbers(5, 90)[:, :77],
+    "permuted": lambda: numbers(6, 4, 77).permute(1, 0, 2),
+    "transposed": lambda: numbers(77, 5).T,
+    "stepped": lambda: numbers(8, 154)[::2, ::2],
+    "expanded": lambda: numbers(77).expand(4, 77),
+    "offset": lambda: numbers(386)[1:].view(5, 77),
+}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(gpu, layout, keep):
+    """What the kernels cannot walk is copied, by torch."""
+    x, (weight, bias) = LAYOUTS[layout](), affine(154, grad=True)
+    weight, bias = weight[::2], bias[::2]
+    x.requires_grad_()
+    y = _torch_autograd.layer_norm(x, (x.ndim - 1,), weight, bias, 1e-5, keep)
+    check(y, x, 1, weight, bias)
+    for dy in (numbers(*x.shape, seed=4) - 3, torch.ones(()).expand(x.shape)):
+        grads = torch.autograd.grad(y, (x, weight, bias), dy, retain_graph=True)
+        check_gradients(grads, dy, x, 1, weight)
+
+
+def test_other_axes(gpu):
+    x, (weight, bias) = numbers(4, 30, 5), affine(30)
+    y, mean, _ = _torch_autograd.layer_norm_with_stats(x, (1,), weight, bias, 1e-5)
+    check(y.transpose(1, 2), x.transpose(1, 2), 1, weight, bias)
+    want = expected(x.transpose(1, 2), 1)[1]
+    np.testing.assert_allclose(mean.transpose(1, 2).numpy(), want, rtol=1e-6)
+
+
+def test_without_cupy_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    for name in ("cupynorm._cuda", "cupynorm._torch_cuda"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import cupynorm
+
+    monkeypatch.delattr(cupynorm, "_torch_cuda", raising=False)
+    monkeypatch.delattr(cupynorm, "_cuda", raising=False)
+    with pytest.raises(ImportError, match=r"cupynorm\[cuda12\]"):
+        _torch_launch._path("cuda")
+    with pytest.raises(ValueError, match="device type xpu"):
+        _torch_launch._path("xpu")
