@@ -479,14 +479,14 @@ def test_losses_may_part_as_rounding_lets_them():
     assert not gpu_training.verdict(curve(ours=math.nan))[0]
 
 
+FLOAT32 = ("float32",)
 SMALL = gpu_training.Size(1, 2, 16, 16, 4, 6, 2e-2)
 
 
 def test_training_on_the_cpu(tmp_path, monkeypatch):
     pytest.importorskip("torch")
-    monkeypatch.setitem(gpu_training.MODES, "cpu", ("float32",))
     monkeypatch.setattr(gpu_training, "WARM_STEPS", 0)
-    found, sentence = gpu_training.train(tmp_path, SMALL, "cpu", {"gpu": "none"})
+    found, sentence = gpu_training.train(tmp_path, SMALL, "cpu", {"gpu": "none"}, modes=FLOAT32)
     assert found == "ok", sentence
     rows = table_rows(tmp_path / "training.csv")
     assert [r["step"] for r in rows] == [str(i) for i in range(6)]
@@ -508,8 +508,7 @@ def test_a_wrong_norm_fails_the_training(tmp_path, monkeypatch):
         return y + 0.05 * (y.detach() - y)  # the gradients alone are off
 
     monkeypatch.setattr(cupynorm.torch, "layer_norm", wrong)
-    monkeypatch.setitem(gpu_training.MODES, "cpu", ("float32",))
-    found, sentence = gpu_training.train(tmp_path, SMALL, "cpu", {}, timed=False)
+    found, sentence = gpu_training.train(tmp_path, SMALL, "cpu", {}, timed=False, modes=FLOAT32)
     assert found == "failed", sentence
     assert all(r["ms_torch"] == "" for r in table_rows(tmp_path / "training.csv"))
 
