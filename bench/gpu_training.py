@@ -23,6 +23,7 @@ from typing import Any
 from bench.gpu_machine import ROOT
 from bench.gpu_proofs import Outcome
 from bench.gpu_session import Session
+from bench.plots import draw_training
 
 __all__ = ["SIZES", "Size", "main", "step", "train"]
 
@@ -227,50 +228,8 @@ def step(folder: Path, session: Session) -> Outcome:
     found = train(folder, SIZES["cuda"], "cuda", machine, True, deadline)
     if (folder / "training.csv").exists():
         with contextlib.suppress(ImportError):
-            draw(folder / "training.csv", folder)
+            draw_training(folder / "training.csv", folder)
     return found
-
-
-def draw(table: Path, folder: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
-    """A column per mode: the losses, and below how far they are from torch's."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from bench.plots import COLORS
-
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    modes = list(dict.fromkeys(r["mode"] for r in rows))
-    figure, axes = plt.subplots(
-        2, len(modes), figsize=(1.0 + 4.0 * len(modes), 5.5), squeeze=False, sharex=True,
-        layout="constrained",
-    )  # fmt: skip
-    colors = {"torch": COLORS["torch-eager"], "cupynorm": COLORS["cupynorm"], "nudged": "#777777"}
-    styles = {"torch": "-", "cupynorm": "--", "nudged": ":"}
-    for (top, bottom), mode in zip(axes.T, modes, strict=True):
-        of_mode = [r for r in rows if r["mode"] == mode]
-        steps = [int(r["step"]) for r in of_mode]
-        losses = {m: [float(r[f"loss_{m}"]) for r in of_mode] for m in MODELS}
-        for name, values in losses.items():
-            style = {"color": colors[name], "ls": styles[name], "label": name}
-            top.plot(steps, values, **style)
-            if name != "torch":
-                apart = [abs(a - b) for a, b in zip(values, losses["torch"], strict=True)]
-                bottom.plot(steps, apart, **style)
-        top.set_title(f"{mode}: loss", fontsize=9)
-        bottom.set_title("distance from torch's", fontsize=9)
-        bottom.set_yscale("symlog", linthresh=1e-7)
-        bottom.set_xlabel("step")
-    axes[0, 0].legend(frameon=False)
-    r = rows[0]
-    figure.suptitle(f"GPT on {r['gpu'] or 'the CPU'} · torch {r['torch']} · {r['commit'][:12]}")
-    made = [folder / f"training.{suffix}" for suffix in formats]
-    for path in made:
-        figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return made
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -297,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         machine["gpu"] = torch.cuda.get_device_name()
     status, sentence = train(given.out, size, given.device, machine)
     print(f"{status}: {sentence}")
-    draw(given.out / "training.csv", given.out)
+    draw_training(given.out / "training.csv", given.out)
     return int(status == "failed")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw", "main", "read"]
+__all__ = ["draw", "draw_training", "main", "read"]
 
 # Okabe and Ito's palette, told apart by everybody; the copy is the grey line that nothing beats.
 COLORS = {
@@ -30,6 +30,12 @@ OPS = {
     "layer_norm_fwd": ("", "forward"),
     "layer_norm_bwd": ("backward-", "backward"),
     "layer_norm_fwd_bwd": ("forward-backward-", "forward and backward"),
+}
+# Color and line of a training's losses.
+NORMS = {
+    "torch": (COLORS["torch-eager"], "-"),
+    "cupynorm": (COLORS["cupynorm"], "--"),
+    "nudged": (COLORS["copy"], ":"),
 }
 Rows = list[dict[str, str]]
 
@@ -184,6 +190,46 @@ def _bars_panel(ax: Any, rows: Rows) -> None:
     ax.grid(axis="y", alpha=0.3)
 
 
+def draw_training(
+    table: Path, folder: Path, formats: tuple[str, ...] = ("png", "svg")
+) -> list[Path]:
+    """A column per mode: the losses, and below how far they are from torch's."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    modes = list(dict.fromkeys(r["mode"] for r in rows))
+    figure, axes = plt.subplots(
+        2, len(modes), figsize=(1.0 + 4.0 * len(modes), 5.5), squeeze=False, sharex=True,
+        layout="constrained",
+    )  # fmt: skip
+    for (top, bottom), mode in zip(axes.T, modes, strict=True):
+        of_mode = [r for r in rows if r["mode"] == mode]
+        steps = [int(r["step"]) for r in of_mode]
+        losses = {m: [float(r[f"loss_{m}"]) for r in of_mode] for m in NORMS}
+        for name, values in losses.items():
+            style = {"color": NORMS[name][0], "ls": NORMS[name][1], "label": name}
+            top.plot(steps, values, **style)
+            if name != "torch":
+                apart = [abs(a - b) for a, b in zip(values, losses["torch"], strict=True)]
+                bottom.plot(steps, apart, **style)
+        top.set_title(f"{mode}: loss", fontsize=9)
+        bottom.set_title("distance from torch's", fontsize=9)
+        bottom.set_yscale("symlog", linthresh=1e-7)
+        bottom.set_xlabel("step")
+    axes[0, 0].legend(frameon=False)
+    r = rows[0]
+    figure.suptitle(f"GPT on {r['gpu'] or 'the CPU'} · torch {r['torch']} · {r['commit'][:12]}")
+    made = [folder / f"training.{suffix}" for suffix in formats]
+    for path in made:
+        figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return made
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.plots", description="Draw a table.")
@@ -192,7 +238,8 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     folder = given.out or given.csv.parent
     folder.mkdir(parents=True, exist_ok=True)
-    for path in draw(read(given.csv), folder):
+    training = given.csv.name.startswith("training")
+    for path in draw_training(given.csv, folder) if training else draw(read(given.csv), folder):
         print(path)
     return 0
 

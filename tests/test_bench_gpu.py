@@ -49,7 +49,7 @@ def session():
 def simulated_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     command = [sys.executable, "-m", "bench.gpu", "--simulate", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
