@@ -17,14 +17,11 @@ from cupynorm._cpu_lanes import (
 )
 from cupynorm._cpu_loops import compiled
 
-__all__ = ["FIELDS", "TILE", "add_rows", "finish_row", "row_sums"]
+__all__ = ["FIELDS", "add_rows", "finish_row", "row_sums"]
 
-# Rows whose gradients are computed together: weight and the two column sums are read and written
-# once for all of them, and four rows are added before the sum that grows.
-TILE = 4
 # Elements whose sums are float32; those of a longer row meet in float64.
 _PIECE = 512
-FIELDS = 5
+FIELDS = 5  # of a row: what finish_row() puts
 
 
 @compiled()
@@ -124,57 +121,64 @@ def _two_cells(x, xp, dy, dyp, dx, dxp, i, count, w, row0, row1, has_w, has_dx):
 
 
 @compiled()
-def _four_cells(x, xp, dy, dyp, dx, dxp, i, count, w, rows, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
-    r0, r1, r2, r3 = rows
-    a, d = _two_cells(x, xp, dy, dyp, dx, dxp, i, count, w, r0, r1, has_w, has_dx)
-    x, dy, dx = advance(x, 2 * xp), advance(dy, 2 * dyp), advance(dx, 2 * dxp)
-    b, e = _two_cells(x, xp, dy, dyp, dx, dxp, i, count, w, r2, r3, has_w, has_dx)
-    store(to_w, i, add(load(to_w, i), add(a, b)))
-    store(to_b, i, add(load(to_b, i), add(d, e)))
+def _grow(to_w, to_b, i, a, b):  # type: ignore[no-untyped-def]
+    store(to_w, i, add(load(to_w, i), a))
+    store(to_b, i, add(load(to_b, i), b))
 
 
 @compiled()
-def _one_cell(x, dy, dx, i, count, w, row, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
-    d, h = _cell(x, dy, dx, i, count, w, row, has_w, has_dx)
-    store(to_w, i, fma(d, h, load(to_w, i)))
-    store(to_b, i, add(load(to_b, i), d))
+def _weights(w, i, count, has_w):  # type: ignore[no-untyped-def]
+    one = splat(w, like(w, 1))
+    return _read(w, i, count, one) if has_w else one
 
 
 @compiled()
-def _add_four(x, xp, dy, dyp, dx, dxp, n, w, stats, k, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
-    step, wv = lanes(x), splat(x, like(x, 1))
-    rows = (
-        _splats(stats, k),
-        _splats(stats, k + 1),
-        _splats(stats, k + 2),
-        _splats(stats, k + 3),
-    )
+def _add_four(x, xp, dy, dyp, dx, dxp, n, w, stats, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
+    step = lanes(x)
+    r0, r1, r2, r3 = _splats(stats, 0), _splats(stats, 1), _splats(stats, 2), _splats(stats, 3)
+    x2, dy2, dx2 = advance(x, 2 * xp), advance(dy, 2 * dyp), advance(dx, 2 * dxp)
     i = 0
     while i + step <= n:
-        if has_w:
-            wv = load(w, i)
-        _four_cells(x, xp, dy, dyp, dx, dxp, i, step, wv, rows, to_w, to_b, has_w, has_dx)
+        v = _weights(w, i, step, has_w)
+        a, b = _two_cells(x, xp, dy, dyp, dx, dxp, i, step, v, r0, r1, has_w, has_dx)
+        c, d = _two_cells(x2, xp, dy2, dyp, dx2, dxp, i, step, v, r2, r3, has_w, has_dx)
+        _grow(to_w, to_b, i, add(a, c), add(b, d))
         i += step
     if i < n:
-        if has_w:
-            wv = load_first(w, i, n - i, wv)
-        _four_cells(x, xp, dy, dyp, dx, dxp, i, n - i, wv, rows, to_w, to_b, has_w, has_dx)
+        v = _weights(w, i, n - i, has_w)
+        a, b = _two_cells(x, xp, dy, dyp, dx, dxp, i, n - i, v, r0, r1, has_w, has_dx)
+        c, d = _two_cells(x2, xp, dy2, dyp, dx2, dxp, i, n - i, v, r2, r3, has_w, has_dx)
+        _grow(to_w, to_b, i, add(a, c), add(b, d))
 
 
 @compiled()
-def _add_one(x, dy, dx, n, w, stats, k, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
-    step, wv = lanes(x), splat(x, like(x, 1))
-    row = _splats(stats, k)
+def _add_two(x, xp, dy, dyp, dx, dxp, n, w, stats, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
+    step = lanes(x)
+    r0, r1 = _splats(stats, 0), _splats(stats, 1)
     i = 0
     while i + step <= n:
-        if has_w:
-            wv = load(w, i)
-        _one_cell(x, dy, dx, i, step, wv, row, to_w, to_b, has_w, has_dx)
+        v = _weights(w, i, step, has_w)
+        a, b = _two_cells(x, xp, dy, dyp, dx, dxp, i, step, v, r0, r1, has_w, has_dx)
+        _grow(to_w, to_b, i, a, b)
         i += step
     if i < n:
-        if has_w:
-            wv = load_first(w, i, n - i, wv)
-        _one_cell(x, dy, dx, i, n - i, wv, row, to_w, to_b, has_w, has_dx)
+        v = _weights(w, i, n - i, has_w)
+        a, b = _two_cells(x, xp, dy, dyp, dx, dxp, i, n - i, v, r0, r1, has_w, has_dx)
+        _grow(to_w, to_b, i, a, b)
+
+
+@compiled()
+def _add_one(x, dy, dx, n, w, stats, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
+    step = lanes(x)
+    row = _splats(stats, 0)
+    i = 0
+    while i + step <= n:
+        d, h = _cell(x, dy, dx, i, step, _weights(w, i, step, has_w), row, has_w, has_dx)
+        _grow(to_w, to_b, i, mul(d, h), d)
+        i += step
+    if i < n:
+        d, h = _cell(x, dy, dx, i, n - i, _weights(w, i, n - i, has_w), row, has_w, has_dx)
+        _grow(to_w, to_b, i, mul(d, h), d)
 
 
 @compiled()
@@ -186,9 +190,13 @@ def add_rows(x, xp, dy, dyp, dx, dxp, M, n, w, stats, to_w, to_b, has_w, has_dx)
     k = 0
     while k < M:
         p, q, t = advance(x, k * xp), advance(dy, k * dyp), advance(dx, k * dxp)
-        if k + TILE <= M:
-            _add_four(p, xp, q, dyp, t, dxp, n, w, stats, k, to_w, to_b, has_w, has_dx)
-            k += TILE
+        row = advance(stats, FIELDS * k)
+        if M - k >= 4:
+            _add_four(p, xp, q, dyp, t, dxp, n, w, row, to_w, to_b, has_w, has_dx)
+            k += 4
+        elif M - k >= 2:
+            _add_two(p, xp, q, dyp, t, dxp, n, w, row, to_w, to_b, has_w, has_dx)
+            k += 2
         else:
-            _add_one(p, q, t, n, w, stats, k, to_w, to_b, has_w, has_dx)
+            _add_one(p, q, t, n, w, row, to_w, to_b, has_w, has_dx)
             k += 1

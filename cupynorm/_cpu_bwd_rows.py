@@ -3,7 +3,7 @@
 import numpy as np
 
 from cupynorm._cpu_bits import give, place, take
-from cupynorm._cpu_bwd_loops import FIELDS, TILE, add_rows, finish_row, row_sums
+from cupynorm._cpu_bwd_loops import FIELDS, add_rows, finish_row, row_sums
 from cupynorm._cpu_lanes import advance, claim, pointer
 from cupynorm._cpu_loops import CHUNK, compiled
 
@@ -18,18 +18,22 @@ __all__ = [
     "sums_pitch",
 ]
 
-# Rows whose dy * x_hat and dy meet in one float32 sum, four by four: at most 64 terms, so that
-# 200000 rows round like 64. Blocks of fewer than the least would leave much to merge.
+# Rows whose dy * x_hat and dy meet in one float32 sum: 200000 rows round like so many. Blocks of
+# fewer than the least would leave much to merge.
 _MOST_ROWS = 256
 _LEAST_ROWS = 32
 _BLOCKS = 32  # which enough threads can share, unless that makes the blocks too large or small
-# Elements of a group of short rows, whose sums are taken before its first gradient.
+# Elements of a group of narrow rows, whose sums are taken before their first gradient.
 _GROUP = 2048
-# Columns from which rows go one by one: four of x and dy would leave the L2 between their sums
-# and their gradients.
-_WIDE = 8192
+# Columns up to which four rows go together, then one, two, and one again. Together they share the
+# weights and column sums of which there is one row; alone, all that a row needs is in the L1
+# between its sums and its gradients, and its writes are one stream. Four rows against one:
+# 512x768 125 us and 144, 8192x768 5.0 ms and 4.0, 1024x1024 0.66 and 0.53; at a pitch of 8 KiB
+# rows also push each other out of the L1: 128x2048 170 us with four, 142 with one, 121 with two.
+_NARROW, _ALONE, _PAIRED = 512, 1024, 8192
 # Columns from which x and dy are read twice, since one row of both does not stay in the L2.
 LONGEST = 32768
+_LONG_ROWS = 2  # whose chunks go together
 # The column sums of a block are written in whole vectors of up to so many elements.
 _VECTOR = 16
 
@@ -50,6 +54,13 @@ def block_count(M):  # type: ignore[no-untyped-def]
 def sums_pitch(N):  # type: ignore[no-untyped-def]
     """Elements of one block's sums of dy * x_hat; those of dy follow, with as many."""
     return (N + _VECTOR - 1) // _VECTOR * _VECTOR
+
+
+@compiled()
+def _group_size(N):  # type: ignore[no-untyped-def]
+    if N <= _NARROW:
+        return _GROUP // N // 4 * 4
+    return 2 if _ALONE < N <= _PAIRED else 1
 
 
 @compiled()
@@ -77,7 +88,7 @@ def share_rows(dy, dyp, x, xp, dx, dxp, M, N, w, mean, rstd, sums, bfloat16, cou
     ``sums`` has block_count(M) times two rows of sums_pitch(N), one for dy * x_hat, one for dy.
     """
     size, pitch = _block_rows(M), sums_pitch(N)
-    group = min(M, max(TILE if N <= _WIDE else 1, _GROUP // N // TILE * TILE))
+    group = min(M, _group_size(N))
     x_room = np.empty(group * N if x.itemsize == 2 else 0, mean.dtype)
     rooms = x_room, np.empty(x_room.size, mean.dtype)
     stats = np.empty(FIELDS * group, mean.dtype)
@@ -146,7 +157,7 @@ def finish_long_rows(parts, N, mean, rstd, stats):  # type: ignore[no-untyped-de
 def share_long_columns(dy, dyp, x, xp, dx, dxp, M, N, w, stats, sums, bfloat16, counter):  # type: ignore[no-untyped-def]
     """Write dx, and the sums, of those chunks of columns of a block that this thread claims."""
     size, pitch, chunks = _block_rows(M), sums_pitch(N), (N + CHUNK - 1) // CHUNK
-    x_room = np.empty(TILE * CHUNK if x.itemsize == 2 else 0, stats.dtype)
+    x_room = np.empty(_LONG_ROWS * CHUNK if x.itemsize == 2 else 0, stats.dtype)
     dy_room = np.empty(x_room.size, stats.dtype)
     spare = np.empty(0 if sums.size else 2 * CHUNK, stats.dtype)
     item = claim(counter)
@@ -161,8 +172,8 @@ def share_long_columns(dy, dyp, x, xp, dx, dxp, M, N, w, stats, sums, bfloat16, 
         for i in range(sums_pitch(n)):
             to_w[i] = to_b[i] = 0
         wp, end = pointer(w, lo), min(M, (block + 1) * size)
-        for row in range(block * size, end, TILE):
-            k = min(TILE, end - row)
+        for row in range(block * size, end, _LONG_ROWS):
+            k = min(_LONG_ROWS, end - row)
             p, pp = take(x, row * xp + lo, xp, k, n, x_room, bfloat16)
             q, qp = take(dy, row * dyp + lo, dyp, k, n, dy_room, bfloat16)
             t, tp = place(dx, row * dxp + lo, dxp, n, dy_room)
