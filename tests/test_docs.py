@@ -130,7 +130,20 @@ def test_gpu_blocks_see_the_others_but_not_the_reverse(tmp_path, monkeypatch):
         run(page, gpu=True)
 
 
-# --- links --------------------------------------------------------------------------------------
+# --- names and links ----------------------------------------------------------------------------
+
+
+@every_page
+def test_names_exist(page):
+    import cupynorm
+    import cupynorm.torch
+
+    text = page.read_text(encoding="utf-8")
+    for name in sorted(set(re.findall(r"\b(?:cn|cupynorm)\.([a-zA-Z_.]*\w)", text))):
+        found = cupynorm
+        for part in name.split("."):
+            found = getattr(found, part, None)
+            assert found is not None, f"{page.name} speaks of cupynorm.{name}"
 
 
 def anchors(page):
