@@ -25,6 +25,8 @@ TIERS = (
     {"_checkpoint", "_parameters"},
     {"_explain", "_warmup", "frames", "gradient"},  # what users call, besides
     {"functional"},
+    {"_dask_blocks"},
+    {"_dask_frames", "_dask_moments"},
     {"_explanation"},
     {"_torch_autograd"},
     {"_torch_ops"},
