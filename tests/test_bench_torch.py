@@ -133,7 +133,6 @@ def test_a_run_writes_its_table(tmp_path, monkeypatch, capsys):
 
 
 def test_the_contender_is_ours():
-    pytest.importorskip("cupynorm.torch")
     import cupynorm.torch
 
     assert torch_cpu.layer_norms()["cupynorm"] is cupynorm.torch.layer_norm
