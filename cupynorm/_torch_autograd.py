@@ -7,16 +7,50 @@ from torch.autograd import forward_ad
 
 from cupynorm import _torch_formula, _torch_launch, _torch_ops
 
-__all__ = ["layer_norm", "layer_norm_with_stats", "unwatched"]
+__all__ = [
+    "ARITHMETIC",
+    "dispatched",
+    "layer_norm",
+    "layer_norm_with_stats",
+    "unwatched",
+    "watch_on",
+]
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+# Who watches a call: nobody; reverse-mode autograd; something that must see an operator or a
+# function of torch's rather than an address; a compiler.
+ARITHMETIC, GRADIENT, WATCHED, COMPILED = range(4)
 
-# Private names of torch; without one of them a call takes the slower way that is always right.
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_PLAIN = _TENSORS | {type(None)}
+
+# Private names of torch, each with a public one that costs ten times as much or none at all.
 _transforms_active = torch._C._are_functorch_transforms_active
 _modes_active = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
-_is_compiling = torch.compiler.is_compiling
 _of_batched_grads = torch._C._functorch.is_legacy_batchedtensor
+_is_compiling = torch.compiler.is_compiling
+
+
+def watch_on(x: Any, weight: Any, bias: Any) -> int:
+    """Who is to hear of a call on these tensors."""
+    if _is_compiling():
+        return COMPILED
+    if type(x) not in _TENSORS or type(weight) not in _PLAIN or type(bias) not in _PLAIN:
+        return WATCHED
+    if _transformed() or _modes_active() or _tracing() is not None:
+        return WATCHED
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return GRADIENT
+    return ARITHMETIC
+
+
+def unwatched(x: Any, weight: Any, bias: Any) -> bool:
+    """Whether a call is mere arithmetic."""
+    return watch_on(x, weight, bias) == ARITHMETIC
 
 
 def _transformed() -> bool:
@@ -24,28 +58,8 @@ def _transformed() -> bool:
     return bool(_transforms_active()) or forward_ad._current_level >= 0
 
 
-def _watched() -> bool:
-    """Whether anything but reverse-mode autograd must see an operator rather than an address."""
-    return _transformed() or bool(_modes_active()) or _tracing() is not None
-
-
-def unwatched(x: Any, weight: Any, bias: Any) -> bool:
-    """Whether a call is mere arithmetic: no compiler, no autograd, no mode is to hear of it."""
-    if _is_compiling() or type(x) is not torch.Tensor:
-        return False
-    if type(weight) not in _PLAIN or type(bias) not in _PLAIN:
-        return False
-    if torch.is_grad_enabled() and _requires_grad(x, weight, bias):
-        return False
-    if _transforms_active() or forward_ad._current_level >= 0 or _modes_active():
-        return False
-    return _tracing() is None
-
-
-def layer_norm(
-    x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float, keep: bool = True
-) -> Any:
-    """Layer norm of a tensor, differentiable.
+def layer_norm(x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
+    """Layer norm of a tensor with x's strides, differentiable.
 
     Parameters
     ----------
@@ -57,44 +71,35 @@ def layer_norm(
         Shape of these axes, x's device.
     eps : float
         Added to the variance.
-    keep : bool, default True
-        Whether y keeps x's strides; row-major otherwise.
     """
-    if _is_compiling():
+    return dispatched(watch_on(x, weight, bias), x, axes, weight, bias, eps, True)
+
+
+def dispatched(
+    watch: int, x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float, keep: bool
+) -> Any:
+    """y by the cheapest way that whoever watches allows; ``keep``: with x's strides."""
+    if watch == GRADIENT:
+        return _apply(x, weight, bias, (axes, eps, keep))
+    if watch == ARITHMETIC:
+        return _torch_launch.forward(x, axes, weight, bias, eps, False, keep)[0]
+    if watch == COMPILED:
         return _traced(x, axes, weight, bias, eps, keep)[0]
-    plain = type(x) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN
-    if not plain or _watched():
-        return _watched_layer_norm(x, axes, weight, bias, eps, keep)[0]
-    x, weight, bias = _resolved(x), _resolved(weight), _resolved(bias)
-    if torch.is_grad_enabled() and _requires_grad(x, weight, bias):
-        return _LayerNorm.apply(x, weight, bias, axes, eps, keep)
-    return _torch_launch.forward(x, axes, weight, bias, eps, False, keep)[0]
+    return _watched_layer_norm(x, axes, weight, bias, eps, keep)[0]
 
 
 def layer_norm_with_stats(
-    x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float, keep: bool = True
+    x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float
 ) -> tuple[Any, Any, Any]:
     """As `layer_norm`, with mean and rstd, which are differentiable too."""
-    if _is_compiling():
-        return _traced(x, axes, weight, bias, eps, keep)
-    plain = type(x) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN
-    if not plain or _watched():
-        return _watched_layer_norm(x, axes, weight, bias, eps, keep)
-    x, weight, bias = _resolved(x), _resolved(weight), _resolved(bias)
-    return _of_transforms(x, axes, weight, bias, eps, keep)
-
-
-def _requires_grad(x: Any, weight: Any, bias: Any) -> bool:
-    return bool(
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    )
-
-
-def _resolved(tensor: Any) -> Any:
-    """The tensor with its own values in memory, which conj().imag, for one, has not."""
-    return tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor
+    watch = watch_on(x, weight, bias)
+    if watch == ARITHMETIC:
+        return _torch_launch.forward(x, axes, weight, bias, eps, True, True)
+    if watch == COMPILED:
+        return _traced(x, axes, weight, bias, eps, True)
+    if watch == WATCHED:
+        return _watched_layer_norm(x, axes, weight, bias, eps, True)
+    return _of_transforms(x, axes, weight, bias, eps, True)
 
 
 def _traced(
@@ -139,46 +144,70 @@ def _of_transforms(
 # --- derivatives --------------------------------------------------------------------------------
 
 
-def _remember(ctx: Any, x: Any, weight: Any, bias: Any, mean: Any, rstd: Any) -> None:
-    ctx.save_for_backward(x, weight, mean, rstd)
-    ctx.set_materialize_grads(False)
-    stats = _torch_formula.stats_dtype(x.dtype)
-    ctx.dtypes = tuple(stats if a is None else a.dtype for a in (weight, bias))
-
-
 def _backward(
-    ctx: Any, wanted: tuple[bool, bool, bool], dy: Any, dmean: Any, drstd: Any
+    ctx: Any, wanted: tuple[bool, bool, bool], dy: Any, dmean: Any = None, drstd: Any = None
 ) -> tuple[Any, ...]:
     """Gradients by a kernel; by torch's functions where they may be differentiated in turn."""
-    if dy is None and dmean is None and drstd is None:
-        return None, None, None
     x, weight, mean, rstd = ctx.saved_tensors
-    axes, eps, dtypes = ctx.axes, ctx.eps, ctx.dtypes
-    by_kernel = dy is not None and dmean is None and drstd is None
-    if not by_kernel or torch.is_grad_enabled() or _transformed() or _of_batched_grads(dy):
+    axes, eps, dtypes = ctx.call
+    if (
+        torch.is_grad_enabled()
+        or _transformed()
+        or dy is None
+        or dmean is not None
+        or drstd is not None
+        or _of_batched_grads(dy)
+    ):
+        if dy is None and dmean is None and drstd is None:
+            return None, None, None
         return _torch_formula.backward(dy, dmean, drstd, x, axes, weight, eps, wanted, dtypes)
     args = axes, mean, rstd, weight, wanted, dtypes
-    if _is_compiling() or _watched() or type(dy) not in _PLAIN or type(x) not in _PLAIN:
+    plain = type(dy) in _TENSORS and type(x) in _TENSORS
+    if not plain or _is_compiling() or _modes_active() or _tracing() is not None:
         return _torch_ops.layer_norm_bwd(dy, x, *args)
-    return _torch_launch.backward(_resolved(dy), x, *args)
+    return _torch_launch.backward(dy, x, *args)
+
+
+def _dtypes(x: Any, weight: Any, bias: Any) -> tuple[Any, Any]:
+    """Dtypes of dweight and dbias; nobody asks for that of what is absent."""
+    return (x if weight is None else weight).dtype, (x if bias is None else bias).dtype
 
 
 class _LayerNorm(torch.autograd.Function):  # type: ignore[misc]
     """Reverse mode alone: its apply() costs a tenth of what the other one's does."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Any, weight: Any, bias: Any, axes: tuple[int, ...], eps: float, keep: bool
-    ) -> Any:
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, call: tuple[Any, ...]) -> Any:
+        axes, eps, keep = call
         y, mean, rstd = _torch_launch.forward(x, axes, weight, bias, eps, True, keep)
-        _remember(ctx, x, weight, bias, mean, rstd)
-        ctx.axes, ctx.eps = axes, eps
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.call = axes, eps, _dtypes(x, weight, bias)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Any) -> tuple[Any, ...]:
-        wanted = ctx.needs_input_grad[:3]
-        return *_backward(ctx, wanted, dy, None, None), None, None, None
+        dx, dweight, dbias = _backward(ctx, ctx.needs_input_grad[:3], dy)
+        return dx, dweight, dbias, None
+
+
+# Function.apply in Python looks for torch.func's transforms, of which there are none here, and for
+# what they may have left in the arguments; C++ does the rest.
+_apply = super(torch.autograd.Function, _LayerNorm).apply
+
+
+def _remember(
+    ctx: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    axes: tuple[int, ...],
+    eps: float,
+    mean: Any,
+    rstd: Any,
+) -> None:
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.call = axes, eps, _dtypes(x, weight, bias)
 
 
 class _TransformableLayerNorm(torch.autograd.Function):  # type: ignore[misc]
@@ -188,16 +217,15 @@ class _TransformableLayerNorm(torch.autograd.Function):  # type: ignore[misc]
     def forward(
         x: Any, weight: Any, bias: Any, axes: tuple[int, ...], eps: float, keep: bool
     ) -> tuple[Any, Any, Any]:
-        if type(x) not in _PLAIN or _watched():
+        if watch_on(x, weight, bias) != ARITHMETIC:  # fake tensors, or a mode below the transform
             y, mean, rstd = _torch_ops.layer_norm_fwd(x, axes, weight, bias, eps, keep)
             return y, mean, rstd
         return _torch_launch.forward(x, axes, weight, bias, eps, True, keep)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, bias, ctx.axes, ctx.eps, _ = inputs
-        _remember(ctx, x, weight, bias, *output[1:])
-        ctx.save_for_forward(x, weight)
+        _remember(ctx, *inputs[:5], *output[1:])
+        ctx.save_for_forward(inputs[0], inputs[1])
 
     @staticmethod
     def backward(ctx: Any, dy: Any, dmean: Any, drstd: Any) -> tuple[Any, ...]:
@@ -207,7 +235,8 @@ class _TransformableLayerNorm(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def jvp(ctx: Any, dx: Any, dweight: Any, dbias: Any, *_: Any) -> tuple[Any, Any, Any]:
         x, weight = ctx.saved_tensors[:2]
-        return _torch_formula.tangents(dx, dweight, dbias, x, ctx.axes, weight, ctx.eps)
+        axes, eps, _ = ctx.call
+        return _torch_formula.tangents(dx, dweight, dbias, x, axes, weight, eps)
 
     @staticmethod
     def vmap(
@@ -242,9 +271,8 @@ class _TransformableLayerNorm(torch.autograd.Function):  # type: ignore[misc]
 
 
 def _setup_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, axes, weight, bias, ctx.eps, _ = inputs
-    ctx.axes = tuple(axes)
-    _remember(ctx, x, weight, bias, *output[1:])
+    x, axes, weight, bias, eps, _ = inputs
+    _remember(ctx, x, weight, bias, tuple(axes), eps, *output[1:])
 
 
 def _backward_of_operator(ctx: Any, dy: Any, dmean: Any, drstd: Any) -> tuple[Any, ...]:

@@ -2,12 +2,13 @@
 
 import importlib.util
 import math
+import os
 from typing import Any
 
 import numpy as np
 import torch
 
-from cupynorm import _cpu, _cpu_raw, _reference
+from cupynorm import _cpu, _cpu_raw, _reference, _threads
 from cupynorm._cpu import _plain
 from cupynorm._pages import prefer_huge
 
@@ -118,7 +119,9 @@ def layer_norm_fwd(
     prefer_huge(y.data_ptr(), y.nbytes)
     m = 0 if mean is None else mean.data_ptr()
     r = 0 if rstd is None else rstd.data_ptr()
-    _cpu_raw.layer_norm_fwd(kind, x.data_ptr(), y.data_ptr(), x.numel() // N, N, w, b, eps, m, r)
+    _cpu_raw.layer_norm_fwd(
+        kind, x.data_ptr(), y.data_ptr(), x.numel() // N, N, w, b, eps, m, r, _num_threads
+    )
 
 
 def layer_norm_bwd(
@@ -141,9 +144,11 @@ def layer_norm_bwd(
     if dx is not None:
         prefer_huge(dx.data_ptr(), dx.nbytes)
     dy = dy.contiguous()  # that of y.sum() is one number seen from everywhere
+    w = 0
     if weight is not None:
         weight = _as_row(weight, compute)
-    sums = [g if g is None or g.dtype is compute else g.to(compute) for g in (dweight, dbias)]
+        w = weight.data_ptr()
+    to_weight, to_bias = _summed(dweight, compute), _summed(dbias, compute)
     # dx, dweight and dbias were made here, and mean and rstd by forward: all of them contiguous.
     _cpu_raw.layer_norm_bwd(
         kind,
@@ -154,12 +159,31 @@ def layer_norm_bwd(
         N,
         mean.data_ptr(),
         rstd.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        *(0 if g is None else g.data_ptr() for g in sums),
+        w,
+        0 if to_weight is None else to_weight.data_ptr(),
+        0 if to_bias is None else to_bias.data_ptr(),
+        _num_threads,
     )
-    for grad, total in zip((dweight, dbias), sums, strict=True):
-        if grad is not total:
-            grad.copy_(total)
+    if to_weight is not dweight:
+        dweight.copy_(to_weight)
+    if to_bias is not dbias:
+        dbias.copy_(to_bias)
+
+
+def _summed(grad: Any, compute: Any) -> Any:
+    """Where the loops write a sum: into the gradient itself, if it has their dtype."""
+    return grad if grad is None or grad.dtype is compute else grad.to(compute)
+
+
+def _num_threads() -> int:
+    """``CUPYNORM_NUM_THREADS`` where it is set, else what torch.set_num_threads() says.
+
+    In a worker of a DataLoader, for one, that is 1.
+    """
+    if os.environ.get("CUPYNORM_NUM_THREADS", "").strip():
+        return _threads.num_threads()
+    count: int = torch.get_num_threads()
+    return count
 
 
 # --- NumPy views --------------------------------------------------------------------------------

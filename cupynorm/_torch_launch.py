@@ -4,8 +4,6 @@ from typing import Any
 
 import torch
 
-from cupynorm._torch_formula import stats_dtype
-
 __all__ = ["backward", "forward"]
 
 
@@ -62,12 +60,13 @@ def forward(
     mean: Any = None
     rstd: Any = None
     if stats:
-        mean, rstd = _empty_stats(x, axes), _empty_stats(x, axes)
+        mean, rstd = _two_for_rows(x, axes)
     if x.is_meta:  # shape and dtype are all there is
         return y, mean, rstd
     if y.numel():
-        kind = "cpu" if x.is_cpu else x.device.type
-        do = _paths.get(kind) or _path(kind)
+        do = _paths.get("cpu" if x.is_cpu else x.device.type) or _path(x.device.type)
+        if x.is_neg() or _negated(weight) or _negated(bias):
+            x, weight, bias = (None if t is None else t.resolve_neg() for t in (x, weight, bias))
         do.layer_norm_fwd(x, axes, weight, bias, eps, y, mean, rstd)
     elif stats:  # the mean of nothing
         mean.fill_(torch.nan)
@@ -75,9 +74,21 @@ def forward(
     return y, mean, rstd
 
 
-def _empty_stats(x: Any, axes: tuple[int, ...]) -> Any:
-    shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
-    return torch.empty(shape, dtype=stats_dtype(x.dtype), device=x.device)
+def _negated(tensor: Any) -> bool:
+    """Whether memory holds the negative of what the tensor does, as that of conj().imag."""
+    return tensor is not None and tensor.is_neg()
+
+
+def _two_for_rows(x: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
+    """Memory for mean and rstd."""
+    n, first = len(axes), axes[0]
+    if first + n == x.ndim:
+        shape = x.shape[:first] + (1,) * n
+    else:
+        shape = [1 if a in axes else length for a, length in enumerate(x.shape)]
+    if x.dtype is torch.float32 or x.dtype is torch.float64:
+        return x.new_empty(*shape), x.new_empty(*shape)  # half of what torch.empty costs
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
 
 
 def backward(
@@ -92,19 +103,24 @@ def backward(
 ) -> tuple[Any, Any, Any]:
     """dx, dweight and dbias, None where not wanted; ``dtypes`` are those of the latter two."""
     dx = torch.empty_like(x) if wanted[0] else None
-    shape = [x.shape[a] for a in axes]
-    dweight, dbias = (
-        torch.empty(shape, dtype=dtype, device=x.device) if want else None
-        for want, dtype in zip(wanted[1:], dtypes, strict=True)
-    )
+    dweight = _for_sum(x, axes, weight, dtypes[0]) if wanted[1] else None
+    dbias = _for_sum(x, axes, weight, dtypes[1]) if wanted[2] else None
     if x.is_meta:
         return dx, dweight, dbias
     if x.numel():
-        kind = "cpu" if x.is_cpu else x.device.type
-        do = _paths.get(kind) or _path(kind)
+        do = _paths.get("cpu" if x.is_cpu else x.device.type) or _path(x.device.type)
+        if dy.is_neg() or x.is_neg() or _negated(weight):
+            dy, x, weight = (None if t is None else t.resolve_neg() for t in (dy, x, weight))
         do.layer_norm_bwd(dy, x, axes, mean, rstd, weight, dx, dweight, dbias)
     else:  # the sum over no rows
         for grad in (dweight, dbias):
             if grad is not None:
                 grad.zero_()
     return dx, dweight, dbias
+
+
+def _for_sum(x: Any, axes: tuple[int, ...], weight: Any, dtype: Any) -> Any:
+    """Memory for dweight or dbias, row-major."""
+    if weight is not None and weight.dtype is dtype and weight.is_contiguous():
+        return torch.empty_like(weight)
+    return x.new_empty([x.shape[a] for a in axes], dtype=dtype)

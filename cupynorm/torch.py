@@ -83,7 +83,8 @@ def layer_norm(
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps
         )
-    if _torch_autograd.unwatched(input, weight, bias) and input.is_cpu:
+    watch = _torch_autograd.watch_on(input, weight, bias)
+    if watch == _torch_autograd.ARITHMETIC and input.is_cpu:
         y = _torch_cpu.at_once(input, normalized_shape, weight, bias, eps)
         if y is not None:
             return y
@@ -110,7 +111,7 @@ def layer_norm(
         input, weight, bias = _autocast(input, weight, bias)
     ndim = len(shape)
     axes = tuple(range(ndim - n, ndim))
-    return _torch_autograd.layer_norm(input, axes, weight, bias, eps, keep=False)
+    return _torch_autograd.dispatched(watch, input, axes, weight, bias, eps, False)
 
 
 def _check(label: str, value: Any, x: Any, expected: tuple[int, ...]) -> None:

@@ -206,7 +206,8 @@ def test_layouts(gpu, layout, keep):
     x, (weight, bias) = LAYOUTS[layout](), affine(154, grad=True)
     weight, bias = weight[::2], bias[::2]
     x.requires_grad_()
-    y = _torch_autograd.layer_norm(x, (x.ndim - 1,), weight, bias, 1e-5, keep)
+    watch = _torch_autograd.watch_on(x, weight, bias)
+    y = _torch_autograd.dispatched(watch, x, (x.ndim - 1,), weight, bias, 1e-5, keep)
     check(y, x, 1, weight, bias)
     for dy in (numbers(*x.shape, seed=4) - 3, torch.ones(()).expand(x.shape)):
         grads = torch.autograd.grad(y, (x, weight, bias), dy, retain_graph=True)
