@@ -8,9 +8,11 @@ import pytest
 import cupynorm as cn
 from cupynorm._plan_bwd import choose_plan_bwd
 from cupynorm._problem import GradientProblem
-from tests import oracle
+from tests import gpu_backend, oracle
 from tests.conftest import Backend, why_not
 from tests.cuda_calls import Spent
+from tests.gradient_rows import run
+from tests.row_kernels import At
 from tests.simt.cupy_stand_in import simulated_cupy
 
 RNG = np.random.default_rng(20260106)
@@ -222,3 +224,21 @@ def test_statistics_and_weight_that_are_slices(cp):
     w = cp.asarray(np.repeat(weight, 2))[::2]
     grads = cn.layer_norm_backward(cp.asarray(dy), cp.asarray(x), None, *wide, w)
     check(grads, dy, x, (1,), weight)
+
+
+# --- the way that tests/test_kernels_bwd.py takes on a GPU ---------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_machine_of_the_kernel_tests(sim, family):
+    """What `make gpu` runs of them, here on the stand-in: layouts, K3's memory, the workspace."""
+    gpu_backend._raw_kernel.cache_clear()
+    gpu = gpu_backend.GpuMachine()
+    N, dtype = FAMILIES[family]
+    dy, x, weight = numbers(3, N, dtype=dtype), numbers(3, N, dtype=dtype), numbers(N)
+    at = {"dy_at": At(1, 1), "x_at": At(3, 2), "dx_at": At(2, 1)}
+    expected, result = (
+        run(machine, family, dy, x, weight, **at) for machine in (gpu_backend.SIMULATED, gpu)
+    )
+    assert result.bits() == expected.bits()
+    gpu_backend._raw_kernel.cache_clear()

@@ -439,6 +439,14 @@ def test_jax_jit():
     oracle.assert_gradients([np.asarray(a) for a in got], *want[:2], (0, 1), want[2])
 
 
+def test_dask_stays_lazy():
+    da = pytest.importorskip("dask.array")
+    dy, x = (a[0].astype(np.float32) for a in (DY3, X3))
+    grads = backward(*(da.from_array(a, chunks=(2, 10)) for a in (dy, x)), output_mask=EVERY)
+    assert all(isinstance(a, da.Array) for a in grads)
+    oracle.assert_gradients([a.compute() for a in grads], dy, x, (1,))
+
+
 def test_many_rows_are_summed_without_a_long_chain(lib):
     """30,000 slopes near 1: a chain of float32 would lose some hundred units of the last place."""
     if lib.backend.compiles:
