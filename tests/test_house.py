@@ -23,8 +23,13 @@ TIERS = (
     {"modules"},
     {"_state"},
     {"_checkpoint", "_parameters"},
-    {"_explain", "_warmup", "frames", "gradient"},  # what users call, besides
+    {"_explain", "_warmup", "gradient"},  # what users call, besides
     {"functional"},
+    {"frames"},  # tables: what functional.layer_norm hands them to
+    {"columns"},
+    {"_column_arguments", "_tables"},
+    {"_frames_cudf", "_frames_pandas", "_frames_polars"},
+    {"_frames_arrow"},
     {"_dask_blocks"},
     {"_dask_frames", "_dask_moments"},
     {"_explanation"},
@@ -36,6 +41,8 @@ TIERS = (
     {"_arguments"},
     {"_config"},
     {"_cpu_raw"},
+    {"_cpu_columns"},
+    {"_cpu_columns_blocks", "_cpu_columns_loaders", "_cpu_columns_loops"},
     {"_cpu", "_cuda", "_namespace"},  # do
     {"_cpu_bwd_numba", "_cpu_bwd_strided"},
     {"_reference"},
@@ -46,10 +53,10 @@ TIERS = (
     {"_cpu_blocks", "_cpu_loops"},
     {"_cpu_half", "_cpu_lanes", "_pages", "_probe", "_threads"},
     {"_launches"},
-    {"_source"},  # text
-    {"_plan_bwd"},
-    {"_plan"},  # decide
     {"_layout"},
+    {"_source"},  # text
+    {"_plan_bwd", "_plan_column"},
+    {"_plan"},  # decide
     {"_arrays"},
     {"_problem"},  # rules
 )
@@ -57,6 +64,8 @@ TIERS = (
 MAY_IMPORT = {
     "_cuda": {"cupy"},
     "_cpu_bits": {"llvmlite", "numba"},
+    "_cpu_columns_loaders": {"numba"},
+    "_cpu_columns_loops": {"llvmlite", "numba"},
     "_cpu_entries": {"numba"},
     "_cpu_lanes": {"llvmlite", "numba"},
     "_cpu_loops": {"numba"},

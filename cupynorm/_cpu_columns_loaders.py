@@ -1,0 +1,74 @@
+"""Compiled readers of one column: a piece of it, of any dtype, into the dtype of statistics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, types
+
+from cupynorm._cpu_bits import take
+from cupynorm._cpu_entries import _at
+from cupynorm._cpu_lanes import like
+from cupynorm._cpu_numba import _sources
+
+__all__ = ["loader"]
+
+_STORED = {"bool": np.uint8, "float16": np.uint16, "bfloat16": np.uint16}
+_ready: dict[tuple[str, str], Any] = {}
+
+
+def _define_plain(sources: int, stored: Any, computed: Any, is_bool: bool) -> Callable[..., None]:
+    size = np.dtype(stored).itemsize
+
+    def load(x, stride, n, out):  # type: ignore[no-untyped-def]
+        p, q = _at(x, stored), _at(out, computed)
+        step = stride // (size * (sources != 0))
+        if is_bool:
+            for i in range(n):
+                q[i] = like(q, p[i * step] != 0)
+        elif step == 1:
+            for i in range(n):
+                q[i] = like(q, p[i])
+        else:
+            for i in range(n):
+                q[i] = like(q, p[i * step])
+
+    return load
+
+
+def _define_half(sources: int, computed: Any, bfloat16: bool) -> Callable[..., None]:
+    def load(x, stride, n, out):  # type: ignore[no-untyped-def]
+        room = np.empty(n * (sources != 0), np.float32)
+        values = carray(_at(x, np.uint16), (n,))
+        q = _at(out, computed)
+        if stride == 2:
+            p, _ = take(values, 0, n, 1, n, room, bfloat16)
+        else:
+            p, _ = take(values, 0, stride // 2, n, 1, room, bfloat16)
+        for i in range(n):
+            q[i] = like(q, p[i])
+
+    return load
+
+
+def loader(kind: str, computed: str) -> int:
+    """Address of the function that reads a piece of a column of a dtype into one of `computed`.
+
+    It is compiled when it is first asked for, and kept on disk if possible.
+    """
+    key = kind, computed
+    if key not in _ready:
+        signature = types.void(*[types.int64] * 4)
+
+        def define(sources: int) -> Callable[..., None]:
+            to = np.dtype(computed).type
+            if kind in ("float16", "bfloat16"):
+                return _define_half(sources, to, kind == "bfloat16")
+            stored = _STORED.get(kind, np.dtype(kind).type)
+            return _define_plain(sources, stored, to, kind == "bool")
+
+        try:
+            _ready[key] = cfunc(signature, cache=True, error_model="numpy")(define(_sources()))
+        except (RuntimeError, OSError):  # no directory to keep compiled code in, or it is full
+            _ready[key] = cfunc(signature, error_model="numpy")(define(1))
+    return int(_ready[key].address)

@@ -1,0 +1,262 @@
+"""Inner loops of layer norm over separate columns: neighbours in a vector are rows."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.extending import intrinsic
+
+from cupynorm._cpu_bits import give, place
+from cupynorm._cpu_entries import _at
+from cupynorm._cpu_lanes import advance, claim, like, pointer
+from cupynorm._cpu_loops import compiled
+from cupynorm._cpu_numba import Kept
+
+__all__ = ["ALONE", "entry", "rows_of_block"]
+
+# Elements below which one thread does all, as for rows.
+ALONE = 1 << 18
+# Elements of a block of rows: 256 KiB of float64 stay in the L2 of one core.
+_BLOCK = 1 << 15
+# Columns whose terms meet in the dtype of the block before they are added in float64, so that the
+# rounding of a sum hardly grows with the number of columns.
+_GROUP = 16
+# Rows written together: a line of float32 of each column.
+_LINE = 16
+
+
+def rows_of_block(M: int, N: int) -> int:
+    """How many rows are gathered together, a multiple of 16."""
+    most = min(1024, max(_LINE, _BLOCK // N // _LINE * _LINE))
+    return min(most, -(-M // _LINE) * _LINE)
+
+
+@intrinsic
+def _call(typingctx, function, x, stride, n, out):  # type: ignore[no-untyped-def]
+    """Call the loader at an address."""
+    word = ir.IntType(64)
+    kind = ir.FunctionType(ir.VoidType(), [word] * 4).as_pointer()
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.call(builder.inttoptr(args[0], kind), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+@intrinsic
+def _address(typingctx, p):  # type: ignore[no-untyped-def]
+    """Tell the integer that a pointer is."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.ptrtoint(args[0], ir.IntType(64))
+
+    return types.int64(p), codegen
+
+
+@compiled()
+def _forget(t, n, mask, bit):  # type: ignore[no-untyped-def]
+    """Put NaN where the bitmap has a 0; Arrow's order, least significant bit first."""
+    i = 0
+    while i < n:
+        at = bit + i
+        byte = mask[at >> 3]
+        if at & 7 == 0 and n - i >= 8:
+            if byte != 255:
+                for k in range(8):
+                    if (byte >> k) & 1 == 0:
+                        t[i + k] = like(t, np.nan)
+            i += 8
+        else:
+            if (byte >> (at & 7)) & 1 == 0:
+                t[i] = like(t, np.nan)
+            i += 1
+
+
+@compiled()
+def _clear(a, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        a[i] = like(a, 0)
+
+
+@compiled()
+def _flush(part, total, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        total[i] += part[i]
+        part[i] = like(part, 0)
+
+
+@compiled()
+def _add(part, count, x, n, omit):  # type: ignore[no-untyped-def]
+    if omit:
+        for i in range(n):
+            known = x[i] == x[i]
+            part[i] += x[i] if known else like(x, 0)
+            count[i] += 1.0 if known else 0.0
+    else:
+        for i in range(n):
+            part[i] += x[i]
+
+
+@compiled()
+def _add_squares(first, second, x, s, n, omit):  # type: ignore[no-untyped-def]
+    if omit:
+        for i in range(n):
+            d = x[i] - s[i] if x[i] == x[i] else like(x, 0)
+            first[i] += d
+            second[i] += d * d
+    else:
+        for i in range(n):
+            d = x[i] - s[i]
+            first[i] += d
+            second[i] += d * d
+
+
+@compiled()
+def _wide(t, pitch, N, count, omit):  # type: ignore[no-untyped-def]
+    """Moments of one row in float64, scaled: its sums overflow, or vanish beside eps."""
+    share = 1.0 / count
+    mean = 0.0
+    for j in range(N):
+        x = float(t[j * pitch])
+        mean += 0.0 if omit and x != x else x * share
+    s = like(t, mean)
+    m = 0.0
+    v = 0.0
+    if mean - mean == 0.0:  # else the row holds NaN or Inf, and all of it becomes NaN
+        for j in range(N):
+            d = float(t[j * pitch]) - s
+            if not omit or d == d:
+                m += d * share
+                v += (d * share) * d
+    return s, m, v - m * m
+
+
+@compiled()
+def _apply(x, y, n, s, m, r, w, b, has_w, has_b):  # type: ignore[no-untyped-def]
+    """Write ((x - s) - m) * r * w + b to y, for n rows of one column; y may be x."""
+    if has_w and has_b:
+        for i in range(n):
+            y[i] = (((x[i] - s[i]) - m[i]) * r[i]) * w + b
+    elif has_w:
+        for i in range(n):
+            y[i] = (((x[i] - s[i]) - m[i]) * r[i]) * w
+    elif has_b:
+        for i in range(n):
+            y[i] = (((x[i] - s[i]) - m[i]) * r[i]) + b
+    else:
+        for i in range(n):
+            y[i] = ((x[i] - s[i]) - m[i]) * r[i]
+
+
+@compiled()
+def _gather(columns, row, n, t, pitch, first, count, total, omit):  # type: ignore[no-untyped-def]
+    """Read a block, column by column, and sum its rows while each column is in the L1."""
+    N = columns.shape[1]
+    _clear(first, n)
+    _clear(total, n)
+    for i in range(n):
+        count[i] = 0.0 if omit else N
+    for j in range(N):
+        x = advance(t, j * pitch)
+        _call(columns[0, j], columns[1, j] + row * columns[2, j], columns[2, j], n, _address(x))
+        if columns[3, j]:
+            _forget(x, n, _at(columns[3, j], np.uint8), columns[4, j] + row)
+        _add(first, count, x, n, omit)
+        if j % _GROUP == _GROUP - 1 or j == N - 1:
+            _flush(first, total, n)
+
+
+@compiled()
+def _moments(t, pitch, N, n, s, m, r, work, total, count, eps, low, high, omit):  # type: ignore[no-untyped-def]
+    """Pivot s, mean - s and 1 / sqrt(var + eps) of every row of a block; total holds its sums."""
+    first, second = work
+    for i in range(n):
+        s[i] = like(s, total[0][i] / count[i])
+    _clear(first, n)
+    _clear(second, n)
+    for k in range(2):
+        _clear(total[k], n)
+    for j in range(N):
+        _add_squares(first, second, advance(t, j * pitch), s, n, omit)
+        if j % _GROUP == _GROUP - 1 or j == N - 1:
+            _flush(first, total[0], n)
+            _flush(second, total[1], n)
+    for i in range(n):
+        mean, v = total[0][i] / count[i], total[1][i] / count[i]
+        if low < v < high:
+            v -= mean * mean
+        else:
+            s[i], mean, v = _wide(advance(t, i), pitch, N, count[i], omit)
+        m[i] = like(m, mean)
+        r[i] = like(r, 1.0 / math.sqrt(v + eps))
+
+
+@compiled()
+def _by_column(t, pitch, N, n, y, to, yp, s, m, r, w, b, room, bfloat16):  # type: ignore[no-untyped-def]
+    has_w, has_b = w.size > 0, b.size > 0
+    for j in range(N):
+        wj = w[j] if has_w else like(s, 1)
+        bj = b[j] if has_b else like(s, 0)
+        q, _ = place(y, to + j * yp, n, n, room)
+        _apply(advance(t, j * pitch), q, n, s, m, r, wj, bj, has_w, has_b)
+        give(y, to + j * yp, n, 1, n, room, bfloat16)
+
+
+@compiled()
+def _by_row(t, pitch, N, n, y, to, yp, s, m, r, w, b, room, bfloat16):  # type: ignore[no-untyped-def]
+    has_w, has_b = w.size > 0, b.size > 0
+    for j in range(N):
+        wj = w[j] if has_w else like(s, 1)
+        bj = b[j] if has_b else like(s, 0)
+        x = advance(t, j * pitch)
+        _apply(x, x, n, s, m, r, wj, bj, has_w, has_b)
+    for i in range(0, n, _LINE):
+        rows = min(_LINE, n - i)
+        q, qp = place(y, to + i * yp, yp, N, room)
+        for j in range(N):
+            x = advance(t, j * pitch + i)
+            if rows == _LINE:
+                for k in range(_LINE):
+                    q[k * qp + j] = x[k]
+            else:
+                for k in range(rows):
+                    q[k * qp + j] = x[k]
+        give(y, to + i * yp, yp, rows, N, room, bfloat16)
+
+
+def _entries(sources: int, jit: Any) -> SimpleNamespace:
+    """Define what is called from Python; `sources` as in `_cpu_numba`."""
+
+    @jit
+    def normalize(columns, M, R, y, yp, by_row, w, b, eps, low, high, omit, bfloat16, counter):  # type: ignore[no-untyped-def]
+        # columns (5, N): loader, address, stride in bytes, bitmap or 0, its bit of row 0. This
+        # thread does the blocks of R rows that it claims.
+        N = columns.shape[1]
+        pitch = R + _LINE  # not a power of two: rows of a line are read across columns
+        block_of_rows = np.empty(N * pitch * (sources != 0), w.dtype)
+        room = np.empty(max(R, _LINE * N), w.dtype)
+        stats, sums = np.empty((5, R), w.dtype), np.empty((3, R))
+        t = pointer(block_of_rows, 0)
+        flat, wide = stats.ravel(), sums.ravel()
+        s, m, r = pointer(flat, 0), pointer(flat, R), pointer(flat, 2 * R)
+        work = pointer(flat, 3 * R), pointer(flat, 4 * R)
+        total, count = (pointer(wide, 0), pointer(wide, R)), pointer(wide, 2 * R)
+        row = claim(counter) * R
+        while row < M:
+            n = min(R, M - row)
+            _gather(columns, row, n, t, pitch, work[0], count, total[0], omit)
+            _moments(t, pitch, N, n, s, m, r, work, total, count, eps, low, high, omit)
+            if by_row:
+                _by_row(t, pitch, N, n, y, row * yp, yp, s, m, r, w, b, room, bfloat16)
+            else:
+                _by_column(t, pitch, N, n, y, row, yp, s, m, r, w, b, room, bfloat16)
+            row = claim(counter) * R
+
+    return SimpleNamespace(normalize=normalize)
+
+
+entry = Kept(_entries)
