@@ -25,12 +25,13 @@ _LEAST_ROWS = 32
 _BLOCKS = 32  # which enough threads can share, unless that makes the blocks too large or small
 # Elements of a group of narrow rows, whose sums are taken before their first gradient.
 _GROUP = 2048
-# Columns up to which four rows go together, then one, two, and one again. Together they share the
-# weights and column sums of which there is one row; alone, all that a row needs is in the L1
-# between its sums and its gradients, and its writes are one stream. Four rows against one:
-# 512x768 125 us and 144, 8192x768 5.0 ms and 4.0, 1024x1024 0.66 and 0.53; at a pitch of 8 KiB
-# rows also push each other out of the L1: 128x2048 170 us with four, 142 with one, 121 with two.
-_NARROW, _ALONE, _PAIRED = 512, 1024, 8192
+# Columns up to which four rows go together, then two, then one. Together they share the weights
+# and column sums, of which there is one row, but crowd the L1: at a pitch of 8 KiB, 128x2048 took
+# 170 us with four, 121 with two, 142 with one; 512x768 125, 126 and 144.
+_NARROW, _PAIRED = 512, 8192
+# From memory a row that fits the L1 goes faster alone, with its one stream of writes: 8192x768
+# 5.0 ms with four, 5.7 with two, 4.0 with one.
+_FITS, _FROM_MEMORY = 1024, 1 << 21  # columns; elements of x, whose L3 three such arrays fill
 # Columns from which x and dy are read twice, since one row of both does not stay in the L2.
 LONGEST = 32768
 _LONG_ROWS = 2  # whose chunks go together
@@ -57,10 +58,11 @@ def sums_pitch(N):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _group_size(N):  # type: ignore[no-untyped-def]
+def _group_size(M, N):  # type: ignore[no-untyped-def]
     if N <= _NARROW:
         return _GROUP // N // 4 * 4
-    return 2 if _ALONE < N <= _PAIRED else 1
+    alone = N > _PAIRED or (N <= _FITS and M * N >= _FROM_MEMORY)
+    return 1 if alone else 2
 
 
 @compiled()
@@ -88,7 +90,7 @@ def share_rows(dy, dyp, x, xp, dx, dxp, M, N, w, mean, rstd, sums, bfloat16, cou
     ``sums`` has block_count(M) times two rows of sums_pitch(N), one for dy * x_hat, one for dy.
     """
     size, pitch = _block_rows(M), sums_pitch(N)
-    group = min(M, _group_size(N))
+    group = min(M, _group_size(M, N))
     x_room = np.empty(group * N if x.itemsize == 2 else 0, mean.dtype)
     rooms = x_room, np.empty(x_room.size, mean.dtype)
     stats = np.empty(FIELDS * group, mean.dtype)
