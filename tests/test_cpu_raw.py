@@ -99,6 +99,17 @@ def test_bits_of_the_numpy_path(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_call_without_its_wrapping(kind):
+    x = values((5, 100), KINDS[kind], 9)
+    call, fixed, limit = _cpu_raw.forward_alone(kind, 1e-3)
+    assert x.size < limit
+    y, untouched = guarded(x.shape, x.dtype)
+    call(address(x), address(y), 5, 100, 0, 0, 1e-3, *fixed[:2], 0, 0, fixed[2], 0, 0)
+    untouched()
+    assert same_bits(y, numpy_forward(kind, x, None, None, 1e-3)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_against_float64(kind):
     x = values((7, 300), KINDS[kind], 0)
     weight, bias = (values((300,), compute(kind), seed) for seed in (1, 2))
