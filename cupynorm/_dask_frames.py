@@ -20,10 +20,9 @@ def layer_norm(
     return_stats: bool,
 ) -> Any:
     """Lay out one task per partition; `do` is the library's own `layer_norm`."""
-    kind = type(x).__name__
-    if not (hasattr(x, "map_partitions") and hasattr(x, "columns") and kind != "Series"):
+    if "DataFrame" not in [base.__name__ for base in type(x).__mro__]:
         _refuse(
-            f"x is a Dask {kind}, which is neither a Dask array nor a DataFrame",
+            f"x is a Dask {type(x).__name__}, which is neither a Dask array nor a DataFrame",
             "pass a Dask array, e.g. dask.array.from_array or x.to_frame() for a Series",
         )
     if return_stats:

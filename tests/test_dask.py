@@ -1,0 +1,425 @@
+"""Dask arrays and DataFrames against the definition, in this process: chunks, laziness, errors."""
+
+import collections
+import itertools
+import math
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import cupynorm as cn
+from cupynorm import _dask_blocks, functional
+from tests import oracle
+from tests.conftest import np_dtype
+
+dask = pytest.importorskip("dask")
+da = pytest.importorskip("dask.array")
+
+import cupynorm.dask as cd  # noqa: E402
+
+ROWS, COLS = 23, 60
+CHUNKS = {"whole": (23, 60), "rows": (5, 60), "columns": (23, 7), "both": (4, 13), "ones": (11, 1)}
+
+
+def values(shape=(ROWS, COLS), dtype="float32", offset=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(shape) * 2 + offset).astype(np_dtype(dtype))
+
+
+def lazy(x, chunks):
+    return da.from_array(x, chunks=chunks)
+
+
+def counted(calls, name, task):
+    def run(*args, **kwargs):
+        calls[name] += 1
+        return task(*args, **kwargs)
+
+    return run
+
+
+@pytest.fixture(params=["sync", "threads"])
+def scheduler(request):
+    with dask.config.set(scheduler=request.param):
+        yield request.param
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_values_dtypes_and_chunks(chunks, dtype, scheduler, assert_close):
+    x = values(dtype=dtype, offset=3.0)
+    weight, bias = values(COLS, "float32", 1.0, seed=1), values(COLS, "float16", seed=2)
+    source = lazy(x, chunks)
+    result = cd.layer_norm(source, COLS, weight, bias, return_stats=True)
+    wanted = oracle.layer_norm(x, (1,), weight, bias, 1e-5)
+    stats = "float64" if dtype == "float64" else "float32"
+    assert result.y.chunks == source.chunks
+    assert result.mean.chunks == result.rstd.chunks == (source.chunks[0], (1,))
+    assert [a.dtype for a in result] == [x.dtype, stats, stats]
+    arrays = dask.compute(*result)
+    for array, promised in zip(arrays, result, strict=True):
+        assert array.dtype == promised.dtype
+        assert array.shape == promised.shape
+    y, mean, rstd = arrays
+    # weight of order 1 holds for the bound; this one is up to 7
+    assert_close(y / 8, wanted[0] / 8, dtype, COLS)
+    assert_close(mean, wanted[1], stats, COLS)
+    assert_close(rstd, wanted[2], stats, COLS)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("chunks", [(5, 60), (23, 60)])
+def test_blocks_of_whole_rows_have_the_bits_of_one_call(chunks, dtype):
+    x, weight = values(dtype=dtype), values(COLS, seed=1)
+    got = dask.compute(*cd.layer_norm(lazy(x, chunks), weight=weight, return_stats=True))
+    for a, b in zip(got, cn.layer_norm(x, weight=weight, return_stats=True), strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
+
+
+def test_split_rows_have_the_same_bits_on_every_scheduler_and_in_every_layout():
+    x = values((40, 999), offset=1e4)
+    chunks = (7, 100)
+    results = []
+    for source in (x, np.asfortranarray(x), np.repeat(x, 2, axis=1)[:, ::2]):
+        for scheduler in ("sync", "threads", "threads"):
+            blocks = lazy(source, chunks).map_blocks(np.asarray)
+            strided = blocks.map_blocks(np.asfortranarray) if scheduler == "sync" else blocks
+            y = cd.layer_norm(strided, return_stats=True)
+            results.append(dask.compute(*y, scheduler=scheduler))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@st.composite
+def problems(draw):
+    """Shape, chunks, and axes with any number of them split."""
+    ndim = draw(st.integers(1, 3))
+    chunks = tuple(
+        tuple(
+            draw(st.lists(st.integers(0 if draw(st.booleans()) else 1, 9), min_size=1, max_size=4))
+        )
+        for _ in range(ndim)
+    )
+    axes = draw(st.lists(st.integers(0, ndim - 1), min_size=1, max_size=ndim, unique=True))
+    return chunks, tuple(axes)
+
+
+@hypothesis.given(
+    problems(),
+    st.sampled_from(["float16", "float32", "float64"]),
+    st.sampled_from([0.0, 1e3]),
+    st.sampled_from(["none", "numpy", "dask"]),
+    st.integers(0, 99),
+)
+@hypothesis.settings(max_examples=60)
+def test_any_chunks_and_axes(assert_close, problem, dtype, offset, affine, seed):
+    chunks, axes = problem
+    x = values(tuple(map(sum, chunks)), dtype, offset if dtype != "float16" else 0.0, seed)
+    shape = tuple(x.shape[a] for a in axes)
+    weight = bias = None
+    if affine != "none":
+        weight, bias = (
+            np.cos(np.arange(math.prod(shape), dtype="f4")).reshape(shape),
+            np.ones(shape),
+        )
+    w, b = (weight, bias) if affine != "dask" else (lazy(weight, 2), lazy(bias, -1))
+    source = lazy(x, chunks)
+    lazily = cd.layer_norm(source, None, w, b, axis=axes, return_stats=True)
+    assert lazily.y.chunks == source.chunks
+    y, mean, rstd = dask.compute(*lazily, scheduler="sync")
+    order = np.argsort(axes)
+    turned = [None if a is None else a.transpose(order) for a in (weight, bias)]
+    N = math.prod(shape)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    if not x.size:
+        assert mean.shape == tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+        assert np.isnan(mean).all() or not mean.size
+        return
+    wanted = oracle.layer_norm(x, axes, *turned, 1e-5)
+    stats = str(mean.dtype)
+    # y's error grows with that of x - mean where one deviation is far below the offset
+    np.testing.assert_allclose(mean, wanted[1], rtol=oracle.tolerance(stats, N), atol=1e-5)
+    np.testing.assert_allclose(rstd, wanted[2], rtol=2 * oracle.tolerance(stats, N))
+    size = np.abs(wanted[0]).max() + 1
+    assert_close(y / size, wanted[0] / size, dtype, N)
+
+
+@pytest.mark.parametrize("shape", [(3, 300_000), (70_000, 3), (2, 5, 40_000)])
+def test_blocks_larger_than_a_slab(shape, assert_close):
+    x = values(shape, offset=1e3)
+    half = tuple(-(-n // 2) for n in shape)
+    y = cd.layer_norm(lazy(x, half), weight=np.ones(shape[-1]), axis=-1)
+    exact = oracle.layer_norm(x, (-1,), None, None, 1e-5)[0]
+    assert_close(y.compute() / 8, exact / 8, "float32", shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "offset", "scale"),
+    [("float32", 1e6, 1.0), ("float64", 1e12, 1.0), ("float32", 0.0, 1e30), ("float64", 0.0, 1e150),
+     ("float32", 0.0, 1e-25), ("float32", 3e38, 1e37)],
+)  # fmt: skip
+def test_hard_values_split(dtype, offset, scale, assert_close):
+    rng = np.random.default_rng(1)
+    x = (rng.uniform(-1, 0, (9, 1000)) * scale + offset).astype(dtype)
+    y = cd.layer_norm(lazy(x, (4, 130)), eps=0.0).compute()
+    exact = oracle.layer_norm(x, (1,), None, None, 0.0)[0]
+    assert_close(y / 2, exact / 2, dtype, 1000)
+
+
+def test_nan_and_inf_spoil_their_row_only(assert_close):
+    x = values()
+    x[2, 3], x[4, 50], x[7, 0] = np.nan, np.inf, -np.inf
+    exact = oracle.layer_norm(x, (1,), None, None, 1e-5)[0]
+    for chunks in CHUNKS.values():
+        y = cd.layer_norm(lazy(x, chunks)).compute()
+        assert np.isnan(y[[2, 4, 7]]).all()
+        assert_close(y / 4, exact / 4, "float32", COLS)
+
+
+def test_constant_rows_are_zero():
+    y = cd.layer_norm(lazy(np.full((3, 70), 1e6, np.float32), (2, 9))).compute()
+    np.testing.assert_array_equal(y, 0)
+
+
+def test_byte_order_is_kept():
+    x = values().astype(">f4")
+    y = cd.layer_norm(lazy(x, (5, 7))).compute()
+    assert y.dtype == np.dtype(">f4")
+    np.testing.assert_array_equal(y, cd.layer_norm(lazy(values(), (5, 7))).compute())
+
+
+def test_weight_in_the_order_of_axis(assert_close):
+    x = values((6, 5, 4))
+    weight, bias = values((4, 6), seed=1), values((4, 6), seed=2)
+    exact = oracle.layer_norm(x, (0, 2), weight.T, bias.T, 1e-5)[0]
+    for chunks in ((6, 5, 4), (2, 5, 3)):
+        for w in (weight, lazy(weight, 3)):
+            y = cd.layer_norm(lazy(x, chunks), None, w, bias, axis=(2, 0)).compute()
+            assert_close(y / 8, exact / 8, "float32", 24)
+
+
+def test_weight_is_taken_as_it_is_at_the_call():
+    weight = np.ones(COLS)
+    y = cd.layer_norm(lazy(values(), (5, 13)), COLS, weight)
+    weight[:] = 7
+    assert np.abs(y.compute()).max() < 7
+
+
+# --- laziness, and what the graph holds ---------------------------------------------------------
+
+
+def refuse(*_):
+    raise AssertionError("a block was computed")
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_nothing_is_computed_and_no_block_function_is_probed(chunks, monkeypatch):
+    for name in ("block_moments", "normalize_block", "statistics"):
+        monkeypatch.setattr(_dask_blocks, name, refuse)
+    monkeypatch.setattr(functional, "layer_norm", refuse)
+    like = np.empty((0, 0), np.float32)
+    x = lazy(values(), chunks).map_blocks(refuse, dtype=np.float32, meta=like)
+    result = cd.layer_norm(x, weight=np.ones(COLS), bias=da.ones(COLS), return_stats=True)
+    assert [type(a._meta) for a in result] == [np.ndarray] * 3
+    with pytest.raises(AssertionError, match="a block was computed"):
+        result.y.compute(scheduler="sync")
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+@pytest.mark.parametrize(
+    "wanted",
+    [lambda r: r[:1], lambda r: r[1:2], lambda r: r, lambda r: (r.y[:3, ::2],)],
+    ids=["y", "mean", "all", "part"],
+)
+def test_no_block_is_computed_twice(wanted, optimize, monkeypatch):
+    calls = collections.Counter()
+    for name in ("block_moments", "normalize_block", "statistics"):
+        task = counted(calls, name, getattr(_dask_blocks, name))
+        monkeypatch.setattr(_dask_blocks, name, task)
+    monkeypatch.setattr(functional, "layer_norm", counted(calls, "whole", cn.layer_norm))
+    load = counted(calls, "load", np.copy)
+    like = np.empty((0, 0), np.float32)
+    for chunks, most in (
+        ((6, 15), {"block_moments": 16, "statistics": 4}),
+        ((6, 60), {"whole": 4}),
+    ):
+        calls.clear()
+        x = lazy(values(), chunks).map_blocks(load, dtype=np.float32, meta=like)
+        blocks = math.prod(x.numblocks)
+        result = cd.layer_norm(x, return_stats=True)
+        want = wanted(result)
+        dask.compute(*want, scheduler="threads", optimize_graph=optimize)
+        most = most | {"load": blocks, "normalize_block": blocks if len(x.chunks[1]) > 1 else 0}
+        assert calls["load"] > 0
+        assert all(n <= most[name] for name, n in calls.items()), calls
+        if len(want) == 3:
+            assert calls == collections.Counter({k: n for k, n in most.items() if n})
+
+
+def test_a_weight_stands_in_the_graph_once():
+    x = lazy(values((64, COLS)), (2, 20))
+    weight = values(COLS, seed=1)
+    graph = dict(cd.layer_norm(x, COLS, weight).__dask_graph__())
+    arrays = [
+        task for task in graph.values() if isinstance(getattr(task, "value", task), np.ndarray)
+    ]
+    shapes = [getattr(task, "value", task).shape for task in arrays]
+    assert shapes.count((20,)) == 3  # 32 times as many tasks read them
+    assert set(shapes) == {(20,), (2, 20)}  # the latter are x's own
+
+
+def test_names_are_those_of_the_same_call_and_of_no_other():
+    x = lazy(values(), (5, 13))
+    weight = values(COLS, seed=1)
+    names = [
+        cd.layer_norm(x, **named).name
+        for named in ({}, {"eps": 1e-3}, {"weight": weight}, {"weight": weight * 2}, {"axis": 0})
+    ]
+    assert len(set(names)) == len(names)
+    assert names[2] == cd.layer_norm(x, weight=weight.copy()).name
+    assert all(name.startswith("layer_norm") for name in names)  # what a dashboard shows
+
+
+def test_unknown_lengths_of_other_axes(scheduler, assert_close):
+    x = values((40, 24))
+    keep = x[:, 0] > 0
+    for chunks in ((7, 24), (7, 5)):
+        source = lazy(x, chunks)
+        y = cd.layer_norm(source[source[:, 0] > 0], 24)
+        assert math.isnan(y.shape[0])
+        assert y.chunks[1] == source.chunks[1]
+        assert_close(
+            y.compute() / 4,
+            oracle.layer_norm(x[keep], (1,), None, None, 1e-5)[0] / 4,
+            "float32",
+            24,
+        )
+
+
+def test_progress_bar(capsys):
+    from dask.diagnostics import ProgressBar
+
+    with ProgressBar(dt=0.01):
+        cd.layer_norm(lazy(values(), (5, 13))).compute(scheduler="threads")
+    assert "100% Completed" in capsys.readouterr().out
+
+
+def test_the_profile_names_the_tasks():
+    from dask.diagnostics import Profiler
+
+    with Profiler() as profile:
+        cd.layer_norm(lazy(values(), (5, 13))).compute(scheduler="sync")
+    names = {str(result.key[0]).rpartition("-")[0] for result in profile.results}
+    assert {"layer_norm", "layer_norm-moments", "layer_norm-statistics"} <= names
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+X = da.ones((6, 8), chunks=(3, 4), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda: cd.layer_norm(np.ones((2, 3))), TypeError, r"numpy.ndarray.*cupynorm.layer_norm"),
+        (lambda: cd.layer_norm(X.astype(int)), TypeError, r"int64.*x.astype\('float32'\)"),
+        (lambda: cd.layer_norm(X, 8, axis=1), TypeError, "both normalized_shape=8 and axis=1"),
+        (lambda: cd.layer_norm(X, 7), ValueError, r"\(7,\).*\(6, 8\).*\(8,\)"),
+        (lambda: cd.layer_norm(X, axis=2), ValueError, "axis=2 is out of range"),
+        (lambda: cd.layer_norm(X, eps=math.inf), ValueError, "eps=inf"),
+        (lambda: cd.layer_norm(X, weight=np.ones(7)), ValueError, r"weight has shape \(7,\).*\(8"),
+        (lambda: cd.layer_norm(X, bias=da.ones(7)), ValueError, r"bias has shape \(7,\).*\(8,\)"),
+        (lambda: cd.layer_norm(X, bias=np.ones(8, int)), TypeError, "bias has dtype int64"),
+        (lambda: cd.layer_norm(X, weight=[1.0] * 8), TypeError, "weight is a list"),
+        (lambda: cd.layer_norm(X[X[:, 0] > 0], axis=0), ValueError, "compute_chunk_sizes"),
+        (lambda: cd.layer_norm(X[X[:, 0] > 0], (6, 8)), ValueError, "axis 0.*not known"),
+        (lambda: cd.layer_norm(X[X[:, 0] > 0], 7), ValueError, r"\(7,\).*\(nan, 8\)"),
+        (lambda: cd.layer_norm(X.sum()), ValueError, r"shape \(\)"),
+        (lambda: cd.layer_norm(da.ma.masked_equal(X, 0)), TypeError, "MaskedArray.*filled"),
+        (lambda: cd.layer_norm(dask.delayed(1)), TypeError, "Delayed.*neither"),
+    ],
+)  # fmt: skip
+def test_errors_are_raised_at_the_call(call, error, said):
+    with pytest.raises(error, match=said):
+        call()
+
+
+def test_a_weight_of_another_library_is_refused():
+    strict = pytest.importorskip("array_api_strict")
+    with pytest.raises(ValueError, match=r"weight is a array_api_strict array but x is a numpy"):
+        cd.layer_norm(X, weight=strict.ones(8))
+
+
+# --- DataFrames -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frames():
+    pd = pytest.importorskip("pandas")
+    dd = pytest.importorskip("dask.dataframe")
+    frame = pd.DataFrame(values((30, 4)), columns=list("abcd"), index=np.arange(30) * 2)
+    return frame, dd.from_pandas(frame, npartitions=4)
+
+
+def test_frames(frames, scheduler, assert_close):
+    frame, source = frames
+    weight = values(4, seed=1)
+    y = cd.layer_norm(source, weight=weight)
+    assert y.npartitions == source.npartitions
+    assert y.divisions == source.divisions
+    assert list(y.columns) == list("abcd")
+    got = y.compute()
+    assert got.index.equals(frame.index)
+    assert (y.dtypes == got.dtypes).all()
+    exact = oracle.layer_norm(frame.to_numpy(), (1,), weight, None, 1e-5)[0]
+    assert_close(got.to_numpy() / 4, exact / 4, "float32", 4)
+
+
+def test_frames_of_integers(frames, assert_close):
+    frame, source = frames
+    ints = (source * 100).astype({"a": "int64", "b": "float64"})
+    got = cd.layer_norm(ints)
+    assert (got.dtypes == got.compute().dtypes).all()
+    x = (frame * 100).astype({"a": "int64"}).to_numpy(np.float64)
+    exact = oracle.layer_norm(x, (1,), None, None, 1e-5)[0]
+    assert_close(got.compute().to_numpy().astype("f4"), exact, "float32", 4)
+
+
+def test_frames_become_arrays_of_unknown_length(frames, assert_close):
+    frame, source = frames
+    y = cd.layer_norm(source.to_dask_array())
+    assert math.isnan(y.shape[0])
+    exact = oracle.layer_norm(frame.to_numpy(), (1,), None, None, 1e-5)[0]
+    assert_close(y.compute(), exact, "float32", 4)
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "said"),
+    [
+        ({"weight": np.ones(5)}, ValueError, r"weight has shape \(5,\)"),
+        ({"weight": da.ones(4)}, TypeError, r"weight.compute\(\)"),
+        ({"return_stats": True}, TypeError, "to_dask_array"),
+    ],
+)
+def test_errors_of_frames(frames, named, error, said):
+    with pytest.raises(error, match=said):
+        cd.layer_norm(frames[1], **named)
+
+
+def test_a_series_is_refused(frames):
+    with pytest.raises(TypeError, match="to_frame"):
+        cd.layer_norm(frames[1]["a"])
+
+
+def test_every_block_count_of_a_long_row(assert_close):
+    x = values(997, offset=50.0)
+    exact = oracle.layer_norm(x, (0,), None, None, 1e-5)[0]
+    for count in itertools.chain(range(1, 12), (997,)):
+        y = cd.layer_norm(lazy(x, -(-997 // count))).compute(scheduler="sync")
+        assert_close(y / 4, exact / 4, "float32", 997)
