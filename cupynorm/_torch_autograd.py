@@ -106,7 +106,7 @@ def _traced(
     x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float, keep: bool
 ) -> tuple[Any, Any, Any]:
     """In torch.compile and torch.export: the operator, or what a transform can be taken of."""
-    if _transformed():
+    if _transformed() or any(_has_own_dispatch(t) for t in (x, weight, bias)):
         return _torch_formula.forward(x, axes, weight, bias, eps)
     y, mean, rstd = _torch_ops.layer_norm_fwd(x, axes, weight, bias, eps, keep)
     return y, mean, rstd
@@ -129,6 +129,8 @@ def _has_own_dispatch(tensor: Any) -> bool:
     Torch's own fake and functional tensors know any operator that has a fake.
     """
     kind = type(tensor)
+    if kind in _PLAIN:
+        return False
     own = getattr(kind, "__torch_dispatch__", None)
     inherited = own is None or own is torch.Tensor.__torch_dispatch__
     return not inherited and not kind.__module__.startswith("torch._subclasses.")
