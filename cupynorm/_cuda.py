@@ -1,7 +1,6 @@
 """Launches plans on a GPU; the only file that touches CuPy."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +14,17 @@ from cupynorm._launches import (
     launch_bwd,
     launch_fwd,
     ready_bwd,
+    ready_column,
     ready_fwd,
 )
-from cupynorm._layout import gradient_layout_of, layout_of, rows_last
+from cupynorm._layout import column_problem_of, gradient_layout_of, layout_of, rows_last
 from cupynorm._plan import Device, Stage, choose_plan
 from cupynorm._plan_bwd import choose_plan_bwd
+from cupynorm._plan_column import choose_plan_column
 from cupynorm._source import source_of
 
 __all__ = [
+    "current_index",
     "device",
     "device_of",
     "empty",
@@ -38,16 +40,21 @@ __all__ = [
     "prepared_bwd",
     "prepared_fwd",
     "run_fwd",
-    "warmup",
 ]
 
 empty = cupy.empty
 empty_like = cupy.empty_like
 
 
+def current_index() -> int:
+    """Index of the GPU on which CuPy allocates and launches."""
+    index: int = cupy.cuda.runtime.getDevice()
+    return index
+
+
 def is_current(x: Any) -> bool:
     """Whether CuPy allocates and launches on x's device."""
-    current: bool = x.device.id == cupy.cuda.runtime.getDevice()
+    current: bool = x.device.id == current_index()
     return current
 
 
@@ -106,6 +113,11 @@ def prepared_fwd(
     result names is to be passed as a row-major copy with the normalized axes last.
     """
     layout = layout_of(shape, axes, x_strides, y_strides, dtypes, stats)
+    if layout.copy_x or layout.copy_y:
+        column = column_problem_of(shape, axes, x_strides, y_strides, dtypes)
+        if column is not None:
+            tiled = choose_plan_column(column, device_of(index))
+            return ready_column(column, tiled, loaded(tiled.stages, index))
     plan = choose_plan(layout.problem, device_of(index))
     return ready_fwd(layout, plan, loaded(plan.stages, index))
 
@@ -132,9 +144,10 @@ def prepared_bwd(
 
 def loaded(stages: Sequence[Stage], index: int) -> tuple[Any, ...]:
     """Compile and load the kernels of a plan on GPU `index`, the current one."""
-    # A launch needs no permission for up to 48 KiB; only K3's texts are ever launched with more.
+    # A launch needs no permission for up to 48 KiB; only these texts are ever launched with more.
+    large = ("shared", "column")
     return tuple(
-        kernel_of(stage.name, source_of(stage), stage.family.startswith("shared"), index)
+        kernel_of(stage.name, source_of(stage), stage.family.startswith(large), index)
         for stage in stages
     )
 
@@ -272,27 +285,3 @@ def _rows_first(a: Any, axes: tuple[int, ...]) -> Any:
 
 def _empty_rows(x: Any, axes: tuple[int, ...]) -> Any:
     return cupy.empty(tuple(x.shape[a] for a in rows_last(x.ndim, axes)), dtype=x.dtype)
-
-
-def warmup(
-    shape: tuple[int, ...], dtypes: Sequence[str], affine: bool, backward: bool
-) -> list[str]:
-    """Compile and load, on the current device, what row-major x of these dtypes needs."""
-    index = cupy.cuda.runtime.getDevice()
-    N = math.prod(shape)
-    names = []
-    strides = (N, 1)
-    for name in dtypes:
-        affine_dtype = name if affine else None
-        for rows in (1, 2**20):  # few rows may take K5
-            dtypes_of_call = (name, affine_dtype, affine_dtype)
-            layout = layout_of((rows, N), (1,), strides, strides, dtypes_of_call, False)
-            plan = choose_plan(layout.problem, device_of(index))
-            loaded(plan.stages, index)
-            names += [stage.name for stage in plan.stages]
-        if backward:
-            totals = (affine_dtype, affine_dtype or _problem.stats_dtype(name))
-            layouts = ((2**20, N), (1,), strides, strides, strides)
-            ready = prepared_bwd(index, *layouts, (name, affine_dtype, *totals))
-            names += [stage.name for stage in ready.plan.stages]
-    return list(dict.fromkeys(names))

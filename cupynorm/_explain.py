@@ -6,9 +6,10 @@ from cupynorm import _problem
 from cupynorm._arguments import check_arguments, is_launchable
 from cupynorm._arrays import element_strides, library_of
 from cupynorm._explanation import Explanation, Facts
-from cupynorm._layout import gradient_layout_of, layout_of, result_strides
+from cupynorm._layout import column_problem_of, gradient_layout_of, layout_of, result_strides
 from cupynorm._plan import Device, choose_plan
 from cupynorm._plan_bwd import choose_plan_bwd
+from cupynorm._plan_column import ColumnPlan, choose_plan_column
 
 __all__ = ["Explanation", "explain"]
 
@@ -144,6 +145,11 @@ def _explain_fwd(
         (str(x_dtype), weight_dtype, bias_dtype),
         facts.stats,
     )
+    if layout.copy_x or layout.copy_y:
+        dtypes = (str(x_dtype), weight_dtype, bias_dtype)
+        column = column_problem_of(facts.shape, facts.axes, x_strides, y_strides, dtypes)
+        if column is not None:
+            return _explain_column(facts, choose_plan_column(column, gpu))
     plan = choose_plan(layout.problem, gpu)
     moved = facts.floor() + plan.workspace_bytes * 2
     moved += facts.x_bytes * (plan.family == "split")  # the second read, from L2 where it fits
@@ -151,6 +157,13 @@ def _explain_fwd(
     copies = tuple(f"of {label}: {reason}" for label, reason in reasons if reason)
     moved += 2 * facts.x_bytes * len(copies)
     return facts.explanation("cuda", _FAMILIES[plan.family], moved, plan, copies)
+
+
+def _explain_column(facts: Facts, plan: ColumnPlan) -> Explanation:
+    again = facts.x_bytes * (plan.panels - 1) // plan.panels  # the last panel is still on chip
+    sweeps = "one sweep" if plan.panels == 1 else f"two sweeps over {plan.panels} panels"
+    kernel = f"K6 column: a tile of neighbouring rows in shared memory, {sweeps}"
+    return facts.explanation("cuda", kernel, facts.floor() + again, plan)
 
 
 def _explain_bwd(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from cupynorm import _problem
 from cupynorm._plan import Plan
 from cupynorm._plan_bwd import GradientPlan
+from cupynorm._plan_column import ColumnPlan
 
 __all__ = ["Explanation", "Facts"]
 
@@ -134,7 +135,7 @@ class Facts:
         path: str,
         kernel: str,
         moved: int | None,
-        plan: Plan | GradientPlan | None = None,
+        plan: Plan | GradientPlan | ColumnPlan | None = None,
         copies: tuple[str, ...] = (),
     ) -> Explanation:
         """Put the facts beside what a path makes of them."""

@@ -7,6 +7,7 @@ from typing import Any
 from cupynorm._layout import GradientLayout, Layout
 from cupynorm._plan import Plan
 from cupynorm._plan_bwd import GradientPlan
+from cupynorm._plan_column import ColumnPlan, ColumnProblem
 
 __all__ = [
     "ReadyBackward",
@@ -14,6 +15,7 @@ __all__ = [
     "launch_bwd",
     "launch_fwd",
     "ready_bwd",
+    "ready_column",
     "ready_fwd",
 ]
 
@@ -26,7 +28,7 @@ Function = Callable[..., None]
 class ReadyForward:
     """All of a forward call that does not depend on its pointers."""
 
-    plan: Plan
+    plan: Plan | ColumnPlan
     functions: tuple[Function, ...]
     tail: tuple[int, ...]  # the arguments after the pointers, but for eps
     copies: tuple[str, ...]  # arrays that the plan expects as row-major copies, rows last
@@ -52,6 +54,15 @@ def ready_fwd(layout: Layout, plan: Plan, functions: tuple[Function, ...]) -> Re
     labels = tuple(label for label, reason in copies if reason)
     tail = (p.rows, p.M, *steps, p.N)
     return ReadyForward(plan, functions, tail, labels, plan.workspace_bytes)
+
+
+def ready_column(
+    problem: ColumnProblem, plan: ColumnPlan, functions: tuple[Function, ...]
+) -> ReadyForward:
+    """Join a forward problem with strided columns, a plan for it, and the plan's kernels."""
+    p = problem
+    tail = (p.rows, p.M, *p.x_strides, *p.y_strides, *p.stats_strides, p.N)
+    return ReadyForward(plan, functions, tail, (), plan.workspace_bytes)
 
 
 def ready_bwd(
@@ -89,7 +100,9 @@ def launch_fwd(
     """
     plan = ready.plan
     arguments = (*pointers, *ready.tail, eps)
-    if plan.family != "split":
+    if isinstance(plan, ColumnPlan):
+        arguments = (*arguments, plan.panel)
+    if isinstance(plan, ColumnPlan) or plan.family != "split":
         stage = plan.stages[0]
         ready.functions[0](stage.grid, stage.block, arguments, stage.shared_bytes, stream)
         return

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cupynorm import _problem
+from cupynorm._plan_column import ColumnProblem
 from cupynorm._problem import GradientProblem, Problem
 
 __all__ = [
     "GradientLayout",
     "Layout",
+    "column_problem_of",
     "fold",
     "gradient_layout_of",
     "layout_of",
@@ -58,6 +60,34 @@ def layout_of(
         stats=stats,
     )
     return Layout(problem, reasons.get("x", ""), reasons.get("y", ""))
+
+
+def column_problem_of(
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    y_strides: tuple[int, ...],
+    dtypes: tuple[str, str | None, str | None],
+) -> ColumnProblem | None:
+    """Fold a call whose columns are strided in x, in y or in both; None if that does not go.
+
+    In each of the two either the columns or the rows of one batch group have unit stride, which may
+    be the outer group: a Fortran-ordered x with normalized axes in its middle is like that.
+    """
+    batch, cols = fold(shape, axes, x_strides, y_strides)
+    if len(cols) != 1 or len(batch) > 2:
+        return None
+    N, steps = cols[0]
+    first, second = ([(1, (0, 0))] * 2 + batch)[-2:]
+    for outer, inner, stats in (
+        (first, second, (second[0], 1)),
+        (second, first, (1, second[0])),
+    ):
+        unit = [row == 1 or col == 1 for row, col in zip(inner[1], steps, strict=True)]
+        if all(unit) and steps != (1, 1):
+            x, y = zip(outer[1], inner[1], steps, strict=True)
+            return ColumnProblem(*dtypes, outer[0], inner[0], N, x, y, stats)
+    return None
 
 
 def gradient_layout_of(

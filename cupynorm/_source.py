@@ -15,6 +15,7 @@ _FAMILIES = {
     "block": (*_SHARED, "layer_norm_block"),
     "shared": (*_SHARED, "chunk", "layer_norm_shared"),
     "split": (*_SHARED, "chunk", "layer_norm_split"),
+    "column": (*_SHARED, "chunk", "tile", "layer_norm_column"),
     "warp_bwd": (*_SHARED, "gradient", "layer_norm_warp_bwd"),
     "block_bwd": (*_SHARED, "gradient", "layer_norm_block_bwd"),
     "shared_bwd": (*_SHARED, "gradient", "layer_norm_shared_bwd"),
@@ -47,6 +48,14 @@ _GRADIENT_BODY = (
     "dy_outer, dy_row, x_outer, x_row, dx_outer, dx_row, N}};\n"
     "    {kernel}<{constants}{X}, {W}, {has_weight}>(a{more});"
 )
+_COLUMN = (
+    "const {X}* x, {X}* y, const {W}* weight, const {B}* bias, {A}* mean, {A}* rstd, i64 rows, "
+    "i64 M, i64 x_outer, i64 x_row, i64 x_col, i64 y_outer, i64 y_row, i64 y_col, "
+    "i64 stats_outer, i64 stats_row, i64 N, double eps, i64 panel",
+    "const ColumnArguments<{X}, {W}, {B}> a = {{x, y, weight, bias, mean, rstd, rows, M, x_outer, "
+    "x_row, x_col, y_outer, y_row, y_col, stats_outer, stats_row, N, eps}};\n"
+    "    {kernel}<{constants}{X}, {W}, {B}, {has_weight}, {has_bias}>(a, panel);",
+)
 _GRADIENT = (_GRADIENT_PARAMETERS, _GRADIENT_BODY)
 
 # Parameters and body of an entry, by kernel. Integers are all 64-bit and eps is a double, because
@@ -61,6 +70,7 @@ _ENTRIES = {
         _ROW_PARAMETERS + ", const {A}* moments, i64 sections, i64 chunks_per_section, i64 parts",
         _ROW_BODY,
     ),
+    "layer_norm_fwd_column": _COLUMN,
     "layer_norm_bwd_warp": _GRADIENT,
     "layer_norm_bwd_block": _GRADIENT,
     "layer_norm_bwd_shared": _GRADIENT,

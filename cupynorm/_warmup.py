@@ -1,5 +1,6 @@
 """Compiling ahead what later calls will need."""
 
+import math
 from collections.abc import Sequence
 
 from cupynorm import _problem
@@ -47,14 +48,33 @@ def warmup(
     for name in dtypes:
         _problem.check_x_dtype(name)
     if device == "cuda":
-        from cupynorm import _cuda
-
-        compiled: list[str] = _cuda.warmup(shape, dtypes, affine, backward)
-        return compiled
+        return _of_gpu(math.prod(shape), dtypes, affine, backward)
     if device == "cpu":
         from cupynorm import _cpu
 
-        compiled = _cpu.warmup(shape, dtypes, affine, backward)
+        compiled: list[str] = _cpu.warmup(shape, dtypes, affine, backward)
         return compiled
     msg = f"device={device!r} is not 'cuda' or 'cpu'"
     raise ValueError(msg)
+
+
+def _of_gpu(N: int, dtypes: Sequence[str], affine: bool, backward: bool) -> list[str]:
+    """Compile and load, on the current device, what row-major x of these dtypes needs."""
+    from cupynorm import _cuda
+
+    index, strides = _cuda.current_index(), (N, 1)
+    names: list[str] = []
+    for name in dtypes:
+        affine_dtype = name if affine else None
+        dtypes_of_call = (name, affine_dtype, affine_dtype)
+        for rows in (1, 2**20):  # few rows may take K5
+            forward = _cuda.prepared_fwd(
+                index, (rows, N), (1,), strides, strides, dtypes_of_call, False
+            )
+            names += [stage.name for stage in forward.plan.stages]
+        if backward:
+            totals = (affine_dtype, affine_dtype or _problem.stats_dtype(name))
+            layouts = ((2**20, N), (1,), strides, strides, strides)
+            ready = _cuda.prepared_bwd(index, *layouts, (name, affine_dtype, *totals))
+            names += [stage.name for stage in ready.plan.stages]
+    return list(dict.fromkeys(names))

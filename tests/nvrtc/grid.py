@@ -9,14 +9,14 @@ from functools import cache
 from cupynorm._plan import CHUNK_VECS, TABLE, VEC_BYTES, Device, Stage, choose_plan, table_row
 from cupynorm._problem import ITEMSIZE, Problem
 from cupynorm._source import source_of
-from tests.nvrtc import grid_bwd
+from tests.nvrtc import grid_bwd, grid_column
 from tests.nvrtc.build import CUPY_OPTIONS, without_comments
 from tests.simt.limits import DeviceLimits
 
 ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 DTYPES = tuple(ITEMSIZE)
 FORWARD = tuple(dict.fromkeys(row.family for row in TABLE))
-FAMILIES = (*FORWARD, *grid_bwd.FAMILIES)
+FAMILIES = (*FORWARD, *grid_bwd.FAMILIES, *grid_column.FAMILIES)
 FULL = "90"  # the architecture whose every entry is compiled in each test run
 
 Flags = tuple[str | None, str | None]  # dtypes of weight and bias
@@ -87,6 +87,8 @@ def entries(arch: str, x_dtype: str, family: str, *, everything: bool = False) -
     """Stages to compile, without repeats."""
     if family in grid_bwd.FAMILIES:
         return grid_bwd.entries(arch, x_dtype, family, arch == FULL, everything)
+    if family in grid_column.FAMILIES:
+        return grid_column.entries(arch, x_dtype, arch == FULL, everything)
     every = shapes(arch, x_dtype)
     first, *others = usual_flags(x_dtype)
     if not everything and arch != FULL:

@@ -1,0 +1,237 @@
+// A tile: R neighbouring rows of one batch, column by column in shared memory, for arrays whose memory
+// runs along the rows and not along the columns. A thread looks at the rows of one word: one row, two
+// of a 16-bit type.
+//
+// The pitch between columns is an odd number of words, so neither lanes that stand on neighbouring
+// rows nor lanes that stand on neighbouring columns meet in a bank: the transposition costs nothing.
+
+template <class T, int R>
+struct Tile {
+    static constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;  // rows of one word
+    static constexpr int PITCH = R + PAIR;               // elements from a column to the next
+};
+
+// The rows of one word.
+template <class T, int PAIR>
+struct alignas(PAIR * sizeof(T)) Word {
+    T e[PAIR];
+};
+
+// Column n belongs to class n % 8, and a class is added up in order; the eight sums meet in one tree.
+// How many threads share a row, and how many rows a tile has, moves no bit of the result.
+enum { TILE_CLASSES = 8 };
+// Columns whose moments are taken together; longer rows merge them in order. So many fit the smallest
+// shared memory at the narrowest tile.
+template <class T>
+struct TileChunk {
+    static constexpr int cols = sizeof(T) == 8 ? 128 : 256;
+};
+
+// ---- from global to shared memory ------------------------------------------------------------------
+
+// Copies a word of 4 or 8 bytes without holding it in a register, so that a whole tile is on its way at
+// once. It has arrived after `staged()` and a barrier.
+template <class Wd>
+__device__ __forceinline__ void stage(Wd* to, const Wd* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                 :
+                 : "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "n"((int)sizeof(Wd))
+                 : "memory");
+#else
+    *to = *from;
+#endif
+}
+__device__ __forceinline__ void staged() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ T zero_of() {
+    T zero;
+    unsigned char* bytes = (unsigned char*)&zero;
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T); ++i) bytes[i] = 0;
+    return zero;
+}
+
+// `cols` columns at x whose rows lie next to each other; `rows` of them exist.
+template <int THREADS, int R, class T>
+__device__ __forceinline__ void load_along_rows(T* tile, const T* x, i64 col_stride, int rows, int cols) {
+    typedef Tile<T, R> Shape;
+    typedef Word<T, Shape::PAIR> Wd;
+    constexpr int LANES = R / Shape::PAIR, PARTS = THREADS / LANES;
+    const int r = threadIdx.x % LANES * Shape::PAIR;
+    if (r >= rows) return;
+    // A pair must lie on a boundary of four bytes in every column.
+    const bool whole = ((u64)x & (sizeof(Wd) - 1)) == 0 && col_stride % Shape::PAIR == 0 && r + Shape::PAIR <= rows;
+    x += r;
+    tile += r;
+    for (int n = threadIdx.x / LANES; n < cols; n += PARTS) {
+        const T* from = x + n * col_stride;
+        T* to = tile + n * Shape::PITCH;
+        if (whole) {
+            stage((Wd*)to, (const Wd*)from);
+        } else {
+            to[0] = from[0];
+            if (Shape::PAIR == 2) to[Shape::PAIR - 1] = r + 1 < rows ? from[Shape::PAIR - 1] : zero_of<T>();
+        }
+    }
+}
+
+// Lanes along the columns: how many stand on one row.
+__device__ __forceinline__ int span_of(int cols) { return cols > 16 ? 32 : cols > 8 ? 16 : 8; }
+
+// The row that a lane stands on when its warp takes its i-th turn. Were the four rows of short ones
+// (span 8) neighbours, four lanes would meet in one bank.
+__device__ __forceinline__ int row_of_turn(int i, int lane, int span) {
+    const int g = lane / span;
+    return span == 8 ? i / 4 * 16 + i % 4 * 2 + g % 2 + g / 2 * 8 : i * (32 / span) + g;
+}
+
+// `rows` rows at x whose columns lie next to each other.
+template <int THREADS, int R, class T>
+__device__ __forceinline__ void load_along_columns(T* tile, const T* x, i64 row_stride, int rows, int cols) {
+    typedef Tile<T, R> Shape;
+    const int span = span_of(cols), lane = threadIdx.x % 32;
+    const int filled = (rows + Shape::PAIR - 1) / Shape::PAIR * Shape::PAIR;  // both rows of each word
+    for (int i = threadIdx.x / 32; i < R * span / 32; i += THREADS / 32) {
+        const int r = row_of_turn(i, lane, span);
+        if (r >= filled) continue;
+        for (int n = lane % span; n < cols; n += span)
+            tile[n * Shape::PITCH + r] = r < rows ? x[r * row_stride + n] : zero_of<T>();
+    }
+}
+
+template <class A>
+__device__ __forceinline__ A tree_sum(const A (&t)[1]) {
+    return t[0];
+}
+
+// ---- statistics of the rows of a tile --------------------------------------------------------------
+
+// Adds the values that the PARTS threads of a row hold, through A red[PARTS][R].
+template <int PARTS, int R, int PAIR, class A>
+__device__ __forceinline__ void put_part(A* red, int part, int r, const A (&v)[PAIR]) {
+    Word<A, PAIR> word;
+#pragma unroll
+    for (int i = 0; i < PAIR; ++i) word.e[i] = v[i];
+    *(Word<A, PAIR>*)(red + part * R + r) = word;
+}
+template <int PARTS, int R, int PAIR, class A>
+__device__ __forceinline__ void add_parts(const A* red, int r, A (&v)[PAIR]) {
+    A t[PAIR][PARTS];
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+        const Word<A, PAIR> word = *(const Word<A, PAIR>*)(red + p * R + r);
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i) t[i][p] = word.e[i];
+    }
+#pragma unroll
+    for (int i = 0; i < PAIR; ++i) v[i] = tree_sum(t[i]);
+}
+
+template <class T, int PAIR, class A>
+__device__ __forceinline__ void read_word(const T* at, A (&out)[PAIR]) {
+    const Word<T, PAIR> word = *(const Word<T, PAIR>*)at;
+#pragma unroll
+    for (int i = 0; i < PAIR; ++i) out[i] = (A)to_float(word.e[i]);
+}
+
+// Moments of `cols` columns (a chunk at most) for the rows of this thread's word. Every thread of a
+// row gets the same. Shared memory: A red[3][PARTS][R]; each third is written before one barrier and
+// read after it, and the next chunk comes to it only after another.
+template <int THREADS, int R, class T, class A, int PAIR>
+__device__ __forceinline__ void tile_moments(const T* tile, int rows, int cols, A q, A* red, Moments<A> (&m)[PAIR]) {
+    typedef Tile<T, R> Shape;
+    constexpr int LANES = R / PAIR, PARTS = THREADS / LANES, J = TILE_CLASSES / PARTS;
+    const int r = threadIdx.x % LANES * PAIR, part = threadIdx.x / LANES;
+    const A count = (A)cols;
+    const int end = r < rows ? cols : 0;  // what lies past the rows that exist was never written
+    A s[PAIR][J], sum[PAIR], mean[PAIR];
+#pragma unroll
+    for (int i = 0; i < PAIR; ++i) {
+#pragma unroll
+        for (int j = 0; j < J; ++j) s[i][j] = 0;
+    }
+    for (int n = part * J; n < end; n += TILE_CLASSES) {
+#pragma unroll
+        for (int j = 0; j < J; ++j) {
+            if (n + j >= end) break;
+            A v[PAIR];
+            read_word(tile + (n + j) * Shape::PITCH + r, v);
+#pragma unroll
+            for (int i = 0; i < PAIR; ++i) s[i][j] += v[i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < PAIR; ++i) sum[i] = tree_sum(s[i]);
+    if (PARTS > 1) {
+        put_part<PARTS, R>(red, part, r, sum);
+        __syncthreads();
+        add_parts<PARTS, R>(red, r, sum);
+    }
+    A sq[PAIR][J], squares[PAIR];
+#pragma unroll
+    for (int i = 0; i < PAIR; ++i) {
+        mean[i] = sum[i] / count;
+#pragma unroll
+        for (int j = 0; j < J; ++j) s[i][j] = sq[i][j] = 0;
+    }
+    for (int n = part * J; n < end; n += TILE_CLASSES) {
+#pragma unroll
+        for (int j = 0; j < J; ++j) {
+            if (n + j >= end) break;
+            A v[PAIR];
+            read_word(tile + (n + j) * Shape::PITCH + r, v);
+#pragma unroll
+            for (int i = 0; i < PAIR; ++i) {
+                v[i] -= mean[i];
+                s[i][j] += v[i];
+                sq[i][j] = multiply_add(v[i] * q, v[i], sq[i][j]);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < PAIR; ++i) {
+        sum[i] = tree_sum(s[i]);
+        squares[i] = tree_sum(sq[i]);
+    }
+    if (PARTS > 1) {
+        put_part<PARTS, R>(red + PARTS * R, part, r, sum);
+        put_part<PARTS, R>(red + 2 * PARTS * R, part, r, squares);
+        __syncthreads();
+        add_parts<PARTS, R>(red + PARTS * R, r, sum);
+        add_parts<PARTS, R>(red + 2 * PARTS * R, r, squares);
+    }
+#pragma unroll
+    for (int i = 0; i < PAIR; ++i) m[i] = corrected(mean[i], sum[i], squares[i], q, count);
+}
+
+// What is known of the rows of a word after some chunks.
+template <int PAIR, class A>
+struct TileRuns {
+    A shift[PAIR];
+    Run<A> run[PAIR];
+};
+
+// Takes in the chunks of a panel of `cols` columns.
+template <int THREADS, int R, class T, class A, int PAIR>
+__device__ __forceinline__ void add_panel(const T* tile, int rows, int cols, bool is_first, A q, A* red, TileRuns<PAIR, A>& t) {
+    constexpr int CHUNK = TileChunk<T>::cols;
+    for (int c = 0; c < cols; c += CHUNK) {
+        const int n = cols - c < CHUNK ? cols - c : CHUNK;
+        Moments<A> m[PAIR];
+        tile_moments<THREADS, R>(tile + c * Tile<T, R>::PITCH, rows, n, q, red, m);
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i) {
+            if (is_first && c == 0) {
+                t.shift[i] = m[i].hi;
+                t.run[i] = Run<A>{0, 0, 0};
+            }
+            t.run[i] = merge(t.run[i], run_of(m[i], (A)n, t.shift[i]), q);
+        }
+    }
+}

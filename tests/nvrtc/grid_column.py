@@ -1,0 +1,47 @@
+"""Every K6 entry that the plan can ask for, by asking it; the part each test run compiles."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+
+from cupynorm._plan import Device, Stage
+from cupynorm._plan_column import ColumnProblem, choose_plan_column
+from tests.simt.limits import DeviceLimits
+
+FAMILIES = ("column",)
+_WAYS = ("FF", "FC", "CF")
+
+
+@cache
+def shapes(arch: str, x_dtype: str) -> dict[str, tuple[int, int, str]]:
+    """By entry without weight and bias: (M, N, way) of a problem that runs it."""
+    found = {}
+    for M, N, way in itertools.product((64, 2**20), (*range(8, 2400, 24), 10_000), _WAYS):
+        for stage in stages(arch, x_dtype, (M, N, way), (None, None)):
+            found[stage.name] = M, N, way
+    return found
+
+
+def stages(
+    arch: str, x_dtype: str, shape: tuple[int, int, str], flags: tuple[str | None, str | None]
+) -> tuple[Stage, ...]:
+    """What launches a matrix that lies as `way` says, x first."""
+    M, N, way = shape
+    steps = [(0, 1, M) if letter == "F" else (0, N, 1) for letter in way]
+    problem = ColumnProblem(x_dtype, *flags, 1, M, N, steps[0], steps[1], (M, 1))
+    device = Device(int(arch), 100, DeviceLimits.of(arch).opt_in_shared)
+    return choose_plan_column(problem, device).stages
+
+
+def entries(arch: str, x_dtype: str, full: bool, everything: bool) -> list[Stage]:
+    """Stages to compile, without repeats; elsewhere than `full` one way of each tile."""
+    weights = (x_dtype, *dict.fromkeys(w for w in ("float32", None) if w != x_dtype))
+    chosen = {}
+    for shape in shapes(arch, x_dtype).values():
+        if not (full or everything) and shape[2] != "FC":
+            continue
+        for weight in weights if everything else weights[:1]:
+            for stage in stages(arch, x_dtype, shape, (weight, weight)):
+                chosen[stage.name] = stage
+    return list(chosen.values())
