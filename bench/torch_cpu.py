@@ -10,6 +10,7 @@ bench/cpu.py; times are medians with the quartiles beside them.
 """
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -117,6 +118,7 @@ def run(op: str, M: int, N: int, norms: dict[str, LayerNorm], seconds: float) ->
         low, middle, high = (1e6 * q for q in statistics.quantiles(values, n=4))
         row |= {f"{name} us": middle, f"{name} q1 us": low, f"{name} q3 us": high}
     row["cupynorm/torch"] = row["cupynorm us"] / row["torch us"]
+    row["load"] = os.getloadavg()[0]  # torch's threads wait for each other at every call
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
 
 

@@ -125,6 +125,7 @@ def test_a_run_writes_its_table(tmp_path, monkeypatch, capsys):
         ratio = float(row["cupynorm us"]) / float(row["torch us"])
         assert float(row["cupynorm/torch"]) == pytest.approx(ratio, abs=2e-3)
         assert {k: row[k] for k in cpu.machine()} == cpu.machine()
+        assert float(row["load"]) >= 0
     said = capsys.readouterr().out
     # The geometric mean leaves out the case that measures what a call costs.
     ratio = float(rows[2]["cupynorm/torch"])
