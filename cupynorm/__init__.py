@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from cupynorm._explain import explain
     from cupynorm._explanation import Explanation
     from cupynorm._warmup import warmup
+    from cupynorm.columns import layer_norm_columns
     from cupynorm.gradient import LayerNormGradients, layer_norm_backward
     from cupynorm.modules import LayerNorm
 
@@ -24,6 +25,7 @@ __all__ = [
     "explain",
     "layer_norm",
     "layer_norm_backward",
+    "layer_norm_columns",
     "show_config",
     "warmup",
 ]
@@ -34,6 +36,7 @@ _LAZY = {
     "LayerNormGradients": "cupynorm.gradient",
     "explain": "cupynorm._explain",
     "layer_norm_backward": "cupynorm.gradient",
+    "layer_norm_columns": "cupynorm.columns",
     "warmup": "cupynorm._warmup",
     "show_config": "cupynorm._config",
 }

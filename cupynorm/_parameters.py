@@ -145,10 +145,22 @@ def from_tensor(label: str, tensor: Any) -> Any:
     return np.from_dlpack(tensor)
 
 
-def to_tensor(array: Any) -> Any:
-    """Torch tensor over the memory of a NumPy or CuPy array."""
+def to_tensor(label: str, array: Any) -> Any:
+    """Torch tensor over the memory of a NumPy or CuPy array.
+
+    Raises
+    ------
+    ValueError
+        If it runs backwards: torch 2.13 ends the process when DLPack brings a negative stride.
+    """
     import torch
 
+    if any(stride < 0 for stride in array.strides):
+        msg = (
+            f"{label} has strides {tuple(array.strides)}, and torch has no negative ones; "
+            f"assign a copy first: layer.{label} = layer.{label}.copy()"
+        )
+        raise ValueError(msg)
     if isinstance(array, np.ndarray) and _problem.dtype_name(array.dtype) == "bfloat16":
         return torch.from_dlpack(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_dlpack(array)

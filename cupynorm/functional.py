@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _problem
+from cupynorm import _problem, _tables
 from cupynorm._arguments import (
     Call,
     check_arguments,
@@ -12,7 +12,7 @@ from cupynorm._arguments import (
     is_launchable,
     path_of,
 )
-from cupynorm._arrays import check_overlap, check_writable
+from cupynorm._arrays import check_overlap, check_writable, library_of
 
 __all__ = ["LayerNormResult", "layer_norm"]
 
@@ -57,10 +57,12 @@ def layer_norm(
     Parameters
     ----------
     x : array
-        NumPy, CuPy, torch, JAX or any array-API array, or an object that exports ``__dlpack__``
-        or ``__cuda_array_interface__``; float16, bfloat16, float32 or float64, any shape with at
-        least one axis, any strides. No units are assumed: y is a pure number before `weight` and
-        `bias`, and `eps` is in units of x squared.
+        NumPy, CuPy, torch, JAX or any array-API array, a Dask array (lazily), or an object that
+        exports ``__dlpack__`` or ``__cuda_array_interface__``; float16, bfloat16, float32 or
+        float64, any shape with at least one axis, any strides. A pandas, polars, cuDF or Dask
+        DataFrame gives a DataFrame, each row normalized over its columns (see
+        `cupynorm.frames.layer_norm` for nulls and dtypes). No units are assumed: y is a pure
+        number before `weight` and `bias`, and `eps` is in units of x squared.
     normalized_shape : int or tuple of int, optional
         Trailing dimensions of x to normalize over.
     weight, bias : array, optional
@@ -85,7 +87,7 @@ def layer_norm(
     Raises
     ------
     TypeError
-        If x has an integer, bool or complex dtype, is a table or no array, or if both
+        If x has an integer, bool or complex dtype or is no array, or if both
         `normalized_shape` and `axis` are given.
     ValueError
         If shapes or axes do not fit, if `eps` is not finite, if arrays live on different devices,
@@ -97,7 +99,8 @@ def layer_norm(
     of Chan, Golub and LeVeque (1983), "Algorithms for computing the sample variance", so a large
     common offset costs no accuracy; Numba's loops take the first pass over a row's first elements
     only, and again over all where that mean is far off. A row's result depends on that row alone,
-    bit for bit, but for JAX and Dask, whose compilers choose the order of sums.
+    bit for bit, but for JAX, whose compiler chooses the order of sums, and for Dask arrays whose
+    chunks split rows.
     The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450.
 
     Examples
@@ -109,6 +112,15 @@ def layer_norm(
     array([[-1.225,  0.   ,  1.225],
            [-1.225,  0.   ,  1.225]])
     """
+    if type(x) is not np.ndarray:
+        if library_of(x).startswith("dask"):
+            return _dask(x, normalized_shape, weight, bias, eps, axis, order, out, return_stats)
+        if _tables.library(x) is not None:
+            from cupynorm import frames
+
+            return frames.from_call(
+                x, normalized_shape, weight, bias, eps, axis, order, out, return_stats
+            )
     call = check_arguments(x, normalized_shape, weight, bias, eps, axis, order, out)
     if call.path != "namespace":
         y, mean, rstd = _strided(call, order, out, return_stats)
@@ -121,6 +133,14 @@ def layer_norm(
             call.x, call.axes, call.weight, call.bias, call.eps, order, out
         )
     return LayerNormResult(y, mean, rstd) if return_stats else y
+
+
+def _dask(x: Any, *arguments: Any) -> Any:
+    """Dask arrays and DataFrames, lazily: each task calls `layer_norm` on a block of its own."""
+    from cupynorm import _dask_blocks
+
+    y, mean, rstd = _dask_blocks.layer_norm(layer_norm, x, *arguments)
+    return LayerNormResult(y, mean, rstd) if arguments[-1] else y
 
 
 def _strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, Any, Any]:

@@ -239,13 +239,18 @@ class LayerNorm(Stateful):
         torch.nn.LayerNorm
             Its parameters require grad. For one that runs this library's kernels, pass it on:
             ``cupynorm.torch.convert(layer.to_torch())``.
+
+        Raises
+        ------
+        ValueError
+            If a parameter has a negative stride, which torch has not.
         """
         import torch
 
         module = torch.nn.LayerNorm(self.normalized_shape, self.eps, elementwise_affine=False)
         module.elementwise_affine = self.elementwise_affine
         for name, array in self.state_dict().items():
-            setattr(module, name, torch.nn.Parameter(_parameters.to_tensor(array)))
+            setattr(module, name, torch.nn.Parameter(_parameters.to_tensor(name, array)))
         return module
 
 

@@ -867,3 +867,11 @@ def test_memory_is_shared_with_torch_on_a_gpu(cupy_lib):
 def test_public_names():
     assert modules.__all__ == ["LayerNorm"]
     assert cn.LayerNorm is modules.LayerNorm
+
+
+def test_a_parameter_that_runs_backwards_is_refused_by_torch():
+    """Torch would not raise: it would end the process."""
+    layer = cn.LayerNorm(3)
+    layer.weight = np.ones(6, np.float32)[::-2]
+    with pytest.raises(ValueError, match=r"weight has strides \(-8,\).*weight\.copy\(\)"):
+        layer.to_torch()
