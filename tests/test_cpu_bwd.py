@@ -1,12 +1,18 @@
 """The NumPy path's backward: both engines, every layout, sums over many rows, threads."""
 
+import contextlib
+import ctypes
 import itertools
+import mmap
+import sys
 import warnings
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cupynorm import _cpu, _cpu_half, _threads
 from tests import oracle
@@ -143,6 +149,26 @@ def test_broadcast_and_read_only_inputs(engine, dtype):
         oracle.assert_gradients(backward(dy, x, axes, weight, stats=stats), dy, x, axes, weight)
 
 
+@given(st.data())
+@settings(max_examples=40)
+def test_any_problem(data):
+    """Shapes, axes, dtypes and layouts of each array drawn at will, on either engine."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 40), min_size=2, max_size=3)))
+    dims = range(len(shape))
+    axes = tuple(sorted(data.draw(st.sets(st.sampled_from(dims), min_size=1))))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    lays = data.draw(st.tuples(*[st.sampled_from([a for a in LAYOUTS if a != "big-endian"])] * 3))
+    x, dy = values(shape, dtype, offset=1.0), values(shape, dtype, seed=1)
+    weight = None
+    if data.draw(st.booleans()):
+        kind = data.draw(st.sampled_from(DTYPES))
+        weight = values(tuple(shape[a] for a in axes), kind, seed=2)
+    target = LAYOUTS[lays[2]](np.full(shape, 7, dtype))
+    with _cpu.without_numba() if data.draw(st.booleans()) else contextlib.nullcontext():
+        got = backward(LAYOUTS[lays[0]](dy), LAYOUTS[lays[1]](x), axes, weight, dx=target)
+    oracle.assert_gradients(got, dy, x, axes, weight)
+
+
 def test_nothing_is_written_around_the_targets(engine):
     for dtype, N in itertools.product(DTYPES, (1, 5, 16, 33, 1030, 33000)):
         memory = np.full((6, N + 3), 7, dtype)
@@ -154,6 +180,31 @@ def test_nothing_is_written_around_the_targets(engine):
         assert np.all(sums[:, 1] == 7)
         got = memory[:, 1:-2], sums[0, 0], sums[1, 0]
         oracle.assert_gradients(got, dy, x, (1,))
+
+
+def before_a_guard(a):
+    """Copy an array to where the page after its last byte cannot be read."""
+    size = mmap.PAGESIZE * -(-a.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    view = np.frombuffer(memory, np.uint8)
+    mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+    mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    assert mprotect(view.ctypes.data + size, mmap.PAGESIZE, 0) == 0
+    copy = view[size - a.nbytes : size].view(a.dtype).reshape(a.shape)
+    copy[...] = a
+    return copy
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+def test_nothing_is_read_beyond_the_arrays(engine):
+    """The vector at the end of a row reads and writes only what belongs to it."""
+    for dtype, N in itertools.product(DTYPES, (1, 7, 17, 31, 4100, 33001)):
+        x, dy = values((5, N), dtype), values((5, N), dtype, seed=1)
+        weight = values((N,), "float64" if dtype == "float64" else "float32")
+        args = [before_a_guard(a) for a in (dy, x, *stats_of(x, (1,)), weight, dy)]
+        sums = [before_a_guard(np.empty_like(weight)) for _ in range(2)]
+        _cpu.layer_norm_bwd(args[0], args[1], (1,), *args[2:], *sums)
+        oracle.assert_gradients((args[5], *sums), dy, x, (1,), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
