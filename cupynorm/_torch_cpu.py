@@ -46,15 +46,19 @@ def at_once(x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> 
             return None
         w = b = 0
         if weight is not None:
-            if weight.dtype is not compute or weight.shape != normalized_shape:
+            if weight.shape != normalized_shape or not weight.is_cpu:
                 return None
-            if not (weight.is_cpu and weight.is_contiguous()):
+            if weight.dtype is not compute and weight.dtype in _KINDS:
+                weight = weight.to(compute)
+            if weight.dtype is not compute or not weight.is_contiguous():
                 return None
             w = weight.data_ptr()
         if bias is not None:
-            if bias.dtype is not compute or bias.shape != normalized_shape:
+            if bias.shape != normalized_shape or not bias.is_cpu:
                 return None
-            if not (bias.is_cpu and bias.is_contiguous()):
+            if bias.dtype is not compute and bias.dtype in _KINDS:
+                bias = bias.to(compute)
+            if bias.dtype is not compute or not bias.is_contiguous():
                 return None
             b = bias.data_ptr()
     except (IndexError, RuntimeError, TypeError):

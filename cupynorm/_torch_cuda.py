@@ -38,14 +38,46 @@ def _is_current(index: int) -> bool:
     return current
 
 
-_names: dict[Any, str] = {}
+def _name(dtype: Any) -> str | None:
+    return None if dtype is None else dtype_name(dtype)
 
 
-def _name(tensor: Any) -> str | None:
-    if tensor is None:
-        return None
-    dtype = tensor.dtype
-    return _names.get(dtype) or _names.setdefault(dtype, dtype_name(dtype))
+# Looked up by torch's own objects: names cost more than a look. As in `_cuda`, a few thousand kept.
+_MOST = 4096
+_prepared: dict[Any, Any] = {}
+
+
+def _prepared_fwd(
+    index: int, axes: tuple[int, ...], x: Any, y: Any, weight: Any, bias: Any, stats: bool
+) -> Any:
+    dtypes = (
+        x.dtype,
+        None if weight is None else weight.dtype,
+        None if bias is None else bias.dtype,
+    )
+    key = (index, x.shape, axes, x.stride(), y.stride(), dtypes, stats)
+    ready = _prepared.get(key)
+    if ready is None:
+        if len(_prepared) >= _MOST:
+            _prepared.clear()
+        names = (str(_name(dtypes[0])), _name(dtypes[1]), _name(dtypes[2]))
+        ready = _prepared[key] = _cuda.prepared_fwd(*key[:5], names, stats)
+    return ready
+
+
+def _prepared_bwd(
+    index: int, axes: tuple[int, ...], dy: Any, x: Any, weight: Any, dx: Any, sums: tuple[Any, Any]
+) -> Any:
+    dtypes = (x.dtype, *(None if a is None else a.dtype for a in (weight, *sums)))
+    dx_strides = None if dx is None else dx.stride()
+    key = (index, x.shape, axes, dy.stride(), x.stride(), dx_strides, dtypes)
+    ready = _prepared.get(key)
+    if ready is None:
+        if len(_prepared) >= _MOST:
+            _prepared.clear()
+        names = tuple(map(_name, dtypes))
+        ready = _prepared[key] = _cuda.prepared_bwd(*key[:6], names)
+    return ready
 
 
 def _pointer(tensor: Any) -> int:
@@ -73,18 +105,18 @@ def layer_norm_fwd(
         with torch.cuda.device(index):
             layer_norm_fwd(x, axes, weight, bias, eps, y, mean, rstd)
         return
-    weight, bias = (None if a is None else a.contiguous() for a in (weight, bias))
-    dtypes = (_name(x), _name(weight), _name(bias))
+    # The names keep copies alive until they are on the stream.
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     stats = mean is not None
-    ready = _cuda.prepared_fwd(index, x.shape, axes, x.stride(), y.stride(), dtypes, stats)
-    target = y
+    ready, target = _prepared_fwd(index, axes, x, y, weight, bias, stats), y
     if ready.copies:
         order = rows_last(x.ndim, axes)
         x, y = x.permute(order), y.permute(order)
         axes = tuple(range(x.ndim - len(axes), x.ndim))
         x = x.contiguous() if "x" in ready.copies else x
         target = torch.empty(y.shape, dtype=y.dtype, device=y.device) if "y" in ready.copies else y
-        ready = _cuda.prepared_fwd(index, x.shape, axes, x.stride(), target.stride(), dtypes, stats)
+        ready = _prepared_fwd(index, axes, x, target, weight, bias, stats)
     workspace = _workspace(ready.workspace_bytes, x)
     pointers = tuple(map(_pointer, (x, target, weight, bias, mean, rstd)))
     _cuda.launch_fwd(ready, pointers, eps, _pointer(workspace), _stream(index))
@@ -110,8 +142,8 @@ def layer_norm_bwd(
             layer_norm_bwd(dy, x, axes, mean, rstd, weight, dx, dweight, dbias)
         return
     weight = None if weight is None else weight.contiguous()
-    dtypes = (_name(x), _name(weight), _name(dweight), _name(dbias))
-    ready, target = _prepared_bwd(index, axes, dy, x, dx, dtypes), dx
+    sums = dweight, dbias
+    ready, target = _prepared_bwd(index, axes, dy, x, weight, dx, sums), dx
     if ready.copies:
         order = rows_last(x.ndim, axes)
         dy, x = dy.permute(order), x.permute(order)
@@ -122,16 +154,9 @@ def layer_norm_bwd(
         target = dx
         if dx is not None and "dx" in ready.copies:
             target = torch.empty(dx.shape, dtype=dx.dtype, device=dx.device)
-        ready = _prepared_bwd(index, axes, dy, x, target, dtypes)
+        ready = _prepared_bwd(index, axes, dy, x, weight, target, sums)
     workspace = _workspace(ready.workspace_bytes, x)
     pointers = tuple(map(_pointer, (dy, x, mean, rstd, weight, target, dweight, dbias)))
     _cuda.launch_bwd(ready, pointers, _pointer(workspace), _stream(index))
     if target is not dx:
         dx.copy_(target)
-
-
-def _prepared_bwd(
-    index: int, axes: tuple[int, ...], dy: Any, x: Any, dx: Any, dtypes: tuple[str | None, ...]
-) -> Any:
-    dx_strides = None if dx is None else dx.stride()
-    return _cuda.prepared_bwd(index, x.shape, axes, dy.stride(), x.stride(), dx_strides, dtypes)

@@ -35,6 +35,12 @@ def _path(device_type: str) -> Any:
 _paths: dict[str, Any] = {}
 
 
+def _path_of(x: Any) -> Any:
+    # x.device.type would cost as much as all the rest of this.
+    device_type = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
+    return _paths.get(device_type) or _path(device_type)
+
+
 def forward(
     x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float, stats: bool, keep: bool
 ) -> tuple[Any, Any, Any]:
@@ -64,7 +70,7 @@ def forward(
     if x.is_meta:  # shape and dtype are all there is
         return y, mean, rstd
     if y.numel():
-        do = _paths.get("cpu" if x.is_cpu else x.device.type) or _path(x.device.type)
+        do = _path_of(x)
         if x.is_neg() or _negated(weight) or _negated(bias):
             x, weight, bias = (None if t is None else t.resolve_neg() for t in (x, weight, bias))
         do.layer_norm_fwd(x, axes, weight, bias, eps, y, mean, rstd)
@@ -108,7 +114,7 @@ def backward(
     if x.is_meta:
         return dx, dweight, dbias
     if x.numel():
-        do = _paths.get("cpu" if x.is_cpu else x.device.type) or _path(x.device.type)
+        do = _path_of(x)
         if dy.is_neg() or x.is_neg() or _negated(weight):
             dy, x, weight = (None if t is None else t.resolve_neg() for t in (dy, x, weight))
         do.layer_norm_bwd(dy, x, axes, mean, rstd, weight, dx, dweight, dbias)
