@@ -136,7 +136,15 @@ def test_a_worker_is_killed_in_the_middle(client, chunks):
         time.sleep(0.05)
 
 
-def test_a_dashboard_shows_the_tasks():
+def test_the_task_stream_names_the_tasks(client):
+    """Bars of the dashboard are named and coloured by the first part of a key."""
+    with distributed.get_task_stream(client) as stream:
+        cd.layer_norm(made_there((50, 4000), (100, 8000))).compute()
+    shown = {distributed.utils.key_split(task["key"]) for task in stream.data}
+    assert {"layer_norm", "layer_norm-moments", "layer_norm-statistics"} <= shown
+
+
+def test_the_dashboard_serves_its_pages():
     pytest.importorskip("bokeh")
     from urllib.request import urlopen
 
@@ -146,9 +154,8 @@ def test_a_dashboard_shows_the_tasks():
     with cluster, distributed.Client(cluster):
         y = cd.layer_norm(da.ones((8, 8), chunks=(4, 4))).persist()
         distributed.wait(y)
-        root = cluster.dashboard_link.removesuffix("/status")
-        with urlopen(f"{root}/status", timeout=30) as page:
-            assert page.status == 200
-        with urlopen(f"{root}/metrics", timeout=30) as page:
-            said = page.read().decode()
-    assert "layer_norm" in said
+        port = cluster.scheduler.services["dashboard"].port
+        for page in ("status", "individual-progress", "graph"):
+            with urlopen(f"http://127.0.0.1:{port}/{page}", timeout=30) as answer:
+                assert answer.status == 200
+                assert b"Bokeh" in answer.read()
