@@ -28,7 +28,7 @@ def _columns(a: Array) -> Array:  # a: (R, n) -> (n,) float64
         parts = np.add.reduce(a[: k * _PIECE].reshape(k, _PIECE, n), axis=1)
         np.add.reduce(parts.astype(np.float64), axis=0, out=total)
     if k * _PIECE < R:
-        total += np.add.reduce(a[k * _PIECE :], axis=0)
+        total += np.add.reduce(a[k * _PIECE :], axis=0, dtype=np.float64)
     return total
 
 

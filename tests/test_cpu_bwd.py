@@ -285,24 +285,29 @@ def test_gradients_nobody_asks_for(engine, shape):
         assert same_bits(strided, full[0])
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_sums_over_200000_rows_are_not_worse_than_torchs(engine, offset):
-    """One float32 sum of so many terms would lose hundreds of units in the last place."""
+def of_torch(dy, x, stats, weight):
+    """dx, dweight and dbias as torch computes them."""
     torch = pytest.importorskip("torch")
-    x, dy = values((200000, 8), "float32", offset=3.0), values((200000, 8), "float32", 1, offset)
-    weight = values((8,), "float32", seed=2)
-    stats = stats_of(x, (1,))
-    got = backward(dy, x, (1,), weight, stats=stats)
-    want = oracle.layer_norm_backward(dy, x, (1,), weight, 1e-5)
     tensors = [torch.from_numpy(a) for a in (dy, x, *stats, weight)]
-    theirs = torch.ops.aten.native_layer_norm_backward(
-        tensors[0], tensors[1], (8,), *tensors[2:], torch.zeros(8), [True] * 3
-    )
-    for ours, other, exact in zip(got, theirs, want, strict=True):
-        error, limit = (np.abs(a - exact) for a in (ours, other.numpy()))
-        assert error.max() <= limit.max()
-        assert np.sqrt((error**2).mean()) <= np.sqrt((limit**2).mean())
-    oracle.assert_gradients(got, dy, x, (1,), weight)
+    given = *tensors[:2], weight.shape, *tensors[2:], torch.zeros(weight.shape), [True] * 3
+    return [a.numpy() for a in torch.ops.aten.native_layer_norm_backward(*given)]
+
+
+@pytest.mark.parametrize("M, N", [(200000, 8), (2000, 64), (512, 768), (40, 4096)])
+def test_gradients_are_not_worse_than_torchs(engine, M, N):
+    """One float32 sum of 200000 terms would lose hundreds of units in the last place."""
+    for offset, slope in ((3.0, 0.0), (1000.0, 1.0)):
+        x, dy = values((M, N), "float32", 0, offset), values((M, N), "float32", 1, slope)
+        weight = values((N,), "float32", seed=2, offset=1.0)
+        stats = stats_of(x, (1,))
+        got = backward(dy, x, (1,), weight, stats=stats)
+        want = oracle.layer_norm_backward(dy, x, (1,), weight, 1e-5)
+        theirs = of_torch(dy, x, stats, weight)
+        for ours, other, exact in zip(got, theirs, want, strict=True):
+            error, limit = (np.abs(a - exact) for a in (ours, other))
+            assert np.sqrt((error**2).mean()) <= np.sqrt((limit**2).mean())
+            # The largest of 10^5 roundings is luck; that of a long sum is not.
+            assert M < 1000 or ours.ndim == 2 or error.max() <= limit.max()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
