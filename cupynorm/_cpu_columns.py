@@ -56,7 +56,7 @@ def layer_norm_fwd(
     by_row = _pitch(y) is not None
     target = y
     if not by_row and _pitch(y.T) is None:
-        target, by_row = np.empty(y.shape, y.dtype), True
+        target, by_row = np.empty(y.shape, y.dtype.newbyteorder("=")), True
     compute = np.dtype(np.float64 if y.dtype.name == "float64" else np.float32)
     w, b = _cpu._affine(weight, compute), _cpu._affine(bias, compute)
     ready = [column._replace(values=_readable(column.values)) for column in columns]

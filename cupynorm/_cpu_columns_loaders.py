@@ -9,6 +9,7 @@ from numba import carray, cfunc, types
 from cupynorm._cpu_bits import take
 from cupynorm._cpu_entries import _at
 from cupynorm._cpu_lanes import like
+from cupynorm._cpu_loops import compiled
 from cupynorm._cpu_numba import _sources
 
 __all__ = ["loader"]
@@ -36,17 +37,21 @@ def _define_plain(sources: int, stored: Any, computed: Any, is_bool: bool) -> Ca
     return load
 
 
+@compiled()
+def _widened(values, step, n, q, room, bfloat16):  # type: ignore[no-untyped-def]
+    # The room is an argument because numba frees an array after its last use, pointers or not.
+    rows, cols = (1, n) if step == 1 else (n, 1)
+    p, _ = take(values, 0, step, rows, cols, room, bfloat16)
+    for i in range(n):
+        q[i] = like(q, p[i])
+
+
 def _define_half(sources: int, computed: Any, bfloat16: bool) -> Callable[..., None]:
     def load(x, stride, n, out):  # type: ignore[no-untyped-def]
         room = np.empty(n * (sources != 0), np.float32)
-        values = carray(_at(x, np.uint16), (n,))
-        q = _at(out, computed)
-        if stride == 2:
-            p, _ = take(values, 0, n, 1, n, room, bfloat16)
-        else:
-            p, _ = take(values, 0, stride // 2, n, 1, room, bfloat16)
-        for i in range(n):
-            q[i] = like(q, p[i])
+        values, q = carray(_at(x, np.uint16), (n,)), _at(out, computed)
+        # As one row of n, or, where they lie apart, as n rows of one.
+        _widened(values, stride // 2, n, q, room, bfloat16)
 
     return load
 

@@ -125,8 +125,8 @@ def _wide(t, pitch, N, count, omit):  # type: ignore[no-untyped-def]
         mean += 0.0 if omit and x != x else x * share
     s = like(t, mean)
     m = 0.0
-    v = 0.0
-    if mean - mean == 0.0:  # else the row holds NaN or Inf, and all of it becomes NaN
+    v = mean - mean
+    if v == 0.0:  # else the row holds NaN or Inf, and all of it becomes NaN
         for j in range(N):
             d = float(t[j * pitch]) - s
             if not omit or d == d:
@@ -171,9 +171,10 @@ def _gather(columns, row, n, t, pitch, first, count, total, omit):  # type: igno
 
 
 @compiled()
-def _moments(t, pitch, N, n, s, m, r, work, total, count, eps, low, high, omit):  # type: ignore[no-untyped-def]
+def _moments(t, pitch, N, n, s, m, r, work, total, count, limits, omit):  # type: ignore[no-untyped-def]
     """Pivot s, mean - s and 1 / sqrt(var + eps) of every row of a block; total holds its sums."""
     first, second = work
+    eps, low, high = limits
     for i in range(n):
         s[i] = like(s, total[0][i] / count[i])
     _clear(first, n)
@@ -228,33 +229,54 @@ def _by_row(t, pitch, N, n, y, to, yp, s, m, r, w, b, room, bfloat16):  # type: 
         give(y, to + i * yp, yp, rows, N, room, bfloat16)
 
 
+@compiled()
+def _share(columns, M, R, y, yp, by_row, w, b, limits, omit, bfloat16, counter, block, stats, sums):  # type: ignore[no-untyped-def]
+    # The arrays are arguments because numba frees an array after its last use, pointers or not.
+    N = columns.shape[1]
+    pitch = R + _LINE  # not a power of two: rows of a line are read across columns
+    t, total, count = pointer(block, 0), (pointer(sums, 0), pointer(sums, R)), pointer(sums, 2 * R)
+    s, m, r = pointer(stats, 0), pointer(stats, R), pointer(stats, 2 * R)
+    work, room = (pointer(stats, 3 * R), pointer(stats, 4 * R)), block[N * pitch :]
+    row = claim(counter) * R
+    while row < M:
+        n = min(R, M - row)
+        _gather(columns, row, n, t, pitch, work[0], count, total[0], omit)
+        _moments(t, pitch, N, n, s, m, r, work, total, count, limits, omit)
+        if by_row:
+            _by_row(t, pitch, N, n, y, row * yp, yp, s, m, r, w, b, room, bfloat16)
+        else:
+            _by_column(t, pitch, N, n, y, row, yp, s, m, r, w, b, room, bfloat16)
+        row = claim(counter) * R
+
+
 def _entries(sources: int, jit: Any) -> SimpleNamespace:
     """Define what is called from Python; `sources` as in `_cpu_numba`."""
 
     @jit
     def normalize(columns, M, R, y, yp, by_row, w, b, eps, low, high, omit, bfloat16, counter):  # type: ignore[no-untyped-def]
         # columns (5, N): loader, address, stride in bytes, bitmap or 0, its bit of row 0. This
-        # thread does the blocks of R rows that it claims.
+        # thread does the blocks of R rows that it claims. After the block: room for results.
         N = columns.shape[1]
-        pitch = R + _LINE  # not a power of two: rows of a line are read across columns
-        block_of_rows = np.empty(N * pitch * (sources != 0), w.dtype)
-        room = np.empty(max(R, _LINE * N), w.dtype)
-        stats, sums = np.empty((5, R), w.dtype), np.empty((3, R))
-        t = pointer(block_of_rows, 0)
-        flat, wide = stats.ravel(), sums.ravel()
-        s, m, r = pointer(flat, 0), pointer(flat, R), pointer(flat, 2 * R)
-        work = pointer(flat, 3 * R), pointer(flat, 4 * R)
-        total, count = (pointer(wide, 0), pointer(wide, R)), pointer(wide, 2 * R)
-        row = claim(counter) * R
-        while row < M:
-            n = min(R, M - row)
-            _gather(columns, row, n, t, pitch, work[0], count, total[0], omit)
-            _moments(t, pitch, N, n, s, m, r, work, total, count, eps, low, high, omit)
-            if by_row:
-                _by_row(t, pitch, N, n, y, row * yp, yp, s, m, r, w, b, room, bfloat16)
-            else:
-                _by_column(t, pitch, N, n, y, row, yp, s, m, r, w, b, room, bfloat16)
-            row = claim(counter) * R
+        size = N * (R + _LINE) + max(R, _LINE * N)
+        block = np.empty(size * (sources != 0), w.dtype)
+        stats, sums, limits = np.empty(5 * R, w.dtype), np.empty(3 * R), (eps, low, high)
+        _share(
+            columns,
+            M,
+            R,
+            y,
+            yp,
+            by_row,
+            w,
+            b,
+            limits,
+            omit,
+            bfloat16,
+            counter,
+            block,
+            stats,
+            sums,
+        )
 
     return SimpleNamespace(normalize=normalize)
 

@@ -1,0 +1,407 @@
+"""Layer norm over separate columns of NumPy arrays: values, nulls, layouts, refusals."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis.extra import numpy as hnp
+
+from cupynorm import _cpu, _cpu_columns
+from cupynorm.columns import layer_norm_columns
+from tests import oracle
+from tests.conftest import np_dtype
+
+INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+DTYPES = ("bool", *INTEGERS, "float16", "bfloat16", "float32", "float64")
+
+
+@pytest.fixture(params=["numba", "plain"])
+def engine(request):
+    with _cpu.without_numba() if request.param == "plain" else contextlib.nullcontext():
+        yield request.param
+
+
+def bitmap(valid, offset=0):
+    """Arrow's bitmap of a bool array, after `offset` bits of which nobody may read any."""
+    return np.packbits(np.r_[np.arange(offset) % 2 == 0, valid], bitorder="little")
+
+
+def column(rng, dtype, M):
+    values = rng.standard_normal(M) * 20
+    if dtype == "bool":
+        return values > 0
+    return (np.abs(values) if dtype[0] == "u" else values).astype(np_dtype(dtype))
+
+
+def table(rng, dtypes, M):
+    return [column(rng, dtype, M) for dtype in dtypes]
+
+
+def expected(columns, weight=None, bias=None, eps=1e-5, dtype="float32", omit=False, valid=None):
+    """The definition, row by row, of columns rounded to the dtype of the statistics."""
+    compute = "float64" if dtype == "float64" else "float32"
+    with np.errstate(over="ignore"):
+        x = np.stack([np.asarray(c).astype(compute) for c in columns], axis=1)
+    if valid is not None:
+        x[~np.stack(valid, axis=1)] = np.nan
+    if not omit:
+        return oracle.layer_norm(x, (1,), weight, bias, eps)[0]
+    y = np.full(x.shape, np.nan)
+    for i, row in enumerate(x):
+        known = ~np.isnan(row)
+        if known.any():
+            w, b = (None if a is None else np.asarray(a)[known] for a in (weight, bias))
+            y[i, known] = oracle.layer_norm(row[known], (0,), w, b, eps)[0]
+    return y
+
+
+def check(y, columns, **kwargs):
+    dtype = y.dtype.name
+    want = expected(columns, dtype=dtype, **kwargs)
+    bound = oracle.tolerance(y.dtype, len(columns))
+    np.testing.assert_allclose(y.astype(np.float64), want, rtol=bound, atol=bound)
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_into_every_result(engine, dtype):
+    rng = np.random.default_rng(1)
+    columns = table(rng, [dtype, "float32", dtype, "int8", dtype], 83)
+    for result in ("float16", "bfloat16", "float32", "float64"):
+        y = layer_norm_columns(columns, dtype=result)
+        assert y.dtype == np_dtype(result)
+        assert y.flags.c_contiguous
+        check(y, columns)
+
+
+@pytest.mark.parametrize(
+    ("M", "N"), [(1, 1), (1, 7), (5, 1), (16, 2), (17, 40), (1000, 3), (2100, 16), (40, 3000)]
+)
+def test_sizes(engine, M, N):
+    rng = np.random.default_rng(M + N)
+    columns = table(rng, [DTYPES[j % len(DTYPES)] for j in range(N)], M)
+    w, b = rng.standard_normal((2, N)).astype(np.float32)
+    check(layer_norm_columns(columns, w, b, 1e-3), columns, weight=w, bias=b, eps=1e-3)
+    check(layer_norm_columns(columns, dtype="float32"), columns)
+
+
+def test_weight_and_bias_alone(engine):
+    rng = np.random.default_rng(2)
+    columns = table(rng, ["float32", "int16", "float16"], 50)
+    w = rng.standard_normal(3)
+    check(layer_norm_columns(columns, w), columns, weight=w)
+    check(layer_norm_columns(columns, bias=w.astype(ml_dtypes.bfloat16)), columns,
+          bias=w.astype(ml_dtypes.bfloat16))  # fmt: skip
+
+
+def test_default_dtype():
+    f4, f8, i8 = np.ones(2, np.float32), np.ones(2), np.ones(2, np.int64)
+    assert layer_norm_columns([f4, i8, f4.astype(np.float16)]).dtype == np.float32
+    assert layer_norm_columns([i8]).dtype == np.float32
+    assert layer_norm_columns([f4, f8, i8]).dtype == np.float64
+    assert layer_norm_columns([f8], dtype=np.float32).dtype == np.float32
+    assert layer_norm_columns([f8], dtype=">f4").dtype == np.float32
+    assert layer_norm_columns([f8], dtype="bfloat16").dtype == ml_dtypes.bfloat16
+
+
+def test_large_offsets_cost_no_digits(engine):
+    rng = np.random.default_rng(3)
+    columns = [(1e6 + rng.standard_normal(300)).astype(np.float32) for _ in range(200)]
+    check(layer_norm_columns(columns, eps=0.0), columns, eps=0.0)
+
+
+def test_integers_beyond_the_mantissa_are_rounded_once(engine):
+    start = 2**62 + 1
+    columns = [np.array([start + k, -start], np.int64) for k in (0, 1 << 20, 1 << 40, 3)]
+    columns += [np.array([2**64 - 1, 2**53 + 1], np.uint64)]
+    check(layer_norm_columns(columns, dtype="float64"), columns)
+    check(layer_norm_columns(columns), columns)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e18, 1e30, 3e37])
+def test_squares_that_float32_cannot_hold(engine, scale):
+    rng = np.random.default_rng(4)
+    columns = [np.float32(scale) * rng.uniform(-3, 3, 40).astype(np.float32) for _ in range(9)]
+    valid = [np.ones(40, bool) for _ in columns]
+    valid[3][5:20] = False
+    pairs = [(c, bitmap(v)) for c, v in zip(columns, valid, strict=True)]
+    for eps in (0.0, 1e-5):
+        check(layer_norm_columns(columns, eps=eps), columns, eps=eps)
+        y = layer_norm_columns(pairs, eps=eps, nulls="omit")
+        check(y, columns, eps=eps, omit=True, valid=valid)
+
+
+def test_squares_that_float64_cannot_hold(engine):
+    columns = [np.array([1e153, 1.0]), np.array([1.5e153, 2.0]), np.array([-1e153, 4.0])]
+    small = expected([c * [1e-100, 1] for c in columns], eps=0.0, dtype="float64")
+    np.testing.assert_allclose(layer_norm_columns(columns, eps=0.0), small, rtol=1e-14)
+
+
+def test_inf_and_nan_spoil_their_row_only(engine):
+    rng = np.random.default_rng(5)
+    columns = table(rng, ["float32"] * 20, 60)
+    clean = layer_norm_columns(columns)
+    columns[3] = columns[3].copy()
+    columns[3][[7, 20]] = np.inf, np.nan
+    y = layer_norm_columns(columns)
+    assert np.isnan(y[[7, 20]]).all()
+    others = np.delete(np.arange(60), [7, 20])
+    np.testing.assert_array_equal(y[others], clean[others])
+    omitted = layer_norm_columns(columns, nulls="omit")
+    assert np.isnan(omitted[7]).all()  # Inf is a value, not a missing one
+    assert np.isnan(omitted[20]).sum() == 1
+
+
+def test_negative_eps(engine):
+    columns = [np.array([1.0, 1.0]), np.array([1.0, 3.0])]
+    y = layer_norm_columns(columns, eps=-0.5)
+    assert np.isnan(y[0]).all()
+    np.testing.assert_allclose(y[1], [-(2**0.5), 2**0.5])
+
+
+# --- nulls --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0, 1, 7, 8, 13])
+@pytest.mark.parametrize("omit", [False, True])
+def test_bitmaps(engine, offset, omit):
+    rng = np.random.default_rng(offset)
+    columns = table(rng, ["int32", "float32", "bool", "float16", "uint8", "int64"], 1100)
+    valid = [rng.random(1100) < p for p in (0.5, 0.99, 1.0, 0.0, 0.9, 0.5)]
+    triples = [(c, bitmap(v, offset), offset) for c, v in zip(columns, valid, strict=True)]
+    triples[2] = columns[2]
+    y = layer_norm_columns(triples, nulls="omit" if omit else "propagate")
+    check(y, columns, omit=omit, valid=valid)
+    assert np.isnan(y[:, 3]).all()
+
+
+def test_rows_without_a_value(engine):
+    nothing = bitmap(np.zeros(20, bool))
+    y = layer_norm_columns([(np.arange(20), nothing), (np.ones(20), nothing)], nulls="omit")
+    assert np.isnan(y).all()
+    y = layer_norm_columns([(np.arange(20), nothing), np.ones(20)], nulls="omit")
+    np.testing.assert_array_equal(y, [[np.nan, 0.0]] * 20)
+
+
+def test_a_strided_bitmap(engine):
+    valid = np.arange(64) % 3 > 0
+    wide = np.repeat(bitmap(valid), 2)
+    columns = [np.arange(64.0), np.ones(64), np.arange(64.0) ** 2]
+    y = layer_norm_columns([(columns[0], wide[::2]), *columns[1:]], nulls="omit")
+    check(y, columns, omit=True, valid=[valid, valid | True, valid | True])
+
+
+@st.composite
+def tables(draw):
+    M, N = draw(st.integers(1, 70)), draw(st.integers(1, 12))
+    columns, valid = [], []
+    for _ in range(N):
+        dtype = draw(st.sampled_from(DTYPES))
+        if dtype == "bfloat16":
+            values = draw(hnp.arrays(np.int8, M)).astype(ml_dtypes.bfloat16)
+        elif dtype.startswith("float"):
+            floats = st.floats(-60000, 60000, width=int(dtype[5:]), allow_subnormal=False)
+            values = draw(hnp.arrays(dtype, M, elements=floats | st.just(np.nan)))
+        else:
+            values = draw(hnp.arrays(dtype, M))
+        columns.append(values[:: draw(st.sampled_from([1, -1]))])
+        valid.append(draw(hnp.arrays(bool, M)) if draw(st.booleans()) else np.ones(M, bool))
+    return columns, valid
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(tables(), st.booleans(), st.sampled_from(["float32", "float64", "float16"]))
+def test_any_table(drawn, omit, dtype):
+    columns, valid = drawn
+    pairs = [
+        (c, None if v.all() else bitmap(v)) for c, v in zip(columns, valid, strict=True)
+    ]  # fmt: skip
+    nulls = "omit" if omit else "propagate"
+    results = [layer_norm_columns(pairs, dtype=dtype, nulls=nulls)]
+    with _cpu.without_numba():
+        results.append(layer_norm_columns(pairs, dtype=dtype, nulls=nulls))
+    for y in results:
+        # Of 9e18 beside 1 nothing but its rounding is left: compare where the row can carry it.
+        check(y, columns, omit=omit, valid=valid)
+
+
+# --- layouts, threads, memory -------------------------------------------------------------------
+
+
+def test_strided_swapped_and_unaligned_columns(engine):
+    rng = np.random.default_rng(6)
+    packed = np.zeros(90, np.dtype([("a", "i1"), ("b", "f8"), ("c", "<f2")]))
+    packed["a"], packed["b"] = rng.integers(-9, 9, 90), rng.standard_normal(90)
+    packed["c"] = rng.standard_normal(90)
+    wide = rng.standard_normal((180, 3)).astype(np.float32)
+    columns = [packed["a"], packed["b"], packed["c"], wide[::2, 1], wide[::-2, 2]]
+    columns += [np.arange(90).astype(">i4"), np.arange(90).astype(">f2")]
+    columns += [wide[:90, 0].astype(ml_dtypes.bfloat16)[::-1], np.broadcast_to(np.int16(4), 90)]
+    columns[0].flags.writeable = False
+    check(layer_norm_columns(columns), columns)
+    check(layer_norm_columns(columns, dtype="float16"), columns)
+
+
+def test_out_of_any_layout(engine):
+    rng = np.random.default_rng(7)
+    columns = table(rng, ["float32", "int32", "bool", "float16"], 70)
+    for dtype in ("float16", "float32", "float64", ">f4"):
+        want = layer_norm_columns(columns, dtype=dtype)
+        room = np.zeros((140, 8), dtype)
+        outs = [
+            np.empty((70, 4), dtype),
+            np.empty((70, 4), dtype, order="F"),
+            room[:70, :4],
+            room[::2, ::2],
+            room[::-2, 3::-1],
+            np.zeros((4, 100), dtype)[:, 5:75].T,
+            np.zeros((71, 4), f"V1,{np.dtype(dtype).str}")["f1"][1:],
+        ]
+        for out in outs:
+            assert layer_norm_columns(columns, out=out) is out
+            np.testing.assert_array_equal(out, want)
+    assert not room[:70, 4:][1::2].any()
+
+
+def test_columns_of_one_matrix_have_the_bits_of_layer_norm(engine):
+    import cupynorm as cn
+
+    x = np.random.default_rng(8).standard_normal((300, 50), np.float32)
+    y = layer_norm_columns(list(x.T))
+    np.testing.assert_array_equal(y, cn.layer_norm(x))
+    assert _cpu_columns.as_matrix([_cpu_columns.Column(c) for c in x.T]) is not None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_row_has_its_bits_wherever_it_stands(engine, dtype, monkeypatch):
+    rng = np.random.default_rng(9)
+    columns = table(rng, ["float32", "int64", "bool", "float16", "int8"] * 8, 30_000)
+    monkeypatch.setenv("CUPYNORM_NUM_THREADS", "1")
+    y = layer_norm_columns(columns, dtype=dtype)
+    for threads in ("2", "3", "7"):
+        monkeypatch.setenv("CUPYNORM_NUM_THREADS", threads)
+        np.testing.assert_array_equal(layer_norm_columns(columns, dtype=dtype), y)
+    out = np.empty(y.shape, dtype, order="F")
+    np.testing.assert_array_equal(layer_norm_columns(columns, out=out), y)
+    part = layer_norm_columns([c[1234:1299] for c in columns], dtype=dtype)
+    np.testing.assert_array_equal(part, y[1234:1299])
+    check(y, columns)
+
+
+def test_no_row_and_inputs_kept(engine):
+    assert layer_norm_columns([np.empty(0, np.int8)] * 3).shape == (0, 3)
+    columns = [np.arange(5.0), np.arange(5)]
+    layer_norm_columns(columns)
+    np.testing.assert_array_equal(columns[0], np.arange(5))
+    np.testing.assert_array_equal(columns[1], np.arange(5))
+
+
+def test_loaded_code_is_used_again_by_the_next_process(tmp_path):
+    program = (
+        "import numpy as np, time\n"
+        "from cupynorm.columns import layer_norm_columns\n"
+        "columns = [np.arange(9).astype('int8'), np.ones(9, 'float32')]\n"
+        "print(layer_norm_columns(columns, eps=0.0)[3].tolist())\n"
+        "from cupynorm import _cpu_columns_loops as loops\n"
+        "stats = loops.entry.normalize.stats\n"
+        "print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))\n"
+    )
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env
+        ).stdout.split("\n")
+        for _ in range(2)
+    ]
+    assert said[0][0] == said[1][0] == "[1.0, -1.0]"
+    assert (said[0][1], said[1][1]) == ("0 1", "1 0")
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def refused(error, *words, columns=None, **kwargs):
+    with pytest.raises(error) as caught:
+        layer_norm_columns([np.ones(4)] * 2 if columns is None else columns, **kwargs)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_lengths_and_shapes_that_differ():
+    refused(ValueError, "columns[1] has 5 elements", "has 4", columns=[np.ones(4), np.ones(5)])
+    refused(ValueError, "columns[1] has shape (4, 1)", "reshape(-1)",
+            columns=[np.ones(4), np.ones((4, 1))])  # fmt: skip
+    refused(ValueError, "columns is empty", columns=[])
+    refused(TypeError, "ndarray", "list(columns.T)", columns=np.ones((4, 2)))
+    refused(TypeError, "dict", "list(columns.values())", columns={"a": np.ones(3)})
+    refused(TypeError, "str", columns="ab")
+    refused(ValueError, "a tuple of 4", columns=[(1, 2, 3, 4)])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.array(["a", "b"]), ("columns[1]", "str", "Encode")),
+        (np.array([1, "b"], object), ("object", "astype('float64')")),
+        (np.array([1j, 2]), ("complex128", "columns[1].real")),
+        (np.array(["2020-01-01", "NaT"], "M8[D]"), ("datetime64[D]", "astype('int64')")),
+        (np.array([1, 2], "m8[s]"), ("timedelta64[s]", "unit")),
+        (np.ones(2, np.longdouble), ("astype('float64')",)),
+        (np.zeros(2, "i4,f4"), ("columns[1]", "Encode")),
+    ],
+)
+def test_dtypes_without_numbers(values, words):
+    refused(TypeError, *words, columns=[np.ones(2), values])
+
+
+def test_other_libraries():
+    torch = pytest.importorskip("torch")
+    refused(TypeError, "torch", "numpy.from_dlpack(columns[0])", columns=[torch.ones(3)])
+    refused(ValueError, "columns[1] is a torch array", columns=[np.ones(3), torch.ones(3)])
+    refused(TypeError, "no array", columns=[[1, 2, 3]])
+    refused(TypeError, "masked array", columns=[np.ma.masked_array([1.0, 2.0])])
+    pandas = pytest.importorskip("pandas")
+    refused(TypeError, "pandas Series", "columns[0].to_numpy()", columns=[pandas.Series([1.0])])
+
+
+def test_weights_that_do_not_fit():
+    refused(ValueError, "weight has shape (3,)", "(2,)", weight=np.ones(3))
+    refused(ValueError, "bias has shape (1, 2)", bias=np.ones((1, 2)))
+    refused(TypeError, "weight has dtype int64", weight=np.ones(2, int))
+    refused(TypeError, "bias is a builtins.list", bias=[1.0, 2.0])
+    refused(ValueError, "eps=nan", eps=np.nan)
+    refused(TypeError, "eps", eps="x")
+
+
+def test_dtype_out_and_nulls_that_do_not_fit():
+    refused(ValueError, "nulls='drop'", "omit", nulls="drop")
+    refused(TypeError, "dtype='int32'", "bfloat16", dtype="int32")
+    refused(TypeError, "dtype='nonsense'", dtype="nonsense")
+    refused(ValueError, "out has shape (2, 4)", "(4, 2)", out=np.ones((2, 4)))
+    refused(ValueError, "out has dtype int64", out=np.ones((4, 2), int))
+    refused(ValueError, "out has dtype float64", "float32", out=np.ones((4, 2)), dtype="float32")
+    frozen = np.ones((4, 2))
+    frozen.flags.writeable = False
+    refused(ValueError, "read-only", out=frozen)
+    apart = np.lib.stride_tricks.as_strided(np.ones(9), (4, 2), (8, 8))
+    refused(ValueError, "at one address", out=apart)
+    room = np.ones((4, 2))
+    refused(ValueError, "out shares memory with columns[1]", columns=[np.ones(4), room[:, 0]],
+            out=room)  # fmt: skip
+
+
+def test_bitmaps_that_do_not_fit():
+    x = np.arange(9.0)
+    refused(ValueError, "has 1 bytes", "9 rows", columns=[(x, np.ones(1, np.uint8))])
+    refused(ValueError, "from bit 8 on need 3", columns=[(x, np.ones(2, np.uint8), 8)])
+    refused(ValueError, "from bit -1", columns=[(x, np.ones(2, np.uint8), -1)])
+    refused(TypeError, "dtype bool", "packbits", columns=[(x, np.ones(9, bool))])
+    refused(TypeError, "offset of columns[0]", columns=[(x, np.ones(9, np.uint8), 1.5)])
