@@ -231,6 +231,18 @@ def test_opcheck_of_the_backward_operator(wanted, x):
     torch.library.opcheck(BACKWARD, args)
 
 
+def test_operators_refuse_a_weight_of_another_shape():
+    """A saved program can be run with any tensors, and addresses would not tell."""
+    x, short = numbers(4, 8), numbers(7)
+    with pytest.raises(ValueError, match=r"weight has shape \(7,\)"):
+        FORWARD(x, [1], short, None, 1e-5, True)
+    with pytest.raises(ValueError, match=r"bias has shape \(7,\)"):
+        FORWARD(x, [1], None, short, 1e-5, True)
+    stats = torch.ones(4, 1)
+    with pytest.raises(ValueError, match=r"weight has shape \(7,\)"):
+        BACKWARD(x, x, [1], stats, stats, short, (True,) * 3, torch.float32, torch.float32)
+
+
 def test_the_backward_operator_has_no_derivative_and_says_so():
     x = numbers(4, 8, grad=True)
     mean, rstd = torch.zeros(4, 1), torch.ones(4, 1)
