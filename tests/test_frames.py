@@ -1,0 +1,383 @@
+"""Tables of pandas, polars and cuDF: values, nulls, dtypes, memory, what is kept, refusals."""
+
+import importlib.util
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis.extra import numpy as hnp
+
+from cupynorm import _frames_arrow, _frames_cudf, _tables, frames
+from cupynorm.columns import layer_norm_columns
+from tests import oracle
+from tests.test_columns import bitmap, expected
+
+pd = pytest.importorskip("pandas")
+pl = pytest.importorskip("polars")
+pa = pytest.importorskip("pyarrow")
+
+
+def close(result, want, N):
+    bound = oracle.tolerance(result.dtype, N)
+    np.testing.assert_allclose(result.astype(np.float64), want, rtol=bound, atol=bound)
+
+
+def mixed(M=50):
+    rng = np.random.default_rng(0)
+    return {
+        "a": rng.standard_normal(M).astype(np.float32),
+        "b": rng.integers(-100, 100, M),
+        "c": rng.random(M) > 0.5,
+        "d": rng.integers(0, 255, M).astype(np.uint8),
+    }
+
+
+# --- pandas -------------------------------------------------------------------------------------
+
+
+def test_pandas_values_and_dtypes():
+    data = mixed()
+    y = frames.layer_norm(pd.DataFrame(data))
+    assert y.dtypes.tolist() == [np.float32] * 4
+    close(y.to_numpy(), expected(data.values()), 4)
+    data["e"] = np.linspace(0, 1, 50)
+    y = frames.layer_norm(pd.DataFrame(data), dtype="float32")
+    assert y.dtypes.tolist() == [np.float32] * 5
+    y = frames.layer_norm(pd.DataFrame(data), np.arange(5.0), np.ones(5, np.float32), 1e-3)
+    assert y.dtypes.tolist() == [np.float64] * 5
+    want = expected(data.values(), np.arange(5.0), np.ones(5), 1e-3, dtype="float64")
+    close(y.to_numpy(), want, 5)
+
+
+class Table(pd.DataFrame):
+    _metadata = ("unit",)
+
+    @property
+    def _constructor(self):
+        return Table
+
+
+def test_pandas_keeps_what_is_not_a_value():
+    names = pd.MultiIndex.from_tuples([("x", 1), ("x", 2), ("y", 1)], names=["k", "n"])
+    index = pd.date_range("2026-01-01", periods=4, name="day")
+    df = Table(np.arange(12).reshape(4, 3) ** 2, index=index, columns=names)
+    df.attrs["source"], df.unit = "sensor", "m"
+    y = frames.layer_norm(df)
+    pd.testing.assert_index_equal(y.index, index)
+    pd.testing.assert_index_equal(y.columns, names)
+    assert (type(y), y.unit, y.attrs) == (Table, "m", {"source": "sensor"})
+    close(y.to_numpy(), expected(df.to_numpy().T), 3)
+    assert df.to_numpy()[3, 2] == 121
+
+
+def test_pandas_duplicate_names():
+    df = pd.DataFrame([[1, 2.0, True], [3, 5.0, False]], columns=["a", "b", "a"])
+    y = frames.layer_norm(df)
+    assert list(y.columns) == ["a", "b", "a"]
+    close(y.to_numpy(), expected([[1, 3], [2, 5], [1, 0]], dtype="float64"), 3)
+
+
+@pytest.mark.parametrize("nulls", ["propagate", "omit"])
+def test_pandas_extension_dtypes(nulls):
+    df = pd.DataFrame(
+        {
+            "Int64": pd.array([1, None, 2**40, 4], dtype="Int64"),
+            "UInt8": pd.array([1, 2, 3, 255], dtype="UInt8"),
+            "Float32": pd.array([0.5, 1.5, None, -2], dtype="Float32"),
+            "boolean": pd.array([True, None, False, True], dtype="boolean"),
+            "double": pd.array([1.0, 2.0, 3.0, None], dtype="double[pyarrow]"),
+            "bool": pd.array([True, False, None, True], dtype="bool[pyarrow]"),
+            "int16": pd.array([5, -6, 7, 8], dtype="int16[pyarrow]"),
+            "float": [1.0, 2.0, 3.0, np.nan],
+        }
+    )
+    exact = df.astype("float64[pyarrow]").to_numpy(np.float64, na_value=np.nan)
+    y = frames.layer_norm(df, nulls=nulls)
+    assert y.dtypes.tolist() == [np.float64] * 8
+    close(y.to_numpy(), expected(exact.T, dtype="float64", omit=nulls == "omit"), 8)
+    matrix = layer_norm_columns(df, nulls=nulls)
+    assert matrix.flags.c_contiguous
+    np.testing.assert_array_equal(matrix, y.to_numpy())
+
+
+def test_pandas_arrow_slices_and_chunks():
+    rng = np.random.default_rng(1)
+    values, valid = rng.standard_normal(70).astype(np.float32), rng.random(70) > 0.3
+    parts = [
+        pa.array(values[i:j], mask=~valid[i:j]) for i, j in ((0, 30), (30, 30), (30, 55), (55, 70))
+    ]
+    whole = pa.array(values > 0, mask=~valid)
+    df = pd.DataFrame(
+        {
+            "chunks": pd.Series(pd.arrays.ArrowExtensionArray(pa.chunked_array(parts))),
+            "slice": pd.Series(pd.arrays.ArrowExtensionArray(whole)),
+            "plain": values,
+        }
+    ).iloc[5:61]
+    y = frames.layer_norm(df, nulls="omit")
+    want = expected(
+        [values[5:61], values[5:61] > 0, values[5:61]],
+        omit=True,
+        valid=[valid[5:61], valid[5:61], valid[5:61] | True],
+    )
+    close(y.to_numpy(), want, 3)
+
+
+def test_pandas_arrow_and_masked_columns_are_read_in_place():
+    values = np.arange(100.0)
+    df = pd.DataFrame({"numpy": values})
+    df["arrow"] = pd.arrays.ArrowExtensionArray(pa.array(values))
+    df["masked"] = pd.arrays.FloatingArray(values, np.arange(100) == 4)
+    own = [df["numpy"].to_numpy(), values, df["masked"].array._data]
+    columns = _tables.read(df)
+    assert [np.shares_memory(c[0], x) for c, x in zip(columns, own, strict=True)] == [True] * 3
+    np.testing.assert_array_equal(columns[2][1], bitmap(np.arange(100) != 4))
+
+
+@pytest.mark.parametrize("layout", ["F", "C", "columns"])
+@pytest.mark.parametrize("dtype", ["float32", "int16"])
+def test_pandas_result_is_one_block_without_a_copy(layout, dtype, monkeypatch):
+    x = (np.random.default_rng(2).standard_normal((300, 7)) * 50).astype(dtype)
+    df = pd.DataFrame(dict(enumerate(x.T)))
+    if layout != "columns":
+        df = pd.DataFrame(np.asarray(x, order=layout), copy=False)
+    made = []
+    build = _tables.build
+    monkeypatch.setattr(_tables, "build", lambda df, y: build(df, made.append(y) or y))
+    y = frames.layer_norm(df)
+    block = y.to_numpy()
+    assert np.shares_memory(block, made[0])
+    assert block.flags.c_contiguous if layout == "C" else block.flags.f_contiguous
+    close(block, expected(x.T), 7)
+    assert frames.layer_norm(df, order="C").to_numpy().flags.c_contiguous
+    assert frames.layer_norm(df, order="F").to_numpy().flags.f_contiguous
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(st.data())
+def test_any_pandas_frame(data):
+    M = data.draw(st.integers(0, 30))
+    kinds = ("bool", "int8", "Int16", "uint32", "Float32", "float32", "boolean", "int32[pyarrow]")
+    columns = []
+    for kind in data.draw(st.lists(st.sampled_from((*kinds, "float[pyarrow]")), min_size=1)):
+        values = data.draw(hnp.arrays(np.int8, M, elements=st.integers(0, 1)))
+        array = pd.array(values, dtype=kind)
+        if M and kind not in ("bool", "int8", "uint32"):
+            array[data.draw(hnp.arrays(bool, M))] = None if kind != "float32" else np.nan
+        columns.append(array)
+    df = pd.concat([pd.Series(c) for c in columns], axis=1)
+    exact = df.astype("float64[pyarrow]").to_numpy(np.float64, na_value=np.nan)
+    for nulls in ("propagate", "omit"):
+        y = frames.layer_norm(df, nulls=nulls)
+        close(y.to_numpy(), expected(exact.T, omit=nulls == "omit"), len(columns))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["a", "b"],
+        pd.array([1, "x"], dtype=object),
+        pd.Categorical([1, 2]),
+        pd.to_datetime(["2026-01-01", "2026-01-02"]),
+        pd.to_timedelta([1, 2], unit="s"),
+        pd.arrays.SparseArray([0.0, 1.0]),
+        pd.array([1 + 2j, 3]),
+        pd.array(["a", "b"], dtype="string[pyarrow]"),
+        pd.Series([1, 2]).astype(pd.ArrowDtype(pa.decimal128(25, 2))).array,
+        pd.interval_range(0, 2),
+    ],
+)
+def test_pandas_columns_without_numbers_are_named(values):
+    df = pd.DataFrame({"fine": [1.0, 2.0], "odd": values})
+    with pytest.raises(TypeError, match=r"columns 'odd' \(.*select_dtypes\(\['number', 'bool'\]\)"):
+        frames.layer_norm(df)
+    with pytest.raises(TypeError, match="'odd'"):
+        layer_norm_columns(df)
+
+
+def test_refusals():
+    df = pd.DataFrame({name: ["x"] for name in "abcdefg"})
+    with pytest.raises(TypeError, match=r"'a' .*'e' .* and 2 more are not numeric"):
+        frames.layer_norm(df)
+    numbers = pd.DataFrame({"a": [1, 2], "b": [3, 4]})
+    with pytest.raises(ValueError, match="no column"):
+        frames.layer_norm(numbers[[]])
+    with pytest.raises(ValueError, match=r"weight has shape \(3,\)"):
+        frames.layer_norm(numbers, np.ones(3))
+    with pytest.raises(ValueError, match="order='X'"):
+        frames.layer_norm(numbers, order="X")
+    with pytest.raises(ValueError, match="nulls='drop'"):
+        frames.layer_norm(numbers, nulls="drop")
+    with pytest.raises(TypeError, match="not a DataFrame"):
+        frames.layer_norm(numbers.to_numpy())
+
+
+def test_a_frame_without_rows():
+    df = pd.DataFrame({"a": np.empty(0, np.int8), "b": pd.array([], dtype="Float32")})
+    y = frames.layer_norm(df)
+    assert y.shape == (0, 2)
+    assert list(y.columns) == ["a", "b"]
+    assert frames.layer_norm(pl.DataFrame({"a": pl.Series([], dtype=pl.Int8)})).shape == (0, 1)
+
+
+# --- as layer_norm calls it ---------------------------------------------------------------------
+
+
+def call(df, normalized_shape=None, weight=None, axis=None, order="K", out=None, stats=False):
+    return frames.from_call(df, normalized_shape, weight, None, 1e-5, axis, order, out, stats)
+
+
+def test_the_arguments_of_layer_norm():
+    df = pd.DataFrame({"a": [1, 2], "b": [3, 5], "c": [4, 4]})
+    want = frames.layer_norm(df)
+    for kwargs in ({}, {"axis": 1}, {"axis": -1}, {"axis": (1,)}, {"normalized_shape": 3}):
+        pd.testing.assert_frame_equal(call(df, **kwargs), want)
+    pd.testing.assert_frame_equal(call(df, weight=np.full(3, 2.0)), 2 * want)
+    with pytest.raises(ValueError, match=r"axes \(0,\).*df.to_numpy"):
+        call(df, axis=0)
+    with pytest.raises(ValueError, match=r"normalized_shape=\(2,\)"):
+        call(df, normalized_shape=2)
+    with pytest.raises(TypeError, match="out="):
+        call(df, out=want)
+    with pytest.raises(TypeError, match="return_stats"):
+        call(df, stats=True)
+
+
+# --- polars -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pyarrow", [True, False])
+@pytest.mark.parametrize("nulls", ["propagate", "omit"])
+def test_polars(pyarrow, nulls, monkeypatch):
+    if not pyarrow:
+        monkeypatch.setattr("cupynorm._frames_polars.find_spec", lambda name: None)
+    rng = np.random.default_rng(3)
+    valid = rng.random(60) > 0.2
+    data = mixed(60)
+    df = pl.DataFrame({**data, "e": pl.Series([1.5 if v else None for v in valid])})
+    df = df.with_columns(
+        f=pl.when(pl.Series(valid)).then(pl.col("b")), g=pl.when(pl.Series(valid)).then(pl.col("c"))
+    )
+    columns = [*data.values(), np.full(60, 1.5), data["b"], data["c"]]
+    known = [valid | True] * 4 + [valid] * 3
+    y = frames.layer_norm(df, nulls=nulls)
+    assert (y.columns, y.dtypes) == (list("abcdefg"), [pl.Float64] * 7)
+    want = expected(columns, dtype="float64", omit=nulls == "omit", valid=known)
+    close(y.to_numpy(), want, 7)
+    close(frames.layer_norm(df[7:31], nulls=nulls).to_numpy(), want[7:31], 7)
+    joined = pl.concat([df[:20], df[20:]], rechunk=False)
+    close(frames.layer_norm(joined, nulls=nulls).to_numpy(), want, 7)
+
+
+def test_polars_result_is_one_block_without_a_copy(monkeypatch):
+    made = []
+    build = _tables.build
+    monkeypatch.setattr(_tables, "build", lambda df, y: build(df, made.append(y) or y))
+    df = pl.DataFrame({"a": np.arange(50.0), "b": np.ones(50), "c": np.zeros(50)})
+    y = frames.layer_norm(df)
+    for j, series in enumerate(y.get_columns()):
+        assert np.shares_memory(series.to_numpy(allow_copy=False), made[0][:, j])
+    columns = _tables.read(df)
+    assert np.shares_memory(columns[0][0], df["a"].to_numpy(allow_copy=False))
+
+
+def test_polars_columns_without_numbers_are_named():
+    df = pl.DataFrame({"fine": [1.0], "odd": ["x"], "when": [None]})
+    with pytest.raises(TypeError, match=r"'odd' \(String\), 'when' \(Null\).*selectors.numeric"):
+        frames.layer_norm(df)
+
+
+# --- cuDF: its interface, by a twin whose device memory is the host's ---------------------------
+
+
+class TwinSeries:
+    """What `_frames_cudf` uses of a cuDF Series, over a pyarrow array."""
+
+    def __init__(self, array):
+        validity, data = array.buffers()
+        self.array, self.dtype = array, np.dtype(_frames_arrow.DTYPES[str(array.type)])
+        self.__cuda_array_interface__ = {
+            "shape": (len(array),),
+            "strides": (self.dtype.itemsize,),
+            "typestr": self.dtype.str,
+            "data": (data.address, False),
+            "version": 1,
+        }
+        if array.null_count:
+            bits = {"shape": (len(array),), "strides": None, "typestr": "<t1", "version": 1}
+            bits["data"] = (validity.address, True)
+            self.__cuda_array_interface__["mask"] = SimpleNamespace(__cuda_array_interface__=bits)
+
+    def __len__(self):
+        return len(self.array)
+
+
+def on_host(memory):
+    """View of what a `__cuda_array_interface__` describes, were it the host's."""
+    interface = memory.__cuda_array_interface__
+    return np.asarray(SimpleNamespace(__array_interface__=interface, keep=memory))
+
+
+def test_cudf_columns_are_their_buffers_and_bitmaps():
+    valid = np.arange(77) % 5 > 0
+    arrays = {
+        "a": pa.array(np.arange(77.0)),
+        "b": pa.array(np.arange(77, dtype=np.int16), mask=~valid),
+    }
+    df = SimpleNamespace(
+        dtypes=pd.Series({name: TwinSeries(array).dtype for name, array in arrays.items()}),
+        items=lambda: ((name, TwinSeries(array)) for name, array in arrays.items()),
+    )
+    assert _frames_cudf.not_numeric(df) == []
+    read = [tuple(map(on_host, column)) for column in _frames_cudf.read(df)]
+    assert [len(column) for column in read] == [1, 2]
+    np.testing.assert_array_equal(read[0][0], np.arange(77.0))
+    assert read[1][0].dtype == np.int16
+    assert read[1][1].dtype == np.uint8
+    y = layer_norm_columns(read, nulls="omit")
+    want = expected(
+        [np.arange(77.0), np.arange(77)], dtype="float64", omit=True, valid=[valid | True, valid]
+    )
+    close(y, want, 2)
+    df.dtypes["s"] = "category"
+    assert [name for name, _ in _frames_cudf.not_numeric(df)] == ["s"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("cudf") is None, reason="cudf is not installed")
+def test_cudf():
+    import cudf
+    import cupy
+
+    df = cudf.DataFrame({"a": [1, None, 3], "b": [1.5, 2.5, None], "c": [True, False, True]})
+    df.index = [5, 6, 7]
+    valid = [np.array([1, 0, 1], bool), np.array([1, 1, 0], bool), np.ones(3, bool)]
+    columns = [np.array([1, 0, 3]), np.array([1.5, 2.5, 0]), np.array([True, False, True])]
+    for nulls in ("propagate", "omit"):
+        y = frames.layer_norm(df, nulls=nulls)
+        assert isinstance(y, cudf.DataFrame)
+        assert y.index.to_arrow().to_pylist() == [5, 6, 7]
+        assert list(y.columns) == ["a", "b", "c"]
+        want = expected(columns, dtype="float64", omit=nulls == "omit", valid=valid)
+        close(cupy.asnumpy(y.to_cupy()), want, 3)
+
+
+# --- imports ------------------------------------------------------------------------------------
+
+
+def test_a_table_brings_no_other_library():
+    program = (
+        "import sys, numpy, polars\n"
+        "from cupynorm import frames\n"
+        "sys.modules['pyarrow'] = None\n"  # an import of it fails
+        "import cupynorm._frames_polars as adapter\n"
+        "adapter.find_spec = lambda name: None\n"
+        "frames.layer_norm(polars.DataFrame({'a': [1.0], 'b': [2.0]}))\n"
+        "print([m for m in ('pandas', 'cudf', 'cupy', 'torch', 'dask') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
