@@ -1,5 +1,6 @@
 """`cupynorm.torch.layer_norm` as a function: values, dtypes, layouts, refusals, cost."""
 
+import doctest
 import statistics
 import subprocess
 import sys
@@ -349,6 +350,31 @@ def test_a_small_call_costs_at_most_one_and_a_half_times_torchs():
         pytest.fail(f"{statistics.median(ratios):.2f} times torch's time")
     finally:
         torch.set_num_threads(threads)
+
+
+def test_threads_are_torchs_unless_ours_are_set(monkeypatch):
+    from cupynorm import _torch_cpu
+
+    monkeypatch.delenv("CUPYNORM_NUM_THREADS", raising=False)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert _torch_cpu._num_threads() == 1
+        torch.set_num_threads(5)
+        assert _torch_cpu._num_threads() == 5
+        monkeypatch.setenv("CUPYNORM_NUM_THREADS", "3")
+        assert _torch_cpu._num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    asked = []
+    monkeypatch.setattr(_torch_cpu, "_num_threads", lambda: asked.append(1) or 2)
+    x = numbers(4000, 300, grad=True)
+    cn_torch.layer_norm(x, (300,)).sum().backward()
+    assert len(asked) == 2
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(cn_torch).failed == 0
 
 
 def test_functional_and_adapter_agree():

@@ -81,6 +81,14 @@ def test_a_gradient_that_is_one_number_seen_from_everywhere(loops):
     check_gradients((x.grad, weight.grad, bias.grad), torch.ones(6, 50), x, 1, weight)
 
 
+def test_a_negated_gradient(loops):
+    x, (weight, bias) = numbers(4, 8, grad=True), affine(8, grad=True)
+    dy = torch.complex(dy_of((4, 8)), dy_of((4, 8))).conj().imag
+    assert dy.is_neg()
+    grads = torch.autograd.grad(ours(x, weight, bias), (x, weight, bias), dy)
+    check_gradients(grads, dy.resolve_neg(), x, 1, weight)
+
+
 @pytest.mark.parametrize("wanted", [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)])
 def test_only_what_is_asked_for_is_computed(loops, monkeypatch, wanted):
     asked = []

@@ -214,12 +214,21 @@ def test_layouts(gpu, layout, keep):
         check_gradients(grads, dy, x, 1, weight)
 
 
-def test_other_axes(gpu):
-    x, (weight, bias) = numbers(4, 30, 5), affine(30)
-    y, mean, _ = _torch_autograd.layer_norm_with_stats(x, (1,), weight, bias, 1e-5)
-    check(y.transpose(1, 2), x.transpose(1, 2), 1, weight, bias)
-    want = expected(x.transpose(1, 2), 1)[1]
-    np.testing.assert_allclose(mean.transpose(1, 2).numpy(), want, rtol=1e-6)
+@pytest.mark.parametrize("axes", [(1,), (0, 2), (0, 1)])
+def test_other_axes(gpu, axes):
+    """Also such as fold into no one stride, so that y and dx are copies that are copied back."""
+    x = numbers(4, 30, 5, grad=True)
+    weight, bias = affine(*(x.shape[a] for a in axes), grad=True)
+    y, mean, _ = _torch_autograd.layer_norm_with_stats(x, axes, weight, bias, 1e-5)
+    rest = tuple(a for a in range(3) if a not in axes)
+    rows = x.detach().permute(*rest, *axes)
+    n, dy = len(axes), numbers(*x.shape, seed=4) - 3
+    check(y.permute(*rest, *axes), rows, n, weight, bias)
+    want = expected(rows, n)[1]
+    np.testing.assert_allclose(mean.permute(*rest, *axes).detach().numpy(), want, rtol=1e-6)
+    dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), dy)
+    turned = dx.permute(*rest, *axes), dweight, dbias
+    check_gradients(turned, dy.permute(*rest, *axes), rows, n, weight)
 
 
 def test_without_cupy_the_error_says_what_to_install(monkeypatch):
