@@ -26,7 +26,7 @@ TIERS = (
     {"_explain", "_warmup", "gradient"},  # what users call, besides
     {"functional"},
     {"frames"},  # tables: what functional.layer_norm hands them to
-    {"columns"},
+    {"_estimator_data", "columns"},
     {"_column_arguments", "_tables"},
     {"_frames_cudf", "_frames_pandas", "_frames_polars"},
     {"_frames_arrow"},
@@ -43,6 +43,7 @@ TIERS = (
     {"_cpu_raw"},
     {"_cpu_columns"},
     {"_cpu_columns_blocks", "_cpu_columns_loaders", "_cpu_columns_loops"},
+    {"_cuda_columns"},
     {"_cpu", "_cuda", "_namespace"},  # do
     {"_cpu_bwd_numba", "_cpu_bwd_strided"},
     {"_reference"},
