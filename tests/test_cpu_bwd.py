@@ -419,3 +419,12 @@ def test_compiled_code_is_kept_by_the_sources_of_the_backward(monkeypatch):
     for name, function in vars(first).items():
         cells = [{c.cell_contents for c in f.__closure__} for f in (function, vars(second)[name])]
         assert cells == [{1}, {3}], name
+
+
+def test_warmup_makes_the_backward_ready_where_it_is_asked_to(engine, monkeypatch):
+    called, run = [], _cpu.layer_norm_bwd
+    monkeypatch.setattr(_cpu, "layer_norm_bwd", lambda *a: (called.append(a[1].dtype), run(*a)))
+    _cpu.warmup((7,), ["float32", "bfloat16"], True)
+    assert called == []
+    _cpu.warmup((7,), ["float32", "bfloat16"], True, backward=True)
+    assert called == [np.float32, BF16]
