@@ -5,7 +5,9 @@ import ctypes
 import itertools
 import mmap
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -379,6 +381,28 @@ def test_any_number_of_threads_gives_the_same_bits(engine, case, monkeypatch):
     oracle.assert_gradients(results[0], dy, x, axes, weight)
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+def test_many_callers_at_once(monkeypatch):
+    """Twelve threads call, with and without numba, more threads each than there are CPUs."""
+    monkeypatch.setenv("CUPYNORM_NUM_THREADS", "4")
+    cases = [(values(s, "float32", 0), values(s, "float32", 1)) for s, _ in SHARED[:3]]
+
+    def call(plain, case):
+        with _cpu.without_numba() if plain else contextlib.nullcontext():
+            return backward(*cases[case], (1,))
+
+    want = {key: call(*key) for key in itertools.product((False, True), range(3))}
+    gate = threading.Barrier(12)
+
+    def caller(number):
+        gate.wait()
+        for repeat in range(3):
+            key = bool(number % 2), (number + repeat) % 3
+            assert all(same_bits(a, b) for a, b in zip(call(*key), want[key], strict=True))
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(caller, range(12), timeout=100))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
