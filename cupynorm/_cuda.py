@@ -25,6 +25,7 @@ from cupynorm._source import source_of
 
 __all__ = [
     "current_index",
+    "dense",
     "device",
     "device_of",
     "empty",
@@ -211,7 +212,7 @@ def run_fwd(
     """Launch a plan on CuPy arrays, through the copies that it expects."""
     source = _rows_first(x, axes) if "x" in ready.copies else x
     target = _empty_rows(x, axes) if "y" in ready.copies else y
-    weight, bias = _dense(weight), _dense(bias)  # held until the launch
+    weight, bias = dense(weight), dense(bias)  # held until the launch
     pointers = (  # written out: a loop costs as much as a plan's look-up
         source.data.ptr,
         target.data.ptr,
@@ -263,7 +264,7 @@ def layer_norm_bwd(
     source = _rows_first(x, axes) if "x" in ready.copies else x
     slope = _rows_first(dy, axes) if "dy" in ready.copies else dy
     target = _empty_rows(x, axes) if "dx" in ready.copies else dx
-    arrays = (slope, source, _dense(mean), _dense(rstd), _dense(weight), target, dweight, dbias)
+    arrays = (slope, source, dense(mean), dense(rstd), dense(weight), target, dweight, dbias)
     workspace = cupy.empty(ready.workspace_bytes, dtype="uint8") if ready.workspace_bytes else None
     launch_bwd(ready, [_address(a) for a in arrays], _address(workspace))
     if target is not dx:
@@ -274,7 +275,7 @@ def _address(a: Any) -> int:
     return 0 if a is None else a.data.ptr
 
 
-def _dense(a: Any) -> Any:
+def dense(a: Any) -> Any:
     """Bring a small array to unit stride: N or M elements, on the same device."""
     return a if a is None or a.flags.c_contiguous else cupy.ascontiguousarray(a)
 

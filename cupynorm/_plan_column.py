@@ -1,4 +1,4 @@
-"""Decides how K6 takes rows whose elements are strided; pure Python."""
+"""Decides how K6 takes strided columns, and K7 columns of their own; pure Python."""
 
 import functools
 import itertools
@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from cupynorm._plan import CODES, MAX_GRID_X, Device, Stage
 from cupynorm._problem import ITEMSIZE, stats_dtype
 
-__all__ = ["ColumnPlan", "ColumnProblem", "choose_plan_column"]
+__all__ = [
+    "ColumnPlan",
+    "ColumnProblem",
+    "ColumnsProblem",
+    "choose_plan_column",
+    "choose_plan_columns",
+]
 
 # kernels/tile.cuh: columns whose moments are taken together, of which a panel has a whole number.
 TILE_CHUNK = {"float16": 256, "bfloat16": 256, "float32": 256, "float64": 128}
@@ -41,8 +47,21 @@ class ColumnProblem:
 
 
 @dataclass(frozen=True, slots=True)
+class ColumnsProblem:
+    """A matrix that is made of columns with addresses of their own."""
+
+    y_dtype: str
+    weight_dtype: str | None
+    bias_dtype: str | None
+    M: int
+    N: int
+    y_strides: tuple[int, int]  # elements, for (M, N)
+    omit: bool  # leave NaN out of the statistics
+
+
+@dataclass(frozen=True, slots=True)
 class ColumnPlan:
-    """What runs a forward problem whose columns are strided, on a device."""
+    """What runs K6 or K7 on a device."""
 
     family: str
     stages: tuple[Stage, ...]
@@ -74,42 +93,58 @@ def choose_plan_column(problem: ColumnProblem, device: Device) -> ColumnPlan:
     ValueError
         If the launch would need more than 2**31 - 1 blocks.
     """
-    shape, panel = _shape(problem, device)
-    rows_per_block = shape[0] * _rows_per_word(problem)
-    grid = problem.outer * -(-problem.M // rows_per_block)
-    if grid > MAX_GRID_X:
-        msg = (
-            f"x has {problem.rows} rows of {problem.N} columns, which needs {grid} blocks; "
-            f"a launch takes at most {MAX_GRID_X}. Normalize x in slices along its first axis"
-        )
-        raise ValueError(msg)
-    return ColumnPlan(
-        family="column",
-        stages=(_stage(problem, shape, panel, grid),),
-        threads_per_row=shape[1] // shape[0],
-        rows_per_block=rows_per_block,
-        panel=panel,
-        panels=-(-problem.N // panel),
-        workspace_bytes=0,
-        source=_PREDICTED,
-    )
+    tile = _Tile(problem.x_dtype, problem.outer, problem.M, problem.N, exchanges=3)
+    along = (problem.x_strides[2] != 1, problem.y_strides[2] != 1)
+    dtypes = (problem.x_dtype, problem.weight_dtype, problem.bias_dtype)
+    label = "".join("F" if a else "C" for a in along)
+    return _plan("layer_norm_fwd_column", tile, device, tuple(map(int, along)), label, dtypes)
 
 
-def _rows_per_word(problem: ColumnProblem) -> int:
-    return 2 if ITEMSIZE[problem.x_dtype] == 2 else 1
+@functools.lru_cache(maxsize=4096)
+def choose_plan_columns(problem: ColumnsProblem, device: Device) -> ColumnPlan:
+    """Choose the tile and the launch for columns of their own, as `choose_plan_column` does."""
+    kind = stats_dtype(problem.y_dtype)  # the tile holds what the statistics are taken of
+    tile = _Tile(kind, 1, problem.M, problem.N, exchanges=3 + problem.omit)
+    along = problem.y_strides[0] == 1
+    dtypes = (problem.y_dtype, problem.weight_dtype, problem.bias_dtype)
+    label = ("F" if along else "C") + ("_omit" if problem.omit else "")
+    flags = (int(along), int(problem.omit))
+    return _plan("layer_norm_fwd_columns", tile, device, flags, label, dtypes)
 
 
-def _shape(problem: ColumnProblem, device: Device) -> tuple[tuple[int, int, int], int]:
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """What the shape of a tile depends on."""
+
+    dtype: str
+    outer: int
+    M: int
+    N: int
+    exchanges: int
+
+    @property
+    def rows_per_word(self) -> int:
+        return 2 if ITEMSIZE[self.dtype] == 2 else 1
+
+    def nbytes(self, shape: tuple[int, int, int], panel: int) -> int:
+        """Shared memory of the tile, its exchanges and its statistics."""
+        words, threads, _ = shape
+        rows = words * self.rows_per_word
+        itemsize, size = ITEMSIZE[self.dtype], ITEMSIZE[stats_dtype(self.dtype)]
+        tile = -(-panel * (rows + self.rows_per_word) * itemsize // 16) * 16
+        return tile + self.exchanges * (threads // words) * rows * size + 3 * rows * size
+
+
+def _shape(tile: _Tile, device: Device) -> tuple[tuple[int, int, int], int]:
     """One of SHAPES, and the columns of a panel."""
 
     def fits(shape: tuple[int, int, int], panel: int) -> bool:
-        used = (_bytes(problem, shape, panel) + KEPT) * shape[2]
+        used = (tile.nbytes(shape, panel) + KEPT) * shape[2]
         return used <= device.shared_bytes + KEPT
 
-    per_word = _rows_per_word(problem)
-    fitting = [shape for shape in SHAPES if fits(shape, problem.N)]
+    fitting = [shape for shape in SHAPES if fits(shape, tile.N)]
     if not fitting:  # two sweeps
-        chunk = panel = TILE_CHUNK[problem.x_dtype]
+        chunk = panel = TILE_CHUNK[tile.dtype]
         shape = SHAPES[2] if fits(SHAPES[2], chunk) else SHAPES[-1]
         while fits(shape, panel + chunk):
             panel += chunk
@@ -117,40 +152,55 @@ def _shape(problem: ColumnProblem, device: Device) -> tuple[tuple[int, int, int]
     # Shorter segments where the rows are too few to fill them, or to give every multiprocessor two
     # blocks.
     for shape, smaller in itertools.pairwise(fitting):
-        blocks = problem.outer * -(-problem.M // (shape[0] * per_word))
-        too_wide = shape[0] * per_word >= 2 * problem.M
-        if not (too_wide or blocks < 2 * device.sm_count) or smaller[0] == shape[0]:
-            return shape, problem.N
-    return fitting[-1], problem.N
+        rows = shape[0] * tile.rows_per_word
+        too_few = tile.outer * -(-tile.M // rows) < 2 * device.sm_count
+        if not (rows >= 2 * tile.M or too_few) or smaller[0] == shape[0]:
+            return shape, tile.N
+    return fitting[-1], tile.N
 
 
-def _bytes(problem: ColumnProblem, shape: tuple[int, int, int], panel: int) -> int:
-    """Shared memory of a tile, its exchanges and its statistics."""
-    words, threads, _ = shape
-    rows = words * _rows_per_word(problem)
-    itemsize, size = ITEMSIZE[problem.x_dtype], ITEMSIZE[stats_dtype(problem.x_dtype)]
-    tile = -(-panel * (rows + _rows_per_word(problem)) * itemsize // 16) * 16
-    return tile + 3 * (threads // words) * rows * size + 3 * rows * size
-
-
-def _stage(problem: ColumnProblem, shape: tuple[int, int, int], panel: int, grid: int) -> Stage:
+def _plan(
+    kernel: str,
+    tile: _Tile,
+    device: Device,
+    flags: tuple[int, ...],
+    label: str,
+    dtypes: tuple[str, str | None, str | None],
+) -> ColumnPlan:
+    shape, panel = _shape(tile, device)
     words, threads, blocks_per_sm = shape
-    rows = words * _rows_per_word(problem)
-    along = (problem.x_strides[2] != 1, problem.y_strides[2] != 1)
-    label = f"t{threads}_r{rows}_" + "".join("F" if a else "C" for a in along)
-    parts = ["layer_norm_fwd_column", CODES[problem.x_dtype], label]
-    parts += [f"w_{CODES[problem.weight_dtype]}"] if problem.weight_dtype else []
-    parts += [f"b_{CODES[problem.bias_dtype]}"] if problem.bias_dtype else []
-    return Stage(
-        kernel="layer_norm_fwd_column",
-        family="column",
-        constants=(threads, rows, *(int(a) for a in along)),
+    if tile.dtype == "float64":  # or its sums spill at 80 registers
+        blocks_per_sm = min(blocks_per_sm, 2)
+    rows = words * tile.rows_per_word
+    grid = tile.outer * -(-tile.M // rows)
+    if grid > MAX_GRID_X:
+        msg = (
+            f"x has {tile.outer * tile.M} rows of {tile.N} columns, which needs {grid} blocks; "
+            f"a launch takes at most {MAX_GRID_X}. Normalize x in slices along its first axis"
+        )
+        raise ValueError(msg)
+    parts = [kernel, CODES[dtypes[0]], f"t{threads}_r{rows}_{label}"]
+    parts += [f"{name}_{CODES[d]}" for name, d in zip("wb", dtypes[1:], strict=True) if d]
+    stage = Stage(
+        kernel=kernel,
+        family="column" if kernel == "layer_norm_fwd_column" else "columns",
+        constants=(threads, rows, *flags),
         name="_".join(parts),
-        x_dtype=problem.x_dtype,
-        weight_dtype=problem.weight_dtype,
-        bias_dtype=problem.bias_dtype,
+        x_dtype=dtypes[0],
+        weight_dtype=dtypes[1],
+        bias_dtype=dtypes[2],
         grid=(grid, 1, 1),
         block=(threads, 1, 1),
-        shared_bytes=_bytes(problem, shape, panel),
+        shared_bytes=tile.nbytes(shape, panel),
         blocks_per_sm=blocks_per_sm,
+    )
+    return ColumnPlan(
+        family=stage.family,
+        stages=(stage,),
+        threads_per_row=threads // words,
+        rows_per_block=rows,
+        panel=panel,
+        panels=-(-tile.N // panel),
+        workspace_bytes=0,
+        source=_PREDICTED,
     )

@@ -15,7 +15,8 @@ _FAMILIES = {
     "block": (*_SHARED, "layer_norm_block"),
     "shared": (*_SHARED, "chunk", "layer_norm_shared"),
     "split": (*_SHARED, "chunk", "layer_norm_split"),
-    "column": (*_SHARED, "chunk", "tile", "layer_norm_column"),
+    "column": (*_SHARED, "chunk", "tile", "tile_store", "layer_norm_column"),
+    "columns": (*_SHARED, "chunk", "tile", "tile_store", "layer_norm_columns"),
     "warp_bwd": (*_SHARED, "gradient", "layer_norm_warp_bwd"),
     "block_bwd": (*_SHARED, "gradient", "layer_norm_block_bwd"),
     "shared_bwd": (*_SHARED, "gradient", "layer_norm_shared_bwd"),
@@ -71,6 +72,12 @@ _ENTRIES = {
         _ROW_BODY,
     ),
     "layer_norm_fwd_column": _COLUMN,
+    "layer_norm_fwd_columns": (
+        "const ColumnSource* table, {X}* y, const {W}* weight, const {B}* bias, i64 M, i64 y_row, "
+        "i64 y_col, i64 N, double eps, i64 panel",
+        "{kernel}<{constants}{X}, {W}, {B}, {has_weight}, {has_bias}>"
+        "(table, y, weight, bias, M, y_row, y_col, N, eps, panel);",
+    ),
     "layer_norm_bwd_warp": _GRADIENT,
     "layer_norm_bwd_block": _GRADIENT,
     "layer_norm_bwd_shared": _GRADIENT,

@@ -133,9 +133,6 @@ def _on_gpu(
     omit: bool,
 ) -> Any:
     do, x = path_of("cupy"), columns[0].values
-    if not hasattr(do, "layer_norm_columns"):
-        msg = "columns on a GPU have no kernel yet; pass cupy.stack(columns, axis=1) to layer_norm"
-        raise NotImplementedError(msg)
     if not do.is_current(x):
         with x.device:  # or y would be allocated, and the kernel launched, on another GPU
             return _on_gpu(columns, weight, bias, eps, result, out, omit)
@@ -143,7 +140,10 @@ def _on_gpu(
     y = do.empty(shape, dtype=name, order=order) if out is None else out
     if y.size:
         bitmaps = [_from_byte(j, column) for j, column in enumerate(columns)]
-        do.layer_norm_columns([c.values for c in columns], bitmaps, weight, bias, eps, y, omit)
+        from cupynorm import _cuda_columns
+
+        values = [c.values for c in columns]
+        _cuda_columns.layer_norm_fwd(do, values, bitmaps, weight, bias, eps, y, omit)
     return y
 
 

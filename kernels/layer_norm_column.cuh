@@ -22,64 +22,6 @@ struct ColumnArguments {
     double eps;
 };
 
-template <bool HAS_WEIGHT, bool HAS_BIAS, class W, class B, class A>
-__device__ __forceinline__ A affine(A x_hat, A w, A b) {
-    if (HAS_WEIGHT && HAS_BIAS) return multiply_add(x_hat, w, b);
-    return HAS_WEIGHT ? x_hat * w : HAS_BIAS ? x_hat + b : x_hat;
-}
-
-// Columns [first, first + cols) of y, whose rows lie next to each other; each thread has its own rows.
-template <int THREADS, int R, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS, class A, int PAIR>
-__device__ __forceinline__ void store_along_rows(
-    const X* tile, const ColumnArguments<X, W, B>& a, X* y, i64 first, int rows, int cols,
-    const RowStats<A> (&stats)[PAIR]) {
-    typedef Tile<X, R> Shape;
-    typedef Word<X, PAIR> Wd;
-    constexpr int LANES = R / PAIR, PARTS = THREADS / LANES;
-    const int r = threadIdx.x % LANES * PAIR;
-    if (r >= rows) return;
-    const bool whole = ((u64)y & (sizeof(Wd) - 1)) == 0 && a.y_col % PAIR == 0 && r + PAIR <= rows;
-    for (int n = threadIdx.x / LANES; n < cols; n += PARTS) {
-        const A w = HAS_WEIGHT ? (A)to_float(a.weight[first + n]) : (A)0;
-        const A b = HAS_BIAS ? (A)to_float(a.bias[first + n]) : (A)0;
-        A t[PAIR];
-        read_word(tile + n * Shape::PITCH + r, t);
-        Wd out;
-#pragma unroll
-        for (int i = 0; i < PAIR; ++i) {
-            t[i] = multiply_add(t[i] - stats[i].mean, stats[i].rstd, stats[i].shift);
-            out.e[i] = rounded(affine<HAS_WEIGHT, HAS_BIAS, W, B>(t[i], w, b), (const X*)0);
-        }
-        X* to = y + n * a.y_col + r;
-        if (whole) {
-            *(Wd*)to = out;
-        } else {
-#pragma unroll
-            for (int i = 0; i < PAIR; ++i)
-                if (r + i < rows) to[i] = out.e[i];
-        }
-    }
-}
-
-// The same of a y whose columns lie next to each other; the statistics of all rows in A stats[3][R].
-template <int THREADS, int R, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS, class A>
-__device__ __forceinline__ void store_along_columns(
-    const X* tile, const ColumnArguments<X, W, B>& a, X* y, i64 first, int rows, int cols, const A* stats) {
-    typedef Tile<X, R> Shape;
-    const int span = span_of(cols), lane = threadIdx.x % 32;
-    for (int n = lane % span; n < cols; n += span) {
-        const A w = HAS_WEIGHT ? (A)to_float(a.weight[first + n]) : (A)0;
-        const A b = HAS_BIAS ? (A)to_float(a.bias[first + n]) : (A)0;
-        for (int i = threadIdx.x / 32; i < R * span / 32; i += THREADS / 32) {
-            const int r = row_of_turn(i, lane, span);
-            if (r >= rows) continue;
-            const A x = (A)to_float(tile[n * Shape::PITCH + r]);
-            const A x_hat = multiply_add(x - stats[r], stats[R + r], stats[2 * R + r]);
-            y[r * a.y_row + n] = rounded(affine<HAS_WEIGHT, HAS_BIAS, W, B>(x_hat, w, b), (const X*)0);
-        }
-    }
-}
-
 template <int THREADS, int R, bool IN_ROWS, bool OUT_ROWS, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
 __device__ __forceinline__ void layer_norm_fwd_column(const ColumnArguments<X, W, B>& a, i64 panel) {
     typedef typename Accumulator<X>::type A;
@@ -100,6 +42,7 @@ __device__ __forceinline__ void layer_norm_fwd_column(const ColumnArguments<X, W
     const int r = threadIdx.x % LANES * PAIR;
 
     TileRuns<PAIR, A> runs;
+    runs.clear();
     for (i64 p = 0; p < panels; ++p) {
         const i64 first = p * panel;
         const int cols = at_most(a.N - first, (int)panel);
@@ -110,14 +53,11 @@ __device__ __forceinline__ void layer_norm_fwd_column(const ColumnArguments<X, W
             load_along_columns<THREADS, R>(tile, x + first, a.x_row, rows, cols);
         staged();
         __syncthreads();
-        add_panel<THREADS, R>(tile, rows, cols, p == 0, q, red, runs);
+        add_panel<THREADS, R, false>(tile, rows, cols, q, red, runs);
     }
     RowStats<A> mine[PAIR];
 #pragma unroll
-    for (int i = 0; i < PAIR; ++i) {
-        const Moments<A> moments = {runs.shift[i], runs.run[i].mean, runs.run[i].m2q};
-        mine[i] = row_stats(moments, q, a.N, a.eps);
-    }
+    for (int i = 0; i < PAIR; ++i) mine[i] = tile_stats(runs.run[i], runs.shift[i], q, a.eps);
     if (threadIdx.x < LANES) {
 #pragma unroll
         for (int i = 0; i < PAIR; ++i) {
@@ -142,8 +82,10 @@ __device__ __forceinline__ void layer_norm_fwd_column(const ColumnArguments<X, W
         }
         __syncthreads();
         if (OUT_ROWS)
-            store_along_rows<THREADS, R, X, W, B, HAS_WEIGHT, HAS_BIAS>(tile, a, y + first * a.y_col, first, rows, cols, mine);
+            store_along_rows<THREADS, R, HAS_WEIGHT, HAS_BIAS>(
+                tile, y + first * a.y_col, a.y_col, a.weight, a.bias, first, rows, cols, mine);
         else
-            store_along_columns<THREADS, R, X, W, B, HAS_WEIGHT, HAS_BIAS>(tile, a, y + first, first, rows, cols, stats);
+            store_along_columns<THREADS, R, HAS_WEIGHT, HAS_BIAS>(
+                tile, y + first * a.y_col, a.y_row, a.y_col, a.weight, a.bias, first, rows, cols, stats);
     }
 }

@@ -140,21 +140,23 @@ __device__ __forceinline__ void read_word(const T* at, A (&out)[PAIR]) {
     for (int i = 0; i < PAIR; ++i) out[i] = (A)to_float(word.e[i]);
 }
 
-// Moments of `cols` columns (a chunk at most) for the rows of this thread's word. Every thread of a
-// row gets the same. Shared memory: A red[3][PARTS][R]; each third is written before one barrier and
-// read after it, and the next chunk comes to it only after another.
-template <int THREADS, int R, class T, class A, int PAIR>
-__device__ __forceinline__ void tile_moments(const T* tile, int rows, int cols, A q, A* red, Moments<A> (&m)[PAIR]) {
+// Moments of `cols` columns (a chunk at most) for the rows of this thread's word, and how many elements
+// they are of: with OMIT those that are not NaN. Every thread of a row gets the same. Shared memory:
+// A red[3 + OMIT][PARTS][R]; each part is written before one barrier and read after it, and the next
+// chunk comes to it only after another.
+template <int THREADS, int R, bool OMIT, class T, class A, int PAIR>
+__device__ __forceinline__ void tile_moments(
+    const T* tile, int rows, int cols, A q, A* red, Moments<A> (&m)[PAIR], A (&count)[PAIR]) {
     typedef Tile<T, R> Shape;
-    constexpr int LANES = R / PAIR, PARTS = THREADS / LANES, J = TILE_CLASSES / PARTS;
+    constexpr int LANES = R / PAIR, PARTS = THREADS / LANES, J = TILE_CLASSES / PARTS, SIZE = PARTS * R;
     const int r = threadIdx.x % LANES * PAIR, part = threadIdx.x / LANES;
-    const A count = (A)cols;
     const int end = r < rows ? cols : 0;  // what lies past the rows that exist was never written
-    A s[PAIR][J], sum[PAIR], mean[PAIR];
+    A s[PAIR][J], c[PAIR][J], sum[PAIR], mean[PAIR];
 #pragma unroll
     for (int i = 0; i < PAIR; ++i) {
+        count[i] = (A)cols;
 #pragma unroll
-        for (int j = 0; j < J; ++j) s[i][j] = 0;
+        for (int j = 0; j < J; ++j) s[i][j] = c[i][j] = 0;
     }
     for (int n = part * J; n < end; n += TILE_CLASSES) {
 #pragma unroll
@@ -163,20 +165,29 @@ __device__ __forceinline__ void tile_moments(const T* tile, int rows, int cols, 
             A v[PAIR];
             read_word(tile + (n + j) * Shape::PITCH + r, v);
 #pragma unroll
-            for (int i = 0; i < PAIR; ++i) s[i][j] += v[i];
+            for (int i = 0; i < PAIR; ++i) {
+                if (OMIT && v[i] != v[i]) continue;
+                s[i][j] += v[i];
+                c[i][j] += 1;
+            }
         }
     }
 #pragma unroll
-    for (int i = 0; i < PAIR; ++i) sum[i] = tree_sum(s[i]);
+    for (int i = 0; i < PAIR; ++i) {
+        sum[i] = tree_sum(s[i]);
+        if (OMIT) count[i] = tree_sum(c[i]);
+    }
     if (PARTS > 1) {
         put_part<PARTS, R>(red, part, r, sum);
+        if (OMIT) put_part<PARTS, R>(red + 3 * SIZE, part, r, count);
         __syncthreads();
         add_parts<PARTS, R>(red, r, sum);
+        if (OMIT) add_parts<PARTS, R>(red + 3 * SIZE, r, count);
     }
     A sq[PAIR][J], squares[PAIR];
 #pragma unroll
     for (int i = 0; i < PAIR; ++i) {
-        mean[i] = sum[i] / count;
+        mean[i] = sum[i] / count[i];
 #pragma unroll
         for (int j = 0; j < J; ++j) s[i][j] = sq[i][j] = 0;
     }
@@ -188,6 +199,7 @@ __device__ __forceinline__ void tile_moments(const T* tile, int rows, int cols, 
             read_word(tile + (n + j) * Shape::PITCH + r, v);
 #pragma unroll
             for (int i = 0; i < PAIR; ++i) {
+                if (OMIT && v[i] != v[i]) continue;
                 v[i] -= mean[i];
                 s[i][j] += v[i];
                 sq[i][j] = multiply_add(v[i] * q, v[i], sq[i][j]);
@@ -200,14 +212,14 @@ __device__ __forceinline__ void tile_moments(const T* tile, int rows, int cols, 
         squares[i] = tree_sum(sq[i]);
     }
     if (PARTS > 1) {
-        put_part<PARTS, R>(red + PARTS * R, part, r, sum);
-        put_part<PARTS, R>(red + 2 * PARTS * R, part, r, squares);
+        put_part<PARTS, R>(red + SIZE, part, r, sum);
+        put_part<PARTS, R>(red + 2 * SIZE, part, r, squares);
         __syncthreads();
-        add_parts<PARTS, R>(red + PARTS * R, r, sum);
-        add_parts<PARTS, R>(red + 2 * PARTS * R, r, squares);
+        add_parts<PARTS, R>(red + SIZE, r, sum);
+        add_parts<PARTS, R>(red + 2 * SIZE, r, squares);
     }
 #pragma unroll
-    for (int i = 0; i < PAIR; ++i) m[i] = corrected(mean[i], sum[i], squares[i], q, count);
+    for (int i = 0; i < PAIR; ++i) m[i] = corrected(mean[i], sum[i], squares[i], q, count[i]);
 }
 
 // What is known of the rows of a word after some chunks.
@@ -215,23 +227,41 @@ template <int PAIR, class A>
 struct TileRuns {
     A shift[PAIR];
     Run<A> run[PAIR];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i) {
+            shift[i] = 0;
+            run[i] = Run<A>{0, 0, 0};
+        }
+    }
 };
 
-// Takes in the chunks of a panel of `cols` columns.
-template <int THREADS, int R, class T, class A, int PAIR>
-__device__ __forceinline__ void add_panel(const T* tile, int rows, int cols, bool is_first, A q, A* red, TileRuns<PAIR, A>& t) {
+// Takes in the chunks of a panel of `cols` columns. The first chunk that holds anything gives the shift
+// that the means are told from.
+template <int THREADS, int R, bool OMIT, class T, class A, int PAIR>
+__device__ __forceinline__ void add_panel(const T* tile, int rows, int cols, A q, A* red, TileRuns<PAIR, A>& t) {
     constexpr int CHUNK = TileChunk<T>::cols;
     for (int c = 0; c < cols; c += CHUNK) {
         const int n = cols - c < CHUNK ? cols - c : CHUNK;
         Moments<A> m[PAIR];
-        tile_moments<THREADS, R>(tile + c * Tile<T, R>::PITCH, rows, n, q, red, m);
+        A count[PAIR];
+        tile_moments<THREADS, R, OMIT>(tile + c * Tile<T, R>::PITCH, rows, n, q, red, m, count);
 #pragma unroll
         for (int i = 0; i < PAIR; ++i) {
-            if (is_first && c == 0) {
-                t.shift[i] = m[i].hi;
-                t.run[i] = Run<A>{0, 0, 0};
-            }
-            t.run[i] = merge(t.run[i], run_of(m[i], (A)n, t.shift[i]), q);
+            if (OMIT && count[i] == 0) continue;
+            if (t.run[i].count == 0) t.shift[i] = m[i].hi;
+            t.run[i] = merge(t.run[i], run_of(m[i], count[i], t.shift[i]), q);
         }
     }
+}
+
+// The statistics of a row of which `run` has told all. Without a valid element all are NaN.
+template <class A>
+__device__ __forceinline__ RowStats<A> tile_stats(const Run<A>& run, A shift, A q, double eps) {
+    Moments<A> m = {shift, run.mean, run.m2q};
+    renormalize(m.hi, m.lo);
+    const A rstd = (A)1 / square_root(m.m2q / (run.count * q) + (A)eps);
+    if (run.count == 0) m.hi = m.m2q / run.count;
+    return RowStats<A>{m.hi, rstd, -m.lo * rstd};
 }

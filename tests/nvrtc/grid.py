@@ -88,7 +88,7 @@ def entries(arch: str, x_dtype: str, family: str, *, everything: bool = False) -
     if family in grid_bwd.FAMILIES:
         return grid_bwd.entries(arch, x_dtype, family, arch == FULL, everything)
     if family in grid_column.FAMILIES:
-        return grid_column.entries(arch, x_dtype, arch == FULL, everything)
+        return grid_column.entries(arch, x_dtype, family, arch == FULL, everything)
     every = shapes(arch, x_dtype)
     first, *others = usual_flags(x_dtype)
     if not everything and arch != FULL:

@@ -1,4 +1,4 @@
-"""Every K6 entry that the plan can ask for, by asking it; the part each test run compiles."""
+"""Every entry of K6 and K7 that the plan can ask for; the part each test run compiles."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import itertools
 from functools import cache
 
 from cupynorm._plan import Device, Stage
-from cupynorm._plan_column import ColumnProblem, choose_plan_column
+from cupynorm._plan_column import (
+    ColumnProblem,
+    ColumnsProblem,
+    choose_plan_column,
+    choose_plan_columns,
+)
 from tests.simt.limits import DeviceLimits
 
-FAMILIES = ("column",)
-_WAYS = ("FF", "FC", "CF")
+FAMILIES = ("column", "columns")
+_WAYS = ("FF", "FC", "CF", "F", "C", "F_omit", "C_omit")  # the last four: K7's y
 
 
 @cache
@@ -28,20 +33,25 @@ def stages(
 ) -> tuple[Stage, ...]:
     """What launches a matrix that lies as `way` says, x first."""
     M, N, way = shape
+    device = Device(int(arch), 100, DeviceLimits.of(arch).opt_in_shared)
+    if len(way) != 2:
+        strides = (1, M) if way[0] == "F" else (N, 1)
+        columns = ColumnsProblem(x_dtype, *flags, M, N, strides, way.endswith("omit"))
+        return choose_plan_columns(columns, device).stages
     steps = [(0, 1, M) if letter == "F" else (0, N, 1) for letter in way]
     problem = ColumnProblem(x_dtype, *flags, 1, M, N, steps[0], steps[1], (M, 1))
-    device = Device(int(arch), 100, DeviceLimits.of(arch).opt_in_shared)
     return choose_plan_column(problem, device).stages
 
 
-def entries(arch: str, x_dtype: str, full: bool, everything: bool) -> list[Stage]:
+def entries(arch: str, x_dtype: str, family: str, full: bool, everything: bool) -> list[Stage]:
     """Stages to compile, without repeats; elsewhere than `full` one way of each tile."""
     weights = (x_dtype, *dict.fromkeys(w for w in ("float32", None) if w != x_dtype))
     chosen = {}
     for shape in shapes(arch, x_dtype).values():
-        if not (full or everything) and shape[2] != "FC":
+        if not (full or everything) and shape[2] not in ("FC", "C_omit"):
             continue
         for weight in weights if everything else weights[:1]:
             for stage in stages(arch, x_dtype, shape, (weight, weight)):
-                chosen[stage.name] = stage
+                if stage.family == family:
+                    chosen[stage.name] = stage
     return list(chosen.values())

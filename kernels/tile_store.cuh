@@ -1,0 +1,60 @@
+// From a tile to y: normalized, and written along the rows or along the columns.
+
+template <bool HAS_WEIGHT, bool HAS_BIAS, class A>
+__device__ __forceinline__ A affine(A x_hat, A w, A b) {
+    if (HAS_WEIGHT && HAS_BIAS) return multiply_add(x_hat, w, b);
+    return HAS_WEIGHT ? x_hat * w : HAS_BIAS ? x_hat + b : x_hat;
+}
+
+// Columns [first, first + cols) of a y whose rows lie next to each other; each thread has its own rows,
+// and their statistics.
+template <int THREADS, int R, bool HAS_WEIGHT, bool HAS_BIAS, class T, class Y, class W, class B, class A, int PAIR>
+__device__ __forceinline__ void store_along_rows(
+    const T* tile, Y* y, i64 col_stride, const W* weight, const B* bias, i64 first, int rows, int cols,
+    const RowStats<A> (&stats)[PAIR]) {
+    typedef Word<Y, PAIR> Wd;
+    constexpr int LANES = R / PAIR, PARTS = THREADS / LANES;
+    const int r = threadIdx.x % LANES * PAIR;
+    if (r >= rows) return;
+    const bool whole = ((u64)y & (sizeof(Wd) - 1)) == 0 && col_stride % PAIR == 0 && r + PAIR <= rows;
+    for (int n = threadIdx.x / LANES; n < cols; n += PARTS) {
+        const A w = HAS_WEIGHT ? (A)to_float(weight[first + n]) : (A)0;
+        const A b = HAS_BIAS ? (A)to_float(bias[first + n]) : (A)0;
+        A t[PAIR];
+        read_word(tile + n * Tile<T, R>::PITCH + r, t);
+        Wd out;
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i) {
+            t[i] = multiply_add(t[i] - stats[i].mean, stats[i].rstd, stats[i].shift);
+            out.e[i] = rounded(affine<HAS_WEIGHT, HAS_BIAS>(t[i], w, b), (const Y*)0);
+        }
+        Y* to = y + n * col_stride + r;
+        if (whole) {
+            *(Wd*)to = out;
+        } else {
+#pragma unroll
+            for (int i = 0; i < PAIR; ++i)
+                if (r + i < rows) to[i] = out.e[i];
+        }
+    }
+}
+
+// The same of a y whose columns lie next to each other, or anyhow; the statistics of all rows are in
+// A stats[3][R] of shared memory.
+template <int THREADS, int R, bool HAS_WEIGHT, bool HAS_BIAS, class T, class Y, class W, class B, class A>
+__device__ __forceinline__ void store_along_columns(
+    const T* tile, Y* y, i64 row_stride, i64 col_stride, const W* weight, const B* bias, i64 first, int rows,
+    int cols, const A* stats) {
+    const int span = span_of(cols), lane = threadIdx.x % 32;
+    for (int n = lane % span; n < cols; n += span) {
+        const A w = HAS_WEIGHT ? (A)to_float(weight[first + n]) : (A)0;
+        const A b = HAS_BIAS ? (A)to_float(bias[first + n]) : (A)0;
+        for (int i = threadIdx.x / 32; i < R * span / 32; i += THREADS / 32) {
+            const int r = row_of_turn(i, lane, span);
+            if (r >= rows) continue;
+            const A x = (A)to_float(tile[n * Tile<T, R>::PITCH + r]);
+            const A x_hat = multiply_add(x - stats[r], stats[R + r], stats[2 * R + r]);
+            y[r * row_stride + n * col_stride] = rounded(affine<HAS_WEIGHT, HAS_BIAS>(x_hat, w, b), (const Y*)0);
+        }
+    }
+}
