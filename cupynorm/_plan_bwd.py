@@ -241,8 +241,10 @@ def _gradient_stage(
         raise ValueError(msg)
     kernel = f"layer_norm_bwd_{kind}"
     wanted = (problem.dx, problem.dweight_dtype is not None, problem.dbias_dtype is not None)
-    weight = None if kind == "split_merge" else problem.weight_dtype
-    parts = [kernel, CODES[problem.x_dtype], label]
+    merge = kind == "split_merge"  # which sees sums alone
+    weight = None if merge else problem.weight_dtype
+    dtype = stats_dtype(problem.x_dtype) if merge else problem.x_dtype
+    parts = [kernel, CODES[dtype], label]
     if kind not in ("split_sums", "split_merge"):
         constants = (*constants, *(int(w) for w in wanted))
         parts += [name for name, w in zip(("dx", "dw", "db"), wanted, strict=True) if w]
@@ -252,11 +254,11 @@ def _gradient_stage(
         family=f"{row.family}_bwd",
         constants=constants,
         name="_".join(p for p in parts if p),
-        x_dtype=problem.x_dtype,
+        x_dtype=dtype,
         weight_dtype=weight,
         bias_dtype=None,
         grid=(grid, 1, 1),
-        block=(MERGE_THREADS if kind == "split_merge" else row.threads, 1, 1),
+        block=(MERGE_THREADS if merge else row.threads, 1, 1),
         shared_bytes=shared,
         blocks_per_sm=_blocks_per_sm(problem, row),
     )

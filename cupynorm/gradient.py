@@ -1,5 +1,6 @@
 """The public backward: documents, checks, and routes to the path that does the work."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,7 +139,7 @@ def _mask(output_mask: Any, has_weight: bool) -> tuple[bool, bool, bool]:
     """Read which gradients are wanted."""
     if output_mask is None:
         return True, has_weight, True
-    mask = tuple(output_mask)
+    mask = tuple(output_mask) if isinstance(output_mask, Iterable) else ()
     if len(mask) != 3 or not all(isinstance(m, (bool, np.bool_)) for m in mask):
         msg = (
             f"output_mask={output_mask!r} is not three bools, for dx, dweight and dbias; "

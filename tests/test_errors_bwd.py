@@ -186,7 +186,9 @@ def test_another_torch_device(name):
 
 
 @pytest.mark.parametrize(
-    "bad", [(), (True,), (True, True), (True,) * 4, (1, 0, 1), (True, None, True), "yes"], ids=repr
+    "bad",
+    [(), (True,), (True, True), (True,) * 4, (1, 0, 1), (True, None, True), "yes", True, 7],
+    ids=repr,
 )
 def test_output_mask(bad):
     refused(

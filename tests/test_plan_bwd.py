@@ -286,8 +286,6 @@ def test_one_source_per_name_and_one_name_per_source():
                 source = source_of(dataclasses.replace(stage, grid=(1, 1, 1), shared_bytes=0))
                 assert by_name.setdefault(stage.name, source) == source
                 assert any(re.fullmatch(name, stage.name) for name in NAMES), stage.name
-                if stage.kernel == "layer_norm_bwd_split_merge":
-                    continue  # named for x's dtype, but of the statistics' alone
                 body = source.replace(f"{stage.name}(", "entry(")
                 assert by_source.setdefault(body, stage.name) == stage.name
                 assert source.count(f"{stage.name}(") == 1
