@@ -1,0 +1,581 @@
+"""LayerNormalizer: scikit-learn's own checks, values, every kind of data, pipelines, refusals."""
+
+import contextlib
+import doctest
+import pickle
+import re
+
+import numpy as np
+import pytest
+
+import cupynorm as cn
+from tests import oracle
+from tests.conftest import Backend, np_dtype, why_not
+
+pytest.importorskip("sklearn")
+
+import sklearn
+from joblib import parallel_backend
+from sklearn.base import clone
+from sklearn.compose import ColumnTransformer
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import FeatureUnion, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import get_tags
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.validation import check_is_fitted
+
+import cupynorm.sklearn
+from cupynorm.sklearn import LayerNormalizer
+
+BACKENDS = [b for b in Backend if b is not Backend.NUMPY_PLAIN]
+RNG = np.random.default_rng(20260601)
+X = RNG.standard_normal((20, 7)) * 3 + 50
+M, N = X.shape
+
+
+def expected(x, eps=1e-5):
+    return oracle.layer_norm(np.asarray(x), (1,), None, None, eps)[0]
+
+
+def close(y, x, eps=1e-5):
+    y = np.asarray(y)
+    bound = oracle.tolerance(y.dtype, y.shape[1])
+    np.testing.assert_allclose(y.astype(np.float64), expected(x, eps), rtol=bound, atol=bound)
+
+
+# --- scikit-learn's own checks ------------------------------------------------------------------
+
+
+def namespaces(check):
+    """Libraries that an array-API check needs."""
+    named = getattr(check, "keywords", {})
+    pairs = [named[k] for k in ("X_ns_and_device", "other_ns_and_device") if k in named]
+    return {named.get("array_namespace"), *(pair.xp for pair in pairs)}
+
+
+@parametrize_with_checks([LayerNormalizer(), LayerNormalizer(eps=0.5, output_type="input")])
+def test_scikit_learns_estimator_checks(estimator, check, monkeypatch):
+    if "cupy" in namespaces(check) and why_not(Backend.CUPY):
+        pytest.skip(f"scikit-learn would make a CuPy array: {why_not(Backend.CUPY)}")
+    # scikit-learn looks at it when it dispatches, so that none of the array-API checks is skipped.
+    monkeypatch.setenv("SCIPY_ARRAY_API", "1")
+    check(estimator)
+
+
+def test_what_the_tags_promise():
+    tags = get_tags(LayerNormalizer())
+    assert not tags.requires_fit
+    assert tags.array_api_support
+    assert tags.transformer_tags.preserves_dtype == ["float64", "float32", "float16"]
+    assert not tags.input_tags.sparse
+    assert not tags.input_tags.allow_nan
+    check_is_fitted(LayerNormalizer())
+
+
+def test_the_example_of_the_docstring():
+    assert doctest.testmod(cupynorm.sklearn).failed == 0
+
+
+# --- values, on every library -------------------------------------------------------------------
+
+
+def without_checks_on_the_stand_in(lib):
+    """The stand-in for CuPy has no arithmetic to look for NaN with."""
+    if lib.backend is Backend.CUPY_SIMULATED:
+        return sklearn.config_context(assume_finite=True)
+    return contextlib.nullcontext()
+
+
+def test_values_dtype_and_library(lib, dtype, assert_close):
+    x = lib.array(X, dtype)
+    with without_checks_on_the_stand_in(lib):
+        y = LayerNormalizer().fit_transform(x)
+    assert type(y) is type(x)
+    assert lib.dtype(y) == dtype
+    assert getattr(y, "device", None) == getattr(x, "device", None)
+    assert_close(lib.to_numpy(y), expected(lib.to_numpy(x)), dtype, N)
+    if lib.backend.same_bits:
+        same = lib.to_numpy(cn.layer_norm(x)).tobytes()
+        assert lib.to_numpy(y).tobytes() == same
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_layout_is_kept(order):
+    x = np.asarray(X, order=order)
+    y = LayerNormalizer().transform(x)
+    assert y.flags[f"{order}_CONTIGUOUS"]
+    close(y, X)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1.0, np.float32(0.25), 2])
+def test_eps(eps):
+    close(LayerNormalizer(eps=eps).transform(X), X, eps)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int8", "uint8", "int64", "uint64", "bool", "longdouble", ">f8", "object"]
+)
+def test_what_is_no_float_becomes_float64(dtype):
+    x = (X > 50 if dtype == "bool" else X).astype(dtype)
+    y = LayerNormalizer().fit_transform(x)
+    assert y.dtype == np.float64
+    close(y, x.astype(np.float64))
+
+
+@pytest.mark.needs("not_numpy")
+@pytest.mark.parametrize("kind", ["int32", "bool"])
+def test_what_is_no_float_in_other_libraries(lib, kind):
+    if lib.backend is Backend.CUPY_SIMULATED:
+        return  # has no arithmetic; CuPy itself is among the cases on a GPU
+    x = lib.from_numpy((X > 50 if kind == "bool" else X).astype(kind))
+    y = LayerNormalizer().transform(x)
+    assert type(y) is type(x)
+    assert lib.dtype(y) == ("float32" if lib.backend is Backend.JAX else "float64")
+    close(lib.to_numpy(y), lib.to_numpy(x))
+
+
+def test_a_sample_is_normalized_alone():
+    together = LayerNormalizer().fit(X[:3]).transform(X)
+    alone = np.concatenate([LayerNormalizer().transform(row[None]) for row in X])
+    assert together.tobytes() == alone.tobytes()
+
+
+def test_a_constant_sample():
+    assert not LayerNormalizer().transform(np.full((2, 3), 7.0)).any()
+    assert np.isnan(LayerNormalizer(eps=0).transform(np.full((2, 3), 7.0))).all()
+
+
+def test_gradients_go_through():
+    torch = pytest.importorskip("torch")
+    x = torch.tensor(X, requires_grad=True)
+    dy = RNG.standard_normal(X.shape)
+    y = LayerNormalizer(copy=False).transform(x)
+    (dx,) = torch.autograd.grad(y, x, torch.tensor(dy))
+    want = oracle.layer_norm_backward(dy, X, (1,), None, 1e-5)[0]
+    np.testing.assert_allclose(dx.numpy(), want, rtol=1e-10, atol=1e-12)
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frame():
+    """Columns of four dtypes."""
+    pd = pytest.importorskip("pandas")
+    return pd.DataFrame(
+        {
+            "a": X[:, 0].astype(np.float32),
+            "b": X[:, 1],
+            "c": X[:, 2].astype(np.int16),
+            "d": X[:, 3] > 50,
+        },
+        index=[f"row {i}" for i in range(M)],
+    )
+
+
+def test_a_frame_gives_an_array(frame):
+    normalizer = LayerNormalizer().fit(frame)
+    assert normalizer.feature_names_in_.tolist() == ["a", "b", "c", "d"]
+    assert normalizer.n_features_in_ == 4
+    y = normalizer.transform(frame)
+    assert type(y) is np.ndarray
+    assert y.flags.c_contiguous
+    assert y.dtype == np.float64
+    close(y, frame.to_numpy(np.float64))
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expect"),
+    [
+        (("float32", "int8"), "float32"),
+        (("float32", "int32"), "float64"),
+        (("float16", "float16"), "float16"),
+        (("int8", "bool"), "float64"),
+        (("Float32", "Float32"), "float32"),
+        (("Int64", "boolean"), "float64"),
+        (("float[pyarrow]", "uint8[pyarrow]"), "float32"),
+        (("object", "float32"), "float64"),  # which scikit-learn converts
+    ],
+)
+def test_dtype_of_a_frame(dtypes, expect):
+    pd = pytest.importorskip("pandas")
+    if "pyarrow" in dtypes[0]:
+        pytest.importorskip("pyarrow")
+    values = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [1, 1, 0]}
+    kinds = dict(zip("abc", (*dtypes, dtypes[0]), strict=True))
+    frame = pd.DataFrame(values).astype(kinds)
+    y = LayerNormalizer().fit_transform(frame)
+    assert y.dtype == expect
+    close(y, np.stack(list(values.values()), axis=1))
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+@pytest.mark.parametrize("made_of", ["array", "frame"])
+def test_set_output(frame, library, made_of):
+    pytest.importorskip(library)
+    x = X if made_of == "array" else frame
+    y = LayerNormalizer().set_output(transform=library).fit_transform(x)
+    assert type(y).__module__.startswith(library)
+    assert list(y.columns) == ([f"x{j}" for j in range(N)] if made_of == "array" else list("abcd"))
+    if library == "pandas" and made_of == "frame":
+        assert y.index.equals(frame.index)
+    close(y.to_numpy(), np.asarray(x, dtype=np.float64))
+
+
+def test_set_output_of_a_tensor():
+    torch, pd = pytest.importorskip("torch"), pytest.importorskip("pandas")
+    y = LayerNormalizer().set_output(transform="pandas").fit_transform(torch.tensor(X))
+    assert type(y) is pd.DataFrame
+    assert set(y.dtypes) == {np.dtype(np.float64)}
+    close(y.to_numpy(), X)
+
+
+def test_polars():
+    pl = pytest.importorskip("polars")
+    x = pl.DataFrame({"a": [1.0, 2.0], "b": [3, 7], "c": [True, False]})
+    y = LayerNormalizer().fit_transform(x)
+    assert type(y) is np.ndarray
+    close(y, x.to_numpy())
+    y = LayerNormalizer(output_type="input").fit_transform(x)
+    assert type(y) is pl.DataFrame
+    assert y.columns == ["a", "b", "c"]
+    close(y.to_numpy(), x.to_numpy())
+
+
+def test_names_must_be_those_of_fit(frame):
+    normalizer = LayerNormalizer().fit(frame)
+    with pytest.raises(ValueError, match="feature names should match"):
+        normalizer.transform(frame.rename(columns={"a": "z"}))
+    with pytest.raises(ValueError, match="feature names should match"):
+        normalizer.transform(frame[["b", "a", "c", "d"]])
+    with (
+        pytest.warns(UserWarning, match="does not have valid feature names"),
+        pytest.raises(ValueError, match="X has 7 features"),
+    ):
+        normalizer.transform(X)
+    assert LayerNormalizer().fit(frame).get_feature_names_out().tolist() == list("abcd")
+
+
+# --- output_type --------------------------------------------------------------------------------
+
+
+def test_output_type_input_gives_back_what_came(frame):
+    y = LayerNormalizer(output_type="input").fit_transform(frame)
+    assert type(y) is type(frame)
+    assert y.index.equals(frame.index)
+    assert list(y.columns) == list("abcd")
+    close(y.to_numpy(), frame.to_numpy(np.float64))
+    y = LayerNormalizer(output_type="input").set_output(transform="pandas").fit_transform(frame)
+    close(y.to_numpy(), frame.to_numpy(np.float64))
+    assert type(LayerNormalizer(output_type="input").transform(X.tolist())) is np.ndarray
+
+
+@pytest.mark.needs("not_numpy", "has_float16")
+def test_output_type_numpy(lib):
+    with without_checks_on_the_stand_in(lib):
+        y = LayerNormalizer(output_type="numpy").fit_transform(lib.array(X))
+    assert type(y) is np.ndarray
+    assert y.dtype == np.float32
+    close(y, X.astype(np.float32))
+
+
+def test_output_type_pandas(frame):
+    pd, pl = pytest.importorskip("pandas"), pytest.importorskip("polars")
+    normalizer = LayerNormalizer(output_type="pandas")
+    y = normalizer.fit_transform(X)
+    assert type(y) is pd.DataFrame
+    close(y.to_numpy(), X)
+    y = normalizer.fit_transform(pl.from_pandas(frame))
+    assert type(y) is pd.DataFrame
+    assert list(y.columns) == list("abcd")
+    y = normalizer.fit(frame).transform(frame)
+    assert y.index.equals(frame.index)
+
+
+def test_output_type_cupy(cupy_lib):
+    y = LayerNormalizer(output_type="cupy").fit_transform(X)
+    assert type(y).__module__.startswith("cupy")
+    close(cupy_lib.to_numpy(y), X)
+    with without_checks_on_the_stand_in(cupy_lib):
+        assert type(LayerNormalizer(output_type="cupy").transform(y)) is type(y)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(why_not(Backend.CUPY)), reason=str(why_not(Backend.CUPY)))
+@pytest.mark.parametrize("output_type", [None, "input", "numpy", "cupy", "pandas", "cudf"])
+def test_cudf(frame, output_type):
+    cudf = pytest.importorskip("cudf")
+    x = cudf.from_pandas(frame)
+    y = LayerNormalizer(output_type=output_type).fit_transform(x)
+    assert type(y).__module__.partition(".")[0] == (output_type or "cudf").replace("input", "cudf")
+    if hasattr(y, "columns"):
+        assert list(y.columns) == list("abcd")
+        host = y.to_pandas() if hasattr(y, "to_pandas") else y
+        assert host.index.equals(frame.index)
+        y = host.to_numpy()
+    close(y.get() if hasattr(y, "get") else y, frame.to_numpy(np.float64))
+    assert type(LayerNormalizer(output_type="cudf").fit_transform(frame)) is cudf.DataFrame
+    with pytest.raises(ValueError, match="nulls in 'a'"):
+        LayerNormalizer().fit(x.assign(a=x["a"].where(x["a"] > 50)))
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("strided")
+def test_copy_false_writes_into_x(lib):
+    with without_checks_on_the_stand_in(lib):
+        x = lib.array(X)
+        y = LayerNormalizer(copy=False).fit_transform(x)
+        close(lib.to_numpy(x), X.astype(np.float32))
+        assert lib.to_numpy(y).tobytes() == lib.to_numpy(x).tobytes()
+        x = lib.array(X)
+        LayerNormalizer().fit_transform(x)
+        assert lib.to_numpy(x).tobytes() == X.astype(np.float32).tobytes()
+
+
+def test_copy_false_leaves_what_it_must_not_write_to(frame):
+    before = frame.copy(deep=True)
+    one_block = frame.astype(np.float64)
+    for x in (frame, frame.astype(object), one_block):
+        LayerNormalizer(copy=False).fit_transform(x)
+    assert frame.equals(before)
+    assert one_block.equals(before.astype(np.float64))
+    locked = X.copy()
+    locked.flags.writeable = False
+    close(LayerNormalizer(copy=False).transform(locked), X)
+    whole = np.arange(12).reshape(3, 4)
+    close(LayerNormalizer(copy=False).transform(whole), whole)
+    assert whole.tolist() == np.arange(12).reshape(3, 4).tolist()
+    assert LayerNormalizer(copy=False).transform([[1.0, 2.0]]).shape == (1, 2)
+
+
+# --- missing values -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.needs("unstrided")
+def test_missing_values_are_refused(lib, value):
+    spoilt = X.copy()
+    spoilt[3, 4] = value
+    for x in (spoilt, lib.array(spoilt)):
+        for method in ("fit", "transform", "fit_transform"):
+            with pytest.raises(ValueError, match=r"Input X contains (NaN|infinity)"):
+                getattr(LayerNormalizer(), method)(x)
+
+
+def test_infinities_that_cancel_in_a_sum_are_found():
+    torch = pytest.importorskip("torch")
+    for pair in ([np.inf, -np.inf], [np.nan, 1.0]):
+        with pytest.raises(ValueError, match="Input X contains NaN or infinity"):
+            LayerNormalizer().transform(torch.tensor([pair]))
+    large = torch.full((4, 60000), 60000.0, dtype=torch.float16)
+    large[:, ::2] = 0  # finite, but their sum is not, in float16
+    assert torch.isfinite(LayerNormalizer().transform(large)).all()
+
+
+@pytest.mark.parametrize("kind", ["NaN", "Int64", "arrow", "matrix", "polars", "inf"])
+def test_tables_with_missing_values_name_the_columns(kind):
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"first": [1.0, 2.0], "second": [3.0, 4.0], "third": [5.0, 6.0]})
+    if kind in ("Int64", "arrow"):
+        frame = frame.astype("Int64" if kind == "Int64" else "int32[pyarrow]")
+    elif kind == "matrix":
+        frame = pd.DataFrame(frame.to_numpy().copy(), columns=frame.columns)
+    elif kind == "polars":
+        frame = pytest.importorskip("polars").from_pandas(frame)
+    LayerNormalizer().fit_transform(frame)
+    if kind == "polars":
+        frame = frame.with_columns(second=frame["second"].replace(4.0, None))
+    else:
+        missing = {"Int64": pd.NA, "arrow": pd.NA, "inf": np.inf}
+        frame.loc[1, "second"] = missing.get(kind, np.nan)
+    for method in ("fit", "transform"):
+        with pytest.raises(ValueError, match=r"NaN, infinity or nulls in 'second'\. "):
+            getattr(LayerNormalizer(), method)(frame)
+    with sklearn.config_context(assume_finite=True):
+        y = LayerNormalizer().fit_transform(frame)
+    assert np.isnan(y).all(axis=1).tolist() == [False, True]
+    assert not np.isnan(y[0]).any()
+
+
+def test_many_columns_with_missing_values_are_counted():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({f"c{j}": [1.0, np.nan] for j in range(9)})
+    with pytest.raises(ValueError, match=r"nulls in 'c0', 'c1', 'c2', 'c3', 'c4' and 4 more"):
+        LayerNormalizer().fit(frame)
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def sparse(kind):
+    def make():
+        module = pytest.importorskip("scipy.sparse")
+        return getattr(module, kind)(X)
+
+    return make
+
+
+def torch_tensor(change):
+    return lambda: change(pytest.importorskip("torch").tensor(X))
+
+
+def sparse_frame():
+    pd = pytest.importorskip("pandas")
+    return pd.DataFrame(X).astype(pd.SparseDtype(float))
+
+
+REFUSED = {
+    "csr": (sparse("csr_array"), TypeError, "sparse .*would make it dense.*toarray"),
+    "coo": (sparse("coo_matrix"), TypeError, "sparse .*would make it dense.*Normalizer"),
+    "sparse tensor": (torch_tensor(lambda t: t.to_sparse()), TypeError, "would make it dense"),
+    "sparse frame": (sparse_frame, TypeError, r"would make it dense.*sparse\.to_dense"),
+    "masked": (lambda: np.ma.masked_less(X, 50), TypeError, "mask would be ignored.*filled"),
+    "1-D": (lambda: X[0], ValueError, "Expected 2D array, got 1D"),
+    "1-D tensor": (torch_tensor(lambda t: t[0]), ValueError, r"got 1D .*reshape\(-1, 1\)"),
+    "3-D": (lambda: X[None], ValueError, "dim 3"),
+    "no sample": (torch_tensor(lambda t: t[:0]), ValueError, "0 sample"),
+    "no feature": (torch_tensor(lambda t: t[:, :0]), ValueError, "0 feature"),
+    "complex": (lambda: X + 1j, ValueError, "Complex data not supported"),
+    "complex tensor": (torch_tensor(lambda t: t + 1j), ValueError, "Complex data not supported"),
+    "strings": (lambda: [*X.astype(str).tolist(), ["a"] * N], ValueError, "could not convert"),
+}
+
+
+@pytest.mark.parametrize("method", ["fit", "transform"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_the_way_out(case, method):
+    make, error, match = REFUSED[case]
+    x = make()
+    with pytest.raises(error, match=f"(?s){match}"):
+        getattr(LayerNormalizer(), method)(x)
+
+
+@pytest.mark.parametrize("selection", ["rows", "columns", "strings"])
+def test_tables_that_are_refused(frame, selection):
+    made = {"rows": frame[:0], "columns": frame[[]], "strings": frame.assign(e="text")}[selection]
+    match = {"rows": "0 sample", "columns": "0 feature", "strings": "could not convert string"}
+    with pytest.raises(ValueError, match=match[selection]):
+        LayerNormalizer().fit(made)
+
+
+def test_dask_is_sent_on():
+    array = pytest.importorskip("dask.array")
+    with pytest.raises(TypeError, match=r"would compute it; call cupynorm\.layer_norm\(X\)"):
+        LayerNormalizer().fit(array.from_array(X))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error", "match"),
+    [
+        ({"eps": -1e-5}, ValueError, "eps=-1e-05 is negative"),
+        ({"eps": np.nan}, ValueError, "eps=nan is not finite"),
+        ({"eps": "1e-5"}, TypeError, "eps='1e-5' is a str"),
+        ({"eps": True}, TypeError, "eps=True is a bool"),
+        ({"copy": "no"}, TypeError, "copy='no' is a str"),
+        ({"output_type": "arrow"}, ValueError, "output_type='arrow' is not one of"),
+        ({"output_type": ["numpy"]}, ValueError, "is not one of"),
+    ],
+)
+def test_parameters_are_checked_by_fit_and_by_transform(parameters, error, match):
+    normalizer = LayerNormalizer(**parameters)  # never by __init__
+    for method in (normalizer.fit, normalizer.transform):
+        with pytest.raises(error, match=re.escape(match)):
+            method(X)
+
+
+def test_another_library_than_fit_has_seen(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setenv("SCIPY_ARRAY_API", "1")
+    normalizer = LayerNormalizer().fit(X)
+    assert type(normalizer.transform(torch.tensor(X))) is torch.Tensor
+    with sklearn.config_context(array_api_dispatch=True):
+        with pytest.raises(ValueError, match=r"same namespace as .*: numpy, not torch"):
+            normalizer.transform(torch.tensor(X))
+        assert type(LayerNormalizer().transform(torch.tensor(X))) is torch.Tensor
+        close(normalizer.transform(X.tolist()), X)
+
+
+# --- among scikit-learn's own -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Images, each as if taken with an exposure and an offset of its own."""
+    x, labels = load_digits(return_X_y=True)
+    rng = np.random.default_rng(0)
+    return x * rng.uniform(0.02, 1, (len(x), 1)) + rng.normal(0, 20, (len(x), 1)), labels
+
+
+def test_pipeline_and_cross_validation(digits):
+    x, labels = digits
+    plain = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    normalized = make_pipeline(LayerNormalizer(), LogisticRegression(max_iter=300))
+    with parallel_backend("threading", n_jobs=2):
+        scores = [cross_val_score(p, x, labels, cv=3).mean() for p in (plain, normalized)]
+    assert scores[1] > 0.92
+    assert scores[1] > scores[0] + 0.02
+
+
+def test_other_processes(digits):
+    x, labels = digits
+    pipeline = make_pipeline(LayerNormalizer(), LogisticRegression(max_iter=300))
+    scores = cross_val_score(pipeline, x[::2], labels[::2], cv=2, n_jobs=2)
+    assert scores.min() > 0.85
+
+
+def test_grid_search_over_eps(digits):
+    x, labels = digits
+    pipeline = make_pipeline(LayerNormalizer(), LogisticRegression(max_iter=300))
+    grid = {"layernormalizer__eps": [1e-5, 1e7]}
+    search = GridSearchCV(pipeline, grid, cv=2).fit(x[::4], labels[::4])
+    assert search.best_params_ == {"layernormalizer__eps": 1e-5}
+
+
+def test_column_transformer(frame):
+    blocks = ColumnTransformer(
+        [("row", LayerNormalizer(), ["a", "b"]), ("column", StandardScaler(), ["c"])],
+        remainder="passthrough",
+    )
+    close(blocks.fit_transform(frame)[:, :2], frame[["a", "b"]].to_numpy(np.float64))
+    y = blocks.set_output(transform="pandas").fit_transform(frame)
+    assert list(y.columns) == ["row__a", "row__b", "column__c", "remainder__d"]
+    assert y.index.equals(frame.index)
+    close(y[["row__a", "row__b"]].to_numpy(), frame[["a", "b"]].to_numpy(np.float64))
+
+
+def test_feature_union():
+    union = FeatureUnion([("row", LayerNormalizer()), ("column", StandardScaler())])
+    y = union.fit_transform(X)
+    close(y[:, :N], X)
+    assert union.get_feature_names_out()[0] == "row__x0"
+
+
+def test_clone_pickle_and_html(frame):
+    normalizer = LayerNormalizer(eps=0.5, copy=False, output_type="numpy").fit(frame)
+    copied = clone(normalizer)
+    assert copied.get_params() == {"eps": 0.5, "copy": False, "output_type": "numpy"}
+    assert not hasattr(copied, "n_features_in_")
+    restored = pickle.loads(pickle.dumps(normalizer))
+    assert restored.transform(frame).tobytes() == normalizer.transform(frame).tobytes()
+    assert "LayerNormalizer" in normalizer._repr_html_()
+    assert repr(normalizer) == "LayerNormalizer(copy=False, eps=0.5, output_type='numpy')"
+
+
+def test_stateless():
+    normalizer = LayerNormalizer()
+    close(normalizer.transform(X), X)
+    assert not hasattr(normalizer, "n_features_in_")
+    normalizer.transform(X[:, :3])  # without fit there is no number of features to hold it to
+    assert not hasattr(normalizer, "inverse_transform")
+
+
+def test_numpys_bfloat16_is_kept():
+    x = X.astype(np_dtype("bfloat16"))
+    y = LayerNormalizer().fit_transform(x)
+    assert y.dtype == x.dtype
+    close(y, x.astype(np.float64))
