@@ -64,8 +64,9 @@ def layer_norm(
     the same bits in every run.
 
     Gradients of any order, forward-mode derivatives, ``torch.func`` transforms, ``torch.compile``
-    (``fullgraph=True``) and ``torch.export`` work; first derivatives run on our kernels, those of
-    higher order and forward-mode ones on torch's own functions. On a GPU, kernels run on torch's
+    (``fullgraph=True``) and ``torch.export`` work. Gradients run on our kernels, with
+    ``create_graph=True`` too; what differentiates them in turn, forward mode, and gradients within
+    ``torch.func`` run on torch's own functions. On a GPU, kernels run on torch's
     current stream in memory of torch's allocator, nothing is synchronized, and a CUDA graph can
     capture the call once a first call has compiled the kernel. Tensor subclasses that decide about
     operators themselves, nested and sparse tensors, and TorchScript get torch's own layer_norm.

@@ -8,7 +8,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import cupynorm as cn
 import cupynorm.torch as cn_torch
-from cupynorm import _cpu, _torch_autograd
+from cupynorm import _cpu, _torch_autograd, _torch_launch
 from tests.test_torch import LAYOUTS
 from tests.torch_cases import (
     DTYPES,
@@ -81,6 +81,14 @@ def test_a_gradient_that_is_one_number_seen_from_everywhere(loops):
     check_gradients((x.grad, weight.grad, bias.grad), torch.ones(6, 50), x, 1, weight)
 
 
+def test_a_transposed_weight(loops):
+    x, dy = numbers(3, 4, 5, grad=True), dy_of((3, 4, 5))
+    weight, bias = (t.detach().T.requires_grad_() for t in affine(5, 4))
+    y = cn_torch.layer_norm(x, (4, 5), weight, bias)
+    check(y, x, 2, weight, bias)
+    check_gradients(torch.autograd.grad(y, (x, weight, bias), dy), dy, x, 2, weight)
+
+
 def test_a_negated_gradient(loops):
     x, (weight, bias) = numbers(4, 8, grad=True), affine(8, grad=True)
     dy = torch.complex(dy_of((4, 8)), dy_of((4, 8))).conj().imag
@@ -92,13 +100,13 @@ def test_a_negated_gradient(loops):
 @pytest.mark.parametrize("wanted", [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)])
 def test_only_what_is_asked_for_is_computed(loops, monkeypatch, wanted):
     asked = []
-    backward = _torch_autograd._torch_launch.backward
+    backward = _torch_launch.backward
 
     def spy(*args):
         asked.append(tuple(args[6]))
         return backward(*args)
 
-    monkeypatch.setattr(_torch_autograd._torch_launch, "backward", spy)
+    monkeypatch.setattr(_torch_launch, "backward", spy)
     tensors = [
         t.requires_grad_(bool(w)) for t, w in zip((numbers(4, 9), *affine(9)), wanted, strict=True)
     ]
@@ -175,6 +183,22 @@ def test_gradcheck(shape, n, affines):
         check_batched_forward_grad=True,
     )
     assert gradgradcheck(function, tensors, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+def test_a_graph_of_the_gradient_costs_one_kernel(monkeypatch):
+    calls = []
+    backward = _torch_launch.backward
+    monkeypatch.setattr(_torch_launch, "backward", lambda *a: calls.append(a) or backward(*a))
+    x, (weight, _) = numbers(3, 8, dtype=double, grad=True), affine(8, dtype=double, grad=True)
+
+    def penalty(f):
+        inner = f(x.sin(), weight * x.mean(), None)  # weight depends on x too
+        (first,) = torch.autograd.grad(inner.pow(2).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), (x, weight))
+
+    got = penalty(ours)
+    assert len(calls) >= 1
+    torch.testing.assert_close(got, penalty(theirs))
 
 
 def test_gradcheck_of_the_statistics():

@@ -1,0 +1,77 @@
+"""Who is to hear of a call on torch tensors: autograd, transforms, modes, tracers, compilers."""
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+__all__ = [
+    "ARITHMETIC",
+    "COMPILED",
+    "GRADIENT",
+    "WATCHED",
+    "differentiable_only",
+    "has_own_dispatch",
+    "transformed",
+    "watch_on",
+]
+
+# What watch_on answers:
+ARITHMETIC = 0  # nobody
+GRADIENT = 1  # reverse-mode autograd
+WATCHED = 2  # something that must see an operator, or a function of torch's, not an address
+COMPILED = 3  # torch.compile or torch.export
+
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_PLAIN = _TENSORS | {type(None)}
+
+# Private names of torch, each with a public one that costs ten times as much or none at all.
+_transforms_active = torch._C._are_functorch_transforms_active
+_modes_active = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+_of_batched_grads = torch._C._functorch.is_legacy_batchedtensor
+_is_compiling = torch.compiler.is_compiling
+
+
+def watch_on(x: Any, weight: Any, bias: Any) -> int:
+    """Who is to hear of a call on these tensors."""
+    if _is_compiling():
+        return COMPILED
+    if type(x) not in _TENSORS or type(weight) not in _PLAIN or type(bias) not in _PLAIN:
+        return WATCHED
+    if transformed() or _modes_active() or _tracing() is not None:
+        return WATCHED
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return GRADIENT
+    return ARITHMETIC
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation watches what is computed."""
+    return bool(_transforms_active()) or forward_ad._current_level >= 0
+
+
+def has_own_dispatch(tensor: Any) -> bool:
+    """Whether a subclass decides about operators and may know torch's only, as DTensor does.
+
+    Torch's own fake and functional tensors know any operator that has a fake.
+    """
+    kind = type(tensor)
+    if kind in _PLAIN:
+        return False
+    own = getattr(kind, "__torch_dispatch__", None)
+    inherited = own is None or own is torch.Tensor.__torch_dispatch__
+    return not inherited and not kind.__module__.startswith("torch._subclasses.")
+
+
+def differentiable_only(dy: Any) -> bool:
+    """Whether a gradient is one that torch's own functions alone can take further.
+
+    It is watched by a transform, or a batch in disguise: autograd.grad(is_grads_batched=True) has
+    a vmap of its own.
+    """
+    return transformed() or bool(_of_batched_grads(dy))
