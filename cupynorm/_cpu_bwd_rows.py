@@ -5,7 +5,7 @@ import numpy as np
 from cupynorm._cpu_bits import give, place, take
 from cupynorm._cpu_bwd_loops import FIELDS, add_rows, finish_row, row_sums
 from cupynorm._cpu_lanes import advance, claim, pointer
-from cupynorm._cpu_loops import CHUNK, compiled
+from cupynorm._cpu_loops import CHUNK, FROM_MEMORY, compiled
 
 __all__ = [
     "LONGEST",
@@ -23,15 +23,17 @@ __all__ = [
 _MOST_ROWS = 256
 _LEAST_ROWS = 32
 _BLOCKS = 32  # which enough threads can share, unless that makes the blocks too large or small
-# Elements of a group of narrow rows, whose sums are taken before their first gradient.
-_GROUP = 2048
+# Elements of a group of narrow rows, whose sums are taken before their first gradient: twice as
+# many made 200000x64 9.4 ms instead of 6.5, since nothing is read ahead while a group is written;
+# half as many gain 8 % at 100000x128 and lose 6 % at 4096x64, which the L2 holds.
+_GROUP = 1024
 # Columns up to which four rows go together, then two, then one. Together they share the weights
 # and column sums, of which there is one row, but crowd the L1: at a pitch of 8 KiB, 128x2048 took
 # 170 us with four, 121 with two, 142 with one; 512x768 125, 126 and 144.
 _NARROW, _PAIRED = 512, 8192
 # From memory a row that fits the L1 goes faster alone, with its one stream of writes: 8192x768
 # 5.0 ms with four, 5.7 with two, 4.0 with one.
-_FITS, _FROM_MEMORY = 1024, 1 << 21  # columns; elements of x, whose L3 three such arrays fill
+_FITS = 1024
 # Columns from which x and dy are read twice, since one row of both does not stay in the L2.
 LONGEST = 32768
 _LONG_ROWS = 2  # whose chunks go together
@@ -60,8 +62,8 @@ def sums_pitch(N):  # type: ignore[no-untyped-def]
 @compiled()
 def _group_size(M, N):  # type: ignore[no-untyped-def]
     if N <= _NARROW:
-        return _GROUP // N // 4 * 4
-    alone = N > _PAIRED or (N <= _FITS and M * N >= _FROM_MEMORY)
+        return max(4, _GROUP // N // 4 * 4)
+    alone = N > _PAIRED or (N <= _FITS and M * N >= FROM_MEMORY)
     return 1 if alone else 2
 
 

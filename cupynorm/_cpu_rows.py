@@ -4,7 +4,7 @@ import math
 
 from cupynorm._cpu_bits import give, place, take
 from cupynorm._cpu_lanes import advance, pointer
-from cupynorm._cpu_loops import CHUNK, apply_row, compiled, merge, moments, pivot
+from cupynorm._cpu_loops import CHUNK, FROM_MEMORY, apply_row, compiled, merge, moments, pivot
 
 __all__ = ["long_rows", "row_moments", "row_results", "short_rows"]
 
@@ -58,8 +58,9 @@ def row_results(x, at, y, to, n, w, b, s, m, r, scratch, bfloat16):  # type: ign
 @compiled()
 def short_rows(x, xp, y, yp, lo, hi, N, w, b, eps, low, high, mean, rstd, bfloat16, scratch, stats):  # type: ignore[no-untyped-def]
     s, m, r = stats[0], stats[1], stats[2]
-    for row in range(lo, hi, s.size):
-        n = min(s.size, hi - row)
+    group = s.size if x.size < FROM_MEMORY else max(1, s.size // 2)
+    for row in range(lo, hi, group):
+        n = min(group, hi - row)
         p, pp = take(x, row * xp, xp, n, N, scratch, bfloat16)
         q, qp = place(y, row * yp, yp, N, scratch)
         _group(p, pp, q, qp, n, N, w, b, eps, low, high, s, m, r)
