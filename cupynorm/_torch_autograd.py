@@ -9,6 +9,7 @@ from cupynorm._torch_watch import (
     COMPILED,
     GRADIENT,
     WATCHED,
+    functionalized,
     has_own_dispatch,
     transformed,
     watch_on,
@@ -88,7 +89,7 @@ def _watched_layer_norm(
 ) -> tuple[Any, Any, Any]:
     if any(has_own_dispatch(t) for t in (x, weight, bias)):
         return _torch_formula.forward(x, axes, weight, bias, eps)
-    if transformed():
+    if transformed() and not functionalized():
         return apply_transformably(x, axes, weight, bias, eps, keep)
     y, mean, rstd = _torch_ops.layer_norm_fwd(x, axes, weight, bias, eps, keep)
     return y, mean, rstd

@@ -11,6 +11,7 @@ __all__ = [
     "GRADIENT",
     "WATCHED",
     "differentiable_only",
+    "functionalized",
     "has_own_dispatch",
     "transformed",
     "watch_on",
@@ -53,6 +54,12 @@ def watch_on(x: Any, weight: Any, bias: Any) -> int:
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation watches what is computed."""
     return bool(_transforms_active()) or forward_ad._current_level >= 0
+
+
+def functionalized() -> bool:
+    """Whether the innermost transform is functionalize, which takes operators but no Function."""
+    top = torch._C._functorch.peek_interpreter_stack()
+    return top is not None and top.key() == torch._C._functorch.TransformType.Functionalize
 
 
 def has_own_dispatch(tensor: Any) -> bool:

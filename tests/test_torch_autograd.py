@@ -323,6 +323,11 @@ def test_vmap_of_vmap_and_grad_of_vmap():
     torch.testing.assert_close(through(ours), through(theirs))
 
 
+def test_functionalize():
+    x, (weight, bias) = numbers(3, 8), affine(8)
+    check(torch.func.functionalize(ours)(x, weight, bias), x, 1, weight, bias)
+
+
 @pytest.mark.parametrize("transform", [jacrev, jacfwd, hessian])
 @pytest.mark.parametrize("argument", [0, 1, 2])
 def test_jacobians(transform, argument):
