@@ -9,7 +9,9 @@ in its workers' memory; y stays there as blocks. The timed call makes the graph,
 
 Results are checked against float64 first. Contenders take turns within a round, so that a slow
 spell hits all alike; times are medians, and `over loop` is the median of the ratios round by round.
-Bytes: x read once and y written once (a split x is read twice).
+`cpu ms` and `cpu over loop` are the same of the processor time of this process and of the workers:
+on a machine that others use too it says more than the clock does, and how loaded it was stands
+beside it. Bytes: x read once and y written once (a split x is read twice).
 """
 
 import argparse
@@ -32,6 +34,7 @@ import dask
 import dask.array as da
 import distributed
 import numpy as np
+import psutil
 
 import cupynorm as cn
 import cupynorm.dask as cd
@@ -40,7 +43,7 @@ from tests import oracle
 
 COLS = 1000
 EPS = 1e-5
-PAUSE = 0.05  # seconds, in which a cluster releases what the turn before left
+PAUSE, RELEASE = 0.05, 0.5  # seconds; in the latter a cluster's workers free what a turn left
 TINY = (1, 64)
 Grid = tuple[int, int]
 Calls = dict[str, Callable[[], Any]]
@@ -149,30 +152,50 @@ def check(x: da.Array, blocks: list[np.ndarray], w: np.ndarray, b: np.ndarray) -
             sys.exit(f"{name} is wrong: {error:.3g} > {bound:.3g}")
 
 
-def measure(calls: Calls, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call by rounds; the round before the first is not kept."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+def processor_time(with_workers: bool) -> float:
+    """Seconds of all threads of this process and, if asked, of the processes it started."""
+    spent = time.process_time()
+    for child in psutil.Process().children(recursive=True) if with_workers else ():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = child.cpu_times()
+            spent += times.user + times.system
+    return spent
+
+
+def measure(calls: Calls, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds by the clock and of the processor, by rounds; the first round is not kept."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    order = list(calls)
     for turn in range(rounds + 1):
-        for name, call in calls.items():
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            result = call()
-            spent = time.perf_counter() - start
+        order.append(order.pop(0))  # nobody always follows the same one
+        for name in order:
+            gone = name.startswith("cluster")
+            start = time.perf_counter(), processor_time(gone)
+            result = calls[name]()
+            spent = time.perf_counter() - start[0], processor_time(gone) - start[1]
             del result
+            time.sleep(RELEASE if gone else PAUSE)
             if turn:
                 times[name].append(spent)
     return times
 
 
 def rows_of(
-    case: str, block: Grid, grid: Grid, times: dict[str, list[float]], host: dict[str, str]
+    case: str,
+    block: Grid,
+    grid: Grid,
+    times: dict[str, list[tuple[float, float]]],
+    host: dict[str, str],
 ) -> Iterator[dict[str, Any]]:
     count = math.prod(grid)
     moved = math.prod(block) * 4 * count * 2
+    loop_clock, loop_cpu = zip(*times["loop"], strict=True)
     for name, spent in times.items():
-        low, middle, high = statistics.quantiles(spent, n=4)
-        paired = [a / b for a, b in zip(spent, times["loop"], strict=True)]
-        added = [(a - b) / count for a, b in zip(spent, times["loop"], strict=True)]
+        clock, cpu_time = zip(*spent, strict=True)
+        low, middle, high = statistics.quantiles(clock, n=4)
+        ratio = statistics.median(a / b for a, b in zip(clock, loop_clock, strict=True))
+        cpu_ratio = statistics.median(a / b for a, b in zip(cpu_time, loop_cpu, strict=True))
+        added = statistics.median(a - b for a, b in zip(cpu_time, loop_cpu, strict=True)) / count
         yield {
             "case": case,
             "contender": name,
@@ -183,8 +206,11 @@ def rows_of(
             "ms": round(middle * 1e3, 3),
             "ms q1": round(low * 1e3, 3),
             "ms q3": round(high * 1e3, 3),
-            "over loop": round(statistics.median(paired), 4),
-            "us per block over loop": round(statistics.median(added) * 1e6, 1),
+            "ms least": round(min(clock) * 1e3, 3),
+            "over loop": round(ratio, 4),
+            "cpu ms": round(statistics.median(cpu_time) * 1e3, 3),
+            "cpu over loop": round(cpu_ratio, 4),
+            "cpu us per block over loop": round(added * 1e6, 1),
             "GB/s": round(moved / middle / 1e9, 3),
             "rounds": len(spent),
             "load": round(os.getloadavg()[0], 2),
@@ -225,9 +251,9 @@ def main() -> None:
                 found.append(row)
                 print(
                     f"{case:12}{row['contender']:24}{row['ms']:9.2f} ms"
-                    f" ({row['ms q1']:.2f} to {row['ms q3']:.2f}), {row['over loop']:.3f} loops,"
-                    f" {row['us per block over loop']:.1f} us per block more,"
-                    f" {row['GB/s']:.2f} GB/s",
+                    f" ({row['ms q1']:.2f} to {row['ms q3']:.2f}, least {row['ms least']:.2f}),"
+                    f" {row['over loop']:.3f} loops; processor {row['cpu ms']:.2f} ms,"
+                    f" {row['cpu over loop']:.3f} loops",
                     flush=True,
                 )
     if args.to:

@@ -262,6 +262,22 @@ def test_no_block_is_computed_twice(wanted, optimize, monkeypatch):
             assert calls == collections.Counter({k: n for k, n in most.items() if n})
 
 
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_the_library_itself_takes_dask_arrays(chunks):
+    x, weight = lazy(values(), chunks), np.ones(COLS)
+    adapter = cd.layer_norm(x, weight=weight, return_stats=True)
+    library = cn.layer_norm(x, weight=weight, return_stats=True)
+    assert isinstance(library, functional.LayerNormResult)
+    assert [a.name for a in adapter] == [a.name for a in library]
+    like = np.empty((0, 0), bool)
+    columns = cn.layer_norm(x, order="F").map_blocks(
+        lambda block: np.array([[block.flags.f_contiguous]]), dtype=bool, meta=like, chunks=(1, 1)
+    )
+    assert columns.compute().all()
+    with pytest.raises(TypeError, match=r"out= is given.*store"):
+        cn.layer_norm(x, out=np.empty((ROWS, COLS), np.float32))
+
+
 def test_a_weight_stands_in_the_graph_once():
     x = lazy(values((64, COLS)), (2, 20))
     weight = values(COLS, seed=1)
@@ -391,6 +407,18 @@ def test_frames_of_integers(frames, assert_close):
     assert_close(got.compute().to_numpy().astype("f4"), exact, "float32", 4)
 
 
+def test_frames_with_nulls_and_nullable_dtypes(frames, assert_close):
+    nullable = (frames[1] * 100).astype({"a": "Int32", "c": "Float32"})
+    nullable = nullable.map_partitions(lambda part: part.assign(a=part.a.mask(part.a % 2 == 0)))
+    y = cn.layer_norm(nullable)
+    got = y.compute()
+    assert (y.dtypes == got.dtypes).all()
+    values = nullable.compute().to_numpy(np.float32, na_value=np.nan)
+    exact = oracle.layer_norm(values, (1,), None, None, 1e-5)[0]
+    assert 0 < np.isnan(exact).any(axis=1).sum() < 30
+    assert_close(got.to_numpy(), exact, "float32", 4)
+
+
 def test_frames_become_arrays_of_unknown_length(frames, assert_close):
     frame, source = frames
     y = cd.layer_norm(source.to_dask_array())
@@ -405,11 +433,18 @@ def test_frames_become_arrays_of_unknown_length(frames, assert_close):
         ({"weight": np.ones(5)}, ValueError, r"weight has shape \(5,\)"),
         ({"weight": da.ones(4)}, TypeError, r"weight.compute\(\)"),
         ({"return_stats": True}, TypeError, "to_dask_array"),
+        ({"axis": 0}, ValueError, "over its columns"),
+        ({"normalized_shape": 3}, ValueError, r"normalized_shape=\(3,\)"),
     ],
 )
 def test_errors_of_frames(frames, named, error, said):
     with pytest.raises(error, match=said):
         cd.layer_norm(frames[1], **named)
+
+
+def test_columns_of_text_are_refused_at_the_call(frames):
+    with pytest.raises(TypeError, match=r"'d'.*not numeric"):
+        cd.layer_norm(frames[1].assign(d="text"))
 
 
 def test_a_series_is_refused(frames):
