@@ -15,12 +15,20 @@ from cupynorm._launches import (
     launch_fwd,
     ready_bwd,
     ready_column,
+    ready_column_bwd,
     ready_fwd,
 )
-from cupynorm._layout import column_problem_of, gradient_layout_of, layout_of, rows_last
+from cupynorm._layout import (
+    column_gradient_problem_of,
+    column_problem_of,
+    gradient_layout_of,
+    layout_of,
+    rows_last,
+)
 from cupynorm._plan import Device, Stage, choose_plan
 from cupynorm._plan_bwd import choose_plan_bwd
 from cupynorm._plan_column import choose_plan_column
+from cupynorm._plan_column_bwd import choose_plan_column_bwd
 from cupynorm._source import source_of
 
 __all__ = [
@@ -49,14 +57,12 @@ empty_like = cupy.empty_like
 
 def current_index() -> int:
     """Index of the GPU on which CuPy allocates and launches."""
-    index: int = cupy.cuda.runtime.getDevice()
-    return index
+    return int(cupy.cuda.runtime.getDevice())
 
 
 def is_current(x: Any) -> bool:
     """Whether CuPy allocates and launches on x's device."""
-    current: bool = x.device.id == current_index()
-    return current
+    return bool(x.device.id == current_index())
 
 
 def device(index: int | None) -> Any:
@@ -139,6 +145,12 @@ def prepared_bwd(
     is absent or not wanted, and dx is not wanted where `dx_strides` is None.
     """
     layout = gradient_layout_of(shape, axes, dy_strides, x_strides, dx_strides, dtypes)
+    if layout.copies:
+        column = column_gradient_problem_of(shape, axes, dy_strides, x_strides, dx_strides, dtypes)
+        chosen = column and choose_plan_column_bwd(column, device_of(index))
+        if column and chosen:
+            tiled, slots = chosen
+            return ready_column_bwd(column, tiled, slots, loaded(tiled.stages, index))
     plan = choose_plan_bwd(layout.problem, device_of(index))
     return ready_bwd(layout, plan, loaded(plan.stages, index))
 
@@ -210,8 +222,8 @@ def run_fwd(
     rstd: Any,
 ) -> None:
     """Launch a plan on CuPy arrays, through the copies that it expects."""
-    source = _rows_first(x, axes) if "x" in ready.copies else x
-    target = _empty_rows(x, axes) if "y" in ready.copies else y
+    source = _rows_last(x, axes) if "x" in ready.copies else x
+    target = _rows_last(x, axes, empty=True) if "y" in ready.copies else y
     weight, bias = dense(weight), dense(bias)  # held until the launch
     pointers = (  # written out: a loop costs as much as a plan's look-up
         source.data.ptr,
@@ -261,9 +273,9 @@ def layer_norm_bwd(
         strides = (element_strides(dy), element_strides(x))
         to = None if dx is None else element_strides(dx)
         ready = _prepared_bwd[key] = prepared_bwd(index, x.shape, axes, *strides, to, dtypes)
-    source = _rows_first(x, axes) if "x" in ready.copies else x
-    slope = _rows_first(dy, axes) if "dy" in ready.copies else dy
-    target = _empty_rows(x, axes) if "dx" in ready.copies else dx
+    source = _rows_last(x, axes) if "x" in ready.copies else x
+    slope = _rows_last(dy, axes) if "dy" in ready.copies else dy
+    target = _rows_last(x, axes, empty=True) if "dx" in ready.copies else dx
     arrays = (slope, source, dense(mean), dense(rstd), dense(weight), target, dweight, dbias)
     workspace = cupy.empty(ready.workspace_bytes, dtype="uint8") if ready.workspace_bytes else None
     launch_bwd(ready, [_address(a) for a in arrays], _address(workspace))
@@ -280,9 +292,7 @@ def dense(a: Any) -> Any:
     return a if a is None or a.flags.c_contiguous else cupy.ascontiguousarray(a)
 
 
-def _rows_first(a: Any, axes: tuple[int, ...]) -> Any:
-    return cupy.ascontiguousarray(a.transpose(rows_last(a.ndim, axes)))
-
-
-def _empty_rows(x: Any, axes: tuple[int, ...]) -> Any:
-    return cupy.empty(tuple(x.shape[a] for a in rows_last(x.ndim, axes)), dtype=x.dtype)
+def _rows_last(a: Any, axes: tuple[int, ...], *, empty: bool = False) -> Any:
+    """Give a row-major copy with the normalized axes last, or memory for one."""
+    turned = a.transpose(rows_last(a.ndim, axes))
+    return cupy.empty(turned.shape, dtype=a.dtype) if empty else cupy.ascontiguousarray(turned)

@@ -6,10 +6,17 @@ from cupynorm import _problem
 from cupynorm._arguments import check_arguments, is_launchable
 from cupynorm._arrays import element_strides, library_of
 from cupynorm._explanation import Explanation, Facts
-from cupynorm._layout import column_problem_of, gradient_layout_of, layout_of, result_strides
+from cupynorm._layout import (
+    column_gradient_problem_of,
+    column_problem_of,
+    gradient_layout_of,
+    layout_of,
+    result_strides,
+)
 from cupynorm._plan import Device, choose_plan
 from cupynorm._plan_bwd import choose_plan_bwd
 from cupynorm._plan_column import ColumnPlan, choose_plan_column
+from cupynorm._plan_column_bwd import choose_plan_column_bwd
 
 __all__ = ["Explanation", "explain"]
 
@@ -37,6 +44,7 @@ _BACKWARD = {
     "warp": "K1 warp backward: rows, dweight and dbias in registers; 3 passes",
     "block": "K2 block backward: rows, dweight and dbias in registers; 3 passes",
     "shared": "K3 shared backward: rows in registers, dweight and dbias in shared memory; 3 passes",
+    "column": "K6 column backward: tiles of x and dy in shared memory; 3 passes",
     "split": "K5 split backward: sums fit no block, so x and dy are read twice; 5 passes",
 }
 
@@ -174,6 +182,14 @@ def _explain_bwd(
     dtypes = (str(facts.dtypes[0]), facts.dtypes[1], *facts.totals)
     to = result_strides(facts.shape, x_strides, "K")
     layout = gradient_layout_of(facts.shape, facts.axes, dy_strides, x_strides, to, dtypes)
+    if layout.copies:
+        column = column_gradient_problem_of(
+            facts.shape, facts.axes, dy_strides, x_strides, to, dtypes
+        )
+        chosen = column and choose_plan_column_bwd(column, gpu)
+        if chosen:
+            moved = facts.floor() + chosen[0].workspace_bytes * 2
+            return facts.explanation("cuda", _BACKWARD["column"], moved, chosen[0])
     plan = choose_plan_bwd(layout.problem, gpu)
     copies = tuple(f"of {label}: {reason}" for label, reason in layout.copies)
     moved = facts.floor() + plan.workspace_bytes * 2

@@ -8,6 +8,7 @@ from cupynorm._layout import GradientLayout, Layout
 from cupynorm._plan import Plan
 from cupynorm._plan_bwd import GradientPlan
 from cupynorm._plan_column import ColumnPlan, ColumnProblem
+from cupynorm._plan_column_bwd import ColumnGradientProblem
 
 __all__ = [
     "ReadyBackward",
@@ -16,6 +17,7 @@ __all__ = [
     "launch_fwd",
     "ready_bwd",
     "ready_column",
+    "ready_column_bwd",
     "ready_fwd",
 ]
 
@@ -74,6 +76,20 @@ def ready_bwd(
     labels = tuple(label for label, _ in layout.copies)
     tail = (p.rows, p.M, *steps, p.N)
     return ReadyBackward(plan, functions, tail, labels, plan.workspace_bytes)
+
+
+def ready_column_bwd(
+    problem: ColumnGradientProblem,
+    plan: GradientPlan,
+    slots: int,
+    functions: tuple[Function, ...],
+) -> ReadyBackward:
+    """Join a backward problem with strided columns, a plan for it, and the plan's kernels."""
+    p = problem
+    strides = (*p.dy_strides, *p.x_strides, *p.dx_strides, *p.stats_strides)
+    return ReadyBackward(
+        plan, functions, (p.rows, p.M, *strides, slots, p.N), (), plan.workspace_bytes
+    )
 
 
 def launch_fwd(

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 from cupynorm import _problem
 from cupynorm._plan_column import ColumnProblem
+from cupynorm._plan_column_bwd import ColumnGradientProblem
 from cupynorm._problem import GradientProblem, Problem
 
 __all__ = [
     "GradientLayout",
     "Layout",
+    "column_gradient_problem_of",
     "column_problem_of",
     "fold",
     "gradient_layout_of",
@@ -74,19 +76,49 @@ def column_problem_of(
     In each of the two either the columns or the rows of one batch group have unit stride, which may
     be the outer group: a Fortran-ordered x with normalized axes in its middle is like that.
     """
-    batch, cols = fold(shape, axes, x_strides, y_strides)
+    found = _fit_columns(shape, axes, x_strides, y_strides)
+    if found is None:
+        return None
+    sizes, (x, y), stats = found
+    return ColumnProblem(*dtypes, *sizes, x, y, stats)
+
+
+def column_gradient_problem_of(
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    dy_strides: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    dx_strides: tuple[int, ...] | None,
+    dtypes: tuple[str, str | None, str | None, str | None],
+) -> ColumnGradientProblem | None:
+    """Fold a backward call as `column_problem_of` does; dx must lie along the rows where x does."""
+    to = x_strides if dx_strides is None else dx_strides
+    found = _fit_columns(shape, axes, dy_strides, x_strides, to)
+    if found is None:
+        return None
+    sizes, (dy, x, dx), stats = found
+    if (x[2] == 1) != (dx[2] == 1):
+        return None
+    return ColumnGradientProblem(*dtypes, dx_strides is not None, *sizes, dy, x, dx, stats)
+
+
+def _fit_columns(
+    shape: tuple[int, ...], axes: tuple[int, ...], *arrays: tuple[int, ...]
+) -> tuple[tuple[int, int, int], list[tuple[int, int, int]], tuple[int, int]] | None:
+    """Sizes (outer, M, N), the strides of each array, and those of the statistics."""
+    batch, cols = fold(shape, axes, *arrays)
     if len(cols) != 1 or len(batch) > 2:
         return None
     N, steps = cols[0]
-    first, second = ([(1, (0, 0))] * 2 + batch)[-2:]
+    first, second = ([(1, (0,) * len(arrays))] * 2 + batch)[-2:]
     for outer, inner, stats in (
         (first, second, (second[0], 1)),
         (second, first, (1, second[0])),
     ):
         unit = [row == 1 or col == 1 for row, col in zip(inner[1], steps, strict=True)]
-        if all(unit) and steps != (1, 1):
-            x, y = zip(outer[1], inner[1], steps, strict=True)
-            return ColumnProblem(*dtypes, outer[0], inner[0], N, x, y, stats)
+        if all(unit) and any(col != 1 for col in steps):
+            strides = list(zip(outer[1], inner[1], steps, strict=True))
+            return (outer[0], inner[0], N), strides, stats
     return None
 
 

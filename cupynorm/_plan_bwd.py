@@ -16,7 +16,7 @@ from cupynorm._plan import (
 )
 from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
 
-__all__ = ["BWD_TABLE", "GradientPlan", "choose_plan_bwd"]
+__all__ = ["BWD_TABLE", "GradientPlan", "choose_plan_bwd", "totals_stage"]
 
 _PREDICTED = "predicted, bench/results/PENDING.md"
 
@@ -108,7 +108,7 @@ def _accumulator_bytes(problem: GradientProblem) -> int:
     return ITEMSIZE[stats_dtype(problem.x_dtype)]
 
 
-def _totals(problem: GradientProblem) -> int:
+def _totals_of(problem: GradientProblem) -> int:
     """How many of dweight and dbias are wanted."""
     return (problem.dweight_dtype is not None) + (problem.dbias_dtype is not None)
 
@@ -125,11 +125,11 @@ def _shared_bytes(problem: GradientProblem, row: TableRow, vecs_per_thread: int)
     sums = 2 * 3 * row.threads // 32 * size
     if row.family == "block":
         return sums
-    return sums + _totals(problem) * vecs_per_thread * row.threads * _vec_totals_bytes(problem)
+    return sums + _totals_of(problem) * vecs_per_thread * row.threads * _vec_totals_bytes(problem)
 
 
 def _partials_bytes(problem: GradientProblem, vecs: int, partials: int) -> int:
-    return _totals(problem) * partials * vecs * _vec_totals_bytes(problem)
+    return _totals_of(problem) * partials * vecs * _vec_totals_bytes(problem)
 
 
 def _row_plan(
@@ -142,7 +142,7 @@ def _row_plan(
 ) -> GradientPlan:
     """K1, K2, K3: as many blocks as the device holds, block b taking rows b, b + grid, ...."""
     rows_per_block = row.threads // row.threads_per_row
-    per_block = rows_per_block * (rows_per_partial if _totals(problem) else 1)
+    per_block = rows_per_block * (rows_per_partial if _totals_of(problem) else 1)
     blocks = -(-problem.rows // per_block)
     grid = min(_blocks_per_sm(problem, row) * device.sm_count, blocks)
     ahead = vecs_per_thread <= AHEAD_VECS[problem.x_dtype]
@@ -160,7 +160,7 @@ def _row_plan(
     main = _gradient_stage(problem, row, row.family, constants, label, grid, shared)
     return GradientPlan(
         family=row.family,
-        stages=(main, *_totals_stage(problem)),
+        stages=(main, *_column_totals(problem)),
         threads_per_row=row.threads_per_row,
         vecs_per_thread=vecs_per_thread,
         rows_per_block=rows_per_block,
@@ -189,7 +189,7 @@ def _split_plan(
     sections = -(-chunks // per_section)
     runs = -(-vecs // (CHUNK_THREADS * APPLY_VECS))  # blocks that stand side by side
     parts = -(-APPLY_BLOCKS_PER_SM * device.sm_count // runs)
-    if _totals(problem):
+    if _totals_of(problem):
         parts = min(parts, -(-problem.rows // rows_per_partial))
     parts = min(max(parts, 1), problem.rows)
     size = _accumulator_bytes(problem)
@@ -203,7 +203,7 @@ def _split_plan(
     gradients_at = sums_at + 3 * size * problem.rows * sections
     return GradientPlan(
         family=row.family,
-        stages=(*stages, *_totals_stage(problem)),
+        stages=(*stages, *_column_totals(problem)),
         threads_per_row=row.threads_per_row,
         vecs_per_thread=APPLY_VECS,
         rows_per_block=1,
@@ -264,12 +264,16 @@ def _gradient_stage(
     )
 
 
-def _totals_stage(problem: GradientProblem) -> tuple[Stage, ...]:
-    """Add up the partials; nothing where neither dweight nor dbias is wanted."""
+def _column_totals(problem: GradientProblem) -> tuple[Stage, ...]:
     dtypes = (problem.dweight_dtype, problem.dbias_dtype)
+    return totals_stage(problem.x_dtype, dtypes, problem.N)
+
+
+def totals_stage(x_dtype: str, dtypes: tuple[str | None, str | None], N: int) -> tuple[Stage, ...]:
+    """Add up the partials; nothing where neither dweight nor dbias is wanted."""
     if dtypes == (None, None):
         return ()
-    code = CODES[stats_dtype(problem.x_dtype)]
+    code = CODES[stats_dtype(x_dtype)]
     parts = ["column_totals", code]
     parts += [f"{label}_{CODES[d]}" for label, d in zip(("dw", "db"), dtypes, strict=True) if d]
     stage = Stage(
@@ -277,12 +281,12 @@ def _totals_stage(problem: GradientProblem) -> tuple[Stage, ...]:
         family="totals_bwd",
         constants=(),
         name="_".join(parts),
-        x_dtype=stats_dtype(problem.x_dtype),  # of the partials
+        x_dtype=stats_dtype(x_dtype),  # of the partials
         weight_dtype=dtypes[0],
         bias_dtype=dtypes[1],
-        grid=(_totals(problem) * -(-problem.N // 32), 1, 1),
+        grid=(sum(d is not None for d in dtypes) * -(-N // 32), 1, 1),
         block=(TOTALS_THREADS, 1, 1),
-        shared_bytes=32 * 33 * _accumulator_bytes(problem),
+        shared_bytes=32 * 33 * ITEMSIZE[stats_dtype(x_dtype)],
         blocks_per_sm=1,
     )
     return (stage,)

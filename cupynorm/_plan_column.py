@@ -8,9 +8,12 @@ from cupynorm._plan import CODES, MAX_GRID_X, Device, Stage
 from cupynorm._problem import ITEMSIZE, stats_dtype
 
 __all__ = [
+    "KEPT",
+    "SHAPES",
     "ColumnPlan",
     "ColumnProblem",
     "ColumnsProblem",
+    "Tile",
     "choose_plan_column",
     "choose_plan_columns",
 ]
@@ -93,7 +96,7 @@ def choose_plan_column(problem: ColumnProblem, device: Device) -> ColumnPlan:
     ValueError
         If the launch would need more than 2**31 - 1 blocks.
     """
-    tile = _Tile(problem.x_dtype, problem.outer, problem.M, problem.N, exchanges=3)
+    tile = Tile(problem.x_dtype, problem.outer, problem.M, problem.N, exchanges=3)
     along = (problem.x_strides[2] != 1, problem.y_strides[2] != 1)
     dtypes = (problem.x_dtype, problem.weight_dtype, problem.bias_dtype)
     label = "".join("F" if a else "C" for a in along)
@@ -104,7 +107,7 @@ def choose_plan_column(problem: ColumnProblem, device: Device) -> ColumnPlan:
 def choose_plan_columns(problem: ColumnsProblem, device: Device) -> ColumnPlan:
     """Choose the tile and the launch for columns of their own, as `choose_plan_column` does."""
     kind = stats_dtype(problem.y_dtype)  # the tile holds what the statistics are taken of
-    tile = _Tile(kind, 1, problem.M, problem.N, exchanges=3 + problem.omit)
+    tile = Tile(kind, 1, problem.M, problem.N, exchanges=3 + problem.omit)
     along = problem.y_strides[0] == 1
     dtypes = (problem.y_dtype, problem.weight_dtype, problem.bias_dtype)
     label = ("F" if along else "C") + ("_omit" if problem.omit else "")
@@ -113,7 +116,7 @@ def choose_plan_columns(problem: ColumnsProblem, device: Device) -> ColumnPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tile:
+class Tile:
     """What the shape of a tile depends on."""
 
     dtype: str
@@ -124,6 +127,7 @@ class _Tile:
 
     @property
     def rows_per_word(self) -> int:
+        """Rows that a thread looks at together."""
         return 2 if ITEMSIZE[self.dtype] == 2 else 1
 
     def nbytes(self, shape: tuple[int, int, int], panel: int) -> int:
@@ -135,7 +139,7 @@ class _Tile:
         return tile + self.exchanges * (threads // words) * rows * size + 3 * rows * size
 
 
-def _shape(tile: _Tile, device: Device) -> tuple[tuple[int, int, int], int]:
+def _shape(tile: Tile, device: Device) -> tuple[tuple[int, int, int], int]:
     """One of SHAPES, and the columns of a panel."""
 
     def fits(shape: tuple[int, int, int], panel: int) -> bool:
@@ -161,7 +165,7 @@ def _shape(tile: _Tile, device: Device) -> tuple[tuple[int, int, int], int]:
 
 def _plan(
     kernel: str,
-    tile: _Tile,
+    tile: Tile,
     device: Device,
     flags: tuple[int, ...],
     label: str,

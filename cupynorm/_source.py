@@ -17,6 +17,7 @@ _FAMILIES = {
     "split": (*_SHARED, "chunk", "layer_norm_split"),
     "column": (*_SHARED, "chunk", "tile", "tile_store", "layer_norm_column"),
     "columns": (*_SHARED, "chunk", "tile", "tile_store", "layer_norm_columns"),
+    "column_bwd": (*_SHARED, "gradient", "tile", "layer_norm_column_bwd"),
     "warp_bwd": (*_SHARED, "gradient", "layer_norm_warp_bwd"),
     "block_bwd": (*_SHARED, "gradient", "layer_norm_block_bwd"),
     "shared_bwd": (*_SHARED, "gradient", "layer_norm_shared_bwd"),
@@ -77,6 +78,16 @@ _ENTRIES = {
         "i64 y_col, i64 N, double eps, i64 panel",
         "{kernel}<{constants}{X}, {W}, {B}, {has_weight}, {has_bias}>"
         "(table, y, weight, bias, M, y_row, y_col, N, eps, panel);",
+    ),
+    "layer_norm_bwd_column": (
+        "const {X}* dy, const {X}* x, const {A}* mean, const {A}* rstd, const {W}* weight, "
+        "{X}* dx, {A}* partials, i64 rows, i64 M, i64 dy_outer, i64 dy_row, i64 dy_col, "
+        "i64 x_outer, i64 x_row, i64 x_col, i64 dx_outer, i64 dx_row, i64 dx_col, "
+        "i64 stats_outer, i64 stats_row, i64 slots, i64 N",
+        "const ColumnGradientArguments<{X}, {W}> a = {{dy, x, mean, rstd, weight, dx, partials, "
+        "rows, M, dy_outer, dy_row, dy_col, x_outer, x_row, x_col, dx_outer, dx_row, dx_col, "
+        "stats_outer, stats_row, slots, N}};\n"
+        "    {kernel}<{constants}{X}, {W}, {has_weight}>(a);",
     ),
     "layer_norm_bwd_warp": _GRADIENT,
     "layer_norm_bwd_block": _GRADIENT,

@@ -44,6 +44,7 @@ TIERS = (
     {"_cpu_raw"},
     {"_cpu_columns"},
     {"_cpu_columns_blocks", "_cpu_columns_loaders", "_cpu_columns_loops"},
+    {"_cpu_columns_lanes"},
     {"_cuda_columns"},
     {"_cpu", "_cuda", "_namespace"},  # do
     {"_cpu_bwd_numba", "_cpu_bwd_strided"},
@@ -57,6 +58,7 @@ TIERS = (
     {"_launches"},
     {"_layout"},
     {"_source"},  # text
+    {"_plan_column_bwd"},
     {"_plan_bwd", "_plan_column"},
     {"_plan"},  # decide
     {"_arrays"},
@@ -66,8 +68,8 @@ TIERS = (
 MAY_IMPORT = {
     "_cuda": {"cupy"},
     "_cpu_bits": {"llvmlite", "numba"},
+    "_cpu_columns_lanes": {"llvmlite", "numba"},
     "_cpu_columns_loaders": {"numba"},
-    "_cpu_columns_loops": {"llvmlite", "numba"},
     "_cpu_entries": {"numba"},
     "_cpu_lanes": {"llvmlite", "numba"},
     "_cpu_loops": {"numba"},

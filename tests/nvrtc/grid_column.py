@@ -12,10 +12,14 @@ from cupynorm._plan_column import (
     choose_plan_column,
     choose_plan_columns,
 )
+from cupynorm._plan_column_bwd import ColumnGradientProblem, choose_plan_column_bwd
+from cupynorm._problem import stats_dtype
 from tests.simt.limits import DeviceLimits
 
-FAMILIES = ("column", "columns")
-_WAYS = ("FF", "FC", "CF", "F", "C", "F_omit", "C_omit")  # the last four: K7's y
+FAMILIES = ("column", "columns", "column_bwd")
+# How x and y lie; of K7 y and what of NaN; of the backward ("d") x and dy.
+_WAYS = ("FF", "FC", "CF", "F", "C", "F_omit", "C_omit", "FFd", "FCd", "CFd")
+_ELSEWHERE = ("FC", "C_omit", "FCd")
 
 
 @cache
@@ -34,6 +38,14 @@ def stages(
     """What launches a matrix that lies as `way` says, x first."""
     M, N, way = shape
     device = Device(int(arch), 100, DeviceLimits.of(arch).opt_in_shared)
+    if way.endswith("d"):
+        lies = [(0, 1, M) if letter == "F" else (0, N, 1) for letter in way[:2]]
+        totals = (flags[0] or stats_dtype(x_dtype),) * 2
+        sizes = (True, 1, M, N, lies[1], lies[0], lies[0], (M, 1))
+        chosen = choose_plan_column_bwd(
+            ColumnGradientProblem(x_dtype, flags[0], *totals, *sizes), device
+        )
+        return chosen[0].stages[:1] if chosen else ()
     if len(way) != 2:
         strides = (1, M) if way[0] == "F" else (N, 1)
         columns = ColumnsProblem(x_dtype, *flags, M, N, strides, way.endswith("omit"))
@@ -48,7 +60,7 @@ def entries(arch: str, x_dtype: str, family: str, full: bool, everything: bool) 
     weights = (x_dtype, *dict.fromkeys(w for w in ("float32", None) if w != x_dtype))
     chosen = {}
     for shape in shapes(arch, x_dtype).values():
-        if not (full or everything) and shape[2] not in ("FC", "C_omit"):
+        if not (full or everything) and shape[2] not in _ELSEWHERE:
             continue
         for weight in weights if everything else weights[:1]:
             for stage in stages(arch, x_dtype, shape, (weight, weight)):

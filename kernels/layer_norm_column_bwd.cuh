@@ -1,0 +1,212 @@
+// K6 backward: a tile of x and one of dy, so that each is read once in whichever layout it has and dx
+// is written once in x's. The grid is as large as the device holds; each block goes from tile to tile
+// and keeps its sums over rows in shared memory.
+//
+// A row's sums are taken by threads that stand on rows, dx and the sums over rows by threads that stand
+// on columns, which therefore need no exchange. Shared memory: X x[N][PITCH], X dy[N][PITCH], then
+// A red[3][PARTS][R], A stats[5][R] (mean, rstd, lack, c1, c2), A totals[2][slots].
+
+template <class X, class W>
+struct ColumnGradientArguments {
+    typedef typename Accumulator<X>::type A;
+    const X* dy;
+    const X* x;
+    const A* mean;
+    const A* rstd;
+    const W* weight;  // (N,) or null
+    X* dx;
+    A* partials;  // [dweight, dbias][blocks][N]
+    i64 rows, M;
+    i64 dy_outer, dy_row, dy_col, x_outer, x_row, x_col, dx_outer, dx_row, dx_col;  // element strides
+    i64 stats_outer, stats_row;                                                     // of mean and rstd
+    i64 slots;  // of totals: THREADS for each run of neighbouring columns
+    i64 N;
+};
+
+// How many neighbouring columns the threads of a block stand on: a power of two from 8 to THREADS.
+template <int THREADS>
+__device__ __forceinline__ int column_span(int N) {
+    int span = 8;
+    while (span < N && span < THREADS) span *= 2;
+    return span;
+}
+
+// The sums of each row, then what they come to, into `stats`.
+template <int THREADS, int R, bool HAS_WEIGHT, class X, class W, class A>
+__device__ __forceinline__ void tile_gradients(
+    const X* x, const X* dy, const W* weight, int rows, int N, A* red, A* stats) {
+    typedef Tile<X, R> Shape;
+    constexpr int PAIR = Shape::PAIR, LANES = R / PAIR, PARTS = THREADS / LANES, J = TILE_CLASSES / PARTS;
+    const int r = threadIdx.x % LANES * PAIR, part = threadIdx.x / LANES;
+    const int end = r < rows ? N : 0;
+    A h[PAIR][J], g[PAIR][J], gh[PAIR][J], mean[PAIR], rstd[PAIR];
+#pragma unroll
+    for (int i = 0; i < PAIR; ++i) {
+        mean[i] = stats[r + i];
+        rstd[i] = stats[R + r + i];
+#pragma unroll
+        for (int j = 0; j < J; ++j) h[i][j] = g[i][j] = gh[i][j] = 0;
+    }
+    for (int n = part * J; n < end; n += TILE_CLASSES) {
+#pragma unroll
+        for (int j = 0; j < J; ++j) {
+            if (n + j >= end) break;
+            A v[PAIR], s[PAIR];
+            read_word(x + (n + j) * Shape::PITCH + r, v);
+            read_word(dy + (n + j) * Shape::PITCH + r, s);
+            const A w = HAS_WEIGHT ? (A)to_float(weight[n + j]) : (A)1;
+#pragma unroll
+            for (int i = 0; i < PAIR; ++i) {
+                v[i] = (v[i] - mean[i]) * rstd[i];
+                if (HAS_WEIGHT) s[i] *= w;
+                h[i][j] += v[i];
+                g[i][j] += s[i];
+                gh[i][j] = multiply_add(s[i], v[i], gh[i][j]);
+            }
+        }
+    }
+    A sum[3][PAIR];
+#pragma unroll
+    for (int i = 0; i < PAIR; ++i) {
+        sum[0][i] = tree_sum(h[i]);
+        sum[1][i] = tree_sum(g[i]);
+        sum[2][i] = tree_sum(gh[i]);
+    }
+    if (PARTS > 1) {
+#pragma unroll
+        for (int k = 0; k < 3; ++k) put_part<PARTS, R>(red + k * PARTS * R, part, r, sum[k]);
+        __syncthreads();
+        if (part) return;
+#pragma unroll
+        for (int k = 0; k < 3; ++k) add_parts<PARTS, R>(red + k * PARTS * R, r, sum[k]);
+    }
+#pragma unroll
+    for (int i = 0; i < PAIR; ++i) {
+        const RowGradient<A> c = row_gradient(GradientSums<A>{sum[0][i], sum[1][i], sum[2][i]}, N);
+        stats[2 * R + r + i] = c.lack;
+        stats[3 * R + r + i] = c.c1;
+        stats[4 * R + r + i] = c.c2;
+    }
+}
+
+// Turns the tile of x into dx and adds to `totals` what each thread's columns have of dweight and dbias.
+template <int THREADS, int R, bool DX, bool DWEIGHT, bool DBIAS, bool HAS_WEIGHT, class X, class W, class A>
+__device__ __forceinline__ void differentiate_tile(
+    X* x, const X* dy, const W* weight, int rows, int N, const A* stats, A* totals, int slots) {
+    typedef Tile<X, R> Shape;
+    const int span = column_span<THREADS>(N), lane = threadIdx.x % 32;
+    const int turns = span < 32 ? R * span / 32 : R * span / THREADS;
+    for (int n = threadIdx.x % span, slot = threadIdx.x; n < N; n += span, slot += THREADS) {
+        const A w = HAS_WEIGHT ? (A)to_float(weight[n]) : (A)1;
+        A dweight = 0, dbias = 0;
+        for (int i = span < 32 ? threadIdx.x / 32 : 0; i < turns; i += span < 32 ? THREADS / 32 : 1) {
+            const int r = span < 32 ? row_of_turn(i, lane, span) : i * (THREADS / span) + (int)threadIdx.x / span;
+            if (r >= rows) continue;
+            const A rstd = stats[R + r];
+            const A s = (A)to_float(dy[n * Shape::PITCH + r]);
+            const A x_hat = ((A)to_float(x[n * Shape::PITCH + r]) - stats[r]) * rstd - stats[2 * R + r];
+            if (DWEIGHT) dweight = multiply_add(s, x_hat, dweight);
+            if (DBIAS) dbias += s;
+            if (DX) {
+                const A g = HAS_WEIGHT ? s * w : s;
+                const A dx = rstd * multiply_add(-x_hat, stats[4 * R + r], g - stats[3 * R + r]);
+                x[n * Shape::PITCH + r] = rounded(dx, (const X*)0);
+            }
+        }
+        if (DWEIGHT) totals[slot] += dweight;
+        if (DBIAS) totals[slots + slot] += dbias;
+    }
+}
+
+// Writes a tile as it is, along the rows or along the columns.
+template <int THREADS, int R, bool ROWS, class X>
+__device__ __forceinline__ void put_tile(const X* tile, X* to, i64 row_stride, i64 col_stride, int rows, int N) {
+    typedef Tile<X, R> Shape;
+    typedef Word<X, Shape::PAIR> Wd;
+    if (ROWS) {
+        constexpr int PAIR = Shape::PAIR, LANES = R / PAIR, PARTS = THREADS / LANES;
+        const int r = threadIdx.x % LANES * PAIR;
+        const bool whole = ((u64)to & (sizeof(Wd) - 1)) == 0 && col_stride % PAIR == 0 && r + PAIR <= rows;
+        for (int n = threadIdx.x / LANES; n < N; n += PARTS) {
+            const X* from = tile + n * Shape::PITCH + r;
+            X* at = to + n * col_stride + r;
+            if (whole) {
+                *(Wd*)at = *(const Wd*)from;
+            } else {
+#pragma unroll
+                for (int i = 0; i < PAIR; ++i)
+                    if (r + i < rows) at[i] = from[i];
+            }
+        }
+    } else {
+        const int span = span_of(N), lane = threadIdx.x % 32;
+        for (int i = threadIdx.x / 32; i < R * span / 32; i += THREADS / 32) {
+            const int r = row_of_turn(i, lane, span);
+            if (r >= rows) continue;
+            for (int n = lane % span; n < N; n += span) to[r * row_stride + n] = tile[n * Shape::PITCH + r];
+        }
+    }
+}
+
+template <int THREADS, int R, bool X_ROWS, bool DY_ROWS, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
+__device__ __forceinline__ void layer_norm_bwd_column(const ColumnGradientArguments<X, W>& a) {
+    typedef typename Accumulator<X>::type A;
+    typedef Tile<X, R> Shape;
+    constexpr int PARTS = THREADS * Shape::PAIR / R;
+    DYNAMIC_SHARED(shared);
+    const int N = (int)a.N;
+    const int tile_bytes = (N * Shape::PITCH * (int)sizeof(X) + 15) / 16 * 16;
+    X* x = (X*)shared;
+    X* dy = (X*)(shared + tile_bytes);
+    A* red = (A*)(shared + 2 * tile_bytes);
+    A* stats = red + 3 * PARTS * R;
+    A* totals = stats + 5 * R;
+    const i64 groups = (a.M + R - 1) / R, tiles = a.rows / a.M * groups;
+    if (DWEIGHT || DBIAS)
+        for (int i = threadIdx.x; i < 2 * a.slots; i += THREADS) totals[i] = 0;
+
+    for (i64 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        const i64 outer = t / groups, m = (t - outer * groups) * R;
+        const int rows = at_most(a.M - m, R);
+        const X* from_x = a.x + outer * a.x_outer + m * a.x_row;
+        const X* from_dy = a.dy + outer * a.dy_outer + m * a.dy_row;
+        if (X_ROWS)
+            load_along_rows<THREADS, R>(x, from_x, a.x_col, rows, N);
+        else
+            load_along_columns<THREADS, R>(x, from_x, a.x_row, rows, N);
+        if (DY_ROWS)
+            load_along_rows<THREADS, R>(dy, from_dy, a.dy_col, rows, N);
+        else
+            load_along_columns<THREADS, R>(dy, from_dy, a.dy_row, rows, N);
+        for (int r = threadIdx.x; r < R; r += THREADS) {
+            const i64 at = outer * a.stats_outer + (m + r) * a.stats_row;
+            stats[r] = r < rows ? a.mean[at] : (A)0;
+            stats[R + r] = r < rows ? a.rstd[at] : (A)0;
+        }
+        staged();
+        __syncthreads();
+        tile_gradients<THREADS, R, HAS_WEIGHT>(x, dy, a.weight, rows, N, red, stats);
+        __syncthreads();
+        differentiate_tile<THREADS, R, DX, DWEIGHT, DBIAS, HAS_WEIGHT>(
+            x, dy, a.weight, rows, N, stats, totals, (int)a.slots);
+        __syncthreads();  // dx is written by others than made it, and the next tile overwrites this one
+        if (DX) {
+            X* to = a.dx + outer * a.dx_outer + m * a.dx_row;
+            put_tile<THREADS, R, X_ROWS>(x, to, a.dx_row, a.dx_col, rows, N);
+            __syncthreads();
+        }
+    }
+    if (!DWEIGHT && !DBIAS) return;
+    __syncthreads();
+    const int span = column_span<THREADS>(N);
+    for (int n = threadIdx.x; n < N; n += THREADS) {
+        const int first = n / span * THREADS + n % span;
+        A dweight = 0, dbias = 0;
+        for (int g = first; g < first - n % span + THREADS; g += span) {
+            if (DWEIGHT) dweight += totals[g];
+            if (DBIAS) dbias += totals[a.slots + g];
+        }
+        if (DWEIGHT) a.partials[(i64)blockIdx.x * N + n] = dweight;
+        if (DBIAS) a.partials[((DWEIGHT ? (i64)gridDim.x : 0) + blockIdx.x) * N + n] = dbias;
+    }
+}
