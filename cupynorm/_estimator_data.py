@@ -51,8 +51,10 @@ def check_kind(X: Any) -> None:
 
 
 def _is_sparse(X: Any) -> bool:
-    if _tables.library(X) == "pandas":  # scikit-learn makes a frame dense if only some columns are
-        return len(X.columns) > 0 and {type(d).__name__ for d in X.dtypes} == {"SparseDtype"}
+    library = _tables.library(X)
+    if library is not None:  # scikit-learn makes a frame dense if only some of its columns are
+        kinds = {type(dtype).__name__ for dtype in X.dtypes} if library == "pandas" else set()
+        return kinds == {"SparseDtype"}
     # SciPy and CuPy; PyData and JAX; torch, whose dense layout is torch.strided.
     by_module = ".sparse" in f".{type(X).__module__}"
     return hasattr(X, "tocsr") or by_module or "sparse" in str(getattr(X, "layout", ""))

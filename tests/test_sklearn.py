@@ -28,6 +28,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from sklearn.utils.validation import check_is_fitted
 
 import cupynorm.sklearn
+from cupynorm import _estimator_data
+from cupynorm._cpu_columns import Column
 from cupynorm.sklearn import LayerNormalizer
 
 BACKENDS = [b for b in Backend if b is not Backend.NUMPY_PLAIN]
@@ -351,6 +353,26 @@ def test_copy_false_leaves_what_it_must_not_write_to(frame):
     close(LayerNormalizer(copy=False).transform(whole), whole)
     assert whole.tolist() == np.arange(12).reshape(3, 4).tolist()
     assert LayerNormalizer(copy=False).transform([[1.0, 2.0]]).shape == (1, 2)
+    lent = Lender(X.copy())
+    close(LayerNormalizer(copy=False).transform(lent), X)
+    assert lent.values.tobytes() == X.tobytes()
+
+
+class Lender:
+    """No array, but NumPy gets one without a copy."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values if dtype is None else self.values.astype(dtype, copy=False)
+
+    def __len__(self):
+        return len(self.values)
+
+    @property
+    def shape(self):
+        return self.values.shape
 
 
 # --- missing values -----------------------------------------------------------------------------
@@ -400,6 +422,16 @@ def test_tables_with_missing_values_name_the_columns(kind):
         y = LayerNormalizer().fit_transform(frame)
     assert np.isnan(y).all(axis=1).tolist() == [False, True]
     assert not np.isnan(y[0]).any()
+
+
+def test_bitmaps_are_looked_at_in_their_rows_alone():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"a": [1.0, 2.0, 3.0]})
+    bits = np.array([0b11100000, 0b00000000], np.uint8)  # as cuDF has one where there are no nulls
+    column = Column(frame["a"].to_numpy(), bits, 5)
+    _estimator_data.refuse_bad_columns(frame, [column], "it")
+    with pytest.raises(ValueError, match="nulls in 'a'"):
+        _estimator_data.refuse_bad_columns(frame, [column._replace(offset=6)], "it")
 
 
 def test_many_columns_with_missing_values_are_counted():
