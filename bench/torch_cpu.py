@@ -6,9 +6,9 @@ Forward and backward (`torch.autograd.grad` for x, weight and bias), and forward
 where 8x64 shows what a call costs before any arithmetic. Bytes of a case, the least that can move:
 forward M*N read + M*N written, backward 2*M*N read + M*N written, and what weight, bias and their
 gradients hold. Results are checked against float64 before anything is timed. Turns and pauses as in
-bench/cpu.py; times are medians with the quartiles beside them, and the fastest turn: where others use
-the cores, torch's threads wait milliseconds for each other in most calls, and medians flatter ours.
-CUPYNORM_NUM_THREADS=1 compares one thread each.
+bench/cpu.py; times are medians with the quartiles beside them, and the fastest turn: where others
+use the cores, torch's threads wait milliseconds for each other in most calls, and the medians
+flatter ours. CUPYNORM_NUM_THREADS=1 compares one thread each, which nothing makes wait.
 """
 
 import argparse
