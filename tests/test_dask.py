@@ -458,3 +458,19 @@ def test_every_block_count_of_a_long_row(assert_close):
     for count in itertools.chain(range(1, 12), (997,)):
         y = cd.layer_norm(lazy(x, -(-997 // count))).compute(scheduler="sync")
         assert_close(y / 4, exact / 4, "float32", 997)
+
+
+# --- CuPy blocks, simulated or of a device ------------------------------------------------------
+
+
+def test_cupy_blocks_of_whole_rows(cupy_lib, assert_close):
+    x = values((6, 40))
+    source = da.from_array(cupy_lib.from_numpy(x), chunks=(3, 40), asarray=False)
+    weight = values(40, seed=1)
+    with pytest.raises(ValueError, match=r"weight is a numpy array but x is a cupy array"):
+        cd.layer_norm(source, weight=weight)
+    y = cd.layer_norm(source, weight=cupy_lib.from_numpy(weight))
+    assert type(y._meta) is type(source._meta)
+    halves = [y.blocks[i, 0].to_delayed()[0, 0].compute(scheduler="sync") for i in range(2)]
+    got = np.concatenate([cupy_lib.to_numpy(half) for half in halves])
+    assert_close(got / 8, oracle.layer_norm(x, (1,), weight, None, 1e-5)[0] / 8, "float32", 40)
