@@ -4,14 +4,16 @@
 
 Every contender is checked against float64 on its first rows before any is timed. Times are medians
 over rounds in which each contender has its turn, so that a slow spell hits all alike. The frames
-hold 100 columns: what the mixed one's `to_numpy()` gives by itself are Python objects, because it
-has bools, so the NumPy contenders ask for the result's dtype, as a careful user would.
+hold 100 columns: the mixed one's `to_numpy()` by itself gives Python objects, because it has bools
+(the contender "objects"), so the others ask for the result's dtype, as a careful user would.
 
 Memory is that of a process of its own: the highest resident memory while the call runs, less what
 was resident before the frame was made; against the bytes of the frame and of the result.
 """
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import importlib.metadata
 import os
@@ -29,6 +31,7 @@ os.environ.setdefault("CUPYNORM_NUM_THREADS", "2")
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -41,7 +44,7 @@ N, EPS = 100, 1e-5
 KINDS = ("float32", "float64", "int64", "int8", "bool")
 NULLABLE = ("Float32", "Float64", "Int64", "Int8", "boolean")
 FRAMES = ("mixed", "mixed to float32", "nullable", "arrow", "column-major", "row-major")
-CONTENDERS = ("frame", "matrix", "numpy", "numpy in place")
+CONTENDERS = ("frame", "matrix", "numpy", "numpy in place", "objects")
 
 
 def frame(name: str, M: int) -> pd.DataFrame:
@@ -76,8 +79,7 @@ def contenders(name: str, df: pd.DataFrame) -> tuple[dict[str, Callable[[], Any]
         missing = {"na_value": np.nan} if name in ("nullable", "arrow") else {}
         return df.to_numpy(dtype=dtype, **missing)
 
-    def scaled() -> np.ndarray:
-        x = matrix()
+    def scaled(x: np.ndarray) -> np.ndarray:
         mean, var = x.mean(axis=1, keepdims=True), x.var(axis=1, keepdims=True)
         return (x - mean) / np.sqrt(var + EPS)
 
@@ -92,9 +94,11 @@ def contenders(name: str, df: pd.DataFrame) -> tuple[dict[str, Callable[[], Any]
     calls = {
         "frame": lambda: frames.layer_norm(df, dtype=dtype),
         "matrix": lambda: columns.layer_norm_columns(df, dtype=dtype),
-        "numpy": scaled,
+        "numpy": lambda: scaled(matrix()),
         "numpy in place": in_place,
     }
+    if name == "mixed":
+        calls["objects"] = lambda: scaled(df.to_numpy().astype(dtype))
     return calls, dtype
 
 
@@ -125,18 +129,26 @@ def _resident(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) * 1024
 
 
+def give_back() -> None:
+    """Free what making the frame has left, in Python and in the allocators."""
+    gc.collect()
+    pa.default_memory_pool().release_unused()
+    with contextlib.suppress(AttributeError, OSError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak(name: str, contender: str, M: int) -> tuple[float, float]:
     """Peak memory of one call over the bytes of frame and result: resident, and as traced."""
     calls, _ = contenders(name, frame(name, 64))
     calls[contender]()  # compiled code and imports are no part of it
     del calls
-    gc.collect()
+    give_back()
     before = _resident("VmRSS")
     tracemalloc.start()
     df = frame(name, M)
     calls, dtype = contenders(name, df)
     needed = int(df.memory_usage(index=False).sum()) + M * N * np.dtype(dtype).itemsize
-    gc.collect()
+    give_back()
     tracemalloc.reset_peak()
     Path("/proc/self/clear_refs").write_text("5")  # resets the highest resident memory
     result = calls[contender]()
@@ -165,8 +177,8 @@ def main() -> None:
         return
     host = machine() | {lib: importlib.metadata.version(lib) for lib in ("pandas", "pyarrow")}
     print(", ".join(f"{k} {v}" for k, v in host.items()))
-    print("times are medians in ms; ratios are to the faster NumPy way; peaks over frame + result")
-    heads = (*CONTENDERS, "frame ratio", "matrix ratio", "peak frame", "peak numpy")
+    print("times are medians in ms; ratios: both numpy ways over frame; peaks over frame + result")
+    heads = (*CONTENDERS, "ratio", "ratio in place", "peak frame", "peak numpy")
     print(f"{'frame':18}" + "".join(f"{head:>15}" for head in heads))
     rows = []
     for name in FRAMES:
@@ -175,15 +187,19 @@ def main() -> None:
         check(calls, df, dtype)
         times = measure(calls, args.seconds)
         del calls, df
-        best = min(times["numpy"], times["numpy in place"])
         row = {"frame": name, "M": args.rows, "N": N, "dtype": np.dtype(dtype).name}
-        row |= {f"{c} ms": round(times[c] * 1e3, 2) for c in CONTENDERS}
-        row |= {f"{c} ratio": round(best / times[c], 2) for c in ("frame", "matrix")}
+        row |= {f"{c} ms": round(times.get(c, np.nan) * 1e3, 2) for c in CONTENDERS}
+        for c in ("numpy", "numpy in place"):
+            row |= {f"{c}/frame": round(times[c] / times["frame"], 2)}
+        row |= {"load": round(os.getloadavg()[0], 1)}  # more than `cpus`: others had a share
         for contender in ("frame", "numpy"):
             resident, traced = peak_of_a_process(name, contender, args.rows)
             row |= {f"{contender} peak": round(resident, 3)}
             row |= {f"{contender} peak traced": round(traced, 3)}
-        shown = [row[f"{c} ms"] for c in CONTENDERS] + [row["frame ratio"], row["matrix ratio"]]
+        shown = [row[f"{c} ms"] for c in CONTENDERS] + [
+            row["numpy/frame"],
+            row["numpy in place/frame"],
+        ]
         shown += [row["frame peak"], row["numpy peak"]]
         print(f"{name:18}" + "".join(f"{value:15.2f}" for value in shown), flush=True)
         rows.append(row | host)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis.extra import numpy as hnp
 
+import cupynorm as cn
 from cupynorm import _frames_arrow, _frames_cudf, _tables, frames
 from cupynorm.columns import layer_norm_columns
 from tests import oracle
@@ -228,7 +229,9 @@ def test_a_frame_without_rows():
 
 
 def call(df, normalized_shape=None, weight=None, axis=None, order="K", out=None, stats=False):
-    return frames.from_call(df, normalized_shape, weight, None, 1e-5, axis, order, out, stats)
+    return cn.layer_norm(
+        df, normalized_shape, weight, axis=axis, order=order, out=out, return_stats=stats
+    )
 
 
 def test_the_arguments_of_layer_norm():
