@@ -78,8 +78,8 @@ def layer_norm_columns(
     >>> height = np.array([1.5, 2.0], np.float32)
     >>> member = np.array([True, False])
     >>> cn.layer_norm_columns([age, height, member], eps=0.0).round(3)
-    array([[ 1.414, -0.689, -0.726],
-           [ 1.413, -0.655, -0.758]], dtype=float32)
+    array([[ 1.414, -0.689, -0.725],
+           [ 1.413, -0.653, -0.759]], dtype=float32)
     """
     table = _tables.library(columns)
     if table is not None:

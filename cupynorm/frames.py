@@ -3,7 +3,7 @@
 from typing import Any
 
 from cupynorm import _problem, _tables
-from cupynorm._column_arguments import gather
+from cupynorm._column_arguments import gather, result_dtype
 from cupynorm._cpu_columns import as_matrix
 from cupynorm.columns import normalize
 
@@ -82,7 +82,11 @@ def layer_norm(
     if order == "K":
         row_major = path == "numpy" and as_matrix(columns) is not None
         order = "C" if row_major else "F"
-    y = normalize(path, columns, weight, bias, eps, dtype, order, None, nulls)
+    name = result_dtype(columns, dtype, None)
+    if name == "bfloat16":
+        msg = f"dtype={dtype!r}: tables have no bfloat16 columns; layer_norm_columns gives a matrix"
+        raise TypeError(msg)
+    y = normalize(path, columns, weight, bias, eps, name, order, None, nulls)
     return _tables.build(df, y)
 
 

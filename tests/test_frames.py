@@ -1,5 +1,6 @@
 """Tables of pandas, polars and cuDF: values, nulls, dtypes, memory, what is kept, refusals."""
 
+import doctest
 import importlib.util
 import subprocess
 import sys
@@ -211,6 +212,13 @@ def test_refusals():
         frames.layer_norm(numbers, np.ones(3))
     with pytest.raises(ValueError, match="order='X'"):
         frames.layer_norm(numbers, order="X")
+    for df in (numbers, pl.DataFrame({"a": [1, 2]})):
+        assert set(map(str, frames.layer_norm(df, dtype="float16").dtypes)) <= {
+            "float16",
+            "Float16",
+        }
+        with pytest.raises(TypeError, match="no bfloat16 columns; layer_norm_columns"):
+            frames.layer_norm(df, dtype="bfloat16")
     with pytest.raises(ValueError, match="nulls='drop'"):
         frames.layer_norm(numbers, nulls="drop")
     with pytest.raises(TypeError, match="not a DataFrame"):
@@ -367,6 +375,14 @@ def test_cudf():
         assert list(y.columns) == ["a", "b", "c"]
         want = expected(columns, dtype="float64", omit=nulls == "omit", valid=valid)
         close(cupy.asnumpy(y.to_cupy()), want, 3)
+
+
+def test_the_examples_of_the_docstrings():
+    import cupynorm.columns
+
+    for module in (frames, cupynorm.columns):
+        failed, tried = doctest.testmod(module)
+        assert (failed, tried > 3) == (0, True)
 
 
 # --- imports ------------------------------------------------------------------------------------
