@@ -137,7 +137,7 @@ def _on_gpu(
         with x.device:  # or y would be allocated, and the kernel launched, on another GPU
             return _on_gpu(columns, weight, bias, eps, result, out, omit)
     shape, name, order = result
-    y = do.empty(shape, dtype=name, order=order) if out is None else out
+    y = do.empty(shape, dtype=_problem.numpy_dtype(name), order=order) if out is None else out
     if y.size:
         bitmaps = [_from_byte(j, column) for j, column in enumerate(columns)]
         from cupynorm import _cuda_columns
