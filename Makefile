@@ -27,7 +27,7 @@ help:
 	@echo "make demo              install, normalize real data on every available path, save a picture"
 	@echo "make test              install all that the tests need, run them"
 	@echo "make lint              ruff and mypy"
-	@echo "make gpu OUT=folder    on a machine with a CUDA GPU: tests, sanitizer, benchmark; no network"
+	@echo "make gpu OUT=folder    on a machine with a CUDA GPU: tests, sanitizer, benchmark; no network (ten minutes; GPU_ARGS='--seconds 1800' for all)"
 	@echo "make bench OUT=folder  CPU times against torch"
 	@echo "make clean             remove what the others made"
 

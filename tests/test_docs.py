@@ -133,6 +133,8 @@ def test_gpu_blocks_see_the_others_but_not_the_reverse(tmp_path, monkeypatch):
 @every_page
 def test_names_exist(page):
     import cupynorm
+    import cupynorm.dask
+    import cupynorm.sklearn
     import cupynorm.torch
 
     text = page.read_text(encoding="utf-8")
