@@ -82,6 +82,8 @@ bench: $(VENV)/.installed
 	@mkdir -p "$(OUT)"
 	$(VENV)/bin/python bench/cpu.py --to "$(OUT)" $(BENCH_ARGS)
 	$(VENV)/bin/python bench/torch_cpu.py --to "$(OUT)" $(TORCH_BENCH_ARGS)
+	$(VENV)/bin/python bench/frames.py --to "$(OUT)"
+	$(VENV)/bin/python bench/dask_overhead.py --to "$(OUT)"
 
 clean:
 	rm -rf $(VENV) .venvs out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .simt_cache .nvrtc_cache
