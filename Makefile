@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 EXTRAS ?= demo
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 OUT ?= out
 
 VENV := .venv

@@ -61,27 +61,25 @@ def shapes(arch: str, x_dtype: str) -> dict[str, int]:
     return found
 
 
-def _longest(arch: str, x_dtype: str, by_table_row: bool) -> list[int]:
-    """The longest row of each kernel, or of each row of the table."""
+def _longest(arch: str, x_dtype: str) -> list[int]:
+    """The longest row of each kernel."""
     last = {}
     for vecs in sorted(set(sampled_vecs())):
-        main = stages(arch, x_dtype, vecs, x_dtype)[0]
-        row = next(i for i, row in enumerate(BWD_TABLE) if vecs <= row.max_vecs)
-        last[main.kernel, row if by_table_row else None] = vecs
+        last[stages(arch, x_dtype, vecs, x_dtype)[0].kernel] = vecs
     return list(last.values())
 
 
 def entries(arch: str, x_dtype: str, family: str, full: bool, everything: bool) -> list[Stage]:
     """Stages to compile, without repeats; `full` where each test run compiles all that differs."""
     every = sorted(set(shapes(arch, x_dtype).values()))
-    few = _longest(arch, x_dtype, by_table_row=False)
+    few = _longest(arch, x_dtype)
     weights = (x_dtype, *dict.fromkeys(w for w in ("float32", None) if w != x_dtype))
     if everything:
         asked = [(v, w, ALL) for w in weights for v in every]
     elif full:
         asked = [(v, x_dtype, ALL) for v in every] + [(v, w, ALL) for w in weights for v in few]
     else:
-        asked = [(v, x_dtype, ALL) for v in _longest(arch, x_dtype, by_table_row=True)]
+        asked = [(v, x_dtype, ALL) for v in few]
     if everything or full:
         asked += [(v, x_dtype, wanted) for wanted in RARELY for v in few]
     chosen = {}

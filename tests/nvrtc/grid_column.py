@@ -56,14 +56,20 @@ def stages(
 
 
 def entries(arch: str, x_dtype: str, family: str, full: bool, everything: bool) -> list[Stage]:
-    """Stages to compile, without repeats; elsewhere than `full` one way of each tile."""
+    """Stages to compile, without repeats.
+
+    A test run compiles the ways of _ELSEWHERE alone: of every tile where `full`, of the widest tile
+    on the other architectures.
+    """
     weights = (x_dtype, *dict.fromkeys(w for w in ("float32", None) if w != x_dtype))
     chosen = {}
     for shape in shapes(arch, x_dtype).values():
-        if not (full or everything) and shape[2] not in _ELSEWHERE:
+        if not everything and shape[2] not in _ELSEWHERE:
             continue
         for weight in weights if everything else weights[:1]:
             for stage in stages(arch, x_dtype, shape, (weight, weight)):
                 if stage.family == family:
                     chosen[stage.name] = stage
-    return list(chosen.values())
+    if full or everything or not chosen:
+        return list(chosen.values())
+    return [max(chosen.values(), key=lambda stage: stage.constants[1])]
