@@ -65,10 +65,16 @@ def _resolve(
 def _axes(
     shape: tuple[int, ...], normalized_shape: Any, axis: Any
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...]]:
-    try:
+    if _keyable(normalized_shape) and _keyable(axis):
         return _resolve(shape, normalized_shape, axis)
-    except TypeError:  # a list is not hashable; an error of ours is raised again by the direct call
-        return _resolve.__wrapped__(shape, normalized_shape, axis)
+    return _resolve.__wrapped__(shape, normalized_shape, axis)
+
+
+def _keyable(value: Any) -> bool:
+    """Whether a look-up tells it from others: 1.0 and True equal 1 and would find its answer."""
+    if isinstance(value, tuple):
+        return all(type(item) is int for item in value)
+    return value is None or type(value) is int
 
 
 def _take_in(x: Any, label: str) -> tuple[Any, str]:

@@ -71,6 +71,11 @@ class Backend(Enum):
         return not self.strided
 
     @property
+    def tile_for_columns(self) -> bool:
+        """Whether strided columns are summed in another order than neighbouring ones (K6)."""
+        return self.value.startswith("cupy") or self is Backend.TORCH_CUDA
+
+    @property
     def writable(self) -> bool:
         return self is not Backend.JAX
 

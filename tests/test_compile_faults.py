@@ -55,8 +55,8 @@ def stage_like(**changes):
 
 FAULTY = {
     "spills": (entry_source(SPILLING, "1024, 1"), {}, "spill stores"),
-    "narrow": (entry_source(NARROW), {}, "0 global loads of 128 bits, 1 vectors of x"),
-    "narrow-stores": (entry_source(NARROW), {}, "0 global stores of 128 bits, 1 vectors of y"),
+    "narrow": (entry_source(NARROW), {}, "0 global loads of 128 bits, 1 vectors to load"),
+    "narrow-stores": (entry_source(NARROW), {}, "0 global stores of 128 bits, 1 vectors to store"),
     "local": (entry_source(LOCAL), {}, "variables in local memory"),
     "approximate": (entry_source(APPROXIMATE), {}, "not IEEE"),
     "subnormals": (entry_source(KEEPING), {}, "1 float32 instructions keep subnormals"),

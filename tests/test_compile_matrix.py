@@ -21,7 +21,8 @@ def test_entries_keep_what_the_plan_states(arch, x_dtype, pytestconfig):
     found, records = {}, []
     for family in grid.FAMILIES:
         stages = grid.entries(arch, x_dtype, family)
-        assert stages
+        # Sums over rows of 16-bit types fit no block of sm_75 beside K3's rows: K5 takes those.
+        assert stages or (arch, x_dtype[-2:], family) == ("75", "16", "shared_bwd")
         for stage in stages:
             facts = build.build(source_of(stage), stage.name, arch)
             records.append(report.record_of(arch, stage, facts))
