@@ -60,7 +60,7 @@ def gpt(torch: Any, size: Size, characters: int) -> Any:
     """A decoder: embeddings, causal blocks, a last norm, and the embedding again as the head."""
     nn = torch.nn
 
-    class GPT(nn.Module):  # type: ignore[misc]
+    class GPT(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.token = nn.Embedding(characters, size.width)

@@ -130,11 +130,16 @@ def test_every_byte_is_read_and_written_once(cupy_lib):
     M, N = 512, 24
     kinds = ("float32", "int64", "int8", "float16")
     columns = [column(kinds[j % 4], M, j) for j in range(N)]
-    y = cn.layer_norm_columns(on_device(cupy_lib, columns))
+    device = on_device(cupy_lib, columns)
+    y = cn.layer_norm_columns(device)
     launch = cupy.simulator.launches[-1]
     assert launch.name.startswith("layer_norm_fwd_columns_f32")
-    read = sum(b.read_bytes for b in launch.traffic.buffers)
-    table = 32 * N * sum(1 for _ in range(launch.block[0] // 32)) * launch.grid[0]
-    assert read <= sum(c.nbytes for c in columns) + 32 * table
-    assert sum(b.written_bytes for b in launch.traffic.buffers) == y.nbytes
+    moved = {b.ptr: b for b in launch.traffic.buffers}
+    for c in device:
+        buffer = moved.pop(c.data.ptr)
+        assert (buffer.read_bytes, buffer.written_bytes) == (c.nbytes, 0)
+    result = moved.pop(y.data.ptr)
+    assert (result.read_bytes, result.written_bytes) == (0, y.nbytes)
+    (table,) = moved.values()  # 32 bytes a column, which each block reads
+    assert (table.distinct_read_bytes, table.written_bytes) == (32 * N * launch.grid[0], 0)
     assert launch.traffic.shared.max_ways <= 2
