@@ -112,11 +112,9 @@ def layer_norm_fwd(
     ready, target = _prepared_fwd(index, axes, x, y, weight, bias, stats), y
     if ready.copies:
         order = rows_last(x.ndim, axes)
-        x, y = x.permute(order), y.permute(order)
-        axes = tuple(range(x.ndim - len(axes), x.ndim))
+        x, y = x.permute(order), y.permute(order)  # the plan is for the copies already
         x = x.contiguous() if "x" in ready.copies else x
         target = torch.empty(y.shape, dtype=y.dtype, device=y.device) if "y" in ready.copies else y
-        ready = _prepared_fwd(index, axes, x, target, weight, bias, stats)
     workspace = _workspace(ready.workspace_bytes, x)
     pointers = tuple(map(_pointer, (x, target, weight, bias, mean, rstd)))
     _cuda.launch_fwd(ready, pointers, eps, _pointer(workspace), _stream(index))
@@ -148,13 +146,11 @@ def layer_norm_bwd(
         order = rows_last(x.ndim, axes)
         dy, x = dy.permute(order), x.permute(order)
         dx = None if dx is None else dx.permute(order)
-        axes = tuple(range(x.ndim - len(axes), x.ndim))
         dy = dy.contiguous() if "dy" in ready.copies else dy
         x = x.contiguous() if "x" in ready.copies else x
         target = dx
         if dx is not None and "dx" in ready.copies:
             target = torch.empty(dx.shape, dtype=dx.dtype, device=dx.device)
-        ready = _prepared_bwd(index, axes, dy, x, weight, target, sums)
     workspace = _workspace(ready.workspace_bytes, x)
     pointers = tuple(map(_pointer, (dy, x, mean, rstd, weight, target, dweight, dbias)))
     _cuda.launch_bwd(ready, pointers, _pointer(workspace), _stream(index))
