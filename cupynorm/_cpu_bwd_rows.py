@@ -10,7 +10,10 @@ from cupynorm._cpu_loops import CHUNK, FROM_MEMORY, compiled
 __all__ = [
     "LONGEST",
     "block_count",
+    "block_rows",
+    "differentiate_group",
     "finish_long_rows",
+    "group_size",
     "merge_sums",
     "share_long_columns",
     "share_long_sums",
@@ -42,14 +45,14 @@ _VECTOR = 16
 
 
 @compiled()
-def _block_rows(M):  # type: ignore[no-untyped-def]
+def block_rows(M):  # type: ignore[no-untyped-def]
     return max(_LEAST_ROWS, min(_MOST_ROWS, (M + _BLOCKS - 1) // _BLOCKS))
 
 
 @compiled()
 def block_count(M):  # type: ignore[no-untyped-def]
     """Count the blocks of rows that have column sums of their own."""
-    size = _block_rows(M)
+    size = block_rows(M)
     return (M + size - 1) // size
 
 
@@ -60,7 +63,7 @@ def sums_pitch(N):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _group_size(M, N):  # type: ignore[no-untyped-def]
+def group_size(M, N):  # type: ignore[no-untyped-def]
     if N <= _NARROW:
         return max(4, _GROUP // N // 4 * 4)
     alone = N > _PAIRED or (N <= _FITS and M * N >= FROM_MEMORY)
@@ -68,7 +71,9 @@ def _group_size(M, N):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _group(dy, dyp, x, xp, dx, dxp, row, M, N, w, mean, rstd, stats, to_w, to_b, rooms, bfloat16):  # type: ignore[no-untyped-def]
+def differentiate_group(  # type: ignore[no-untyped-def]
+    dy, dyp, x, xp, dx, dxp, row, M, N, w, mean, rstd, stats, to_w, to_b, rooms, bfloat16
+):
     x_room, dy_room = rooms
     p, pp = take(x, row * xp, xp, M, N, x_room, bfloat16)
     q, qp = take(dy, row * dyp, dyp, M, N, dy_room, bfloat16)
@@ -91,8 +96,8 @@ def share_rows(dy, dyp, x, xp, dx, dxp, M, N, w, mean, rstd, sums, bfloat16, cou
     M rows of N <= LONGEST at dy and x, pitches dyp and xp; an empty dx, w or sums is absent.
     ``sums`` has block_count(M) times two rows of sums_pitch(N), one for dy * x_hat, one for dy.
     """
-    size, pitch = _block_rows(M), sums_pitch(N)
-    group = min(M, _group_size(M, N))
+    size, pitch = block_rows(M), sums_pitch(N)
+    group = min(M, group_size(M, N))
     x_room = np.empty(group * N if x.itemsize == 2 else 0, mean.dtype)
     rooms = x_room, np.empty(x_room.size, mean.dtype)
     stats = np.empty(FIELDS * group, mean.dtype)
@@ -104,7 +109,7 @@ def share_rows(dy, dyp, x, xp, dx, dxp, M, N, w, mean, rstd, sums, bfloat16, cou
         to_w, to_b = pointer(part, 0), pointer(part, pitch)
         end = min(M, (block + 1) * size)
         for row in range(block * size, end, group):
-            _group(
+            differentiate_group(
                 dy,
                 dyp,
                 x,
@@ -160,7 +165,7 @@ def finish_long_rows(parts, N, mean, rstd, stats):  # type: ignore[no-untyped-de
 @compiled()
 def share_long_columns(dy, dyp, x, xp, dx, dxp, M, N, w, stats, sums, bfloat16, counter):  # type: ignore[no-untyped-def]
     """Write dx, and the sums, of those chunks of columns of a block that this thread claims."""
-    size, pitch, chunks = _block_rows(M), sums_pitch(N), (N + CHUNK - 1) // CHUNK
+    size, pitch, chunks = block_rows(M), sums_pitch(N), (N + CHUNK - 1) // CHUNK
     x_room = np.empty(_LONG_ROWS * CHUNK if x.itemsize == 2 else 0, stats.dtype)
     dy_room = np.empty(x_room.size, stats.dtype)
     spare = np.empty(0 if sums.size else 2 * CHUNK, stats.dtype)

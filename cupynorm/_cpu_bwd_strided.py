@@ -1,20 +1,16 @@
-"""Backward of NumPy arrays whose rows are scattered: gathered, computed, put back by blocks."""
+"""Backward of NumPy arrays whose rows are scattered: over strips of rows, or over copies."""
 
-import math
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from cupynorm import _threads
-from cupynorm._cpu_strided import ALONE, bits, blocks_of, rows_of_block
+from cupynorm import _cpu_bwd_blocks, _cpu_bwd_gather, _threads
+from cupynorm._cpu_strided import ALONE, lie_of, rows_of_strip
 
 __all__ = ["layer_norm_bwd"]
 
 Array = np.ndarray[Any, Any]
-
-_RUNS = 64  # of blocks, with column sums of their own
-_SUMS = 1 << 22  # elements that the column sums of all runs may have together
 
 
 def layer_norm_bwd(
@@ -30,45 +26,41 @@ def layer_norm_bwd(
     summed: bool,
 ) -> Array | None:  # (2, N)
     """Write dx and give the column sums, as the engine's rows() does, for any layout."""
-    outer = [a for a in range(x.ndim) if a not in axes]
-    # Neighbours in memory last, so that a block reads whole cache lines.
-    turn = [*sorted(outer, key=lambda a: -abs(x.strides[a])), *axes]
-    if kind in ("float16", "bfloat16"):  # as integers: ml_dtypes' copies go one by one
-        dy, x = dy.view(bits(dy)), x.view(bits(x))
-        dx = None if dx is None else dx.view(bits(dx))
-    dyt, xt, means, rstds = (a.transpose(turn) for a in (dy, x, mean, rstd))
-    dxt = None if dx is None else dx.transpose(turn)
-    N = math.prod(xt.shape[len(outer) :])
-    rows = rows_of_block(N)
-    blocks = blocks_of(xt.shape[: len(outer)], rows)
-    runs = min(len(blocks), _RUNS, max(1, _SUMS // (2 * N)))
-    sums = np.zeros((runs, 2, N)) if summed else None
+    if engine is not _cpu_bwd_blocks:
+        lie = lie_of(axes, dy, x, x if dx is None else dx)
+        if lie is not None and lie[2] <= engine.LONGEST:
+            return _compiled(kind, dy, x, dx, lie, w, mean, rstd, summed)
+    return _cpu_bwd_gather.layer_norm_bwd(engine, kind, dy, x, axes, mean, rstd, w, dx, summed)
 
-    def make_task() -> _threads.Task:
-        room = np.empty((2, min(rows, x.size // N) * N), x.dtype.newbyteorder("="))
 
-        def gathered(source: Array, memory: Array) -> Array:
-            table = memory[: source.size]
-            np.copyto(table.reshape(source.shape), source)
-            return table.reshape(-1, N)
+def _compiled(
+    kind: str,
+    dy: Array,
+    x: Array,
+    dx: Array | None,
+    lie: list[int],
+    w: Array | None,
+    mean: Array,
+    rstd: Array,
+    summed: bool,
+) -> Array | None:
+    from cupynorm import _cpu_bwd_strided_loops as loops
 
-        def task(index: int) -> None:
-            run = slice(len(blocks) * index // runs, len(blocks) * (index + 1) // runs)
-            for block in blocks[run]:
-                x_rows, dy_rows = gathered(xt[block], room[0]), gathered(dyt[block], room[1])
-                dtype = np.float64 if kind == "float64" else np.float32
-                stats = (a[block].astype(dtype, order="C").reshape(-1) for a in (means, rstds))
-                dx_rows = None if dxt is None else dy_rows
-                part = engine.rows(kind, dy_rows, x_rows, dx_rows, w, *stats, summed)
-                if sums is not None:
-                    with np.errstate(all="ignore"):
-                        sums[index] += part
-                if dxt is not None:
-                    np.copyto(dxt[block], dy_rows.reshape(dxt[block].shape))
-
-        return task
-
-    threads = 1 if x.size < ALONE else _threads.num_threads()
-    _threads.run(make_task, runs, threads)
-    with np.errstate(all="ignore"):
-        return None if sums is None else np.add.reduce(sums, axis=0)
+    outer, M, N = lie[:3]
+    rows = outer * M
+    walk = np.array([*lie, min(M, rows_of_strip(N))])
+    dtype = np.dtype(np.float64 if kind == "float64" else np.float32)
+    stats = [np.asarray(a, dtype, order="C") for a in (mean, rstd)]
+    blocks, pitch = loops.sizes(rows, N)
+    sums = np.empty(2 * blocks * pitch, dtype) if summed else None
+    arrays = (dy, x, dx, walk, w, *stats, sums)
+    at = [0 if a is None else a.ctypes.data for a in arrays]
+    call, counter = loops.backward(kind), np.zeros(1, np.int64)
+    args = *at, int(kind == "bfloat16"), counter.ctypes.data
+    threads = 1 if x.size < ALONE else min(_threads.num_threads(), blocks)
+    _threads.run(lambda: lambda _: call(*args), threads, threads)
+    if sums is None:
+        return None
+    totals = np.empty((2, N))
+    loops.merge(kind)(at[-1], rows, N, totals.ctypes.data)
+    return totals

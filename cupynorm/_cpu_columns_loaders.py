@@ -7,7 +7,7 @@ import numpy as np
 from numba import carray, cfunc, types
 
 from cupynorm._cpu_bits import take
-from cupynorm._cpu_entries import _at
+from cupynorm._cpu_entries import at
 from cupynorm._cpu_lanes import like
 from cupynorm._cpu_loops import compiled
 from cupynorm._cpu_numba import _sources
@@ -22,7 +22,7 @@ def _define_plain(sources: int, stored: Any, computed: Any, is_bool: bool) -> Ca
     size = np.dtype(stored).itemsize
 
     def load(x, stride, n, out):  # type: ignore[no-untyped-def]
-        p, q = _at(x, stored), _at(out, computed)
+        p, q = at(x, stored), at(out, computed)
         step = stride // (size * (sources != 0))
         if is_bool:
             for i in range(n):
@@ -49,7 +49,7 @@ def _widened(values, step, n, q, room, bfloat16):  # type: ignore[no-untyped-def
 def _define_half(sources: int, computed: Any, bfloat16: bool) -> Callable[..., None]:
     def load(x, stride, n, out):  # type: ignore[no-untyped-def]
         room = np.empty(n * (sources != 0), np.float32)
-        values, q = carray(_at(x, np.uint16), (n,)), _at(out, computed)
+        values, q = carray(at(x, np.uint16), (n,)), at(out, computed)
         # As one row of n, or, where they lie apart, as n rows of one.
         _widened(values, stride // 2, n, q, room, bfloat16)
 

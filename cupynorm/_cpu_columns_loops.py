@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from cupynorm._cpu_bits import give, place
-from cupynorm._cpu_columns_lanes import address, call, fence, square, stream, turn
-from cupynorm._cpu_entries import _at
+from cupynorm._cpu_columns_lanes import address, call, fence, stream
+from cupynorm._cpu_entries import at
 from cupynorm._cpu_lanes import add, advance, claim, lanes, like, load, mul, pointer, splat, sub
 from cupynorm._cpu_loops import compiled
 from cupynorm._cpu_numba import Kept
+from cupynorm._cpu_squares import square, turn
 
 __all__ = ["ALONE", "entry", "rows_of_block"]
 
@@ -27,8 +28,7 @@ _BLOCK = 1 << 16
 _GROUP = 16
 # Bytes of a result that no cache holds until someone reads it.
 _LARGE = 1 << 26
-# Rows written together: a line of float32 of each column.
-_LINE = 16
+_LINE = 16  # rows written together: a line of float32 of each column
 
 
 def rows_of_block(M: int, N: int) -> int:
@@ -173,7 +173,7 @@ def _gather(columns, row, n, t, pitch, first, count, total, omit):  # type: igno
         x = advance(t, j * pitch)
         call(columns[0, j], columns[1, j] + row * columns[2, j], columns[2, j], n, address(x))
         if columns[3, j]:
-            _forget(x, n, _at(columns[3, j], np.uint8), columns[4, j] + row)
+            _forget(x, n, at(columns[3, j], np.uint8), columns[4, j] + row)
         _add(first, count, x, n, omit)
         if j % _GROUP == _GROUP - 1 or j == N - 1:
             _flush(first, total, n)

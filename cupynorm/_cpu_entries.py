@@ -13,7 +13,7 @@ from cupynorm._cpu_lanes import claim
 from cupynorm._cpu_loops import CHUNK, GROUP, compiled
 from cupynorm._cpu_rows import long_rows, short_rows
 
-__all__ = ["backward", "forward", "merge", "sums_size"]
+__all__ = ["at", "backward", "built", "forward", "merge", "seen", "sums_size"]
 
 # What the memory of x holds and what loops compute in; the 16-bit kinds share their code.
 _TYPES = {
@@ -26,7 +26,7 @@ _ready: dict[Any, Any] = {}
 
 
 @intrinsic
-def _at(typingctx, address, dtype):  # type: ignore[no-untyped-def]
+def at(typingctx, address, dtype):  # type: ignore[no-untyped-def]
     """Take an integer for the address of elements of dtype."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -36,9 +36,9 @@ def _at(typingctx, address, dtype):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _seen(address, size, dtype):  # type: ignore[no-untyped-def]
+def seen(address, size, dtype):  # type: ignore[no-untyped-def]
     """View the elements at an address as a row, or an empty one where the address is 0."""
-    return carray(_at(address, dtype), (size if address else 0,))
+    return carray(at(address, dtype), (size if address else 0,))
 
 
 # The functions that are called close over ``sources``, as those of _cpu_numba do and for the same
@@ -48,10 +48,10 @@ def _seen(address, size, dtype):  # type: ignore[no-untyped-def]
 def _define_forward(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..., None]:
     @jit
     def forward(x, y, M, N, w, b, eps, low, high, mean, rstd, bfloat16, counter, count):  # type: ignore[no-untyped-def]
-        p, q = _seen(x, M * N, stored), _seen(y, M * N, stored)
-        wp, bp = _seen(w, N, computed), _seen(b, N, computed)
-        m, r = _seen(mean, M, computed), _seen(rstd, M, computed)
-        tickets, half = _seen(counter, 1, np.int64), bfloat16 != 0
+        p, q = seen(x, M * N, stored), seen(y, M * N, stored)
+        wp, bp = seen(w, N, computed), seen(b, N, computed)
+        m, r = seen(mean, M, computed), seen(rstd, M, computed)
+        tickets, half = seen(counter, 1, np.int64), bfloat16 != 0
         group = max(1, min(M, GROUP // N))
         room = np.empty(min(CHUNK, group * N) * (sources != 0), np.float32)
         stats = np.empty((3, group))
@@ -89,13 +89,13 @@ def _merge(sums, M, N, dweight, dbias):  # type: ignore[no-untyped-def]
 def _define_backward(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..., None]:
     @jit
     def backward(dy, x, dx, M, N, mean, rstd, w, dweight, dbias, bfloat16, sums, counter):  # type: ignore[no-untyped-def]
-        p, q = _seen(dy, M * N, stored), _seen(x, M * N, stored)
-        t, wp = _seen(dx, M * N, stored), _seen(w, N, computed)
-        m, r = _seen(mean, M, computed), _seen(rstd, M, computed)
-        dw, db, half = _seen(dweight, N, computed), _seen(dbias, N, computed), bfloat16 != 0
+        p, q = seen(dy, M * N, stored), seen(x, M * N, stored)
+        t, wp = seen(dx, M * N, stored), seen(w, N, computed)
+        m, r = seen(mean, M, computed), seen(rstd, M, computed)
+        dw, db, half = seen(dweight, N, computed), seen(dbias, N, computed), bfloat16 != 0
         size = _size(M, N) * (sources != 0)
         if counter:
-            tickets, part = _seen(counter, 1, np.int64), _seen(sums, size, computed)
+            tickets, part = seen(counter, 1, np.int64), seen(sums, size, computed)
             share_rows(p, N, q, N, t, N, M, N, wp, m, r, part, half, tickets)
         else:
             own = np.empty(size if dweight or dbias else 0, computed)
@@ -109,8 +109,8 @@ def _define_merge(sources: int, jit: Any, stored: Any, computed: Any) -> Callabl
     @jit
     def merge(sums, M, N, dweight, dbias):  # type: ignore[no-untyped-def]
         size = _size(M, N) * (sources != 0)
-        dw, db = _seen(dweight, N, computed), _seen(dbias, N, computed)
-        _merge(_seen(sums, size, computed), M, N, dw, db)
+        dw, db = seen(dweight, N, computed), seen(dbias, N, computed)
+        _merge(seen(sums, size, computed), M, N, dw, db)
 
     return merge  # type: ignore[no-any-return]
 
@@ -123,7 +123,7 @@ def _define_size(sources: int, jit: Any, stored: Any, computed: Any) -> Callable
     return size  # type: ignore[no-any-return]
 
 
-def _built(define: Callable[..., Any], letters: str, kind: str = "float32") -> Any:
+def built(define: Callable[..., Any], letters: str, kind: str = "float32") -> Any:
     """Compile for a kind, or load what an earlier process kept; i is an int64, f a float64."""
     stored, computed = _TYPES[kind]
     key = define, stored
@@ -146,7 +146,7 @@ def forward(kind: str) -> Callable[..., None]:
     of what is absent are 0; ``count`` 0 does all rows, else those blocks of ``count`` that the
     calls with one ``counter`` claim among them.
     """
-    return _built(_define_forward, "iiiiiifffiiiii", kind)  # type: ignore[no-any-return]
+    return built(_define_forward, "iiiiiifffiiiii", kind)  # type: ignore[no-any-return]
 
 
 def backward(kind: str) -> Callable[..., None]:
@@ -156,14 +156,14 @@ def backward(kind: str) -> Callable[..., None]:
     ``counter`` 0 it does all; else those blocks of rows that the calls with one counter claim among
     them, whose column sums stay in ``sums``, if that is not 0, for merge().
     """
-    return _built(_define_backward, "iiiiiiiiiiiii", kind)  # type: ignore[no-any-return]
+    return built(_define_backward, "iiiiiiiiiiiii", kind)  # type: ignore[no-any-return]
 
 
 def merge(kind: str) -> Callable[..., None]:
     """``merge(sums, M, N, dweight, dbias)`` after backward() with a counter."""
-    return _built(_define_merge, "iiiii", kind)  # type: ignore[no-any-return]
+    return built(_define_merge, "iiiii", kind)  # type: ignore[no-any-return]
 
 
 def sums_size(M: int, N: int) -> int:
     """Elements of the column sums that backward() with a counter leaves."""
-    return _built(_define_size, "ii")(M, N)  # type: ignore[no-any-return]
+    return built(_define_size, "ii")(M, N)  # type: ignore[no-any-return]

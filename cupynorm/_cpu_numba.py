@@ -40,7 +40,7 @@ LONG = 16
 
 def _sources() -> int:
     """Checksum of the files whose functions the entries are compiled from."""
-    names = ("lanes", "loops", "bits", "rows", "bwd_loops", "bwd_rows")
+    names = ("lanes", "loops", "bits", "rows", "squares", "bwd_loops", "bwd_rows")
     text = b"".join(Path(__file__).with_name(f"_cpu_{name}.py").read_bytes() for name in names)
     return zlib.crc32(text) | 1
 

@@ -6,11 +6,11 @@ from cupynorm._cpu_bits import give, place, take
 from cupynorm._cpu_lanes import advance, pointer
 from cupynorm._cpu_loops import CHUNK, FROM_MEMORY, apply_row, compiled, merge, moments, pivot
 
-__all__ = ["long_rows", "row_moments", "row_results", "short_rows"]
+__all__ = ["long_rows", "normalize_group", "row_moments", "row_results", "short_rows"]
 
 
 @compiled()
-def _group(p, xp, q, yp, M, N, w, b, eps, low, high, s, m, r):  # type: ignore[no-untyped-def]
+def normalize_group(p, xp, q, yp, M, N, w, b, eps, low, high, s, m, r):  # type: ignore[no-untyped-def]
     # Phase by phase over a group of rows: alone, each row would wait for its own divisions and
     # square root, which take longer than 64 elements.
     for k in range(M):
@@ -63,7 +63,7 @@ def short_rows(x, xp, y, yp, lo, hi, N, w, b, eps, low, high, mean, rstd, bfloat
         n = min(group, hi - row)
         p, pp = take(x, row * xp, xp, n, N, scratch, bfloat16)
         q, qp = place(y, row * yp, yp, N, scratch)
-        _group(p, pp, q, qp, n, N, w, b, eps, low, high, s, m, r)
+        normalize_group(p, pp, q, qp, n, N, w, b, eps, low, high, s, m, r)
         give(y, row * yp, yp, n, N, scratch, bfloat16)
         _keep(mean, rstd, row, n, s, m, r)
 

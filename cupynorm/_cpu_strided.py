@@ -1,45 +1,56 @@
-"""NumPy arrays whose rows are scattered: gathered, normalized and put back block by block."""
+"""NumPy arrays whose rows are scattered: which loops run, over strips of rows or over copies."""
 
-import math
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from cupynorm import _threads
+from cupynorm import _cpu_blocks, _cpu_gather, _threads
+from cupynorm._cpu_blocks import safe_range
+from cupynorm._layout import fold
 
-__all__ = ["ALONE", "bits", "blocks_of", "layer_norm_fwd", "rows_of_block"]
+__all__ = ["ALONE", "layer_norm_fwd", "lie_of", "rows_of_strip"]
 
 Array = np.ndarray[Any, Any]
 
-_BLOCK = 1 << 16  # elements of a block: 256 KiB of float32, within the L2 of one core
-_ROWS = 16  # rows whose neighbours share a cache line of float32 when the axis is strided
-_LARGEST = 1 << 22  # elements; a block of _ROWS rows may not become larger than this
-ALONE = 1 << 16  # elements below which one thread does all; gathering costs more than loops
+ALONE = 1 << 17  # elements below which one thread does all
+
+# Elements of a strip. Half as many read shorter pieces of each column, twice as many leave the L2.
+_STRIP = 1 << 16
+# Rows of a strip at least: a line of float32 of each column, and the line that comes with it.
+_LEAST = 32
+_MOST = 512
 
 
-def rows_of_block(N: int) -> int:
-    """How many rows of N elements are gathered together."""
-    return max(1, _BLOCK // N, min(_ROWS, _LARGEST // N))
+def rows_of_strip(N: int) -> int:
+    """How many rows of N elements are brought together."""
+    return min(_MOST, max(_LEAST, _STRIP // N // _LEAST * _LEAST))
 
 
-def blocks_of(outer: tuple[int, ...], rows: int) -> list[tuple[slice, ...]]:
-    """Index the outer dimensions in blocks of at most ``rows`` rows, near each other in memory."""
-    split = 0
-    while math.prod(outer[split + 1 :]) > rows:
-        split += 1
-    if split >= len(outer):
-        return [()]
-    length = outer[split]
-    step = min(length, max(1, rows // math.prod(outer[split + 1 :])))
-    count = -(-length // step)
-    cuts = [slice(length * i // count, length * (i + 1) // count) for i in range(count)]
-    before = np.ndindex(*outer[:split])
-    return [(*(slice(i, i + 1) for i in index), cut) for index in before for cut in cuts]
+def lie_of(axes: tuple[int, ...], *arrays: Array) -> list[int] | None:
+    """Sizes (outer, M, N), the same strides of each array, and those of the statistics.
 
-
-def _stats_view(stats: Array | None, shape: list[int], order: list[int]) -> Array | None:
-    return None if stats is None else stats.reshape(shape).transpose(order)
+    None where the arrays do not fold that far, or compiled loops cannot read them. The rows along
+    M are neighbours in memory, if any are; statistics are numbered in C order of the batch axes.
+    """
+    size = arrays[0].itemsize
+    for a in arrays:
+        if not (a.flags.aligned and a.dtype.isnative) or any(s % size for s in a.strides):
+            return None
+    strides = [[s // size for s in a.strides] for a in arrays]
+    batch, cols = fold(arrays[0].shape, axes, *strides)
+    none = (1, (0,) * len(arrays))
+    if len(cols) > 1 or len(batch) > 2:
+        return None
+    N, steps = cols[0] if cols else none
+    outer, rows = [none, none, *batch][-2:]
+    stats = rows[0], 1
+    if outer[0] > 1 and sum(map(abs, outer[1])) < sum(map(abs, rows[1])):
+        outer, rows, stats = rows, outer, (1, rows[0])
+    lie = [outer[0], rows[0], N]
+    for o, m, n in zip(outer[1], rows[1], steps, strict=True):
+        lie += [o, m, n]
+    return [*lie, *stats]
 
 
 def layer_norm_fwd(
@@ -54,43 +65,43 @@ def layer_norm_fwd(
     mean: Array | None,
     rstd: Array | None,
 ) -> None:
-    """Normalize x over ``axes`` into y through scratch memory of one block per thread."""
-    outer = [a for a in range(x.ndim) if a not in axes]
-    # Neighbours in memory last, so that a block reads whole cache lines.
-    order = sorted(range(len(outer)), key=lambda i: -abs(x.strides[outer[i]]))
-    shape = [x.shape[a] for a in outer]
-    means, rstds = (_stats_view(a, shape, order) for a in (mean, rstd))
-    turn = [outer[i] for i in order] + list(axes)
-    if kind in ("float16", "bfloat16"):  # as integers: ml_dtypes' copies go one by one
-        x, y = x.view(bits(x)), y.view(bits(y))
-    xt, yt = x.transpose(turn), y.transpose(turn)
-    N = math.prod(xt.shape[len(outer) :])
-    rows = rows_of_block(N)
-    blocks = blocks_of(xt.shape[: len(outer)], rows)
-    dtype = x.dtype.newbyteorder("=")
-
-    def make_task() -> _threads.Task:
-        scratch = np.empty(min(rows, x.size // N) * N, dtype)
-
-        def task(index: int) -> None:
-            block = blocks[index]
-            source, target = xt[block], yt[block]
-            flat = scratch[: source.size]
-            np.copyto(flat.reshape(source.shape), source)
-            table = flat.reshape(-1, N)
-            stats = [None if a is None else np.empty(len(table), a.dtype) for a in (means, rstds)]
-            engine.rows(kind, table, table, w, b, eps, *stats)
-            np.copyto(target, flat.reshape(source.shape))
-            for whole, part in zip((means, rstds), stats, strict=True):
-                if whole is not None and part is not None:
-                    whole[block] = part.reshape(whole[block].shape)
-
-        return task
-
-    threads = 1 if x.size < ALONE else _threads.num_threads()
-    _threads.run(make_task, len(blocks), threads)
+    """Normalize x over ``axes`` into y; mean and rstd are rows."""
+    lie = None if engine is _cpu_blocks else lie_of(axes, x, y)
+    if lie is None:
+        _cpu_gather.layer_norm_fwd(engine, kind, x, axes, w, b, eps, y, mean, rstd)
+    else:
+        _compiled(kind, x, y, lie, w, b, eps, mean, rstd)
 
 
-def bits(x: Array) -> np.dtype[Any]:
-    """Integers of x's size and byte order."""
-    return np.dtype(np.uint16).newbyteorder(x.dtype.byteorder)
+def _compiled(
+    kind: str,
+    x: Array,
+    y: Array,
+    lie: list[int],
+    w: Array | None,
+    b: Array | None,
+    eps: float,
+    mean: Array | None,
+    rstd: Array | None,
+) -> None:
+    from cupynorm import _cpu_strided_loops as loops
+
+    outer, M, N = lie[:3]
+    R = rows_of_strip(min(N, loops.CHUNK))
+    walk = np.array([*lie, R])
+    at = [0 if a is None else a.ctypes.data for a in (x, y, walk, w, b, mean, rstd)]
+    low, high = safe_range("d" if kind == "float64" else "f", eps)
+    half = int(kind == "bfloat16")
+    chunks = -(-N // loops.CHUNK)
+    threads = 1 if x.size < ALONE else min(_threads.num_threads(), outer * -(-M // R) * chunks)
+
+    def share(loop: Any, *args: Any) -> None:
+        counter = np.zeros(1, np.int64)
+        _threads.run(lambda: lambda _: loop(*args, counter.ctypes.data), threads, threads)
+
+    if chunks == 1:
+        share(loops.forward(kind), *at[:5], eps, low, high, *at[5:], half)
+        return
+    parts = np.empty((outer * M, chunks, 3))
+    share(loops.chunk_moments(kind), at[0], at[2], low, high, parts.ctypes.data, half)
+    share(loops.normalize_chunks(kind), *at[:5], eps, parts.ctypes.data, *at[5:], half)

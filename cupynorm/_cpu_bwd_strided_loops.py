@@ -1,0 +1,121 @@
+"""Compiled loops of layer norm's backward over rows that lie anyhow, strip by strip."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cupynorm._cpu_bwd_loops import FIELDS
+from cupynorm._cpu_bwd_rows import (
+    block_count,
+    block_rows,
+    differentiate_group,
+    group_size,
+    merge_sums,
+    sums_pitch,
+)
+from cupynorm._cpu_entries import at, built, seen
+from cupynorm._cpu_lanes import claim, pointer
+from cupynorm._cpu_loops import compiled
+from cupynorm._cpu_squares import move
+from cupynorm._cpu_strided_loops import GAP, start
+
+__all__ = ["backward", "merge", "sizes"]
+
+
+@compiled()
+def _bring(stats, lie, o, row, n, to):  # type: ignore[no-untyped-def]
+    for k in range(n):
+        to[k] = stats[o * lie[12] + (row + k) * lie[13]]
+
+
+# lie: [outer, M, N], strides of dy, of x, of dx, of the statistics (outer, row), rows of a strip.
+
+
+def _define_backward(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..., None]:
+    @jit
+    def backward(dy, x, dx, lie, w, mean, rstd, sums, bfloat16, counter):  # type: ignore[no-untyped-def]
+        lie, tickets = seen(lie, 15, np.int64), seen(counter, 1, np.int64)
+        outer, M, N, R = lie[0], lie[1], lie[2], lie[14]
+        gs, xs, ts, half = lie[3:6], lie[6:9], lie[9:12], bfloat16 != 0
+        rows, pitch, wide = outer * M, N + GAP, sums_pitch(N)
+        size, group = block_rows(rows), min(R, group_size(rows, N))
+        wp, total = seen(w, N, computed), seen(sums, block_count(rows) * 2 * wide, computed)
+        x_tile = np.empty(R * pitch * (sources != 0), stored)
+        g_tile = np.empty(R * pitch, stored)
+        t_tile = g_tile if dx else g_tile[:0]  # dx takes the place of dy
+        x_room = np.empty(group * N if x_tile.itemsize == 2 else 0, computed)
+        rooms = x_room, np.empty(x_room.size, computed)
+        m, r, stats = np.empty(R, computed), np.empty(R, computed), np.empty(FIELDS * R, computed)
+        spare = np.empty(0 if sums else 2 * wide, computed)
+        block = claim(tickets)
+        while block * size < rows:
+            part = total[2 * block * wide : 2 * (block + 1) * wide] if sums else spare
+            part[:] = 0
+            to_w, to_b = pointer(part, 0), pointer(part, wide)
+            row, end = block * size, min(rows, (block + 1) * size)
+            while row < end:
+                o, first = row // M, row % M
+                n = min(R, end - row, M - first)
+                x_here, g_here = pointer(x_tile, 0), pointer(g_tile, 0)
+                move(start(at(x, stored), xs, o, first), xs[1], xs[2], x_here, pitch, 1, n, N)
+                move(start(at(dy, stored), gs, o, first), gs[1], gs[2], g_here, pitch, 1, n, N)
+                _bring(at(mean, computed), lie, o, first, n, m)
+                _bring(at(rstd, computed), lie, o, first, n, r)
+                for k in range(0, n, group):
+                    differentiate_group(
+                        g_tile,
+                        pitch,
+                        x_tile,
+                        pitch,
+                        t_tile,
+                        pitch,
+                        k,
+                        min(group, n - k),
+                        N,
+                        wp,
+                        m,
+                        r,
+                        stats,
+                        to_w,
+                        to_b,
+                        rooms,
+                        half,
+                    )
+                if dx:
+                    to = start(at(dx, stored), ts, o, first)
+                    move(g_here, pitch, 1, to, ts[1], ts[2], n, N)
+                row += n
+            block = claim(tickets)
+
+    return backward  # type: ignore[no-any-return]
+
+
+def _define_merge(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..., None]:
+    @jit
+    def merge(sums, rows, N, totals):  # type: ignore[no-untyped-def]
+        count = block_count(rows) * (sources != 0)
+        part = seen(sums, count * 2 * sums_pitch(N), computed)
+        merge_sums(part, count, N, seen(totals, 2 * N, np.float64))
+
+    return merge  # type: ignore[no-any-return]
+
+
+def sizes(rows: int, N: int) -> tuple[int, int]:
+    """Blocks of rows with column sums of their own, and the elements of one's two rows of sums."""
+    return block_count(rows), sums_pitch(N)
+
+
+def backward(kind: str) -> Callable[..., None]:
+    """Backward over rows of at most LONGEST elements, all arguments numbers; the first compiles.
+
+    ``backward(dy, x, dx, lie, w, mean, rstd, sums, bfloat16, counter)``: addresses of what is
+    absent are 0; calls with one ``counter`` share the blocks of rows among them, whose column sums
+    stay in ``sums`` for merge().
+    """
+    return built(_define_backward, "iiiiiiiiii", kind)  # type: ignore[no-any-return]
+
+
+def merge(kind: str) -> Callable[..., None]:
+    """``merge(sums, rows, N, totals)`` after it: totals (2, N) in float64."""
+    return built(_define_merge, "iiii", kind)  # type: ignore[no-any-return]
