@@ -15,8 +15,8 @@ from cupynorm._cpu_squares import move
 
 __all__ = ["CHUNK", "GAP", "chunk_moments", "forward", "normalize_chunks", "start"]
 
-# A strip is read along whichever of its strides is 1 and turned in registers, so that the loops over
-# contiguous rows do the rest and a row's bits are the same in every layout.
+# A strip is read along whichever of its strides is 1 and turned in registers, so that the loops
+# over contiguous rows do the rest and a row's bits are the same in every layout.
 
 # Elements between rows of a strip, or rows of a power of two would share few sets of the L1.
 GAP = 16
