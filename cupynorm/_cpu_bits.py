@@ -1,19 +1,22 @@
 """How numba's loops reach the values of an array: in place, or widened from 16 bits and back."""
 
+import platform
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import binding, ir  # type: ignore[import-untyped]
+from numba import config
 from numba.core import types
 from numba.extending import intrinsic, overload
 
-from cupynorm._cpu_lanes import advance, pointer
+from cupynorm._cpu_lanes import Lanes, advance, lanes, pointer, store
 from cupynorm._cpu_loops import compiled
 
 __all__ = ["give", "place", "take"]
 
 # numba has no float16 or bfloat16 on a CPU, so these arrive as uint16. Integer arithmetic
-# on their bits is vectorized on every CPU, where LLVM's own conversion may be a call per element.
+# on their bits is vectorized on every CPU, where LLVM's own conversion may be a call per element:
+# it is used where the CPU has an instruction for it, which halves the time of float16 rows.
 _BIAS = np.float32(2.0**112)  # between the exponents of float32 (127) and float16 (15)
 _HALF = np.float32(0.5)  # its ulp is float16's smallest subnormal
 
@@ -38,13 +41,58 @@ def _value(typingctx, bits):  # type: ignore[no-untyped-def]
     return types.float32(types.uint32), codegen
 
 
+def _has_instruction() -> bool:
+    if config.CPU_NAME or config.CPU_FEATURES:  # code for another CPU than this one
+        return False
+    if platform.machine() in ("aarch64", "arm64"):
+        return True
+    return bool(binding.get_host_cpu_features().get("f16c", False))
+
+
+_F16C = _has_instruction()
+
+
+@intrinsic
+def _from_half(typingctx, p, i):  # type: ignore[no-untyped-def]
+    """Read a vector of float16 at p[i] as float32."""
+    result = Lanes(types.float32)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vector = ir.VectorType(ir.HalfType(), result.count)
+        here = builder.bitcast(builder.gep(args[0], [args[1]]), vector.as_pointer())
+        return builder.fpext(builder.load(here, align=2, typ=vector), result.vector)
+
+    return result(p, types.intp), codegen
+
+
+@intrinsic
+def _to_half(typingctx, p, i, q, j):  # type: ignore[no-untyped-def]
+    """Write the vector of float32 at p[i] to q[j] as float16, rounded to nearest, ties to even."""
+    source = Lanes(types.float32)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vector = ir.VectorType(ir.HalfType(), source.count)
+        here = builder.bitcast(builder.gep(args[0], [args[1]]), source.vector.as_pointer())
+        to = builder.bitcast(builder.gep(args[2], [args[3]]), vector.as_pointer())
+        value = builder.load(here, align=4, typ=source.vector)
+        builder.store(builder.fptrunc(value, vector), to, align=2)
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp, q, types.intp), codegen
+
+
 @compiled()
 def _widen(x, n, out, bfloat16):  # type: ignore[no-untyped-def]
     if bfloat16:
         for i in range(n):
             out[i] = _value(np.uint32(np.uint32(x[i]) << np.uint32(16)))
         return
-    for i in range(n):
+    done = 0
+    if _F16C:
+        while done + lanes(out) <= n:
+            store(out, done, _from_half(x, done))
+            done += lanes(out)
+    for i in range(done, n):
         h = np.uint32(x[i])
         bits = np.uint32((h & np.uint32(0x7FFF)) << np.uint32(13))
         value = _value(bits) * _BIAS
@@ -67,7 +115,12 @@ def _narrow(values, n, y, bfloat16):  # type: ignore[no-untyped-def]
                 rounded = np.uint32(0x7FC0)
             y[i] = np.uint16(rounded)
         return
-    for i in range(n):
+    done = 0
+    if _F16C:
+        while done + lanes(values) <= n:
+            _to_half(values, done, y, done)
+            done += lanes(values)
+    for i in range(done, n):
         bits = _bits(values[i])
         size = np.uint32(bits & np.uint32(0x7FFFFFFF))
         odd = np.uint32((size >> np.uint32(13)) & np.uint32(1))

@@ -7,6 +7,7 @@ from numba.core import types
 from numba.extending import intrinsic, models, register_model
 
 __all__ = [
+    "Lanes",
     "add",
     "advance",
     "claim",
@@ -31,7 +32,7 @@ __all__ = [
 _BYTES = 64
 
 
-class _Lanes(types.Type):
+class Lanes(types.Type):
     """A vector of 64 bytes of one floating type."""
 
     def __init__(self, dtype: Any) -> None:
@@ -46,9 +47,9 @@ class _Lanes(types.Type):
         return ir.VectorType(lane, self.count)
 
 
-@register_model(_Lanes)
+@register_model(Lanes)
 class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
-    def __init__(self, manager: Any, fe_type: _Lanes) -> None:
+    def __init__(self, manager: Any, fe_type: Lanes) -> None:
         super().__init__(manager, fe_type, fe_type.vector)
 
 
@@ -113,7 +114,7 @@ def _broadcast(builder: Any, scalar: Any, vector: ir.VectorType) -> Any:
 @intrinsic
 def lanes(typingctx, p):  # type: ignore[no-untyped-def]
     """Elements of p in one vector."""
-    count = _Lanes(p.dtype).count
+    count = Lanes(p.dtype).count
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return context.get_constant(types.intp, count)
@@ -130,7 +131,7 @@ def load(typingctx, p, i):  # type: ignore[no-untyped-def]
         address = _vector_at(builder, vector, *args)
         return builder.load(address, align=p.dtype.bitwidth // 8, typ=vector)
 
-    return _Lanes(p.dtype)(p, types.intp), codegen
+    return Lanes(p.dtype)(p, types.intp), codegen
 
 
 @intrinsic
@@ -192,7 +193,7 @@ def store_first(typingctx, p, i, count, v):  # type: ignore[no-untyped-def]
 @intrinsic
 def splat(typingctx, p, value):  # type: ignore[no-untyped-def]
     """Make a vector of p's lanes that all hold the scalar value."""
-    result = _Lanes(p.dtype)
+    result = Lanes(p.dtype)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return _broadcast(builder, args[1], result.vector)
