@@ -4,7 +4,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numba.extending import intrinsic
 
-__all__ = ["address", "call", "fence", "stream"]
+__all__ = ["call", "fence", "stream"]
 
 
 @intrinsic
@@ -18,16 +18,6 @@ def call(typingctx, function, x, stride, n, out):  # type: ignore[no-untyped-def
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), codegen
-
-
-@intrinsic
-def address(typingctx, p):  # type: ignore[no-untyped-def]
-    """Tell the integer that a pointer is."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.ptrtoint(args[0], ir.IntType(64))
-
-    return types.int64(p), codegen
 
 
 @intrinsic

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm._cpu_bits import give, place
-from cupynorm._cpu_columns_lanes import address, call, fence, stream
+from cupynorm._cpu_columns_lanes import call, fence
+from cupynorm._cpu_columns_write import ROWS, put_columns, put_rows
 from cupynorm._cpu_entries import at
-from cupynorm._cpu_lanes import add, advance, claim, lanes, like, load, mul, pointer, splat, sub
+from cupynorm._cpu_lanes import address, advance, claim, like, pointer
 from cupynorm._cpu_loops import compiled
 from cupynorm._cpu_numba import Kept
-from cupynorm._cpu_squares import square, turn
 
 __all__ = ["ALONE", "entry", "rows_of_block"]
 
@@ -26,15 +25,12 @@ _BLOCK = 1 << 16
 # Columns whose terms meet in the dtype of the block before they are added in float64, so that the
 # rounding of a sum hardly grows with the number of columns.
 _GROUP = 16
-# Bytes of a result that no cache holds until someone reads it.
-_LARGE = 1 << 26
-_LINE = 16  # rows written together: a line of float32 of each column
 
 
 def rows_of_block(M: int, N: int) -> int:
     """How many rows are gathered together, a multiple of 16."""
-    most = min(1024, max(_LINE, _BLOCK // N // _LINE * _LINE))
-    return min(most, -(-M // _LINE) * _LINE)
+    most = min(1024, max(ROWS, _BLOCK // N // ROWS * ROWS))
+    return min(most, -(-M // ROWS) * ROWS)
 
 
 @compiled()
@@ -116,52 +112,6 @@ def _wide(t, pitch, N, count, omit):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _apply(x, y, n, s, m, r, w, b, has_w, has_b):  # type: ignore[no-untyped-def]
-    """Write ((x - s) - m) * r * w + b to y, for n rows of one column; y may be x."""
-    if has_w and has_b:
-        for i in range(n):
-            y[i] = (((x[i] - s[i]) - m[i]) * r[i]) * w + b
-    elif has_w:
-        for i in range(n):
-            y[i] = (((x[i] - s[i]) - m[i]) * r[i]) * w
-    elif has_b:
-        for i in range(n):
-            y[i] = (((x[i] - s[i]) - m[i]) * r[i]) + b
-    else:
-        for i in range(n):
-            y[i] = ((x[i] - s[i]) - m[i]) * r[i]
-
-
-@compiled()
-def _apply_past_caches(x, y, n, s, m, r, w, b, has_w, has_b):  # type: ignore[no-untyped-def]
-    """As _apply, to y in memory that is not wanted soon: else each line of it is read first."""
-    step, size = lanes(x), 64 // lanes(x)
-    i = min(n, (-address(y) & 63) // size)
-    _apply(x, y, i, s, m, r, w, b, has_w, has_b)
-    vw, vb = splat(x, w), splat(x, b)
-    while i + step <= n:
-        t = mul(sub(sub(load(x, i), load(s, i)), load(m, i)), load(r, i))
-        if has_w:
-            t = mul(t, vw)
-        if has_b:
-            t = add(t, vb)
-        stream(y, i, t)
-        i += step
-    _apply(
-        advance(x, i),
-        advance(y, i),
-        n - i,
-        advance(s, i),
-        advance(m, i),
-        advance(r, i),
-        w,
-        b,
-        has_w,
-        has_b,
-    )
-
-
-@compiled()
 def _gather(columns, row, n, t, pitch, first, count, total, omit):  # type: ignore[no-untyped-def]
     """Read a block, column by column, and sum its rows while each column is in the L1."""
     N = columns.shape[1]
@@ -206,47 +156,10 @@ def _moments(t, pitch, N, n, s, m, r, work, total, count, limits, omit):  # type
 
 
 @compiled()
-def _by_column(t, pitch, N, n, y, to, yp, s, m, r, w, b, room, bfloat16):  # type: ignore[no-untyped-def]
-    direct = y.itemsize == room.itemsize and y.size * y.itemsize >= _LARGE
-    has_w, has_b = w.size > 0, b.size > 0
-    for j in range(N):
-        wj = w[j] if has_w else like(s, 1)
-        bj = b[j] if has_b else like(s, 0)
-        q, _ = place(y, to + j * yp, n, n, room)
-        if direct:
-            _apply_past_caches(advance(t, j * pitch), q, n, s, m, r, wj, bj, has_w, has_b)
-        else:
-            _apply(advance(t, j * pitch), q, n, s, m, r, wj, bj, has_w, has_b)
-        give(y, to + j * yp, n, 1, n, room, bfloat16)
-
-
-@compiled()
-def _by_row(t, pitch, N, n, y, to, yp, s, m, r, w, b, room, bfloat16):  # type: ignore[no-untyped-def]
-    has_w, has_b = w.size > 0, b.size > 0
-    for j in range(N):
-        wj = w[j] if has_w else like(s, 1)
-        bj = b[j] if has_b else like(s, 0)
-        x = advance(t, j * pitch)
-        _apply(x, x, n, s, m, r, wj, bj, has_w, has_b)
-    side = square(t)
-    for i in range(0, n, _LINE):
-        rows = min(_LINE, n - i)
-        q, qp = place(y, to + i * yp, yp, N, room)
-        done = N // side * side if rows == _LINE else 0
-        for j in range(0, done, side):
-            for k in range(0, _LINE, side):
-                turn(advance(t, j * pitch + i + k), pitch, advance(q, k * qp + j), qp)
-        for j in range(done, N):
-            for k in range(rows):
-                q[k * qp + j] = t[j * pitch + i + k]
-        give(y, to + i * yp, yp, rows, N, room, bfloat16)
-
-
-@compiled()
 def _share(columns, M, R, y, yp, by_row, w, b, limits, omit, bfloat16, counter, block, stats, sums):  # type: ignore[no-untyped-def]
     # The arrays are arguments because numba frees an array after its last use, pointers or not.
     N = columns.shape[1]
-    pitch = R + _LINE  # not a power of two: rows of a line are read across columns
+    pitch = R + ROWS  # not a power of two: rows of a line are read across columns
     t, total, count = pointer(block, 0), (pointer(sums, 0), pointer(sums, R)), pointer(sums, 2 * R)
     s, m, r = pointer(stats, 0), pointer(stats, R), pointer(stats, 2 * R)
     work, room = (pointer(stats, 3 * R), pointer(stats, 4 * R)), block[N * pitch :]
@@ -256,24 +169,25 @@ def _share(columns, M, R, y, yp, by_row, w, b, limits, omit, bfloat16, counter, 
         _gather(columns, row, n, t, pitch, work[0], count, total[0], omit)
         _moments(t, pitch, N, n, s, m, r, work, total, count, limits, omit)
         if by_row:
-            _by_row(t, pitch, N, n, y, row * yp, yp, s, m, r, w, b, room, bfloat16)
+            put_rows(t, pitch, N, n, y, row * yp, yp, s, m, r, w, b, room, bfloat16)
         else:
-            _by_column(t, pitch, N, n, y, row, yp, s, m, r, w, b, room, bfloat16)
+            put_columns(t, pitch, N, n, y, row, yp, s, m, r, w, b, room, bfloat16)
         row = claim(counter) * R
     fence()
 
 
 def _entries(sources: int, jit: Any) -> SimpleNamespace:
     """Define what is called from Python; `sources` as in `_cpu_numba`."""
-    own = Path(__file__).with_name("_cpu_columns_lanes.py").read_bytes()
-    sources = zlib.crc32(own, sources) | 1
+    for name in ("lanes", "write"):
+        own = Path(__file__).with_name(f"_cpu_columns_{name}.py").read_bytes()
+        sources = zlib.crc32(own, sources) | 1
 
     @jit
     def normalize(columns, M, R, y, yp, by_row, w, b, eps, low, high, omit, bfloat16, counter):  # type: ignore[no-untyped-def]
         # columns (5, N): loader, address, stride in bytes, bitmap or 0, its bit of row 0. This
         # thread does the blocks of R rows that it claims. After the block: room for results.
         N = columns.shape[1]
-        size = N * (R + _LINE) + max(R, _LINE * N)
+        size = N * (R + ROWS) + max(R, ROWS * N)
         block = np.empty(size * (sources != 0), w.dtype)
         stats, sums, limits = np.empty(5 * R, w.dtype), np.empty(3 * R), (eps, low, high)
         _share(

@@ -9,6 +9,7 @@ from numba.extending import intrinsic, models, register_model
 __all__ = [
     "Lanes",
     "add",
+    "address",
     "advance",
     "claim",
     "fma",
@@ -62,6 +63,16 @@ def pointer(typingctx, x, i):  # type: ignore[no-untyped-def]
         return builder.gep(data, [args[1]])
 
     return types.CPointer(x.dtype)(x, types.intp), codegen  # type: ignore[attr-defined]
+
+
+@intrinsic
+def address(typingctx, p):  # type: ignore[no-untyped-def]
+    """Tell the integer that a pointer is."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.ptrtoint(args[0], ir.IntType(64))
+
+    return types.int64(p), codegen
 
 
 @intrinsic

@@ -7,7 +7,9 @@ import numba
 
 from cupynorm._cpu_lanes import (
     add,
+    address,
     advance,
+    fma,
     fold,
     keep_last,
     lanes,
@@ -19,7 +21,18 @@ from cupynorm._cpu_lanes import (
     sub,
 )
 
-__all__ = ["CHUNK", "FROM_MEMORY", "GROUP", "apply_row", "compiled", "merge", "moments", "pivot"]
+__all__ = [
+    "CHUNK",
+    "FROM_MEMORY",
+    "GROUP",
+    "LINE",
+    "PEELED",
+    "apply_row",
+    "compiled",
+    "merge",
+    "moments",
+    "pivot",
+]
 
 # Elements of a row whose moments are taken together: 16 KiB of float32.
 CHUNK = 4096
@@ -36,6 +49,10 @@ _PIECE = 1024
 # E[(x-s)^2] / var in their rounding, which is held below 2. A sum of all would read the row twice,
 # and while the second reading goes on in the L1, nothing comes from memory.
 _SAMPLE = 256
+LINE = 64  # bytes of a cache line, and of a vector
+# Elements of a row whose results are written from a line on: every vector across two lines costs
+# two accesses, of x, y, weight and bias alike. A shorter row loses more to the vector before it.
+PEELED = 256
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -85,20 +102,20 @@ def _sums(x, n, s):  # type: ignore[no-untyped-def]
     while i + 4 * step <= n:
         t = sub(load(x, i), shift)
         u = sub(load(x, i + step), shift)
-        a, aa = add(a, t), add(aa, mul(t, t))
-        b, bb = add(b, u), add(bb, mul(u, u))
+        a, aa = add(a, t), fma(t, t, aa)
+        b, bb = add(b, u), fma(u, u, bb)
         t = sub(load(x, i + 2 * step), shift)
         u = sub(load(x, i + 3 * step), shift)
-        a, cc = add(a, t), add(cc, mul(t, t))
-        b, dd = add(b, u), add(dd, mul(u, u))
+        a, cc = add(a, t), fma(t, t, cc)
+        b, dd = add(b, u), fma(u, u, dd)
         i += 4 * step
     while i + step <= n:
         t = sub(load(x, i), shift)
-        a, aa = add(a, t), add(aa, mul(t, t))
+        a, aa = add(a, t), fma(t, t, aa)
         i += step
     if i < n:
         t = keep_last(sub(load(x, n - step), shift), n - i)
-        b, bb = add(b, t), add(bb, mul(t, t))
+        b, bb = add(b, t), fma(t, t, bb)
     return fold(add(a, b)), fold(add(add(aa, bb), add(cc, dd)))
 
 
@@ -154,11 +171,11 @@ def moments(x, n, near, low, high):  # type: ignore[no-untyped-def]
 def _scaled(x, w, b, i, s, m, r, has_w, has_b):  # type: ignore[no-untyped-def]
     """Compute the vector ((x - s) - m) * r * w + b at i; s, m and r are vectors."""
     t = mul(sub(sub(load(x, i), s), m), r)
+    if has_w and has_b:
+        return fma(t, load(w, i), load(b, i))
     if has_w:
-        t = mul(t, load(w, i))
-    if has_b:
-        t = add(t, load(b, i))
-    return t
+        return mul(t, load(w, i))
+    return add(t, load(b, i)) if has_b else t
 
 
 @compiled()
@@ -177,10 +194,18 @@ def apply_row(x, y, n, w, b, wide_s, wide_m, wide_r, has_w, has_b):  # type: ign
             y[i] = t
         return
     vs, vm, vr = splat(x, s), splat(x, m), splat(x, r)
-    # The last vector overlaps the one before it, so it is computed first, for the case y is x.
+    # The last vector overlaps the one before it, so it is computed first, for the case y is x; the
+    # first one too where the others begin on a line of y.
     last = _scaled(x, w, b, n - step, vs, vm, vr, has_w, has_b)
-    for i in range(0, n - step + 1, step):
-        store(y, i, _scaled(x, w, b, i, vs, vm, vr, has_w, has_b))
+    head = (-address(y) & (LINE - 1)) // (LINE // step) if n >= PEELED else 0
+    if head:
+        first = _scaled(x, w, b, 0, vs, vm, vr, has_w, has_b)
+        for i in range(head, n - step + 1, step):
+            store(y, i, _scaled(x, w, b, i, vs, vm, vr, has_w, has_b))
+        store(y, 0, first)
+    else:
+        for i in range(0, n - step + 1, step):
+            store(y, i, _scaled(x, w, b, i, vs, vm, vr, has_w, has_b))
     store(y, n - step, last)
 
 

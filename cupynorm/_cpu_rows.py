@@ -2,11 +2,25 @@
 
 import math
 
+import numpy as np
+
 from cupynorm._cpu_bits import give, place, take
-from cupynorm._cpu_lanes import advance, pointer
-from cupynorm._cpu_loops import CHUNK, FROM_MEMORY, apply_row, compiled, merge, moments, pivot
+from cupynorm._cpu_lanes import address, advance, pointer
+from cupynorm._cpu_loops import (
+    CHUNK,
+    FROM_MEMORY,
+    LINE,
+    PEELED,
+    apply_row,
+    compiled,
+    merge,
+    moments,
+    pivot,
+)
 
 __all__ = ["long_rows", "normalize_group", "row_moments", "row_results", "short_rows"]
+
+_REPAYS = 4  # rows for which a copy of weight and bias is worth its time
 
 
 @compiled()
@@ -56,8 +70,28 @@ def row_results(x, at, y, to, n, w, b, s, m, r, scratch, bfloat16):  # type: ign
 
 
 @compiled()
+def _in_step(a, q, M):  # type: ignore[no-untyped-def]
+    """Give a row as it is, or where M rows pay for it a copy that crosses cache lines where q does.
+
+    NumPy's arrays begin 16 bytes past a line, so that every vector of them lies across two: see
+    apply_row, which begins on a line of y.
+    """
+    phase = address(q) & (LINE - 1) if a.size >= PEELED else 0
+    if M < _REPAYS or a.size == 0 or address(pointer(a, 0)) & (LINE - 1) == phase:
+        return a
+    room = np.empty(a.size + 2 * LINE // a.itemsize, a.dtype)
+    first = ((phase - address(pointer(room, 0))) & (LINE - 1)) // a.itemsize
+    copy = room[first : first + a.size]
+    for i in range(a.size):
+        copy[i] = a[i]
+    return copy
+
+
+@compiled()
 def short_rows(x, xp, y, yp, lo, hi, N, w, b, eps, low, high, mean, rstd, bfloat16, scratch, stats):  # type: ignore[no-untyped-def]
     s, m, r = stats[0], stats[1], stats[2]
+    q, _ = place(y, lo * yp, yp, N, scratch)
+    w, b = _in_step(w, q, hi - lo), _in_step(b, q, hi - lo)
     group = s.size if x.size < FROM_MEMORY else max(1, s.size // 2)
     for row in range(lo, hi, group):
         n = min(group, hi - row)

@@ -44,6 +44,7 @@ TIERS = (
     {"_cpu_raw"},
     {"_cpu_columns"},
     {"_cpu_columns_blocks", "_cpu_columns_loaders", "_cpu_columns_loops"},
+    {"_cpu_columns_write"},
     {"_cpu_columns_lanes"},
     {"_cuda_columns"},
     {"_cpu", "_cuda", "_namespace"},  # do
