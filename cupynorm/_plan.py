@@ -14,10 +14,12 @@ __all__ = [
     "TABLE",
     "VEC_BYTES",
     "Device",
+    "STAGE_REGISTERS",
     "Plan",
     "Stage",
     "TableRow",
     "choose_plan",
+    "staging_of",
     "table_row",
 ]
 
@@ -25,6 +27,10 @@ VEC_BYTES = 16
 CHUNK_VECS = 1024  # kernels/chunk.cuh: 256 threads of 4 vectors, 16 KiB
 CHUNK_THREADS = 256
 CHUNK_PARTIALS = 25
+# kernels/stage.cuh: how a row comes into shared memory, and how an entry's name says so.
+STAGE_REGISTERS, STAGE_ASYNC, STAGE_BULK = range(3)
+STAGING_LABELS = ("", "_async", "_bulk")
+ARRIVAL_BYTES = 8
 # One section per chunk up to this many, so that every row K3 can hold has the tree of K5.
 MAX_SECTIONS = 512
 MAX_GRID_X = 2**31 - 1
@@ -153,30 +159,41 @@ def choose_plan(problem: Problem, device: Device) -> Plan:
     row = table_row(vecs)
     if row.family == "shared":
         few = problem.rows <= SPLIT_ROWS_PER_SM * device.sm_count and vecs >= SPLIT_MIN_VECS
-        if few or _staged_bytes(problem, vecs) > device.shared_bytes:
+        if few or _staged_bytes(problem, vecs, device) > device.shared_bytes:
             row = TABLE[-1]
     if row.family == "split":
         return _split_plan(problem, row, device)
-    return _row_plan(problem, row, vecs)
+    return _row_plan(problem, row, vecs, device)
 
 
-def _staged_bytes(problem: Problem, vecs: int) -> int:
+def staging_of(device: Device) -> int:
+    """Tell how a device brings rows into shared memory: the least work for its threads."""
+    if device.compute_capability < 80:
+        return STAGE_REGISTERS
+    return STAGE_ASYNC if device.compute_capability < 90 else STAGE_BULK
+
+
+def _staged_bytes(problem: Problem, vecs: int, device: Device) -> int:
     chunks = -(-vecs // CHUNK_VECS)
-    return VEC_BYTES * vecs + CHUNK_PARTIALS * chunks * _accumulator_bytes(problem)
+    # A copied row that is not aligned takes a granule more.
+    copied = staging_of(device) != STAGE_REGISTERS
+    row = VEC_BYTES * (vecs + copied) + ARRIVAL_BYTES * chunks * copied
+    return row + CHUNK_PARTIALS * chunks * _accumulator_bytes(problem)
 
 
 def _accumulator_bytes(problem: Problem) -> int:
     return 8 if problem.x_dtype == "float64" else 4
 
 
-def _row_plan(problem: Problem, row: TableRow, vecs: int) -> Plan:
+def _row_plan(problem: Problem, row: TableRow, vecs: int, device: Device) -> Plan:
     """K1, K2, K3: a row stays with one block."""
     rows_per_block = row.threads // row.threads_per_row * row.rows_per_group
     if row.family == "shared":
         vecs_per_thread = 4
-        constants: tuple[int, ...] = (row.threads,)
-        shared = _staged_bytes(problem, vecs)
-        label = f"t{row.threads}"
+        staging = staging_of(device)
+        constants: tuple[int, ...] = (row.threads, staging)
+        shared = _staged_bytes(problem, vecs, device)
+        label = f"t{row.threads}{STAGING_LABELS[staging]}"
     else:
         vecs_per_thread = -(-vecs // row.threads_per_row)
         constants = (row.threads, row.threads_per_row, vecs_per_thread)

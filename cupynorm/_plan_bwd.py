@@ -8,11 +8,15 @@ from cupynorm._plan import (
     CHUNK_VECS,
     CODES,
     MAX_GRID_X,
+    ARRIVAL_BYTES,
     MAX_SECTIONS,
+    STAGE_REGISTERS,
+    STAGING_LABELS,
     VEC_BYTES,
     Device,
     Stage,
     TableRow,
+    staging_of,
 )
 from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
 
@@ -39,8 +43,8 @@ BWD_TABLE = (
 # Rows that a block adds up before it leaves a partial sum: that costs 16 bytes a column, written
 # and read again, where a row of float32 moves 12.
 ROWS_PER_PARTIAL = 4
-# kernels/layer_norm_shared_bwd.cuh: up to so many vectors a thread, the next row is fetched ahead.
-# One more of float64, and sm_120 spills.
+# kernels/layer_norm_shared_bwd.cuh: where shared memory has no room for the next row, it is fetched
+# into registers up to so many vectors a thread. One more of float64, and sm_120 spills.
 AHEAD_VECS = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 3}
 APPLY_VECS = 2  # kernels/layer_norm_split_bwd.cuh
 APPLY_BLOCKS_PER_SM = 2
@@ -139,24 +143,30 @@ def _row_plan(
     vecs_per_thread: int,
     device: Device,
     rows_per_partial: int = ROWS_PER_PARTIAL,
+    copies: bool = True,
 ) -> GradientPlan:
     """K1, K2, K3: as many blocks as the device holds, block b taking rows b, b + grid, ...."""
     rows_per_block = row.threads // row.threads_per_row
     per_block = rows_per_block * (rows_per_partial if _totals_of(problem) else 1)
     blocks = -(-problem.rows // per_block)
     grid = min(_blocks_per_sm(problem, row) * device.sm_count, blocks)
-    ahead = vecs_per_thread <= AHEAD_VECS[problem.x_dtype]
+    label = f"t{row.threads_per_row}_v{vecs_per_thread}"
+    shared = _shared_bytes(problem, row, vecs_per_thread)
     constants = {
         "warp": (row.threads, row.threads_per_row, vecs_per_thread),
         "block": (row.threads, vecs_per_thread),
-        "shared": (
-            row.threads,
-            vecs_per_thread,
-            int(ahead),
-        ),
+        "shared": (row.threads, vecs_per_thread),
     }[row.family]
-    label = f"t{row.threads_per_row}_v{vecs_per_thread}"
-    shared = _shared_bytes(problem, row, vecs_per_thread)
+    if row.family == "shared":
+        with_copies = shared + 2 * VEC_BYTES * (vecs + 1) + ARRIVAL_BYTES
+        staging = staging_of(device) if copies else STAGE_REGISTERS
+        if with_copies > device.shared_bytes:
+            staging = STAGE_REGISTERS
+        if staging != STAGE_REGISTERS:
+            shared = with_copies
+        ahead = staging == STAGE_REGISTERS and vecs_per_thread <= AHEAD_VECS[problem.x_dtype]
+        constants += (staging, int(ahead))
+        label += STAGING_LABELS[staging]
     main = _gradient_stage(problem, row, row.family, constants, label, grid, shared)
     return GradientPlan(
         family=row.family,

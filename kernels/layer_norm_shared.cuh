@@ -1,21 +1,71 @@
 // K3: rows beyond 32 KiB that fit shared memory, one block per row.
 //
-// The row is staged in shared memory as vectors in column order. Each thread reads back only what it
-// wrote itself, so the barriers are those of the two reductions alone.
-// Shared memory: Vec row[ceil(N / V)], then A partial[chunks][CHUNK_PARTIALS]; at most 32
-// chunks.
+// The row is staged in shared memory, a chunk at a time: the sums of a chunk begin when it has arrived,
+// while the chunks after it are on their way. Where registers carry it (sm_75) a thread reads back
+// what it wrote itself.
+// Shared memory: Vec row[ceil(N / V) + 1], u64 arrived[chunks] (neither the one more nor these where
+// registers carry the row), then A partial[chunks][CHUNK_PARTIALS]; at most 32 chunks.
 
-template <int THREADS, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
+// The part of a chunk that one warp holds.
+template <class X>
+struct WarpPart {
+    int first, n;  // columns
+
+    __device__ __forceinline__ WarpPart(int N, int chunk, int warp)
+        : first(chunk * Chunk<X>::cols + warp * Chunk<X>::warp_cols), n(at_most(N - first, Chunk<X>::warp_cols)) {}
+};
+
+template <class X>
+__device__ __forceinline__ void take_part(
+    Segment<32, CHUNK_VECS>& s, const StagedRow<X>& row, const WarpPart<X>& part, int lane) {
+#pragma unroll
+    for (int k = 0; k < CHUNK_VECS; ++k) s.v[k] = row.columns(part.first / PerVec<X>::count + k * 32 + lane);
+}
+
+// Brings the row through registers; it then lies in columns.
+template <int GROUPS, class X>
+__device__ __forceinline__ void carry_row(
+    StagedRow<X>& row, const X* x, int N, int chunks, int group, int warp, int lane) {
+    constexpr int V = PerVec<X>::count;
+    Segment<32, CHUNK_VECS> s;
+    for (int c = group; c < chunks; c += GROUPS) {
+        const WarpPart<X> part(N, c, warp);
+        load_granules(s, x + (part.n ? part.first : 0), part.n, lane);
+        granules_to_columns<32, CHUNK_VECS, X>(s, row.skew, lane);
+#pragma unroll
+        for (int k = 0; k < CHUNK_VECS; ++k)
+            if ((k * 32 + lane) * V < part.n) row.at[part.first / V + k * 32 + lane] = s.v[k];
+    }
+    row.skew = 0;
+}
+
+// Starts the copies of all chunks.
+template <int STAGING, int THREADS, class X>
+__device__ __forceinline__ void start_row(const StagedRow<X>& row, u64* arrived, int chunks) {
+    constexpr int GRANULES = CHUNK_THREADS * CHUNK_VECS;
+    if (threadIdx.x == 0) {
+        for (int c = 0; c < chunks; ++c) arrival_init(arrived + c, arrivals<STAGING, THREADS>());
+        if (STAGING == STAGE_BULK) fence_bulk();
+    }
+    if (STAGING == STAGE_ASYNC) __syncthreads();
+    for (int c = 0; c < chunks; ++c) {
+        if (STAGING == STAGE_BULK && threadIdx.x == 0)
+            arrive_expecting(arrived + c, 16 * row.granules_of(c * GRANULES, GRANULES));
+        row.template copy<STAGING, THREADS>(c * GRANULES, GRANULES, arrived + c);
+        if (STAGING == STAGE_ASYNC) arrive_with_copies(arrived + c);
+    }
+    if (threadIdx.x / 2 == 16) row.put_edge(threadIdx.x % 2, row.load_edge(threadIdx.x % 2));  // the second warp's
+    __syncthreads();
+}
+
+template <int THREADS, int STAGING, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
 __device__ __forceinline__ void layer_norm_fwd_shared(const RowArguments<X, W, B>& a) {
     typedef typename Accumulator<X>::type A;
-    constexpr int V = PerVec<X>::count;
-    constexpr int GROUPS = THREADS / CHUNK_THREADS;
-    constexpr int COLS = Chunk<X>::cols, WARP_COLS = Chunk<X>::warp_cols;
+    constexpr int GROUPS = THREADS / CHUNK_THREADS, COLS = Chunk<X>::cols;
+    constexpr bool COPIED = STAGING != STAGE_REGISTERS;
     DYNAMIC_SHARED(shared);
     const int N = (int)a.N;
     const int chunks = (N + COLS - 1) / COLS;
-    Vec* staged = (Vec*)shared;
-    A* partials = (A*)(staged + (N + V - 1) / V);
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32 % CHUNK_WARPS;
     const int group = threadIdx.x / CHUNK_THREADS;
@@ -23,33 +73,31 @@ __device__ __forceinline__ void layer_norm_fwd_shared(const RowArguments<X, W, B
     const X* x = a.x + row_offset(row, a.rows, a.M, a.x_outer, a.x_row);
     X* y = a.y + row_offset(row, a.rows, a.M, a.y_outer, a.y_row);
     const A q = scale_for<A>(a.N);
+    StagedRow<X> staged((Vec*)shared, x, N);
+    u64* arrived = (u64*)(staged.at + staged.vecs + COPIED);
+    A* partials = (A*)(arrived + (COPIED ? chunks : 0));
+    if (COPIED)
+        start_row<STAGING, THREADS>(staged, arrived, chunks);
+    else
+        carry_row<GROUPS>(staged, x, N, chunks, group, warp, lane);
 
     Segment<32, CHUNK_VECS> s[1];
     for (int c = group; c < chunks; c += GROUPS) {
-        const int first = c * COLS + warp * WARP_COLS;
-        const int n = at_most(N - first, WARP_COLS);
-        load_granules(s[0], x + (n ? first : 0), n, lane);
-        granules_to_columns<32, CHUNK_VECS, X>(s[0], skew_of(x), lane);
-#pragma unroll
-        for (int k = 0; k < CHUNK_VECS; ++k)
-            if ((k * 32 + lane) * V < n) staged[first / V + k * 32 + lane] = s[0].v[k];
+        // A chunk's first column begins in the last granule that came with the chunk before.
+        if (COPIED && staged.skew && c) wait_for(arrived + c - 1, 0);
+        if (COPIED) wait_for(arrived + c, 0);
+        take_part(s[0], staged, WarpPart<X>(N, c, warp), lane);
         const A sum = warp_sum<32>(lane_sum<X, A>(s[0].v));
         if (lane == 0) partials[c * CHUNK_PARTIALS + warp] = sum;
     }
     __syncthreads();
     for (int c = group; c < chunks; c += GROUPS) {
-        const int first = c * COLS + warp * WARP_COLS;
-        const int n = at_most(N - first, WARP_COLS);
+        const WarpPart<X> part(N, c, warp);
         A* partial = partials + c * CHUNK_PARTIALS;
-#pragma unroll
-        for (int k = 0; k < CHUNK_VECS; ++k) {
-            if ((k * 32 + lane) * V < n)
-                s[0].v[k] = staged[first / V + k * 32 + lane];
-            else
-                s[0].v[k] = Vec{{0u, 0u, 0u, 0u}};
-        }
+        take_part(s[0], staged, part, lane);
         A sum, squares;
-        lane_deviations<32, X>(s[0].v, chunk_mean(partial, at_most(N - c * COLS, COLS)), q, n, lane, sum, squares);
+        lane_deviations<32, X>(
+            s[0].v, chunk_mean(partial, at_most(N - c * COLS, COLS)), q, part.n, lane, sum, squares);
         put_deviations(partial, warp, lane, sum, squares);
     }
     __syncthreads();
@@ -64,12 +112,10 @@ __device__ __forceinline__ void layer_norm_fwd_shared(const RowArguments<X, W, B
     if (threadIdx.x == 0) store_stats(a.mean, a.rstd, row, stats[0]);
 
     for (int c = group; c < chunks; c += GROUPS) {
-        const int first = c * COLS + warp * WARP_COLS;
-        const int n = at_most(N - first, WARP_COLS);
-#pragma unroll
-        for (int k = 0; k < CHUNK_VECS; ++k)
-            if ((k * 32 + lane) * V < n) s[0].v[k] = staged[first / V + k * 32 + lane];
-        normalize_segments<32, CHUNK_VECS, X, W, B, HAS_WEIGHT, HAS_BIAS>(s, stats, a.weight, a.bias, first, n, lane);
-        store_columns(s[0], y + (n ? first : 0), n, lane);
+        const WarpPart<X> part(N, c, warp);
+        take_part(s[0], staged, part, lane);
+        normalize_segments<32, CHUNK_VECS, X, W, B, HAS_WEIGHT, HAS_BIAS>(
+            s, stats, a.weight, a.bias, part.first, part.n, lane);
+        store_columns(s[0], y + (part.n ? part.first : 0), part.n, lane);
     }
 }

@@ -29,25 +29,6 @@ struct TileChunk {
 
 // ---- from global to shared memory ------------------------------------------------------------------
 
-// Copies a word of 4 or 8 bytes without holding it in a register, so that a whole tile is on its way at
-// once. It has arrived after `staged()` and a barrier.
-template <class Wd>
-__device__ __forceinline__ void stage(Wd* to, const Wd* from) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
-                 :
-                 : "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "n"((int)sizeof(Wd))
-                 : "memory");
-#else
-    *to = *from;
-#endif
-}
-__device__ __forceinline__ void staged() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 template <class T>
 __device__ __forceinline__ T zero_of() {
     T zero;

@@ -12,6 +12,10 @@ inline bool ordered_before(const Cell& c, const Thread& t, u32 first_uid) {
   if (c.uid < first_uid) return true;  // an earlier launch, or nobody
   const Block& b = *t.block;
   if (c.uid != b.uid) return false;
+  if (c.pc & kLanding) {
+    const Landing& l = g.landings[c.pc & ~kLanding];
+    return l.all || l.seen[t.index];
+  }
   u32 thread = c.who >> kClockBits, clock = c.who & kMaxClock;
   if (thread == t.index || clock < b.epoch_start) return true;
   return thread / 32 == t.index / 32 && clock < t.warp->clock[t.lane][thread % 32];
@@ -30,6 +34,9 @@ inline int distance(const Cell& c, const Cell& me) {
   const char* verb = write ? "writes" : "reads";
   const char* other_verb = other_wrote ? "wrote" : "read";
   unsigned long long at = granule << r.granule_shift;
+  if (other.uid == t.block->uid && other.pc & kLanding)
+    fault(&t, pc, "race", "%s byte %llu of %s, which a copy brought that this thread has not waited for",
+          verb, at, r.name);
   if (other.uid != t.block->uid)
     fault(&t, pc, "race", "%s byte %llu of %s, which thread %u of another block %s at @{%x}", verb, at,
           r.name, thread, other_verb, other.pc);
@@ -109,10 +116,44 @@ inline void check_defined(const Thread& t, const Region& r, uintptr_t a, u32 wid
     memcpy(words, d, 16);
     if (words[0] == all && words[1] == all) return;
   }
-  for (u32 i = 0; i < width; ++i)
-    if (!d[i])
-      fault(&t, pc, "uninitialized", "%u-byte load from offset %llu of %s: nobody wrote byte %llu",
-            width, (unsigned long long)(a - r.base), r.name, (unsigned long long)(a + i - r.base));
+  for (u32 i = 0; i < width; ++i) {
+    if (d[i] == kDefined) continue;
+    if (d[i] == kArrival)
+      fault(&t, pc, "mbarrier", "%u-byte load at offset %llu of %s, which is an mbarrier's", width,
+            (unsigned long long)(a - r.base), r.name);
+    if (d[i] == kInFlight)
+      fault(&t, pc, "uninitialized",
+            "%u-byte load from offset %llu of %s: a copy to byte %llu is in flight, and nobody has waited "
+            "for it", width, (unsigned long long)(a - r.base), r.name, (unsigned long long)(a + i - r.base));
+    fault(&t, pc, "uninitialized", "%u-byte load from offset %llu of %s: nobody wrote byte %llu",
+          width, (unsigned long long)(a - r.base), r.name, (unsigned long long)(a + i - r.base));
+  }
+}
+
+// A store must not meet a copy that is in flight, at either of its ends, nor an mbarrier.
+inline void check_copies(const Thread& t, const Region& r, uintptr_t a, u32 width, uintptr_t pc) {
+  auto meets = [&](const Copy& c) { return a < c.from_at + c.bytes && c.from_at < a + width; };
+  auto source = [&](const Copy& c) {
+    if (c.from == &r && meets(c))
+      fault(&t, pc, "in-flight", "%u-byte store at offset %llu of %s, which a copy issued at @{%x} reads",
+            width, (unsigned long long)(a - r.base), r.name, library_offset(c.pc));
+  };
+  if (r.sources) {
+    for (u32 i = 0; i < t.block->size; ++i)
+      for (const Copy& c : g.pool[i]->copies) source(c);
+    for (auto& [at, arrival] : g.arrivals)
+      for (auto* copies : {&arrival.staged, &arrival.bulk})
+        for (const Copy& c : *copies) source(c);
+  }
+  for (u32 i = 0; r.special && i < width; ++i) {
+    u8 d = r.defined[a + i - r.base];
+    if (d == kInFlight)
+      fault(&t, pc, "in-flight", "%u-byte store at offset %llu of %s, to which a copy is in flight", width,
+            (unsigned long long)(a - r.base), r.name);
+    if (d == kArrival)
+      fault(&t, pc, "mbarrier", "%u-byte store at offset %llu of %s, which is an mbarrier's", width,
+            (unsigned long long)(a - r.base), r.name);
+  }
 }
 
 // Constants of the kernel are its library's own memory; so is a gap after its static shared memory.
@@ -121,14 +162,13 @@ inline bool is_constant(uintptr_t a, u32 width) {
   return !g.static_shared || a < g.static_shared->base || a >= g.static_shared->end + kSharedGap;
 }
 
+// The region of an access, and all checks of it. Null for a constant.
 // `natural`: a power-of-two width, which a GPU would do at once and only if aligned to it.
-inline __attribute__((always_inline)) void access(uintptr_t a, u32 width, bool write, bool natural,
-                                                  uintptr_t pc) {
-  Thread* t = g.current;
-  if (!t || a - t->stack_low < kStackBytes) return;
+inline __attribute__((always_inline)) Region* check_access(Thread* t, uintptr_t a, u32 width, bool write,
+                                                           bool natural, uintptr_t pc) {
   Region* r = find_region(a, pc);
   if (!r || a + width > r->end) {
-    if (!r && !write && is_constant(a, width)) return;
+    if (!r && !write && is_constant(a, width)) return nullptr;
     report_outside(*t, a, width, write, pc);
   }
   unsigned long long at = a - r->base;
@@ -145,12 +185,21 @@ inline __attribute__((always_inline)) void access(uintptr_t a, u32 width, bool w
     fault(t, pc, "deadlock", "%llu accesses with no barrier: the thread waits for another one",
           (unsigned long long)t->since_sync);
   if (write) {
-    memset(r->defined + at, 1, width);
+    if (r->special | r->sources) check_copies(*t, *r, a, width, pc);
+    memset(r->defined + at, kDefined, width);
   } else {
     check_defined(*t, *r, a, width, pc);
   }
   if (r->writable) check_race(*t, *r, a, width, write, pc);
-  if (!g.count) return;
+  return r;
+}
+
+inline __attribute__((always_inline)) void access(uintptr_t a, u32 width, bool write, bool natural,
+                                                  uintptr_t pc) {
+  Thread* t = g.current;
+  if (!t || a - t->stack_low < kStackBytes) return;
+  Region* r = check_access(t, a, width, write, natural, pc);
+  if (!r || !g.count) return;
   Counters& c = r->counters;
   ++(write ? c.writes : c.reads);
   (write ? c.written_bytes : c.read_bytes) += width;

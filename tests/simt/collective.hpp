@@ -25,6 +25,14 @@ inline void join_clocks(Warp& w, u32 mask) {
   for (u32 rest = mask; rest; rest &= rest - 1) ++joined[__builtin_ctz(rest)];
   for (u32 rest = mask; rest; rest &= rest - 1)
     memcpy(w.clock[__builtin_ctz(rest)], joined, sizeof joined);
+  for (Landing& l : g.landings) {
+    if (l.all) continue;
+    bool told = false;
+    for (u32 rest = mask; rest; rest &= rest - 1)
+      told = told || l.seen[w.lanes[__builtin_ctz(rest)]->index];
+    for (u32 rest = mask; told && rest; rest &= rest - 1)
+      l.seen[w.lanes[__builtin_ctz(rest)]->index] = true;
+  }
 }
 
 inline void next_epoch(Block& b) {
@@ -33,6 +41,7 @@ inline void next_epoch(Block& b) {
     latest = std::max(latest, g.warps[i / 32].clock[i % 32][i % 32]);
   b.epoch_start = latest + 1;
   for (u32 w = 0; w < b.warps; ++w) std::fill_n(&g.warps[w].clock[0][0], 32 * 32, b.epoch_start);
+  for (Landing& l : g.landings) l.all = l.all || l.seen.any();
 }
 
 // The lane whose value a shuffle gives to `lane`.
@@ -129,12 +138,29 @@ inline u64 collective(u32 op, u32 size, u32 mask, u64 value, int param, int widt
   return t.result;
 }
 
+inline u64 bytes_in_flight(const Arrival& a) {
+  u64 bytes = 0;
+  for (const Copy& c : a.bulk) bytes += c.bytes;
+  return bytes;
+}
+
+// What keeps the phase that a thread waits for from ending.
+inline void describe_arrival(char* text, size_t size, const Thread& t) {
+  const Arrival& a = g.arrivals.at(t.waits_at);
+  snprintf(text, size,
+           "waiting at the mbarrier at byte %llu of shared memory, phase %u: %u of %u have arrived, %llu "
+           "bytes are expected, copies of %llu were issued, @{%x}",
+           (unsigned long long)(t.waits_at - g.dynamic_shared->base), a.phase,
+           a.count - a.pending + a.with_copies, a.count, (unsigned long long)a.expected,
+           (unsigned long long)bytes_in_flight(a), library_offset(t.wait_pc));
+}
+
 // Who waits where and who left, for a report; at most a dozen groups.
 inline std::string describe_waiting() {
   std::map<std::string, std::pair<u32, u32>> groups;  // text -> (count, first thread)
   for (u32 i = 0; i < g.block.size; ++i) {
     const Thread& t = *g.pool[i];
-    char text[160];
+    char text[240];
     if (t.state == State::exited) {
       snprintf(text, sizeof text, "exited");
     } else if (t.state == State::in_barrier) {
@@ -142,6 +168,8 @@ inline std::string describe_waiting() {
     } else if (t.state == State::in_warp) {
       snprintf(text, sizeof text, "waiting in %s with mask 0x%08x, @{%x}", op_name(t.op), t.mask,
                library_offset(t.wait_pc));
+    } else if (t.state == State::in_arrival) {
+      describe_arrival(text, sizeof text, t);
     } else {
       snprintf(text, sizeof text, "still running");
     }

@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "copies.hpp"
 #include "traffic.hpp"
 
 namespace simt {
@@ -15,7 +16,7 @@ struct Index3 {
 struct Block;
 struct Warp;
 
-enum class State : u8 { runnable, in_warp, in_barrier, exited };
+enum class State : u8 { runnable, in_warp, in_barrier, in_arrival, exited };
 
 struct Thread {
   Context context;
@@ -36,6 +37,8 @@ struct Thread {
   Log log;
   u64 since_sync;
   uintptr_t stack_low;
+  std::vector<Copy> copies;  // issued, and told to no mbarrier
+  uintptr_t waits_at;        // address of an mbarrier
 };
 
 struct Warp {
@@ -85,6 +88,9 @@ struct Engine {
   void** args = nullptr;
   Index3 grid, block_dim;
   u32 first_uid = 0, next_uid = 1;
+
+  std::map<uintptr_t, Arrival> arrivals;  // by address
+  std::vector<Landing> landings;
 
   std::vector<Region*> regions;  // sorted by base: buffers, then shared memory
   Region* by_site[1024];

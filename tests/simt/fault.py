@@ -7,9 +7,11 @@ KINDS = frozenset({
     "barrier-divergence",  # __syncthreads that not all threads of the block reach
     "compile",
     "deadlock",
+    "in-flight",  # a copy was, when its source or target was written or the block ended
     "exited-lane",  # named in a mask, but no longer there
     "limits",  # beyond the device
     "mask-mismatch",  # lanes that name each other call different things
+    "mbarrier",  # never initialized, or used otherwise than it was
     "misaligned",
     "not-in-mask",  # a lane outside the mask calls or is read
     "out-of-bounds",

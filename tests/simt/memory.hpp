@@ -41,15 +41,20 @@ struct Stamp {
 
 enum class Space : int { buffer, shared, foreign };
 
+// Of each byte: nobody wrote it, somebody did, a copy to it is in flight, it belongs to an mbarrier.
+enum : u8 { kUndefined, kDefined, kInFlight, kArrival };
+
 struct Region {
   Counters counters;  // first: launch.py reads it at this address
   uintptr_t base, end;
-  u8* defined;     // one byte per byte
+  u8* defined;     // one byte per byte; of a buffer kUndefined or kDefined alone
   Cell* cells;     // three per granule: last writer, last reader, a reader far from that one
   Stamp* read_stamps;
   Stamp* write_stamps;
   u32 granule_shift;
   int writable;
+  u32 special;  // copies in flight to it, and mbarriers
+  u32 sources;  // copies in flight from it
   Space space;
   char name[96];
   void* mapping;

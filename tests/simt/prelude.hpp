@@ -22,6 +22,15 @@ void simt_syncthreads(int line);
 int simt_syncthreads_vote(int line, int op, int predicate);
 simt_u64 simt_collective(int op, simt_u32 size, simt_u32 mask, simt_u64 value, int param, int width);
 void* simt_dynamic_shared();
+// Asynchronous copies and mbarriers: what kernels/stage.cuh has PTX for.
+void simt_copy_async(void* to, const void* from, simt_u32 bytes);
+void simt_wait_copies();
+void simt_arrival_init(void* arrival, simt_u32 count);
+void simt_fence_bulk();
+void simt_arrive_with_copies(void* arrival);
+void simt_arrive_expecting(void* arrival, simt_u32 bytes);
+void simt_copy_bulk(void* to, const void* from, simt_u32 bytes, void* arrival);
+void simt_arrival_wait(void* arrival, simt_u32 parity);
 
 float sqrtf(float);
 double sqrt(double);

@@ -4,6 +4,7 @@
 #endif
 
 #include "access.hpp"
+#include "async.hpp"
 #include "collective.hpp"
 #include "crash.hpp"
 
@@ -60,8 +61,9 @@ static bool prepare_block(u64 linear) {
   for (Region* r : {g.dynamic_shared, g.static_shared}) {
     if (!r || !r->size()) continue;
     memset(reinterpret_cast<void*>(r->base), 0xFF, r->size());
-    memset(r->defined, 0, r->size());
+    memset(r->defined, kUndefined, r->size());
   }
+  forget_copies();
   return true;
 }
 
@@ -89,7 +91,7 @@ static bool run_block(u64 linear) {
     return false;
   }
   for (u32 w = 0; w < g.block.warps; ++w) flush_warp(g.warps[w]);
-  return true;
+  return !report_copies_in_flight();
 }
 
 // CuPy compiles with -ftz=true. (Here float64 flushes too, which it does not on a GPU.)
@@ -228,6 +230,20 @@ EXPORT u64 simt_collective(int op, u32 size, u32 mask, u64 value, int param, int
   return collective(u32(op), size, mask, value, param, width, PC);
 }
 
+#define ADDRESS(p) reinterpret_cast<uintptr_t>(p)
+EXPORT void simt_copy_async(void* to, const void* from, u32 bytes) {
+  copy_async(ADDRESS(to), ADDRESS(from), bytes, PC);
+}
+EXPORT void simt_wait_copies() { wait_copies(PC); }
+EXPORT void simt_arrival_init(void* at, u32 count) { init_arrival(ADDRESS(at), count, PC); }
+EXPORT void simt_fence_bulk() { fence_bulk(); }
+EXPORT void simt_arrive_with_copies(void* at) { arrive_with_copies(ADDRESS(at), PC); }
+EXPORT void simt_arrive_expecting(void* at, u32 bytes) { arrive_expecting(ADDRESS(at), bytes, PC); }
+EXPORT void simt_copy_bulk(void* to, const void* from, u32 bytes, void* at) {
+  copy_bulk(ADDRESS(to), ADDRESS(from), bytes, ADDRESS(at), PC);
+}
+EXPORT void simt_arrival_wait(void* at, u32 parity) { wait_arrival(ADDRESS(at), parity, PC); }
+
 // ---- called by -fsanitize=thread ----
 
 EXPORT void __tsan_init() {}
@@ -244,7 +260,7 @@ EXPORT void __tsan_func_exit() {
   Thread* t = g.current;
   if (t && t->depth) --t->depth;
 }
-#define AT reinterpret_cast<uintptr_t>(a)
+#define AT ADDRESS(a)
 #define ACCESSES(n)                                                           \
   EXPORT void __tsan_read##n(void* a) { access(AT, n, false, true, PC); }     \
   EXPORT void __tsan_write##n(void* a) { access(AT, n, true, true, PC); }     \

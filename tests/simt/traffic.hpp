@@ -75,12 +75,17 @@ inline void count_banks(const WarpAccess& w, const int* lane_of, Counters& c, Si
   }
 }
 
+inline SiteCounters& site_of(Sites& sites, Region* region, u32 pc, bool write) {
+  u64 key = (u64(pc) << 1 | write) * 0x9E3779B97F4A7C15ull ^ region->base;
+  SiteCounters& s = sites[key];
+  s.region = region, s.pc = pc, s.write = write;
+  ++s.warp_accesses;
+  return s;
+}
+
 inline void count_warp_access(const WarpAccess& w, const int* lane_of, Sites& sites) {
   Counters& c = w.region->counters;
-  u64 key = (u64(w.pc) << 1 | w.write) * 0x9E3779B97F4A7C15ull ^ w.region->base;
-  SiteCounters& s = sites[key];
-  s.region = w.region, s.pc = w.pc, s.write = w.write;
-  ++s.warp_accesses;
+  SiteCounters& s = site_of(sites, w.region, w.pc, w.write);
   s.bytes += u64(w.lanes) * w.width;
   ++(w.write ? c.warp_writes : c.warp_reads);
   if (w.region->space == Space::shared) {

@@ -1,0 +1,191 @@
+// Copies from global to shared memory that do not pass through registers.
+//
+// cp.async (sm_80) is issued by every thread; a bulk copy (sm_90) by one, and the hardware does the
+// rest. Where __CUDA_ARCH__ is not defined the tests' runtime stands in: it delivers a copy only when
+// someone has waited for it, so that whoever reads too early is caught.
+
+// How a row comes into shared memory: a constant of the plan, which knows the device.
+enum { STAGE_REGISTERS, STAGE_ASYNC, STAGE_BULK };
+
+#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+#endif
+
+// Copies an aligned word of 4, 8 or 16 bytes. It has arrived after `staged()` and a barrier, or when
+// the barrier completes that `arrive_with_copies` was told of.
+template <class Word>
+__device__ __forceinline__ void stage(Word* to, const Word* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if (sizeof(Word) == 16)  // past L1: nobody reads x twice
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared_address(to)), "l"(from) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                     :
+                     : "r"(shared_address(to)), "l"(from), "n"(sizeof(Word) == 16 ? 8 : (int)sizeof(Word))
+                     : "memory");
+#elif defined(__CUDA_ARCH__)
+    *to = *from;
+#else
+    simt_copy_async(to, from, sizeof(Word));
+#endif
+}
+__device__ __forceinline__ void staged() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#elif !defined(__CUDA_ARCH__)
+    simt_wait_copies();
+#endif
+}
+
+// ---- barriers that copies arrive at ----------------------------------------------------------------
+// u64 in shared memory. Whatever else a thread writes, others see after __syncthreads() alone.
+
+__device__ __forceinline__ void arrival_init(u64* arrival, u32 count) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" : : "r"(shared_address(arrival)), "r"(count) : "memory");
+#else
+    simt_arrival_init(arrival, count);
+#endif
+}
+
+// Puts what this thread has done to shared memory before the bulk copies that it issues next.
+__device__ __forceinline__ void fence_bulk() {
+#if defined(__CUDA_ARCH__)
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+    simt_fence_bulk();
+#endif
+}
+
+// This thread arrives when all that it has staged has.
+__device__ __forceinline__ void arrive_with_copies(u64* arrival) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" : : "r"(shared_address(arrival)) : "memory");
+#else
+    simt_arrive_with_copies(arrival);
+#endif
+}
+
+// This thread arrives, and so many bytes of bulk copies are to come.
+__device__ __forceinline__ void arrive_expecting(u64* arrival, u32 bytes) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
+                 :
+                 : "r"(shared_address(arrival)), "r"(bytes)
+                 : "memory");
+#else
+    simt_arrive_expecting(arrival, bytes);
+#endif
+}
+
+// Both addresses and `bytes` are multiples of 16.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes, u64* arrival) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :
+                 : "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(arrival))
+                 : "memory");
+#else
+    simt_copy_bulk(to, from, bytes, arrival);
+#endif
+}
+
+// Waits for the end of the barrier's phase 0, 1, 2, ..., of which `parity` is the last bit.
+__device__ __forceinline__ void wait_for(u64* arrival, u32 parity) {
+#if defined(__CUDA_ARCH__)
+#if __CUDA_ARCH__ >= 900
+#define CUPYNORM_WAIT "mbarrier.try_wait.parity"  // sleeps a while
+#else
+#define CUPYNORM_WAIT "mbarrier.test_wait.parity"
+#endif
+    u32 done;
+    do {
+        asm volatile("{\n.reg .pred p;\n" CUPYNORM_WAIT ".shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(shared_address(arrival)), "r"(parity)
+                     : "memory");
+    } while (!done);
+#else
+    simt_arrival_wait(arrival, parity);
+#endif
+}
+
+// In one access: four of a word would meet in four banks.
+__device__ __forceinline__ Vec load_shared16(const Vec* p) {
+#if defined(__CUDA_ARCH__)
+    return *p;
+#else
+    typedef u32 quad __attribute__((vector_size(16)));
+    const quad q = *(const quad*)p;
+    return Vec{{q[0], q[1], q[2], q[3]}};
+#endif
+}
+
+// ---- a row in shared memory ------------------------------------------------------------------------
+
+// A row of N elements on its way to Vec at[vecs + 1], where vecs = ceil(N / V), as its granules lie in
+// memory: 16 bytes each, the first from the boundary at or before the row. Granules [head, tail) are
+// the row's alone and are copied; the one before and the one after are shared with its neighbours, and
+// two threads read their parts of them. Lanes then take their columns from two granules and shift, so
+// the map from elements to lanes knows no address.
+template <class T>
+struct StagedRow {
+    Vec* at;
+    const unsigned char* base;  // of granule 0, in global memory
+    int vecs, skew, head, tail, rest;  // `rest`: bytes of the row in granule `tail`
+
+    __device__ __forceinline__ StagedRow(Vec* at, const T* x, int N) : at(at), skew(skew_of(x)) {
+        const int end = skew + N * (int)sizeof(T);
+        base = (const unsigned char*)x - skew;
+        vecs = (N * (int)sizeof(T) + 15) / 16;
+        head = skew != 0;
+        tail = end >> 4;
+        rest = end & 15;
+    }
+
+    // Granules of a piece of `count` that starts `first` after the head.
+    __device__ __forceinline__ int granules_of(int first, int count) const {
+        return at_most(tail - head - first, count);
+    }
+
+    // Starts copying a piece, of which `arrival` gets to know. Every thread of the block must come here.
+    template <int STAGING, int THREADS>
+    __device__ __forceinline__ void copy(int first, int count, u64* arrival) const {
+        const int n = granules_of(first, count);
+        const unsigned char* from = base + 16 * (i64)(head + first);
+        Vec* to = at + head + first;
+        if (STAGING == STAGE_BULK) {
+            if (threadIdx.x == 0 && n > 0) copy_bulk(to, from, 16 * n, arrival);
+        } else {
+            for (int g = threadIdx.x; g < n; g += THREADS) stage(to + g, (const Vec*)from + g);
+        }
+    }
+
+    // The row's part of the granule before its own, or of the one after. It is loaded by one thread,
+    // which puts it in its place later: the load's way to memory is then nobody's wait.
+    __device__ __forceinline__ Vec load_edge(bool after) const {
+        return load_partial<sizeof(T)>(
+            base + (after ? 16 * (i64)tail : 0), after ? 0 : skew, after ? rest : head ? 16 : 0);
+    }
+    __device__ __forceinline__ void put_edge(bool after, const Vec& edge) const {
+        if (after) {
+            at[tail] = edge;
+            if (tail < vecs) at[vecs] = Vec{{0u, 0u, 0u, 0u}};  // shifted in past the row's end
+        } else if (head) {
+            at[0] = edge;
+        }
+    }
+
+    // Columns [i * V, i * V + V); past the row's end they are zero.
+    __device__ __forceinline__ Vec columns(int i) const {
+        if (i >= vecs) return Vec{{0u, 0u, 0u, 0u}};
+        if (!skew) return load_shared16(at + i);
+        return funnel<sizeof(T)>(load_shared16(at + i), load_shared16(at + i + 1), skew);
+    }
+};
+
+// How many arrive at a barrier in each of its phases.
+template <int STAGING, int THREADS>
+__device__ __forceinline__ constexpr int arrivals() {
+    return STAGING == STAGE_BULK ? 1 : THREADS;
+}
