@@ -103,7 +103,7 @@ def plan_of(row: TableRow, problem: Any, device: Device) -> Plan:
     if row.family == "split":
         return plans._split_plan(problem, row, device)
     vecs = -(-problem.N * ITEMSIZE[problem.x_dtype] // plans.VEC_BYTES)
-    return plans._row_plan(problem, row, vecs)
+    return plans._row_plan(problem, row, vecs, device)
 
 
 def launcher(session: Session, case: Case, inputs: Inputs, row: TableRow) -> Contender:

@@ -34,10 +34,11 @@ MOST_VECS = 4  # of x, and as many of dy: more cannot stay in registers beside t
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of the table, and after how many rows of x a block leaves a partial sum."""
+    """A row of the table, after how many rows of x a block leaves a partial sum, how K3 stages."""
 
     row: TableRow
     rows_per_partial: int = ROWS_PER_PARTIAL
+    copies: bool = True  # of the next row to shared memory, where they fit
 
     @property
     def family(self) -> str:
@@ -65,6 +66,7 @@ def candidates(row: TableRow) -> list[Candidate]:
         rows += [change(row, blocks_per_sm=b) for b in BLOCKS_PER_SM]
     made = [Candidate(r) for r in dict.fromkeys(rows) if r == row or _fits(r)]
     made += [Candidate(row, count) for count in ROWS_OF_A_PARTIAL]
+    made += [Candidate(row, copies=False)] if row.family == "shared" else []
     return list(dict.fromkeys(made))
 
 
@@ -82,7 +84,7 @@ def plan_of(candidate: Candidate, problem: Any, device: Device) -> GradientPlan:
     if row.family == "split":
         return plans._split_plan(problem, row, vecs, device, count)
     vecs_per_thread = -(-vecs // row.threads_per_row)
-    return plans._row_plan(problem, row, vecs, vecs_per_thread, device, count)
+    return plans._row_plan(problem, row, vecs, vecs_per_thread, device, count, candidate.copies)
 
 
 def launcher(
@@ -116,12 +118,15 @@ def label(candidate: Candidate) -> str:
     """A candidate in one word."""
     row = candidate.row
     threads = f"{row.threads_per_row}of{row.threads}"
-    return f"{row.family}/{threads}/b{row.blocks_per_sm}/p{candidate.rows_per_partial}"
+    copies = "" if candidate.copies else "/registers"
+    return f"{row.family}/{threads}/b{row.blocks_per_sm}/p{candidate.rows_per_partial}{copies}"
 
 
 def written(candidate: Candidate, source: str) -> str:
     """What to write into `cupynorm/_plan_bwd.py`."""
     row = gpu_tune.written(candidate.row, source)
+    if not candidate.copies:
+        return f"no copies of the next row for {row}"
     if candidate.rows_per_partial == ROWS_PER_PARTIAL:
         return row
     return f"`ROWS_PER_PARTIAL = {candidate.rows_per_partial}` for {row}"

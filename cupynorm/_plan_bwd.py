@@ -132,6 +132,17 @@ def _shared_bytes(problem: GradientProblem, row: TableRow, vecs_per_thread: int)
     return sums + _totals_of(problem) * vecs_per_thread * row.threads * _vec_totals_bytes(problem)
 
 
+def _next_row_bytes(vecs: int) -> int:
+    """Of x and dy, which a granule more lets lie at any alignment, and of their mbarrier."""
+    return 2 * VEC_BYTES * (vecs + 1) + ARRIVAL_BYTES
+
+
+def _staging(row: TableRow, vecs_per_thread: int, shared: int, device: Device) -> int:
+    """How the next row comes, the same for all rows of so many vectors a thread."""
+    longest = _next_row_bytes(vecs_per_thread * row.threads_per_row)
+    return staging_of(device) if shared + longest <= device.shared_bytes else STAGE_REGISTERS
+
+
 def _partials_bytes(problem: GradientProblem, vecs: int, partials: int) -> int:
     return _totals_of(problem) * partials * vecs * _vec_totals_bytes(problem)
 
@@ -158,15 +169,11 @@ def _row_plan(
         "shared": (row.threads, vecs_per_thread),
     }[row.family]
     if row.family == "shared":
-        with_copies = shared + 2 * VEC_BYTES * (vecs + 1) + ARRIVAL_BYTES
-        staging = staging_of(device) if copies else STAGE_REGISTERS
-        if with_copies > device.shared_bytes:
-            staging = STAGE_REGISTERS
-        if staging != STAGE_REGISTERS:
-            shared = with_copies
+        staging = _staging(row, vecs_per_thread, shared, device) if copies else STAGE_REGISTERS
         ahead = staging == STAGE_REGISTERS and vecs_per_thread <= AHEAD_VECS[problem.x_dtype]
         constants += (staging, int(ahead))
         label += STAGING_LABELS[staging]
+        shared += _next_row_bytes(vecs) if staging != STAGE_REGISTERS else 0
     main = _gradient_stage(problem, row, row.family, constants, label, grid, shared)
     return GradientPlan(
         family=row.family,

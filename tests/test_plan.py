@@ -250,7 +250,7 @@ def test_every_device_can_launch(capability):
 
 NAME = re.compile(
     r"layer_norm_fwd_(?P<kernel>warp|block|shared|split_stats|split_normalize)"
-    r"_(?P<x>f16|bf16|f32|f64)(?:_t(?P<t>\d+))?(?:_v(?P<v>\d+))?(?:_r(?P<r>\d+))?"
+    r"_(?P<x>f16|bf16|f32|f64)(?:_t(?P<t>\d+))?(?P<s>_async|_bulk)?(?:_v(?P<v>\d+))?(?:_r(?P<r>\d+))?"
     r"(?:_w_(?P<w>f16|bf16|f32|f64))?(?:_b_(?P<b>f16|bf16|f32|f64))?"
 )
 CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64", None: None}
@@ -270,6 +270,7 @@ def test_a_name_states_its_specialization():
                     assert (said["w"], said["b"]) == (CODES[weight], CODES[bias])
                 if said["kernel"] in ("warp", "block", "shared"):
                     assert int(said["t"]) == plan.threads_per_row
+                assert said["s"] == ("_bulk" if said["kernel"] == "shared" else None)
                 if said["kernel"] in ("warp", "block"):
                     assert int(said["v"]) == plan.vecs_per_thread
 

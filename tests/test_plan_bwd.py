@@ -266,7 +266,8 @@ def test_constants_agree_with_the_kernel_text():
 
 CODE = r"(?:f16|bf16|f32|f64)"
 NAMES = (
-    rf"layer_norm_bwd_(?:warp|block|shared)_{CODE}_t\d+_v\d(?:_dx)?(?:_dw)?(?:_db)?(?:_w_{CODE})?",
+    rf"layer_norm_bwd_(?:warp|block|shared)_{CODE}_t\d+_v\d(?:_bulk)?(?:_dx)?(?:_dw)?(?:_db)?"
+    rf"(?:_w_{CODE})?",
     rf"layer_norm_bwd_split_apply_{CODE}(?:_dx)?(?:_dw)?(?:_db)?(?:_w_{CODE})?",
     rf"layer_norm_bwd_split_sums_{CODE}(?:_w_{CODE})?",
     rf"layer_norm_bwd_split_merge_{CODE}",

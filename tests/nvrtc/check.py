@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cupynorm._plan import Stage
+from cupynorm._plan import STAGE_REGISTERS, Stage
 from tests.nvrtc.build import Facts
 from tests.simt.limits import DeviceLimits
 
@@ -40,10 +40,14 @@ def vecs_in_flight(stage: Stage) -> tuple[int, int]:
     if kernel.startswith("layer_norm_bwd"):
         if kernel == "layer_norm_bwd_split_sums":
             return 2 * 4, 0
-        vecs = 2 if kernel == "layer_norm_bwd_split_apply" else constants[-4 - ("shared" in kernel)]
-        return 2 * vecs, vecs * constants[-3]
-    if stage.family in ("shared", "split"):
-        return 4, 0 if kernel.endswith("_stats") else 4  # of a chunk
+        shared = "shared" in kernel
+        vecs = 2 if kernel == "layer_norm_bwd_split_apply" else constants[-4 - 2 * shared]
+        copied = shared and constants[-5] != STAGE_REGISTERS
+        return 0 if copied else 2 * vecs, vecs * constants[-3]
+    if stage.family == "shared":
+        return 4 * (constants[1] == STAGE_REGISTERS), 4  # of a chunk
+    if stage.family == "split":
+        return 4, 0 if kernel.endswith("_stats") else 4
     rows = constants[3] if stage.family == "warp" else 1
     return constants[2] * rows, constants[2] * rows
 
