@@ -35,8 +35,8 @@ inline int distance(const Cell& c, const Cell& me) {
   const char* other_verb = other_wrote ? "wrote" : "read";
   unsigned long long at = granule << r.granule_shift;
   if (other.uid == t.block->uid && other.pc & kLanding)
-    fault(&t, pc, "race", "%s byte %llu of %s, which a copy brought that this thread has not waited for",
-          verb, at, r.name);
+    fault(&t, pc, "race", "%s byte %llu of %s, which a copy %s that this thread has not waited for", verb, at,
+          r.name, other_wrote ? "wrote" : "read");
   if (other.uid != t.block->uid)
     fault(&t, pc, "race", "%s byte %llu of %s, which thread %u of another block %s at @{%x}", verb, at,
           r.name, thread, other_verb, other.pc);

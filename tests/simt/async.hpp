@@ -15,6 +15,12 @@ inline void land(const Copy& c, const Cell& writer) {
     c.to->cells[3 * i] = writer;
     c.to->cells[3 * i + 1] = c.to->cells[3 * i + 2] = Cell{0, 0, 0};
   }
+  first = (c.from_at - c.from->base) >> c.from->granule_shift;
+  last = (c.from_at + c.bytes - 1 - c.from->base) >> c.from->granule_shift;
+  for (size_t i = first; i <= last && c.from->writable; ++i) {  // it was read until now
+    c.from->cells[3 * i + 2] = c.from->cells[3 * i + 1];
+    c.from->cells[3 * i + 1] = writer;
+  }
   --c.to->special;
   --c.from->sources;
 }
