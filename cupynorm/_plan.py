@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass
 
 from cupynorm._problem import ITEMSIZE, Problem
+from cupynorm._staging import LABELS, STAGE_REGISTERS, copied_bytes, staging_of
 
 __all__ = [
     "CHUNK_THREADS",
@@ -14,12 +15,10 @@ __all__ = [
     "TABLE",
     "VEC_BYTES",
     "Device",
-    "STAGE_REGISTERS",
     "Plan",
     "Stage",
     "TableRow",
     "choose_plan",
-    "staging_of",
     "table_row",
 ]
 
@@ -27,10 +26,6 @@ VEC_BYTES = 16
 CHUNK_VECS = 1024  # kernels/chunk.cuh: 256 threads of 4 vectors, 16 KiB
 CHUNK_THREADS = 256
 CHUNK_PARTIALS = 25
-# kernels/stage.cuh: how a row comes into shared memory, and how an entry's name says so.
-STAGE_REGISTERS, STAGE_ASYNC, STAGE_BULK = range(3)
-STAGING_LABELS = ("", "_async", "_bulk")
-ARRIVAL_BYTES = 8
 # One section per chunk up to this many, so that every row K3 can hold has the tree of K5.
 MAX_SECTIONS = 512
 MAX_GRID_X = 2**31 - 1
@@ -166,18 +161,10 @@ def choose_plan(problem: Problem, device: Device) -> Plan:
     return _row_plan(problem, row, vecs, device)
 
 
-def staging_of(device: Device) -> int:
-    """Tell how a device brings rows into shared memory: the least work for its threads."""
-    if device.compute_capability < 80:
-        return STAGE_REGISTERS
-    return STAGE_ASYNC if device.compute_capability < 90 else STAGE_BULK
-
-
 def _staged_bytes(problem: Problem, vecs: int, device: Device) -> int:
     chunks = -(-vecs // CHUNK_VECS)
-    # A copied row that is not aligned takes a granule more.
-    copied = staging_of(device) != STAGE_REGISTERS
-    row = VEC_BYTES * (vecs + copied) + ARRIVAL_BYTES * chunks * copied
+    copied = staging_of(device.compute_capability) != STAGE_REGISTERS
+    row = copied_bytes(vecs, rows=1, arrivals=chunks) if copied else VEC_BYTES * vecs
     return row + CHUNK_PARTIALS * chunks * _accumulator_bytes(problem)
 
 
@@ -190,10 +177,10 @@ def _row_plan(problem: Problem, row: TableRow, vecs: int, device: Device) -> Pla
     rows_per_block = row.threads // row.threads_per_row * row.rows_per_group
     if row.family == "shared":
         vecs_per_thread = 4
-        staging = staging_of(device)
+        staging = staging_of(device.compute_capability)
         constants: tuple[int, ...] = (row.threads, staging)
         shared = _staged_bytes(problem, vecs, device)
-        label = f"t{row.threads}{STAGING_LABELS[staging]}"
+        label = f"t{row.threads}{LABELS[staging]}"
     else:
         vecs_per_thread = -(-vecs // row.threads_per_row)
         constants = (row.threads, row.threads_per_row, vecs_per_thread)

@@ -8,17 +8,14 @@ from cupynorm._plan import (
     CHUNK_VECS,
     CODES,
     MAX_GRID_X,
-    ARRIVAL_BYTES,
     MAX_SECTIONS,
-    STAGE_REGISTERS,
-    STAGING_LABELS,
     VEC_BYTES,
     Device,
     Stage,
     TableRow,
-    staging_of,
 )
 from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
+from cupynorm._staging import LABELS, STAGE_REGISTERS, copied_bytes, staging_of
 
 __all__ = ["BWD_TABLE", "GradientPlan", "choose_plan_bwd", "totals_stage"]
 
@@ -132,15 +129,12 @@ def _shared_bytes(problem: GradientProblem, row: TableRow, vecs_per_thread: int)
     return sums + _totals_of(problem) * vecs_per_thread * row.threads * _vec_totals_bytes(problem)
 
 
-def _next_row_bytes(vecs: int) -> int:
-    """Of x and dy, which a granule more lets lie at any alignment, and of their mbarrier."""
-    return 2 * VEC_BYTES * (vecs + 1) + ARRIVAL_BYTES
-
-
 def _staging(row: TableRow, vecs_per_thread: int, shared: int, device: Device) -> int:
     """How the next row comes, the same for all rows of so many vectors a thread."""
-    longest = _next_row_bytes(vecs_per_thread * row.threads_per_row)
-    return staging_of(device) if shared + longest <= device.shared_bytes else STAGE_REGISTERS
+    longest = copied_bytes(vecs_per_thread * row.threads_per_row, rows=2, arrivals=1)
+    if shared + longest > device.shared_bytes:
+        return STAGE_REGISTERS
+    return staging_of(device.compute_capability)
 
 
 def _partials_bytes(problem: GradientProblem, vecs: int, partials: int) -> int:
@@ -163,17 +157,15 @@ def _row_plan(
     grid = min(_blocks_per_sm(problem, row) * device.sm_count, blocks)
     label = f"t{row.threads_per_row}_v{vecs_per_thread}"
     shared = _shared_bytes(problem, row, vecs_per_thread)
-    constants = {
-        "warp": (row.threads, row.threads_per_row, vecs_per_thread),
-        "block": (row.threads, vecs_per_thread),
-        "shared": (row.threads, vecs_per_thread),
-    }[row.family]
-    if row.family == "shared":
+    constants: tuple[int, ...] = (row.threads, vecs_per_thread)
+    if row.family == "warp":
+        constants = (row.threads, row.threads_per_row, vecs_per_thread)
+    elif row.family == "shared":
         staging = _staging(row, vecs_per_thread, shared, device) if copies else STAGE_REGISTERS
         ahead = staging == STAGE_REGISTERS and vecs_per_thread <= AHEAD_VECS[problem.x_dtype]
         constants += (staging, int(ahead))
-        label += STAGING_LABELS[staging]
-        shared += _next_row_bytes(vecs) if staging != STAGE_REGISTERS else 0
+        label += LABELS[staging]
+        shared += copied_bytes(vecs, rows=2, arrivals=1) if staging != STAGE_REGISTERS else 0
     main = _gradient_stage(problem, row, row.family, constants, label, grid, shared)
     return GradientPlan(
         family=row.family,

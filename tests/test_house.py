@@ -64,6 +64,7 @@ TIERS = (
     {"_plan_column_bwd"},
     {"_plan_bwd", "_plan_column"},
     {"_plan"},  # decide
+    {"_staging"},
     {"_arrays"},
     {"_problem"},  # rules
 )

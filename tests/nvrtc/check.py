@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cupynorm._plan import STAGE_REGISTERS, Stage
+from cupynorm._plan import Stage
+from cupynorm._staging import STAGE_REGISTERS
 from tests.nvrtc.build import Facts
 from tests.simt.limits import DeviceLimits
 

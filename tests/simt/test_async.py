@@ -98,7 +98,8 @@ def test_phases_follow_each_other():
 
 def test_a_lane_that_waits_tells_its_warp():
     body = BULK.replace(
-        "simt_arrival_wait(arrival, 0);", "if (i == 5) simt_arrival_wait(arrival, 0);\n__syncwarp();"
+        "simt_arrival_wait(arrival, 0);",
+        "if (i == 5) simt_arrival_wait(arrival, 0);\n__syncwarp();",
     )
     run(kernel(body), (32,), arguments(), shared=SHARED)
     body = body.replace("__syncwarp();", "__syncthreads();").replace("31 - i", "31 - i % 32")
@@ -169,7 +170,8 @@ WRONG = {
     "source-told": ("in-flight", TOLD.replace(WAIT, "x[4 * i] = 1;\n" + WAIT), "reads"),
     "source-bulk": (
         "in-flight", BULK.replace(SYNC, "if (i == 0) x[127] = 1;\n" + SYNC), "reads"),
-    "never-waited": ("in-flight", without(ASYNC, "simt_wait_copies();", STORE), "as the block ends"),
+    "never-waited": (
+        "in-flight", without(ASYNC, "simt_wait_copies();", STORE), "as the block ends"),
     "never-waited-bulk": ("in-flight", without(BULK, WAIT, STORE), "as the block ends"),
     "never-waited-told": ("in-flight", without(TOLD, WAIT, STORE), "as the block ends"),
 }  # fmt: skip
@@ -209,7 +211,9 @@ RACES = {
     # Who comes late to a phase takes the next one's end for it.
     "overtaken": ("deadlock uninitialized", without(TWICE, "__syncthreads();  // all have read")),
     "source-read-by-others": (
-        "race in-flight", BULK.replace(WAIT, "if (i) simt_arrival_wait(arrival, 0); else x[127] = 1;")),
+        "race in-flight",
+        BULK.replace(WAIT, "if (i) simt_arrival_wait(arrival, 0);\nif (!i) x[127] = 1;"),
+    ),
     "init-unseen": ("race mbarrier", TOLD.replace(SYNC, "")),
     "one-arrives-more": (
         "uninitialized mbarrier", TOLD.replace("(arrival, 32)", "(arrival, 31)")),

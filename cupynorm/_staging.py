@@ -1,0 +1,24 @@
+"""How a row comes into shared memory (K3, `kernels/stage.cuh`); pure Python."""
+
+__all__ = ["LABELS", "STAGE_ASYNC", "STAGE_BULK", "STAGE_REGISTERS", "copied_bytes", "staging_of"]
+
+# Through registers; by cp.async, which every thread issues; by bulk copies, which one does.
+STAGE_REGISTERS, STAGE_ASYNC, STAGE_BULK = range(3)
+LABELS = ("", "_async", "_bulk")  # in an entry's name
+_VEC_BYTES = 16
+_ARRIVAL_BYTES = 8
+
+
+def staging_of(compute_capability: int) -> int:
+    """Choose what asks least of the threads. Predicted: bench/results/PENDING.md."""
+    if compute_capability < 80:
+        return STAGE_REGISTERS
+    return STAGE_ASYNC if compute_capability < 90 else STAGE_BULK
+
+
+def copied_bytes(vecs: int, rows: int, arrivals: int) -> int:
+    """Bytes for `rows` rows of `vecs` vectors and for mbarriers.
+
+    A row that begins at no 16-byte boundary takes a granule more.
+    """
+    return rows * _VEC_BYTES * (vecs + 1) + arrivals * _ARRIVAL_BYTES
