@@ -132,9 +132,8 @@ def _shared_bytes(problem: GradientProblem, row: TableRow, vecs_per_thread: int)
 def _staging(row: TableRow, vecs_per_thread: int, shared: int, device: Device) -> int:
     """How the next row comes, the same for all rows of so many vectors a thread."""
     longest = copied_bytes(vecs_per_thread * row.threads_per_row, rows=2, arrivals=1)
-    if shared + longest > device.shared_bytes:
-        return STAGE_REGISTERS
-    return staging_of(device.compute_capability)
+    fits = shared + longest <= device.shared_bytes
+    return staging_of(device.compute_capability) if fits else STAGE_REGISTERS
 
 
 def _partials_bytes(problem: GradientProblem, vecs: int, partials: int) -> int:
