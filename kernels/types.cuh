@@ -108,6 +108,47 @@ __device__ __forceinline__ void store16(unsigned char* p, const Vec& v) {
 #endif
 }
 
+// From sm_100 on a thread can move 32 bytes at once: CUDA 12.9 was the first to know how.
+#if defined(__CUDA_ARCH__)
+#define WIDE_VECTORS \
+    (__CUDA_ARCH__ >= 1000 && (__CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 9)))
+#endif
+__device__ __forceinline__ bool has_wide_vectors() {
+#if defined(__CUDA_ARCH__)
+    return WIDE_VECTORS;
+#else
+    return simt_wide_vectors();
+#endif
+}
+
+// Aligned to 32 bytes.
+__device__ __forceinline__ void load32(const unsigned char* p, Vec& lo, Vec& hi) {
+#if !defined(__CUDA_ARCH__)
+    u32 w[8];
+    simt_load32(p, w);
+    lo = Vec{{w[0], w[1], w[2], w[3]}};
+    hi = Vec{{w[4], w[5], w[6], w[7]}};
+#elif WIDE_VECTORS
+    asm volatile("ld.global.L1::no_allocate.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
+                 : "=r"(lo.w[0]), "=r"(lo.w[1]), "=r"(lo.w[2]), "=r"(lo.w[3]), "=r"(hi.w[0]), "=r"(hi.w[1]),
+                   "=r"(hi.w[2]), "=r"(hi.w[3])
+                 : "l"(p));
+#endif
+}
+
+__device__ __forceinline__ void store32(unsigned char* p, const Vec& lo, const Vec& hi) {
+#if !defined(__CUDA_ARCH__)
+    const u32 w[8] = {lo.w[0], lo.w[1], lo.w[2], lo.w[3], hi.w[0], hi.w[1], hi.w[2], hi.w[3]};
+    simt_store32(p, w);
+#elif WIDE_VECTORS
+    asm volatile("st.global.cs.v8.b32 [%0], {%1, %2, %3, %4, %5, %6, %7, %8};"
+                 :
+                 : "l"(p), "r"(lo.w[0]), "r"(lo.w[1]), "r"(lo.w[2]), "r"(lo.w[3]), "r"(hi.w[0]), "r"(hi.w[1]),
+                   "r"(hi.w[2]), "r"(hi.w[3])
+                 : "memory");
+#endif
+}
+
 // ---- conversions ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ float f16_to_float(u32 bits) {

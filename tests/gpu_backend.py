@@ -12,6 +12,7 @@ from cupynorm._plan import Device, Stage
 from cupynorm._source import source_of
 from tests.conftest import Backend, why_not
 from tests.simt.launch import Buffer, launch
+from tests.simt.limits import DeviceLimits
 
 SM90 = Device(compute_capability=90, sm_count=132, shared_bytes=227 * 1024)
 
@@ -20,7 +21,10 @@ class SimulatedMachine:
     """The harness of `tests/simt`."""
 
     name = "simulated"
-    device = SM90
+
+    def __init__(self, device: Device = SM90) -> None:
+        self.device = device
+        self.limits = DeviceLimits.of(str(device.compute_capability))
 
     def memory(self, nbytes: int, name: str, offset: int = 0, itemsize: int = 4) -> Any:
         return Buffer(nbytes, name=name, offset=offset, granule=itemsize)
@@ -42,7 +46,7 @@ class SimulatedMachine:
     def run(self, stage: Stage, args: Sequence[Any], memories: Sequence[Any], seed: Any) -> Any:
         return launch(
             source_of(stage), stage.name, stage.grid, stage.block, stage.shared_bytes, args,
-            buffers=memories, seed=seed, opt_in_shared=stage.shared_bytes,
+            buffers=memories, seed=seed, opt_in_shared=stage.shared_bytes, limits=self.limits,
         )  # fmt: skip
 
 

@@ -66,6 +66,7 @@ class LaunchRequest(ctypes.Structure):
         ("shuffled", ctypes.c_int),
         ("count", ctypes.c_int),
         ("flush", ctypes.c_int),
+        ("wide_vectors", ctypes.c_int),
         ("seed", ctypes.c_uint64),
         ("regions", ctypes.c_void_p),
         ("region_count", ctypes.c_uint64),

@@ -82,7 +82,7 @@ struct Engine {
   size_t queue_head = 0;
   Sites sites;
   u64 random_state = 0;
-  bool shuffled = true, count = true;
+  bool shuffled = true, count = true, wide_vectors = false;
 
   void (*entry)(void**) = nullptr;
   void** args = nullptr;

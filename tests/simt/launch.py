@@ -100,8 +100,9 @@ def launch(
         pointers = (ctypes.c_void_p * max(1, len(packed)))(*(ctypes.addressof(p) for p in packed))
         request = LaunchRequest(
             loaded.address, ctypes.addressof(pointers), grid, block, shared_bytes,
-            seed is not None, count, flush, (seed or 0) & (2**64 - 1), ctypes.addressof(regions),
-            len(buffers), loaded.static_region, *loaded.mapped_range,
+            seed is not None, count, flush, int(limits.compute_capability) >= 100,
+            (seed or 0) & (2**64 - 1), ctypes.addressof(regions), len(buffers),
+            loaded.static_region, *loaded.mapped_range,
         )  # fmt: skip
         fault = Fault()
         if api().simt_launch(ctypes.byref(request), ctypes.byref(fault)):

@@ -22,6 +22,10 @@ void simt_syncthreads(int line);
 int simt_syncthreads_vote(int line, int op, int predicate);
 simt_u64 simt_collective(int op, simt_u32 size, simt_u32 mask, simt_u64 value, int param, int width);
 void* simt_dynamic_shared();
+// Vectors of 32 bytes: whether the device has them, and their accesses.
+int simt_wide_vectors();
+void simt_load32(const void* p, void* out);
+void simt_store32(void* p, const void* in);
 // Asynchronous copies and mbarriers: what kernels/stage.cuh has PTX for.
 void simt_copy_async(void* to, const void* from, simt_u32 bytes);
 void simt_wait_copies();

@@ -135,7 +135,7 @@ struct LaunchRequest {
   void** args;
   u32 grid[3], block[3];
   u32 shared_bytes;
-  int shuffled, count, flush;
+  int shuffled, count, flush, wide_vectors;
   u64 seed;
   Region** regions;
   u64 region_count;
@@ -189,6 +189,7 @@ EXPORT int simt_launch(const LaunchRequest* q, Fault* out) {
   g.block_dim = {q->block[0], q->block[1], q->block[2]};
   g.shuffled = q->shuffled;
   g.count = q->count;
+  g.wide_vectors = q->wide_vectors;
   g.random_state = (q->seed + 1) * 0x9E3779B97F4A7C15ull | 1;
   g.library_low = q->library_low;
   g.library_high = q->library_high;
@@ -231,6 +232,15 @@ EXPORT u64 simt_collective(int op, u32 size, u32 mask, u64 value, int param, int
 }
 
 #define ADDRESS(p) reinterpret_cast<uintptr_t>(p)
+EXPORT int simt_wide_vectors() { return g.wide_vectors; }
+EXPORT void simt_load32(const void* p, void* out) {
+  access(ADDRESS(p), 32, false, true, PC);
+  memcpy(out, p, 32);
+}
+EXPORT void simt_store32(void* p, const void* in) {
+  access(ADDRESS(p), 32, true, true, PC);
+  memcpy(p, in, 32);
+}
 EXPORT void simt_copy_async(void* to, const void* from, u32 bytes) {
   copy_async(ADDRESS(to), ADDRESS(from), bytes, PC);
 }
