@@ -15,7 +15,7 @@ from cupynorm._plan import (
     TableRow,
 )
 from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
-from cupynorm._staging import LABELS, STAGE_REGISTERS, copied_bytes, staging_of
+from cupynorm._staging import LABELS, STAGE_REGISTERS, next_row_bytes, staging_of
 
 __all__ = ["BWD_TABLE", "GradientPlan", "choose_plan_bwd", "totals_stage"]
 
@@ -129,13 +129,6 @@ def _shared_bytes(problem: GradientProblem, row: TableRow, vecs_per_thread: int)
     return sums + _totals_of(problem) * vecs_per_thread * row.threads * _vec_totals_bytes(problem)
 
 
-def _staging(row: TableRow, vecs_per_thread: int, shared: int, device: Device) -> int:
-    """How the next row comes, the same for all rows of so many vectors a thread."""
-    longest = copied_bytes(vecs_per_thread * row.threads_per_row, rows=2, arrivals=1)
-    fits = shared + longest <= device.shared_bytes
-    return staging_of(device.compute_capability) if fits else STAGE_REGISTERS
-
-
 def _partials_bytes(problem: GradientProblem, vecs: int, partials: int) -> int:
     return _totals_of(problem) * partials * vecs * _vec_totals_bytes(problem)
 
@@ -160,11 +153,14 @@ def _row_plan(
     if row.family == "warp":
         constants = (row.threads, row.threads_per_row, vecs_per_thread)
     elif row.family == "shared":
-        staging = _staging(row, vecs_per_thread, shared, device) if copies else STAGE_REGISTERS
+        # The same for all rows of so many vectors a thread: one entry for them.
+        longest = next_row_bytes(vecs_per_thread * row.threads_per_row)
+        fits = copies and shared + longest <= device.shared_bytes
+        staging = staging_of(device.compute_capability) if fits else STAGE_REGISTERS
         ahead = staging == STAGE_REGISTERS and vecs_per_thread <= AHEAD_VECS[problem.x_dtype]
         constants += (staging, int(ahead))
         label += LABELS[staging]
-        shared += copied_bytes(vecs, rows=2, arrivals=1) if staging != STAGE_REGISTERS else 0
+        shared += next_row_bytes(vecs) if staging != STAGE_REGISTERS else 0
     main = _gradient_stage(problem, row, row.family, constants, label, grid, shared)
     return GradientPlan(
         family=row.family,

@@ -1,6 +1,14 @@
 """How a row comes into shared memory (K3, `kernels/stage.cuh`); pure Python."""
 
-__all__ = ["LABELS", "STAGE_ASYNC", "STAGE_BULK", "STAGE_REGISTERS", "copied_bytes", "staging_of"]
+__all__ = [
+    "LABELS",
+    "STAGE_ASYNC",
+    "STAGE_BULK",
+    "STAGE_REGISTERS",
+    "copied_bytes",
+    "next_row_bytes",
+    "staging_of",
+]
 
 # Through registers; by cp.async, which every thread issues; by bulk copies, which one does.
 STAGE_REGISTERS, STAGE_ASYNC, STAGE_BULK = range(3)
@@ -22,3 +30,8 @@ def copied_bytes(vecs: int, rows: int, arrivals: int) -> int:
     A row that begins at no 16-byte boundary takes a granule more.
     """
     return rows * _VEC_BYTES * (vecs + 1) + arrivals * _ARRIVAL_BYTES
+
+
+def next_row_bytes(vecs: int) -> int:
+    """Bytes for the next row of a backward: of x, of dy, its mean and rstd, and an mbarrier."""
+    return copied_bytes(vecs, rows=2, arrivals=1) + _VEC_BYTES

@@ -4,7 +4,7 @@
 // no registers. Elsewhere it is fetched into registers if they hold it (AHEAD).
 //
 // Shared memory: Piece totals[dweight, dbias][VECS][pieces][THREADS] (those that are wanted),
-// A sums[2][3][WARPS]; with copies then Vec x[vecs + 1], dy[vecs + 1], u64 arrival.
+// A sums[2][3][WARPS]; with copies then Vec x[vecs + 1], dy[vecs + 1], stats, u64 arrival.
 
 template <int THREADS, class A, int V>
 struct SharedTotals {
@@ -37,14 +37,17 @@ template <int STAGING, bool AHEAD, int THREADS, int VECS, class X>
 struct NextGradient {
     typedef typename Accumulator<X>::type A;
     StagedRow<X> x, dy;
+    Vec* stats;  // mean and rstd
     u64* arrival;
     u32 phase;
-    A mean, rstd;
-    Vec edge;  // of x in the second warp, of dy in the third
+    // What a few threads bring through registers: x's ends in the second warp, dy's in the third, the
+    // statistics in the fourth. It is loaded when the copies start, and put in its place later.
+    Vec carried;
 
     __device__ __forceinline__ NextGradient(void* at, int N)
         : x((Vec*)at, (const X*)0, N), dy(x.at + x.vecs + 1, (const X*)0, N), phase(0) {
-        arrival = (u64*)(dy.at + x.vecs + 1);
+        stats = dy.at + x.vecs + 1;
+        arrival = (u64*)(stats + 1);
         if (threadIdx.x == 0) arrival_init(arrival, arrivals<STAGING, THREADS>());
         __syncthreads();
     }
@@ -62,16 +65,19 @@ struct NextGradient {
         x.template copy<STAGING, THREADS>(0, x_granules, arrival);
         dy.template copy<STAGING, THREADS>(0, dy_granules, arrival);
         if (STAGING == STAGE_ASYNC) arrive_with_copies(arrival);
-        if (threadIdx.x / 2 == 16) edge = x.load_edge(threadIdx.x % 2);
-        if (threadIdx.x / 2 == 32) edge = dy.load_edge(threadIdx.x % 2);
-        mean = a.mean[row];
-        rstd = a.rstd[row];
+        if (threadIdx.x / 2 == 16) carried = x.load_edge(threadIdx.x % 2);
+        if (threadIdx.x / 2 == 32) carried = dy.load_edge(threadIdx.x % 2);
+        if (threadIdx.x == 96) {
+            const A t[16 / sizeof(A)] = {a.mean[row], a.rstd[row]};
+            pack(carried, t, (const A*)0);
+        }
     }
 
     // To be called between `start` and a barrier that comes before the row is taken.
-    __device__ __forceinline__ void put_edges() const {
-        if (threadIdx.x / 2 == 16) x.put_edge(threadIdx.x % 2, edge);
-        if (threadIdx.x / 2 == 32) dy.put_edge(threadIdx.x % 2, edge);
+    __device__ __forceinline__ void put_carried() const {
+        if (threadIdx.x / 2 == 16) x.put_edge(threadIdx.x % 2, carried);
+        if (threadIdx.x / 2 == 32) dy.put_edge(threadIdx.x % 2, carried);
+        if (threadIdx.x == 96) *stats = carried;
     }
 
     template <class W>
@@ -85,8 +91,10 @@ struct NextGradient {
             r.x.v[k] = x.columns(mine + k * 32);
             r.dy.v[k] = dy.columns(mine + k * 32);
         }
-        r.mean = mean;
-        r.rstd = rstd;
+        A t[16 / sizeof(A)];
+        unpack(load_shared16(stats), t, (const A*)0);
+        r.mean = t[0];
+        r.rstd = t[1];
         __syncthreads();  // before the next copies
     }
     __device__ __forceinline__ void settle(GradientRow<32, VECS, A>&, int) const {}
@@ -103,7 +111,7 @@ struct NextGradient<STAGE_REGISTERS, AHEAD, THREADS, VECS, X> {
     __device__ __forceinline__ void start(const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
         if (AHEAD) fetch(next, a, row, first, n, lane);
     }
-    __device__ __forceinline__ void put_edges() const {}
+    __device__ __forceinline__ void put_carried() const {}
     template <class W>
     __device__ __forceinline__ void take(
         GradientRow<32, VECS, A>& r, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
@@ -138,7 +146,7 @@ __device__ __forceinline__ void layer_norm_bwd_shared(const GradientArguments<X,
 
     NextGradient<STAGING, AHEAD, THREADS, VECS, X> next(sums + 2 * 3 * WARPS, (int)a.N);
     next.start(a, blockIdx.x, first, n, lane);
-    next.put_edges();
+    next.put_carried();
     if (STAGING != STAGE_REGISTERS) __syncthreads();
     int half = 0;
     for (i64 row = blockIdx.x; row < a.rows; row += gridDim.x) {
@@ -147,7 +155,7 @@ __device__ __forceinline__ void layer_norm_bwd_shared(const GradientArguments<X,
         next.start(a, row + gridDim.x, first, n, lane);
         next.settle(r, lane);
         const GradientSums<A> mine = lane_sums<X, HAS_WEIGHT>(r, a.weight, first, n, lane);
-        if (row + gridDim.x < a.rows) next.put_edges();
+        if (row + gridDim.x < a.rows) next.put_carried();
         const RowGradient<A> c = row_gradient(block_sums<WARPS>(sums + half, mine, warp, lane), a.N);
         half = 3 * WARPS - half;
         differentiate<X, DX, DWEIGHT, DBIAS, HAS_WEIGHT>(r, c, a.weight, first, n, lane, totals);

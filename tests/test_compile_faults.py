@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from cupynorm._staging import STAGE_ASYNC, STAGE_BULK
 from tests.nvrtc import build, grid
 from tests.nvrtc.check import blocks_by_registers, faults
 from tests.simt.limits import DeviceLimits
@@ -81,6 +82,19 @@ FAULTY = {
         "32 of static shared memory",
     ),
 }  # fmt: skip
+
+
+def test_missing_copies_and_wide_vectors_are_found():
+    facts = build.build(entry_source(COPY), "entry", "100")
+    shared = {"family": "shared", "kernel": "layer_norm_fwd_shared"}
+    for constants in ((512, STAGE_ASYNC), (512, STAGE_BULK)):
+        stage = dataclasses.replace(stage_like(**shared), constants=constants)
+        assert any("copies by" in found for found in faults(stage, facts, "100"))
+    stage = dataclasses.replace(stage_like(), constants=(128, 32, 2, 1))
+    found = " ".join(faults(stage, facts, "100"))
+    assert "0 global loads of 256 bits, 1 pairs" in found
+    assert "0 global stores of 256 bits, 1 pairs" in found
+    assert "256 bits" not in " ".join(faults(stage, facts, "90"))
 
 
 @pytest.mark.parametrize("fault", FAULTY)

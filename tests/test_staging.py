@@ -142,7 +142,7 @@ def test_without_it_the_simulator_objects(name, monkeypatch):
 def test_without_its_ends_a_row_has_those_of_the_row_before(monkeypatch):
     device = dataclasses.replace(SIMULATED.device, sm_count=1)
     right = backward(SIMULATED, device, x_at=At(1, 2), wanted=ONLY_DX)
-    broken(monkeypatch, "if (row + gridDim.x < a.rows) next.put_edges();")
+    broken(monkeypatch, "if (row + gridDim.x < a.rows) next.put_carried();")
     wrong = backward(SIMULATED, device, x_at=At(1, 2), wanted=ONLY_DX)
     assert right.row_bits()[0] == wrong.row_bits()[0]
     assert right.row_bits()[1] != wrong.row_bits()[1]

@@ -42,6 +42,10 @@ class Facts:
     local: int  # .local declarations in the PTX
     loads128: int  # instructions in the PTX, of global memory
     stores128: int
+    loads256: int
+    stores256: int
+    copies128: int  # cp.async past L1, to shared memory
+    bulk_copies: int
     ftz: int  # float32 instructions that flush subnormals
     no_ftz: int  # those that could and do not
     approximate: int  # divisions and roots that are not IEEE
@@ -134,6 +138,10 @@ def facts_of(ptx: str, log: str, name: str) -> Facts:
         local=len(re.findall(r"^\s*\.local\b", ptx, re.M)),
         loads128=len(re.findall(r"\bld\.global(?:\.[\w:]+)*\.v4\.[bfu]32\b", ptx)),
         stores128=len(re.findall(r"\bst\.global(?:\.[\w:]+)*\.v4\.[bfu]32\b", ptx)),
+        loads256=len(re.findall(r"\bld\.global(?:\.[\w:]+)*\.v8\.b32\b", ptx)),
+        stores256=len(re.findall(r"\bst\.global(?:\.[\w:]+)*\.v8\.b32\b", ptx)),
+        copies128=len(re.findall(r"\bcp\.async\.cg\.shared\.global\b.*, 16;", ptx)),
+        bulk_copies=len(re.findall(r"\bcp\.async\.bulk\.shared::cluster\.global\b", ptx)),
         ftz=flushing,
         no_ftz=len(arithmetic) - flushing,
         approximate=len(re.findall(r"\b(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)\b", ptx)),

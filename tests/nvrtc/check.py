@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cupynorm._plan import Stage
-from cupynorm._staging import STAGE_REGISTERS
+from cupynorm._staging import STAGE_ASYNC, STAGE_BULK, STAGE_REGISTERS
 from tests.nvrtc.build import Facts
 from tests.simt.limits import DeviceLimits
 
@@ -53,6 +53,25 @@ def vecs_in_flight(stage: Stage) -> tuple[int, int]:
     return constants[2] * rows, constants[2] * rows
 
 
+def staging_in(stage: Stage) -> int:
+    """How K3 brings its rows into shared memory; other kernels bring none."""
+    if stage.family == "shared":
+        return stage.constants[1]
+    return stage.constants[2] if stage.family == "shared_bwd" else STAGE_REGISTERS
+
+
+def rounds_in(stage: Stage) -> int:
+    """Rounds of 32 lanes in which a warp moves a row; two together move 32 bytes a lane."""
+    kernel, constants = stage.kernel, stage.constants
+    if vecs_in_flight(stage) == (0, 0):
+        return 1
+    if stage.family in ("warp", "warp_bwd", "block"):
+        return constants[2] if constants[1] >= 32 else 1
+    if kernel in ("layer_norm_bwd_block", "layer_norm_bwd_shared"):
+        return constants[1]
+    return 2 if kernel == "layer_norm_bwd_split_apply" else 4  # of a chunk
+
+
 def faults(stage: Stage, facts: Facts, arch: str) -> list[str]:
     """Every promise of the plan that the compiled entry breaks; empty when it keeps them all."""
     limits = DeviceLimits.of(arch)
@@ -80,7 +99,28 @@ def faults(stage: Stage, facts: Facts, arch: str) -> list[str]:
         stage.shared_bytes,
         facts.registers,
     )
-    return found + ([refusal] if refusal else []) + _of_instructions(stage, facts)
+    found += _of_instructions(stage, facts) + _of_copies(stage, facts)
+    if int(arch) >= 100:
+        found += _of_wide_vectors(stage, facts)
+    return found + ([refusal] if refusal else [])
+
+
+def _of_copies(stage: Stage, facts: Facts) -> list[str]:
+    staging = staging_in(stage)
+    held = {STAGE_ASYNC: facts.copies128, STAGE_BULK: facts.bulk_copies}
+    wrong = [way for way, number in held.items() if (number > 0) != (way == staging)]
+    return [f"staging {staging}, but copies by {held}"] if wrong else []
+
+
+def _of_wide_vectors(stage: Stage, facts: Facts) -> list[str]:
+    pairs = rounds_in(stage) // 2
+    loads, stores = vecs_in_flight(stage)
+    found = []
+    if facts.loads256 < pairs * (loads > 0):
+        found.append(f"{facts.loads256} global loads of 256 bits, {pairs} pairs of rounds")
+    if facts.stores256 < pairs * (stores > 0):
+        found.append(f"{facts.stores256} global stores of 256 bits, {pairs} pairs of rounds")
+    return found
 
 
 def _of_instructions(stage: Stage, facts: Facts) -> list[str]:
