@@ -62,13 +62,18 @@ class Kind:
     written: Callable[[Any, str], str]  # candidate and provenance, as the table's file has it
 
 
+@dataclass(frozen=True, slots=True)
+class Carried(TableRow):
+    """A row of K3 whose rows go through registers, as on sm_75, not by asynchronous copies."""
+
+
 def candidates(row: TableRow) -> list[TableRow]:
     """The row itself, then what differs from it in one thing, or belongs to the next family."""
     made = [row]
     change = dataclasses.replace
     if row.family == "shared":
         made += [change(row, threads_per_row=t, threads=t) for t in (256, 512, 768, 1024)]
-        made += [change(row, blocks_per_sm=2)]
+        made += [change(row, blocks_per_sm=2), Carried(*dataclasses.astuple(row))]
     elif row.family in ("warp", "block"):
         for family, shapes in (("warp", WARP_SHAPES), ("block", BLOCK_SHAPES)):
             made += [
@@ -103,6 +108,8 @@ def plan_of(row: TableRow, problem: Any, device: Device) -> Plan:
     if row.family == "split":
         return plans._split_plan(problem, row, device)
     vecs = -(-problem.N * ITEMSIZE[problem.x_dtype] // plans.VEC_BYTES)
+    if isinstance(row, Carried):
+        device = dataclasses.replace(device, compute_capability=75)
     return plans._row_plan(problem, row, vecs, device)
 
 
@@ -146,14 +153,15 @@ def label(row: TableRow) -> str:
     """A candidate in one word."""
     return (
         f"{row.family}/{row.threads_per_row}of{row.threads}/r{row.rows_per_group}"
-        f"/b{row.blocks_per_sm}"
+        f"/b{row.blocks_per_sm}{'/registers' if isinstance(row, Carried) else ''}"
     )
 
 
 def written(row: TableRow, source: str) -> str:
     """A row as the table has it."""
     shown = ", ".join(repr(v) for v in dataclasses.astuple(row)[:-1])
-    return f"`TableRow({shown}, {source!r})`"
+    carried = "no asynchronous copies for " if isinstance(row, Carried) else ""
+    return f"{carried}`TableRow({shown}, {source!r})`"
 
 
 FORWARD = Kind(label, launcher, make_inputs, written)
