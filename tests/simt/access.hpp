@@ -139,8 +139,8 @@ inline void check_copies(const Thread& t, const Region& r, uintptr_t a, u32 widt
             width, (unsigned long long)(a - r.base), r.name, library_offset(c.pc));
   };
   if (r.sources) {
-    for (u32 i = 0; i < t.block->size; ++i)
-      for (const Copy& c : g.pool[i]->copies) source(c);
+    for (auto& other : g.pool)
+      for (const Copy& c : other->copies) source(c);
     for (auto& [at, arrival] : g.arrivals)
       for (auto* copies : {&arrival.staged, &arrival.bulk})
         for (const Copy& c : *copies) source(c);

@@ -67,6 +67,7 @@ inline void init_arrival(uintptr_t at, u32 count, uintptr_t pc) {
   memset(r->defined + (at - r->base), kArrival, 8);
   ++r->special;
   Arrival& a = g.arrivals[at];
+  a.region = r;
   a.count = a.pending = count;
   a.made = r->cells[3 * ((at - r->base) >> r->granule_shift)];
 }
@@ -88,8 +89,8 @@ inline bool may_end(const Arrival& a) {
 
 inline void end_phase(Arrival& a) {
   u32 number = u32(g.landings.size());
-  g.landings.push_back({});
-  const Cell writer{g.block.uid, 0, number | kLanding};
+  g.landings.push_back({a.made.uid, {}, false});
+  const Cell writer{a.made.uid, 0, number | kLanding};
   land_all(a.staged, writer);
   land_all(a.bulk, writer);
   a.landings.push_back(number);
@@ -191,15 +192,15 @@ inline void copy_bulk(uintptr_t to, uintptr_t from, u32 bytes, uintptr_t at, uin
 inline void forget_copies() {
   g.arrivals.clear();
   g.landings.clear();
-  for (u32 i = 0; i < g.block.size; ++i) g.pool[i]->copies.clear();
+  for (auto& thread : g.pool) thread->copies.clear();
   for (Region* r : g.regions) r->special = r->sources = 0;
 }
 
 // After a block: all that was issued must have been waited for.
 inline bool report_copies_in_flight() {
   const Copy* left = nullptr;
-  for (u32 i = 0; i < g.block.size && !left; ++i)
-    if (!g.pool[i]->copies.empty()) left = &g.pool[i]->copies.front();
+  for (auto& thread : g.pool)
+    if (!thread->copies.empty()) left = &thread->copies.front();
   for (auto& [at, a] : g.arrivals)
     for (auto* copies : {&a.staged, &a.bulk})
       if (!copies->empty()) left = &copies->front();

@@ -26,7 +26,7 @@ inline void join_clocks(Warp& w, u32 mask) {
   for (u32 rest = mask; rest; rest &= rest - 1)
     memcpy(w.clock[__builtin_ctz(rest)], joined, sizeof joined);
   for (Landing& l : g.landings) {
-    if (l.all) continue;
+    if (l.all || l.uid != w.lanes[__builtin_ctz(mask)]->block->uid) continue;
     bool told = false;
     for (u32 rest = mask; rest; rest &= rest - 1)
       told = told || l.seen[w.lanes[__builtin_ctz(rest)]->index];
@@ -41,7 +41,7 @@ inline void next_epoch(Block& b) {
     latest = std::max(latest, g.warps[i / 32].clock[i % 32][i % 32]);
   b.epoch_start = latest + 1;
   for (u32 w = 0; w < b.warps; ++w) std::fill_n(&g.warps[w].clock[0][0], 32 * 32, b.epoch_start);
-  for (Landing& l : g.landings) l.all = l.all || l.seen.any();
+  for (Landing& l : g.landings) l.all = l.all || (l.uid == b.uid && l.seen.any());
 }
 
 // The lane whose value a shuffle gives to `lane`.
@@ -148,9 +148,9 @@ inline u64 bytes_in_flight(const Arrival& a) {
 inline void describe_arrival(char* text, size_t size, const Thread& t) {
   const Arrival& a = g.arrivals.at(t.waits_at);
   snprintf(text, size,
-           "waiting at the mbarrier at byte %llu of shared memory, phase %u: %u of %u have arrived, %llu "
-           "bytes are expected, copies of %llu were issued, @{%x}",
-           (unsigned long long)(t.waits_at - g.dynamic_shared->base), a.phase,
+           "waiting at the mbarrier at byte %llu of %s, phase %u: %u of %u have arrived, %llu bytes are "
+           "expected, copies of %llu were issued, @{%x}",
+           (unsigned long long)(t.waits_at - a.region->base), a.region->name, a.phase,
            a.count - a.pending + a.with_copies, a.count, (unsigned long long)a.expected,
            (unsigned long long)bytes_in_flight(a), library_offset(t.wait_pc));
 }

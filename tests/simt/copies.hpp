@@ -20,6 +20,7 @@ struct Copy {
 // An mbarrier. A phase ends when all have arrived and the bytes expected are those that were copied,
 // and here only once somebody waits for it: as late as on any GPU.
 struct Arrival {
+  Region* region;
   u32 count, pending, phase;
   u64 expected;  // bytes, in this phase
   bool fenced;   // bulk copies may know of it
@@ -32,6 +33,7 @@ struct Arrival {
 
 // The end of a phase, and the threads that know of it. What it brought is theirs alone to read.
 struct Landing {
+  u32 uid;  // of the block
   std::bitset<1024> seen;
   bool all;  // a block barrier has told everybody
 };

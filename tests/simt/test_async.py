@@ -183,7 +183,7 @@ def test_wrong(name):
     message = caught(kind, kernel(body), (32,), arguments(), shared=SHARED)
     assert words in message
     if kind == "deadlock":
-        assert "waiting at the mbarrier at byte 1008 of shared memory, phase 0" in message
+        assert "waiting at the mbarrier at byte 1008 of dynamic shared memory, phase 0" in message
         assert "simt_arrival_wait(arrival, 0);" in message
 
 
