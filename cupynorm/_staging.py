@@ -10,8 +10,9 @@ __all__ = [
     "staging_of",
 ]
 
-# Through registers; by cp.async, which every thread issues; by bulk copies, which one does.
-STAGE_REGISTERS, STAGE_ASYNC, STAGE_BULK = range(3)
+STAGE_REGISTERS = 0
+STAGE_ASYNC = 1  # cp.async, which every thread issues
+STAGE_BULK = 2  # bulk copies, which one thread issues
 LABELS = ("", "_async", "_bulk")  # in an entry's name
 _VEC_BYTES = 16
 _ARRIVAL_BYTES = 8
