@@ -58,6 +58,24 @@ def test_misaligned_vector_load():
     run(LOAD4, (32,), (floats(160, offset=8), unwritten(128), 2))
 
 
+def test_vectors_of_32_bytes():
+    source = """
+extern "C" __global__ void k(const float* x, float* y, long long shift) {
+  float v[8];
+  simt_load32(x + 8 * threadIdx.x + shift, v);
+  simt_store32(y + 8 * threadIdx.x, v);
+}
+"""
+    x, y = floats(264), unwritten(256)
+    traffic = run(source, (32,), (x, y, 8))
+    assert (y.to_numpy(np.float32) == np.arange(8, 264)).all()
+    t = traffic["x"]
+    assert (t.read_widths, t.read_bytes, t.read_sectors, t.warp_reads) == ({32: 32}, 1024, 32, 1)
+    message = caught("misaligned", source, (32,), (x, unwritten(256), 4), "simt_load32")
+    assert "is 16 modulo 32" in message
+    caught("out-of-bounds", source, (32,), (x, unwritten(252), 8), "simt_store32")
+
+
 @pytest.mark.parametrize("offset", [0, 2, 16, 100, 254])
 def test_offset_of_a_buffer(offset):
     for nbytes in (2, 4096, 8190, 10000):
