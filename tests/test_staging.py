@@ -120,6 +120,9 @@ NEEDED = {
     "row": (backward, 90, "wait_for(arrival, phase);", "uninitialized mbarrier"),
     "phase": (backward, 90, "phase ^= 1;", "uninitialized mbarrier"),
     "taken": (backward, 90, "__syncthreads();  // before the next copies", IN_ORDER),
+    "fence-again": (
+        backward, 90, "fence_bulk();\n            arrive", "mbarrier",
+        "if (row < gridDim.x) fence_bulk();\n            arrive"),
     "taken-async": (backward, 80, "__syncthreads();  // before the next copies", IN_ORDER),
     "announced-row": (
         backward, 90, "arrive_expecting(arrival, 16 * (x_granules + dy_granules));", "deadlock"),
@@ -130,9 +133,9 @@ NEEDED = {
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_without_it_the_simulator_objects(name, monkeypatch):
-    run, cc, line, kinds = NEEDED[name]
+    run, cc, line, kinds, *instead = NEEDED[name]
     device = dataclasses.replace(SIMULATED.device, compute_capability=cc, sm_count=1)
-    broken(monkeypatch, line)
+    broken(monkeypatch, line, *instead)
     options = {"wanted": ONLY_DX} if run is backward else {}
     with pytest.raises(SimtFault) as info:
         run(SIMULATED, device, x_at=At(1, 2), **options)

@@ -153,8 +153,25 @@ inline void arrive_expecting(uintptr_t at, u32 bytes, uintptr_t pc) {
 }
 
 inline void fence_bulk() {
+  Thread& t = *g.current;
+  t.fence_clock = t.warp->clock[t.lane][t.lane];
+  t.fence_epoch = t.block->epoch_start;
   for (auto& [at, a] : g.arrivals)
-    if (ordered_before(a.made, *g.current, g.current->block->uid)) a.fenced = true;
+    if (ordered_before(a.made, t, t.block->uid)) a.fenced = true;
+}
+
+// What loads and stores have done at a bulk copy's target must lie before a fence of the thread that
+// issues it: they and the copy reach memory on different ways.
+inline void check_fence(const Thread& t, const Region& r, uintptr_t a, u32 bytes, uintptr_t pc) {
+  size_t first = (a - r.base) >> r.granule_shift, last = (a + bytes - 1 - r.base) >> r.granule_shift;
+  for (const Cell* c = r.cells + 3 * first; c < r.cells + 3 * (last + 1); ++c) {
+    if (c->uid != t.block->uid || c->pc & kLanding) continue;
+    if (!ordered_before(*c, t, t.block->uid)) continue;  // a race, to be reported as such
+    bool mine = c->who >> kClockBits == t.index;
+    if (mine ? (c->who & kMaxClock) > t.fence_clock : (c->who & kMaxClock) >= t.fence_epoch)
+      fault(&t, pc, "mbarrier", "a bulk copy to where thread %u has loaded or stored at @{%x}, with no fence "
+            "in between", c->who >> kClockBits, c->pc);
+  }
 }
 
 inline void count_bulk(const Thread& t, const Copy& c) {
@@ -182,6 +199,8 @@ inline void copy_bulk(uintptr_t to, uintptr_t from, u32 bytes, uintptr_t at, uin
   if (!a.fenced)
     fault(&t, pc, "mbarrier", "a bulk copy before a fence has shown it the mbarrier");
   Region* source = check_access(&t, from, bytes, false, false, pc);
+  Region* target = find_region(to, pc);
+  if (target && to + bytes <= target->end) check_fence(t, *target, to, bytes, pc);
   check_access(&t, to, bytes, true, false, pc);
   a.bulk.push_back(take_off(t, to, from, bytes, source, pc));
   if (g.count) count_bulk(t, a.bulk.back());
@@ -192,7 +211,7 @@ inline void copy_bulk(uintptr_t to, uintptr_t from, u32 bytes, uintptr_t at, uin
 inline void forget_copies() {
   g.arrivals.clear();
   g.landings.clear();
-  for (auto& thread : g.pool) thread->copies.clear();
+  for (auto& t : g.pool) t->copies.clear(), t->fence_clock = t->fence_epoch = 0;
   for (Region* r : g.regions) r->special = r->sources = 0;
 }
 

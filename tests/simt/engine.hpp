@@ -39,6 +39,7 @@ struct Thread {
   uintptr_t stack_low;
   std::vector<Copy> copies;  // issued, and told to no mbarrier
   uintptr_t waits_at;        // address of an mbarrier
+  u32 fence_clock, fence_epoch;  // its own and the block's when it last called fence_bulk
 };
 
 struct Warp {

@@ -142,6 +142,9 @@ WRONG = {
     # mbarriers that are none, or not yet.
     "no-init": ("mbarrier", without(BULK, "simt_arrival_init(arrival, 1);"), "initialized"),
     "no-fence": ("mbarrier", without(BULK, "simt_fence_bulk();"), "fence"),
+    "no-fence-again": (
+        "mbarrier", TWICE.replace("simt_fence_bulk();", "if (!row) simt_fence_bulk();"),
+        "no fence in between"),
     "init-overwritten": (
         "mbarrier", BULK.replace(SYNC, "if (i == 0) *arrival = 0;\n" + SYNC), "is an mbarrier's"),
     "init-read": (
@@ -192,6 +195,7 @@ REFILLED = BULK.replace("arrival, 1);", "arrival, 1);\nsimt_arrival_init(arrival
     WAIT
     + """
   if (i == 0) {
+    simt_fence_bulk();
     simt_arrive_expecting(arrival + 1, 512);
     simt_copy_bulk(s, x, 512, arrival + 1);
   }
