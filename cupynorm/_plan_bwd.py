@@ -40,8 +40,10 @@ BWD_TABLE = (
 # Rows that a block adds up before it leaves a partial sum: that costs 16 bytes a column, written
 # and read again, where a row of float32 moves 12.
 ROWS_PER_PARTIAL = 4
-# kernels/layer_norm_shared_bwd.cuh: where shared memory has no room for the next row, it is fetched
-# into registers up to so many vectors a thread. One more of float64, and sm_120 spills.
+# kernels/layer_norm_shared_bwd.cuh: up to so many vectors a thread, the next row is copied to shared
+# memory where that has room. One more of float64, and sm_100 spills.
+COPIED_VECS = {"float16": 8, "bfloat16": 8, "float32": 8, "float64": 7}
+# Where it has none, it is fetched into registers. One more of float64, and sm_120 spills.
 AHEAD_VECS = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 3}
 APPLY_VECS = 2  # kernels/layer_norm_split_bwd.cuh
 APPLY_BLOCKS_PER_SM = 2
@@ -155,7 +157,8 @@ def _row_plan(
     elif row.family == "shared":
         # The same for all rows of so many vectors a thread: one entry for them.
         longest = next_row_bytes(vecs_per_thread * row.threads_per_row)
-        fits = copies and shared + longest <= device.shared_bytes
+        few = copies and vecs_per_thread <= COPIED_VECS[problem.x_dtype]
+        fits = few and shared + longest <= device.shared_bytes
         staging = staging_of(device.compute_capability) if fits else STAGE_REGISTERS
         ahead = staging == STAGE_REGISTERS and vecs_per_thread <= AHEAD_VECS[problem.x_dtype]
         constants += (staging, int(ahead))
