@@ -40,8 +40,8 @@ BWD_TABLE = (
 # Rows that a block adds up before it leaves a partial sum: that costs 16 bytes a column, written
 # and read again, where a row of float32 moves 12.
 ROWS_PER_PARTIAL = 4
-# kernels/layer_norm_shared_bwd.cuh: up to so many vectors a thread, the next row is copied to shared
-# memory where that has room. One more of float64, and sm_100 spills.
+# kernels/layer_norm_shared_bwd.cuh: up to so many vectors a thread, the next row is copied to
+# shared memory where that has room. One more of float64, and sm_100 spills.
 COPIED_VECS = {"float16": 8, "bfloat16": 8, "float32": 8, "float64": 7}
 # Where it has none, it is fetched into registers. One more of float64, and sm_120 spills.
 AHEAD_VECS = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 3}
