@@ -163,15 +163,16 @@ struct StagedRow {
 
     // The row's part of the granule before its own, or of the one after. It is loaded by one thread,
     // which puts it in its place later: the load's way to memory is then nobody's wait.
+    // (A row inside one granule has only the one after.)
     __device__ __forceinline__ Vec load_edge(bool after) const {
         return load_partial<sizeof(T)>(
-            base + (after ? 16 * (i64)tail : 0), after ? 0 : skew, after ? rest : head ? 16 : 0);
+            base + (after ? 16 * (i64)tail : 0), after && tail ? 0 : skew, after ? rest : head && tail ? 16 : 0);
     }
     __device__ __forceinline__ void put_edge(bool after, const Vec& edge) const {
         if (after) {
             at[tail] = edge;
             if (tail < vecs) at[vecs] = Vec{{0u, 0u, 0u, 0u}};  // shifted in past the row's end
-        } else if (head) {
+        } else if (head && tail) {
             at[0] = edge;
         }
     }
