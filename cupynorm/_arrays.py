@@ -64,7 +64,8 @@ def classify(x: Any, label: str = "x") -> tuple[Any, str]:
     if isinstance(x, np.ndarray):
         return _plain_numpy(x, label), "numpy"
     library = library_of(x)
-    if library == "cupy" and hasattr(x, "__cuda_array_interface__"):
+    # Asked of the type: an array would build its interface, a dict, and look for its stream.
+    if library == "cupy" and hasattr(type(x), "__cuda_array_interface__"):
         return x, "cupy"
     for base in type(x).__mro__:
         origin = base.__module__.partition(".")[0]
