@@ -9,7 +9,15 @@ import numpy as np
 from cupynorm import _problem
 from cupynorm._arrays import check_companion, classify, library_of
 
-__all__ = ["Call", "check_arguments", "companion_of", "is_launchable", "path_of"]
+__all__ = [
+    "Call",
+    "axes_of",
+    "check_arguments",
+    "companion_of",
+    "is_launchable",
+    "keyable",
+    "path_of",
+]
 
 
 class Call(NamedTuple):
@@ -45,7 +53,7 @@ def check_arguments(
     dtype = _problem.dtype_name(x.dtype)
     if dtype not in _problem.ITEMSIZE:
         _problem.check_x_dtype(dtype, _cast("x", x))
-    axes, order_of_weight, expected = _axes(tuple(x.shape), normalized_shape, axis)
+    axes, order_of_weight, expected = axes_of(tuple(x.shape), normalized_shape, axis)
     if weight is not None:
         weight = _affine("weight", weight, x, expected, order_of_weight)
     if bias is not None:
@@ -57,24 +65,26 @@ def check_arguments(
 def _resolve(
     shape: tuple[int, ...], normalized_shape: Any, axis: Any
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...]]:
-    """Ascending axes, the permutation of weight's dimensions to them, and weight's shape."""
     axes = _problem.resolve_axes(shape, normalized_shape, axis)
     return tuple(sorted(axes)), _problem.axis_order(axes), tuple(shape[a] for a in axes)
 
 
-def _axes(
+def axes_of(
     shape: tuple[int, ...], normalized_shape: Any, axis: Any
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...]]:
-    if _keyable(normalized_shape) and _keyable(axis):
+    """Ascending axes, the permutation of weight's dimensions to them, and weight's shape."""
+    if keyable(normalized_shape) and keyable(axis):
         return _resolve(shape, normalized_shape, axis)
     return _resolve.__wrapped__(shape, normalized_shape, axis)
 
 
-def _keyable(value: Any) -> bool:
+def keyable(value: Any) -> bool:
     """Whether a look-up tells it from others: 1.0 and True equal 1 and would find its answer."""
-    if isinstance(value, tuple):
-        return all(type(item) is int for item in value)
-    return value is None or type(value) is int
+    kind = type(value)
+    return value is None or kind is int or (kind is tuple and {*map(type, value)} == _INT)
+
+
+_INT = {int}
 
 
 def _take_in(x: Any, label: str) -> tuple[Any, str]:

@@ -46,11 +46,13 @@ __all__ = [
     "layer_norm_bwd",
     "layer_norm_fwd",
     "loaded",
+    "ndarray",
     "prepared_bwd",
     "prepared_fwd",
     "run_fwd",
 ]
 
+ndarray = cupy.ndarray
 empty = cupy.empty
 empty_like = cupy.empty_like
 

@@ -35,6 +35,9 @@ class ReadyForward:
     tail: tuple[int, ...]  # the arguments after the pointers, but for eps
     copies: tuple[str, ...]  # arrays that the plan expects as row-major copies, rows last
     workspace_bytes: int
+    # Where one launch does all: function, grid, block, shared bytes, the arguments between pointers
+    # and eps, those after eps. A warm call looks at no plan.
+    alone: tuple[Function, Any, Any, int, tuple[int, ...], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,18 @@ def ready_fwd(layout: Layout, plan: Plan, functions: tuple[Function, ...]) -> Re
     copies = (("x", layout.copy_x), ("y", layout.copy_y))
     labels = tuple(label for label, reason in copies if reason)
     tail = (p.rows, p.M, *steps, p.N)
-    return ReadyForward(plan, functions, tail, labels, plan.workspace_bytes)
+    alone = _alone(plan, functions, tail, ()) if plan.family != "split" else None
+    return ReadyForward(plan, functions, tail, labels, plan.workspace_bytes, alone)
+
+
+def _alone(
+    plan: Plan | ColumnPlan,
+    functions: tuple[Function, ...],
+    tail: tuple[int, ...],
+    after: tuple[int, ...],
+) -> tuple[Function, Any, Any, int, tuple[int, ...], tuple[int, ...]]:
+    stage = plan.stages[0]
+    return functions[0], stage.grid, stage.block, stage.shared_bytes, tail, after
 
 
 def ready_column(
@@ -64,7 +78,8 @@ def ready_column(
     """Join a forward problem with strided columns, a plan for it, and the plan's kernels."""
     p = problem
     tail = (p.rows, p.M, *p.x_strides, *p.y_strides, *p.stats_strides, p.N)
-    return ReadyForward(plan, functions, tail, (), plan.workspace_bytes)
+    alone = _alone(plan, functions, tail, (plan.panel,))
+    return ReadyForward(plan, functions, tail, (), plan.workspace_bytes, alone)
 
 
 def ready_bwd(
@@ -114,14 +129,12 @@ def launch_fwd(
     stream : object with ``ptr``, optional
         Where to launch; CuPy's current stream by default.
     """
-    plan = ready.plan
-    arguments = (*pointers, *ready.tail, eps)
-    if isinstance(plan, ColumnPlan):
-        arguments = (*arguments, plan.panel)
-    if isinstance(plan, ColumnPlan) or plan.family != "split":
-        stage = plan.stages[0]
-        ready.functions[0](stage.grid, stage.block, arguments, stage.shared_bytes, stream)
+    if ready.alone is not None:
+        function, grid, block, shared_bytes, tail, after = ready.alone
+        function(grid, block, (*pointers, *tail, eps, *after), shared_bytes, stream)
         return
+    plan: Any = ready.plan
+    arguments = (*pointers, *ready.tail, eps)
     rows, M, x_outer, x_row, _, _, N = ready.tail
     sections = (plan.sections, plan.chunks_per_section)
     calls = (

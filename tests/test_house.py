@@ -33,6 +33,7 @@ TIERS = (
     {"_dask_blocks"},
     {"_dask_frames", "_dask_moments"},
     {"_explanation"},
+    {"_cpu_small", "_cuda_small"},
     {"_torch_autograd"},
     {"_torch_functions"},
     {"_torch_ops", "_torch_watch"},
