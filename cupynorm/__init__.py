@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cupynorm.columns import layer_norm_columns
     from cupynorm.gradient import LayerNormGradients, layer_norm_backward
     from cupynorm.modules import LayerNorm
+    from cupynorm.prepared import PreparedLayerNorm, prepare
 
 __version__ = "0.1.0"
 
@@ -21,11 +22,13 @@ __all__ = [
     "LayerNorm",
     "LayerNormGradients",
     "LayerNormResult",
+    "PreparedLayerNorm",
     "__version__",
     "explain",
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_columns",
+    "prepare",
     "show_config",
     "warmup",
 ]
@@ -34,9 +37,11 @@ _LAZY = {
     "Explanation": "cupynorm._explanation",
     "LayerNorm": "cupynorm.modules",
     "LayerNormGradients": "cupynorm.gradient",
+    "PreparedLayerNorm": "cupynorm.prepared",
     "explain": "cupynorm._explain",
     "layer_norm_backward": "cupynorm.gradient",
     "layer_norm_columns": "cupynorm.columns",
+    "prepare": "cupynorm.prepared",
     "warmup": "cupynorm._warmup",
     "show_config": "cupynorm._config",
 }

@@ -174,18 +174,20 @@ def element_strides(x: Strided) -> tuple[int, ...]:
     return tuple(s // x.itemsize for s in x.strides)
 
 
-def check_writable(out: Strided) -> None:
+def check_writable(out: Any) -> None:
     """Refuse an `out` that cannot be written, or whose elements share memory with each other."""
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         msg = "out is read-only; pass a writable array, e.g. numpy.empty_like(x)"
         raise ValueError(msg)
-    if not out.size or (hasattr(out, "flags") and out.flags.c_contiguous):
+    if 0 in out.shape or (hasattr(out, "flags") and out.flags.c_contiguous):
         return
+    torch = hasattr(out, "data_ptr")
+    strides = tuple(s * out.itemsize for s in out.stride()) if torch else out.strides
     reach = out.itemsize  # bytes that all smaller steps together cover
-    for stride, n in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True)):
+    for stride, n in sorted((abs(s), n) for s, n in zip(strides, out.shape, strict=True)):
         if n > 1 and stride < reach:
             msg = (
-                f"out with shape {tuple(out.shape)} and strides {tuple(out.strides)} may hold two "
+                f"out with shape {tuple(out.shape)} and strides {tuple(strides)} may hold two "
                 "elements at one address; pass an array of its own, e.g. empty_like(x)"
             )
             raise ValueError(msg)

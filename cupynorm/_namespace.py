@@ -3,7 +3,7 @@
 from typing import Any
 
 from cupynorm import _problem, _reference
-from cupynorm._arrays import check_companion, check_overlap, library_of
+from cupynorm._arrays import check_companion, check_overlap, check_writable, library_of
 
 __all__ = ["check_out", "layer_norm", "layer_norm_backward", "ordered"]
 
@@ -70,7 +70,11 @@ def check_out(x: Any, weight: Any, bias: Any, order: str, out: Any) -> None:
                 "to out; call without out=, or inside torch.no_grad() on detached tensors"
             )
             raise ValueError(msg)
+        check_writable(out)
         check_overlap("x", x, out, same_allowed=True)
+        for label, other in (("weight", weight), ("bias", bias)):
+            if other is not None:
+                check_overlap(label, other, out, same_allowed=False)
 
 
 def ordered(y: Any, order: str) -> Any:

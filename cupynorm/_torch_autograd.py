@@ -4,6 +4,7 @@ from typing import Any
 
 from cupynorm import _torch_formula, _torch_launch, _torch_ops
 from cupynorm._torch_functions import apply_eagerly, apply_transformably
+from cupynorm._torch_launch import into
 from cupynorm._torch_watch import (
     ARITHMETIC,
     COMPILED,
@@ -18,6 +19,7 @@ from cupynorm._torch_watch import (
 __all__ = [
     "ARITHMETIC",
     "dispatched",
+    "into",
     "layer_norm",
     "layer_norm_with_stats",
     "unwatched",

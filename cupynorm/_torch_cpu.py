@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from cupynorm import _cpu, _cpu_raw, _reference, _threads
 from cupynorm._cpu import _plain
 from cupynorm._pages import prefer_huge
 
-__all__ = ["at_once", "layer_norm_bwd", "layer_norm_fwd"]
+__all__ = ["at_once", "layer_norm_bwd", "layer_norm_fwd", "prepared"]
 
 _KINDS = {
     torch.float32: ("float32", torch.float32),
@@ -89,6 +90,45 @@ def _prepare(dtype: Any, normalized_shape: Any, eps: Any) -> tuple[Any, ...]:
         _ready.clear()
     _ready[dtype, normalized_shape, eps] = ready
     return ready
+
+
+def prepared(
+    x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float, y: Any
+) -> Callable[[int, int], bool] | None:
+    """What writes to the address of a y like this one from that of an x like this one.
+
+    None where that takes more than one call of the loops; False, and nothing done, where the two
+    overlap in part or y overlaps weight or bias. Weight and bias are read where they are now.
+    """
+    compute = _KINDS[x.dtype][1]
+    affine = [t for t in (weight, bias) if t is not None]
+    fitting = all(t.dtype is compute and t.is_contiguous() for t in affine)
+    if not (fitting and x.is_contiguous() and y.is_contiguous() and axes[0] + len(axes) == x.ndim):
+        return None
+    if not _cpu_raw.available() or _negatable(x, *affine):
+        return None
+    call, (low, high, bfloat16), limit = _cpu_raw.forward_alone(_KINDS[x.dtype][0], eps)
+    N, size = math.prod(x.shape[axes[0] :]), x.nbytes
+    if x.numel() >= limit:
+        return None
+    M, room = x.numel() // N, N * compute.itemsize
+    w, b = (0 if t is None else t.data_ptr() for t in (weight, bias))
+
+    def run(source: int, target: int) -> bool:
+        if source != target and source < target + size and target < source + size:
+            return False
+        end = target + size
+        if (w < end and target < w + room * (w > 0)) or (b < end and target < b + room * (b > 0)):
+            return False
+        call(source, target, M, N, w, b, eps, low, high, 0, 0, bfloat16, 0, 0)
+        return True
+
+    return run
+
+
+def _negatable(*tensors: Any) -> bool:
+    """Whether a tensor of this shape and these strides may hold the negative of its memory."""
+    return any(t.numel() == 1 or t.is_neg() for t in tensors)
 
 
 def layer_norm_fwd(

@@ -1,14 +1,16 @@
 """Torch tensors on a GPU: launches on torch's current stream, scratch from torch's allocator."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from cupynorm import _cuda
+from cupynorm._cuda_launch import launch_into, ready_from
 from cupynorm._layout import rows_last
 from cupynorm._problem import dtype_name
 
-__all__ = ["layer_norm_bwd", "layer_norm_fwd"]
+__all__ = ["layer_norm_bwd", "layer_norm_fwd", "prepared"]
 
 
 class _Stream:
@@ -78,6 +80,35 @@ def _prepared_bwd(
         names = tuple(map(_name, dtypes))
         ready = _prepared[key] = _cuda.prepared_bwd(*key[:6], names)
     return ready
+
+
+def prepared(
+    x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float, y: Any
+) -> Callable[[int, int], bool] | None:
+    """As `_torch_cpu.prepared`: one launch on torch's current stream, False on another device too.
+
+    A kernel that is not there yet is compiled.
+    """
+    index = _index(x)
+    if not _is_current(index):
+        with torch.cuda.device(index):
+            return prepared(x, axes, weight, bias, eps, y)
+    found = _prepared_fwd(index, axes, x, y, weight, bias, False)
+    affine = [t for t in (weight, bias) if t is not None]
+    if any(t.is_neg() or not t.is_contiguous() for t in affine) or not x.is_contiguous():
+        return None
+    names = tuple(_name(None if t is None else t.dtype) for t in (x, weight, bias))
+    ready = ready_from(found, tuple(x.shape), axes, x.stride(), y.stride(), names)
+    if ready is None or x.numel() == 1:  # a negated view may be contiguous
+        return None
+    w, b = _pointer(weight), _pointer(bias)
+
+    def run(source: int, target: int) -> bool:
+        if not _is_current(index):
+            return False
+        return launch_into(ready, source, target, w, b, eps, _stream(index))
+
+    return run
 
 
 def _pointer(tensor: Any) -> int:

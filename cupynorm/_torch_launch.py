@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "into", "path_of"]
 
 
 def _path(device_type: str) -> Any:
@@ -35,7 +35,8 @@ def _path(device_type: str) -> Any:
 _paths: dict[str, Any] = {}
 
 
-def _path_of(x: Any) -> Any:
+def path_of(x: Any) -> Any:
+    """Module of x's device that does the work."""
     # x.device.type would cost as much as all the rest of this.
     device_type = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
     return _paths.get(device_type) or _path(device_type)
@@ -63,21 +64,28 @@ def forward(
         y = torch.empty_like(x)
     else:
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, *into(x, axes, weight, bias, eps, y, stats)
+
+
+def into(
+    x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float, y: Any, stats: bool
+) -> tuple[Any, Any]:
+    """As `forward`, into memory that is there, of any strides; it gives mean and rstd."""
     mean: Any = None
     rstd: Any = None
     if stats:
         mean, rstd = _two_for_rows(x, axes)
     if x.is_meta:  # shape and dtype are all there is
-        return y, mean, rstd
+        return mean, rstd
     if y.numel():
-        do = _path_of(x)
+        do = path_of(x)
         if x.is_neg() or _negated(weight) or _negated(bias):
             x, weight, bias = (None if t is None else t.resolve_neg() for t in (x, weight, bias))
         do.layer_norm_fwd(x, axes, weight, bias, eps, y, mean, rstd)
     elif stats:  # the mean of nothing
         mean.fill_(torch.nan)
         rstd.fill_(torch.nan)
-    return y, mean, rstd
+    return mean, rstd
 
 
 def _negated(tensor: Any) -> bool:
@@ -114,7 +122,7 @@ def backward(
     if x.is_meta:
         return dx, dweight, dbias
     if x.numel():
-        do = _path_of(x)
+        do = path_of(x)
         if dy.is_neg() or x.is_neg() or _negated(weight):
             dy, x, weight = (None if t is None else t.resolve_neg() for t in (dy, x, weight))
         do.layer_norm_bwd(dy, x, axes, mean, rstd, weight, dx, dweight, dbias)

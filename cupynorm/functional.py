@@ -15,7 +15,7 @@ from cupynorm._arguments import (
 )
 from cupynorm._arrays import check_overlap, check_writable, library_of
 
-__all__ = ["LayerNormResult", "layer_norm"]
+__all__ = ["LayerNormResult", "layer_norm", "strided"]
 
 
 class LayerNormResult(NamedTuple):
@@ -130,7 +130,7 @@ def layer_norm(
             )
     call = check_arguments(x, normalized_shape, weight, bias, eps, axis, order, out)
     if call.path != "namespace":
-        y, mean, rstd = _strided(call, order, out, return_stats)
+        y, mean, rstd = strided(call, order, out, return_stats)
     elif is_launchable(call.x):
         y, mean, rstd = _torch(call, order, out, return_stats)
     else:
@@ -170,7 +170,7 @@ def _dask(x: Any, *arguments: Any) -> Any:
     return LayerNormResult(y, mean, rstd) if arguments[-1] else y
 
 
-def _strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, Any, Any]:
+def strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, Any, Any]:
     """NumPy and CuPy: allocate what is returned, then let the path write into it."""
     path, x, axes, weight, bias, eps, _ = call
     do = path_of(path)
@@ -178,7 +178,7 @@ def _strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any,
         _first_of_cupy(do)
     if path == "cupy" and not do.is_current(x):
         with x.device:  # or y would be allocated, and the kernel launched, on another GPU
-            return _strided(call, order, out, return_stats)
+            return strided(call, order, out, return_stats)
     new = np if path == "numpy" else do
     y = new.empty_like(x, order=order) if out is None else _out(out, x, weight, bias, order)
     mean = rstd = None
@@ -201,6 +201,10 @@ def _torch(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, A
     _, x, axes, weight, bias, eps, _ = call
     if out is not None:
         _namespace.check_out(x, weight, bias, order, out)
+        if _torch_autograd.unwatched(x, weight, bias) and _torch_autograd.unwatched(
+            out, None, None
+        ):
+            return out, *_torch_autograd.into(x, axes, weight, bias, eps, out, return_stats)
     mean = rstd = None
     if return_stats:
         y, mean, rstd = _torch_autograd.layer_norm_with_stats(x, axes, weight, bias, eps)

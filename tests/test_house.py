@@ -23,7 +23,9 @@ TIERS = (
     {"modules"},
     {"_state"},
     {"_checkpoint", "_parameters"},
-    {"_explain", "_warmup", "gradient"},  # what users call, besides
+    {"_explain", "_warmup", "gradient", "prepared"},  # what users call, besides
+    {"_prepared_arrays", "_prepared_torch"},
+    {"_prepared"},
     {"functional"},
     {"frames"},  # tables: what functional.layer_norm hands them to
     {"_estimator_data", "columns"},
@@ -59,6 +61,7 @@ TIERS = (
     {"_cpu_bits", "_cpu_bwd_loops", "_cpu_squares"},
     {"_cpu_blocks", "_cpu_loops"},
     {"_cpu_half", "_cpu_lanes", "_pages", "_probe", "_threads"},
+    {"_cuda_launch"},
     {"_launches"},
     {"_layout"},
     {"_source"},  # text
@@ -82,6 +85,7 @@ MAY_IMPORT = {
     "_cpu_squares": {"llvmlite", "numba"},
     "dask": {"dask"},
     "sklearn": {"sklearn"},
+    "_prepared_torch": {"torch"},
     "_torch_cpu": {"torch"},
     "_torch_cuda": {"torch"},
     "_torch_formula": {"torch"},

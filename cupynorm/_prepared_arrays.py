@@ -1,0 +1,154 @@
+"""Prepared calls on NumPy and CuPy arrays."""
+
+from typing import Any
+
+import numpy as np
+
+from cupynorm import _cpu, _cpu_small, _cuda_launch, functional
+from cupynorm._arguments import Call, path_of
+from cupynorm._arrays import element_strides
+from cupynorm._cpu import _plain
+from cupynorm._layout import result_strides
+from cupynorm._prepared import PreparedLayerNorm
+
+__all__ = ["PreparedCupy", "PreparedNumpy"]
+
+
+class _Prepared(PreparedLayerNorm):
+    __slots__ = ()
+
+    def _ordinary(self, x: Any, out: Any) -> Any:
+        """As `cupynorm.layer_norm` does it once the argument rules are through."""
+        self._admit(x)
+        call = self._given._replace(x=x)
+        y, mean, rstd = functional.strided(call, self._order, out, self._stats)
+        return functional.LayerNormResult(y, mean, rstd) if self._stats else y
+
+
+class PreparedNumpy(_Prepared):
+    """On NumPy arrays: small row-major ones go to the compiled loops at once."""
+
+    __slots__ = ("_fixed", "_ready")
+
+    def __init__(self, call: Call, order: str, return_stats: bool) -> None:
+        super().__init__(call, order, return_stats, _cpu.describe())
+        x = call.x
+        self._ready: Any = None
+        if order == "F" or return_stats or call.turn is not None or not x.flags.c_contiguous:
+            return
+        self._ready = _cpu_small.ready_for(x.shape, x.dtype, call.axes, call.eps)
+        if self._ready is not None:
+            rows = [_as_row(a, self._ready) for a in (call.weight, call.bias)]
+            self._fixed = *rows, *self._ready.fixed
+            if any(row is None for row in rows):  # to be converted at each call: it may change
+                self._ready = None
+
+    def __call__(self, x: np.ndarray[Any, Any], out: Any = None) -> Any:
+        """Normalize x, into `out` if that is given."""
+        ready = self._ready
+        if (
+            ready is None
+            or type(x) is not np.ndarray
+            or x.shape != self._shape
+            or x.dtype != self._dtype
+            or not x.flags.carray
+            or _plain.get()
+        ):
+            return self._ordinary(x, out)
+        if out is None:
+            result = np.empty(self._shape, self._dtype)
+        elif (
+            type(out) is not np.ndarray
+            or out.shape != self._shape
+            or out.dtype != self._dtype
+            or not out.flags.carray
+        ):
+            return self._ordinary(x, out)
+        else:
+            result = out
+        call, table, bits, *_ = ready
+        source, y = x, result
+        if bits is not None:
+            source, y = source.view(bits), y.view(bits)
+        if table is not None:
+            source, y = source.reshape(table), y.reshape(table)
+        if call(source, y, *self._fixed):
+            return self._ordinary(x, out)  # which says what overlaps
+        return result
+
+
+def _as_row(value: Any, ready: _cpu_small.Ready) -> Any:
+    """Weight or bias in the memory where it is; None if the loops need a copy."""
+    if value is None:
+        return ready.absent
+    if value.dtype != ready.compute or not value.flags.carray:
+        return None
+    return value.reshape(-1)
+
+
+class PreparedCupy(_Prepared):
+    """On CuPy arrays: where one launch does all, its arguments but for x and y stand ready."""
+
+    __slots__ = ("_bias", "_current", "_eps", "_index", "_ready", "_weight", "_y_strides")
+
+    def __init__(self, call: Call, order: str, return_stats: bool) -> None:
+        do, x = path_of("cupy"), call.x
+        self._current, self._index = do.current_index, x.data.device_id
+        self._weight = self._bias = 0
+        self._eps, kernel = call.eps, "nothing to run: x is empty"
+        self._ready: Any = None
+        if x.size and do.is_current(x):
+            kernel = self._prepare(do, call, order, return_stats)
+        elif x.size:
+            with x.device:
+                kernel = self._prepare(do, call, order, return_stats)
+        super().__init__(call, order, return_stats, kernel)
+
+    def _prepare(self, do: Any, call: Call, order: str, stats: bool) -> str:
+        """Plan, compile and load; names of what will run."""
+        x, w, b = call.x, call.weight, call.bias
+        strides = result_strides(x.shape, element_strides(x), order)
+        self._y_strides = tuple(s * x.itemsize for s in strides)
+        w_dtype, b_dtype = (None if a is None else a.dtype for a in (w, b))
+        self._ready, found = _cuda_launch.ready_for(
+            do, x, call.axes, strides, w_dtype, b_dtype, stats
+        )
+        dense = all(a is None or a.flags.c_contiguous for a in (w, b))
+        if stats or not dense:  # arrays to be made at each call
+            self._ready = None
+        self._weight, self._bias = (0 if a is None else a.data.ptr for a in (w, b))
+        return " then ".join(stage.name for stage in found.plan.stages)
+
+    def __call__(self, x: Any, out: Any = None) -> Any:
+        """Normalize x, into `out` if that is given, on CuPy's current stream."""
+        ready, kind = self._ready, self._type
+        if (
+            ready is None
+            or type(x) is not kind
+            or x.shape != self._shape
+            or x.strides != self._strides
+            or x.dtype != self._dtype
+        ):
+            return self._ordinary(x, out)
+        data, index = x.data, self._index
+        if data.device_id != index or self._current() != index:
+            return self._ordinary(x, out)
+        if out is None:
+            new = ready.dense and self._order != "F"
+            y = kind(self._shape, self._dtype) if new else None
+            if y is None:
+                return self._ordinary(x, out)
+        elif (
+            type(out) is not kind
+            or out.shape != self._shape
+            or out.strides != self._y_strides
+            or out.dtype != self._dtype
+            or out.data.device_id != index
+        ):
+            return self._ordinary(x, out)
+        else:
+            y = out
+        done = _cuda_launch.launch_into(
+            ready, data.ptr, y.data.ptr, self._weight, self._bias, self._eps
+        )
+        return y if done else self._ordinary(x, out)
