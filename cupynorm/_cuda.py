@@ -39,6 +39,7 @@ __all__ = [
     "empty",
     "empty_like",
     "from_exporter",
+    "get_device",
     "is_current",
     "kernel_of",
     "launch_bwd",
@@ -53,13 +54,14 @@ __all__ = [
 ]
 
 ndarray = cupy.ndarray
+get_device = cupy.cuda.runtime.getDevice
 empty = cupy.empty
 empty_like = cupy.empty_like
 
 
 def current_index() -> int:
     """Index of the GPU on which CuPy allocates and launches."""
-    return int(cupy.cuda.runtime.getDevice())
+    return int(get_device())
 
 
 def is_current(x: Any) -> bool:

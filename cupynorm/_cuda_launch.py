@@ -13,7 +13,12 @@ __all__ = ["Ready", "launch_into", "ready_for", "ready_from", "span_of"]
 class Ready(NamedTuple):
     """All of a call with one launch that does not depend on its arrays."""
 
-    launch: tuple[Any, ...]  # `ReadyForward.alone`
+    function: Any  # the first six as in `ReadyForward.alone`
+    grid: Any
+    block: Any
+    shared_bytes: int
+    tail: tuple[int, ...]
+    after: tuple[int, ...]
     affine: tuple[int, ...]  # shape of weight and bias
     weight: tuple[int, ...]  # strides in bytes
     bias: tuple[int, ...]
@@ -21,8 +26,10 @@ class Ready(NamedTuple):
     bias_bytes: int
     dense: bool  # whether x is row-major
     same: bool  # whether y lies in memory as x does
-    x_span: tuple[int, int]  # bytes before and after x's address
-    y_span: tuple[int, int]
+    x_low: int  # first byte of x, from its address
+    x_high: int  # the one after its last
+    y_low: int
+    y_high: int
 
 
 def span_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
@@ -67,7 +74,7 @@ def ready_from(
         span_of(shape, tuple(s * size for s in strides), size) for strides in (x_strides, y_strides)
     )
     return Ready(
-        found.alone,
+        *found.alone,
         affine,
         _row_major(affine, sizes[0]),
         _row_major(affine, sizes[1]),
@@ -75,8 +82,8 @@ def ready_from(
         math.prod(affine) * sizes[1],
         x_strides == _row_major(shape, 1),
         x_strides == y_strides,
-        x_span,
-        y_span,
+        *x_span,
+        *y_span,
     )
 
 
@@ -96,12 +103,12 @@ def launch_into(
     False, and nothing done, where y's memory may have an element in common with weight, bias or,
     but for y in the place of x, with x.
     """
-    launch, _, _, _, w_size, b_size, _, same, (x_low, x_high), (y_low, y_high) = ready
+    function, grid, block, shared_bytes, tail, after, _, _, _, w_size, b_size, *spans = ready
+    _, same, x_low, x_high, y_low, y_high = spans
     low, high = y + y_low, y + y_high
     if not (same and x == y) and low < x + x_high and x + x_low < high:
         return False
     if (low < weight + w_size and weight < high) or (low < bias + b_size and bias < high):
         return False
-    function, grid, block, shared_bytes, tail, after = launch
     function(grid, block, (x, y, weight, bias, 0, 0, *tail, eps, *after), shared_bytes, stream)
     return True

@@ -58,7 +58,7 @@ class Calls:
             ):
                 return None
             to = out.strides
-        if do.current_index() != index:
+        if do.get_device() != index:
             return None
         key = index, shape, x.strides, dtype, normalized_shape, axis, w_dtype, b_dtype, to
         try:
@@ -79,7 +79,7 @@ class Calls:
         if out is None:
             # empty_like costs twice as much: it finds out the order.
             y = kind(shape, dtype) if ready.dense else do.empty_like(x)
-            function, grid, block, shared_bytes, tail, after = ready.launch
+            function, grid, block, shared_bytes, tail, after, *_ = ready
             arguments = (data.ptr, y.data.ptr, w, b, 0, 0, *tail, eps, *after)
             function(grid, block, arguments, shared_bytes)
             return y

@@ -93,7 +93,7 @@ class PreparedCupy(_Prepared):
 
     def __init__(self, call: Call, order: str, return_stats: bool) -> None:
         do, x = path_of("cupy"), call.x
-        self._current, self._index = do.current_index, x.data.device_id
+        self._current, self._index = do.get_device, x.data.device_id
         self._weight = self._bias = 0
         self._eps, kernel = call.eps, "nothing to run: x is empty"
         self._ready: Any = None

@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,9 @@ from cupynorm import _cpu, _cpu_raw, _reference, _threads
 from cupynorm._cpu import _plain
 from cupynorm._pages import prefer_huge
 
-__all__ = ["at_once", "layer_norm_bwd", "layer_norm_fwd", "prepared"]
+__all__ = ["KINDS", "at_once", "layer_norm_bwd", "layer_norm_fwd"]
 
-_KINDS = {
+KINDS = {
     torch.float32: ("float32", torch.float32),
     torch.bfloat16: ("bfloat16", torch.float32),
     torch.float16: ("float16", torch.float32),
@@ -49,7 +48,7 @@ def at_once(x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> 
         if weight is not None:
             if weight.shape != normalized_shape or not weight.is_cpu:
                 return None
-            if weight.dtype is not compute and weight.dtype in _KINDS:
+            if weight.dtype is not compute and weight.dtype in KINDS:
                 weight = weight.to(compute)
             if weight.dtype is not compute or not weight.is_contiguous():
                 return None
@@ -57,7 +56,7 @@ def at_once(x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> 
         if bias is not None:
             if bias.shape != normalized_shape or not bias.is_cpu:
                 return None
-            if bias.dtype is not compute and bias.dtype in _KINDS:
+            if bias.dtype is not compute and bias.dtype in KINDS:
                 bias = bias.to(compute)
             if bias.dtype is not compute or not bias.is_contiguous():
                 return None
@@ -82,53 +81,14 @@ def _prepare(dtype: Any, normalized_shape: Any, eps: Any) -> tuple[Any, ...]:
     one = type(normalized_shape) is tuple and len(normalized_shape) == 1
     number = type(eps) is float and eps - eps == 0.0
     # A negated view (z.conj().imag) steps by 2, so none is contiguous unless it has one element.
-    if one and number and normalized_shape[0] > 1 and dtype in _KINDS:
-        kind, compute = _KINDS[dtype]
+    if one and number and normalized_shape[0] > 1 and dtype in KINDS:
+        kind, compute = KINDS[dtype]
         call, fixed, limit = _cpu_raw.forward_alone(kind, eps)
         ready = (normalized_shape[0], compute, call, *fixed, limit)
     if len(_ready) >= 1024:
         _ready.clear()
     _ready[dtype, normalized_shape, eps] = ready
     return ready
-
-
-def prepared(
-    x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float, y: Any
-) -> Callable[[int, int], bool] | None:
-    """What writes to the address of a y like this one from that of an x like this one.
-
-    None where that takes more than one call of the loops; False, and nothing done, where the two
-    overlap in part or y overlaps weight or bias. Weight and bias are read where they are now.
-    """
-    compute = _KINDS[x.dtype][1]
-    affine = [t for t in (weight, bias) if t is not None]
-    fitting = all(t.dtype is compute and t.is_contiguous() for t in affine)
-    if not (fitting and x.is_contiguous() and y.is_contiguous() and axes[0] + len(axes) == x.ndim):
-        return None
-    if not _cpu_raw.available() or _negatable(x, *affine):
-        return None
-    call, (low, high, bfloat16), limit = _cpu_raw.forward_alone(_KINDS[x.dtype][0], eps)
-    N, size = math.prod(x.shape[axes[0] :]), x.nbytes
-    if x.numel() >= limit:
-        return None
-    M, room = x.numel() // N, N * compute.itemsize
-    w, b = (0 if t is None else t.data_ptr() for t in (weight, bias))
-
-    def run(source: int, target: int) -> bool:
-        if source != target and source < target + size and target < source + size:
-            return False
-        end = target + size
-        if (w < end and target < w + room * (w > 0)) or (b < end and target < b + room * (b > 0)):
-            return False
-        call(source, target, M, N, w, b, eps, low, high, 0, 0, bfloat16, 0, 0)
-        return True
-
-    return run
-
-
-def _negatable(*tensors: Any) -> bool:
-    """Whether a tensor of this shape and these strides may hold the negative of its memory."""
-    return any(t.numel() == 1 or t.is_neg() for t in tensors)
 
 
 def layer_norm_fwd(
@@ -151,7 +111,7 @@ def layer_norm_fwd(
     ):
         _forward_of_views(x, axes, weight, bias, eps, y, mean, rstd)
         return
-    kind, compute = _KINDS[x.dtype]
+    kind, compute = KINDS[x.dtype]
     N = math.prod(x.shape[first:]) if weight is None else weight.numel()
     w = b = 0
     if weight is not None:
@@ -183,7 +143,7 @@ def layer_norm_bwd(
     if not (x.is_contiguous() and axes[0] + len(axes) == x.ndim and _cpu_raw.available()):
         _backward_of_views(dy, x, axes, mean, rstd, weight, dx, dweight, dbias)
         return
-    kind, compute = _KINDS[x.dtype]
+    kind, compute = KINDS[x.dtype]
     N = math.prod(x.shape[axes[0] :])
     if dx is not None:
         prefer_huge(dx.data_ptr(), dx.nbytes)

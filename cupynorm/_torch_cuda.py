@@ -85,9 +85,11 @@ def _prepared_bwd(
 def prepared(
     x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float, y: Any
 ) -> Callable[[int, int], bool] | None:
-    """As `_torch_cpu.prepared`: one launch on torch's current stream, False on another device too.
+    """What writes to the address of a y like this one from that of an x like this one.
 
-    A kernel that is not there yet is compiled.
+    One launch on torch's current stream; None where there is more to do. False, and nothing done,
+    where the two overlap in part, y overlaps weight or bias, or another device is current. Weight
+    and bias are read where they are now. A kernel that is not there yet is compiled.
     """
     index = _index(x)
     if not _is_current(index):

@@ -33,9 +33,10 @@ def prepare(
         An example of what will come, a NumPy or CuPy array or a torch tensor on the CPU or a CUDA
         device. Its values do not matter and it is not kept.
     normalized_shape, weight, bias, eps, axis, order, return_stats
-        As for `layer_norm`. Weight and bias are kept by reference: what is written into them later
-        counts. If their memory cannot be used as it is (not row-major; on the CPU, another dtype
-        than that of the statistics), each call makes copies of them.
+        As for `layer_norm`. Weight and bias are kept by reference: what is written into their
+        memory later counts; after a torch parameter's ``.data`` was replaced, prepare again. If
+        their memory cannot be used as it is (not row-major; on the CPU, another dtype than that of
+        the statistics), each call makes copies of them.
 
     Returns
     -------

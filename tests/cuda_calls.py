@@ -2,20 +2,23 @@
 
 
 class Spent:
-    """What a block of code launched, compiled and allocated."""
+    """What a block of code launched, compiled, allocated, and how often it waited."""
 
     def __init__(self, cp):
         self._sim = cp.simulator
 
     def __enter__(self):
-        self._before = (len(self._sim.compilations), self._sim.allocations)
+        self._before = self._counts()
         self._launched = len(self._sim.launches)
         return self
 
     def __exit__(self, *_):
         self.launches = self._sim.launches[self._launched :]
         self.names = [launch.name for launch in self.launches]
-        after = (len(self._sim.compilations), self._sim.allocations)
-        self.compilations, self.allocations = (
-            b - a for a, b in zip(self._before, after, strict=True)
+        self.compilations, self.allocations, self.synchronizations = (
+            b - a for a, b in zip(self._before, self._counts(), strict=True)
         )
+
+    def _counts(self):
+        sim = self._sim
+        return len(sim.compilations), sim.allocations, sim.synchronizations

@@ -88,7 +88,7 @@ def _make_cuda(sim: Simulator, bound: dict[str, Any]) -> Any:
         getDeviceProperties=lambda device: dict(properties),
         runtimeGetVersion=lambda: 12090,
         driverGetVersion=lambda: 12090,
-        deviceSynchronize=lambda: None,
+        deviceSynchronize=lambda: cuda.Device().synchronize(),
     )
     return cuda
 

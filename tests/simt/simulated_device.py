@@ -53,7 +53,8 @@ class SimulatedDevice:
         self._sim.current_device = self.id
 
     def synchronize(self) -> None:
-        """Launches have ended when they return."""
+        """Launches have ended when they return; that somebody waited is counted."""
+        self._sim.synchronizations += 1
 
     def __enter__(self) -> SimulatedDevice:
         self._outer.append(self._sim.current_device)
@@ -100,7 +101,8 @@ class SimulatedStream:
         return self
 
     def synchronize(self) -> None:
-        """Launches have ended when they return."""
+        """Launches have ended when they return; that somebody waited is counted."""
+        self._sim.synchronizations += 1
 
     def __enter__(self) -> SimulatedStream:
         self._sim.stream_stack.append(self)

@@ -44,6 +44,7 @@ class Simulator:
     launches: list[Launch] = field(default_factory=list)
     compilations: list[tuple[str, int]] = field(default_factory=list)
     allocations: int = 0
+    synchronizations: int = 0
     device_type: Any = None
     null_stream: Any = None
 
