@@ -1,4 +1,4 @@
-# make demo | test | lint | gpu OUT=folder | bench | clean
+# make demo | test | lint | instructions | gpu OUT=folder | bench | clean
 #
 # demo and test make virtual environments of their own and install into them once; a changed
 # pyproject.toml or constraints.txt installs again. gpu uses the python it is given: PYTHON=...
@@ -21,12 +21,13 @@ comma := ,
 DEMO_EXTRAS = $(EXTRAS)$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint gpu bench clean python-check compiler-check
+.PHONY: help demo test lint instructions gpu bench clean python-check compiler-check
 
 help:
 	@echo "make demo              install, normalize real data on every available path, save a picture"
 	@echo "make test              install all that the tests need, run them"
 	@echo "make lint              ruff and mypy"
+	@echo "make instructions      instructions of small calls against their budgets, by valgrind"
 	@echo "make gpu OUT=folder    on a machine with a CUDA GPU: tests, sanitizer, benchmark; no network (ten minutes; GPU_ARGS='--seconds 1800' for all)"
 	@echo "make bench OUT=folder  CPU times against torch"
 	@echo "make clean             remove what the others made"
@@ -71,6 +72,10 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The Python of small calls up to the launch, counted by callgrind against bench/budgets.json.
+instructions: $(VENV)/.installed
+	$(VENV)/bin/python bench/instructions.py
+
 # -- measurements
 
 # For a machine without a network: the python at hand, which must have CuPy, pytest and numpy.
@@ -82,6 +87,7 @@ bench: $(VENV)/.installed
 	@mkdir -p "$(OUT)"
 	$(VENV)/bin/python bench/cpu.py --to "$(OUT)" $(BENCH_ARGS)
 	$(VENV)/bin/python bench/torch_cpu.py --to "$(OUT)" $(TORCH_BENCH_ARGS)
+	$(VENV)/bin/python bench/launch_cost.py --to "$(OUT)"
 	$(VENV)/bin/python bench/frames.py --to "$(OUT)"
 	$(VENV)/bin/python bench/dask_overhead.py --to "$(OUT)"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import cupynorm as cn
 from bench.gpu_check import EPS, largest_error, limit
-from bench.gpu_clock import summarize
+from bench.gpu_clock import capture, summarize
 from bench.gpu_contender import Unavailable
 from bench.gpu_copy import empty_kernel
 from bench.gpu_data import Inputs, make_inputs
@@ -66,24 +66,51 @@ def _callables(session: Session, case: Case, inputs: Inputs) -> dict[str, Callab
         return cn.layer_norm(x, case.N, weight, bias, EPS)
 
     def of_torch(name: str) -> Any:
-        if session.simulated:
-            msg = "torch cannot see simulated memory"
-            raise Unavailable(msg)
-        torch = load("torch")
+        torch = _torch(session)
         tensors = [as_torch(torch, a) for a in (x, weight, bias)]
         function = torch_function(name, torch, case.N)
         made = function(*tensors)
         torch.cuda.synchronize()
         return lambda: function(*tensors), session.cupy.from_dlpack(made)
 
+    def prepared() -> Any:
+        f = cn.prepare(x, case.N, weight, bias, EPS)
+        return lambda: f(x, out=y), f(x, out=y)
+
+    def replayed() -> Any:
+        with_out()  # compiled before the capture
+        batch = capture(session, with_out, 1)
+        if batch.method != "graph":
+            raise Unavailable(session.notes[-1])
+        batch.replay()
+        return batch.replay, y
+
+    def torch_prepared() -> Any:
+        torch = _torch(session)
+        tensors = [as_torch(torch, a) for a in (x, weight, bias)]
+        f, to = cn.prepare(tensors[0], case.N, *tensors[1:], EPS), torch.empty_like(tensors[0])
+        made = f(tensors[0], out=to)
+        torch.cuda.synchronize()
+        return lambda: f(tensors[0], out=to), session.cupy.from_dlpack(made)
+
     launch = empty_kernel(session)
     return {
         "cupynorm": lambda: (without_out, without_out()),
         "cupynorm out=": lambda: (with_out, with_out()),
+        "cupynorm prepared out=": prepared,
+        "cupynorm graph replay": replayed,
         "cupynorm.torch": lambda: of_torch("cupynorm.torch"),
+        "cupynorm prepared on tensors out=": torch_prepared,
         "torch-eager": lambda: of_torch("torch-eager"),
         "RawKernel launch": lambda: (lambda: launch.call(0), None),
     }
+
+
+def _torch(session: Session) -> Any:
+    if session.simulated:
+        msg = "torch cannot see simulated memory"
+        raise Unavailable(msg)
+    return load("torch")
 
 
 def _wrong(session: Session, case: Case, inputs: Inputs, name: str, y: Any) -> str:

@@ -321,6 +321,67 @@ def test_capture_and_replay_through_cupy(N):
         check_all(map(torch.from_dlpack, results), *map(torch.from_dlpack, given))
 
 
+@pytest.mark.parametrize("N", [96, 65536], ids=["one kernel", "workspace"])
+@pytest.mark.parametrize("prepared", [False, True], ids=["out=", "prepared"])
+def test_captured_by_torch_into_out(N, prepared):
+    x, weight, bias = (on_device(numbers(*s, seed=i)) for i, s in enumerate([(3, N), (N,), (N,)]))
+    y = torch.empty_like(x)
+    f = cn.prepare(x, N, weight, bias)
+    call = f if prepared else lambda x, out: cn.layer_norm(x, N, weight, bias, out=out)
+    call(x, out=y)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(x, out=y)
+    for seed in (11, 12):
+        x.copy_(numbers(3, N, seed=seed))
+        weight.mul_(1.5)  # held by reference
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, cn.layer_norm(x, N, weight, bias))
+
+
+@pytest.mark.parametrize("N", [96, 65536], ids=["one kernel", "workspace"])
+@pytest.mark.parametrize("prepared", [False, True], ids=["out=", "prepared"])
+def test_captured_by_cupy_into_out(N, prepared):
+    import cupy
+
+    x, weight = (cupy.asarray(numbers(*s, seed=i).numpy()) for i, s in enumerate([(3, N), (N,)]))
+    y = cupy.empty_like(x)
+    f = cn.prepare(x, N, weight)
+    call = f if prepared else lambda x, out: cn.layer_norm(x, N, weight, out=out)
+    call(x, out=y)
+    cupy.cuda.runtime.deviceSynchronize()
+    stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
+    with stream, cupy.cuda.using_allocator(pool.malloc):
+        stream.begin_capture()
+        try:
+            call(x, out=y)
+        finally:
+            graph = stream.end_capture()
+    assert (pool.total_bytes() > 0) == (N == 65536)  # the workspace, and nothing else
+    for seed in (11, 12):
+        x.set(numbers(3, N, seed=seed).numpy())
+        y.fill(cupy.nan)
+        cupy.cuda.runtime.deviceSynchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        assert (y == cn.layer_norm(x, N, weight)).all()
+
+
+def test_a_prepared_call_allocates_nothing():
+    x, weight, bias, _ = problem(1024, rows=128)
+    x, weight, bias = (t.detach() for t in (x, weight, bias))
+    y, f = torch.empty_like(x), cn.prepare(x, 1024, weight, bias)
+    f(x, out=y)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        f(x, out=y)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    torch.cuda.synchronize()
+    assert torch.equal(y, cn.layer_norm(x, 1024, weight, bias))
+
+
 # --- memory -------------------------------------------------------------------------------------
 
 

@@ -243,3 +243,24 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch):
         _torch_launch._path("cuda")
     with pytest.raises(ValueError, match="device type xpu"):
         _torch_launch._path("xpu")
+
+
+def test_a_prepared_call_is_one_launch_on_torchs_stream(gpu):
+    """`_torch_cuda.prepared`, of which `cupynorm.prepare` calls what it gives, on addresses."""
+    given = [torch.randn(5, 77), torch.randn(77), torch.randn(77)]
+    x, weight, bias = (gpu.moved(t) for t in given)
+    y = gpu.moved(torch.empty(5, 77), written=False)
+    run = gpu.module.prepared(x, (1,), weight, bias, 1e-5, y)
+    allocations = gpu.sim.simulator.allocations
+    assert run(x.data_ptr(), y.data_ptr())
+    (launch,) = gpu.launches
+    assert (launch.stream, launch.device) == (STREAM, 1)
+    assert gpu.sim.simulator.allocations == allocations
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(given[0], (77,), *given[1:]))
+    assert run(x.data_ptr(), x.data_ptr())  # in place
+    assert not run(x.data_ptr(), x.data_ptr() + 4)
+    assert not run(x.data_ptr(), weight.data_ptr())
+    with gpu.sim.cuda.Device(0):
+        assert not run(x.data_ptr(), y.data_ptr())
+    assert len(gpu.launches) == 2
+    assert gpu.module.prepared(x.T, (0,), weight, bias, 1e-5, y.T) is None
