@@ -89,7 +89,7 @@ def _as_row(value: Any, ready: _cpu_small.Ready) -> Any:
 class PreparedCupy(_Prepared):
     """On CuPy arrays: where one launch does all, its arguments but for x and y stand ready."""
 
-    __slots__ = ("_bias", "_current", "_eps", "_index", "_ready", "_weight", "_y_strides")
+    __slots__ = ("_bias", "_current", "_dense", "_eps", "_index", "_ready", "_weight", "_y_strides")
 
     def __init__(self, call: Call, order: str, return_stats: bool) -> None:
         do, x = path_of("cupy"), call.x
@@ -113,6 +113,7 @@ class PreparedCupy(_Prepared):
         self._ready, found = _cuda_launch.ready_for(
             do, x, call.axes, strides, w_dtype, b_dtype, stats
         )
+        self._dense = self._ready is not None and self._ready.dense and order != "F"
         dense = all(a is None or a.flags.c_contiguous for a in (w, b))
         if stats or not dense:  # arrays to be made at each call
             self._ready = None
@@ -134,11 +135,14 @@ class PreparedCupy(_Prepared):
         if data.device_id != index or self._current() != index:
             return self._ordinary(x, out)
         if out is None:
-            new = ready.dense and self._order != "F"
-            y = kind(self._shape, self._dtype) if new else None
-            if y is None:
+            if not self._dense:
                 return self._ordinary(x, out)
-        elif (
+            y = kind(self._shape, self._dtype)
+            function, grid, block, shared_bytes, tail, after, *_ = ready
+            pointers = (data.ptr, y.data.ptr, self._weight, self._bias, 0, 0)
+            function(grid, block, (*pointers, *tail, self._eps, *after), shared_bytes)
+            return y
+        if (
             type(out) is not kind
             or out.shape != self._shape
             or out.strides != self._y_strides
@@ -146,9 +150,7 @@ class PreparedCupy(_Prepared):
             or out.data.device_id != index
         ):
             return self._ordinary(x, out)
-        else:
-            y = out
         done = _cuda_launch.launch_into(
-            ready, data.ptr, y.data.ptr, self._weight, self._bias, self._eps
+            ready, data.ptr, out.data.ptr, self._weight, self._bias, self._eps
         )
-        return y if done else self._ordinary(x, out)
+        return out if done else self._ordinary(x, out)
