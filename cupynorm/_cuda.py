@@ -32,7 +32,6 @@ from cupynorm._plan_column_bwd import choose_plan_column_bwd
 from cupynorm._source import source_of
 
 __all__ = [
-    "current_index",
     "dense",
     "device",
     "device_of",
@@ -54,19 +53,14 @@ __all__ = [
 ]
 
 ndarray = cupy.ndarray
-get_device = cupy.cuda.runtime.getDevice
+get_device = cupy.cuda.runtime.getDevice  # index of the GPU where CuPy allocates and launches
 empty = cupy.empty
 empty_like = cupy.empty_like
 
 
-def current_index() -> int:
-    """Index of the GPU on which CuPy allocates and launches."""
-    return int(get_device())
-
-
 def is_current(x: Any) -> bool:
     """Whether CuPy allocates and launches on x's device."""
-    return bool(x.device.id == current_index())
+    return bool(x.device.id == get_device())
 
 
 def device(index: int | None) -> Any:

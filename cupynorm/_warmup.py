@@ -62,7 +62,7 @@ def _of_gpu(N: int, dtypes: Sequence[str], affine: bool, backward: bool) -> list
     """Compile and load, on the current device, what row-major x of these dtypes needs."""
     from cupynorm import _cuda
 
-    index, strides = _cuda.current_index(), (N, 1)
+    index, strides = _cuda.get_device(), (N, 1)
     names: list[str] = []
     for name in dtypes:
         affine_dtype = name if affine else None
