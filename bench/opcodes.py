@@ -1,4 +1,4 @@
-"""Byte codes that a call executes in the package's own Python: a count that repeats exactly."""
+"""Byte codes that a call executes in the package's own Python: a count that no other load moves."""
 
 import sys
 from collections.abc import Callable

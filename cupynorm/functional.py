@@ -153,7 +153,7 @@ def _first_of_cupy(do: Any) -> None:
     from cupynorm import _cuda_small
 
     for kind in [k for k in _at_once if k is not np.ndarray]:
-        del _at_once[kind]  # of a CuPy that was there before: tests have a new one each
+        _at_once.pop(kind, None)  # of a CuPy that was there before: tests have a new one each
     calls = _cuda_small.Calls(do)
     _at_once[calls.array_type] = calls.at_once
 
