@@ -1,199 +1,138 @@
-"""Forward on NumPy arrays against torch's CPU layer_norm: two threads each, interleaved.
+"""Layer norm of NumPy arrays against everybody who offers it on the CPU, by one protocol.
 
-    python bench/cpu.py [--seconds 2] [--dtypes float32] [--to bench/results]
+    python -m bench.cpu [--seconds 2] [--groups shapes,small] [--peers torch,...] [--out folder]
 
-Bytes of a case, the least that can move: M*N read + M*N written + what weight and bias hold.
-Every contender is checked against float64 on the same input before any is timed. Times are
-medians over rounds in which each contender has its turn, so that a slow spell hits all alike. A
-turn is a pause, calls for 2 ms that are not timed, and timed ones: torch's second thread spins for
-milliseconds after a call, on the core that the next contender's would need.
+Everybody is checked against float64 on the same input before anything is timed, has the same
+number of threads (CUPYNORM_NUM_THREADS, 2 if it is not set), and takes turns with the others; see
+bench/README.md for the protocol and the columns. A CSV and a summary are written into the folder.
 """
 
 import argparse
-import csv
-import datetime
-import math
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("CUPYNORM_NUM_THREADS", "2")
+from bench.cpu_grid import GROUPS, CpuCase, grid
+from bench.cpu_machine import THREADS, machine, threads, write
+from bench.cpu_summary import lines, markdown, summary
+from bench.cpu_table import rows_of
+from bench.gpu_grid import BOTH, BWD, FWD
+from bench.progress import progress, say
 
-import ml_dtypes
-import numba
-import numpy as np
-import torch
+__all__ = ["PEERS", "main", "run"]
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import cupynorm as cn  # noqa: E402
-from cupynorm import _cpu  # noqa: E402
-from tests import oracle  # noqa: E402
-
-SHAPES = [
-    (8, 768),
-    (512, 768),
-    (4096, 768),
-    (16384, 1024),
-    (4096, 4096),
-    (1024, 16384),
-    (200000, 64),
-    (2, 4000000),
-]
-CONTENDERS = ["torch", "numba", "numpy", "numba out=", "copyto"]
-PAUSE = 0.01  # seconds
-RATIOS = {"numba": "torch", "numpy": "torch", "numba out=": "copyto"}
+PEERS = (
+    "torch", "torch-view", "torch-contiguous", "torch-back", "torch-composed", "cupynorm.torch",
+    "onnxruntime", "onnxruntime out=", "jax", "scikit-learn", "numpy formula",
+    "cupynorm", "cupynorm out=", "cupynorm C", "cupynorm numpy", "copyto", "copyto fresh",
+)  # fmt: skip
+OPTIONAL = ("torch-compile",)  # takes 10 to 30 s to compile each case
+# Where a group is a sweep of many cases for a figure, those that the figure shows.
+SHOWN = ("torch", "onnxruntime", "onnxruntime out=", "jax", "cupynorm", "cupynorm out=",
+         "copyto", "copyto fresh")  # fmt: skip
+ONLY = {"columns": SHOWN, "rows": SHOWN}
+OPS = {"forward": FWD, "backward": BWD, "both": BOTH}
+SECONDS = 1.5  # of a case's turns, by default: with the checks some five minutes in all
 
 
-def machine() -> dict[str, str]:
-    """What the times depend on, for every row of the CSV."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((s.split(":")[1].strip() for s in lines if s.startswith("model name")), "")
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "cpu": model or platform.processor(),
-        "cpus": str(len(os.sched_getaffinity(0))),
-        "threads": os.environ["CUPYNORM_NUM_THREADS"],
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "numba": numba.__version__,
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
+def builders(inputs: Any, names: Sequence[str]) -> list[Any]:
+    """Who takes part in a case; those that its op or layout rules out say so themselves."""
+    from bench.cpu_ours import ours
+    from bench.cpu_peers_jax import jax_peer
+    from bench.cpu_peers_numpy import copies, formula, scale
+    from bench.cpu_peers_onnx import onnx_peers
+    from bench.cpu_peers_torch import torch_peers
+
+    made = [
+        *torch_peers(inputs),
+        *onnx_peers(inputs),
+        ("jax", lambda: jax_peer(inputs)),
+        ("scikit-learn", lambda: scale(inputs)),
+        ("numpy formula", lambda: formula(inputs)),
+        *ours(inputs),
+        *copies(inputs),
+    ]
+    allowed = ONLY.get(inputs.case.group, names)
+    return [(name, build) for name, build in made if name in names and name in allowed]
 
 
-def tensor(a: np.ndarray) -> torch.Tensor:
-    if a.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(a)
+def run(
+    cases: Sequence[CpuCase], names: Sequence[str], seconds: float, minutes: float
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of each case, until the time is over."""
+    from bench.cpu_contender import measure
+    from bench.cpu_data import make_inputs
+
+    end = time.monotonic() + 60 * minutes
+    for number, case in enumerate(progress(cases, "bench.cpu")):
+        if time.monotonic() > end:
+            say(f"{len(cases) - number} cases left out: {minutes:g} minutes are over")
+            return
+        inputs = make_inputs(case)
+        yield rows_of(case, measure(inputs, builders(inputs, names), seconds))
 
 
-def contenders(M: int, N: int, dtype: Any) -> tuple[dict[str, Callable[[], Any]], np.ndarray]:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((M, N), np.float32).astype(dtype)
-    w, b = (rng.standard_normal(N, np.float32).astype(dtype) for _ in range(2))
-    out = np.empty_like(x)
-    tx, tw, tb = tensor(x), tensor(w), tensor(b)
-
-    def plain() -> Any:
-        with _cpu.without_numba():
-            return cn.layer_norm(x, N, w, b)
-
-    calls = {
-        "torch": lambda: torch.nn.functional.layer_norm(tx, (N,), tw, tb),
-        "numba": lambda: cn.layer_norm(x, N, w, b),
-        "numpy": plain,
-        "numba out=": lambda: cn.layer_norm(x, N, w, b, out=out),
-        "copyto": lambda: np.copyto(out, x),
-    }
-    check(calls, x, w, b)
-    return calls, x
+def line(rows: list[dict[str, Any]]) -> str:
+    """Who took how long, the fastest first, and who has no number."""
+    timed = sorted((r for r in rows if r["median_us"] != ""), key=lambda r: r["median_us"])
+    refused = [f"{r['peer']} {r['status']}" for r in rows if r["status"] in ("wrong", "error")]
+    shown = [f"{r['peer']} {r['median_us']:.4g}" for r in timed]
+    r = rows[0]
+    where = f"{r['op'].removeprefix('layer_norm_')} {r['dtype']} {r['shape']} {r['layout']}"
+    return f"{where}, us: " + ", ".join(shown + refused)
 
 
-def check(calls: dict[str, Callable[[], Any]], x: np.ndarray, w: Any, b: Any) -> None:
-    """Refuse to time what is wrong: first and last rows against float64."""
-    M, N = x.shape
-    rows = np.unique(np.r_[: min(M, 16), max(0, M - 16) : M])[: max(1, (1 << 24) // N)]
-    exact = oracle.layer_norm(x[rows], (1,), w, b, 1e-5)[0]
-    bound = 2 * oracle.tolerance(x.dtype, N)
-    for name, call in calls.items():
-        if name == "copyto":
-            continue
-        y = call()
-        y = y.float().numpy() if isinstance(y, torch.Tensor) else y
-        error = np.abs(y[rows].astype(np.float64) - exact) / (1 + np.abs(exact))
-        if not error.max() < bound:
-            sys.exit(f"{name} is wrong on {x.shape} {x.dtype}: {error.max():.3g} > {bound:.3g}")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cpu", description=__doc__.splitlines()[0]
+    )
+    several = lambda text: tuple(filter(None, text.split(",")))  # noqa: E731
+    choices = {"groups": tuple(GROUPS), "peers": PEERS + OPTIONAL, "ops": tuple(OPS),
+               "dtypes": ("float32", "float16", "bfloat16", "float64")}  # fmt: skip
+    for name, allowed in choices.items():
+        default = PEERS if name == "peers" else allowed
+        parser.add_argument(f"--{name}", type=several, default=default, help=",".join(allowed))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of turns, per case")
+    parser.add_argument("--minutes", type=float, default=7.0, help="after which no case begins")
+    parser.add_argument("--out", type=Path, help="folder for the CSV and the summary")
+    given = parser.parse_args(argv)
+    for name, allowed in choices.items():
+        unknown = set(getattr(given, name)) - set(allowed)
+        if unknown:
+            parser.error(f"--{name}: {', '.join(sorted(unknown))} is not one of {allowed}")
+    return given
 
 
-def measure(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call by rounds; a round runs each in turn, small ones several times."""
-    repeat = {}
-    for name, call in calls.items():
-        time.sleep(PAUSE)
-        call()
-        start = time.perf_counter()
-        call()
-        repeat[name] = max(1, min(500, int(2e-3 / (time.perf_counter() - start + 1e-9))))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["torch"]) < 7:
-        for name, call in calls.items():
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            while time.perf_counter() < start + 2e-3:
-                call()
-            start = time.perf_counter()
-            for _ in range(repeat[name]):
-                call()
-            times[name].append((time.perf_counter() - start) / repeat[name])
-    return times
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    given = parse(argv)
+    os.environ.setdefault(THREADS, "2")
+    try:
+        import torch
 
-
-def geometric_mean(ratios: Iterable[float]) -> float:
-    return math.exp(statistics.mean(map(math.log, ratios)))
-
-
-def write(rows: list[dict[str, Any]], folder: Path, name: str) -> Path:
-    """Save rows as a CSV that says in its name what it holds, when and of which commit."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{rows[0]['date']}-{rows[0]['commit']}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=3.0, help="per case")
-    parser.add_argument("--dtypes", nargs="+", default=["float32"])
-    parser.add_argument("--to", type=Path, help="folder for the CSV; none is written without it")
-    args = parser.parse_args()
-    torch.set_num_threads(int(os.environ["CUPYNORM_NUM_THREADS"]))
+        torch.set_num_threads(threads())
+    except ImportError:
+        say("torch is not installed: nothing is compared with it")
     host = machine()
-    print(", ".join(f"{k} {v}" for k, v in host.items()))
-    print("bytes = (2*M*N + 2*N) * itemsize; times are medians in us")
-    head = "".join(f"{name:>12}" for name in CONTENDERS)
-    ratios = "".join(f"{a + '/' + b:>18}" for a, b in RATIOS.items())
-    print(f"{'dtype':9}{'M':>7}{'N':>9}{head}{ratios}{'GB/s':>8}")
-    rows: list[dict[str, Any]] = []
-    for dtype in args.dtypes:
-        for M, N in SHAPES:
-            kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-            calls, x = contenders(M, N, kind)
-            times = measure(calls, args.seconds)
-            t = {name: statistics.median(values) for name, values in times.items()}
-            moved = (2 * M * N + 2 * N) * x.itemsize
-            ratio = {f"{a}/{b}": t[a] / t[b] for a, b in RATIOS.items()}
-            us = "".join(f"{t[name] * 1e6:12.1f}" for name in CONTENDERS)
-            part = "".join(f"{r:18.2f}" for r in ratio.values())
-            print(f"{dtype:9}{M:7}{N:9}{us}{part}{moved / t['numba'] / 1e9:8.1f}", flush=True)
-            rows.append(
-                {"dtype": dtype, "M": M, "N": N, "bytes": moved}
-                | {f"{name} us": round(t[name] * 1e6, 2) for name in CONTENDERS}
-                | {name: round(r, 3) for name, r in ratio.items()}
-                | host
-            )
-        mine = [row for row in rows if row["dtype"] == dtype]
-        for a, b in RATIOS.items():
-            values = [row[f"{a}/{b}"] for row in mine]
-            mean = geometric_mean(values)
-            print(f"{dtype} {a}/{b}: geometric mean {mean:.2f}, worst {max(values):.2f}")
-    if args.to:
-        print(write(rows, args.to, "cpu"))
+    say(", ".join(f"{k} {v}" for k, v in host.items()))
+    ops = {OPS[name] for name in given.ops}
+    cases = [c for c in grid(given.groups) if c.op in ops and c.dtype in given.dtypes]
+    found: list[dict[str, Any]] = []
+    for rows in run(cases, given.peers, given.seconds, given.minutes):
+        found += rows
+        say(line(rows))
+    table = summary(found)
+    print("\n".join(lines(table)))
+    if given.out and found:
+        path = write([row | host for row in found], given.out, "cpu")
+        page = path.with_suffix(".md")
+        page.write_text(markdown(table, host, path.name), encoding="utf-8")
+        print(path, page, sep="\n")
+    return int(any(r["status"] == "wrong" and r["peer"].startswith("cupynorm") for r in found))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

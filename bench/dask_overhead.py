@@ -28,7 +28,7 @@ from typing import Any
 os.environ["CUPYNORM_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import cpu  # isort: skip
+from bench import cpu_machine  # isort: skip
 
 import dask
 import dask.array as da
@@ -240,7 +240,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--to", type=Path, help="folder for the CSV; none is written without it")
     args = parser.parse_args()
-    host = cpu.machine() | {"dask": dask.__version__, "distributed": distributed.__version__}
+    host = cpu_machine.machine() | {
+        "dask": dask.__version__,
+        "distributed": distributed.__version__,
+    }
     print(", ".join(f"{k} {v}" for k, v in host.items()))
     found: list[dict[str, Any]] = []
     with workers(1) as one, workers(2) as two:
@@ -257,7 +260,7 @@ def main() -> None:
                     flush=True,
                 )
     if args.to:
-        print(cpu.write(found, args.to, "dask-overhead"))
+        print(cpu_machine.write(found, args.to, "dask-overhead"))
 
 
 if __name__ == "__main__":

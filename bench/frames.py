@@ -36,7 +36,7 @@ import pyarrow as pa
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.cpu import machine, write  # noqa: E402
+from bench.cpu_machine import machine, write  # noqa: E402
 from cupynorm import columns, frames  # noqa: E402
 from tests import oracle  # noqa: E402
 
