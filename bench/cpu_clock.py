@@ -1,8 +1,9 @@
 """Times calls in interleaved turns: each round gives every contender one.
 
-A turn is a pause, calls for 2 ms that are not timed, and timed ones for 2 ms or more. The pause is
-there because threads of others spin for milliseconds after a call, on the core that the next
-contender's would need; the untimed calls because a core that was idle is slow, and its caches cold.
+A turn is a pause, calls for 2 ms that are not timed, and timed ones for 2 ms or more. The pause
+lasts until no thread of the process runs any more: torch's spin for 10 ms after a call and
+onnxruntime's for 40, on the core that the next contender's would need, and doubled its time. The
+untimed calls are there because a core that was idle is slow, and its caches cold.
 """
 
 import time
@@ -13,9 +14,10 @@ import numpy as np
 
 from bench.gpu_clock import Times
 
-__all__ = ["interleave", "spread"]
+__all__ = ["interleave", "settle", "spread"]
 
-PAUSE = 0.01  # seconds
+PAUSE, MOST_PAUSES = 0.005, 20  # seconds
+BUSY = 0.1  # of a pause: a thread that spins takes all of it
 TURN = 2e-3
 MOST_CALLS = 500  # of a turn
 FEWEST, MOST = 5, 60  # rounds of a contender, however slow or fast
@@ -31,13 +33,13 @@ def interleave(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str,
     repeat, wanted = {}, {}
     share = seconds / max(1, len(calls))
     for name, call in calls.items():
-        time.sleep(PAUSE)
+        settle()
         call()
         start = time.perf_counter()
         call()
         once = time.perf_counter() - start + 1e-9
         repeat[name] = max(1, min(MOST_CALLS, int(TURN / once)))
-        turn = PAUSE + max(TURN, once) + repeat[name] * once
+        turn = 2 * PAUSE + max(TURN, once) + repeat[name] * once
         fewest = FEWEST_SLOW if once > SLOW else FEWEST
         wanted[name] = max(fewest, min(MOST, int(share / turn)))
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -50,8 +52,17 @@ def interleave(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str,
     return times
 
 
+def settle() -> None:
+    """Wait until the threads of the process are asleep, up to a tenth of a second."""
+    for _ in range(MOST_PAUSES):
+        before = time.process_time()
+        time.sleep(PAUSE)
+        if time.process_time() - before < BUSY * PAUSE:
+            return
+
+
 def _turn(call: Callable[[], Any], repeat: int) -> float:
-    time.sleep(PAUSE)
+    settle()
     start = time.perf_counter()
     while time.perf_counter() < start + TURN:
         call()

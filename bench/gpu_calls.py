@@ -23,6 +23,8 @@ from bench.peers import as_torch, load, torch_function
 __all__ = ["calls", "first_call"]
 
 SHAPES = ((8, 64), (512, 768))
+CALLED = ("torch-eager", "liger", "quack", "flash-attn", "apex", "apex-fast",
+          "transformer-engine", "cudnn")  # fmt: skip
 CALLS = 300  # of one sample: few enough for the launch queue, which would make the host wait
 ROUNDS = 25
 
@@ -101,7 +103,7 @@ def _callables(session: Session, case: Case, inputs: Inputs) -> dict[str, Callab
         "cupynorm graph replay": replayed,
         "cupynorm.torch": lambda: of_torch("cupynorm.torch"),
         "cupynorm prepared on tensors out=": torch_prepared,
-        "torch-eager": lambda: of_torch("torch-eager"),
+        **{name: lambda n=name: of_torch(n) for name in CALLED},
         "RawKernel launch": lambda: (lambda: launch.call(0), None),
     }
 

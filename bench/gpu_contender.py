@@ -1,6 +1,7 @@
 """A contender: something that solves (or copies) the buffers of a case; checked, then timed."""
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,22 @@ from bench.gpu_data import poison
 from bench.gpu_grid import Case
 from bench.gpu_session import Session
 
-__all__ = ["Contender", "Result", "Unavailable", "measure"]
+__all__ = ["Contender", "Result", "Unavailable", "load", "measure"]
 
 COPY_ERROR = 0.5  # of what is right or wrong by its bits: 0 or infinity
 
 
 class Unavailable(Exception):
     """This contender cannot run here or not on this case; the message says why."""
+
+
+def load(name: str) -> Any:
+    """A library that may be missing."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # not installed, or installed and broken
+        msg = f"{name} cannot be imported: {error}"
+        raise Unavailable(msg) from error
 
 
 @dataclass
@@ -31,6 +41,8 @@ class Contender:
     scope: Callable[[], Any] = contextlib.nullcontext  # of its library: stream, no gradients
     to_cupy: Callable[[Any], Any] = lambda result: result
     error: Callable[[int, Any], float] | None = None  # instead of the comparison with float64
+    # Instead of the inputs' own: error and limit where a library has another eps, say.
+    judge: Callable[[int, Any], tuple[float, float]] | None = None
 
 
 @dataclass
@@ -131,6 +143,8 @@ def _judge(
     result = contender.to_cupy(result)
     if contender.error is not None:
         return contender.error(i, result), COPY_ERROR
+    if contender.judge is not None:
+        return contender.judge(i, result)
     error, allowed = inputs.judge(session, i, result, contender.ours)
     return error, allowed
 

@@ -7,6 +7,7 @@ from typing import Any
 from bench.gpu_grid import BOTH, BWD, FWD
 from bench.gpu_proofs import Outcome
 from bench.gpu_session import Session
+from bench.peers import PEERS
 
 __all__ = ["claims", "verdict", "write_summary"]
 
@@ -26,7 +27,6 @@ SHOWN = (
 # Of the copy of the same bytes, at 1 GB moved: share, and from which N up.
 TARGETS = {FWD: (0.95, 256), BWD: (0.90, 64)}
 OPS = {FWD: "forward", BWD: "backward", BOTH: "forward and backward"}
-PEERS = ("cupynorm.torch", "torch-eager", "torch-compile", "liger", "quack", "cupy")
 
 
 def verdict(rows: list[dict[str, Any]], sentence: str) -> Outcome:
@@ -53,7 +53,10 @@ def claims(rows: list[dict[str, Any]]) -> list[str]:
     said = []
     for op, name in OPS.items():
         of_op = [r for r in timed if r["op"] == op]
-        parts = [*_shares(op, of_op), *(_ratios(peer, of_op) for peer in PEERS)]
+        parts = [
+            *_shares(op, of_op),
+            *(_ratios(peer, of_op) for peer in ("cupynorm.torch", *PEERS)),
+        ]
         said += [f"{name}: {part}" for part in parts if part]
     return said
 

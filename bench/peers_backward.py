@@ -4,15 +4,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.gpu_contender import Builder, Contender
+from bench.gpu_contender import Builder, Contender, Unavailable
 from bench.gpu_data_backward import GradientInputs
 from bench.gpu_grid import BOTH, Case
 from bench.gpu_session import Session
 from bench.peers import as_torch, torch_contender, torch_function
+from bench.peers_arrays import ARRAY_PEERS, array_peer
+from bench.peers_cudnn import cudnn_backward
+from bench.peers_functions import KEEPS_NO_GRAPH
 
 __all__ = ["BACKWARD_PEERS", "Tensors", "backward_call", "backward_peers"]
 
-BACKWARD_PEERS = ("cupynorm.torch", "torch-eager", "torch-compile", "liger")
+BACKWARD_PEERS = (
+    "cupynorm.torch", "torch-eager", "torch-compile", "liger", "flash-attn", "apex", "apex-fast",
+    "transformer-engine", "cudnn", "jax",
+)  # fmt: skip
 
 Gradients = tuple[Any, ...]
 
@@ -36,8 +42,12 @@ class Tensors:
 
 def backward_call(name: str, torch: Any, t: Tensors, both: bool) -> Callable[[int], Gradients]:
     """Call i: dx, dweight and dbias, None for what was not wanted; behind y where `both`."""
+    if name == "cudnn":
+        return _of_cudnn(torch, t, both)
     if both:
         return _forward_and_backward(name, torch, t)
+    if name in KEEPS_NO_GRAPH:
+        raise Unavailable(KEEPS_NO_GRAPH[name])
     if name in ("torch-eager", "torch-compile"):
         return _operator(name, torch, t)
     return _kept_graph(name, torch, t)
@@ -58,6 +68,15 @@ def _operator(name: str, torch: Any, t: Tensors) -> Callable[[int], Gradients]:
         function = torch.compile(eager, dynamic=False)
     weight, bias = (None if a is None else a.detach() for a in (t.weight, t.bias))
     return lambda i: function(t.dy[i], t.x[i], t.mean[i], t.rstd[i], weight, bias)
+
+
+def _of_cudnn(torch: Any, t: Tensors, both: bool) -> Callable[[int], Gradients]:
+    """Without autograd; its training phase, which keeps the statistics, is not asked for."""
+    if both:
+        msg = "cuDNN's graphs are timed one by one: see forward and backward"
+        raise Unavailable(msg)
+    function = cudnn_backward(torch, t.N)
+    return lambda i: function(t.dy[i], t.x[i], t.mean[i], t.rstd[i], t.weight)
 
 
 def _leaves(t: Tensors, i: int) -> list[Any]:
@@ -112,6 +131,8 @@ def backward_peers(
     """Builders of the peers that are asked for."""
 
     def builder(name: str) -> Callable[[], Contender]:
+        if name in ARRAY_PEERS:
+            return lambda: array_peer(session, case, inputs, name)
         return lambda: _contender(session, case, inputs, name)
 
     return [(name, builder(name)) for name in names if name in BACKWARD_PEERS]

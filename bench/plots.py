@@ -12,7 +12,8 @@ from typing import Any
 
 __all__ = ["draw", "draw_training", "main", "read"]
 
-# Okabe and Ito's palette, told apart by everybody; the copy is the grey line that nothing beats.
+# Okabe and Ito's palette, told apart by everybody, then Tol's; the copy is the grey line that
+# nothing beats.
 COLORS = {
     "cupynorm": "#0072B2",
     "cupynorm.torch": "#000000",
@@ -21,6 +22,14 @@ COLORS = {
     "liger": "#CC79A7",
     "quack": "#E69F00",
     "cupy": "#56B4E9",
+    "cupy-fuse": "#88CCEE",
+    "flash-attn": "#F0E442",
+    "apex": "#882255",
+    "apex-fast": "#AA4499",
+    "transformer-engine": "#332288",
+    "cudnn": "#117733",
+    "cuml": "#999933",
+    "jax": "#DDAA99",
     "copy": "#777777",
 }
 GROUPS = {"1GB": "1 GB moved", "33MB": "33 MB moved", "few rows": "1 row"}
