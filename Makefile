@@ -29,7 +29,7 @@ help:
 	@echo "make lint              ruff and mypy"
 	@echo "make instructions      instructions of small calls against their budgets, by valgrind"
 	@echo "make gpu OUT=folder    on a machine with a CUDA GPU: tests, sanitizer, benchmark; no network (ten minutes; GPU_ARGS='--seconds 1800' for all)"
-	@echo "make bench OUT=folder  CPU times against torch"
+	@echo "make bench OUT=folder  CPU times against torch, onnxruntime, JAX and others (ten minutes at most; BENCH_ARGS='--groups shapes')"
 	@echo "make clean             remove what the others made"
 
 python-check:
@@ -83,13 +83,19 @@ instructions: $(VENV)/.installed
 gpu:
 	$(PYTHON) -m bench.gpu --out "$(OUT)" $(GPU_ARGS)
 
-bench: $(VENV)/.installed
+# Needs none of what the tests need: its extra alone is installed, into the same environment.
+$(VENV)/.bench: pyproject.toml constraints.txt | python-check
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP) -c constraints.txt hatchling editables
+	$(VENV)/bin/python $(PIP) -c constraints.txt --no-build-isolation -e ".[bench]"
+	@touch $@
+
+bench: $(VENV)/.bench
 	@mkdir -p "$(OUT)"
-	$(VENV)/bin/python bench/cpu.py --to "$(OUT)" $(BENCH_ARGS)
-	$(VENV)/bin/python bench/torch_cpu.py --to "$(OUT)" $(TORCH_BENCH_ARGS)
+	$(VENV)/bin/python -m bench.cpu --out "$(OUT)" --plots $(BENCH_ARGS)
 	$(VENV)/bin/python bench/launch_cost.py --to "$(OUT)"
-	$(VENV)/bin/python bench/frames.py --to "$(OUT)"
-	$(VENV)/bin/python bench/dask_overhead.py --to "$(OUT)"
+	$(VENV)/bin/python bench/frames.py --to "$(OUT)" $(FRAMES_ARGS)
+	$(VENV)/bin/python bench/dask_overhead.py --to "$(OUT)" $(DASK_ARGS)
 
 clean:
 	rm -rf $(VENV) .venvs out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .simt_cache .nvrtc_cache

@@ -20,6 +20,7 @@ from bench.cpu_machine import THREADS, machine, threads, write
 from bench.cpu_summary import lines, markdown, summary
 from bench.cpu_table import rows_of
 from bench.gpu_grid import BOTH, BWD, FWD
+from bench.plots_cpu import draw, read
 from bench.progress import progress, say
 
 __all__ = ["PEERS", "main", "run"]
@@ -98,6 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of turns, per case")
     parser.add_argument("--minutes", type=float, default=7.0, help="after which no case begins")
     parser.add_argument("--out", type=Path, help="folder for the CSV and the summary")
+    parser.add_argument("--plots", action="store_true", help="draw the table beside itself")
     given = parser.parse_args(argv)
     for name, allowed in choices.items():
         unknown = set(getattr(given, name)) - set(allowed)
@@ -130,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = write([row | host for row in found], given.out, "cpu")
         page = path.with_suffix(".md")
         page.write_text(markdown(table, host, path.name), encoding="utf-8")
-        print(path, page, sep="\n")
+        print(path, page, *(draw(read(path), given.out) if given.plots else ()), sep="\n")
     return int(any(r["status"] == "wrong" and r["peer"].startswith("cupynorm") for r in found))
 
 
