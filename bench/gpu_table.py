@@ -21,7 +21,8 @@ COLUMNS = {
     "layout": "C; offset: base one element off; pitch: rows 16 bytes apart",
     "peer": "cupynorm, a copy, or another library",
     "kernel": "name of the specialization that ran",
-    "method": "graph (CUDA graph of many calls) or launches; host for Python time",
+    "method": "graph (CUDA graph of many calls), launches, or blocking (the host waits at the end "
+    "of a batch); host for Python time",
     "status": "ok, wrong (no number), error, skipped, simulated (no number)",
     "error": "max of abs(y - float64) / (epsilon(dtype) * max(1, size of the terms and of y)); "
     "backward: of the gradient that comes nearest to its limit",
