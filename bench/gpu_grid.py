@@ -128,7 +128,8 @@ def full() -> list[Case]:
     for dtype in ("bfloat16", "float32", "float16"):
         cases += [case(dtype, N) for N in sorted(POWERS + ODD)]
         cases += [case(dtype, N, SMALL) for N in sorted(POWERS + ODD)]
-    for rows in (1, 2, 8):
+    cases += [case("float64", N) for N in sorted(POWERS + ODD)]
+    for rows in (1, 2, 4, 8):
         for N in (2**20, 4 * 2**20, 16 * 2**20, 64 * 2**20):
             for dtype in ("bfloat16", "float32"):
                 cases.append(case(dtype, N, FEW, rows, weight_dtype=None))

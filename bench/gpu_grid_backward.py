@@ -6,8 +6,6 @@ from bench.gpu_grid import BIG, BOTH, BWD, FEW, LAYOUT, ODD, POWERS, SMALL, Case
 
 __all__ = ["BACKWARD_GRIDS", "full", "quick", "tiny"]
 
-LONGEST = 65536  # beyond it a row's time is that of K5's five passes, whatever its length
-
 backward = functools.partial(case, op=BWD)
 both = functools.partial(case, op=BOTH)
 
@@ -37,7 +35,7 @@ def quick() -> list[Case]:
 def full() -> list[Case]:
     """The quick grid, then every other point; give it several runs or a long `--seconds`."""
     cases = quick()
-    columns = sorted(N for N in POWERS + ODD if N <= LONGEST)
+    columns = sorted(POWERS + ODD)
     for dtype in ("bfloat16", "float32", "float16"):
         for make in (backward, both):
             cases += [make(dtype, N) for N in columns]
@@ -49,8 +47,11 @@ def full() -> list[Case]:
             cases.append(backward(dtype, N, LAYOUT, weight_dtype=None))
         cases += [backward(d, N, LAYOUT, weight_dtype="float32") for d in ("float16", "bfloat16")]
         cases.append(backward("float64", N))
-    for rows in (1, 8):
-        for N in (2**20, 4 * 2**20, 16 * 2**20):
+    for make in (backward, both):
+        cases += [make("float64", N) for N in columns]
+    for rows in (1, 2, 4, 8):
+        # 64 Mi columns of 8 rows in bfloat16: 1 GB each of x, dy and dx.
+        for N in (2**20, 4 * 2**20, 16 * 2**20, 64 * 2**20):
             cases += [backward("bfloat16", N, FEW, rows, weight_dtype=w) for w in ("same", None)]
     return list(dict.fromkeys(cases))
 

@@ -351,7 +351,8 @@ def test_grids_hold_what_the_claims_need():
     wide = {(c.dtype, c.N) for c in full() if c.group == BIG}
     assert {(d, N) for d in ("float16", "bfloat16", "float32") for N in (256, 1000, 2**20)} <= wide
     few = {(c.rows, c.N) for c in full() if c.group == "few rows"}
-    assert {(1, 2**26), (8, 2**20)} <= few
+    assert set(itertools.product((1, 2, 4, 8), (2**20, 2**26))) <= few
+    assert {c.N for c in full() if c.dtype == "float64"} >= {64, 4095, 2**20}
 
 
 @pytest.mark.parametrize("row", TABLE[:-1], ids=lambda r: f"{r.family}{r.max_vecs}")
@@ -413,6 +414,8 @@ def test_missing_peers_say_why(session):
         peers.load("no_such_module")
     with pytest.raises(Unavailable, match="at most 65536"):
         peers.torch_function("liger", None, 65537)
+    with pytest.raises(Unavailable, match="quack"):
+        peers.torch_function("quack", None, 64)
 
 
 # --- steps that call other programs ---------------------------------------------------------------

@@ -254,6 +254,10 @@ def test_grids_hold_what_the_claims_need():
     assert set(itertools.product(("bfloat16", "float32"), columns)) <= big
     small = {(c.dtype, c.N) for c in full() if c.group == "33MB" and c.op == BWD}
     assert set(itertools.product(("float16", "bfloat16", "float32"), columns)) <= small
+    for op in (BWD, BOTH):
+        assert {c.N for c in full() if c.op == op and c.dtype == "float64"} >= {64, 4095, 2**20}
+    few = {(c.rows, c.N) for c in full() if c.group == "few rows"}
+    assert set(itertools.product((1, 2, 4, 8), (2**20, 2**26))) <= few
 
 
 def test_every_case_of_ours_was_checked(tmp_path):
@@ -354,7 +358,7 @@ def tensors():
 
 
 @pytest.mark.parametrize("both", [False, True])
-@pytest.mark.parametrize("name", [n for n in BACKWARD_PEERS if n != "liger"])
+@pytest.mark.parametrize("name", ["cupynorm.torch", "torch-eager", "torch-compile"])
 def test_peers_agree_with_float64_on_the_cpu(tensors, monkeypatch, name, both):
     torch, hosts, t = tensors
     # Inductor takes half a minute; what is compiled, and that it is called rightly, shows without.
