@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.cpu_grid import GROUPS, CpuCase, grid
 from bench.cpu_machine import THREADS, machine, threads, write
-from bench.cpu_summary import lines, markdown, summary
+from bench.cpu_summary import fixed_cost, lines, markdown, summary
 from bench.cpu_table import rows_of
 from bench.gpu_grid import BOTH, BWD, FWD
 from bench.plots_cpu import draw, read
@@ -36,7 +36,8 @@ SHOWN = ("torch", "onnxruntime", "onnxruntime out=", "jax", "cupynorm", "cupynor
          "copyto", "copyto fresh")  # fmt: skip
 ONLY = {"columns": SHOWN, "rows": SHOWN}
 OPS = {"forward": FWD, "backward": BWD, "both": BOTH}
-SECONDS = 1.5  # of a case's turns, by default: with the checks some five minutes in all
+SECONDS = 1.0  # of a case's turns, by default
+MINUTES = 6.0  # after which no case begins: with tables and Dask `make bench` ends within ten
 
 
 def builders(inputs: Any, names: Sequence[str]) -> list[Any]:
@@ -97,7 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default = PEERS if name == "peers" else allowed
         parser.add_argument(f"--{name}", type=several, default=default, help=",".join(allowed))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of turns, per case")
-    parser.add_argument("--minutes", type=float, default=7.0, help="after which no case begins")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which no case begins")
     parser.add_argument("--out", type=Path, help="folder for the CSV and the summary")
     parser.add_argument("--plots", action="store_true", help="draw the table beside itself")
     given = parser.parse_args(argv)
@@ -127,11 +128,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         found += rows
         say(line(rows))
     table = summary(found)
-    print("\n".join(lines(table)))
+    fixed = fixed_cost(found)
+    print("\n".join([*lines(table), *filter(None, [fixed])]))
     if given.out and found:
         path = write([row | host for row in found], given.out, "cpu")
         page = path.with_suffix(".md")
-        page.write_text(markdown(table, host, path.name), encoding="utf-8")
+        page.write_text(markdown(table, host, path.name, fixed), encoding="utf-8")
         print(path, page, *(draw(read(path), given.out) if given.plots else ()), sep="\n")
     return int(any(r["status"] == "wrong" and r["peer"].startswith("cupynorm") for r in found))
 

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["geometric_mean", "lines", "markdown", "summary"]
+__all__ = ["fixed_cost", "geometric_mean", "lines", "markdown", "summary"]
 
 # Ours, against whom; "torch" is the fastest of torch's ways in each case.
 PAIRS = (
@@ -75,6 +75,18 @@ def _ratios(peers: dict[str, Any], ours: str, theirs: str) -> tuple[float, float
     return median, best
 
 
+def fixed_cost(rows: Rows) -> str:
+    """What a call costs on eight numbers, by those who were timed on them; part of every time."""
+    mine = [r for r in rows if r["group"] == "small" and r["M"] == 1 and r["median_us"] != ""]
+    by_op: dict[str, list[str]] = {}
+    for r in sorted(mine, key=lambda r: r["median_us"]):
+        by_op.setdefault(r["op"].removeprefix("layer_norm_"), []).append(
+            f"{r['peer']} {r['median_us']:.3g}"
+        )
+    parts = (f"{op}: {', '.join(by_op[op])}" for op in by_op)
+    return "Fixed cost of a call (1x8), us: " + "; ".join(parts) if by_op else ""
+
+
 def lines(table: list[tuple[str, ...]]) -> list[str]:
     """Aligned text."""
     widths = [max(map(len, column)) for column in zip(HEADS, *table, strict=True)]
@@ -84,11 +96,14 @@ def lines(table: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def markdown(table: list[tuple[str, ...]], host: dict[str, str], source: str) -> str:
+def markdown(
+    table: list[tuple[str, ...]], host: dict[str, str], source: str, fixed: str = ""
+) -> str:
     """The same as a page that says where it comes from."""
     said = ", ".join(f"{name} {value}" for name, value in host.items() if value)
     head = [f"# Summary of `{source}`", "", f"{said}.", "",
             "Time over time within the same run: below 1, the first is faster. Against a copy: for"
             " as many bytes, so 1.25 is 80 % of its bandwidth.", ""]  # fmt: skip
+    head += [fixed, ""] if fixed else []
     body = [HEADS, ("---",) * len(HEADS), *table]
     return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in body)]) + "\n"

@@ -38,6 +38,7 @@ import psutil
 
 import cupynorm as cn
 import cupynorm.dask as cd
+from bench.progress import progress, say
 from cupynorm import _dask_moments
 from tests import oracle
 
@@ -248,16 +249,16 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     with workers(1) as one, workers(2) as two:
         clusters = {"cluster, 1 worker": one, "cluster, 2 workers": two}
-        for case, (block, grid) in cases(args.mb, args.blocks).items():
+        every = list(cases(args.mb, args.blocks).items())
+        for case, (block, grid) in progress(every, "bench.dask_overhead"):
             times = measure(contenders(block, grid, clusters), args.rounds)
             for row in rows_of(case, block, grid, times, host):
                 found.append(row)
-                print(
+                say(
                     f"{case:12}{row['contender']:24}{row['ms']:9.2f} ms"
                     f" ({row['ms q1']:.2f} to {row['ms q3']:.2f}, least {row['ms least']:.2f}),"
                     f" {row['over loop']:.3f} loops; processor {row['cpu ms']:.2f} ms,"
-                    f" {row['cpu over loop']:.3f} loops",
-                    flush=True,
+                    f" {row['cpu over loop']:.3f} loops"
                 )
     if args.to:
         print(cpu_machine.write(found, args.to, "dask-overhead"))

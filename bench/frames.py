@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench.cpu_machine import machine, write  # noqa: E402
+from bench.progress import progress, say  # noqa: E402
 from cupynorm import columns, frames  # noqa: E402
 from tests import oracle  # noqa: E402
 
@@ -181,7 +182,7 @@ def main() -> None:
     heads = (*CONTENDERS, "ratio", "ratio in place", "peak frame", "peak numpy")
     print(f"{'frame':18}" + "".join(f"{head:>15}" for head in heads))
     rows = []
-    for name in FRAMES:
+    for name in progress(FRAMES, "bench.frames"):
         df = frame(name, args.rows)
         calls, dtype = contenders(name, df)
         check(calls, df, dtype)
@@ -201,7 +202,7 @@ def main() -> None:
             row["numpy in place/frame"],
         ]
         shown += [row["frame peak"], row["numpy peak"]]
-        print(f"{name:18}" + "".join(f"{value:15.2f}" for value in shown), flush=True)
+        say(f"{name:18}" + "".join(f"{value:15.2f}" for value in shown))
         rows.append(row | host)
     if args.to:
         print(write(rows, args.to, "frames"))

@@ -295,6 +295,11 @@ def test_summary_has_means_and_the_worst():
     assert text[0].startswith("op ") and "9x50" in text[1]
     page = cpu_summary.markdown(cpu_summary.summary(rows), {"cpu": "Drawn"}, "t.csv")
     assert "| fwd | shapes | float32 | cupynorm | torch | 2 | 1.00 |" in page
+    assert cpu_summary.fixed_cost(rows) == ""
+    small = [r | {"group": "small"} for r in table(1.0, (1, 8))[1] if r["median_us"] != ""]
+    assert cpu_summary.fixed_cost(small).startswith(
+        "Fixed cost of a call (1x8), us: fwd: copyto 4,"
+    )
     assert cpu_summary.geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
 
 
