@@ -31,10 +31,10 @@ PEERS = (
     "cupynorm", "cupynorm out=", "cupynorm C", "cupynorm numpy", "copyto", "copyto fresh",
 )  # fmt: skip
 OPTIONAL = ("torch-compile",)  # takes 10 to 30 s to compile each case
-# Where a group is a sweep of many cases for a figure, those that the figure shows.
-SHOWN = ("torch", "onnxruntime", "onnxruntime out=", "jax", "cupynorm", "cupynorm out=",
-         "copyto", "copyto fresh")  # fmt: skip
-ONLY = {"columns": SHOWN, "rows": SHOWN}
+# Who is left out where it is slow and would tell nothing new: in sweeps, who is not in the figure.
+SLOW = ("numpy formula", "cupynorm numpy")
+NOT_SHOWN = (*SLOW, "cupynorm.torch", "scikit-learn")
+LEFT_OUT = {"columns": NOT_SHOWN, "rows": NOT_SHOWN, "dtypes": SLOW, "odd": SLOW}
 OPS = {"forward": FWD, "backward": BWD, "both": BOTH}
 SECONDS = 1.0  # of a case's turns, by default
 MINUTES = 6.0  # after which no case begins: with tables and Dask `make bench` ends within ten
@@ -57,8 +57,8 @@ def builders(inputs: Any, names: Sequence[str]) -> list[Any]:
         *ours(inputs),
         *copies(inputs),
     ]
-    allowed = ONLY.get(inputs.case.group, names)
-    return [(name, build) for name, build in made if name in names and name in allowed]
+    left_out = LEFT_OUT.get(inputs.case.group, ())
+    return [(name, build) for name, build in made if name in names and name not in left_out]
 
 
 def run(
