@@ -215,8 +215,10 @@ def simulated_cupy(*, reload: tuple[str, ...] = (), **options: Any) -> Iterator[
 
 
 def _forget(reload: tuple[str, ...]) -> dict[str, Any]:
-    """Take cupy and the modules of `reload` out of sys.modules, and out of their packages."""
-    names = [n for n in sys.modules if n == "cupy" or n.startswith("cupy.")]
+    """Take cupy, cupyx and the modules of `reload` out of sys.modules, and of their packages."""
+    # The real cupy leaves a lazy cupyx behind: whoever looks at all modules, as inspect does when
+    # torch registers an operator, would load it, and it would ask the stand-in for cupy._core.
+    names = [n for n in sys.modules if n.partition(".")[0] in ("cupy", "cupyx")]
     for name in reload:
         package, _, last = name.rpartition(".")
         vars(sys.modules.get(package, ModuleType(""))).pop(last, None)
