@@ -64,7 +64,7 @@ class TableRow:
     source: str
 
 
-_PREDICTED = "predicted, bench/results/PENDING.md"
+_PREDICTED = "predicted, bench/results/model.md"
 
 # K3's limit is the device's shared memory, so its last row ends where the largest GPU's does.
 TABLE = (

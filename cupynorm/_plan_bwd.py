@@ -19,7 +19,7 @@ from cupynorm._staging import LABELS, STAGE_REGISTERS, next_row_bytes, staging_o
 
 __all__ = ["BWD_TABLE", "GradientPlan", "choose_plan_bwd", "totals_stage"]
 
-_PREDICTED = "predicted, bench/results/PENDING.md"
+_PREDICTED = "predicted, bench/results/model.md"
 
 # Under K1 and K2 a thread holds at most two vectors of x and two of dy, and as many of the row that
 # comes next, beside up to 32 registers of dweight and dbias. K3's limit is the device's shared

@@ -26,7 +26,7 @@ TILE_CHUNK = {"float16": 256, "bfloat16": 256, "float32": 256, "float64": 128}
 # In the order of preference: long segments first; 32 words are 128 bytes.
 SHAPES = ((256, 256, 3), (128, 256, 3), (64, 256, 2), (64, 512, 1), (32, 256, 1))
 KEPT = 1024  # bytes of each block's shared memory that the system takes, from sm_80 on
-_PREDICTED = "predicted, bench/results/PENDING.md"
+_PREDICTED = "predicted, bench/results/model.md"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from cupynorm._problem import ITEMSIZE, stats_dtype
 
 __all__ = ["ColumnGradientProblem", "choose_plan_column_bwd"]
 
-_PREDICTED = "predicted, bench/results/PENDING.md"
+_PREDICTED = "predicted, bench/results/model.md"
 
 
 @dataclass(frozen=True, slots=True)
