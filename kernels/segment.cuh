@@ -85,11 +85,12 @@ __device__ __forceinline__ void store_partial(const Vec& v, unsigned char* p, in
 }
 
 // How many rounds of a segment of `bytes` at p are moved in pairs: the same for all lanes of a warp,
-// since only groups of 32 have several rounds.
-template <int LANES, int VECS>
-__device__ __forceinline__ int wide_rounds(const void* p, int bytes) {
-    if (LANES < 32 || VECS < 2 || !has_wide_vectors() || ((u64)p & 31)) return 0;
-    const int whole = bytes / (16 * LANES);
+// since only groups of 32 have several rounds. None of float64, whose sums leave no registers for the
+// exchange, and on the architectures in question wait for arithmetic rather than for memory.
+template <int LANES, int VECS, class T>
+__device__ __forceinline__ int wide_rounds(const T* p, int n) {
+    if (LANES < 32 || VECS < 2 || sizeof(T) == 8 || !has_wide_vectors() || ((u64)p & 31)) return 0;
+    const int whole = n / (PerVec<T>::count * LANES);
     return (whole < VECS ? whole : VECS) & ~1;
 }
 
@@ -117,7 +118,7 @@ __device__ __forceinline__ void load_granules(Segment<LANES, VECS>& s, const T* 
     const int end = skew + n * (int)sizeof(T);  // in bytes from the first granule
     const unsigned char* base = (const unsigned char*)p - skew;
     const int head = skew != 0;
-    s.wide = wide_rounds<LANES, VECS>(p, n * (int)sizeof(T));
+    s.wide = wide_rounds<LANES, VECS>(p, n);
 #pragma unroll
     for (int k = 0; k < VECS; ++k) {
         const int g = k * LANES + lane;
@@ -203,7 +204,7 @@ __device__ __forceinline__ void store_granules(const Segment<LANES, VECS>& s, T*
     const int end = skew + n * (int)sizeof(T);
     unsigned char* base = (unsigned char*)p - skew;
     const int head = skew != 0;
-    const int wide = wide_rounds<LANES, VECS>(p, n * (int)sizeof(T));
+    const int wide = wide_rounds<LANES, VECS>(p, n);
 #pragma unroll
     for (int k = 0; k < VECS; ++k) {
         const int g = k * LANES + lane;

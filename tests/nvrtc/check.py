@@ -100,7 +100,7 @@ def faults(stage: Stage, facts: Facts, arch: str) -> list[str]:
         facts.registers,
     )
     found += _of_instructions(stage, facts) + _of_copies(stage, facts)
-    if int(arch) >= 100:
+    if int(arch) >= 100 and stage.x_dtype != "float64":
         found += _of_wide_vectors(stage, facts)
     return found + ([refusal] if refusal else [])
 
