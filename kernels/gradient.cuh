@@ -45,15 +45,16 @@ struct GradientRow {
 // Issues the loads alone: what they bring is first looked at in `to_columns`.
 template <int LANES, int VECS, class X, class W, class A>
 __device__ __forceinline__ void fetch(
-    GradientRow<LANES, VECS, A>& r, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
+    GradientRow<LANES, VECS, A>& r, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane,
+    bool wide = true) {
     const bool live = row < a.rows;
     if (!live) n = 0;
     const X* x = a.x + (n ? row_offset(row, a.rows, a.M, a.x_outer, a.x_row) + first : 0);
     const X* dy = a.dy + (n ? row_offset(row, a.rows, a.M, a.dy_outer, a.dy_row) + first : 0);
     r.x_skew = skew_of(x);
     r.dy_skew = skew_of(dy);
-    load_granules(r.x, x, n, lane);
-    load_granules(r.dy, dy, n, lane);
+    load_granules(r.x, x, n, lane, wide);
+    load_granules(r.dy, dy, n, lane, wide);
     r.mean = live ? a.mean[row] : (A)0;
     r.rstd = live ? a.rstd[row] : (A)0;
 }

@@ -113,12 +113,13 @@ __device__ __forceinline__ void exchange_rounds(Vec& a, Vec& b, int lane) {
 
 // Granules of the n elements at p, as they lie in memory; bytes outside the segment read as zero.
 template <int LANES, int VECS, class T>
-__device__ __forceinline__ void load_granules(Segment<LANES, VECS>& s, const T* p, int n, int lane) {
+__device__ __forceinline__ void load_granules(
+    Segment<LANES, VECS>& s, const T* p, int n, int lane, bool wide = true) {
     const int skew = skew_of(p);
     const int end = skew + n * (int)sizeof(T);  // in bytes from the first granule
     const unsigned char* base = (const unsigned char*)p - skew;
     const int head = skew != 0;
-    s.wide = wide_rounds<LANES, VECS>(p, n);
+    s.wide = wide ? wide_rounds<LANES, VECS>(p, n) : 0;
 #pragma unroll
     for (int k = 0; k < VECS; ++k) {
         const int g = k * LANES + lane;

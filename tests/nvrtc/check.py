@@ -115,6 +115,8 @@ def _of_copies(stage: Stage, facts: Facts) -> list[str]:
 def _of_wide_vectors(stage: Stage, facts: Facts) -> list[str]:
     pairs = rounds_in(stage) // 2
     loads, stores = vecs_in_flight(stage)
+    if stage.family == "shared_bwd" and stage.constants[3]:
+        loads = 0  # fetched ahead, where no register is left for the exchange
     found = []
     if facts.loads256 < pairs * (loads > 0):
         found.append(f"{facts.loads256} global loads of 256 bits, {pairs} pairs of rounds")
