@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from cupynorm.functional import LayerNormResult, layer_norm
 
 if TYPE_CHECKING:
+    from cupynorm import plot
     from cupynorm._config import show_config
     from cupynorm._explain import explain
     from cupynorm._explanation import Explanation
@@ -28,6 +29,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_columns",
+    "plot",
     "prepare",
     "show_config",
     "warmup",
@@ -49,6 +51,8 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     """Import the parts that a plain `layer_norm` call does not need when they are first named."""
+    if name == "plot":  # a module, which the import system itself binds here
+        return import_module("cupynorm.plot")
     if name not in _LAZY:
         msg = f"module 'cupynorm' has no attribute {name!r}"
         raise AttributeError(msg)

@@ -1,11 +1,11 @@
 """What is installed, which GPUs are seen, and which paths can run or why they cannot."""
 
-import html
 import os
 from dataclasses import dataclass
 from importlib import import_module
 
 from cupynorm import _probe, _threads
+from cupynorm._display import Sections, Table
 
 __all__ = ["Config", "Gpu", "PathStatus", "show_config"]
 
@@ -54,8 +54,8 @@ class PathStatus:
     way_out: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+@dataclass(frozen=True, slots=True, repr=False)
+class Config(Table):
     """What `show_config` found; prints as aligned text, shows as a table in a notebook.
 
     Attributes
@@ -85,8 +85,7 @@ class Config:
         """Status of the path of that name; KeyError if there is none."""
         return {p.name: p for p in self.paths}[name]
 
-    def _sections(self) -> list[tuple[str, list[tuple[str, str]]]]:
-        """Title and rows (key, value) of each part; a key may be empty, to continue a row."""
+    def _sections(self) -> Sections:
         found = [
             ("driver", self.driver or "none"),
             ("NVRTC", self.nvrtc or "none"),
@@ -100,25 +99,6 @@ class Config:
                 paths.append(("", f"-> {p.way_out}"))
         listed = [(name, version or "not installed") for name, version in self.versions.items()]
         return [("versions", listed), ("CUDA", found), ("paths", paths)]
-
-    def __str__(self) -> str:
-        sections = self._sections()
-        width = max(len(key) for _, rows in sections for key, _ in rows)
-        lines = []
-        for title, rows in sections:
-            lines += [title, *(f"  {key:{width}}  {value}" for key, value in rows)]
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        left = "style='text-align:left'"
-        body = ""
-        for title, rows in self._sections():
-            body += f"<tr><th colspan='2' {left}>{html.escape(title)}</th></tr>"
-            for row in rows:
-                body += f"<tr>{''.join(f'<td {left}>{html.escape(c)}</td>' for c in row)}</tr>"
-        return f"<table>{body}</table>"
 
 
 def show_config() -> Config:

@@ -1,9 +1,9 @@
 """The result of `explain`: facts of a call beside what a path makes of them, and how it prints."""
 
-import html
 from dataclasses import dataclass
 
 from cupynorm import _problem
+from cupynorm._display import Sections, Table
 from cupynorm._plan import Plan
 from cupynorm._plan_bwd import GradientPlan
 from cupynorm._plan_column import ColumnPlan
@@ -11,8 +11,8 @@ from cupynorm._plan_column import ColumnPlan
 __all__ = ["Explanation", "Facts"]
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Explanation(Table):
     """What `layer_norm` or its backward would run; prints as aligned text, a table in a notebook.
 
     Attributes
@@ -54,7 +54,7 @@ class Explanation:
     copies: tuple[str, ...]
     source: str
 
-    def _rows(self) -> list[tuple[str, str]]:
+    def _sections(self) -> Sections:
         moved = "decided by the library" if self.bytes_moved is None else _bytes(self.bytes_moved)
         if self.bytes_moved:
             moved += f", {self.bytes_moved / self.bytes_floor:.2f} of the floor"
@@ -70,22 +70,7 @@ class Explanation:
             rows.append(("rows per block", str(self.rows_per_block)))
         rows += [("floor", _bytes(self.bytes_floor)), ("moved", moved)]
         rows += [("copy", text) for text in self.copies or ("none",)]
-        return rows + ([("plan from", self.source)] if self.source else [])
-
-    def __str__(self) -> str:
-        rows = self._rows()
-        width = max(len(key) for key, _ in rows)
-        return "\n".join(f"{key:{width}}  {value}" for key, value in rows)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(key)}</th>"
-            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for key, value in self._rows()
-        )
-        return f"<table>{cells}</table>"
+        return [("", rows + ([("plan from", self.source)] if self.source else []))]
 
 
 def _bytes(n: int) -> str:

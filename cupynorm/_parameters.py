@@ -11,6 +11,7 @@ from cupynorm._arrays import library_of
 
 __all__ = [
     "accumulate",
+    "describe",
     "fill",
     "from_tensor",
     "new_array",
@@ -113,6 +114,14 @@ def fill(array: Any, host: np.ndarray[Any, Any]) -> None:
         array[...] = host
     else:
         array.set(host)
+
+
+def describe(array: Any) -> str:
+    """Tell dtype, shape and library of an array, and its device where that is a GPU."""
+    library, device = library_of(array), getattr(array, "device", None)
+    where = f" on {device}" if library in ("cupy", "torch", "jax") else ""
+    dtype = _problem.dtype_name(array.dtype)
+    return f"{dtype} {tuple(int(n) for n in array.shape)}, {library}{where}"
 
 
 def accumulate(total: Any, term: Any) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cupynorm import _checkpoint, _parameters
+from cupynorm._display import Table
 
 __all__ = ["IncompatibleKeys", "Stateful"]
 
@@ -24,7 +25,7 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-class Stateful:
+class Stateful(Table):
     """Base of the layers: a weight and a bias, either of which may be None."""
 
     weight: Any
@@ -165,6 +166,17 @@ class Stateful:
         names, arrays = _checkpoint.read(path, set(self.state_dict(prefix)))
         state = {name: arrays.get(name) for name in names if name.startswith(prefix)}
         return self._load(state, strict, os.fspath(path), prefix)
+
+    def _parameter_rows(self) -> list[tuple[str, str]]:
+        """Tell of the parameters what waits for no GPU: no values."""
+        rows = []
+        for name, value in (("weight", self.weight), ("bias", self.bias)):
+            if value is None:
+                rows.append((name, "none"))
+                continue
+            gradient = "no gradient" if self.grad.get(name) is None else "with a gradient"
+            rows.append((name, f"{_parameters.describe(value)}, {gradient}"))
+        return rows
 
 
 def _listed(names: list[str], most: int = 10) -> str:

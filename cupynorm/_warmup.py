@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from cupynorm import _problem
+from cupynorm._progress import steps
 
 __all__ = ["warmup"]
 
@@ -15,6 +16,7 @@ def warmup(
     affine: bool = True,
     backward: bool = False,
     device: str = "cuda",
+    progress: bool | None = None,
 ) -> list[str]:
     """Compile ahead what later calls on row-major arrays will need.
 
@@ -30,6 +32,9 @@ def warmup(
         Compile what `layer_norm_backward` needs as well.
     device : {'cuda', 'cpu'}
         'cuda': CuPy's current device. 'cpu': the loops that numba compiles.
+    progress : bool, optional
+        Whether to draw a progress bar with tqdm. Left out, one is drawn in a terminal or a
+        notebook, if there is more than one thing to compile and tqdm is installed.
 
     Returns
     -------
@@ -41,30 +46,34 @@ def warmup(
     ValueError
         If `device`, a dtype or the shape is not one that `layer_norm` takes.
     ImportError
-        If `device` is 'cuda' and CuPy is not installed.
+        If `device` is 'cuda' and CuPy is not installed, or `progress` is True and tqdm is not.
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     _problem.resolve_axes((1, *shape), shape, None)
     for name in dtypes:
         _problem.check_x_dtype(name)
     if device == "cuda":
-        return _of_gpu(math.prod(shape), dtypes, affine, backward)
+        return _of_gpu(math.prod(shape), dtypes, affine, backward, progress)
     if device == "cpu":
         from cupynorm import _cpu
 
-        compiled: list[str] = _cpu.warmup(shape, dtypes, affine, backward)
+        compiled: list[str] = []
+        for name in steps(dtypes, "compiling loops", progress):
+            compiled += _cpu.warmup(shape, [name], affine, backward)
         return compiled
     msg = f"device={device!r} is not 'cuda' or 'cpu'"
     raise ValueError(msg)
 
 
-def _of_gpu(N: int, dtypes: Sequence[str], affine: bool, backward: bool) -> list[str]:
+def _of_gpu(
+    N: int, dtypes: Sequence[str], affine: bool, backward: bool, progress: bool | None
+) -> list[str]:
     """Compile and load, on the current device, what row-major x of these dtypes needs."""
     from cupynorm import _cuda
 
     index, strides = _cuda.get_device(), (N, 1)
     names: list[str] = []
-    for name in dtypes:
+    for name in steps(dtypes, "compiling kernels", progress):
         affine_dtype = name if affine else None
         dtypes_of_call = (name, affine_dtype, affine_dtype)
         for rows in (1, 2**20):  # few rows may take K5

@@ -3,6 +3,7 @@
 from typing import Any, Self
 
 from cupynorm import _parameters, _problem
+from cupynorm._display import Sections
 from cupynorm._state import Stateful
 from cupynorm.functional import layer_norm
 from cupynorm.gradient import layer_norm_backward
@@ -71,6 +72,9 @@ class LayerNorm(Stateful):
     A layer equals itself only and may be a key of a dict, as torch's. Copies and pickles of it
     have parameters and gradients of their own, and nothing of the batch.
 
+    At a prompt the layer shows as torch's does, in one line; printed, as aligned text with its
+    parameters, their gradients and what is kept; in a notebook, as a table of the same.
+
     Examples
     --------
     >>> import numpy as np
@@ -114,6 +118,12 @@ class LayerNorm(Stateful):
             f"{type(self).__name__}({self.normalized_shape}, eps={self.eps}, "
             f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None})"
         )
+
+    def _sections(self) -> Sections:
+        shape = tuple(int(n) for n in self.normalized_shape)
+        rows = [("normalized_shape", str(shape)), ("eps", str(self.eps)), *self._parameter_rows()]
+        kept = "nothing" if self._kept is None else f"x: {_parameters.describe(self._kept[0])}"
+        return [(type(self).__name__, [*rows, ("kept for backward", kept)])]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}  # a copy or a pickle must not carry the batch

@@ -266,7 +266,7 @@ def has_cudf(device):
 def progress(name, steps, count):
     """Count batches: behind a bar where tqdm is installed, with a line now and then where not."""
     try:
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
     except ImportError:
         return plain_progress(name, steps, count)
     return tqdm(steps, desc=name, total=count, unit="batch", leave=False)

@@ -192,7 +192,7 @@ def digits(xp, seed):
 def progress(name, epochs):
     """Count epochs: behind a bar where tqdm is installed, with a line now and then where not."""
     try:
-        from tqdm import trange
+        from tqdm.auto import trange
     except ImportError:
         return plain_progress(name, epochs)
     return trange(epochs, desc=name, leave=False)

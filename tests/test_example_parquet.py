@@ -113,7 +113,7 @@ def test_addresses_tell_a_copy(example, table, monkeypatch, capsys):
 
 
 def test_without_tqdm_lines_count_the_batches(example, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     assert list(example.progress("name", iter(range(40)), 40)) == list(range(40))
     out = capsys.readouterr().out.splitlines()
     assert out[:2] == ["name: batch 1 of 40", "name: batch 5 of 40"]
@@ -127,7 +127,7 @@ def test_tqdm_draws_a_bar_where_it_is(example, monkeypatch):
         drawn.append((desc, total))
         return steps
 
-    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=tqdm))
+    monkeypatch.setitem(sys.modules, "tqdm.auto", SimpleNamespace(tqdm=tqdm))
     assert list(example.progress("name", iter("abc"), 3)) == ["a", "b", "c"]
     assert drawn == [("name", 3)]
 

@@ -73,7 +73,7 @@ def test_a_seed_fixes_the_result(digits, capsys):
 
 
 def test_it_does_without_tqdm_and_torch(digits, capsys, monkeypatch):
-    for name in ("tqdm", "torch"):
+    for name in ("tqdm.auto", "torch"):
         monkeypatch.setitem(sys.modules, name, None)
     digits.main(["--device", "cpu", "--epochs", "2"])
     out = capsys.readouterr().out
@@ -89,7 +89,7 @@ def test_tqdm_draws_a_bar_where_it_is(digits, monkeypatch):
         drawn.append(desc)
         return range(n)
 
-    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(trange=trange))
+    monkeypatch.setitem(sys.modules, "tqdm.auto", SimpleNamespace(trange=trange))
     assert list(digits.progress("some name", 3)) == [0, 1, 2]
     assert drawn == ["some name"]
 

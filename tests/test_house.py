@@ -20,7 +20,8 @@ TIERS = (
     {"_picture"},
     {"_selfcheck"},
     {"_backends"},
-    {"modules"},
+    {"modules", "plot"},
+    {"_plot_data"},
     {"_state"},
     {"_checkpoint", "_parameters"},
     {"_explain", "_warmup", "gradient", "prepared"},  # what users call, besides
@@ -36,6 +37,7 @@ TIERS = (
     {"_dask_frames", "_dask_moments"},
     {"_explanation"},
     {"_cpu_small", "_cuda_small"},
+    {"_drawing"},
     {"_torch_autograd"},
     {"_torch_functions"},
     {"_torch_ops", "_torch_watch"},
@@ -70,7 +72,7 @@ TIERS = (
     {"_plan"},  # decide
     {"_staging"},
     {"_arrays"},
-    {"_problem"},  # rules
+    {"_display", "_problem", "_progress"},  # rules
 )
 # Beyond the standard library, numpy and array_api_compat, at import time.
 MAY_IMPORT = {
@@ -261,7 +263,10 @@ def test_typed():
 
 # --- the cost of import -------------------------------------------------------------------------
 
-OPTIONAL = ("cupy", "torch", "numba", "dask", "sklearn", "pandas", "matplotlib", "jax", "scipy")
+OPTIONAL = (
+    *("cupy", "torch", "numba", "dask", "sklearn", "pandas"),
+    *("matplotlib", "tqdm", "IPython", "jax", "scipy"),
+)
 
 
 def test_import_brings_no_optional_library():
