@@ -1,5 +1,6 @@
 """What is shown at a prompt and in a notebook: the same facts, well-formed, escaped, still."""
 
+import functools
 from html.parser import HTMLParser
 
 import numpy as np
@@ -45,6 +46,7 @@ class Evil(Table):
         return [(EVIL, [(EVIL, EVIL), ("", "goes on")]), ("", [("plain", "1")])]
 
 
+@functools.cache
 def shown():
     layer = cn.LayerNorm(3)
     layer(np.ones((2, 3), np.float32))
@@ -60,24 +62,29 @@ def shown():
     }
 
 
-SHOWN = shown()
+NAMES = ("explain-cpu", "explain-gpu", "explain-copies", "layer", "layer-bare", "config", "evil")
+every_name = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.mark.parametrize("name", SHOWN)
+def test_every_name_is_shown():
+    assert tuple(shown()) == NAMES
+
+
+@every_name
 def test_a_notebook_and_a_terminal_show_the_same(name):
-    page = Page(SHOWN[name]._repr_html_())
+    page = Page(shown()[name]._repr_html_())
     assert page.tags == {"table", "tbody", "tr", "th", "td"}
-    lines = str(SHOWN[name]).splitlines()
+    lines = str(shown()[name]).splitlines()
     assert len(page.rows) == len(lines)
     for cells, line in zip(page.rows, lines, strict=True):
         assert line.split() == " ".join(cells).split()
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@every_name
 def test_text_is_aligned(name):
-    sections = SHOWN[name]._sections()
+    sections = shown()[name]._sections()
     longest = max(len(key) for _, rows in sections for key, _ in rows)
-    lines = iter(str(SHOWN[name]).splitlines())
+    lines = iter(str(shown()[name]).splitlines())
     for title, rows in sections:
         assert not title or next(lines) == title
         for key, text in rows:
@@ -86,9 +93,9 @@ def test_text_is_aligned(name):
             assert (line[:at].strip(), line[at:]) == (key, text)
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@every_name
 def test_colors_are_left_to_the_theme(name):
-    text = SHOWN[name]._repr_html_()
+    text = shown()[name]._repr_html_()
     assert "color" not in text
     assert "background" not in text
 
@@ -101,7 +108,7 @@ def test_what_comes_from_outside_is_escaped():
 
 def test_config_and_explanation_show_themselves_at_a_prompt():
     for name in ("config", "explain-gpu"):
-        assert repr(SHOWN[name]) == str(SHOWN[name])
+        assert repr(shown()[name]) == str(shown()[name])
 
 
 def test_a_layer_tells_of_its_parameters_and_what_it_keeps():
