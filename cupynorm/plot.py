@@ -142,7 +142,7 @@ def moments(
     axes = _drawing.two_axes(ax, (9.0, 3.4))
     for one, statistic in zip(axes, statistics, strict=True):
         if statistic.ndim < 2:
-            label = f"row: index along axis {kept[0]} of x" if kept else "x, all of it one row"
+            label = f"index along axis {kept[0]} of x" if kept else "x, all of it one row"
             _drawing.line(one, np.atleast_1d(statistic), label, _drawing.BEFORE)
         elif statistic.ndim == 2:
             labels = f"axis {kept[1]} of x", f"axis {kept[0]} of x"

@@ -115,7 +115,7 @@ def test_a_matrix_gives_points():
     mean, variance = cn.plot.moments(x)
     np.testing.assert_allclose(mean.lines[0].get_ydata(), x.mean(axis=1))
     np.testing.assert_allclose(variance.lines[0].get_ydata(), x.var(axis=1))
-    assert mean.get_xlabel() == "row: index along axis 0 of x"
+    assert mean.get_xlabel() == "index along axis 0 of x"
 
 
 def test_one_row_gives_one_point():
