@@ -1,4 +1,4 @@
-# make demo | test | lint | instructions | gpu OUT=folder | bench | clean
+# make demo | test | lint | notebooks | instructions | gpu OUT=folder | bench | clean
 #
 # demo and test make virtual environments of their own and install into them once; a changed
 # pyproject.toml or constraints.txt installs again. gpu uses the python it is given: PYTHON=...
@@ -21,12 +21,13 @@ comma := ,
 DEMO_EXTRAS = $(EXTRAS)$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint instructions gpu bench clean python-check compiler-check
+.PHONY: help demo test lint notebooks instructions gpu bench clean python-check compiler-check
 
 help:
 	@echo "make demo              install, normalize real data on every available path, save a picture"
 	@echo "make test              install all that the tests need, run them"
 	@echo "make lint              ruff and mypy"
+	@echo "make notebooks         run docs/notebooks/*.py and store what they show in the .ipynb"
 	@echo "make instructions      instructions of small calls against their budgets, by valgrind"
 	@echo "make gpu OUT=folder    on a machine with a CUDA GPU: tests, sanitizer, benchmark; no network (ten minutes; GPU_ARGS='--seconds 1800' for all)"
 	@echo "make bench OUT=folder  CPU times against torch, onnxruntime, JAX and others (ten minutes at most; BENCH_ARGS='--groups shapes')"
@@ -71,6 +72,10 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The text is the .py; the .ipynb is made from it. On a machine without a GPU, as what is stored is.
+notebooks: $(VENV)/.installed
+	$(VENV)/bin/python docs/run_notebooks.py
 
 # The Python of small calls up to the launch, counted by callgrind against bench/budgets.json.
 instructions: $(VENV)/.installed

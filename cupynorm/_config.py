@@ -107,7 +107,8 @@ def show_config() -> Config:
     Returns
     -------
     Config
-        Printed, it is aligned text; at a notebook's prompt, a table.
+        At a prompt it shows itself as aligned text, in a notebook as a table; in a script, print
+        it.
 
     Notes
     -----

@@ -8,6 +8,8 @@ Sections = list[tuple[str, list[tuple[str, str]]]]
 
 # Notebooks align cells to the right. No colors: text and lines take the theme's, light or dark.
 _LEFT = "style='text-align:left;vertical-align:top'"
+_KEY = "style='text-align:left;vertical-align:top;white-space:nowrap'"
+_TITLE = "style='text-align:left;border-bottom:1px solid'"  # in the color of text
 
 
 class Table:
@@ -35,11 +37,11 @@ class Table:
     def _repr_html_(self) -> str:
         body = ""
         for title, rows in self._sections():
-            head = f"<tr><th colspan='2' {_LEFT}>{html.escape(title)}</th></tr>" if title else ""
+            head = f"<tr><th colspan='2' {_TITLE}>{html.escape(title)}</th></tr>" if title else ""
             body += f"<tbody>{head}{''.join(map(_row, rows))}</tbody>"
         return f"<table>{body}</table>"
 
 
 def _row(row: tuple[str, str]) -> str:
     key, value = map(html.escape, row)
-    return f"<tr><th scope='row' {_LEFT}>{key}</th><td {_LEFT}>{value}</td></tr>"
+    return f"<tr><th scope='row' {_KEY}>{key}</th><td {_LEFT}>{value}</td></tr>"

@@ -62,7 +62,7 @@ looks = (("-", 1e-3), ("--", 1e-5), ("-.", 1e-6), (":", 1e-12))
 for style, eps in looks:  # line styles, so that nobody needs to tell colors apart
     ax.plot(deviations, normalized(x, eps=eps).std(axis=1), style, label=f"eps={eps:g}")
 ax.set(xscale="log", xlabel="deviation of a row of x", ylabel="deviation of y")
-ax.legend(frameon=False)
+_ = ax.legend(frameon=False)
 # %% [markdown]
 # torch, ONNX and this library have eps=1e-5 unless told otherwise, Keras has 1e-3, BERT in
 # transformers 1e-12. **Use the eps that the model was trained with.** For data of your own, put it

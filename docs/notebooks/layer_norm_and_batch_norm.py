@@ -62,7 +62,7 @@ for name, y in (("before", batch), ("layer norm", layer), ("batch norm", over_ba
     print(f"{name:14} {abs(y.mean(axis=1)).max():11.2f} {abs(y.mean(axis=0)).max():11.2f}")
 
 # %%
-cn.plot.distributions(batch, rows=5)
+_ = cn.plot.distributions(batch, rows=5)
 # %% [markdown]
 # ## Small batches
 #
@@ -105,10 +105,11 @@ for length in (8, 12, 16, 32):
     assert same
 
 # %% [markdown]
-# The means of all steps, as layer norm sees them: a line of pixels per column of the map.
+# Mean and variance of all steps, as layer norm sees them: a digit per line of the map, its eight
+# steps side by side.
 
 # %%
-cn.plot.moments(xp.asarray(steps))
+_ = cn.plot.moments(xp.asarray(steps))
 # %% [markdown]
 # ## Training and testing
 #
@@ -168,7 +169,8 @@ for name, (right, elsewhere) in scores.items():
 
 # %%
 wine, kinds = load_wine(return_X_y=True)
-cn.plot.moments(xp.asarray(wine), axis=0)[0].set_yscale("log")  # mean and variance of each column
+mean, variance = cn.plot.moments(xp.asarray(wine), axis=0)  # of each column
+mean.set_yscale("log")
 
 # %%
 rows = np.random.default_rng(0).permutation(len(wine))

@@ -73,7 +73,8 @@ else:
 
 x = cn.layer_norm_columns(table, dtype="float32")
 print(x.shape, x.dtype, "row-major:", x.flags.c_contiguous)
-print("first row: mean", round(float(x[0].mean()), 3), "deviation", round(float(x[0].std()), 3))
+mean, deviation = float(x[0].mean()), float(x[0].std())
+print(f"first row: mean 0: {abs(mean) < 1e-6}, deviation {deviation:.3f}")
 
 # %% [markdown]
 # ## Matrix to torch
@@ -125,4 +126,4 @@ print(f"test accuracy {float(right):.2f}")
 with torch.no_grad():
     h = model[0](t[cut:])
 norm = model[1]
-cn.plot.affine(h, 64, norm.weight, norm.bias, norm.eps)
+_ = cn.plot.affine(h, 64, norm.weight, norm.bias, norm.eps)
