@@ -1,6 +1,7 @@
 """Facts in rows: aligned text for a terminal, a table for a notebook."""
 
 import html
+from abc import abstractmethod
 
 __all__ = ["Sections", "Table"]
 
@@ -17,9 +18,9 @@ class Table:
 
     __slots__ = ()
 
+    @abstractmethod
     def _sections(self) -> Sections:
         """Title and rows (key, value) of each part; '' for no title, or a row that goes on."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         sections = self._sections()
