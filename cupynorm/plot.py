@@ -34,8 +34,14 @@ def distributions(
     x : array
         Any array that `layer_norm` takes. A picture is for eyes: x and y are copied to the host,
         wherever they are, which `layer_norm` itself never does. Of a large x pass a part.
-    normalized_shape, weight, bias, eps, axis
-        As in `layer_norm`, which is called with them.
+    normalized_shape : int or sequence of int, optional
+        Trailing dimensions to normalize, as in `layer_norm`.
+    weight, bias : array, optional
+        Scale and shift, as in `layer_norm`.
+    eps : float, default 1e-5
+        Added to the variance.
+    axis : int or sequence of int, optional
+        Axes to normalize, instead of `normalized_shape`.
     rows : int or sequence of int, default 8
         Which rows to draw, counted along the axes that are not normalized: so many, evenly spread
         from the smallest standard deviation to the largest; or exactly these.
@@ -101,8 +107,10 @@ def moments(
     ----------
     x : array
         Any array that `layer_norm` takes; copied to the host, as in `distributions`.
-    normalized_shape, axis
-        As in `layer_norm`.
+    normalized_shape : int or sequence of int, optional
+        Trailing dimensions to normalize, as in `layer_norm`.
+    axis : int or sequence of int, optional
+        Axes to normalize, instead of `normalized_shape`.
     images : int, default 8
         Where there are three axes and more to draw, how many images are shown.
     ax : two Axes, optional
@@ -179,8 +187,14 @@ def affine(
     ----------
     x : array
         Any array that `layer_norm` takes; copied to the host, as in `distributions`.
-    normalized_shape, weight, bias, eps, axis
-        As in `layer_norm`, which is called with them. One of weight and bias may be None.
+    normalized_shape : int or sequence of int, optional
+        Trailing dimensions to normalize, as in `layer_norm`.
+    weight, bias : array, optional
+        Scale and shift, as in `layer_norm`; at least one of them.
+    eps : float, default 1e-5
+        Added to the variance.
+    axis : int or sequence of int, optional
+        Axes to normalize, instead of `normalized_shape`.
     ax : two Axes, optional
         Where to draw; a new figure of `matplotlib.pyplot` where left out.
 
