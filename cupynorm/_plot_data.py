@@ -49,7 +49,9 @@ def mean_and_std_of_columns(table: Array) -> tuple[Array, Array]:
     """Over the rows that are finite: one other row would leave no column a mean."""
     finite = table[np.isfinite(table).all(axis=1)]
     if not len(finite):
-        msg = "every row of y has NaN or infinity, so no column has a mean to draw; pass finite rows"
+        msg = (
+            "every row of y has NaN or infinity, so no column has a mean to draw; pass finite rows"
+        )
         raise ValueError(msg)
     return finite.mean(axis=0), finite.std(axis=0)
 

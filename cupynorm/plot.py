@@ -23,7 +23,7 @@ def distributions(
     rows: int | Sequence[int] = 8,
     ax: Any = None,
 ) -> tuple[Any, Any]:
-    """Draw how the values of single rows are distributed, before and after `layer_norm`.
+    """Draw how the values of single rows are distributed, before and after `cupynorm.layer_norm`.
 
     Each row is a histogram over its base line, in the same bins as the others, scaled to the same
     height; a dot and a bar below it are its mean and its standard deviation. NaN and infinity are
@@ -32,12 +32,12 @@ def distributions(
     Parameters
     ----------
     x : array
-        Any array that `layer_norm` takes. A picture is for eyes: x and y are copied to the host,
-        wherever they are, which `layer_norm` itself never does. Of a large x pass a part.
+        Any array that `cupynorm.layer_norm` takes. A picture is for eyes: x and y are copied to
+        the host, wherever they are, which the norm itself never does. Of a large x pass a part.
     normalized_shape : int or sequence of int, optional
-        Trailing dimensions to normalize, as in `layer_norm`.
+        Trailing dimensions to normalize, as in `cupynorm.layer_norm`.
     weight, bias : array, optional
-        Scale and shift, as in `layer_norm`.
+        Scale and shift, as in `cupynorm.layer_norm`.
     eps : float, default 1e-5
         Added to the variance.
     axis : int or sequence of int, optional
@@ -46,7 +46,7 @@ def distributions(
         Which rows to draw, counted along the axes that are not normalized: so many, evenly spread
         from the smallest standard deviation to the largest; or exactly these.
     ax : two Axes, optional
-        Where to draw; a new figure of `matplotlib.pyplot` where left out.
+        Where to draw; a new figure of ``matplotlib.pyplot`` where left out.
 
     Returns
     -------
@@ -56,8 +56,8 @@ def distributions(
     Raises
     ------
     TypeError, ValueError
-        As `layer_norm` for its arguments; for a row that is not there, an x without elements, and
-        an `ax` that is not two Axes.
+        As `cupynorm.layer_norm` for its arguments; for a row that is not there, an x without
+        elements, and an `ax` that is not two Axes.
     ImportError
         If matplotlib is not installed and `ax` is left out.
 
@@ -96,7 +96,7 @@ def moments(
     images: int = 8,
     ax: Any = None,
 ) -> tuple[Any, Any]:
-    """Draw the mean and the variance of every row of a batch, as `layer_norm` sees them.
+    """Draw the mean and the variance of every row of a batch, as `cupynorm.layer_norm` sees them.
 
     What is not normalized is what is drawn: points for a matrix, whose rows each have one mean; a
     map for two axes, such as the sequences and steps of (batch, step, feature); and images side by
@@ -106,15 +106,15 @@ def moments(
     Parameters
     ----------
     x : array
-        Any array that `layer_norm` takes; copied to the host, as in `distributions`.
+        Any array that `cupynorm.layer_norm` takes; copied to the host, as in `distributions`.
     normalized_shape : int or sequence of int, optional
-        Trailing dimensions to normalize, as in `layer_norm`.
+        Trailing dimensions to normalize, as in `cupynorm.layer_norm`.
     axis : int or sequence of int, optional
         Axes to normalize, instead of `normalized_shape`.
     images : int, default 8
         Where there are three axes and more to draw, how many images are shown.
     ax : two Axes, optional
-        Where to draw; a new figure of `matplotlib.pyplot` where left out.
+        Where to draw; a new figure of ``matplotlib.pyplot`` where left out.
 
     Returns
     -------
@@ -124,8 +124,8 @@ def moments(
     Raises
     ------
     TypeError, ValueError
-        As `layer_norm` for its arguments; for an x without elements, `images` below 1, and an `ax`
-        that is not two Axes.
+        As `cupynorm.layer_norm` for its arguments; for an x without elements, `images` below 1,
+        and an `ax` that is not two Axes.
     ImportError
         If matplotlib is not installed and `ax` is left out.
 
@@ -178,25 +178,25 @@ def affine(
 ) -> tuple[Any, Any]:
     """Draw what weight and bias do to each column of the normalized rows.
 
-    On the left `layer_norm` without them, on the right with them: for each column its mean over
-    the rows, and a band of one standard deviation around it. A weight stretches the band of its
-    column, a bias moves it; dashed lines show both alone, bias ± abs(weight), which is where the
-    band of a column of mean 0 and deviation 1 lies. Rows with NaN or infinity are left out.
+    On the left `cupynorm.layer_norm` without them, on the right with them: for each column its
+    mean over the rows, and a band of one standard deviation around it. A weight stretches the band
+    of its column, a bias moves it; dashed lines show both alone, bias ± abs(weight), which is where
+    the band of a column of mean 0 and deviation 1 lies. Rows with NaN or infinity are left out.
 
     Parameters
     ----------
     x : array
-        Any array that `layer_norm` takes; copied to the host, as in `distributions`.
+        Any array that `cupynorm.layer_norm` takes; copied to the host, as in `distributions`.
     normalized_shape : int or sequence of int, optional
-        Trailing dimensions to normalize, as in `layer_norm`.
+        Trailing dimensions to normalize, as in `cupynorm.layer_norm`.
     weight, bias : array, optional
-        Scale and shift, as in `layer_norm`; at least one of them.
+        Scale and shift, as in `cupynorm.layer_norm`; at least one of them.
     eps : float, default 1e-5
         Added to the variance.
     axis : int or sequence of int, optional
         Axes to normalize, instead of `normalized_shape`.
     ax : two Axes, optional
-        Where to draw; a new figure of `matplotlib.pyplot` where left out.
+        Where to draw; a new figure of ``matplotlib.pyplot`` where left out.
 
     Returns
     -------
@@ -206,8 +206,8 @@ def affine(
     Raises
     ------
     TypeError, ValueError
-        As `layer_norm` for its arguments; if there is neither weight nor bias, for an x without
-        elements, and for an `ax` that is not two Axes.
+        As `cupynorm.layer_norm` for its arguments; if there is neither weight nor bias, for an x
+        without elements, and for an `ax` that is not two Axes.
     ImportError
         If matplotlib is not installed and `ax` is left out.
 
