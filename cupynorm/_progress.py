@@ -39,8 +39,8 @@ def steps(items: Iterable[T], label: str, progress: bool | None) -> Iterator[T]:
 def _someone_looks_on() -> bool:
     """Whether standard error is a terminal, or this is a notebook's kernel."""
     if "ipykernel" in sys.modules and "IPython" in sys.modules:
-        shell = sys.modules["IPython"].get_ipython()
-        return shell is not None and hasattr(shell, "kernel")
+        if hasattr(sys.modules["IPython"].get_ipython(), "kernel"):
+            return True
     return sys.stderr is not None and sys.stderr.isatty()
 
 

@@ -48,16 +48,17 @@ def tags(cell):
 
 
 def shown(cell):
-    """Text that a cell shows, and the kinds of what it shows besides."""
-    text, kinds = "", []
+    """Text that a cell shows, the tables' HTML, and the kinds of what it shows besides."""
+    text, markup, kinds = "", "", []
     for output in cell.outputs:
         if output.output_type == "stream":
             text += output.text
             continue
         if "image/png" not in output.data:  # the text of a picture is its size in memory
             text += output.data["text/plain"] + "\n"
+        markup += output.data.get("text/html", "")
         kinds.append(sorted(output.data))
-    return text, kinds
+    return text, markup, kinds
 
 
 def numbers(text):
@@ -66,8 +67,9 @@ def numbers(text):
 
 def assert_same(new, old):
     """Words to the letter; numbers within 5 %, as training and rounding differ between CPUs."""
-    (text, kinds), (old_text, old_kinds) = shown(new), shown(old)
+    (text, markup, kinds), (old_text, old_markup, old_kinds) = shown(new), shown(old)
     assert kinds == old_kinds
+    assert NUMBER.sub("0", markup) == NUMBER.sub("0", old_markup)
     assert NUMBER.sub("0", text).split() == NUMBER.sub("0", old_text).split()
     assert numbers(text) == pytest.approx(numbers(old_text), rel=0.05, abs=0.011, nan_ok=True)
 
@@ -107,7 +109,7 @@ def test_stored_outputs_are_small_and_whole(name):
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
     for cell in cells:
         assert all(o.output_type != "error" and o.get("name") != "stderr" for o in cell.outputs)
-        text, _ = shown(cell)
+        text, _, _ = shown(cell)
         assert len(text.splitlines()) <= MOST_LINES
         assert " at 0x" not in text
         assert "<script" not in json.dumps(cell.outputs)

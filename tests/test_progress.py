@@ -42,14 +42,21 @@ def test_when_a_bar_is_drawn(monkeypatch, drawn, items, terminal, progress, bar)
     assert drawn == ([(items, "doing")] if bar else [])
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-def test_a_notebook_looks_on_and_an_ipython_script_does_not(monkeypatch, drawn, kernel):
-    look_on(monkeypatch, False)
-    shell = SimpleNamespace(kernel=None) if kernel else None
+@pytest.mark.parametrize(
+    ("shell", "terminal", "bar"),
+    [
+        (SimpleNamespace(kernel=None), False, True),  # a notebook
+        (SimpleNamespace(), True, True),  # IPython in a terminal
+        (SimpleNamespace(), False, False),
+        (None, False, False),  # a script that imports IPython
+    ],
+)
+def test_a_notebook_looks_on(monkeypatch, drawn, shell, terminal, bar):
+    look_on(monkeypatch, terminal)
     monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     assert list(_progress.steps([1, 2], "doing", None)) == [1, 2]
-    assert bool(drawn) is kernel
+    assert bool(drawn) is bar
 
 
 def test_without_tqdm_silence_unless_a_bar_is_asked_for(monkeypatch, capsys):
