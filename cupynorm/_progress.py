@@ -38,9 +38,9 @@ def steps(items: Iterable[T], label: str, progress: bool | None) -> Iterator[T]:
 
 def _someone_looks_on() -> bool:
     """Whether standard error is a terminal, or this is a notebook's kernel."""
-    if "ipykernel" in sys.modules and "IPython" in sys.modules:
-        if hasattr(sys.modules["IPython"].get_ipython(), "kernel"):
-            return True
+    ipython = sys.modules.get("IPython")
+    if ipython is not None and hasattr(ipython.get_ipython(), "kernel"):
+        return True
     return sys.stderr is not None and sys.stderr.isatty()
 
 

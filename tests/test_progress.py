@@ -53,7 +53,6 @@ def test_when_a_bar_is_drawn(monkeypatch, drawn, items, terminal, progress, bar)
 )
 def test_a_notebook_looks_on(monkeypatch, drawn, shell, terminal, bar):
     look_on(monkeypatch, terminal)
-    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     assert list(_progress.steps([1, 2], "doing", None)) == [1, 2]
     assert bool(drawn) is bar
