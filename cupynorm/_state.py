@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cupynorm import _checkpoint, _parameters
-from cupynorm._display import Table
+from cupynorm._display import Sections, Table
 
 __all__ = ["IncompatibleKeys", "Stateful"]
 
@@ -28,9 +28,12 @@ class IncompatibleKeys(NamedTuple):
 class Stateful(Table):
     """Base of the layers: a weight and a bias, either of which may be None."""
 
+    normalized_shape: tuple[int, ...]
+    eps: float
     weight: Any
     bias: Any
     grad: dict[str, Any]
+    _kept: tuple[Any, Any, Any] | None  # x, mean, rstd of the last forward
 
     def zero_grad(self) -> None:
         """Forget the gradients: the next `backward` starts anew. Arrays already taken stay."""
@@ -167,16 +170,16 @@ class Stateful(Table):
         state = {name: arrays.get(name) for name in names if name.startswith(prefix)}
         return self._load(state, strict, os.fspath(path), prefix)
 
-    def _parameter_rows(self) -> list[tuple[str, str]]:
-        """Tell of the parameters what waits for no GPU: no values."""
-        rows = []
+    def _sections(self) -> Sections:
+        """Tell what waits for no GPU: no values."""
+        shape = tuple(int(n) for n in self.normalized_shape)
+        rows = [("normalized_shape", str(shape)), ("eps", str(self.eps))]
         for name, value in (("weight", self.weight), ("bias", self.bias)):
-            if value is None:
-                rows.append((name, "none"))
-                continue
             gradient = "no gradient" if self.grad.get(name) is None else "with a gradient"
-            rows.append((name, f"{_parameters.describe(value)}, {gradient}"))
-        return rows
+            told = "none" if value is None else f"{_parameters.describe(value)}, {gradient}"
+            rows.append((name, told))
+        kept = "nothing" if self._kept is None else f"x: {_parameters.describe(self._kept[0])}"
+        return [(type(self).__name__, [*rows, ("kept for backward", kept)])]
 
 
 def _listed(names: list[str], most: int = 10) -> str:

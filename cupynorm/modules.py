@@ -3,7 +3,6 @@
 from typing import Any, Self
 
 from cupynorm import _parameters, _problem
-from cupynorm._display import Sections
 from cupynorm._state import Stateful
 from cupynorm.functional import layer_norm
 from cupynorm.gradient import layer_norm_backward
@@ -110,7 +109,7 @@ class LayerNorm(Stateful):
             self.weight = _parameters.new_array(self.normalized_shape, kind, index, 1.0)
         if elementwise_affine and bias:
             self.bias = _parameters.new_array(self.normalized_shape, kind, index, 0.0)
-        self._kept: tuple[Any, Any, Any] | None = None  # x, mean, rstd
+        self._kept = None
         self.zero_grad()
 
     def __repr__(self) -> str:
@@ -118,12 +117,6 @@ class LayerNorm(Stateful):
             f"{type(self).__name__}({self.normalized_shape}, eps={self.eps}, "
             f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None})"
         )
-
-    def _sections(self) -> Sections:
-        shape = tuple(int(n) for n in self.normalized_shape)
-        rows = [("normalized_shape", str(shape)), ("eps", str(self.eps)), *self._parameter_rows()]
-        kept = "nothing" if self._kept is None else f"x: {_parameters.describe(self._kept[0])}"
-        return [(type(self).__name__, [*rows, ("kept for backward", kept)])]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}  # a copy or a pickle must not carry the batch
