@@ -69,10 +69,8 @@ class LayerNorm(Stateful):
     of a network.
 
     A layer equals itself only and may be a key of a dict, as torch's. Copies and pickles of it
-    have parameters and gradients of their own, and nothing of the batch.
-
-    At a prompt the layer shows as torch's does, in one line; printed, as aligned text with its
-    parameters, their gradients and what is kept; in a notebook, as a table of the same.
+    have parameters and gradients of their own, and nothing of the batch. At a prompt it is one
+    line, as torch's; ``print`` tells of parameters and what is kept, a notebook shows a table.
 
     Examples
     --------
