@@ -168,6 +168,9 @@ def _explain_fwd(
 
 
 def _explain_column(facts: Facts, plan: ColumnPlan) -> Explanation:
+    if plan.family == "lanes":
+        kernel = "K6 lanes: a thread holds the few columns of its rows in registers, one sweep"
+        return facts.explanation("cuda", kernel, facts.floor(), plan)
     again = facts.x_bytes * (plan.panels - 1) // plan.panels  # the last panel is still on chip
     sweeps = "one sweep" if plan.panels == 1 else f"two sweeps over {plan.panels} panels"
     kernel = f"K6 column: a tile of neighbouring rows in shared memory, {sweeps}"

@@ -78,7 +78,7 @@ def ready_column(
     """Join a forward problem with strided columns, a plan for it, and the plan's kernels."""
     p = problem
     tail = (p.rows, p.M, *p.x_strides, *p.y_strides, *p.stats_strides, p.N)
-    alone = _alone(plan, functions, tail, (plan.panel,))
+    alone = _alone(plan, functions, tail, (plan.panel,) if plan.panel else ())
     return ReadyForward(plan, functions, tail, (), plan.workspace_bytes, alone)
 
 

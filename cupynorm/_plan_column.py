@@ -5,6 +5,7 @@ import itertools
 from dataclasses import dataclass
 
 from cupynorm._plan import CODES, MAX_GRID_X, Device, Stage
+from cupynorm._plan_lanes import lanes_stage
 from cupynorm._problem import ITEMSIZE, stats_dtype
 
 __all__ = [
@@ -70,7 +71,7 @@ class ColumnPlan:
     stages: tuple[Stage, ...]
     threads_per_row: int
     rows_per_block: int
-    panel: int  # columns of a tile
+    panel: int  # columns of a tile; 0: no tile, the rows are in registers
     panels: int  # tiles of a row: from two on, all but the last are read twice
     workspace_bytes: int
     source: str
@@ -78,7 +79,7 @@ class ColumnPlan:
 
 @functools.lru_cache(maxsize=4096)
 def choose_plan_column(problem: ColumnProblem, device: Device) -> ColumnPlan:
-    """Choose the tile and the launch; no choice moves a bit of the result.
+    """Choose registers or the tile, and the launch; no choice moves a bit of the result.
 
     Parameters
     ----------
@@ -99,6 +100,10 @@ def choose_plan_column(problem: ColumnProblem, device: Device) -> ColumnPlan:
     tile = Tile(problem.x_dtype, problem.outer, problem.M, problem.N, exchanges=3)
     along = (problem.x_strides[2] != 1, problem.y_strides[2] != 1)
     dtypes = (problem.x_dtype, problem.weight_dtype, problem.bias_dtype)
+    if all(along):
+        stage = lanes_stage(dtypes, problem.outer, problem.M, problem.N, device)
+        if stage is not None:
+            return _plan_of(stage, tile, 1, stage.block[0] * stage.constants[2], panel=0)
     label = "".join("F" if a else "C" for a in along)
     return _plan("layer_norm_fwd_column", tile, device, tuple(map(int, along)), label, dtypes)
 
@@ -177,12 +182,6 @@ def _plan(
         blocks_per_sm = min(blocks_per_sm, 2)
     rows = words * tile.rows_per_word
     grid = tile.outer * -(-tile.M // rows)
-    if grid > MAX_GRID_X:
-        msg = (
-            f"x has {tile.outer * tile.M} rows of {tile.N} columns, which needs {grid} blocks; "
-            f"a launch takes at most {MAX_GRID_X}. Normalize x in slices along its first axis"
-        )
-        raise ValueError(msg)
     parts = [kernel, CODES[dtypes[0]], f"t{threads}_r{rows}_{label}"]
     parts += [f"{name}_{CODES[d]}" for name, d in zip("wb", dtypes[1:], strict=True) if d]
     stage = Stage(
@@ -198,13 +197,26 @@ def _plan(
         shared_bytes=tile.nbytes(shape, panel),
         blocks_per_sm=blocks_per_sm,
     )
+    return _plan_of(stage, tile, threads // words, rows, panel)
+
+
+def _plan_of(
+    stage: Stage, tile: Tile, threads_per_row: int, rows_per_block: int, panel: int
+) -> ColumnPlan:
+    grid = stage.grid[0]
+    if grid > MAX_GRID_X:
+        msg = (
+            f"x has {tile.outer * tile.M} rows of {tile.N} columns, which needs {grid} blocks; "
+            f"a launch takes at most {MAX_GRID_X}. Normalize x in slices along its first axis"
+        )
+        raise ValueError(msg)
     return ColumnPlan(
         family=stage.family,
         stages=(stage,),
-        threads_per_row=threads // words,
-        rows_per_block=rows,
+        threads_per_row=threads_per_row,
+        rows_per_block=rows_per_block,
         panel=panel,
-        panels=-(-tile.N // panel),
+        panels=-(-tile.N // panel) if panel else 1,
         workspace_bytes=0,
         source=_PREDICTED,
     )

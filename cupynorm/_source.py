@@ -10,13 +10,15 @@ from cupynorm._plan import Stage
 __all__ = ["kernels_folder", "source_of"]
 
 _SHARED = ("types", "segment", "reduce", "moments", "rows")
+_TILED = (*_SHARED, "chunk", "stage", "tile", "tile_store")
 _FAMILIES = {
     "warp": (*_SHARED, "layer_norm_warp"),
     "block": (*_SHARED, "layer_norm_block"),
     "shared": (*_SHARED, "chunk", "stage", "layer_norm_shared"),
     "split": (*_SHARED, "chunk", "layer_norm_split"),
-    "column": (*_SHARED, "chunk", "stage", "tile", "tile_store", "layer_norm_column"),
-    "columns": (*_SHARED, "chunk", "stage", "tile", "tile_store", "layer_norm_columns"),
+    "column": (*_TILED, "layer_norm_column"),
+    "lanes": (*_TILED, "layer_norm_column", "layer_norm_lanes"),
+    "columns": (*_TILED, "layer_norm_columns"),
     "column_bwd": (*_SHARED, "gradient", "stage", "tile", "layer_norm_column_bwd"),
     "warp_bwd": (*_SHARED, "gradient", "layer_norm_warp_bwd"),
     "block_bwd": (*_SHARED, "gradient", "layer_norm_block_bwd"),
@@ -50,13 +52,15 @@ _GRADIENT_BODY = (
     "dy_outer, dy_row, x_outer, x_row, dx_outer, dx_row, N}};\n"
     "    {kernel}<{constants}{X}, {W}, {has_weight}>(a{more});"
 )
-_COLUMN = (
+_COLUMN_PARAMETERS = (
     "const {X}* x, {X}* y, const {W}* weight, const {B}* bias, {A}* mean, {A}* rstd, i64 rows, "
     "i64 M, i64 x_outer, i64 x_row, i64 x_col, i64 y_outer, i64 y_row, i64 y_col, "
-    "i64 stats_outer, i64 stats_row, i64 N, double eps, i64 panel",
+    "i64 stats_outer, i64 stats_row, i64 N, double eps"
+)
+_COLUMN_BODY = (
     "const ColumnArguments<{X}, {W}, {B}> a = {{x, y, weight, bias, mean, rstd, rows, M, x_outer, "
     "x_row, x_col, y_outer, y_row, y_col, stats_outer, stats_row, N, eps}};\n"
-    "    {kernel}<{constants}{X}, {W}, {B}, {has_weight}, {has_bias}>(a, panel);",
+    "    {kernel}<{constants}{X}, {W}, {B}, {has_weight}, {has_bias}>(a{more});"
 )
 _GRADIENT = (_GRADIENT_PARAMETERS, _GRADIENT_BODY)
 
@@ -72,7 +76,8 @@ _ENTRIES = {
         _ROW_PARAMETERS + ", const {A}* moments, i64 sections, i64 chunks_per_section, i64 parts",
         _ROW_BODY,
     ),
-    "layer_norm_fwd_column": _COLUMN,
+    "layer_norm_fwd_column": (_COLUMN_PARAMETERS + ", i64 panel", _COLUMN_BODY),
+    "layer_norm_fwd_lanes": (_COLUMN_PARAMETERS, _COLUMN_BODY),
     "layer_norm_fwd_columns": (
         "const ColumnSource* table, {X}* y, const {W}* weight, const {B}* bias, i64 M, i64 y_row, "
         "i64 y_col, i64 N, double eps, i64 panel",
@@ -112,6 +117,7 @@ _ENTRIES = {
 }
 # What an entry passes on besides the structure of its arguments.
 _MORE = {
+    "layer_norm_fwd_column": ", panel",
     "layer_norm_fwd_split_normalize": ", moments, sections, chunks_per_section, parts",
     "layer_norm_bwd_split_sums": ", sums, sections, chunks_per_section",
     "layer_norm_bwd_split_apply": ", gradients, parts",

@@ -85,6 +85,8 @@ def test_strided_columns_take_a_tile():
     assert image.copies == () and image.bytes_moved == image.bytes_floor
     table = np.ones((5000, 3), np.float32, order="F")
     assert "_FC" in cn.explain(table, order="C", device="sm_90").launches[0]
+    few = cn.explain(np.empty((10**6, 9), np.float32, order="F"), device="sm_90")
+    assert "registers" in few.kernel and few.bytes_moved == few.bytes_floor
     long = cn.explain(np.ones((100, 8000), np.float32, order="F"), device="sm_90")
     assert "two sweeps" in long.kernel
     assert 1.4 < long.bytes_moved / long.bytes_floor < 1.5

@@ -69,6 +69,7 @@ TIERS = (
     {"_source"},  # text
     {"_plan_column_bwd"},
     {"_plan_bwd", "_plan_column"},
+    {"_plan_lanes"},
     {"_plan"},  # decide
     {"_staging"},
     {"_arrays"},

@@ -36,8 +36,9 @@ def blocks_that_fit(limits: DeviceLimits, facts: Facts, stage: Stage) -> dict[st
 def vecs_in_flight(stage: Stage) -> tuple[int, int]:
     """16-byte accesses that a thread must have, unrolled: loads of x and dy, stores of y or dx."""
     kernel, constants = stage.kernel, stage.constants
-    if kernel in ("column_totals", "layer_norm_bwd_split_merge") or "d_column" in kernel:
-        return 0, 0  # the first two see sums alone; K6 and K7 move words along the rows
+    sums_alone = kernel in ("column_totals", "layer_norm_bwd_split_merge")
+    if sums_alone or "d_column" in kernel or stage.family == "lanes":
+        return 0, 0  # K6 and K7 move words along the rows
     if kernel.startswith("layer_norm_bwd"):
         if kernel == "layer_norm_bwd_split_sums":
             return 2 * 4, 0

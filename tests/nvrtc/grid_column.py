@@ -16,17 +16,21 @@ from cupynorm._plan_column_bwd import ColumnGradientProblem, choose_plan_column_
 from cupynorm._problem import stats_dtype
 from tests.simt.limits import DeviceLimits
 
-FAMILIES = ("column", "columns", "column_bwd")
+FAMILIES = ("column", "lanes", "columns", "column_bwd")
 # How x and y lie; of K7 y and what of NaN; of the backward ("d") x and dy.
 _WAYS = ("FF", "FC", "CF", "F", "C", "F_omit", "C_omit", "FFd", "FCd", "CFd")
 _ELSEWHERE = ("FC", "C_omit", "FCd")
+# Columns that a test run compiles the registers' kernel for; the first, the one with the fewest
+# registers to spare, on the other architectures.
+_LANES = (16, 32, 64)
+_COLUMNS = (*range(8, 65, 8), *range(80, 2400, 24), 10_000)
 
 
 @cache
 def shapes(arch: str, x_dtype: str) -> dict[str, tuple[int, int, str]]:
     """By entry without weight and bias: (M, N, way) of a problem that runs it."""
     found = {}
-    for M, N, way in itertools.product((64, 2**20), (*range(8, 2400, 24), 10_000), _WAYS):
+    for M, N, way in itertools.product((64, 2**20), _COLUMNS, _WAYS):
         for stage in stages(arch, x_dtype, (M, N, way), (None, None)):
             found[stage.name] = M, N, way
     return found
@@ -58,13 +62,13 @@ def stages(
 def entries(arch: str, x_dtype: str, family: str, full: bool, everything: bool) -> list[Stage]:
     """Stages to compile, without repeats.
 
-    A test run compiles the ways of _ELSEWHERE alone: of every tile where `full`, of the widest tile
-    on the other architectures.
+    A test run compiles the ways of _ELSEWHERE and the columns of _LANES alone: all of them where
+    `full`, one on the other architectures, of tiles the widest.
     """
     weights = (x_dtype, *dict.fromkeys(w for w in ("float32", None) if w != x_dtype))
     chosen = {}
     for shape in shapes(arch, x_dtype).values():
-        if not everything and shape[2] not in _ELSEWHERE:
+        if not everything and not _in_test_runs(shape, family):
             continue
         for weight in weights if everything else weights[:1]:
             for stage in stages(arch, x_dtype, shape, (weight, weight)):
@@ -72,4 +76,9 @@ def entries(arch: str, x_dtype: str, family: str, full: bool, everything: bool) 
                     chosen[stage.name] = stage
     if full or everything or not chosen:
         return list(chosen.values())
-    return [max(chosen.values(), key=lambda stage: stage.constants[1])]
+    by_size = sorted(chosen.values(), key=lambda stage: stage.constants[1])
+    return by_size[:1] if family == "lanes" else by_size[-1:]
+
+
+def _in_test_runs(shape: tuple[int, int, str], family: str) -> bool:
+    return shape[1] in _LANES if family == "lanes" else shape[2] in _ELSEWHERE
