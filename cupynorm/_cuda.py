@@ -145,9 +145,8 @@ def prepared_bwd(
     layout = gradient_layout_of(shape, axes, dy_strides, x_strides, dx_strides, dtypes)
     if layout.copies:
         column = column_gradient_problem_of(shape, axes, dy_strides, x_strides, dx_strides, dtypes)
-        chosen = column and choose_plan_column_bwd(column, device_of(index))
-        if column and chosen:
-            tiled, slots = chosen
+        if column is not None:
+            tiled, slots = choose_plan_column_bwd(column, device_of(index))
             return ready_column_bwd(column, tiled, slots, loaded(tiled.stages, index))
     plan = choose_plan_bwd(layout.problem, device_of(index))
     return ready_bwd(layout, plan, loaded(plan.stages, index))
@@ -156,7 +155,7 @@ def prepared_bwd(
 def loaded(stages: Sequence[Stage], index: int) -> tuple[Any, ...]:
     """Compile and load the kernels of a plan on GPU `index`, the current one."""
     # A launch needs no permission for up to 48 KiB; only these texts are ever launched with more.
-    large = ("shared", "column")
+    large = ("shared", "column", "panels")
     return tuple(
         kernel_of(stage.name, source_of(stage), stage.family.startswith(large), index)
         for stage in stages

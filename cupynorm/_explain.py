@@ -16,7 +16,7 @@ from cupynorm._layout import (
 from cupynorm._plan import Device, choose_plan
 from cupynorm._plan_bwd import choose_plan_bwd
 from cupynorm._plan_column import ColumnPlan, choose_plan_column
-from cupynorm._plan_column_bwd import choose_plan_column_bwd
+from cupynorm._plan_column_bwd import bytes_beyond_floor, choose_plan_column_bwd
 
 __all__ = ["Explanation", "explain"]
 
@@ -45,6 +45,7 @@ _BACKWARD = {
     "block": "K2 block backward: rows, dweight and dbias in registers; 3 passes",
     "shared": "K3 shared backward: rows in registers, dweight and dbias in shared memory; 3 passes",
     "column": "K6 column backward: tiles of x and dy in shared memory; 3 passes",
+    "panels": "K6 column backward: rows longer than two tiles, so two sweeps over panels; 5 passes",
     "split": "K5 split backward: sums fit no block, so x and dy are read twice; 5 passes",
 }
 
@@ -189,10 +190,10 @@ def _explain_bwd(
         column = column_gradient_problem_of(
             facts.shape, facts.axes, dy_strides, x_strides, to, dtypes
         )
-        chosen = column and choose_plan_column_bwd(column, gpu)
-        if chosen:
-            moved = facts.floor() + chosen[0].workspace_bytes * 2
-            return facts.explanation("cuda", _BACKWARD["column"], moved, chosen[0])
+        if column is not None:
+            tiled, _ = choose_plan_column_bwd(column, gpu)
+            moved = facts.floor() + bytes_beyond_floor(column, tiled)
+            return facts.explanation("cuda", _BACKWARD[tiled.family], moved, tiled)
     plan = choose_plan_bwd(layout.problem, gpu)
     copies = tuple(f"of {label}: {reason}" for label, reason in layout.copies)
     moved = facts.floor() + plan.workspace_bytes * 2

@@ -8,9 +8,14 @@ from cupynorm._plan_bwd import GradientPlan, totals_stage
 from cupynorm._plan_column import KEPT, SHAPES, Tile
 from cupynorm._problem import ITEMSIZE, stats_dtype
 
-__all__ = ["ColumnGradientProblem", "choose_plan_column_bwd"]
+__all__ = ["ColumnGradientProblem", "bytes_beyond_floor", "choose_plan_column_bwd"]
 
 _PREDICTED = "predicted, bench/results/model.md"
+
+# Where no pair of tiles holds a row: 256 bytes of a column, two blocks on a multiprocessor, unless
+# that leaves so few columns that waiting for each panel costs more than one block does.
+_WIDEST_PANELS = 2  # of SHAPES
+LEAST_PANEL = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +44,8 @@ class ColumnGradientProblem:
 @functools.lru_cache(maxsize=4096)
 def choose_plan_column_bwd(
     problem: ColumnGradientProblem, device: Device
-) -> tuple[GradientPlan, int] | None:
-    """Choose the tiles and the launch; None where no tile holds a row of x and of dy.
+) -> tuple[GradientPlan, int]:
+    """Choose the tiles and the launch; neither moves a bit of dx.
 
     Parameters
     ----------
@@ -56,21 +61,22 @@ def choose_plan_column_bwd(
         Places in shared memory for each of dweight and dbias, an argument of the kernel.
     """
     tile = Tile(problem.x_dtype, problem.outer, problem.M, problem.N, exchanges=3)
-    fitting = [shape for shape in SHAPES if _fits(tile, shape, device)]
-    if not fitting:
-        return None
-    words, threads, blocks_per_sm = shape = next(
-        (s for s in fitting if s[0] * tile.rows_per_word < 2 * problem.M), fitting[-1]
-    )
+    fitting = [shape for shape in SHAPES if _columns_held(tile, shape, device) >= problem.N]
+    panel = 0
+    if fitting:
+        shape = next((s for s in fitting if s[0] * tile.rows_per_word < 2 * problem.M), fitting[-1])
+    else:
+        held = {s: _columns_held(tile, s, device) for s in SHAPES[_WIDEST_PANELS:]}
+        shape = next((s for s in held if held[s] >= LEAST_PANEL), SHAPES[-1])
+        panel = held[shape]
+    words, threads, blocks_per_sm = shape
     rows = words * tile.rows_per_word
-    tiles = problem.outer * -(-problem.M // rows)
-    grid = min(tiles, _blocks(tile, blocks_per_sm) * device.sm_count)
+    grid = min(_tiles(problem, rows), _blocks(tile, blocks_per_sm) * device.sm_count)
     dtypes = (problem.dweight_dtype, problem.dbias_dtype)
-    totals = sum(d is not None for d in dtypes)
     plan = GradientPlan(
-        family="column",
+        family="panels" if panel else "column",
         stages=(
-            _stage(problem, tile, shape, grid),
+            _stage(problem, tile, shape, panel, grid),
             *totals_stage(problem.x_dtype, dtypes, problem.N),
         ),
         threads_per_row=threads // words,
@@ -82,11 +88,33 @@ def choose_plan_column_bwd(
         pitch=problem.N,
         sums_at=0,
         gradients_at=0,
-        workspace_bytes=totals * grid * problem.N * ITEMSIZE[stats_dtype(problem.x_dtype)],
-        passes=2 + problem.dx,
+        workspace_bytes=grid * _partial_bytes(problem),
+        passes=2 + problem.dx + 2 * bool(panel),
         source=_PREDICTED,
     )
-    return plan, _slots(problem.N, threads)
+    return plan, _slots(panel or problem.N, threads)
+
+
+def bytes_beyond_floor(problem: ColumnGradientProblem, plan: GradientPlan) -> int:
+    """Count what a plan moves again: partial sums, and x and dy but for the last panel."""
+    times = plan.partials
+    again = 0
+    if plan.family == "panels":
+        panel = plan.stages[0].constants[2]
+        last = problem.N - (problem.N - 1) // panel * panel
+        again = 2 * problem.rows * (problem.N - last) * ITEMSIZE[problem.x_dtype]
+        times = _tiles(problem, plan.rows_per_block)
+    return 2 * times * _partial_bytes(problem) + again
+
+
+def _tiles(problem: ColumnGradientProblem, rows: int) -> int:
+    return problem.outer * -(-problem.M // rows)
+
+
+def _partial_bytes(problem: ColumnGradientProblem) -> int:
+    """Bytes of what one block leaves of dweight and dbias."""
+    totals = sum(d is not None for d in (problem.dweight_dtype, problem.dbias_dtype))
+    return totals * problem.N * ITEMSIZE[stats_dtype(problem.x_dtype)]
 
 
 def _blocks(tile: Tile, blocks_per_sm: int) -> int:
@@ -102,42 +130,59 @@ def _slots(N: int, threads: int) -> int:
     return threads * -(-N // span)
 
 
-def _nbytes(tile: Tile, shape: tuple[int, int, int]) -> int:
+def _nbytes(tile: Tile, shape: tuple[int, int, int], cols: int) -> int:
     """Shared memory of both tiles, the exchanges, five numbers a row, and the sums over rows."""
     words, threads, _ = shape
     rows = words * tile.rows_per_word
     size = ITEMSIZE[stats_dtype(tile.dtype)]
-    one = -(-tile.N * (rows + tile.rows_per_word) * ITEMSIZE[tile.dtype] // 16) * 16
-    rest = 3 * (threads // words) * rows + 5 * rows + 2 * _slots(tile.N, threads)
+    one = -(-cols * (rows + tile.rows_per_word) * ITEMSIZE[tile.dtype] // 16) * 16
+    rest = 3 * (threads // words) * rows + 5 * rows + 2 * _slots(cols, threads)
     return 2 * one + rest * size
 
 
-def _fits(tile: Tile, shape: tuple[int, int, int], device: Device) -> bool:
-    used = (_nbytes(tile, shape) + KEPT) * shape[2]
-    return used <= device.shared_bytes + KEPT
+def _columns_held(tile: Tile, shape: tuple[int, int, int], device: Device) -> int:
+    """Columns of x and dy that a shape's tiles have room for: N, or a multiple of 8 below it."""
+
+    def fits(cols: int) -> bool:
+        used = (_nbytes(tile, shape, cols) + KEPT) * shape[2]
+        return used <= device.shared_bytes + KEPT
+
+    if fits(tile.N):
+        return tile.N
+    cols = 0
+    while cols + 8 < tile.N and fits(cols + 8):
+        cols += 8
+    return cols
 
 
 def _stage(
-    problem: ColumnGradientProblem, tile: Tile, shape: tuple[int, int, int], grid: int
+    problem: ColumnGradientProblem,
+    tile: Tile,
+    shape: tuple[int, int, int],
+    panel: int,
+    grid: int,
 ) -> Stage:
     words, threads, blocks_per_sm = shape
     rows = words * tile.rows_per_word
     along = (problem.x_strides[2] != 1, problem.dy_strides[2] != 1)
     wanted = (problem.dx, problem.dweight_dtype is not None, problem.dbias_dtype is not None)
-    label = f"t{threads}_r{rows}_" + "".join("F" if a else "C" for a in along)
-    parts = ["layer_norm_bwd_column", CODES[problem.x_dtype], label]
+    kernel = "layer_norm_bwd_column" + ("_panels" if panel else "")
+    panels = (panel,) if panel else ()
+    label = f"t{threads}_r{rows}_" + "".join(f"p{p}_" for p in panels)
+    label += "".join("F" if a else "C" for a in along)
+    parts = [kernel, CODES[problem.x_dtype], label]
     parts += [name for name, w in zip(("dx", "dw", "db"), wanted, strict=True) if w]
     parts += [f"w_{CODES[problem.weight_dtype]}"] if problem.weight_dtype else []
     return Stage(
-        kernel="layer_norm_bwd_column",
-        family="column_bwd",
-        constants=(threads, rows, *(int(flag) for flag in (*along, *wanted))),
+        kernel=kernel,
+        family="panels_bwd" if panel else "column_bwd",
+        constants=(threads, rows, *panels, *(int(flag) for flag in (*along, *wanted))),
         name="_".join(parts),
         x_dtype=problem.x_dtype,
         weight_dtype=problem.weight_dtype,
         bias_dtype=None,
         grid=(grid, 1, 1),
         block=(threads, 1, 1),
-        shared_bytes=_nbytes(tile, shape),
+        shared_bytes=_nbytes(tile, shape, panel or problem.N),
         blocks_per_sm=_blocks(tile, blocks_per_sm),
     )

@@ -11,6 +11,7 @@ __all__ = ["kernels_folder", "source_of"]
 
 _SHARED = ("types", "segment", "reduce", "moments", "rows")
 _TILED = (*_SHARED, "chunk", "stage", "tile", "tile_store")
+_TILED_BWD = (*_SHARED, "gradient", "stage", "tile")
 _FAMILIES = {
     "warp": (*_SHARED, "layer_norm_warp"),
     "block": (*_SHARED, "layer_norm_block"),
@@ -19,7 +20,8 @@ _FAMILIES = {
     "column": (*_TILED, "layer_norm_column"),
     "lanes": (*_TILED, "layer_norm_column", "layer_norm_lanes"),
     "columns": (*_TILED, "layer_norm_columns"),
-    "column_bwd": (*_SHARED, "gradient", "stage", "tile", "layer_norm_column_bwd"),
+    "column_bwd": (*_TILED_BWD, "layer_norm_column_bwd"),
+    "panels_bwd": (*_TILED_BWD, "layer_norm_column_bwd", "layer_norm_column_bwd_panels"),
     "warp_bwd": (*_SHARED, "gradient", "layer_norm_warp_bwd"),
     "block_bwd": (*_SHARED, "gradient", "layer_norm_block_bwd"),
     "shared_bwd": (*_SHARED, "gradient", "stage", "layer_norm_shared_bwd"),
@@ -62,6 +64,16 @@ _COLUMN_BODY = (
     "x_row, x_col, y_outer, y_row, y_col, stats_outer, stats_row, N, eps}};\n"
     "    {kernel}<{constants}{X}, {W}, {B}, {has_weight}, {has_bias}>(a{more});"
 )
+_COLUMN_GRADIENT = (
+    "const {X}* dy, const {X}* x, const {A}* mean, const {A}* rstd, const {W}* weight, "
+    "{X}* dx, {A}* partials, i64 rows, i64 M, i64 dy_outer, i64 dy_row, i64 dy_col, "
+    "i64 x_outer, i64 x_row, i64 x_col, i64 dx_outer, i64 dx_row, i64 dx_col, "
+    "i64 stats_outer, i64 stats_row, i64 slots, i64 N",
+    "const ColumnGradientArguments<{X}, {W}> a = {{dy, x, mean, rstd, weight, dx, partials, "
+    "rows, M, dy_outer, dy_row, dy_col, x_outer, x_row, x_col, dx_outer, dx_row, dx_col, "
+    "stats_outer, stats_row, slots, N}};\n"
+    "    {kernel}<{constants}{X}, {W}, {has_weight}>(a);",
+)
 _GRADIENT = (_GRADIENT_PARAMETERS, _GRADIENT_BODY)
 
 # Parameters and body of an entry, by kernel. Integers are all 64-bit and eps is a double, because
@@ -84,16 +96,8 @@ _ENTRIES = {
         "{kernel}<{constants}{X}, {W}, {B}, {has_weight}, {has_bias}>"
         "(table, y, weight, bias, M, y_row, y_col, N, eps, panel);",
     ),
-    "layer_norm_bwd_column": (
-        "const {X}* dy, const {X}* x, const {A}* mean, const {A}* rstd, const {W}* weight, "
-        "{X}* dx, {A}* partials, i64 rows, i64 M, i64 dy_outer, i64 dy_row, i64 dy_col, "
-        "i64 x_outer, i64 x_row, i64 x_col, i64 dx_outer, i64 dx_row, i64 dx_col, "
-        "i64 stats_outer, i64 stats_row, i64 slots, i64 N",
-        "const ColumnGradientArguments<{X}, {W}> a = {{dy, x, mean, rstd, weight, dx, partials, "
-        "rows, M, dy_outer, dy_row, dy_col, x_outer, x_row, x_col, dx_outer, dx_row, dx_col, "
-        "stats_outer, stats_row, slots, N}};\n"
-        "    {kernel}<{constants}{X}, {W}, {has_weight}>(a);",
-    ),
+    "layer_norm_bwd_column": _COLUMN_GRADIENT,
+    "layer_norm_bwd_column_panels": _COLUMN_GRADIENT,
     "layer_norm_bwd_warp": _GRADIENT,
     "layer_norm_bwd_block": _GRADIENT,
     "layer_norm_bwd_shared": _GRADIENT,

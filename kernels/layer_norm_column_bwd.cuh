@@ -31,21 +31,40 @@ __device__ __forceinline__ int column_span(int N) {
     return span;
 }
 
-// The sums of each row, then what they come to, into `stats`.
-template <int THREADS, int R, bool HAS_WEIGHT, class X, class W, class A>
-__device__ __forceinline__ void tile_gradients(
-    const X* x, const X* dy, const W* weight, int rows, int N, A* red, A* stats) {
+// sum(h), sum(g) and sum(g * h) of the rows of a word, by class.
+template <int PAIR, int J, class A>
+struct TileSums {
+    A h[PAIR][J], g[PAIR][J], gh[PAIR][J];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i) {
+#pragma unroll
+            for (int j = 0; j < J; ++j) h[i][j] = g[i][j] = gh[i][j] = 0;
+        }
+    }
+};
+
+// What a thread adds up of a tile: one word of rows, J classes.
+template <int THREADS, int R, class X>
+struct TileShare {
+    static constexpr int PAIR = Tile<X, R>::PAIR, LANES = R / PAIR, PARTS = THREADS / LANES, J = TILE_CLASSES / PARTS;
+};
+
+// Adds `cols` columns to the sums of each row. Of several such runs all but the last have a multiple of
+// TILE_CLASSES columns.
+template <int THREADS, int R, bool HAS_WEIGHT, class X, class W, class A, int PAIR, int J>
+__device__ __forceinline__ void add_gradients(
+    const X* x, const X* dy, const W* weight, int rows, int cols, const A* stats, TileSums<PAIR, J, A>& sums) {
     typedef Tile<X, R> Shape;
-    constexpr int PAIR = Shape::PAIR, LANES = R / PAIR, PARTS = THREADS / LANES, J = TILE_CLASSES / PARTS;
-    const int r = threadIdx.x % LANES * PAIR, part = threadIdx.x / LANES;
-    const int end = r < rows ? N : 0;
-    A h[PAIR][J], g[PAIR][J], gh[PAIR][J], mean[PAIR], rstd[PAIR];
+    typedef TileShare<THREADS, R, X> Share;
+    const int r = threadIdx.x % Share::LANES * PAIR, part = threadIdx.x / Share::LANES;
+    const int end = r < rows ? cols : 0;
+    A mean[PAIR], rstd[PAIR];
 #pragma unroll
     for (int i = 0; i < PAIR; ++i) {
         mean[i] = stats[r + i];
         rstd[i] = stats[R + r + i];
-#pragma unroll
-        for (int j = 0; j < J; ++j) h[i][j] = g[i][j] = gh[i][j] = 0;
     }
     for (int n = part * J; n < end; n += TILE_CLASSES) {
 #pragma unroll
@@ -59,18 +78,26 @@ __device__ __forceinline__ void tile_gradients(
             for (int i = 0; i < PAIR; ++i) {
                 v[i] = (v[i] - mean[i]) * rstd[i];
                 if (HAS_WEIGHT) s[i] *= w;
-                h[i][j] += v[i];
-                g[i][j] += s[i];
-                gh[i][j] = multiply_add(s[i], v[i], gh[i][j]);
+                sums.h[i][j] += v[i];
+                sums.g[i][j] += s[i];
+                sums.gh[i][j] = multiply_add(s[i], v[i], sums.gh[i][j]);
             }
         }
     }
+}
+
+// What the sums of each row come to, into `stats`.
+template <int THREADS, int R, class X, class A, int PAIR, int J>
+__device__ __forceinline__ void put_gradients(const TileSums<PAIR, J, A>& sums, i64 N, A* red, A* stats) {
+    typedef TileShare<THREADS, R, X> Share;
+    constexpr int PARTS = Share::PARTS;
+    const int r = threadIdx.x % Share::LANES * PAIR, part = threadIdx.x / Share::LANES;
     A sum[3][PAIR];
 #pragma unroll
     for (int i = 0; i < PAIR; ++i) {
-        sum[0][i] = tree_sum(h[i]);
-        sum[1][i] = tree_sum(g[i]);
-        sum[2][i] = tree_sum(gh[i]);
+        sum[0][i] = tree_sum(sums.h[i]);
+        sum[1][i] = tree_sum(sums.g[i]);
+        sum[2][i] = tree_sum(sums.gh[i]);
     }
     if (PARTS > 1) {
 #pragma unroll
@@ -86,6 +113,26 @@ __device__ __forceinline__ void tile_gradients(
         stats[2 * R + r + i] = c.lack;
         stats[3 * R + r + i] = c.c1;
         stats[4 * R + r + i] = c.c2;
+    }
+}
+
+// Columns [first, first + cols) of a tile, in whichever layout they have.
+template <int THREADS, int R, bool ROWS, class X>
+__device__ __forceinline__ void get_tile(X* tile, const X* from, i64 row_stride, i64 col_stride, i64 first, int rows, int cols) {
+    if (ROWS)
+        load_along_rows<THREADS, R>(tile, from + first * col_stride, col_stride, rows, cols);
+    else
+        load_along_columns<THREADS, R>(tile, from + first, row_stride, rows, cols);
+}
+
+// Mean and rstd of a tile's rows; of those that do not exist, zero.
+template <int THREADS, int R, class X, class W, class A>
+__device__ __forceinline__ void get_stats(
+    A* stats, const ColumnGradientArguments<X, W>& a, i64 outer, i64 m, int rows) {
+    for (int r = threadIdx.x; r < R; r += THREADS) {
+        const i64 at = outer * a.stats_outer + (m + r) * a.stats_row;
+        stats[r] = r < rows ? a.mean[at] : (A)0;
+        stats[R + r] = r < rows ? a.rstd[at] : (A)0;
     }
 }
 
@@ -116,6 +163,15 @@ __device__ __forceinline__ void differentiate_tile(
         if (DWEIGHT) totals[slot] += dweight;
         if (DBIAS) totals[slots + slot] += dbias;
     }
+}
+
+// What the threads that stood on column n of N have added up.
+template <int THREADS, class A>
+__device__ __forceinline__ A column_total(const A* totals, int n, int N) {
+    const int span = column_span<THREADS>(N), first = n / span * THREADS;
+    A total = 0;
+    for (int g = first + n % span; g < first + THREADS; g += span) total += totals[g];
+    return total;
 }
 
 // Writes a tile as it is, along the rows or along the columns.
@@ -152,7 +208,7 @@ template <int THREADS, int R, bool X_ROWS, bool DY_ROWS, bool DX, bool DWEIGHT, 
 __device__ __forceinline__ void layer_norm_bwd_column(const ColumnGradientArguments<X, W>& a) {
     typedef typename Accumulator<X>::type A;
     typedef Tile<X, R> Shape;
-    constexpr int PARTS = THREADS * Shape::PAIR / R;
+    constexpr int PARTS = TileShare<THREADS, R, X>::PARTS;
     DYNAMIC_SHARED(shared);
     const int N = (int)a.N;
     const int tile_bytes = (N * Shape::PITCH * (int)sizeof(X) + 15) / 16 * 16;
@@ -170,22 +226,15 @@ __device__ __forceinline__ void layer_norm_bwd_column(const ColumnGradientArgume
         const int rows = at_most(a.M - m, R);
         const X* from_x = a.x + outer * a.x_outer + m * a.x_row;
         const X* from_dy = a.dy + outer * a.dy_outer + m * a.dy_row;
-        if (X_ROWS)
-            load_along_rows<THREADS, R>(x, from_x, a.x_col, rows, N);
-        else
-            load_along_columns<THREADS, R>(x, from_x, a.x_row, rows, N);
-        if (DY_ROWS)
-            load_along_rows<THREADS, R>(dy, from_dy, a.dy_col, rows, N);
-        else
-            load_along_columns<THREADS, R>(dy, from_dy, a.dy_row, rows, N);
-        for (int r = threadIdx.x; r < R; r += THREADS) {
-            const i64 at = outer * a.stats_outer + (m + r) * a.stats_row;
-            stats[r] = r < rows ? a.mean[at] : (A)0;
-            stats[R + r] = r < rows ? a.rstd[at] : (A)0;
-        }
+        get_tile<THREADS, R, X_ROWS>(x, from_x, a.x_row, a.x_col, 0, rows, N);
+        get_tile<THREADS, R, DY_ROWS>(dy, from_dy, a.dy_row, a.dy_col, 0, rows, N);
+        get_stats<THREADS, R>(stats, a, outer, m, rows);
         staged();
         __syncthreads();
-        tile_gradients<THREADS, R, HAS_WEIGHT>(x, dy, a.weight, rows, N, red, stats);
+        TileSums<Shape::PAIR, TileShare<THREADS, R, X>::J, A> sums;
+        sums.clear();
+        add_gradients<THREADS, R, HAS_WEIGHT>(x, dy, a.weight, rows, N, stats, sums);
+        put_gradients<THREADS, R, X>(sums, N, red, stats);
         __syncthreads();
         differentiate_tile<THREADS, R, DX, DWEIGHT, DBIAS, HAS_WEIGHT>(
             x, dy, a.weight, rows, N, stats, totals, (int)a.slots);
@@ -198,15 +247,10 @@ __device__ __forceinline__ void layer_norm_bwd_column(const ColumnGradientArgume
     }
     if (!DWEIGHT && !DBIAS) return;
     __syncthreads();
-    const int span = column_span<THREADS>(N);
     for (int n = threadIdx.x; n < N; n += THREADS) {
-        const int first = n / span * THREADS + n % span;
-        A dweight = 0, dbias = 0;
-        for (int g = first; g < first - n % span + THREADS; g += span) {
-            if (DWEIGHT) dweight += totals[g];
-            if (DBIAS) dbias += totals[a.slots + g];
-        }
-        if (DWEIGHT) a.partials[(i64)blockIdx.x * N + n] = dweight;
-        if (DBIAS) a.partials[((DWEIGHT ? (i64)gridDim.x : 0) + blockIdx.x) * N + n] = dbias;
+        if (DWEIGHT) a.partials[(i64)blockIdx.x * N + n] = column_total<THREADS>(totals, n, N);
+        if (DBIAS)
+            a.partials[((DWEIGHT ? (i64)gridDim.x : 0) + blockIdx.x) * N + n] =
+                column_total<THREADS>(totals + a.slots, n, N);
     }
 }

@@ -99,7 +99,7 @@ class GpuMachine:
 
     def run(self, stage: Stage, args: Sequence[Any], memories: Sequence[Any], seed: Any) -> Any:
         kernel = _raw_kernel(stage.name, source_of(stage))
-        if stage.family.startswith("shared"):
+        if stage.shared_bytes > 48 * 1024:
             kernel.max_dynamic_shared_size_bytes = self.device.shared_bytes
         kernel(stage.grid, stage.block, tuple(args), shared_mem=stage.shared_bytes)
 

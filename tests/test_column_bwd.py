@@ -6,7 +6,7 @@ import pytest
 import cupynorm as cn
 from cupynorm._layout import column_gradient_problem_of
 from cupynorm._plan import Device
-from cupynorm._plan_column_bwd import choose_plan_column_bwd
+from cupynorm._plan_column_bwd import bytes_beyond_floor, choose_plan_column_bwd
 from tests import oracle
 from tests.conftest import ALL_DTYPES, Backend, np_dtype
 
@@ -116,18 +116,106 @@ def test_three_passes_and_banks(cupy_lib, dtype, layout):
         assert totals.name.startswith("column_totals")
 
 
-def test_rows_too_long_for_two_tiles_are_copied(cupy_lib):
-    """The fallback, which `explain` states."""
-    _, x = pair((40, 2000), "float32")
-    told = cn.explain(laid(x, "F"), device="sm_90", backward=True)
-    assert [c.split(":")[0] for c in told.copies] == ["of x", "of dy", "of dx"]
-    short = cn.explain(laid(x[:, :300], "F"), device="sm_90", backward=True)
-    assert "K6" in short.kernel and not short.copies
+# --- more columns than two tiles hold -------------------------------------------------------------
+
+SMALL = Device(compute_capability=75, sm_count=1, shared_bytes=64 * 1024)
+
+
+@pytest.fixture
+def small_device(cupy_lib, monkeypatch):
+    """Plan for little shared memory and few blocks, so that few columns make several panels."""
+    if cupy_lib.backend is not Backend.CUPY_SIMULATED:
+        pytest.skip("the simulated device's size can be chosen")
+    from cupynorm import _cuda
+
+    _cuda.prepared_bwd.cache_clear()
+    _cuda._prepared_bwd.clear()
+    device_of = _cuda.device_of
+    monkeypatch.setattr(_cuda, "device_of", lambda index: SMALL)
+    yield
+    monkeypatch.setattr(_cuda, "device_of", device_of)
+    _cuda.prepared_bwd.cache_clear()
+    _cuda._prepared_bwd.clear()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_panels(cupy_lib, small_device, dtype, layout):
+    """Whole panels and a last one in part; several tiles a block."""
+    dy, x = pair((150, 283), dtype)
+    weight = np.linspace(0.5, 2, 283).astype(np.float32)
+    lies = [laid(a, letter) for a, letter in zip((x, dy), layout, strict=True)]
+    got, (main, _) = gradients(cupy_lib, lies[1], lies[0], 1, weight)
+    assert main.name.startswith("layer_norm_bwd_column_panels")
+    assert main.grid[0] <= 2  # so one of them has two tiles, but for the 128 rows of 16-bit ones
+    oracle.assert_gradients(got, dy, x, (1,), weight)
+    assert main.traffic.shared.max_ways <= 2
+
+
+def test_panels_move_no_bit_of_dx(cupy_lib, small_device, monkeypatch):
+    from cupynorm import _cuda
+
+    dy, x = pair((70, 300), "float32")
+    narrow, (main, _) = gradients(cupy_lib, laid(dy, "F"), laid(x, "F"), 1)
+    assert "panels" in main.name
+    _cuda.prepared_bwd.cache_clear()
+    _cuda._prepared_bwd.clear()
+    monkeypatch.setattr(_cuda, "device_of", lambda index: Device(90, 132, 227 * 1024))
+    whole, (main, _) = gradients(cupy_lib, laid(dy, "F"), laid(x, "F"), 1)
+    assert "panels" not in main.name
+    assert (narrow[0] == whole[0]).all()
+
+
+@pytest.mark.parametrize("mask", [(True, False, False), (False, True, True), (False, False, True)])
+def test_panels_of_what_is_wanted(cupy_lib, small_device, mask):
+    dy, x = pair((70, 290), "float16")
+    weight = np.linspace(0.5, 2, 290).astype(np.float32)
+    some, _ = gradients(cupy_lib, laid(dy, "F"), laid(x, "C"), 1, weight, output_mask=mask)
+    assert [g is not None for g in some] == list(mask)
+    oracle.assert_gradients(some, dy, x, (1,), weight)
+
+
+def test_panels_read_twice_but_for_the_last(cupy_lib, small_device):
+    """Counted; and what `explain` says of it, partial sums included."""
+    dy, x = pair((256, 300), "float32")
+    _, (main, totals) = gradients(cupy_lib, laid(dy, "F"), laid(x, "F"), 1)
+    strides = (1, 256)
+    names = ("float32", None, None, "float32")
+    problem = column_gradient_problem_of((256, 300), (1,), strides, strides, strides, names)
+    plan, _ = choose_plan_column_bwd(problem, SMALL)
+    panel = plan.stages[0].constants[2]
+    last = 300 - 300 // panel * panel
+    tiles, blocks = 256 // plan.rows_per_block, main.grid[0]
+    assert 0 < last < panel < 300 and blocks < tiles
+    read = sum(b.read_bytes for b in main.traffic.buffers)
+    written = sum(b.written_bytes for b in main.traffic.buffers)
+    statistics, partial = 2 * 4 * 256, 4 * 300
+    assert (
+        read == 2 * x.nbytes + 2 * 4 * 256 * (300 - last) + statistics + (tiles - blocks) * partial
+    )
+    assert written == x.nbytes + tiles * partial
+    summed = sum(b.read_bytes for b in totals.traffic.buffers)
+    floor = 3 * x.nbytes + statistics
+    assert read + written + summed == floor + bytes_beyond_floor(problem, plan)
+
+
+def test_only_what_does_not_fold_is_copied(cupy_lib):
+    """Rows of any length are taken as they lie; `explain` tells the passes."""
+    long = cn.explain(np.empty((4000, 2000), np.float32, order="F"), device="sm_90", backward=True)
+    assert "panels" in long.kernel and not long.copies
+    assert 1.5 < long.bytes_moved / long.bytes_floor < 5 / 3 + 0.05
+    short = cn.explain(np.empty((4000, 300), np.float32, order="F"), device="sm_90", backward=True)
+    assert "K6" in short.kernel and "3 passes" in short.kernel and not short.copies
+    assert short.bytes_moved / short.bytes_floor < 1.3
+    apart = cn.explain(
+        np.empty((4, 5, 6, 7), np.float32), axis=(0, 2), device="sm_90", backward=True
+    )
+    assert [c.split(":")[0] for c in apart.copies] == ["of x", "of dy", "of dx"]
 
 
 def test_the_plan_stays_within_the_device(cupy_lib):
     for dtype in ALL_DTYPES:
-        for N in (1, 9, 64, 300, 900):
+        for N in (1, 9, 64, 300, 900, 30000):
             for shared in (64, 99, 163, 227):
                 device = Device(90, 132, shared * 1024)
                 strides = (1, 5000)
@@ -138,9 +226,12 @@ def test_the_plan_stays_within_the_device(cupy_lib):
                 if N == 1:
                     assert problem is None
                     continue
-                chosen = choose_plan_column_bwd(problem, device)
-                assert chosen or N > 64
-                if chosen:
-                    plan, slots = chosen
-                    assert plan.stages[0].shared_bytes <= device.shared_bytes
-                    assert slots >= N and plan.workspace_bytes >= 2 * plan.partials * N * 4
+                plan, slots = choose_plan_column_bwd(problem, device)
+                assert plan.stages[0].shared_bytes <= device.shared_bytes
+                assert plan.workspace_bytes >= 2 * plan.partials * N * 4
+                held = N
+                if plan.family == "panels":
+                    assert N > 64
+                    held = plan.stages[0].constants[2]
+                    assert held % 8 == 0 and held >= 32
+                assert slots >= held

@@ -16,7 +16,7 @@ from cupynorm._plan_column_bwd import ColumnGradientProblem, choose_plan_column_
 from cupynorm._problem import stats_dtype
 from tests.simt.limits import DeviceLimits
 
-FAMILIES = ("column", "lanes", "columns", "column_bwd")
+FAMILIES = ("column", "lanes", "columns", "column_bwd", "panels_bwd")
 # How x and y lie; of K7 y and what of NaN; of the backward ("d") x and dy.
 _WAYS = ("FF", "FC", "CF", "F", "C", "F_omit", "C_omit", "FFd", "FCd", "CFd")
 _ELSEWHERE = ("FC", "C_omit", "FCd")
@@ -46,17 +46,15 @@ def stages(
         lies = [(0, 1, M) if letter == "F" else (0, N, 1) for letter in way[:2]]
         totals = (flags[0] or stats_dtype(x_dtype),) * 2
         sizes = (True, 1, M, N, lies[1], lies[0], lies[0], (M, 1))
-        chosen = choose_plan_column_bwd(
-            ColumnGradientProblem(x_dtype, flags[0], *totals, *sizes), device
-        )
-        return chosen[0].stages[:1] if chosen else ()
+        problem = ColumnGradientProblem(x_dtype, flags[0], *totals, *sizes)
+        return choose_plan_column_bwd(problem, device)[0].stages[:1]
     if len(way) != 2:
         strides = (1, M) if way[0] == "F" else (N, 1)
         columns = ColumnsProblem(x_dtype, *flags, M, N, strides, way.endswith("omit"))
         return choose_plan_columns(columns, device).stages
     steps = [(0, 1, M) if letter == "F" else (0, N, 1) for letter in way]
-    problem = ColumnProblem(x_dtype, *flags, 1, M, N, steps[0], steps[1], (M, 1))
-    return choose_plan_column(problem, device).stages
+    forward = ColumnProblem(x_dtype, *flags, 1, M, N, steps[0], steps[1], (M, 1))
+    return choose_plan_column(forward, device).stages
 
 
 def entries(arch: str, x_dtype: str, family: str, full: bool, everything: bool) -> list[Stage]:
