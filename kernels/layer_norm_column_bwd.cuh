@@ -195,11 +195,25 @@ __device__ __forceinline__ void put_tile(const X* tile, X* to, i64 row_stride, i
             }
         }
     } else {
-        const int span = span_of(N), lane = threadIdx.x % 32;
+        const bool twos = in_twos(to, row_stride);
+        const int span = span_of(twos ? (N + 1) / 2 : N), lane = threadIdx.x % 32;
         for (int i = threadIdx.x / 32; i < R * span / 32; i += THREADS / 32) {
             const int r = row_of_turn(i, lane, span);
             if (r >= rows) continue;
-            for (int n = lane % span; n < N; n += span) to[r * row_stride + n] = tile[n * Shape::PITCH + r];
+            if (!twos) {
+                for (int n = lane % span; n < N; n += span) to[r * row_stride + n] = tile[n * Shape::PITCH + r];
+                continue;
+            }
+            for (int n = lane % span * 2; n < N; n += span * 2) {
+                const X* from = tile + n * Shape::PITCH + r;
+                Word<X, 2> two;
+                if (n + 1 < N) {
+                    get_two(from, Shape::PITCH, first_of_two(lane, span), two.e);
+                    *(Word<X, 2>*)(to + r * row_stride + n) = two;
+                } else {
+                    to[r * row_stride + n] = from[0];
+                }
+            }
         }
     }
 }

@@ -44,20 +44,22 @@ __device__ __forceinline__ void load_along_rows(T* tile, const T* x, i64 col_str
     typedef Tile<T, R> Shape;
     typedef Word<T, Shape::PAIR> Wd;
     constexpr int LANES = R / Shape::PAIR, PARTS = THREADS / LANES;
-    const int r = threadIdx.x % LANES * Shape::PAIR;
-    if (r >= rows) return;
-    // A pair must lie on a boundary of four bytes in every column.
-    const bool whole = ((u64)x & (sizeof(Wd) - 1)) == 0 && col_stride % Shape::PAIR == 0 && r + Shape::PAIR <= rows;
-    x += r;
-    tile += r;
+    const int lane = threadIdx.x % LANES, filled = (rows + Shape::PAIR - 1) / Shape::PAIR * Shape::PAIR;
+    // A pair must lie on a boundary of four bytes in every column, and exist.
+    if (((u64)x & (sizeof(Wd) - 1)) == 0 && col_stride % Shape::PAIR == 0 && rows == filled) {
+        const int r = lane * Shape::PAIR;
+        if (r >= rows) return;
+        for (int n = threadIdx.x / LANES; n < cols; n += PARTS)
+            stage((Wd*)(tile + n * Shape::PITCH + r), (const Wd*)(x + n * col_stride + r));
+        return;
+    }
+    // Else neighbours take neighbouring rows: a pair to a lane, one row after the other, would ask for
+    // each sector twice.
     for (int n = threadIdx.x / LANES; n < cols; n += PARTS) {
-        const T* from = x + n * col_stride;
-        T* to = tile + n * Shape::PITCH;
-        if (whole) {
-            stage((Wd*)to, (const Wd*)from);
-        } else {
-            to[0] = from[0];
-            if (Shape::PAIR == 2) to[Shape::PAIR - 1] = r + 1 < rows ? from[Shape::PAIR - 1] : zero_of<T>();
+#pragma unroll
+        for (int i = 0; i < Shape::PAIR; ++i) {
+            const int r = i * LANES + lane;
+            if (r < filled) tile[n * Shape::PITCH + r] = r < rows ? x[n * col_stride + r] : zero_of<T>();
         }
     }
 }
@@ -72,17 +74,55 @@ __device__ __forceinline__ int row_of_turn(int i, int lane, int span) {
     return span == 8 ? i / 4 * 16 + i % 4 * 2 + g % 2 + g / 2 * 8 : i * (32 / span) + g;
 }
 
+// Whether lanes may take two columns of 16 bits at once from rows at `p`.
+template <class T>
+__device__ __forceinline__ bool in_twos(const T* p, i64 row_stride) {
+    return sizeof(T) == 2 && ((u64)p & 3u) == 0 && row_stride % 2 == 0;
+}
+
+// Of 32 lanes on columns 0, 2, 4, ... the upper half turns to its second column first: on even columns
+// alone they would meet in half of the banks.
+__device__ __forceinline__ int first_of_two(int lane, int span) { return span == 32 ? lane / 16 : 0; }
+
+// Columns n and n + 1 of a row of a tile; `at` is the first one's place.
+template <class T>
+__device__ __forceinline__ void get_two(const T* at, int pitch, int first, T (&two)[2]) {
+    const T a = at[first * pitch], b = at[(1 - first) * pitch];
+    two[0] = first ? b : a;
+    two[1] = first ? a : b;
+}
+template <class T>
+__device__ __forceinline__ void put_two(T* at, int pitch, int first, const T (&two)[2]) {
+    at[first * pitch] = first ? two[1] : two[0];
+    at[(1 - first) * pitch] = first ? two[0] : two[1];
+}
+
 // `rows` rows at x whose columns lie next to each other.
 template <int THREADS, int R, class T>
 __device__ __forceinline__ void load_along_columns(T* tile, const T* x, i64 row_stride, int rows, int cols) {
     typedef Tile<T, R> Shape;
-    const int span = span_of(cols), lane = threadIdx.x % 32;
+    const bool twos = in_twos(x, row_stride);
+    const int span = span_of(twos ? (cols + 1) / 2 : cols), lane = threadIdx.x % 32;
     const int filled = (rows + Shape::PAIR - 1) / Shape::PAIR * Shape::PAIR;  // both rows of each word
     for (int i = threadIdx.x / 32; i < R * span / 32; i += THREADS / 32) {
         const int r = row_of_turn(i, lane, span);
         if (r >= filled) continue;
-        for (int n = lane % span; n < cols; n += span)
-            tile[n * Shape::PITCH + r] = r < rows ? x[r * row_stride + n] : zero_of<T>();
+        if (!twos) {
+            for (int n = lane % span; n < cols; n += span)
+                tile[n * Shape::PITCH + r] = r < rows ? x[r * row_stride + n] : zero_of<T>();
+            continue;
+        }
+        for (int n = lane % span * 2; n < cols; n += span * 2) {
+            Word<T, 2> two = {{zero_of<T>(), zero_of<T>()}};
+            if (r < rows && n + 1 < cols)
+                two = *(const Word<T, 2>*)(x + r * row_stride + n);
+            else if (r < rows)
+                two.e[0] = x[r * row_stride + n];
+            if (n + 1 < cols)
+                put_two(tile + n * Shape::PITCH + r, Shape::PITCH, first_of_two(lane, span), two.e);
+            else
+                tile[n * Shape::PITCH + r] = two.e[0];
+        }
     }
 }
 

@@ -39,12 +39,54 @@ __device__ __forceinline__ void store_along_rows(
     }
 }
 
+// Of a y of 16 bits whose columns lie next to each other, two at once: a warp writes 128 bytes.
+template <int THREADS, int R, bool HAS_WEIGHT, bool HAS_BIAS, class T, class Y, class W, class B, class A>
+__device__ __forceinline__ void store_twos(
+    const T* tile, Y* y, i64 row_stride, const W* weight, const B* bias, i64 first, int rows, int cols,
+    const A* stats) {
+    constexpr int PITCH = Tile<T, R>::PITCH;
+    const int span = span_of((cols + 1) / 2), lane = threadIdx.x % 32;
+    for (int n = lane % span * 2; n < cols; n += span * 2) {
+        const bool both = n + 1 < cols;
+        A w[2], b[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            w[j] = HAS_WEIGHT && (!j || both) ? (A)to_float(weight[first + n + j]) : (A)0;
+            b[j] = HAS_BIAS && (!j || both) ? (A)to_float(bias[first + n + j]) : (A)0;
+        }
+        for (int i = threadIdx.x / 32; i < R * span / 32; i += THREADS / 32) {
+            const int r = row_of_turn(i, lane, span);
+            if (r >= rows) continue;
+            T x[2];
+            if (both)
+                get_two(tile + n * PITCH + r, PITCH, first_of_two(lane, span), x);
+            else
+                x[0] = x[1] = tile[n * PITCH + r];
+            Word<Y, 2> out;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const A x_hat = multiply_add((A)to_float(x[j]) - stats[r], stats[R + r], stats[2 * R + r]);
+                out.e[j] = rounded(affine<HAS_WEIGHT, HAS_BIAS>(x_hat, w[j], b[j]), (const Y*)0);
+            }
+            Y* to = y + r * row_stride + n;
+            if (both)
+                *(Word<Y, 2>*)to = out;
+            else
+                to[0] = out.e[0];
+        }
+    }
+}
+
 // The same of a y whose columns lie next to each other, or anyhow; the statistics of all rows are in
 // A stats[3][R] of shared memory.
 template <int THREADS, int R, bool HAS_WEIGHT, bool HAS_BIAS, class T, class Y, class W, class B, class A>
 __device__ __forceinline__ void store_along_columns(
     const T* tile, Y* y, i64 row_stride, i64 col_stride, const W* weight, const B* bias, i64 first, int rows,
     int cols, const A* stats) {
+    if (col_stride == 1 && in_twos(y, row_stride)) {
+        store_twos<THREADS, R, HAS_WEIGHT, HAS_BIAS>(tile, y, row_stride, weight, bias, first, rows, cols, stats);
+        return;
+    }
     const int span = span_of(cols), lane = threadIdx.x % 32;
     for (int n = lane % span; n < cols; n += span) {
         const A w = HAS_WEIGHT ? (A)to_float(weight[first + n]) : (A)0;
