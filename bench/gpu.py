@@ -25,6 +25,8 @@ from bench.gpu_calls import calls, first_call
 from bench.gpu_forward import forward
 from bench.gpu_grid import GRIDS
 from bench.gpu_grid_backward import BACKWARD_GRIDS
+from bench.gpu_grid_layouts import LAYOUT_GRIDS
+from bench.gpu_layouts import layouts
 from bench.gpu_machine import ROOT, describe
 from bench.gpu_proofs import Outcome
 from bench.gpu_session import Session
@@ -34,15 +36,16 @@ from bench.gpu_tune import tune
 from bench.gpu_tune_backward import tune_backward
 from bench.peers import PEERS
 from bench.peers_backward import BACKWARD_PEERS
+from bench.peers_layouts import LAYOUT_PEERS
 
 __all__ = ["main"]
 
 # What has a deadline gets this share of the time that is left, against those that still come.
-SHARES = {"calls": 0.05, "training": 0.1, "forward": 0.4, "backward": 0.45}
+SHARES = {"calls": 0.05, "training": 0.1, "forward": 0.3, "backward": 0.35, "layouts": 0.2}
 # The proofs get half of the time, or all of it if nothing is measured, by these weights.
 PROOFS = {"short set": 1, "GPU tests": 5, "sanitizer": 4}
 STEPS = ("tests", "sanitizer", *SHARES, "plots")
-ALL_PEERS = tuple(dict.fromkeys(PEERS + BACKWARD_PEERS))
+ALL_PEERS = tuple(dict.fromkeys(PEERS + BACKWARD_PEERS + LAYOUT_PEERS))
 
 
 @dataclass
@@ -133,7 +136,7 @@ def proofs(run: Run) -> None:
 
 
 def measurements(run: Run) -> None:
-    """Python cost and the forward in one CSV, the backward in another; a training beside them."""
+    """Python cost and forward in one CSV, backward and layouts in others; a training beside."""
     waiting = [name for name in SHARES if name in run.given.steps]
     while waiting:
         share = SHARES[waiting[0]] / sum(SHARES[name] for name in waiting)
@@ -143,6 +146,7 @@ def measurements(run: Run) -> None:
                 "training": training,
                 "forward": forwards,
                 "backward": backwards,
+                "layouts": strided,
             }[waiting.pop(0)](run)
 
 
@@ -182,6 +186,12 @@ def backwards(run: Run) -> None:
     table, grid = table_of(run, "backward"), BACKWARD_GRIDS[size_of(run)]()
     run.measure("backward", table, lambda: backward(run.session, table, grid, run.given.peers))
     figures(run, table)
+
+
+def strided(run: Run) -> None:
+    """Table of layouts: strided columns, channels first, columns of their own."""
+    table, grid = table_of(run, "layouts"), LAYOUT_GRIDS[size_of(run)]()
+    run.measure("layouts", table, lambda: layouts(run.session, table, grid, run.given.peers))
 
 
 def figures(run: Run, table: Table) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.gpu_session import Session
 
-__all__ = ["Batch", "Times", "capture", "interleave", "passes_for"]
+__all__ = ["Batch", "Times", "capture", "interleave", "launched", "passes_for"]
 
 TARGET_SECONDS = 2e-3  # of one batch: a thousand times the resolution of an event
 WARM_ROUNDS = 2
@@ -59,14 +59,21 @@ def capture(session: Session, body: Callable[[], None], calls: int) -> Batch:
             with contextlib.suppress(Exception):
                 session.stream.end_capture()
             session.notes.append(f"not captured, timed as launches: {error}")
-            return Batch(lambda: _launch(session, body), calls, "launches", [pool])
+            batch = launched(session, body, calls)
+            batch.keep.append(pool)
+            return batch
         graph = session.stream.end_capture()
     return Batch(lambda: graph.launch(session.stream), calls, "graph", [pool, graph])
 
 
-def _launch(session: Session, body: Callable[[], None]) -> None:
-    with session.stream:
-        body()
+def launched(session: Session, body: Callable[[], None], calls: int) -> Batch:
+    """Plain launches, of what a graph cannot hold: host time may show."""
+
+    def replay() -> None:
+        with session.stream:
+            body()
+
+    return Batch(replay, calls, "launches")
 
 
 def interleave(session: Session, batches: dict[str, Batch], rounds: int) -> dict[str, Times]:

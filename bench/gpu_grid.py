@@ -10,6 +10,7 @@ __all__ = [
     "BWD",
     "FEW",
     "FWD",
+    "GB",
     "GRIDS",
     "LAYOUT",
     "ODD",

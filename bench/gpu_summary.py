@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_grid import BOTH, BWD, FWD
+from bench.gpu_grid_layouts import LAYOUTS
 from bench.gpu_proofs import Outcome
 from bench.gpu_session import Session
 from bench.peers import PEERS
+from bench.peers_layouts import LAYOUT_PEERS
 
 __all__ = ["claims", "verdict", "write_summary"]
 
@@ -27,6 +29,7 @@ SHOWN = (
 # Of the copy of the same bytes, at 1 GB moved: share, and from which N up.
 TARGETS = {FWD: (0.95, 256), BWD: (0.90, 64)}
 OPS = {FWD: "forward", BWD: "backward", BOTH: "forward and backward"}
+LAYOUT_TARGET = 0.85  # of the copy, column-major and columns of their own to row-major
 
 
 def verdict(rows: list[dict[str, Any]], sentence: str) -> Outcome:
@@ -55,7 +58,8 @@ def claims(rows: list[dict[str, Any]]) -> list[str]:
         of_op = [r for r in timed if r["op"] == op]
         parts = [
             *_shares(op, of_op),
-            *(_ratios(peer, of_op) for peer in ("cupynorm.torch", *PEERS)),
+            *_layout_shares(of_op),
+            *(_ratios(peer, of_op) for peer in ("cupynorm.torch", *PEERS, *LAYOUT_PEERS)),
         ]
         said += [f"{name}: {part}" for part in parts if part]
     return said
@@ -82,6 +86,22 @@ def _shares(op: str, rows: list[dict[str, Any]]) -> list[str]:
                 f"share of the copy {what}: {counted}"
                 f"least {least['fraction_of_copy']:.1%} ({least['dtype']}, N = {least['N']})"
             )
+    return said
+
+
+def _layout_shares(rows: list[dict[str, Any]]) -> list[str]:
+    """Our share of the copy by layout."""
+    mine = [r for r in rows if r["peer"] == "cupynorm" and r["group"] == LAYOUTS]
+    said = []
+    for layout in dict.fromkeys(r["layout"] for r in mine):
+        shares = [(r["fraction_of_copy"], r) for r in mine if r["layout"] == layout]
+        least, row = min(shares, key=lambda pair: pair[0])
+        counted = ""
+        if layout in ("F-C", "columns"):
+            reached = sum(share >= LAYOUT_TARGET for share, _ in shares)
+            counted = f"{reached} of {len(shares)} reach {LAYOUT_TARGET:.0%}, "
+        where = f"{row['dtype']}, N = {row['N']}"
+        said.append(f"share of the copy, {layout}: {counted}least {least:.1%} ({where})")
     return said
 
 

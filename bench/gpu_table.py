@@ -13,12 +13,13 @@ __all__ = ["COLUMNS", "TIMED", "Table", "rows_of"]
 # Column, then its meaning; bench/README.md prints the same list, and a test compares the two.
 COLUMNS = {
     "op": "layer_norm_fwd, _bwd or _fwd_bwd, empty_kernel, python_call or first_call",
-    "group": "1GB, 33MB, few rows, layout: which sweep the case belongs to",
+    "group": "1GB, 33MB, few rows, layout, layouts: which sweep the case belongs to",
     "dtype": "of x, y, dy and dx",
     "weight_dtype": "of weight, bias and their gradients; empty: none",
     "rows": "M",
     "N": "columns, the normalized axis",
-    "layout": "C; offset: base one element off; pitch: rows 16 bytes apart",
+    "layout": "C; offset: base one element off; pitch: rows 16 bytes apart; F-C, F-F, C-F: x and y "
+    "by column (F) or by row; NCHW: N is C; columns: each an array of its own, y by row",
     "peer": "cupynorm, a copy, or another library",
     "kernel": "name of the specialization that ran",
     "method": "graph (CUDA graph of many calls), launches, or blocking (the host waits at the end "

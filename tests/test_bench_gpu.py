@@ -56,7 +56,7 @@ def simulated_run(tmp_path_factory):
 
 def test_simulated_run_leaves_every_file(simulated_run):
     names = {p.name for p in simulated_run.iterdir()}
-    tables = {"forward.csv", "backward.csv", "training.csv"}
+    tables = {"forward.csv", "backward.csv", "layouts.csv", "training.csv"}
     assert names == {"summary.md", "machine.json", "checks.txt"} | tables
     assert json.loads((simulated_run / "machine.json").read_text())["gpu"].startswith("Simulated")
     assert "0 wrong" in (simulated_run / "checks.txt").read_text()
