@@ -181,17 +181,17 @@ __device__ __forceinline__ void put_tile(const X* tile, X* to, i64 row_stride, i
     typedef Word<X, Shape::PAIR> Wd;
     if (ROWS) {
         constexpr int PAIR = Shape::PAIR, LANES = R / PAIR, PARTS = THREADS / LANES;
-        const int r = threadIdx.x % LANES * PAIR;
-        const bool whole = ((u64)to & (sizeof(Wd) - 1)) == 0 && col_stride % PAIR == 0 && r + PAIR <= rows;
+        const int lane = threadIdx.x % LANES;
+        const bool whole = ((u64)to & (sizeof(Wd) - 1)) == 0 && col_stride % PAIR == 0 && rows % PAIR == 0;
         for (int n = threadIdx.x / LANES; n < N; n += PARTS) {
-            const X* from = tile + n * Shape::PITCH + r;
-            X* at = to + n * col_stride + r;
+            const X* from = tile + n * Shape::PITCH;
+            X* at = to + n * col_stride;
             if (whole) {
-                *(Wd*)at = *(const Wd*)from;
-            } else {
+                if (lane * PAIR < rows) *(Wd*)(at + lane * PAIR) = *(const Wd*)(from + lane * PAIR);
+            } else {  // as load_along_rows
 #pragma unroll
                 for (int i = 0; i < PAIR; ++i)
-                    if (r + i < rows) at[i] = from[i];
+                    if (i * LANES + lane < rows) at[i * LANES + lane] = from[i * LANES + lane];
             }
         }
     } else {

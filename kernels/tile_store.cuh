@@ -6,6 +6,19 @@ __device__ __forceinline__ A affine(A x_hat, A w, A b) {
     return HAS_WEIGHT ? x_hat * w : HAS_BIAS ? x_hat + b : x_hat;
 }
 
+// One column of the rows of a warp, where pairs of 16-bit rows lie on no boundary: lanes write rows that
+// are neighbours. Each its own two, one after the other, they would touch every sector twice.
+template <class Y>
+__device__ __forceinline__ void store_by_turns(Y* y, const Word<Y, 2>& mine, int rows, int lane) {
+    const u32 word = bit_cast<u32>(mine);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const u32 other = __shfl_sync(0xffffffffu, word, half * 16 + lane / 2, 32);
+        const int r = half * 32 + lane;
+        if (r < rows) y[r] = Y{(u16)(other >> 16 * (lane % 2))};
+    }
+}
+
 // Columns [first, first + cols) of a y whose rows lie next to each other; each thread has its own rows,
 // and their statistics.
 template <int THREADS, int R, bool HAS_WEIGHT, bool HAS_BIAS, class T, class Y, class W, class B, class A, int PAIR>
@@ -14,28 +27,30 @@ __device__ __forceinline__ void store_along_rows(
     const RowStats<A> (&stats)[PAIR]) {
     typedef Word<Y, PAIR> Wd;
     constexpr int LANES = R / PAIR, PARTS = THREADS / LANES;
-    const int r = threadIdx.x % LANES * PAIR;
-    if (r >= rows) return;
-    const bool whole = ((u64)y & (sizeof(Wd) - 1)) == 0 && col_stride % PAIR == 0 && r + PAIR <= rows;
+    const int r = threadIdx.x % LANES * PAIR, lane = threadIdx.x % 32;
+    const bool whole = ((u64)y & (sizeof(Wd) - 1)) == 0 && col_stride % PAIR == 0 && rows % PAIR == 0;
     for (int n = threadIdx.x / LANES; n < cols; n += PARTS) {
         const A w = HAS_WEIGHT ? (A)to_float(weight[first + n]) : (A)0;
         const A b = HAS_BIAS ? (A)to_float(bias[first + n]) : (A)0;
         A t[PAIR];
-        read_word(tile + n * Tile<T, R>::PITCH + r, t);
         Wd out;
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i) t[i] = 0;
+        if (r < rows) read_word(tile + n * Tile<T, R>::PITCH + r, t);
 #pragma unroll
         for (int i = 0; i < PAIR; ++i) {
             t[i] = multiply_add(t[i] - stats[i].mean, stats[i].rstd, stats[i].shift);
             out.e[i] = rounded(affine<HAS_WEIGHT, HAS_BIAS>(t[i], w, b), (const Y*)0);
         }
-        Y* to = y + n * col_stride + r;
-        if (whole) {
-            *(Wd*)to = out;
-        } else {
-#pragma unroll
-            for (int i = 0; i < PAIR; ++i)
-                if (r + i < rows) to[i] = out.e[i];
+        Y* to = y + n * col_stride;
+        if constexpr (PAIR == 2) {
+            if (!whole) {  // of all threads or of none
+                const int begin = r - 2 * lane;  // of the warp's rows
+                store_by_turns(to + begin, out, rows - begin, lane);
+                continue;
+            }
         }
+        if (r < rows) *(Wd*)(to + r) = out;
     }
 }
 
