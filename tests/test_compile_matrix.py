@@ -8,7 +8,7 @@ import pytest
 from cupynorm._plan import CHUNK_VECS, TABLE
 from cupynorm._plan_bwd import BWD_TABLE
 from cupynorm._source import source_of
-from tests.nvrtc import build, grid, grid_bwd, report
+from tests.nvrtc import build, grid, grid_bwd, grid_column, report
 from tests.nvrtc.check import faults
 from tests.report import put_table
 
@@ -22,7 +22,11 @@ def test_entries_keep_what_the_plan_states(arch, x_dtype, pytestconfig):
     for family in grid.FAMILIES:
         stages = grid.entries(arch, x_dtype, family)
         # Sums over rows of 16-bit types fit no block of sm_75 beside K3's rows: K5 takes those.
-        assert stages or (arch, x_dtype[-2:], family) == ("75", "16", "shared_bwd")
+        assert (
+            stages
+            or (arch, x_dtype[-2:], family) == ("75", "16", "shared_bwd")
+            or (arch != grid.FULL and grid_column.is_left_out(x_dtype, family))
+        )
         for stage in stages:
             facts = build.build(source_of(stage), stage.name, arch)
             records.append(report.record_of(arch, stage, facts))
