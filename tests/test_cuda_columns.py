@@ -115,6 +115,20 @@ def test_strided_columns_and_a_result_of_any_layout(cupy_lib):
     check(cupy_lib.to_numpy(out), want, "float32", 3)
 
 
+def test_half_precision_is_written_two_columns_at_once(cupy_lib):
+    import cupy
+
+    M = 90
+    for N in (24, 25):
+        columns = [column("float32", M, j) for j in range(N)]
+        out = cupy.empty((M, 26), dtype="float16")[:, :N]
+        cn.layer_norm_columns(on_device(cupy_lib, columns), out=out)
+        check(cupy_lib.to_numpy(out), expected(matrix(columns)), "float16", N)
+        if cupy_lib.backend is Backend.CUPY_SIMULATED:
+            result = cupy.simulator.launches[-1].traffic[out]
+            assert result.write_widths == {4: M * (N // 2)} | ({2: M} if N % 2 else {})
+
+
 def test_no_row_depends_on_another(cupy_lib):
     columns = [column("float32", 300, j) for j in range(20)]
     whole = cupy_lib.to_numpy(cn.layer_norm_columns(on_device(cupy_lib, columns)))

@@ -135,6 +135,20 @@ def test_no_plan_moves_a_bit(machine, dtype, way):
     assert len({rows for _, rows in seen}) > (dtype != "float64")
 
 
+@pytest.mark.parametrize("way", ["FC", "CF"])
+def test_two_columns_at_once(machine, way):
+    """16-bit rows that begin on four bytes; the last column of an odd number goes alone."""
+    for N in (13, 40, 301):
+        x, (weight, bias) = values(2, 77, N, "bfloat16"), affine(N)
+        expected = bits(normalize(machine, x, "FF", weight, bias))
+        lies = [Lie(w, gap=N % 2 if w == "C" else 1, offset=2) for w in way]
+        result = normalize(machine, x, lies, weight, bias)
+        assert bits(result) == expected
+        if machine is SIMULATED:
+            widths = result[4]["y"].write_widths if way == "FC" else result[4]["x"].read_widths
+            assert widths == {4: 2 * 77 * (N // 2)} | ({2: 2 * 77} if N % 2 else {})
+
+
 def test_bits_of_a_row_are_its_own(machine):
     """Whichever batch it stands in, and whichever way it is read and written."""
     x, (weight, bias) = values(2, 90, 50, "float32"), affine(50)
