@@ -118,7 +118,8 @@ __device__ __forceinline__ void put_gradients(const TileSums<PAIR, J, A>& sums, 
 
 // Columns [first, first + cols) of a tile, in whichever layout they have.
 template <int THREADS, int R, bool ROWS, class X>
-__device__ __forceinline__ void get_tile(X* tile, const X* from, i64 row_stride, i64 col_stride, i64 first, int rows, int cols) {
+__device__ __forceinline__ void get_tile(
+    X* tile, const X* from, i64 row_stride, i64 col_stride, i64 first, int rows, int cols) {
     if (ROWS)
         load_along_rows<THREADS, R>(tile, from + first * col_stride, col_stride, rows, cols);
     else

@@ -6,14 +6,14 @@
 // aligned to what a lane holds of it. Where not, lanes take narrower pieces that still lie side by side,
 // which only changes whose rows are whose.
 
-// What a thread holds of COLS columns: `E` rows in a row for each of ROWS / E pieces.
+// ROWS rows of each of COLS columns, packed in words: 8 bytes a column.
 template <int COLS, int ROWS, class X>
 struct Held {
     static constexpr int WORDS = ROWS * (int)sizeof(X) / 4;
     u32 w[COLS][WORDS];
 };
 
-// From the compiler's view new: each pass converts again instead of keeping what the first one made.
+// As for vectors (types.cuh): each pass converts again, or the compiler would keep the first one's floats.
 __device__ __forceinline__ u32 unseen(u32 w) {
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+r"(w));
@@ -98,7 +98,8 @@ __device__ __forceinline__ bool is_column(int n, int N) {
 }
 
 template <bool WHOLE, int E, int COLS, int ROWS, class X>
-__device__ __forceinline__ void load_lanes(Held<COLS, ROWS, X>& held, const X* x, i64 col_stride, int rows, int N, int lane) {
+__device__ __forceinline__ void load_lanes(
+    Held<COLS, ROWS, X>& held, const X* x, i64 col_stride, int rows, int N, int lane) {
     constexpr int SIZE = (int)sizeof(X);
     const unsigned char* from = (const unsigned char*)x + lane * (E * SIZE);
 #pragma unroll
