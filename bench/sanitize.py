@@ -1,4 +1,4 @@
-"""Each kernel family at aligned, odd, offset, pitched and in-place shapes, checked.
+"""Each kernel family at aligned, odd, offset, pitched, in-place and column-major shapes, checked.
 
 `compute-sanitizer --tool memcheck python -m bench.sanitize` watches it; alone it is a short test
 that needs no pytest. CuPy's memory pool is off: every array ends where its memory ends.
@@ -34,6 +34,7 @@ CASES = (
     ("float64", 2, 8192),
     ("float32", 1, 40001),  # split
     ("bfloat16", 2, 80000),
+    ("float32", 70001, 8),  # column-major: registers; the others take tiles, from 4096 on panels
 )
 TINY = (CASES[0], ("float32", 2, 33))
 
@@ -56,6 +57,16 @@ def variants(cupy: Any, dtype: str, rows: int, N: int) -> Iterator[tuple[str, An
     yield "pitch", placed(0, N + 3), placed(0, N + 5), placed(1, N + 5, hosts[1])
     x = placed(0, N)
     yield "in place", x, x, None
+
+    def by_column(host: np.ndarray) -> Any:
+        flat = cupy.empty(1 + (rows + 2) * N, dtype=host.dtype)
+        flat.view("uint8").fill(0xFF)
+        a = flat[1:].reshape(N, rows + 2)[:, :rows].transpose(1, 0)
+        a[...] = cupy.asarray(host)
+        return a
+
+    yield "column-major", by_column(hosts[0]), None, by_column(hosts[1])
+    yield "column-major to rows", by_column(hosts[0]), placed(0, N), None
 
 
 def run(cupy: Any, cases: Any = CASES, out: Any = print) -> int:

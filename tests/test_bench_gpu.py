@@ -231,11 +231,12 @@ def test_error_of_a_long_row():
 def test_short_set_counts_what_is_wrong(session, monkeypatch):
     lines = []
     assert sanitize.run(session.cupy, sanitize.TINY, lines.append) == 0
-    assert len(lines) == 2 * (5 + 4)
-    assert sum("backward" in line for line in lines) == 2 * 4
+    assert len(lines) == 2 * (7 + 5)
+    assert sum("backward" in line for line in lines) == 2 * 5
+    assert sum("column-major" in line for line in lines) == 2 * 3
     monkeypatch.setattr(sanitize, "EPS", 1e-3)  # of the call and of the check's statistics
     lines.clear()
-    assert sanitize.run(session.cupy, sanitize.TINY[1:], lines.append) == 5 + 4
+    assert sanitize.run(session.cupy, sanitize.TINY[1:], lines.append) == 7 + 5
     assert all(line.startswith("WRONG") for line in lines)
 
 
