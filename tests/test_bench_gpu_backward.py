@@ -442,7 +442,7 @@ def test_each_step_gets_its_share_of_the_time(monkeypatch):
     session.until = functools.partial(Session.until, session)
     for step, name in (
         ("calls", "python_cost"), ("training", "training"),
-        ("forward", "forwards"), ("backward", "backwards"),
+        ("forward", "forwards"), ("backward", "backwards"), ("layouts", "strided"),
     ):  # fmt: skip
         monkeypatch.setattr(
             gpu, name, lambda run, s=step: spent.__setitem__(s, run.session.time_left())
@@ -455,7 +455,7 @@ def test_each_step_gets_its_share_of_the_time(monkeypatch):
 
     assert run("backward") == {"backward": pytest.approx(1000, abs=5)}
     both = run("forward", "backward")  # nothing was spent by the first
-    assert both["forward"] == pytest.approx(1000 * 0.4 / 0.85, abs=5)
+    assert both["forward"] == pytest.approx(1000 * 0.3 / 0.65, abs=5)
     assert both["backward"] == pytest.approx(1000, abs=5)
     assert list(run(*gpu.SHARES)) == list(gpu.SHARES)
 
