@@ -10,8 +10,7 @@ BYTES = 8
 THREADS = 64  # few: blocks that end one by one leave no gap between a wave's reads and its writes
 # Columns in registers, and the blocks that a multiprocessor holds of them without a spill.
 # With 4 blocks of 64 columns 128 KiB are on their way, with 16 of 8 columns 64 KiB.
-MOST_F64 = 56  # columns of float64: with 64 the addresses would spill
-LANES = ((8, 16), (16, 10), (24, 8), (32, 7), (40, 6), (48, 4), (56, 4), (64, 4))
+LANES = ((8, 16), (16, 10), (24, 8), (32, 6), (40, 5), (48, 4), (56, 4), (64, 4))
 
 
 def lanes_stage(
@@ -19,9 +18,9 @@ def lanes_stage(
 ) -> Stage | None:
     """Make the launch for x and y that both lie along the rows; None where a tile does better.
 
-    That is beyond 64 columns (56 of float64), and where the rows fill less than half of a block or
-    give the multiprocessors fewer than two blocks each: a tile takes 32 rows, and its threads share
-    a row.
+    That is beyond 64 columns (56 of all but float32), and where the rows fill less than half of a
+    block or give the multiprocessors fewer than two blocks each: a tile takes 32 rows, and its
+    threads share a row.
 
     Where x or y has its columns next to each other the tile turns it, whatever N. Written from
     registers, a row's piece of 16 bytes would lie a row away from the next lane's: 32 sectors for
@@ -29,7 +28,7 @@ def lanes_stage(
     takes five shuffles an element, and the tile one store and one load.
     """
     rows = BYTES // ITEMSIZE[dtypes[0]]
-    most = MOST_F64 if dtypes[0] == "float64" else LANES[-1][0]
+    most = 64 if dtypes[0] == "float32" else 56  # or it spills even at 255 registers
     fitting = [row for row in LANES if N <= row[0] <= most]
     grid = outer * -(-M // (THREADS * rows))
     if not fitting or THREADS * rows >= 2 * M or grid < 2 * device.sm_count:

@@ -22,7 +22,7 @@ _WAYS = ("FF", "FC", "CF", "F", "C", "F_omit", "C_omit", "FFd", "FCd", "CFd")
 _ELSEWHERE = ("FC", "C_omit", "FCd")
 # Columns that a test run compiles the registers' kernel for; the first, the one with the fewest
 # registers to spare, on the other architectures, for the dtypes whose code is the longest.
-_LANES = (16, 32, 64)
+_LANES = (16, 32, 56)
 _LANES_ELSEWHERE = ("float16", "float64")
 # 72 as well: the widest tile of rows is asked for where registers end.
 _COLUMNS = (*range(8, 73, 8), *range(80, 2400, 24), 10_000)
