@@ -8,8 +8,8 @@ __all__ = ["LANES", "lanes_stage"]
 # kernels/layer_norm_lanes.cuh: what a thread holds of a column, so that a warp reads 256 bytes.
 BYTES = 8
 THREADS = 64  # few: blocks that end one by one leave no gap between a wave's reads and its writes
-# Columns in registers, and the blocks that a multiprocessor holds of them without a spill; ten warps
-# have no more registers each than twelve, so 40 columns want four blocks.
+# Columns in registers, and the blocks that a multiprocessor holds of them without a spill. Ten
+# warps get no more registers each than twelve, so 40 columns want four blocks.
 # With 4 blocks of 64 columns 128 KiB are on their way, with 16 of 8 columns 64 KiB.
 LANES = ((8, 16), (16, 10), (24, 8), (32, 6), (40, 4), (48, 4), (56, 4), (64, 4))
 
