@@ -55,6 +55,7 @@ __device__ __forceinline__ void load_along_rows(T* tile, const T* x, i64 col_str
     }
     // Else neighbours take neighbouring rows: a pair to a lane, one row after the other, would ask for
     // each sector twice.
+#pragma unroll 2  // of four columns sm_75 would spill
     for (int n = threadIdx.x / LANES; n < cols; n += PARTS) {
 #pragma unroll
         for (int i = 0; i < Shape::PAIR; ++i) {
