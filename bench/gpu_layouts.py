@@ -23,7 +23,7 @@ def kernel_names(session: Session, case: LayoutCase, inputs: LayoutInputs) -> st
     """Names of what the plan launches for a case."""
     from cupynorm import _cuda
 
-    index, affine = _cuda.current_index(), case.affine_dtype
+    index, affine = session.cupy.cuda.runtime.getDevice(), case.affine_dtype
     if inputs.columns:
         problem = ColumnsProblem(
             case.dtype, affine, affine, case.rows, case.N, (case.N, 1), omit=False
