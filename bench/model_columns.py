@@ -117,9 +117,9 @@ def columns(problem: ColumnsProblem, plan: ColumnPlan, gpu: Gpu) -> list[Launch]
     ]
 
 
-@family(ColumnGradientProblem, "column")
+@family(ColumnGradientProblem, "column", "panels")
 def column_bwd(problem: ColumnGradientProblem, plan: GradientPlan, gpu: Gpu) -> list[Launch]:
-    """K6 backward: a tile of x and one of dy, then the next; nothing is fetched ahead."""
+    """K6 backward: a tile of x and one of dy, or panels twice; nothing is fetched ahead."""
     main, *totals = plan.stages
     size = ITEMSIZE[problem.x_dtype]
     x, stats = problem.rows * problem.N * size, problem.rows * accumulator(problem)
@@ -128,21 +128,28 @@ def column_bwd(problem: ColumnGradientProblem, plan: GradientPlan, gpu: Gpu) -> 
     weight = vector_bytes(problem, "weight")
     shape = problem.M, problem.N, plan.rows_per_block, size
     runs = (_run(s, *shape) for s in (problem.x_strides, problem.dy_strides))
+    panel = main.constants[2] if plan.family == "panels" else problem.N
+    panels = -(-problem.N // panel)
+    again = problem.rows * (panels - 1) * panel * size  # of x and of dy: all but the last panel
+    # After its first tile a block of panels reads and writes its partial sums in the L2.
+    sums = (panels > 1) * 2 * (units - plan.partials) * plan.workspace_bytes // plan.partials
     return [
         Launch(
             stage=main,
             moved=Moved(
                 read={"dy": x, "x": x, "mean": stats, "rstd": stats} | weight,
                 written={"dx": x if problem.dx else 0, "workspace": plan.workspace_bytes},
-                near={n: plan.partials * b for n, b in weight.items()},
+                again={"dy": again, "x": again} if again else {},
+                near={n: plan.partials * b for n, b in weight.items()} | {"workspace": sums},
             ),
             units=units,
             blocks=main.grid[0],
-            trips=1,
+            trips=2 * panels - 1,
             cycles=cycles,
             instructions=per_lane * main.block[0] * units,
             read_run=min(runs),
             write_run=_run(problem.dx_strides, *shape),
+            own_again=2 * plan.rows_per_block * problem.N * size if again else 0,
         ),
         *(totals_launch(problem, plan, stage) for stage in totals),
     ]
