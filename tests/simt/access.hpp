@@ -1,24 +1,26 @@
 // What happens at a load or store: where it falls, whether it may, and what it is counted as.
 #pragma once
-#include "engine.hpp"
+#include "cluster.hpp"
 
 namespace simt {
 
 constexpr size_t kSharedGap = 1024;  // as SIMT_ENTRY in prelude.hpp leaves it
 constexpr u64 kSpinLimit = 1ull << 26;  // accesses of one thread with no barrier: it waits for someone
 
-// `first_uid`: the oldest block that still counts. For shared memory that is this block.
+// `first_uid`: the oldest block that still counts. For shared memory that is the cluster's first one.
 inline bool ordered_before(const Cell& c, const Thread& t, u32 first_uid) {
   if (c.uid < first_uid) return true;  // an earlier launch, or nobody
   const Block& b = *t.block;
-  if (c.uid != b.uid) return false;
-  if (c.pc & kLanding) {
+  if (c.pc & kLanding) {  // another block's is ordered by nothing that is followed here
     const Landing& l = g.landings[c.pc & ~kLanding];
-    return l.all || l.seen[t.index];
+    return c.uid == b.uid && (l.all || l.seen[t.index]);
   }
   u32 thread = c.who >> kClockBits, clock = c.who & kMaxClock;
-  if (thread == t.index || clock < b.epoch_start) return true;
-  return thread / 32 == t.index / 32 && clock < t.warp->clock[t.lane][thread % 32];
+  if (c.uid == b.uid) {
+    if (thread == t.index || clock < b.epoch_start) return true;
+    if (thread / 32 == t.index / 32 && clock < t.warp->clock[t.lane][thread % 32]) return true;
+  }
+  return released_to(t, c.uid, thread, clock);
 }
 
 inline int distance(const Cell& c, const Cell& me) {
@@ -37,6 +39,11 @@ inline int distance(const Cell& c, const Cell& me) {
   if (other.uid == t.block->uid && other.pc & kLanding)
     fault(&t, pc, "race", "%s byte %llu of %s, which a copy %s that this thread has not waited for", verb, at,
           r.name, other_wrote ? "wrote" : "read");
+  if (other.uid != t.block->uid && g.cluster.has(other.uid))
+    fault(&t, pc, "race",
+          "%s byte %llu of %s, which thread %u of block %u of the cluster %s at @{%x} with no cluster "
+          "barrier in between",
+          verb, at, r.name, thread, other.uid - g.cluster.first_uid, other_verb, other.pc);
   if (other.uid != t.block->uid)
     fault(&t, pc, "race", "%s byte %llu of %s, which thread %u of another block %s at @{%x}", verb, at,
           r.name, thread, other_verb, other.pc);
@@ -51,7 +58,7 @@ inline void check_race(const Thread& t, Region& r, uintptr_t a, u32 width, bool 
     fault(&t, pc, "limits", "more than %u barriers in one block", kMaxClock);
   const Cell me{t.block->uid, t.index << kClockBits | t.warp->clock[t.lane][t.lane],
                 library_offset(pc)};
-  const u32 oldest = r.space == Space::shared ? t.block->uid : g.first_uid;
+  const u32 oldest = r.space == Space::shared ? g.cluster.first_uid : g.first_uid;
   size_t first = (a - r.base) >> r.granule_shift, last = (a + width - 1 - r.base) >> r.granule_shift;
   for (size_t granule = first; granule <= last; ++granule) {
     Cell* c = r.cells + 3 * granule;
@@ -181,6 +188,7 @@ inline __attribute__((always_inline)) Region* check_access(Thread* t, uintptr_t 
   if (write && !r->writable)
     fault(t, pc, "read-only", "%u-byte store at offset %llu of %s, which is read-only", width, at,
           r->name);
+  if (is_remote(*t, *r)) check_remote(*t, *r, write, pc);
   if (++t->since_sync > kSpinLimit)
     fault(t, pc, "deadlock", "%llu accesses with no barrier: the thread waits for another one",
           (unsigned long long)t->since_sync);
@@ -200,14 +208,15 @@ inline __attribute__((always_inline)) void access(uintptr_t a, u32 width, bool w
   if (!t || a - t->stack_low < kStackBytes) return;
   Region* r = check_access(t, a, width, write, natural, pc);
   if (!r || !g.count) return;
-  Counters& c = r->counters;
+  Region* counted = is_remote(*t, *r) ? g.remote_shared : r->tally;
+  Counters& c = counted->counters;
   ++(write ? c.writes : c.reads);
   (write ? c.written_bytes : c.read_bytes) += width;
   u64* widths = write ? c.write_widths : c.read_widths;
   ++widths[width >= 32 ? 5 : 31 - __builtin_clz(width)];
-  count_distinct(*r, a, width, write, t->block->uid);
+  if (r->space == Space::buffer) count_distinct(*r, a, width, write, t->block->uid);
   u64 site = pc ^ (t->depth ? t->hashes[std::min(t->depth, 63u) - 1] : 0);
-  t->log.push_back({a, site, r, library_offset(pc), u16(width), write});
+  t->log.push_back({a, site, counted, library_offset(pc), u16(width), write});
   t->warp->logged = true;
 }
 

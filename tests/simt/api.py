@@ -62,6 +62,7 @@ class LaunchRequest(ctypes.Structure):
         ("args", ctypes.c_void_p),
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
         ("shuffled", ctypes.c_int),
         ("count", ctypes.c_int),
@@ -90,6 +91,7 @@ def api() -> ctypes.CDLL:
         ("simt_region_set", None, (pointer, flag, flag)),
         ("simt_static_shared_new", pointer, (u64, u64)),
         ("simt_dynamic_region", pointer, ()),
+        ("simt_remote_region", pointer, ()),
         ("simt_sites", u64, (ctypes.POINTER(SiteCounters),)),
         ("simt_launch", flag, (ctypes.POINTER(LaunchRequest), ctypes.POINTER(Fault))),
     ):

@@ -175,7 +175,7 @@ inline void check_fence(const Thread& t, const Region& r, uintptr_t a, u32 bytes
 }
 
 inline void count_bulk(const Thread& t, const Copy& c) {
-  Counters &read = c.from->counters, &written = c.to->counters;
+  Counters &read = c.from->counters, &written = c.to->tally->counters;
   u64 sectors = ((c.from_at + c.bytes - 1) >> 5) - (c.from_at >> 5) + 1, waves = (c.bytes + 127) / 128;
   ++read.reads, ++read.warp_reads, ++read.read_widths[5];
   read.read_bytes += c.bytes;
@@ -186,7 +186,7 @@ inline void count_bulk(const Thread& t, const Copy& c) {
   written.wavefronts += waves, written.minimal_wavefronts += waves;
   SiteCounters& from = site_of(g.sites, c.from, library_offset(c.pc), false);
   from.bytes += c.bytes, from.sectors += sectors;
-  SiteCounters& to = site_of(g.sites, c.to, library_offset(c.pc), true);
+  SiteCounters& to = site_of(g.sites, c.to->tally, library_offset(c.pc), true);
   to.bytes += c.bytes, to.wavefronts += waves, to.minimal_wavefronts += waves;
 }
 
@@ -207,7 +207,7 @@ inline void copy_bulk(uintptr_t to, uintptr_t from, u32 bytes, uintptr_t at, uin
   if (may_end(a) && !a.waiting.empty()) end_phase(a);
 }
 
-// Before a block: nothing is in flight, and shared memory holds no mbarrier.
+// Before a cluster: nothing is in flight, and shared memory holds no mbarrier.
 inline void forget_copies() {
   g.arrivals.clear();
   g.landings.clear();
@@ -215,7 +215,7 @@ inline void forget_copies() {
   for (Region* r : g.regions) r->special = r->sources = 0;
 }
 
-// After a block: all that was issued must have been waited for.
+// After a cluster: all that was issued must have been waited for.
 inline bool report_copies_in_flight() {
   const Copy* left = nullptr;
   for (auto& thread : g.pool)

@@ -3,7 +3,7 @@
 #include <map>
 #include <string>
 
-#include "engine.hpp"
+#include "cluster.hpp"
 
 namespace simt {
 
@@ -36,11 +36,11 @@ inline void join_clocks(Warp& w, u32 mask) {
 }
 
 inline void next_epoch(Block& b) {
+  Warp* warps = &g.warps[b.first_warp];
   u32 latest = b.epoch_start;
-  for (u32 i = 0; i < b.size; ++i)
-    latest = std::max(latest, g.warps[i / 32].clock[i % 32][i % 32]);
+  for (u32 i = 0; i < b.size; ++i) latest = std::max(latest, warps[i / 32].clock[i % 32][i % 32]);
   b.epoch_start = latest + 1;
-  for (u32 w = 0; w < b.warps; ++w) std::fill_n(&g.warps[w].clock[0][0], 32 * 32, b.epoch_start);
+  for (u32 w = 0; w < b.warps; ++w) std::fill_n(&warps[w].clock[0][0], 32 * 32, b.epoch_start);
   for (Landing& l : g.landings) l.all = l.all || (l.uid == b.uid && l.seen.any());
 }
 
@@ -155,26 +155,28 @@ inline void describe_arrival(char* text, size_t size, const Thread& t) {
            (unsigned long long)bytes_in_flight(a), library_offset(t.wait_pc));
 }
 
+inline std::string describe(const Thread& t) {
+  char text[240];
+  if (t.state == State::exited) return "exited";
+  if (t.state == State::runnable) return "still running";
+  if (t.state == State::in_warp)
+    snprintf(text, sizeof text, "waiting in %s with mask 0x%08x, @{%x}", op_name(t.op), t.mask,
+             library_offset(t.wait_pc));
+  else if (t.state == State::in_arrival)
+    describe_arrival(text, sizeof text, t);
+  else
+    snprintf(text, sizeof text, "waiting at %s, @{%x}",
+             t.state == State::in_cluster ? "a cluster barrier" : "__syncthreads",
+             library_offset(t.wait_pc));
+  return text;
+}
+
 // Who waits where and who left, for a report; at most a dozen groups.
-inline std::string describe_waiting() {
+inline std::string describe_waiting(const Block& b) {
   std::map<std::string, std::pair<u32, u32>> groups;  // text -> (count, first thread)
-  for (u32 i = 0; i < g.block.size; ++i) {
-    const Thread& t = *g.pool[i];
-    char text[240];
-    if (t.state == State::exited) {
-      snprintf(text, sizeof text, "exited");
-    } else if (t.state == State::in_barrier) {
-      snprintf(text, sizeof text, "waiting at __syncthreads, @{%x}", library_offset(t.wait_pc));
-    } else if (t.state == State::in_warp) {
-      snprintf(text, sizeof text, "waiting in %s with mask 0x%08x, @{%x}", op_name(t.op), t.mask,
-               library_offset(t.wait_pc));
-    } else if (t.state == State::in_arrival) {
-      describe_arrival(text, sizeof text, t);
-    } else {
-      snprintf(text, sizeof text, "still running");
-    }
-    auto& group = groups.emplace(text, std::make_pair(0u, i)).first->second;
-    ++group.first;
+  for (u32 i = 0; i < b.size; ++i) {
+    const Thread& t = *g.pool[b.first_thread + i];
+    ++groups.emplace(describe(t), std::make_pair(0u, i)).first->second.first;
   }
   std::string out;
   int shown = 0;
@@ -187,10 +189,17 @@ inline std::string describe_waiting() {
 }
 
 inline void report_deadlock() {
-  const Index3& b = g.block.id;
-  bool barrier = g.block.waiting != 0;
-  report_fault(nullptr, 0, barrier ? "barrier-divergence" : "deadlock",
-               "block (%u, %u, %u) cannot go on:%s", b.x, b.y, b.z, describe_waiting().c_str());
+  const Cluster& c = g.cluster;
+  bool barrier = c.arrived != 0;
+  std::string out;
+  for (u32 rank = 0; rank < c.size; ++rank) {
+    const Block& b = c.blocks[rank];
+    barrier = barrier || b.waiting;
+    char text[80];
+    snprintf(text, sizeof text, "block (%u, %u, %u) cannot go on:", b.id.x, b.id.y, b.id.z);
+    out += (rank ? "\n  " : "") + (text + describe_waiting(b));
+  }
+  report_fault(nullptr, 0, barrier ? "barrier-divergence" : "deadlock", "%s", out.c_str());
 }
 
 inline int barrier(int line, int op, int predicate, uintptr_t pc) {
@@ -200,23 +209,24 @@ inline int barrier(int line, int op, int predicate, uintptr_t pc) {
   t.state = State::in_barrier;
   if (b.exited)
     fault(&t, pc, "barrier-divergence", "not all threads of the block reach __syncthreads:%s",
-          describe_waiting().c_str());
+          describe_waiting(b).c_str());
   if (!b.waiting) {
     b.barrier_line = line, b.barrier_op = op;
     b.votes = 0;
   } else if (b.barrier_line != line || b.barrier_op != op) {
     fault(&t, pc, "barrier-divergence", "threads of one block wait at different barriers:%s",
-          describe_waiting().c_str());
+          describe_waiting(b).c_str());
   }
   b.votes += predicate;
   if (++b.waiting == b.size) {
     b.waiting = 0;
     next_epoch(b);
-    for (u32 w = 0; w < b.warps; ++w) flush_warp(g.warps[w]);
+    for (u32 w = 0; w < b.warps; ++w) flush_warp(g.warps[b.first_warp + w]);
     int votes[] = {b.votes, b.votes == int(b.size), b.votes != 0};
     for (u32 i = 0; i < b.size; ++i) {
-      g.pool[i]->result = op < 0 ? 0 : u64(votes[op]);
-      make_runnable(g.pool[i].get());
+      Thread* other = g.pool[b.first_thread + i].get();
+      other->result = op < 0 ? 0 : u64(votes[op]);
+      make_runnable(other);
     }
   }
   suspend(&t);
@@ -226,8 +236,11 @@ inline int barrier(int line, int op, int predicate, uintptr_t pc) {
 // The thread has returned from the kernel; it is never resumed.
 inline void leave(Thread* t) {
   Warp& w = *t->warp;
+  Block& b = *t->block;
+  check_cluster_at_exit(*t);
   t->state = State::exited;
-  ++t->block->exited;
+  ++b.exited;
+  ++g.cluster.exited;
   w.exited |= 1u << t->lane;
   for (u32 rest = w.present & ~w.exited; rest; rest &= rest - 1) {
     const Thread& other = *w.lanes[__builtin_ctz(rest)];
@@ -236,10 +249,11 @@ inline void leave(Thread* t) {
             "%s names lane %u in its mask 0x%08x, but that lane has exited", op_name(other.op), t->lane,
             other.mask);
   }
-  if (t->block->waiting)
+  if (b.waiting)
     fault(t, 0, "barrier-divergence", "the thread exits while others wait at __syncthreads:%s",
-          describe_waiting().c_str());
+          describe_waiting(b).c_str());
   if (w.exited == w.present) flush_warp(w);
+  if (b.exited == b.size) check_exit(*t);
   suspend(t);
 }
 

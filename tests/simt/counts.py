@@ -67,7 +67,7 @@ class BufferTraffic:
 
 @dataclass(frozen=True)
 class SharedTraffic:
-    """What one launch did to shared memory, static and dynamic together."""
+    """What one launch did to shared memory, static and dynamic together, of all blocks."""
 
     read_bytes: int = 0
     written_bytes: int = 0
@@ -76,6 +76,10 @@ class SharedTraffic:
     wavefronts: int = 0
     minimal_wavefronts: int = 0
     max_ways: int = 0
+    remote_read_bytes: int = 0  # of other blocks of the cluster; not in the bytes above
+    remote_written_bytes: int = 0
+    remote_warp_reads: int = 0
+    remote_warp_writes: int = 0
 
 
 def _ratio(part: int, whole: int) -> float:
@@ -153,6 +157,7 @@ def collect(
 ) -> Traffic:
     """Counters of the launch that has just ended."""
     names = {b.region: b.name for b in buffers}
+    names[api().simt_remote_region()] = "remote shared memory"
     records = []
     for b in buffers:
         c = Counters.from_address(b.region)
@@ -164,10 +169,15 @@ def collect(
     regions = [api().simt_dynamic_region()] if dynamic else []
     regions += [static_region] if static_region else []
     shared = [Counters.from_address(r) for r in regions]
+    own = [f.name for f in fields(SharedTraffic) if not f.name.startswith("remote_")]
     merged = {
-        f.name: (max if f.name == "max_ways" else sum)([getattr(c, f.name) for c in shared] or [0])
-        for f in fields(SharedTraffic)
+        name: (max if name == "max_ways" else sum)([getattr(c, name) for c in shared] or [0])
+        for name in own
     }
+    if dynamic:
+        remote = Counters.from_address(api().simt_remote_region())
+        for name in ("read_bytes", "written_bytes", "warp_reads", "warp_writes"):
+            merged[f"remote_{name}"] = getattr(remote, name)
     found = (SiteCounters * api().simt_sites(None))()
     api().simt_sites(found)
     sites = [(c.pc, names.get(c.region, "shared memory"), c) for c in found]

@@ -16,7 +16,7 @@ struct Index3 {
 struct Block;
 struct Warp;
 
-enum class State : u8 { runnable, in_warp, in_barrier, in_arrival, exited };
+enum class State : u8 { runnable, in_warp, in_barrier, in_arrival, in_cluster, exited };
 
 struct Thread {
   Context context;
@@ -30,6 +30,10 @@ struct Thread {
   int param, width;
   u64 value, result;
   uintptr_t wait_pc;
+  // Cluster barriers this thread has waited for; whether it has arrived at the next one; the clock up
+  // to which it has released its accesses to the cluster.
+  u32 phases, released;
+  bool arrived;
   // Calls in progress: the sites to report, and a hash that tells apart calls of one helper.
   u32 depth;
   uintptr_t calls[64];
@@ -48,16 +52,42 @@ struct Warp {
   const Thread* first_waiting;
   bool alike;  // all waiting lanes wait in the same operation with the same mask
   bool logged;
+  u32 arrived;  // lanes, at the cluster barrier
+  uintptr_t arrive_pc;
   // clock[a][b]: accesses of lane b below this are ordered before what lane a does now.
   u32 clock[32][32];
 };
 
 struct Block {
-  u32 uid, size, warps, waiting, exited;
+  u32 uid, rank, size, warps, waiting, exited;
+  u32 first_thread, first_warp;  // in the engine's lists
+  Region* shared;                // dynamic
   int barrier_line;
   int barrier_op, votes;
   u32 epoch_start;  // every clock of the block starts here after a block barrier
   Index3 id;
+};
+
+constexpr u32 kMaxCluster = 8;  // the portable size
+constexpr u32 kMaxThreads = 1024;
+constexpr u32 kSharedCapacity = 256 * 1024;  // more than any device has for a block
+
+// The last access of one thread to the shared memory of another block.
+struct Touch {
+  u32 clock, pc;
+};
+
+// Blocks that run together; one block where the text says nothing of clusters.
+struct Cluster {
+  u32 size, threads, first_uid, arrived, exited, phases;
+  Block blocks[kMaxCluster];
+  // [phase % 3][rank, thread]: the clock up to which the thread had released when it arrived at that
+  // cluster barrier. Three, because some threads still look at the last phase but one while others
+  // have gone through the last and arrive at the next.
+  std::vector<u32> clocks[3];
+  std::vector<Touch> touched[kMaxCluster];  // of each block's shared memory, by [rank, thread]
+
+  bool has(u32 uid) const { return uid - first_uid < size; }
 };
 
 // Read by launch.py through ctypes: keep the order of the fields.
@@ -78,7 +108,7 @@ struct Engine {
 
   std::vector<std::unique_ptr<Thread>> pool;
   std::vector<Warp> warps;
-  Block block;
+  Cluster cluster;
   std::vector<Thread*> queue;
   size_t queue_head = 0;
   Sites sites;
@@ -95,7 +125,8 @@ struct Engine {
 
   std::vector<Region*> regions;  // sorted by base: buffers, then shared memory
   Region* by_site[1024];
-  Region* dynamic_shared = nullptr;
+  Region* dynamic_shared[kMaxCluster] = {};  // by rank
+  Region* remote_shared = nullptr;
   Region* static_shared = nullptr;
   u32 shared_bytes = 0;
   uintptr_t library_low = 0, library_high = 0;

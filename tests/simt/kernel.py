@@ -46,6 +46,12 @@ class Kernel:
             rf"__global__[^;{{}}]*?__launch_bounds__\(\s*(\d+)[^;{{}}]*?\b{entry}\s*\(", source
         )
         self.launch_bounds = int(bounds[-1]) if bounds else None
+        clusters = re.findall(
+            rf"__global__[^;{{}}]*?__cluster_dims__\(([^()]*)\)[^;{{}}]*?\b{entry}\s*\(", source
+        )
+        # Blocks of a cluster along x, y and z.
+        dims = [int(n) for n in clusters[-1].split(",")] if clusters else []
+        self.cluster = (*dims, 1, 1, 1)[:3]
 
     def pack(self, args: Sequence[Any]) -> list[ctypes.Array[ctypes.c_char]]:
         """Bytes of each argument, checked against the entry's own parameter types."""

@@ -86,11 +86,16 @@ def launch(
         loaded = kernel(source, entry)
         opt_in = shared_bytes if opt_in_shared is None else opt_in_shared
         refusal = limits.refuse(
-            grid, block, shared_bytes, loaded.static_bytes, opt_in, registers_per_thread
-        )
+            grid, block, shared_bytes, loaded.static_bytes, opt_in, registers_per_thread,
+            loaded.cluster,
+        )  # fmt: skip
         bounds, threads = loaded.launch_bounds, block[0] * block[1] * block[2]
         if not refusal and bounds and threads > bounds:
             refusal = f"block {block} has {threads} threads; its __launch_bounds__ allow {bounds}"
+        if not refusal and max(loaded.cluster[1:]) > 1:
+            refusal = f"a cluster of {loaded.cluster}: only those along x are simulated"
+        if not refusal and loaded.cluster[0] > 1 and loaded.static_bytes:
+            refusal = "static shared memory in a cluster is not simulated; take dynamic"
         if refusal:
             raise SimtFault("limits", f"{entry}: {refusal}")
         packed = loaded.pack(args)
@@ -99,8 +104,8 @@ def launch(
         regions = (ctypes.c_void_p * max(1, len(buffers)))(*(b.region for b in buffers))
         pointers = (ctypes.c_void_p * max(1, len(packed)))(*(ctypes.addressof(p) for p in packed))
         request = LaunchRequest(
-            loaded.address, ctypes.addressof(pointers), grid, block, shared_bytes,
-            seed is not None, count, flush, int(limits.compute_capability) >= 100,
+            loaded.address, ctypes.addressof(pointers), grid, block, loaded.cluster[0],
+            shared_bytes, seed is not None, count, flush, int(limits.compute_capability) >= 100,
             (seed or 0) & (2**64 - 1), ctypes.addressof(regions), len(buffers),
             loaded.static_region, *loaded.mapped_range,
         )  # fmt: skip

@@ -32,6 +32,7 @@ class DeviceLimits:
     shared: int = 48 * KIB
     registers: int = 64 * KIB
     registers_per_thread: int = 255
+    cluster: int = 8  # the portable size; 16 would need an attribute that no CuPy call sets
 
     @classmethod
     def of(cls, compute_capability: str) -> DeviceLimits:
@@ -47,6 +48,7 @@ class DeviceLimits:
         static_shared: int,
         opt_in: int,
         registers_per_thread: int | None,
+        cluster: tuple[int, int, int] = (1, 1, 1),
     ) -> str:
         """Why the device would refuse the launch; empty when it would not."""
         sm = f"sm_{self.compute_capability}"
@@ -58,6 +60,9 @@ class DeviceLimits:
                 return f"grid {axis} is {g}; {sm} takes 1 to {most_g}"
             if not 1 <= b <= most_b:
                 return f"block {axis} is {b}; {sm} takes 1 to {most_b}"
+        refusal = self._refuse_cluster(grid, cluster)
+        if refusal:
+            return refusal
         if threads > self.threads:
             return f"block {block} has {threads} threads; {sm} takes {self.threads}"
         if static_shared > self.shared:
@@ -82,4 +87,18 @@ class DeviceLimits:
                 f"{threads} threads of {registers_per_thread} registers use {used}; "
                 f"{sm} has {self.registers} per block and {self.registers_per_thread} per thread"
             )
+        return ""
+
+    def _refuse_cluster(self, grid: tuple[int, int, int], cluster: tuple[int, int, int]) -> str:
+        if cluster == (1, 1, 1):
+            return ""
+        sm = f"sm_{self.compute_capability}"
+        blocks = cluster[0] * cluster[1] * cluster[2]
+        if int(self.compute_capability) < 90:
+            return f"clusters of {blocks} blocks; {sm} has none, sm_90 and newer have"
+        if not 1 <= blocks <= self.cluster:
+            return f"clusters of {blocks} blocks; {sm} takes {self.cluster}"
+        for axis, g, c in zip("xyz", grid, cluster, strict=True):
+            if g % c:
+                return f"grid {axis} is {g}, no multiple of the cluster's {c}"
         return ""

@@ -39,7 +39,8 @@ struct Stamp {
   u32 uid, mask;
 };
 
-enum class Space : int { buffer, shared, foreign };
+// `remote` only counts: what blocks of a cluster do to each other's shared memory.
+enum class Space : int { buffer, shared, foreign, remote };
 
 // Of each byte: nobody wrote it, somebody did, a copy to it is in flight, it belongs to an mbarrier.
 enum : u8 { kUndefined, kDefined, kInFlight, kArrival };
@@ -56,6 +57,8 @@ struct Region {
   u32 special;  // copies in flight to it, and mbarriers
   u32 sources;  // copies in flight from it
   Space space;
+  int rank;       // of the block in its cluster whose dynamic shared memory this is, or -1
+  Region* tally;  // where its accesses are counted: itself, but for the blocks of a cluster
   char name[96];
   void* mapping;
   size_t mapping_bytes;
@@ -113,6 +116,8 @@ inline Region* new_region(size_t nbytes, size_t offset, u32 granule_shift, const
   r->granule_shift = granule_shift;
   r->writable = 1;
   r->space = Space::buffer;
+  r->rank = -1;
+  r->tally = r;
   snprintf(r->name, sizeof r->name, "%s", name);
   if (!map_shadow(*r)) {
     munmap(r->mapping, r->mapping_bytes);

@@ -35,6 +35,11 @@ void simt_arrive_with_copies(void* arrival);
 void simt_arrive_expecting(void* arrival, simt_u32 bytes);
 void simt_copy_bulk(void* to, const void* from, simt_u32 bytes, void* arrival);
 void simt_arrival_wait(void* arrival, simt_u32 parity);
+// What stands for PTX's %cluster_ctarank, barrier.cluster.arrive and .wait, and mapa.
+int simt_cluster_rank() __attribute__((const));
+void simt_cluster_arrive(int release);
+void simt_cluster_wait();
+void* simt_cluster_map(void* p, int rank);
 
 float sqrtf(float);
 double sqrt(double);
@@ -70,6 +75,7 @@ double rint(double);
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
 #define SIMT_INLINE inline __attribute__((always_inline))

@@ -1,127 +1,12 @@
 // The runtime that kernel libraries link: scheduler, barriers, warp operations, sanitizer entry points.
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
 #include "access.hpp"
 #include "async.hpp"
-#include "collective.hpp"
 #include "crash.hpp"
+#include "scheduler.hpp"
 
 namespace simt {
 
 Engine g;
-
-static void fiber_main() {
-  for (;;) {
-    g.entry(g.args);
-    leave(g.current);
-  }
-}
-
-static bool prepare_block(u64 linear) {
-  Block& b = g.block;
-  b = Block{};
-  b.uid = g.next_uid++;
-  b.size = g.block_dim.x * g.block_dim.y * g.block_dim.z;
-  b.warps = (b.size + 31) / 32;
-  b.epoch_start = 1;
-  b.id = {u32(linear % g.grid.x), u32(linear / g.grid.x % g.grid.y),
-          u32(linear / g.grid.x / g.grid.y)};
-  while (g.pool.size() < b.size) {
-    g.pool.push_back(std::make_unique<Thread>());
-    if (!(g.pool.back()->stack_low = new_stack())) {
-      g.pool.pop_back();
-      report_fault(nullptr, 0, "limits", "no memory for the stacks of %u threads", b.size);
-      return false;
-    }
-  }
-  if (g.warps.size() < b.warps) g.warps.resize(b.warps);
-  for (u32 w = 0; w < b.warps; ++w) {
-    g.warps[w] = Warp{};
-    std::fill_n(&g.warps[w].clock[0][0], 32 * 32, b.epoch_start);
-  }
-  g.queue.clear();
-  g.queue_head = 0;
-  for (u32 i = 0; i < b.size; ++i) {
-    Thread& t = *g.pool[i];
-    t.block = &b;
-    t.warp = &g.warps[i / 32];
-    t.index = i;
-    t.lane = i % 32;
-    t.id = {i % g.block_dim.x, i / g.block_dim.x % g.block_dim.y,
-            i / g.block_dim.x / g.block_dim.y};
-    t.depth = 0;
-    t.log.clear();
-    t.warp->lanes[t.lane] = &t;
-    t.warp->present |= 1u << t.lane;
-    t.context.prepare(t.stack_low, i, fiber_main);
-    make_runnable(&t);
-  }
-  for (Region* r : {g.dynamic_shared, g.static_shared}) {
-    if (!r || !r->size()) continue;
-    memset(reinterpret_cast<void*>(r->base), 0xFF, r->size());
-    memset(r->defined, kUndefined, r->size());
-  }
-  forget_copies();
-  return true;
-}
-
-static Thread* pick() {
-  if (g.queue_head == g.queue.size()) return nullptr;
-  if (g.shuffled) {
-    size_t left = g.queue.size() - g.queue_head;
-    std::swap(g.queue[g.queue_head], g.queue[g.queue_head + next_random() % left]);
-  }
-  Thread* t = g.queue[g.queue_head++];
-  if (g.queue_head == g.queue.size()) g.queue.clear(), g.queue_head = 0;
-  return t;
-}
-
-static bool run_block(u64 linear) {
-  if (!prepare_block(linear)) return false;
-  while (Thread* t = pick()) {
-    g.current = t;
-    Context::swap(g.scheduler, t->context);
-    g.current = nullptr;
-    if (g.faulted) return false;
-  }
-  if (g.block.exited != g.block.size) {
-    report_deadlock();
-    return false;
-  }
-  for (u32 w = 0; w < g.block.warps; ++w) flush_warp(g.warps[w]);
-  return !report_copies_in_flight();
-}
-
-// CuPy compiles with -ftz=true. (Here float64 flushes too, which it does not on a GPU.)
-struct FlushSubnormals {
-#if defined(__x86_64__)
-  unsigned before = _mm_getcsr();
-  explicit FlushSubnormals(bool on) { _mm_setcsr(on ? before | 0x8040 : before & ~0x8040u); }
-  ~FlushSubnormals() { _mm_setcsr(before); }
-#else
-  explicit FlushSubnormals(bool) {}
-#endif
-};
-
-static u64 gcd(u64 a, u64 b) { return b ? gcd(b, a % b) : a; }
-
-// Blocks in an order that visits each once: start + i * step, with a step that shares no factor.
-static void run_grid() {
-  u64 blocks = u64(g.grid.x) * g.grid.y * g.grid.z, start = 0, step = 1;
-  if (g.shuffled && blocks > 2) {
-    start = next_random() % blocks;
-    do {
-      step = 1 + next_random() % (blocks - 1);
-    } while (gcd(step, blocks) != 1);
-  }
-  u64 at = start;
-  for (u64 i = 0; i < blocks; ++i) {
-    if (!run_block(at)) return;
-    at = u64((unsigned __int128)(at + step) % blocks);
-  }
-}
 
 }  // namespace simt
 
@@ -134,7 +19,7 @@ struct LaunchRequest {
   void (*entry)(void**);
   void** args;
   u32 grid[3], block[3];
-  u32 shared_bytes;
+  u32 cluster, shared_bytes;
   int shuffled, count, flush, wide_vectors;
   u64 seed;
   Region** regions;
@@ -163,6 +48,8 @@ EXPORT Region* simt_static_shared_new(u64 base, u64 nbytes) {
   r->end = base + nbytes;
   r->writable = 1;
   r->space = Space::shared;
+  r->rank = -1;
+  r->tally = r;
   snprintf(r->name, sizeof r->name, "static shared memory");
   return map_shadow(*r) ? r : nullptr;
 }
@@ -172,16 +59,33 @@ EXPORT u64 simt_sites(SiteCounters* out) {
     for (auto& [key, site] : g.sites) *out++ = site;
   return g.sites.size();
 }
-EXPORT Region* simt_dynamic_region() { return g.dynamic_shared; }
+EXPORT Region* simt_dynamic_region() { return g.dynamic_shared[0]; }
+EXPORT Region* simt_remote_region() { return g.remote_shared; }
+
+// One for each block of a cluster; all are counted in the first.
+static bool dynamic_shared(u32 blocks, u32 nbytes) {
+  if (nbytes > kSharedCapacity) return false;
+  if (!g.remote_shared) {
+    g.remote_shared = new Region();
+    g.remote_shared->space = Space::remote;
+  }
+  for (u32 rank = 0; rank < blocks; ++rank) {
+    Region*& r = g.dynamic_shared[rank];
+    if (!r && !(r = new_region(kSharedCapacity, 0, 0, "dynamic shared memory"))) return false;
+    r->space = Space::shared;
+    r->rank = int(rank);
+    r->tally = g.dynamic_shared[0];
+    r->end = r->base + nbytes;
+    if (blocks > 1)
+      snprintf(r->name, sizeof r->name, "dynamic shared memory of block %u of the cluster", rank);
+    else
+      snprintf(r->name, sizeof r->name, "dynamic shared memory");
+    if (nbytes) g.regions.push_back(r);
+  }
+  return true;
+}
 
 EXPORT int simt_launch(const LaunchRequest* q, Fault* out) {
-  constexpr u32 kDynamicCapacity = 256 * 1024;
-  if (!g.dynamic_shared) {
-    g.dynamic_shared = new_region(kDynamicCapacity, 0, 0, "dynamic shared memory");
-    g.dynamic_shared->space = Space::shared;
-  }
-  if (q->shared_bytes > kDynamicCapacity) return 2;
-  g.dynamic_shared->end = g.dynamic_shared->base + q->shared_bytes;
   g.static_shared = q->static_shared;
   g.entry = q->entry;
   g.args = q->args;
@@ -195,13 +99,14 @@ EXPORT int simt_launch(const LaunchRequest* q, Fault* out) {
   g.library_high = q->library_high;
   g.first_uid = g.next_uid;
   g.regions.assign(q->regions, q->regions + q->region_count);
-  if (q->shared_bytes) g.regions.push_back(g.dynamic_shared);
+  g.cluster.size = q->cluster;
+  if (!dynamic_shared(q->cluster, q->shared_bytes)) return 2;
   if (g.static_shared) g.regions.push_back(g.static_shared);
   std::sort(g.regions.begin(), g.regions.end(),
             [](const Region* a, const Region* b) { return a->base < b->base; });
   memset(g.by_site, 0, sizeof g.by_site);
   for (Region* r : g.regions) memset(&r->counters, 0, sizeof r->counters);
-  g.dynamic_shared->counters = Counters{};
+  g.dynamic_shared[0]->counters = g.remote_shared->counters = Counters{};
   g.sites.clear();
   g.faulted = false;
   {
@@ -222,7 +127,15 @@ EXPORT Index3 simt_thread_idx() { return g.current->id; }
 EXPORT Index3 simt_block_idx() { return g.current->block->id; }
 EXPORT Index3 simt_block_dim() { return g.block_dim; }
 EXPORT Index3 simt_grid_dim() { return g.grid; }
-EXPORT void* simt_dynamic_shared() { return reinterpret_cast<void*>(g.dynamic_shared->base); }
+EXPORT void* simt_dynamic_shared() {
+  return reinterpret_cast<void*>(g.current->block->shared->base);
+}
+EXPORT int simt_cluster_rank() { return int(g.current->block->rank); }
+EXPORT void simt_cluster_arrive(int release) { cluster_arrive(release != 0, PC); }
+EXPORT void simt_cluster_wait() { cluster_wait(PC); }
+EXPORT void* simt_cluster_map(void* p, int rank) {
+  return reinterpret_cast<void*>(cluster_map(reinterpret_cast<uintptr_t>(p), u32(rank), PC));
+}
 EXPORT void simt_syncthreads(int line) { barrier(line, -1, 0, PC); }
 EXPORT int simt_syncthreads_vote(int line, int op, int predicate) {
   return barrier(line, op, predicate, PC);

@@ -90,7 +90,7 @@ inline void count_warp_access(const WarpAccess& w, const int* lane_of, Sites& si
   ++(w.write ? c.warp_writes : c.warp_reads);
   if (w.region->space == Space::shared) {
     count_banks(w, lane_of, c, s);
-  } else {
+  } else if (w.region->space == Space::buffer) {
     u32 sectors = count_sectors(w);
     (w.write ? c.write_sectors : c.read_sectors) += sectors;
     s.sectors += sectors;
