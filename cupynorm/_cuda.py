@@ -155,7 +155,7 @@ def prepared_bwd(
 def loaded(stages: Sequence[Stage], index: int) -> tuple[Any, ...]:
     """Compile and load the kernels of a plan on GPU `index`, the current one."""
     # A launch needs no permission for up to 48 KiB; only these texts are ever launched with more.
-    large = ("shared", "column", "panels")
+    large = ("shared", "cluster", "column", "panels")
     return tuple(
         kernel_of(stage.name, source_of(stage), stage.family.startswith(large), index)
         for stage in stages

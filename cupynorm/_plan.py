@@ -2,7 +2,10 @@
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
+from cupynorm._chunk import CHUNK_PARTIALS, CHUNK_THREADS, CHUNK_VECS, VEC_BYTES
+from cupynorm._plan_cluster import CLUSTER_SPLIT_MIN_VECS, ClusterRow, cluster_bytes, cluster_row
 from cupynorm._problem import ITEMSIZE, Problem
 from cupynorm._staging import LABELS, STAGE_REGISTERS, copied_bytes, staging_of
 
@@ -22,11 +25,7 @@ __all__ = [
     "table_row",
 ]
 
-VEC_BYTES = 16
-CHUNK_VECS = 1024  # kernels/chunk.cuh: 256 threads of 4 vectors, 16 KiB
-CHUNK_THREADS = 256
-CHUNK_PARTIALS = 25
-# One section per chunk up to this many, so that every row K3 can hold has the tree of K5.
+# One section per chunk up to this many, so that every row K3 and K4 can hold has the tree of K5.
 MAX_SECTIONS = 512
 MAX_GRID_X = 2**31 - 1
 
@@ -53,6 +52,8 @@ class Device:
 @dataclass(frozen=True, slots=True)
 class TableRow:
     """One row of the plan table: rows of x of up to `max_vecs` 16-byte vectors."""
+
+    cluster: ClassVar[int] = 1
 
     family: str
     max_vecs: int
@@ -104,6 +105,7 @@ class Stage:
     block: tuple[int, int, int]
     shared_bytes: int
     blocks_per_sm: int
+    cluster: int = 1  # blocks that run together
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +117,11 @@ class Plan:
     threads_per_row: int
     vecs_per_thread: int
     rows_per_block: int
-    sections: int  # per row (K5)
-    chunks_per_section: int
-    parts: int  # blocks per row that normalize (K5)
-    workspace_bytes: int
     source: str  # of the thresholds
+    sections: int = 0  # per row (K5)
+    chunks_per_section: int = 0
+    parts: int = 0  # blocks per row that normalize (K5)
+    workspace_bytes: int = 0
 
 
 def table_row(vecs: int) -> TableRow:
@@ -131,8 +133,8 @@ def table_row(vecs: int) -> TableRow:
 def choose_plan(problem: Problem, device: Device) -> Plan:
     """Choose kernel and launch.
 
-    The choice looks at N and the dtypes; at the number of rows only between K3 and K5, whose bits
-    are the same.
+    The choice looks at N, the dtypes and the device; at the number of rows only between K5 and K3
+    or K4, whose bits are the same.
 
     Parameters
     ----------
@@ -151,14 +153,27 @@ def choose_plan(problem: Problem, device: Device) -> Plan:
         If the launch would need more than 2**31 - 1 blocks.
     """
     vecs = -(-problem.N * ITEMSIZE[problem.x_dtype] // VEC_BYTES)
-    row = table_row(vecs)
-    if row.family == "shared":
-        few = problem.rows <= SPLIT_ROWS_PER_SM * device.sm_count and vecs >= SPLIT_MIN_VECS
-        if few or _staged_bytes(problem, vecs, device) > device.shared_bytes:
-            row = TABLE[-1]
+    row: TableRow | ClusterRow = table_row(vecs)
+    if row.family in ("shared", "split"):
+        row = _long_row(problem, row, vecs, device)
     if row.family == "split":
         return _split_plan(problem, row, device)
     return _row_plan(problem, row, vecs, device)
+
+
+def _long_row(
+    problem: Problem, row: TableRow | ClusterRow, vecs: int, device: Device
+) -> TableRow | ClusterRow:
+    """Let K4, K3 or K5 have a row that fits no block's registers."""
+    size, least = _accumulator_bytes(problem), SPLIT_MIN_VECS
+    capability = device.compute_capability
+    wide = cluster_row(vecs, ITEMSIZE[problem.x_dtype], size, capability, device.shared_bytes)
+    if wide:
+        row, least = wide, CLUSTER_SPLIT_MIN_VECS
+    elif _staged_bytes(problem, vecs, device) > device.shared_bytes:
+        return TABLE[-1]
+    few = problem.rows * row.cluster <= SPLIT_ROWS_PER_SM * device.sm_count
+    return TABLE[-1] if few and vecs >= least else row
 
 
 def _staged_bytes(problem: Problem, vecs: int, device: Device) -> int:
@@ -172,16 +187,24 @@ def _accumulator_bytes(problem: Problem) -> int:
     return 8 if problem.x_dtype == "float64" else 4
 
 
-def _row_plan(problem: Problem, row: TableRow, vecs: int, device: Device) -> Plan:
-    """K1, K2, K3: a row stays with one block."""
-    rows_per_block = row.threads // row.threads_per_row * row.rows_per_group
-    if row.family == "shared":
+def _row_plan(
+    problem: Problem, row: TableRow | ClusterRow, vecs: int, device: Device
+) -> Plan:
+    """K1 to K4: a row stays with one block or one cluster."""
+    rows_per_block = 1
+    if isinstance(row, ClusterRow):
+        vecs_per_thread = 4
+        constants: tuple[int, ...] = (row.cluster, row.threads)
+        shared = cluster_bytes(row, vecs, _accumulator_bytes(problem))
+        label = f"c{row.cluster}_t{row.threads}"
+    elif row.family == "shared":
         vecs_per_thread = 4
         staging = staging_of(device.compute_capability)
-        constants: tuple[int, ...] = (row.threads, staging)
+        constants = (row.threads, staging)
         shared = _staged_bytes(problem, vecs, device)
         label = f"t{row.threads}{LABELS[staging]}"
     else:
+        rows_per_block = row.threads // row.threads_per_row * row.rows_per_group
         vecs_per_thread = -(-vecs // row.threads_per_row)
         constants = (row.threads, row.threads_per_row, vecs_per_thread)
         shared = 0
@@ -191,7 +214,7 @@ def _row_plan(problem: Problem, row: TableRow, vecs: int, device: Device) -> Pla
             label += f"_r{row.rows_per_group}"
         else:
             shared = 3 * row.threads // 32 * _accumulator_bytes(problem)
-    grid = -(-problem.rows // rows_per_block)
+    grid = row.cluster * -(-problem.rows // rows_per_block)
     stage = _stage(problem, row, f"layer_norm_fwd_{row.family}", constants, label, grid, shared)
     return Plan(
         family=row.family,
@@ -199,15 +222,11 @@ def _row_plan(problem: Problem, row: TableRow, vecs: int, device: Device) -> Pla
         threads_per_row=row.threads_per_row,
         vecs_per_thread=vecs_per_thread,
         rows_per_block=rows_per_block,
-        sections=0,
-        chunks_per_section=0,
-        parts=0,
-        workspace_bytes=0,
         source=row.source,
     )
 
 
-def _split_plan(problem: Problem, row: TableRow, device: Device) -> Plan:
+def _split_plan(problem: Problem, row: TableRow | ClusterRow, device: Device) -> Plan:
     """K5: the sections depend on N alone, so that a row's bits do not depend on the other rows."""
     vecs = -(-problem.N * ITEMSIZE[problem.x_dtype] // VEC_BYTES)
     chunks = -(-vecs // CHUNK_VECS)
@@ -248,7 +267,7 @@ CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64
 
 def _stage(
     problem: Problem,
-    row: TableRow,
+    row: TableRow | ClusterRow,
     kernel: str,
     constants: tuple[int, ...],
     label: str,
@@ -280,4 +299,5 @@ def _stage(
         block=(row.threads, 1, 1),
         shared_bytes=shared,
         blocks_per_sm=row.blocks_per_sm_f64 if double else row.blocks_per_sm,
+        cluster=row.cluster,
     )

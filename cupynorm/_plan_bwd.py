@@ -9,15 +9,25 @@ from cupynorm._plan import (
     CODES,
     MAX_GRID_X,
     MAX_SECTIONS,
+    SPLIT_MIN_VECS,
     VEC_BYTES,
     Device,
     Stage,
     TableRow,
 )
+from cupynorm._plan_cluster import (
+    CLUSTER_BWD_MIN_VECS,
+    SPLIT_BLOCKS_PER_SM_BWD,
+    ClusterBwdRow,
+    cluster_bwd_bytes,
+    cluster_bwd_row,
+    resident_clusters,
+)
+from cupynorm._plan_totals import totals_stage
 from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
 from cupynorm._staging import LABELS, STAGE_REGISTERS, next_row_bytes, staging_of
 
-__all__ = ["BWD_TABLE", "GradientPlan", "choose_plan_bwd", "totals_stage"]
+__all__ = ["BWD_TABLE", "GradientPlan", "choose_plan_bwd"]
 
 _PREDICTED = "predicted, bench/results/model.md"
 
@@ -47,8 +57,9 @@ COPIED_VECS = {"float16": 8, "bfloat16": 8, "float32": 8, "float64": 7}
 AHEAD_VECS = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 3}
 APPLY_VECS = 2  # kernels/layer_norm_split_bwd.cuh
 APPLY_BLOCKS_PER_SM = 2
-TOTALS_THREADS = 1024
 MERGE_THREADS = 128
+
+_Row = TableRow | ClusterBwdRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +71,23 @@ class GradientPlan:
     threads_per_row: int
     vecs_per_thread: int
     rows_per_block: int
-    sections: int  # per row (K5)
-    chunks_per_section: int
-    partials: int  # blocks that leave sums for dweight and dbias
+    partials: int  # blocks (K4: clusters) that leave sums for dweight and dbias
     pitch: int  # columns of one partial
-    sums_at: int  # bytes into the workspace, K5's
-    gradients_at: int
     workspace_bytes: int
     passes: int  # over memory: of x, dy and dx, of which each has one at least
     source: str
+    sections: int = 0  # per row (K5)
+    chunks_per_section: int = 0
+    sums_at: int = 0  # bytes into the workspace, K5's
+    gradients_at: int = 0
 
 
 @functools.lru_cache(maxsize=4096)
 def choose_plan_bwd(problem: GradientProblem, device: Device) -> GradientPlan:
     """Choose kernels and launches.
 
-    Which family runs depends on N, the dtypes and the device alone, so that a row's dx has the same
-    bits in every batch.
+    Which family runs depends on N, the dtypes and the device, and on the number of rows only
+    between K4 and K5, which give dx the same bits: a row has them in every batch.
 
     Parameters
     ----------
@@ -95,16 +106,32 @@ def choose_plan_bwd(problem: GradientProblem, device: Device) -> GradientPlan:
         If a launch would need more than 2**31 - 1 blocks.
     """
     vecs = -(-problem.N * ITEMSIZE[problem.x_dtype] // VEC_BYTES)
-    row = next(row for row in BWD_TABLE if vecs <= row.max_vecs)
-    vecs_per_thread = -(-vecs // row.threads_per_row)
-    if (
-        row.family == "shared"
-        and _shared_bytes(problem, row, vecs_per_thread) > device.shared_bytes
-    ):
-        row = BWD_TABLE[-1]
+    row: _Row = next(row for row in BWD_TABLE if vecs <= row.max_vecs)
+    if row.family in ("shared", "split"):
+        row = _long_row(problem, row, vecs, device)
     if row.family == "split":
         return _split_plan(problem, row, vecs, device)
-    return _row_plan(problem, row, vecs, vecs_per_thread, device)
+    return _row_plan(problem, row, vecs, device)
+
+
+def _long_row(problem: GradientProblem, row: _Row, vecs: int, device: Device) -> _Row:
+    """Let K3, K4 or K5 have a row whose sums for dweight and dbias fit no block's registers."""
+    if row.family == "shared" and _shared_bytes(problem, row, vecs) > device.shared_bytes:
+        row = BWD_TABLE[-1]
+    if row.family == "shared" and vecs <= CLUSTER_BWD_MIN_VECS:
+        return row
+    totals = _totals_of(problem) * _vec_totals_bytes(problem)
+    size, capability = _accumulator_bytes(problem), device.compute_capability
+    wide = cluster_bwd_row(vecs, totals, size, capability, device.shared_bytes)
+    if not wide:
+        return row
+    blocks = wide.cluster * -(-problem.rows // _rows_per_partial(problem))
+    few = vecs >= SPLIT_MIN_VECS and blocks < SPLIT_BLOCKS_PER_SM_BWD * device.sm_count
+    return BWD_TABLE[-1] if few else wide
+
+
+def _rows_per_partial(problem: GradientProblem, wanted: int | None = None) -> int:
+    return (wanted or ROWS_PER_PARTIAL) if _totals_of(problem) else 1
 
 
 def _accumulator_bytes(problem: GradientProblem) -> int:
@@ -121,14 +148,17 @@ def _vec_totals_bytes(problem: GradientProblem) -> int:
     return VEC_BYTES // ITEMSIZE[problem.x_dtype] * _accumulator_bytes(problem)
 
 
-def _shared_bytes(problem: GradientProblem, row: TableRow, vecs_per_thread: int) -> int:
-    size = _accumulator_bytes(problem)
+def _shared_bytes(problem: GradientProblem, row: _Row, vecs: int) -> int:
+    size, vecs_per_thread = _accumulator_bytes(problem), -(-vecs // row.threads_per_row)
+    totals = _totals_of(problem) * _vec_totals_bytes(problem)
+    if isinstance(row, ClusterBwdRow):
+        return cluster_bwd_bytes(row, vecs, totals, size)
     if row.family == "warp":
         return 2 * row.threads_per_row * vecs_per_thread * _vec_totals_bytes(problem)
     sums = 2 * 3 * row.threads // 32 * size
     if row.family == "block":
         return sums
-    return sums + _totals_of(problem) * vecs_per_thread * row.threads * _vec_totals_bytes(problem)
+    return sums + vecs_per_thread * row.threads * totals
 
 
 def _partials_bytes(problem: GradientProblem, vecs: int, partials: int) -> int:
@@ -137,21 +167,29 @@ def _partials_bytes(problem: GradientProblem, vecs: int, partials: int) -> int:
 
 def _row_plan(
     problem: GradientProblem,
-    row: TableRow,
+    row: _Row,
     vecs: int,
-    vecs_per_thread: int,
     device: Device,
-    rows_per_partial: int = ROWS_PER_PARTIAL,
+    rows_per_partial: int | None = None,
     copies: bool = True,
 ) -> GradientPlan:
-    """K1, K2, K3: as many blocks as the device holds, block b taking rows b, b + grid, ...."""
-    rows_per_block = row.threads // row.threads_per_row
-    per_block = rows_per_block * (rows_per_partial if _totals_of(problem) else 1)
-    blocks = -(-problem.rows // per_block)
-    grid = min(_blocks_per_sm(problem, row) * device.sm_count, blocks)
-    label = f"t{row.threads_per_row}_v{vecs_per_thread}"
-    shared = _shared_bytes(problem, row, vecs_per_thread)
-    constants: tuple[int, ...] = (row.threads, vecs_per_thread)
+    """K1 to K4: as many blocks (K4: clusters) as the device holds.
+
+    Block b takes rows b, b + grid, ....
+    """
+    rows_per_block, vecs_per_thread = 1, -(-vecs // row.threads_per_row)
+    shared = _shared_bytes(problem, row, vecs)
+    partials = _blocks_per_sm(problem, row) * device.sm_count
+    if isinstance(row, ClusterBwdRow):
+        vecs_per_thread = 4 * row.chunks
+        partials = resident_clusters(row.cluster, _blocks_per_sm(problem, row), device.sm_count)
+        ahead = row.ahead_f64 if problem.x_dtype == "float64" else row.ahead
+        constants: tuple[int, ...] = (row.cluster, row.threads, row.chunks, int(ahead))
+        label = f"c{row.cluster}_t{row.threads}_v{vecs_per_thread}"
+    else:
+        rows_per_block = row.threads // row.threads_per_row
+        label = f"t{row.threads_per_row}_v{vecs_per_thread}"
+        constants = (row.threads, vecs_per_thread)
     if row.family == "warp":
         constants = (row.threads, row.threads_per_row, vecs_per_thread)
     elif row.family == "shared":
@@ -164,20 +202,19 @@ def _row_plan(
         constants += (staging, int(ahead))
         label += LABELS[staging]
         shared += next_row_bytes(vecs) if staging != STAGE_REGISTERS else 0
+    per_block = rows_per_block * _rows_per_partial(problem, rows_per_partial)
+    partials = min(partials, -(-problem.rows // per_block))
+    grid = row.cluster * partials
     main = _gradient_stage(problem, row, row.family, constants, label, grid, shared)
     return GradientPlan(
         family=row.family,
-        stages=(main, *_column_totals(problem)),
+        stages=(main, *_totals_stage(problem)),
         threads_per_row=row.threads_per_row,
         vecs_per_thread=vecs_per_thread,
         rows_per_block=rows_per_block,
-        sections=0,
-        chunks_per_section=0,
-        partials=grid,
+        partials=partials,
         pitch=vecs * VEC_BYTES // ITEMSIZE[problem.x_dtype],
-        sums_at=0,
-        gradients_at=0,
-        workspace_bytes=_partials_bytes(problem, vecs, grid),
+        workspace_bytes=_partials_bytes(problem, vecs, partials),
         passes=2 + problem.dx,
         source=row.source,
     )
@@ -185,10 +222,10 @@ def _row_plan(
 
 def _split_plan(
     problem: GradientProblem,
-    row: TableRow,
+    row: _Row,
     vecs: int,
     device: Device,
-    rows_per_partial: int = ROWS_PER_PARTIAL,
+    rows_per_partial: int | None = None,
 ) -> GradientPlan:
     """K5: the sums of sections, their merge, then dx with the sums over rows, by columns."""
     chunks = -(-vecs // CHUNK_VECS)
@@ -196,9 +233,7 @@ def _split_plan(
     sections = -(-chunks // per_section)
     runs = -(-vecs // (CHUNK_THREADS * APPLY_VECS))  # blocks that stand side by side
     parts = -(-APPLY_BLOCKS_PER_SM * device.sm_count // runs)
-    if _totals_of(problem):
-        parts = min(parts, -(-problem.rows // rows_per_partial))
-    parts = min(max(parts, 1), problem.rows)
+    parts = min(max(parts, 1), -(-problem.rows // _rows_per_partial(problem, rows_per_partial)))
     size = _accumulator_bytes(problem)
     merging = -(-problem.rows // (MERGE_THREADS // 32))
     stages = (
@@ -210,7 +245,7 @@ def _split_plan(
     gradients_at = sums_at + 3 * size * problem.rows * sections
     return GradientPlan(
         family=row.family,
-        stages=(*stages, *_column_totals(problem)),
+        stages=(*stages, *_totals_stage(problem)),
         threads_per_row=row.threads_per_row,
         vecs_per_thread=APPLY_VECS,
         rows_per_block=1,
@@ -226,13 +261,13 @@ def _split_plan(
     )
 
 
-def _blocks_per_sm(problem: GradientProblem, row: TableRow) -> int:
+def _blocks_per_sm(problem: GradientProblem, row: _Row) -> int:
     return row.blocks_per_sm_f64 if problem.x_dtype == "float64" else row.blocks_per_sm
 
 
 def _gradient_stage(
     problem: GradientProblem,
-    row: TableRow,
+    row: _Row,
     kind: str,
     constants: tuple[int, ...],
     label: str,
@@ -268,32 +303,10 @@ def _gradient_stage(
         block=(MERGE_THREADS if merge else row.threads, 1, 1),
         shared_bytes=shared,
         blocks_per_sm=_blocks_per_sm(problem, row),
+        cluster=row.cluster,
     )
 
 
-def _column_totals(problem: GradientProblem) -> tuple[Stage, ...]:
+def _totals_stage(problem: GradientProblem) -> tuple[Stage, ...]:
     dtypes = (problem.dweight_dtype, problem.dbias_dtype)
     return totals_stage(problem.x_dtype, dtypes, problem.N)
-
-
-def totals_stage(x_dtype: str, dtypes: tuple[str | None, str | None], N: int) -> tuple[Stage, ...]:
-    """Add up the partials; nothing where neither dweight nor dbias is wanted."""
-    if dtypes == (None, None):
-        return ()
-    code = CODES[stats_dtype(x_dtype)]
-    parts = ["column_totals", code]
-    parts += [f"{label}_{CODES[d]}" for label, d in zip(("dw", "db"), dtypes, strict=True) if d]
-    stage = Stage(
-        kernel="column_totals",
-        family="totals_bwd",
-        constants=(),
-        name="_".join(parts),
-        x_dtype=stats_dtype(x_dtype),  # of the partials
-        weight_dtype=dtypes[0],
-        bias_dtype=dtypes[1],
-        grid=(sum(d is not None for d in dtypes) * -(-N // 32), 1, 1),
-        block=(TOTALS_THREADS, 1, 1),
-        shared_bytes=32 * 33 * ITEMSIZE[stats_dtype(x_dtype)],
-        blocks_per_sm=1,
-    )
-    return (stage,)

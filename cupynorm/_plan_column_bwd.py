@@ -4,8 +4,9 @@ import functools
 from dataclasses import dataclass
 
 from cupynorm._plan import CODES, Device, Stage
-from cupynorm._plan_bwd import GradientPlan, totals_stage
+from cupynorm._plan_bwd import GradientPlan
 from cupynorm._plan_column import KEPT, SHAPES, Tile
+from cupynorm._plan_totals import totals_stage
 from cupynorm._problem import ITEMSIZE, stats_dtype
 
 __all__ = ["ColumnGradientProblem", "bytes_beyond_floor", "choose_plan_column_bwd"]
@@ -82,12 +83,8 @@ def choose_plan_column_bwd(
         threads_per_row=threads // words,
         vecs_per_thread=0,
         rows_per_block=rows,
-        sections=0,
-        chunks_per_section=0,
         partials=grid,
         pitch=problem.N,
-        sums_at=0,
-        gradients_at=0,
         workspace_bytes=grid * _partial_bytes(problem),
         passes=2 + problem.dx + 2 * bool(panel),
         source=_PREDICTED,

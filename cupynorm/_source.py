@@ -16,6 +16,7 @@ _FAMILIES = {
     "warp": (*_SHARED, "layer_norm_warp"),
     "block": (*_SHARED, "layer_norm_block"),
     "shared": (*_SHARED, "chunk", "stage", "layer_norm_shared"),
+    "cluster": (*_SHARED, "chunk", "cluster", "layer_norm_cluster"),
     "split": (*_SHARED, "chunk", "layer_norm_split"),
     "column": (*_TILED, "layer_norm_column"),
     "lanes": (*_TILED, "layer_norm_column", "layer_norm_lanes"),
@@ -24,7 +25,11 @@ _FAMILIES = {
     "panels_bwd": (*_TILED_BWD, "layer_norm_column_bwd", "layer_norm_column_bwd_panels"),
     "warp_bwd": (*_SHARED, "gradient", "layer_norm_warp_bwd"),
     "block_bwd": (*_SHARED, "gradient", "layer_norm_block_bwd"),
-    "shared_bwd": (*_SHARED, "gradient", "stage", "layer_norm_shared_bwd"),
+    "shared_bwd": (*_SHARED, "gradient", "stage", "shared_totals", "layer_norm_shared_bwd"),
+    "cluster_bwd": (
+        *(*_SHARED, "chunk", "cluster"),
+        *("gradient", "shared_totals", "layer_norm_cluster_bwd"),
+    ),
     "split_bwd": (*_SHARED, "chunk", "gradient", "layer_norm_split_bwd"),
     "totals_bwd": ("types", "reduce", "column_totals"),
 }
@@ -101,6 +106,7 @@ _ENTRIES = {
     "layer_norm_bwd_warp": _GRADIENT,
     "layer_norm_bwd_block": _GRADIENT,
     "layer_norm_bwd_shared": _GRADIENT,
+    "layer_norm_bwd_cluster": _GRADIENT,
     "layer_norm_bwd_split_sums": (
         _GRADIENT_PARAMETERS + ", {A}* sums, i64 sections, i64 chunks_per_section",
         _GRADIENT_BODY,
@@ -160,6 +166,8 @@ def source_of(stage: Stage) -> str:
         "more": _MORE.get(stage.kernel, ""),
     }
     bounds = f"__launch_bounds__({stage.block[0]}, {stage.blocks_per_sm})"
+    if stage.cluster > 1:  # stated here, so that a plain launch makes clusters: CuPy has no other
+        bounds = f"__cluster_dims__({stage.cluster}, 1, 1) {bounds}"
     entry = (
         f'extern "C" __global__ void {bounds}\n'
         f"{stage.name}({parameters.format(**names)}) {{\n    {body.format(**names)}\n}}\n"

@@ -76,16 +76,19 @@ __device__ __forceinline__ GradientSums<A> warp_sum(const GradientSums<A>& s) {
     return GradientSums<A>{warp_sum<LANES>(s.h), warp_sum<LANES>(s.g), warp_sum<LANES>(s.gh)};
 }
 
-// The sums over a block, through A sums[3][WARPS] of shared memory: written before one barrier, read
-// after it.
+// A warp's sums to A sums[3][WARPS] of shared memory.
+template <int WARPS, class A>
+__device__ __forceinline__ void put_sums(A* sums, const GradientSums<A>& s, int warp, int lane) {
+    if (lane) return;
+    sums[warp] = s.h;
+    sums[WARPS + warp] = s.g;
+    sums[2 * WARPS + warp] = s.gh;
+}
+
+// The sums over a block, through A sums[3][WARPS]: written before one barrier, read after it.
 template <int WARPS, class A>
 __device__ __forceinline__ GradientSums<A> block_sums(A* sums, const GradientSums<A>& mine, int warp, int lane) {
-    const GradientSums<A> s = warp_sum<32>(mine);
-    if (lane == 0) {
-        sums[warp] = s.h;
-        sums[WARPS + warp] = s.g;
-        sums[2 * WARPS + warp] = s.gh;
-    }
+    put_sums<WARPS>(sums, warp_sum<32>(mine), warp, lane);
     __syncthreads();
     // Every group of WARPS lanes adds the warps' sums in the same tree.
     const A* from = sums + lane % WARPS;

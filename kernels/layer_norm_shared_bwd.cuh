@@ -1,36 +1,10 @@
 // K3 backward: rows beyond K2's whose dweight and dbias fit shared memory. As K2, but the sums over
-// rows lie in shared memory; a thread reads and writes only its own, so they need no barrier. Where x
-// and dy of one row fit beside them, the next row is copied there while a row is worked on, and costs
-// no registers. Elsewhere it is fetched into registers if they hold it (AHEAD).
+// rows lie in shared memory. Where x and dy of one row fit beside them, the next row is copied there
+// while a row is worked on, and costs no registers. Elsewhere it is fetched into registers if they hold
+// it (AHEAD).
 //
-// Shared memory: Piece totals[dweight, dbias][VECS][pieces][THREADS] (those that are wanted),
-// A sums[2][3][WARPS]; with copies then Vec x[vecs + 1], dy[vecs + 1], stats, u64 arrival.
-
-template <int THREADS, class A, int V>
-struct SharedTotals {
-    unsigned char* mine;    // this thread's first piece of dweight, or of dbias where that is alone
-    int dbias_at;           // bytes from there to dbias
-    static constexpr int PER_VEC = Pieces<A, V>::count * THREADS * 16;  // bytes
-
-    template <bool DWEIGHT, bool DBIAS>
-    __device__ __forceinline__ void add(int k, const A (&s)[V], const A (&x_hat)[V]) {
-        A t[V];
-        if (DWEIGHT) {
-            unsigned char* at = mine + k * PER_VEC;
-            get_pieces(at, THREADS, t);
-#pragma unroll
-            for (int i = 0; i < V; ++i) t[i] = multiply_add(s[i], x_hat[i], t[i]);
-            put_pieces(at, THREADS, t);
-        }
-        if (DBIAS) {
-            unsigned char* at = mine + dbias_at + k * PER_VEC;
-            get_pieces(at, THREADS, t);
-#pragma unroll
-            for (int i = 0; i < V; ++i) t[i] += s[i];
-            put_pieces(at, THREADS, t);
-        }
-    }
-};
+// Shared memory: SharedTotals, then A sums[2][3][WARPS]; with copies then Vec x[vecs + 1], dy[vecs + 1],
+// stats, u64 arrival.
 
 // The row that comes next, copied to shared memory.
 template <int STAGING, bool AHEAD, int THREADS, int VECS, class X>
@@ -137,12 +111,7 @@ __device__ __forceinline__ void layer_norm_bwd_shared(const GradientArguments<X,
     const int n = at_most(a.N - first, COLS);
     Totals totals = {shared + 16 * threadIdx.x, DWEIGHT ? VECS * Totals::PER_VEC : 0};
     A* sums = (A*)(shared + ((int)DWEIGHT + (int)DBIAS) * VECS * Totals::PER_VEC);
-    const A zero[V] = {};
-#pragma unroll
-    for (int k = 0; k < VECS; ++k) {
-        if (DWEIGHT) put_pieces(totals.mine + k * Totals::PER_VEC, THREADS, zero);
-        if (DBIAS) put_pieces(totals.mine + totals.dbias_at + k * Totals::PER_VEC, THREADS, zero);
-    }
+    totals.template clear<VECS, DWEIGHT, DBIAS>();
 
     NextGradient<STAGING, AHEAD, THREADS, VECS, X> next(sums + 2 * 3 * WARPS, (int)a.N);
     next.start(a, blockIdx.x, first, n, lane);
@@ -161,18 +130,5 @@ __device__ __forceinline__ void layer_norm_bwd_shared(const GradientArguments<X,
         differentiate<X, DX, DWEIGHT, DBIAS, HAS_WEIGHT>(r, c, a.weight, first, n, lane, totals);
         store_dx<DX>(r, a, row, first, n, lane);
     }
-#pragma unroll
-    for (int k = 0; k < VECS; ++k) {
-        const int col = (k * 32 + lane) * V;
-        if (col >= n) break;
-        A t[V];
-        if (DWEIGHT) {
-            get_pieces(totals.mine + k * Totals::PER_VEC, THREADS, t);
-            put_pieces(partial_row<X>(a.partials, 0, blockIdx.x, gridDim.x, a.N) + first + col, 1, t);
-        }
-        if (DBIAS) {
-            get_pieces(totals.mine + totals.dbias_at + k * Totals::PER_VEC, THREADS, t);
-            put_pieces(partial_row<X>(a.partials, DWEIGHT, blockIdx.x, gridDim.x, a.N) + first + col, 1, t);
-        }
-    }
+    totals.template leave<X, VECS, DWEIGHT, DBIAS>(a.partials, blockIdx.x, gridDim.x, a.N, first, n, lane);
 }

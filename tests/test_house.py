@@ -70,8 +70,11 @@ TIERS = (
     {"_plan_column_bwd"},
     {"_plan_bwd", "_plan_column"},
     {"_plan_lanes"},
+    {"_plan_totals"},
     {"_plan"},  # decide
     {"_staging"},
+    {"_plan_cluster"},
+    {"_chunk"},
     {"_arrays"},
     {"_display", "_problem", "_progress"},  # rules
 )

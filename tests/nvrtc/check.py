@@ -44,11 +44,13 @@ def vecs_in_flight(stage: Stage) -> tuple[int, int]:
             return 2 * 4, 0
         shared = "shared" in kernel
         vecs = 2 if kernel == "layer_norm_bwd_split_apply" else constants[-4 - 2 * shared]
+        if kernel == "layer_norm_bwd_cluster":
+            vecs = 4 * constants[2]  # of as many chunks
         copied = shared and constants[-5] != STAGE_REGISTERS
         return 0 if copied else 2 * vecs, vecs * constants[-3]
     if stage.family == "shared":
         return 4 * (constants[1] == STAGE_REGISTERS), 4  # of a chunk
-    if stage.family == "split":
+    if stage.family in ("cluster", "split"):
         return 4, 0 if kernel.endswith("_stats") else 4
     rows = constants[3] if stage.family == "warp" else 1
     return constants[2] * rows, constants[2] * rows
