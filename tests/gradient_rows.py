@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 
 from cupynorm._plan import CHUNK_VECS, VEC_BYTES, Device
 from cupynorm._plan_bwd import GradientPlan, choose_plan_bwd
@@ -55,14 +56,17 @@ def length(family: str, dtype: str) -> int:
     K3's and K5's are among the shortest, because a block of 1024 threads adds up 32 columns.
     """
     vecs = {"warp": 40, "block": 300, "shared": CHUNK_VECS + 60, "split": CHUNK_VECS + 60}
+    vecs["cluster"] = 2 * CHUNK_VECS + 60
     return vecs[family] * VEC_BYTES // ITEMSIZE[dtype] - 1
 
 
 def device_for(machine: Machine, family: str, sm_count: int | None = None) -> Device:
     """A device on which a row of that length takes the family."""
     device = machine.device
-    if family == "split":  # K3 holds nothing
+    if family == "split":  # K3 and K4 hold nothing
         device = dataclasses.replace(device, shared_bytes=0)
+    if family == "cluster" and device.compute_capability < 90:
+        pytest.skip("clusters need sm_90 or newer")
     return device if sm_count is None else dataclasses.replace(device, sm_count=sm_count)
 
 
@@ -167,7 +171,7 @@ def run_plan(
 def run(
     machine: Machine, family: str, dy: np.ndarray, x: np.ndarray, *args: Any, **options: Any
 ) -> Gradients:
-    """As `differentiate`, with K3 or K5 by force where `family` is one of them."""
+    """As `differentiate`, with K4 or K5 by force where `family` is one of them."""
     device = device_for(machine, family, options.pop("sm_count", None))
     result = differentiate(machine, dy, x, *args, device=device, **options)
     assert result.plan.family == family

@@ -18,9 +18,12 @@ FAMILIES = ("warp", "block", "shared", "split")
 def device_for(machine, family):
     """A device on which a few long rows take the family."""
     change = {
-        "shared": {"sm_count": 1},  # few rows are enough for K3
-        "split": {"shared_bytes": 0},  # K3 holds nothing
+        "shared": {"sm_count": 1, "compute_capability": 80},  # few rows are enough; no clusters
+        "cluster": {"sm_count": 1},
+        "split": {"shared_bytes": 0},  # K3 and K4 hold nothing
     }.get(family, {})
+    if family == "cluster" and machine.device.compute_capability < 90:
+        pytest.skip("clusters need sm_90 or newer")
     return dataclasses.replace(machine.device, **change)
 
 
@@ -42,11 +45,12 @@ def affine(N, weight="float32", bias="float32"):
 def length(family, dtype):
     """A row of the family whose columns fill neither its vectors nor its lanes."""
     vecs = {"warp": 40, "block": 300, "shared": 2 * CHUNK_VECS + 300, "split": 3 * CHUNK_VECS - 7}
+    vecs["cluster"] = vecs["shared"]
     return vecs[family] * VEC_BYTES // ITEMSIZE[dtype] - 1
 
 
 def run(machine, family, x, weight=None, bias=None, **options):
-    """As `normalize`, with K3 or K5 by force where `family` is one of them."""
+    """As `normalize`, with K3, K4 or K5 by force where `family` is one of them."""
     device = device_for(machine, family)
     result = normalize(machine, x, weight, bias, device=device, **options)
     assert result.plan.family == family
