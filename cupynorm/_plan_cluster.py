@@ -104,11 +104,11 @@ CLUSTER_BWD_TABLE = (
 )
 # From here on K3's threads hold no second row, and what it loads and what it computes take turns.
 CLUSTER_BWD_MIN_VECS = 2 * CHUNK_VECS  # 32 KiB
-# As many clusters as surely run at once: the multiprocessors of a GPU come in groups (GPCs), a
-# cluster stays in one, and what is left over in each holds none. On an RTX 5090 170 multiprocessors
-# hold 19 clusters of 8 where 21 would divide (Quack's published count). One cluster more than fit
-# would begin when the others end, and double the time.
-RESIDENT_SHARE = 0.9
+# The share of the multiprocessors that surely take part, by cluster size: they come in groups
+# (GPCs), a cluster stays in one, and what is left over in each holds none. By Quack's published
+# counts the 170 of an RTX 5090 hold 85, 41 and 19 clusters of 2, 4 and 8. One cluster more than run
+# at once would begin when the others end, and double the time.
+RESIDENT_SHARE = {2: 1.0, 4: 0.95, 8: 0.9}
 # The backward goes to K5 where it would fill fewer multiprocessors than this share; dx has the same
 # bits there.
 SPLIT_BLOCKS_PER_SM_BWD = 0.25
@@ -164,7 +164,7 @@ def cluster_bwd_row(
 
 def resident_clusters(cluster: int, blocks_per_sm: int, sm_count: int) -> int:
     """Clusters that surely run at once."""
-    return max(1, int(RESIDENT_SHARE * sm_count * blocks_per_sm) // cluster)
+    return max(1, int(RESIDENT_SHARE[cluster] * sm_count * blocks_per_sm) // cluster)
 
 
 def _fits(block_bytes: int, blocks: int, shared_bytes: int) -> bool:

@@ -25,8 +25,8 @@ def cols(chunks, dtype, more=0):
     return (chunks * CHUNK_VECS + more) * VEC_BYTES // ITEMSIZE[dtype] - 1
 
 
-# The first row of each row of the table on sm_90. The sums over rows are those of all columns, which
-# take column_totals seconds: wanted where columns are few.
+# The first length of each row of the table on sm_90. dweight and dbias take column_totals seconds
+# for many columns: they are wanted where there are few.
 TABLE = [
     ("float64", 2, 1, ALL, (2, 512, 1, 0)),
     ("float16", 2, 1, DX_ALONE, (2, 512, 1, 1)),
@@ -66,15 +66,13 @@ def test_a_device_short_of_shared_memory(machine):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_every_alignment(machine, dtype):
-    """Of dy, x and dx: the bits stay, each byte of dy and x is read once, each of dx written once."""
+    """Of dy, x and dx: the bits stay, each byte of dy and x is read once, of dx written once."""
     N = length("cluster", dtype)
     (dy, x), weight = pair(2, N, dtype), weight_of(N)
     expected = run(machine, "cluster", dy, x, weight, wanted=DX_ALONE)
     for i in range(1, 16 // ITEMSIZE[dtype]):
         at = {"dy_at": At(i, i % 3), "x_at": At(3 * i + 1, (i + 1) % 2), "dx_at": At(2 * i, i % 2)}
-        result = run(
-            machine, "cluster", dy, x, weight, weight_offset=i % 2, wanted=DX_ALONE, **at
-        )
+        result = run(machine, "cluster", dy, x, weight, weight_offset=i % 2, wanted=DX_ALONE, **at)
         assert result.bits() == expected.bits(), i
         for traffic in result.traffic:
             assert traffic["x"].read_bytes == traffic["dy"].read_bytes == x.nbytes
@@ -83,7 +81,7 @@ def test_every_alignment(machine, dtype):
 
 
 def test_bits_of_dx_do_not_depend_on_the_batch(machine):
-    """Alone, in another order, in outer steps, whatever the device's size and the threads' order."""
+    """Alone, in another order, in outer steps, on any device, whatever the threads' order."""
     N = length("cluster", "float32")
     (dy, x), weight = pair(5, N), weight_of(N)
 
@@ -102,7 +100,7 @@ def test_bits_of_dx_do_not_depend_on_the_batch(machine):
 
 
 def test_clusters_go_round_the_rows(machine):
-    """Of all three gradients: any order of the threads gives the same bits, three clusters' sums."""
+    """Three clusters; any order of the threads gives the same bits of all three gradients."""
     N = length("cluster", "float64")
     (dy, x), weight = pair(13, N, "float64"), weight_of(N)
     expected = run(machine, "cluster", dy, x, weight, sm_count=7)
@@ -132,7 +130,7 @@ def test_weight(machine, weight_dtype):
 
 
 def test_what_it_moves(machine):
-    """Whole sectors, no bank conflicts, sums of rows by the cluster, three numbers of each chunk."""
+    """Whole sectors, no bank conflicts, partials by the cluster, three numbers of each chunk."""
     if machine.name != "simulated":
         pytest.skip("a GPU counts nothing")
     rows, chunks, N = 5, 3, cols(3, "float64") + 1

@@ -17,6 +17,7 @@ from tests.simt.limits import DeviceLimits
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITIES = ("75", "80", "86", "89", "90", "100", "120")
 SM90 = Device(compute_capability=90, sm_count=132, shared_bytes=227 * 1024)
+BEFORE = dataclasses.replace(SM90, compute_capability=80)  # K3 where sm_90 has K4
 MANY = 10_000  # rows enough for every multiprocessor
 EVERY_N = 1_000_000
 
@@ -53,6 +54,11 @@ def check_capacity(plan, N, dtype, device=SM90):
     elif plan.family == "shared":
         assert chunks <= 15  # of 32 lanes that merge them
         assert vecs * VEC_BYTES < plan.stages[0].shared_bytes <= device.shared_bytes
+    elif plan.family == "cluster":
+        stage = plan.stages[0]
+        assert chunks >= stage.cluster // 2  # no two blocks without a chunk
+        most = -(-chunks // stage.cluster)
+        assert most * CHUNK_VECS * VEC_BYTES < stage.shared_bytes <= device.shared_bytes
     else:
         assert plan.sections * plan.chunks_per_section >= chunks
         assert (plan.sections - 1) * plan.chunks_per_section < chunks
@@ -100,14 +106,15 @@ def test_every_length_in_registers_is_held(dtype):
         check_capacity(plan, N, dtype)
 
 
+@pytest.mark.parametrize("device", [SM90, BEFORE], ids=["sm_90", "before"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_every_chunk_edge_is_held(dtype):
-    """K3 and K5 change with the number of chunks alone: each edge up to a million columns."""
+def test_every_chunk_edge_is_held(dtype, device):
+    """K3 to K5 change with the number of chunks alone: each edge up to a million columns."""
     per_chunk = CHUNK_VECS * VEC_BYTES // ITEMSIZE[dtype]
     for edge in range(2 * per_chunk, EVERY_N + per_chunk, per_chunk):
         before = None
         for N in (edge - 1, edge, edge + 1, edge + per_chunk // 2):
-            plan = plan_of(N, dtype)
+            plan = plan_of(N, dtype, device=device)
             check_capacity(plan, N, dtype)
             if before is not None and vecs_of(N, dtype) == before[0]:
                 assert plan == before[1]  # the same vectors, the same plan
@@ -127,7 +134,7 @@ def test_edges_far_beyond(dtype, exponent, delta):
     assert plan.workspace_bytes <= 3 * 8 * MAX_SECTIONS
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if int(c) < 90])
 @pytest.mark.parametrize("dtype", ITEMSIZE)
 def test_shared_memory_is_used_up_to_the_last_vector(capability, dtype):
     """K3 ends where the device's shared memory does, and K5 begins with the next vector."""
@@ -164,10 +171,11 @@ def without_rows(plan):
 
 @pytest.mark.parametrize("dtype", ITEMSIZE)
 def test_rows_choose_only_between_shared_and_split(dtype):
+    """On sm_90 and newer between K4 and K5: tests/test_plan_cluster.py."""
     edges = {row.max_vecs for row in TABLE[:-1]} | {_plan.SPLIT_MIN_VECS, 14_300, 40_000}
     for vecs, more in itertools.product(edges, (0, 1)):
         N = (vecs + more) * VEC_BYTES // ITEMSIZE[dtype]
-        plans = [plan_of(N, dtype, M) for M in (1, 2, 66, 67, 1000, 10**6)]
+        plans = [plan_of(N, dtype, M, BEFORE) for M in (1, 2, 66, 67, 1000, 10**6)]
         if {plan.family for plan in plans} == {"shared", "split"}:
             assert vecs + more >= _plan.SPLIT_MIN_VECS
             # Split below the threshold, shared above it.
@@ -186,6 +194,8 @@ def test_grid_covers_the_rows():
         if plan.family == "split":
             assert blocks == M * plan.sections
             assert plan.stages[1].grid[0] == M * plan.parts
+        elif plan.family == "cluster":
+            assert blocks == M * plan.stages[0].cluster
         else:
             assert (blocks - 1) * plan.rows_per_block < M <= blocks * plan.rows_per_block
 
@@ -203,7 +213,7 @@ def test_workspace_holds_three_numbers_per_section():
         (8, 32 * MAX_GRID_X),  # 32 rows a block
         (1024, 4 * MAX_GRID_X),
         (8192, MAX_GRID_X),
-        (50_000, MAX_GRID_X),
+        (50_000, MAX_GRID_X // 4),  # clusters of 4
         (2**20, MAX_GRID_X // 256),  # 256 sections a row
     ],
 )
@@ -234,8 +244,9 @@ def test_every_device_can_launch(capability):
                 resident = threads * stage.blocks_per_sm
                 registers = min(255, limits.registers // resident // 8 * 8)
                 refusal = limits.refuse(
-                    stage.grid, stage.block, stage.shared_bytes, 0, stage.shared_bytes, registers
-                )
+                    stage.grid, stage.block, stage.shared_bytes, 0, stage.shared_bytes, registers,
+                    (stage.cluster, 1, 1),
+                )  # fmt: skip
                 assert not refusal
                 assert threads % 32 == 0
                 # What __launch_bounds__ promises to the compiler must fit a multiprocessor.
@@ -249,8 +260,9 @@ def test_every_device_can_launch(capability):
 # --- names --------------------------------------------------------------------------------------
 
 NAME = re.compile(
-    r"layer_norm_fwd_(?P<kernel>warp|block|shared|split_stats|split_normalize)"
-    r"_(?P<x>f16|bf16|f32|f64)(?:_t(?P<t>\d+))?(?P<s>_async|_bulk)?(?:_v(?P<v>\d+))?(?:_r(?P<r>\d+))?"
+    r"layer_norm_fwd_(?P<kernel>warp|block|shared|cluster|split_stats|split_normalize)"
+    r"_(?P<x>f16|bf16|f32|f64)(?:_c(?P<c>[248]))?(?:_t(?P<t>\d+))?(?P<s>_async|_bulk)?"
+    r"(?:_v(?P<v>\d+))?(?:_r(?P<r>\d+))?"
     r"(?:_w_(?P<w>f16|bf16|f32|f64))?(?:_b_(?P<b>f16|bf16|f32|f64))?"
 )
 CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64", None: None}
@@ -271,6 +283,9 @@ def test_a_name_states_its_specialization():
                 if said["kernel"] in ("warp", "block", "shared"):
                     assert int(said["t"]) == plan.threads_per_row
                 assert said["s"] == ("_bulk" if said["kernel"] == "shared" else None)
+                assert int(said["c"] or 1) == stage.cluster
+                if said["kernel"] == "cluster":
+                    assert int(said["t"]) == stage.block[0]
                 if said["kernel"] in ("warp", "block"):
                     assert int(said["v"]) == plan.vecs_per_thread
 
@@ -279,8 +294,8 @@ def test_one_source_per_name_and_one_name_per_source():
     by_name, by_source = {}, {}
     affine = (None, *ITEMSIZE)
     for dtype, weight, bias in itertools.product(ITEMSIZE, affine, affine):
-        for N in lengths_of_every_plan(dtype):
-            for stage in plan_of(N, dtype, weight=weight, bias=bias).stages:
+        for N, device in itertools.product(lengths_of_every_plan(dtype), (SM90, BEFORE)):
+            for stage in plan_of(N, dtype, MANY, device, weight, bias).stages:
                 source = source_of(dataclasses.replace(stage, grid=(1, 1, 1), shared_bytes=0))
                 assert by_name.setdefault(stage.name, source) == source
                 # Without the name: two names must not hide one kernel.

@@ -10,6 +10,7 @@ import pytest
 from cupynorm import _plan_bwd
 from cupynorm._plan import CHUNK_VECS, MAX_GRID_X, MAX_SECTIONS, VEC_BYTES, Device
 from cupynorm._plan_bwd import APPLY_VECS, BWD_TABLE, ROWS_PER_PARTIAL
+from cupynorm._plan_cluster import resident_clusters
 from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
 from cupynorm._source import kernels_folder, source_of
 from tests.simt.limits import DeviceLimits
@@ -17,6 +18,7 @@ from tests.simt.limits import DeviceLimits
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITIES = ("75", "80", "86", "89", "90", "100", "120")
 SM90 = Device(compute_capability=90, sm_count=132, shared_bytes=227 * 1024)
+BEFORE = dataclasses.replace(SM90, compute_capability=80)  # K3 and K5 where sm_90 has K4
 MANY = 10_000
 BOTH, NEITHER = ("float32", "float32"), (None, None)
 
@@ -65,7 +67,7 @@ def test_limits_rise_and_the_last_row_has_none():
 def test_every_length_on_chip_is_held(dtype):
     """K1 to K3: the lanes hold the row's vectors, and no vector of theirs is idle."""
     for N in range(1, 4097 * VEC_BYTES // ITEMSIZE[dtype], 5):
-        plan, vecs = plan_of(N, dtype), vecs_of(N, dtype)
+        plan, vecs = plan_of(N, dtype, BEFORE), vecs_of(N, dtype)
         row = next(row for row in BWD_TABLE if vecs <= row.max_vecs)
         if plan.family == "split":
             assert row.family in ("shared", "split")
@@ -84,7 +86,7 @@ def test_every_length_on_chip_is_held(dtype):
 @pytest.mark.parametrize("dtype", ITEMSIZE)
 def test_sections_and_runs_hold_a_row(dtype):
     for vecs, rows in itertools.product((4097, 8191, 8192, 2**20 + 1, 2**31, 2**36), (1, 7)):
-        plan = plan_of(vecs * VEC_BYTES // ITEMSIZE[dtype], dtype, rows=rows)
+        plan = plan_of(vecs * VEC_BYTES // ITEMSIZE[dtype], dtype, BEFORE, rows=rows)
         chunks = -(-vecs // CHUNK_VECS)
         assert plan.family == "split"
         assert plan.sections * plan.chunks_per_section >= chunks
@@ -100,10 +102,14 @@ def test_sections_and_runs_hold_a_row(dtype):
 @pytest.mark.parametrize("dtype", ITEMSIZE)
 @pytest.mark.parametrize("totals", [BOTH, ("float32", None), NEITHER])
 def test_rows_choose_no_family(dtype, totals):
-    """Nor anything else but grids: the bits of a row of dx are the same in every batch."""
+    """Nor anything else but grids: the bits of a row of dx are the same in every batch.
+
+    But for K4 and K5, whose dx has the same bits: tests/test_plan_cluster.py.
+    """
     for N in lengths(dtype):
-        plans = [plan_of(N, dtype, rows=rows, totals=totals) for rows in (1, 2, 133, 10**6)]
-        plans.append(plan_of(N, dtype, dataclasses.replace(SM90, sm_count=16), totals=totals))
+        many = [(BEFORE, rows) for rows in (1, 2, 133, 10**6)]
+        many.append((dataclasses.replace(BEFORE, sm_count=16), MANY))
+        plans = [plan_of(N, dtype, device, rows=rows, totals=totals) for device, rows in many]
         same = [
             (p.family, p.threads_per_row, p.vecs_per_thread, p.sections, p.chunks_per_section,
              [dataclasses.replace(s, grid=()) for s in p.stages])
@@ -128,6 +134,7 @@ def test_shared_memory_is_used_up_to_the_last_vector(capability, dtype, totals):
     if len(held) < 6:
         roomy = dataclasses.replace(device, shared_bytes=2**20)
         N = 512 * (3 + len(held)) * VEC_BYTES // ITEMSIZE[dtype]
+        roomy = dataclasses.replace(roomy, compute_capability=80)
         a_vector_more = plan_of(N, dtype, roomy, totals=totals).stages[0]
         assert a_vector_more.shared_bytes > device.shared_bytes
 
@@ -143,6 +150,7 @@ def test_which_sums_are_wanted_decides_what_fits():
 
 def kept_by_shared(dtype, device, totals):
     """Vectors of a thread for which K3 runs, and the stage of the most."""
+    device = dataclasses.replace(device, compute_capability=80)
     per_vec = VEC_BYTES // ITEMSIZE[dtype]
     plans = {v: plan_of(512 * v * per_vec, dtype, device, totals=totals) for v in range(3, 10)}
     held = [v for v, plan in plans.items() if plan.family == "shared"]
@@ -165,10 +173,12 @@ def test_grid_is_what_the_device_holds(dtype):
                 assert blocks <= max(2 * SM90.sm_count + runs, runs)
             else:
                 stage = plan.stages[0]
-                assert plan.partials == stage.grid[0] <= stage.blocks_per_sm * SM90.sm_count
+                most = stage.blocks_per_sm * SM90.sm_count
+                if plan.family == "cluster":
+                    most = resident_clusters(stage.cluster, stage.blocks_per_sm, SM90.sm_count)
+                assert plan.partials * stage.cluster == stage.grid[0]
                 per_block = plan.rows_per_block * (ROWS_PER_PARTIAL if totals == BOTH else 1)
-                needed = -(-rows // per_block)
-                assert plan.partials == min(needed, stage.blocks_per_sm * SM90.sm_count)
+                assert plan.partials == min(-(-rows // per_block), most)
             if totals == BOTH and rows >= ROWS_PER_PARTIAL:
                 assert plan.partials * ROWS_PER_PARTIAL < rows + ROWS_PER_PARTIAL
 
@@ -213,7 +223,7 @@ def test_workspace_of_huge_problems_stays_small():
         assert plan.workspace_bytes < 2 * 1024**3 or N > 10**8
 
 
-@pytest.mark.parametrize(("N", "most"), [(50_000, MAX_GRID_X // 13), (2**20, MAX_GRID_X // 256)])
+@pytest.mark.parametrize(("N", "most"), [(200_000, MAX_GRID_X // 49), (2**20, MAX_GRID_X // 256)])
 def test_too_many_rows(N, most):
     """Only K5 has blocks for each row."""
     assert plan_of(N, rows=most).stages[0].grid[0] <= MAX_GRID_X
@@ -238,12 +248,13 @@ def test_every_device_can_launch(capability):
                 resident = threads * stage.blocks_per_sm
                 registers = min(255, limits.registers // resident // 8 * 8)
                 refusal = limits.refuse(
-                    stage.grid, stage.block, stage.shared_bytes, 0, stage.shared_bytes, registers
-                )
+                    stage.grid, stage.block, stage.shared_bytes, 0, stage.shared_bytes, registers,
+                    (stage.cluster, 1, 1),
+                )  # fmt: skip
                 assert not refusal
                 assert threads % 32 == 0
                 assert resident <= limits.threads_per_multiprocessor
-                if not stage.family.startswith("shared"):
+                if not stage.family.startswith(("shared", "cluster")):
                     assert stage.shared_bytes <= 48 * 1024  # without opting in
                 reserved = limits.shared_per_multiprocessor - limits.opt_in_shared
                 used = (stage.shared_bytes + reserved) * stage.blocks_per_sm
@@ -268,6 +279,7 @@ CODE = r"(?:f16|bf16|f32|f64)"
 NAMES = (
     rf"layer_norm_bwd_(?:warp|block|shared)_{CODE}_t\d+_v\d(?:_bulk)?(?:_dx)?(?:_dw)?(?:_db)?"
     rf"(?:_w_{CODE})?",
+    rf"layer_norm_bwd_cluster_{CODE}_c[248]_t\d+_v\d(?:_dx)?(?:_dw)?(?:_db)?(?:_w_{CODE})?",
     rf"layer_norm_bwd_split_apply_{CODE}(?:_dx)?(?:_dw)?(?:_db)?(?:_w_{CODE})?",
     rf"layer_norm_bwd_split_sums_{CODE}(?:_w_{CODE})?",
     rf"layer_norm_bwd_split_merge_{CODE}",
