@@ -146,7 +146,7 @@ def full() -> list[Case]:
 
 
 def tiny() -> list[Case]:
-    """For the simulated device: a warp, an offset base, a pitch, and a split row."""
+    """For the simulated device: a warp, an offset base, a pitch, and a cluster's row."""
     return [
         Case("float32", 5, 32, BIG),
         Case("float32", 3, 33, LAYOUT, layout="offset"),

@@ -21,8 +21,9 @@ def quick() -> list[Case]:
     cases += [
         both("bfloat16", 1024, SMALL),
         both("bfloat16", 4096, SMALL),
-        backward("bfloat16", 65536),  # K5
+        backward("bfloat16", 65536),  # K4
         backward("float32", 65536),
+        backward("bfloat16", 2**18),  # K5
         backward("bfloat16", 4 * 2**20, FEW, 8, weight_dtype=None),
         backward("bfloat16", 4096, LAYOUT, weight_dtype="float32"),
         backward("bfloat16", 4096, LAYOUT, weight_dtype=None),
@@ -57,7 +58,7 @@ def full() -> list[Case]:
 
 
 def tiny() -> list[Case]:
-    """For the simulated device: a warp, an offset base, a pitch without weight, K5, and both."""
+    """For the simulated device: a warp, an offset base, a pitch without weight, K4, and both."""
     return [
         Case("float32", 5, 32, BIG, op=BWD),
         Case("float32", 3, 33, LAYOUT, layout="offset", op=BWD),

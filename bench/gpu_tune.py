@@ -1,6 +1,7 @@
 """Measures the neighbours of each row of a plan table; proposes rows with their provenance."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from bench.gpu_table import Table, rows_of
 from cupynorm._launches import ready_fwd
 from cupynorm._layout import layout_of
 from cupynorm._plan import TABLE, Device, Plan, Stage, TableRow
+from cupynorm._plan_cluster import ClusterRow
 from cupynorm._problem import ITEMSIZE
 from cupynorm._source import source_of
 
@@ -103,7 +105,7 @@ def _fits(row: TableRow) -> bool:
     return row.threads % row.threads_per_row == 0 and 4 * vecs + OTHER_REGISTERS <= registers
 
 
-def plan_of(row: TableRow, problem: Any, device: Device) -> Plan:
+def plan_of(row: TableRow | ClusterRow, problem: Any, device: Device) -> Plan:
     """Plan of a problem under a table row that is not the table's."""
     if row.family == "split":
         return plans._split_plan(problem, row, device)
@@ -113,7 +115,7 @@ def plan_of(row: TableRow, problem: Any, device: Device) -> Plan:
     return plans._row_plan(problem, row, vecs, device)
 
 
-def launcher(session: Session, case: Case, inputs: Inputs, row: TableRow) -> Contender:
+def launcher(session: Session, case: Case, inputs: Inputs, row: TableRow | ClusterRow) -> Contender:
     """Contender that launches the plan of `row`, past the choice that the library would make."""
     from cupynorm import _cuda
 
@@ -149,19 +151,22 @@ def refuse_what_does_not_fit(session: Session, stages: Iterable[Stage], device: 
             raise Unavailable(msg)
 
 
-def label(row: TableRow) -> str:
+def label(row: TableRow | ClusterRow) -> str:
     """A candidate in one word."""
+    if isinstance(row, ClusterRow):
+        return f"cluster/{row.cluster}x{row.threads}/b{row.blocks_per_sm}"
     return (
         f"{row.family}/{row.threads_per_row}of{row.threads}/r{row.rows_per_group}"
         f"/b{row.blocks_per_sm}{'/registers' if isinstance(row, Carried) else ''}"
     )
 
 
-def written(row: TableRow, source: str) -> str:
-    """A row as the table has it."""
+def written(row: Any, source: str) -> str:
+    """A row as its table has it."""
     shown = ", ".join(repr(v) for v in dataclasses.astuple(row)[:-1])
     carried = "no asynchronous copies for " if isinstance(row, Carried) else ""
-    return f"{carried}`TableRow({shown}, {source!r})`"
+    name = "ClusterRow" if isinstance(row, ClusterRow) else "TableRow"
+    return f"{carried}`{name}({shown}, {source!r})`"
 
 
 FORWARD = Kind(label, launcher, make_inputs, written)
@@ -185,10 +190,12 @@ def trials(device: Device) -> Iterator[Trial]:
 
 def tune(session: Session, table: Table, report: Path, limit: int | None = None) -> str:
     """Measure all trials of the forward until the deadline; write the proposals."""
+    from bench.gpu_tune_cluster import cluster_trials
     from cupynorm import _cuda
 
     device = _cuda.device_of(session.cupy.cuda.runtime.getDevice())
-    return run_trials(session, table, report, trials(device), FORWARD, limit)
+    every = itertools.chain(trials(device), cluster_trials(device))
+    return run_trials(session, table, report, every, FORWARD, limit)
 
 
 def run_trials(

@@ -1,6 +1,7 @@
 """Measures the neighbours of each row of the backward's plan table."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from bench.gpu_tune import Kind, Trial, refuse_what_does_not_fit, run_trials
 from cupynorm._launches import launch_bwd, ready_bwd
 from cupynorm._plan import VEC_BYTES, Device, TableRow
 from cupynorm._plan_bwd import BWD_TABLE, ROWS_PER_PARTIAL, GradientPlan
+from cupynorm._plan_cluster import ClusterBwdRow
 from cupynorm._problem import ITEMSIZE
 
 __all__ = ["Candidate", "candidates", "tune_backward"]
@@ -36,7 +38,7 @@ MOST_VECS = 4  # of x, and as many of dy: more cannot stay in registers beside t
 class Candidate:
     """A row of the table, after how many rows of x a block leaves a partial sum, how K3 stages."""
 
-    row: TableRow
+    row: TableRow | ClusterBwdRow
     rows_per_partial: int = ROWS_PER_PARTIAL
     copies: bool = True  # of the next row to shared memory, where they fit
 
@@ -83,8 +85,7 @@ def plan_of(candidate: Candidate, problem: Any, device: Device) -> GradientPlan:
     vecs = -(-problem.N * ITEMSIZE[problem.x_dtype] // VEC_BYTES)
     if row.family == "split":
         return plans._split_plan(problem, row, vecs, device, count)
-    vecs_per_thread = -(-vecs // row.threads_per_row)
-    return plans._row_plan(problem, row, vecs, vecs_per_thread, device, count, candidate.copies)
+    return plans._row_plan(problem, row, vecs, device, count, candidate.copies)
 
 
 def launcher(
@@ -117,6 +118,9 @@ def launcher(
 def label(candidate: Candidate) -> str:
     """A candidate in one word."""
     row = candidate.row
+    if isinstance(row, ClusterBwdRow):
+        held = f"v{4 * row.chunks}{'+' if row.ahead else ''}"
+        return f"cluster/{row.cluster}x{row.threads}/{held}/p{candidate.rows_per_partial}"
     threads = f"{row.threads_per_row}of{row.threads}"
     copies = "" if candidate.copies else "/registers"
     return f"{row.family}/{threads}/b{row.blocks_per_sm}/p{candidate.rows_per_partial}{copies}"
@@ -156,4 +160,9 @@ def trials() -> Iterator[Trial]:
 
 def tune_backward(session: Session, table: Table, report: Path, limit: int | None = None) -> str:
     """Measure all trials of the backward until the deadline; write the proposals."""
-    return run_trials(session, table, report, trials(), BACKWARD, limit)
+    from bench.gpu_tune_cluster import cluster_bwd_trials
+    from cupynorm import _cuda
+
+    device = _cuda.device_of(session.cupy.cuda.runtime.getDevice())
+    every = itertools.chain(trials(), cluster_bwd_trials(device))
+    return run_trials(session, table, report, every, BACKWARD, limit)

@@ -30,10 +30,12 @@ CASES = (
     ("float32", 5, 1023),  # warp, 32 lanes
     ("bfloat16", 3, 4096),  # block
     ("float32", 3, 4095),
-    ("float32", 2, 9001),  # shared
+    ("float32", 2, 9001),  # shared, from sm_90 on clusters of 2, 4 and 8
     ("float64", 2, 8192),
-    ("float32", 1, 40001),  # split
-    ("bfloat16", 2, 80000),
+    ("float32", 1, 40001),  # split, or clusters
+    ("bfloat16", 5, 80000),
+    ("float16", 2, 270000),  # of 768 threads; the backward is K5's
+    ("float32", 1, 470001),  # split everywhere
     ("float32", 70001, 8),  # column-major: registers; the others take tiles, from 4096 on panels
 )
 TINY = (CASES[0], ("float32", 2, 33))

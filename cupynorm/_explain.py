@@ -38,12 +38,14 @@ _FAMILIES = {
     "warp": "K1 warp: lanes of one warp hold a row in registers",
     "block": "K2 block: the threads of a block hold a row in registers",
     "shared": "K3 shared: a block stages its row in shared memory",
+    "cluster": "K4 cluster: the blocks of a cluster stage parts of a row in shared memory",
     "split": "K5 split row: chunk statistics, then merge and normalize",
 }
 _BACKWARD = {
     "warp": "K1 warp backward: rows, dweight and dbias in registers; 3 passes",
     "block": "K2 block backward: rows, dweight and dbias in registers; 3 passes",
     "shared": "K3 shared backward: rows in registers, dweight and dbias in shared memory; 3 passes",
+    "cluster": "K4 cluster backward: each block has a part of the row and its sums; 3 passes",
     "column": "K6 column backward: tiles of x and dy in shared memory; 3 passes",
     "panels": "K6 column backward: rows longer than two tiles, so two sweeps over panels; 5 passes",
     "split": "K5 split backward: sums fit no block, so x and dy are read twice; 5 passes",

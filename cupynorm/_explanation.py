@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from cupynorm import _problem
 from cupynorm._display import Sections, Table
-from cupynorm._plan import Plan
+from cupynorm._plan import Plan, Stage
 from cupynorm._plan_bwd import GradientPlan
 from cupynorm._plan_column import ColumnPlan
 
@@ -26,7 +26,7 @@ class Explanation(Table):
     dtype, stats_dtype : str
         Of x and y, and of the statistics.
     launches : tuple of str
-        Each kernel launch: entry, grid, block, shared memory; empty off the GPU.
+        Each kernel launch: entry, grid (and cluster), block, shared memory; empty off the GPU.
     threads_per_row, rows_per_block : int or None
         Of the plan; None off the GPU.
     bytes_floor : int
@@ -71,6 +71,13 @@ class Explanation(Table):
         rows += [("floor", _bytes(self.bytes_floor)), ("moved", moved)]
         rows += [("copy", text) for text in self.copies or ("none",)]
         return [("", rows + ([("plan from", self.source)] if self.source else []))]
+
+
+def _launch(stage: Stage) -> str:
+    grid = f"grid {stage.grid[0]}"
+    if stage.cluster > 1:
+        grid += f" in clusters of {stage.cluster}"
+    return f"{stage.name}, {grid}, block {stage.block[0]}, shared {stage.shared_bytes} bytes"
 
 
 def _bytes(n: int) -> str:
@@ -131,10 +138,7 @@ class Facts:
             cols=self.cols,
             dtype=str(self.dtypes[0]),
             stats_dtype=self.stats_dtype,
-            launches=tuple(
-                f"{s.name}, grid {s.grid[0]}, block {s.block[0]}, shared {s.shared_bytes} bytes"
-                for s in (plan.stages if plan else ())
-            ),
+            launches=tuple(_launch(stage) for stage in (plan.stages if plan else ())),
             threads_per_row=plan.threads_per_row if plan else None,
             rows_per_block=plan.rows_per_block if plan else None,
             bytes_floor=self.floor(),

@@ -8,6 +8,7 @@ from cupynorm._chunk import CHUNK_PARTIALS, CHUNK_THREADS, CHUNK_VECS, VEC_BYTES
 __all__ = [
     "CLUSTER_BWD_MIN_VECS",
     "CLUSTER_BWD_TABLE",
+    "CLUSTER_MIN_VECS",
     "CLUSTER_SPLIT_MIN_VECS",
     "CLUSTER_TABLE",
     "RESIDENT_SHARE",
@@ -59,6 +60,8 @@ CLUSTER_TABLE = (
     ClusterRow(8, 32, 32, 512, 1, 1, _PREDICTED),
     ClusterRow(8, 112, 112, 768, 1, 1, _PREDICTED),
 )
+# K4 follows K2: K3's one block on a multiprocessor cannot load while it stores.
+CLUSTER_MIN_VECS = 2 * CHUNK_VECS  # 32 KiB
 # Few rows leave multiprocessors idle under K4 too, but a shorter row than this is done before K5's
 # second launch.
 CLUSTER_SPLIT_MIN_VECS = 64 * CHUNK_VECS  # 1 MiB
@@ -126,7 +129,7 @@ def cluster_row(
     vecs: int, itemsize: int, accumulator: int, compute_capability: int, shared_bytes: int
 ) -> ClusterRow | None:
     """Find the first row that holds `vecs` vectors of x; None where no cluster does."""
-    if compute_capability < FIRST_CAPABILITY:
+    if compute_capability < FIRST_CAPABILITY or vecs <= CLUSTER_MIN_VECS:
         return None
     chunks = -(-vecs // CHUNK_VECS)
     for row in CLUSTER_TABLE:

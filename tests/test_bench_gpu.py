@@ -79,7 +79,7 @@ def test_simulated_run_checked_every_case(simulated_run):
         assert 0 < float(row["error"]) <= limit(case.dtype, case.N, ours=True)
         assert row["method"] == "graph"
         assert int(row["bytes"]) == 2 * 4 * case.N * (case.rows + 1)
-    assert {"warp", "split"} <= {r["kernel"].split("_")[3] for r in ours}
+    assert {"warp", "cluster"} <= {r["kernel"].split("_")[3] for r in ours}
     copied = [r for r in rows if r["peer"] in ("copy-stride", "copy-block")]
     assert len(copied) == 2 * len(tiny())
     assert {r["status"] for r in copied} == {"simulated"}

@@ -273,7 +273,7 @@ def test_every_case_of_ours_was_checked(tmp_path):
         assert row["method"] == "graph"
         assert int(row["bytes"]) == case.moved_bytes
     families = {name.split("_")[3] for r in ours for name in r["kernel"].split("+")[:1]}
-    assert {"warp", "split"} <= families
+    assert {"warp", "cluster"} <= families
     assert all(("column_totals" in r["kernel"]) == bool(r["weight_dtype"]) for r in ours)
     copied = [r for r in rows if r["peer"] in ("copy-stride", "copy-block")]
     assert {r["status"] for r in copied} == {"simulated"}

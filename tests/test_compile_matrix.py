@@ -21,12 +21,7 @@ def test_entries_keep_what_the_plan_states(arch, x_dtype, pytestconfig):
     found, records = {}, []
     for family in grid.FAMILIES:
         stages = grid.entries(arch, x_dtype, family)
-        # Sums over rows of 16-bit types fit no block of sm_75 beside K3's rows: K5 takes those.
-        assert (
-            stages
-            or (arch, x_dtype[-2:], family) == ("75", "16", "shared_bwd")
-            or (arch != grid.FULL and grid_column.is_left_out(x_dtype, family))
-        )
+        assert stages or not is_there(arch, x_dtype, family)
         for stage in stages:
             facts = build.build(source_of(stage), stage.name, arch)
             records.append(report.record_of(arch, stage, facts))
@@ -35,11 +30,29 @@ def test_entries_keep_what_the_plan_states(arch, x_dtype, pytestconfig):
     assert not {name: what for name, what in found.items() if what}
 
 
+def is_there(arch, x_dtype, family):
+    """Whether the plans of an architecture use a family."""
+    if "cluster" in family:
+        return int(arch) >= 90
+    if arch != grid.FULL and grid_column.is_left_out(x_dtype, family):
+        return False
+    if family == "shared":  # whose rows K4 takes
+        return int(arch) < 90
+    # Sums over rows of 16-bit types fit no block of sm_75 beside K3's rows: K5 takes those.
+    return (arch, x_dtype[-2:], family) != ("75", "16", "shared_bwd")
+
+
+def lengths(on_one_block, chunks):
+    """Every length up to a limit, then the ends of every chunk, in vectors."""
+    far = range(on_one_block, chunks * CHUNK_VECS + 1, CHUNK_VECS // 2)
+    return (*range(1, on_one_block), *far, *(v + 1 for v in far))
+
+
 def test_sampled_lengths_miss_no_entry():
     x_dtype = "bfloat16"
     every = {
         stage.name
-        for vecs in range(1, max(row.max_vecs for row in TABLE[:-1]) + CHUNK_VECS)
+        for vecs in lengths(3 * CHUNK_VECS, 114)
         for rows in (grid.FEW, 64, grid.MANY)
         for stage in grid.stages(grid.FULL, x_dtype, vecs, rows, (None, None))
     }
@@ -50,7 +63,7 @@ def test_sampled_lengths_miss_no_backward_entry():
     for x_dtype in ("bfloat16", "float64"):
         every = {
             stage.name
-            for vecs in range(1, BWD_TABLE[-2].max_vecs + 2)
+            for vecs in lengths(BWD_TABLE[-2].max_vecs + 2, 34)
             for stage in grid_bwd.stages(grid.FULL, x_dtype, vecs, x_dtype)
         }
         assert every == set(grid_bwd.shapes(grid.FULL, x_dtype))
@@ -73,7 +86,8 @@ def test_each_run_compiles_every_row_of_the_plan_table():
         for row in reachable - {TABLE[-1]}:
             most = -(-row.max_vecs // row.threads_per_row)
             assert f"_{row.family}_f32_t{row.threads_per_row}_v{most}" in names
-        assert "split_stats" in names and "split_normalize" in names and "shared" in names
+        assert "split_stats" in names and "split_normalize" in names
+        assert ("fwd_shared" in names, "fwd_cluster" in names) == (int(arch) < 90, int(arch) >= 90)
 
 
 # ---- the compiler is called as CuPy calls it -----------------------------------------------------

@@ -10,24 +10,26 @@ from cupynorm._plan_bwd import choose_plan_bwd
 from cupynorm._problem import GradientProblem
 from tests import gpu_backend, oracle
 from tests.conftest import Backend, why_not
-from tests.cuda_calls import Spent
+from tests.cuda_calls import Spent, capability_for
 from tests.gradient_rows import run
 from tests.row_kernels import At
 from tests.simt.cupy_stand_in import simulated_cupy
 
 RNG = np.random.default_rng(20260106)
 HERE = ["simulated"] if why_not(Backend.CUPY) else ["simulated", "gpu"]
-# One N per kernel: K1, K2, K3 and K5. Long rows of float64 reach K3 and K5 with fewest columns.
+# One N per kernel: K1 to K5. Long rows of float64 reach K3 to K5 with fewest columns.
 FAMILIES = {
     "warp": (77, "float32"), "block": (301, "float32"),
-    "shared": (2101, "float64"), "split": (8201, "float64"),
+    "shared": (2101, "float64"), "cluster": (4201, "float64"), "split": (8201, "float64"),
 }  # fmt: skip
 
 
 @pytest.fixture
-def sim():
+def sim(request):
     """The stand-in, with two devices; `sim.simulator` knows what was launched and allocated."""
-    with simulated_cupy(devices=2, reload=("cupynorm._cuda",)) as module:
+    with simulated_cupy(
+        compute_capability=capability_for(request), devices=2, reload=("cupynorm._cuda",)
+    ) as module:
         yield module
 
 
@@ -63,7 +65,9 @@ def test_each_kernel_through_the_front_door(cp, family):
     check(grads, dy, x, (1,), weight)
 
 
-@pytest.mark.parametrize(("family", "launches"), [("warp", 2), ("block", 2), ("split", 4)])
+@pytest.mark.parametrize(
+    ("family", "launches"), [("warp", 2), ("block", 2), ("cluster", 2), ("split", 4)]
+)
 def test_a_warm_call(sim, family, launches):
     """One launch and column_totals (K5: three); dx, dweight, dbias and a workspace allocated."""
     N, dtype = FAMILIES[family]

@@ -28,6 +28,7 @@ SHAPES = [
     ((2, 9001), {}),
     ((200, 20_000), {}),
     ((1, 70_000), {}),
+    ((1, 262_200), {}),
     ((6, 40), {"axis": 0}),
     ((2, 3, 4, 5), {"axis": (1, 3)}),
     ((2, 3, 4), {"order": "F"}),
@@ -44,7 +45,8 @@ def test_the_launches_are_those_of_the_call(cupy, shape, kw):
     assert told.path == "cuda"
     assert [text.split(",")[0] for text in told.launches] == [one.name for one in done]
     for text, one in zip(told.launches, done, strict=True):
-        assert f"grid {one.grid[0]}, block {one.block[0]}, " in text
+        clusters = f" in clusters of {one.cluster}" if one.cluster > 1 else ""
+        assert f"grid {one.grid[0]}{clusters}, block {one.block[0]}, " in text
 
 
 @pytest.mark.parametrize(("shape", "kw"), SHAPES, ids=str)
@@ -190,11 +192,11 @@ def test_warmup_compiles_what_a_call_takes(cupy):
 
 
 def test_warmup_of_long_rows_covers_few_and_many(cupy):
-    names = cn.warmup((2, 25_000), ["float32"], affine=False)
+    names = cn.warmup((2, 200_000), ["float32"], affine=False)
     assert [name.split("_f32")[0] for name in names] == [
         "layer_norm_fwd_split_stats",
         "layer_norm_fwd_split_normalize",
-        "layer_norm_fwd_shared",
+        "layer_norm_fwd_cluster",
     ]
 
 
@@ -214,7 +216,7 @@ def test_warmup_refuses_what_layer_norm_refuses():
 
 @pytest.mark.parametrize(
     ("N", "kernel", "passes"),
-    [(100, "K1", 3), (3000, "K2", 3), (16_000, "K3", 3), (40_000, "K5", 5)],
+    [(100, "K1", 3), (3000, "K2", 3), (8000, "K3", 3), (40_000, "K4", 3), (200_000, "K5", 5)],
 )
 def test_backward_states_its_passes(N, kernel, passes):
     """x and dy are read and dx is written once each; the fallback says that it needs five."""

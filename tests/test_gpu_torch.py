@@ -29,8 +29,8 @@ pytestmark = [
     pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU)),
     pytest.mark.filterwarnings(TORCHSCRIPT),
 ]
-# One N per kernel: K1, K2, K3, K5; forward and backward take the same one at each of these.
-FAMILIES = {"warp": 77, "block": 3001, "shared": 9001, "split": 36_001}
+# One N per kernel: K1, K2, K3 or K4, K4 of more blocks, K5; forward and backward take the same.
+FAMILIES = {"warp": 77, "block": 3001, "long": 9001, "longer": 36_001, "split": 500_001}
 each_family = pytest.mark.parametrize("N", FAMILIES.values(), ids=FAMILIES)
 SLEEP = 50_000_000  # cycles: 25 ms or more, against microseconds for the calls behind it
 

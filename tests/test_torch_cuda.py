@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cupynorm.torch as cn_torch
 from cupynorm import _torch_autograd, _torch_cpu, _torch_launch
+from tests.cuda_calls import capability_for
 from tests.simt.cupy_stand_in import simulated_cupy
 from tests.torch_cases import affine, check, check_gradients, expected, name_of, numbers, numpy_of
 
-# One N per kernel: K1, K2, K3, and K5 with few rows.
-FAMILIES = {"warp": 77, "block": 3001, "shared": 9001, "split": 36_001}
+# One N per kernel: K1 to K4, and K5 with few rows; K3's and K5's are K4's where it is.
+FAMILIES = {"warp": 77, "block": 3001, "shared": 9001, "cluster": 9001, "split": 36_001}
 STREAM = 0x7000  # torch's current stream, as the simulator sees it
 
 
@@ -96,10 +97,14 @@ class Gpu:
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(monkeypatch, request):
     """The adapter with a simulated GPU of index 1, of two, in the place of the CPU."""
     sys.modules.pop("cupynorm._torch_cuda", None)
-    with simulated_cupy(devices=2, reload=("cupynorm._cuda", "cupynorm._torch_cuda")) as sim:
+    with simulated_cupy(
+        compute_capability=capability_for(request),
+        devices=2,
+        reload=("cupynorm._cuda", "cupynorm._torch_cuda"),
+    ) as sim:
         from cupynorm import _torch_cuda
 
         gpu = Gpu(sim, _torch_cuda)
@@ -153,10 +158,11 @@ def test_everything_runs_on_torchs_stream_and_on_the_tensors_device(gpu):
     assert gpu.sim.simulator.current_device == 0
 
 
-def test_nothing_is_allocated_but_through_torch(gpu):
+@pytest.mark.parametrize("family", ["split"])
+def test_nothing_is_allocated_but_through_torch(gpu, family):
     """The simulator would count memory that CuPy hands out."""
-    x, weight = numbers(2, FAMILIES["split"], grad=True), affine(FAMILIES["split"], grad=True)[0]
-    dy = numbers(2, FAMILIES["split"])
+    x, weight = numbers(2, FAMILIES[family], grad=True), affine(FAMILIES[family], grad=True)[0]
+    dy = numbers(2, FAMILIES[family])
     cn_torch.layer_norm(x, x.shape[1:], weight).backward(dy)
     gpu.allocated.clear()
     allocated = gpu.sim.simulator.allocations

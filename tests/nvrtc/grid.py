@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 from cupynorm._plan import CHUNK_VECS, TABLE, VEC_BYTES, Device, Stage, choose_plan, table_row
+from cupynorm._plan_cluster import CLUSTER_TABLE
 from cupynorm._problem import ITEMSIZE, Problem
 from cupynorm._source import source_of
 from tests.nvrtc import grid_bwd, grid_column
@@ -15,14 +16,17 @@ from tests.simt.limits import DeviceLimits
 
 ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 DTYPES = tuple(ITEMSIZE)
-FORWARD = tuple(dict.fromkeys(row.family for row in TABLE))
+FORWARD = (*dict.fromkeys(row.family for row in TABLE), "cluster")
 FAMILIES = (*FORWARD, *grid_bwd.FAMILIES, *grid_column.FAMILIES)
 FULL = "90"  # the architecture whose every entry is compiled in each test run
+# Of K4, whose every entry the kept table has, each run compiles the longest, and all of these.
+CLUSTERED = ("float16", "float32")
 
 Flags = tuple[str | None, str | None]  # dtypes of weight and bias
 FEW, MANY = 1, 2**20  # rows
 _HELD = max(row.max_vecs for row in TABLE if row.family in ("warp", "block"))
 _LONGEST = max(row.max_vecs for row in TABLE if row.family == "shared")
+_MOST_CHUNKS = max(row.max_chunks for row in CLUSTER_TABLE)
 
 
 def stages(arch: str, x_dtype: str, vecs: int, rows: int, flags: Flags) -> tuple[Stage, ...]:
@@ -41,6 +45,7 @@ def sampled_vecs() -> Iterator[tuple[int, int]]:
     for rows in (FEW, MANY):
         for vecs in (*range(_HELD + 1, _LONGEST + 2, CHUNK_VECS // 8), _LONGEST + 1, 2**26):
             yield vecs, rows
+        yield from ((chunks * CHUNK_VECS, rows) for chunks in range(3, _MOST_CHUNKS + 1))
 
 
 @cache
@@ -89,6 +94,9 @@ def entries(arch: str, x_dtype: str, family: str, *, everything: bool = False) -
         return grid_bwd.entries(arch, x_dtype, family, arch == FULL, everything)
     if family in grid_column.FAMILIES:
         return grid_column.entries(arch, x_dtype, family, arch == FULL, everything)
+    if family == "cluster" and not (everything or (arch == FULL and x_dtype in CLUSTERED)):
+        some = longest(arch, x_dtype).values()
+        return _stages(arch, x_dtype, family, [(some, usual_flags(x_dtype)[0])])
     every = shapes(arch, x_dtype)
     first, *others = usual_flags(x_dtype)
     if not everything and arch != FULL:
@@ -99,9 +107,15 @@ def entries(arch: str, x_dtype: str, family: str, *, everything: bool = False) -
         wanted = [(every, first)]
         wanted += [(every if everything else some, flags) for flags in others]
         wanted += [(one, flags) for flags in rare_flags(x_dtype)]
+    return _stages(arch, x_dtype, family, [(names.values(), flags) for names, flags in wanted])
+
+
+def _stages(
+    arch: str, x_dtype: str, family: str, wanted: Iterable[tuple[Iterable[tuple[int, int]], Flags]]
+) -> list[Stage]:
     chosen = {}
-    for names, flags in wanted:
-        for vecs, rows in names.values():
+    for some, flags in wanted:
+        for vecs, rows in some:
             for stage in stages(arch, x_dtype, vecs, rows, flags):
                 if stage.family == family:
                     chosen[stage.name] = stage

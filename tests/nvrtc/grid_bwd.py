@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-from cupynorm._plan import VEC_BYTES, Device, Stage
+from cupynorm._plan import CHUNK_VECS, VEC_BYTES, Device, Stage
 from cupynorm._plan_bwd import BWD_TABLE, choose_plan_bwd
+from cupynorm._plan_cluster import CLUSTER_BWD_TABLE
 from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
 from tests.simt.limits import DeviceLimits
 
-FAMILIES = (*(f"{f}_bwd" for f in dict.fromkeys(row.family for row in BWD_TABLE)), "totals_bwd")
+_KINDS = (*dict.fromkeys(row.family for row in BWD_TABLE), "cluster", "totals")
+FAMILIES = tuple(f"{kind}_bwd" for kind in _KINDS)
 
 Wanted = tuple[bool, bool, bool]  # dx, dweight, dbias
 ALL: Wanted = (True, True, True)
 # Tried on the longest row of each kernel only.
 RARELY: tuple[Wanted, ...] = ((True, False, False), (False, True, True), (True, True, False))
 ROWS = 2**20
+_MOST_CHUNKS = max(row.cluster * row.slots for row in CLUSTER_BWD_TABLE)
+# Of K4, whose every entry the kept table has, each run compiles the longest, and all of these.
+CLUSTERED = ("float16", "float32")
 _LAST = next(row.max_vecs for row in BWD_TABLE if row.family == "shared")
 
 
@@ -48,6 +53,7 @@ def sampled_vecs() -> Iterator[int]:
     """Each table row's longest, each number of vectors per thread of K3, and beyond."""
     for row in BWD_TABLE[:-1]:
         yield from range(row.threads_per_row, row.max_vecs + 1, row.threads_per_row)
+    yield from range(2 * CHUNK_VECS, _MOST_CHUNKS * CHUNK_VECS + 1, CHUNK_VECS // 4)
     yield from (_LAST + 1, 2**20)
 
 
@@ -74,13 +80,16 @@ def entries(arch: str, x_dtype: str, family: str, full: bool, everything: bool) 
     every = sorted(set(shapes(arch, x_dtype).values()))
     few = _longest(arch, x_dtype)
     weights = (x_dtype, *dict.fromkeys(w for w in ("float32", None) if w != x_dtype))
+    if family == "cluster_bwd" and not everything:
+        full = full and x_dtype in CLUSTERED
+        weights = weights[:1]
     if everything:
         asked = [(v, w, ALL) for w in weights for v in every]
     elif full:
         asked = [(v, x_dtype, ALL) for v in every] + [(v, w, ALL) for w in weights for v in few]
     else:
         asked = [(v, x_dtype, ALL) for v in few]
-    if everything or full:
+    if everything or (full and family != "cluster_bwd"):
         asked += [(v, x_dtype, wanted) for wanted in RARELY for v in few]
     chosen = {}
     for vecs, weight, wanted in asked:

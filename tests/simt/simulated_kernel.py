@@ -71,6 +71,7 @@ class Function:
                 self._device,
                 passed,
                 traffic,
+                load(self._code, self._name).cluster[0],
             )
         )
 

@@ -27,6 +27,7 @@ class Launch:
     device: int
     args: tuple[Any, ...]
     traffic: Traffic
+    cluster: int = 1
 
 
 @dataclass
