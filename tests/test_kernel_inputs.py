@@ -125,7 +125,7 @@ def test_more_sections_than_threads(machine):
     check(result, x, weight, bias)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "cluster"])
 @pytest.mark.parametrize("outer", [1, 2])
 def test_rows_more_than_2_to_31_elements_apart(machine, family, outer):
     """Offsets of rows are 64-bit: two rows of x, and of y, with a hole of addresses between.

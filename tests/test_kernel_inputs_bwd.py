@@ -156,9 +156,10 @@ def test_sections_of_several_chunks(machine, monkeypatch):
         check(result, dy, x, affine(N)[0])
 
 
-@pytest.mark.parametrize(
-    ("family", "outer"), [("warp", 1), ("warp", 2), ("block", 1), ("shared", 1), ("split", 2)]
-)
+FAR = [("warp", 1), ("warp", 2), ("block", 1), ("shared", 1), ("cluster", 1), ("split", 2)]
+
+
+@pytest.mark.parametrize(("family", "outer"), FAR)
 def test_rows_more_than_2_to_31_elements_apart(machine, family, outer):
     """Offsets of rows are 64-bit: two rows of dy, x and dx, with a hole of addresses between."""
     N, size = length(family, "float16"), 2
