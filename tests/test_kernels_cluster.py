@@ -8,7 +8,7 @@ import pytest
 from cupynorm._plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._problem import ITEMSIZE
 from tests.gpu_backend import ON_EACH_MACHINE
-from tests.row_cases import affine, check, device_for, length, run, values
+from tests.row_cases import affine, check, device_for, length, need_the_memory_of_sm_90, run, values
 from tests.row_kernels import At, normalize
 
 pytestmark = ON_EACH_MACHINE
@@ -34,6 +34,7 @@ TABLE = [
 def test_every_row_of_the_table_has_the_bits_of_split(
     machine, dtype, chunks, more, cluster, threads
 ):
+    need_the_memory_of_sm_90(machine)
     N = cols(chunks, dtype, more)
     x, (weight, bias) = values(2 if chunks < 9 else 1, N, dtype, offset=1000.0), affine(N)
     result = run(machine, "cluster", x, weight, bias, x_at=At(1, 2), y_at=At(3, 1))
@@ -46,6 +47,7 @@ def test_every_row_of_the_table_has_the_bits_of_split(
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_device_short_of_shared_memory_has_wider_clusters(machine, dtype):
     """As sm_120: the same row, other blocks, the same bits."""
+    need_the_memory_of_sm_90(machine)
     N = cols(5, dtype, 100)
     x = values(2, N, dtype)
     device = device_for(machine, "cluster")

@@ -8,7 +8,7 @@ from cupynorm._plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._problem import ITEMSIZE
 from tests.gpu_backend import ON_EACH_MACHINE
 from tests.gradient_rows import ALL, check, device_for, differentiate, length, pair, run
-from tests.row_cases import affine
+from tests.row_cases import affine, need_the_memory_of_sm_90
 from tests.row_kernels import At
 
 pytestmark = ON_EACH_MACHINE
@@ -41,6 +41,7 @@ TABLE = [
 def test_every_row_of_the_table_has_the_dx_of_split(
     machine, dtype, chunks, more, wanted, constants
 ):
+    need_the_memory_of_sm_90(machine)
     N = cols(chunks, dtype, more)
     (dy, x), weight = pair(3 if chunks < 16 else 2, N, dtype), weight_of(N)
     at = {"dy_at": At(1, 2), "x_at": At(2, 1), "dx_at": At(3, 1)}
