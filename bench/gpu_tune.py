@@ -165,7 +165,7 @@ def written(row: Any, source: str) -> str:
     """A row as its table has it."""
     shown = ", ".join(repr(v) for v in dataclasses.astuple(row)[:-1])
     carried = "no asynchronous copies for " if isinstance(row, Carried) else ""
-    name = "ClusterRow" if isinstance(row, ClusterRow) else "TableRow"
+    name = "TableRow" if isinstance(row, TableRow) else type(row).__name__
     return f"{carried}`{name}({shown}, {source!r})`"
 
 

@@ -30,7 +30,6 @@ LENGTHS = (3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 112)
 BWD_LENGTHS = (3, 4, 5, 8, 9, 16, 17, 24, 32)
 FEW = (64, 100)  # chunks: where K5 takes few rows
 FEW_BWD = (8, 16)
-FIRST_CAPABILITY = 90
 
 
 def candidates(row: ClusterRow) -> list[ClusterRow | TableRow]:
@@ -60,12 +59,12 @@ def _columns(dtype: str, chunks: int) -> int:
 
 def cluster_trials(device: Device) -> Iterator[Trial]:
     """The forward's thresholds for each dtype, then few rows; nothing before sm_90."""
-    if device.compute_capability < FIRST_CAPABILITY:
+    if device.clusters == 1:
         return
     for chunks in LENGTHS:
         for dtype in gpu_tune.DTYPES:
             vecs, size = chunks * CHUNK_VECS, ITEMSIZE[dtype]
-            row = cluster_row(vecs, size, 4, device.compute_capability, device.shared_bytes)
+            row = cluster_row(vecs, size, 4, device)
             row = row or CLUSTER_TABLE[-1]
             name = f"cluster: {dtype}, {chunks} chunks"
             yield Trial(name, candidates(row), [case(dtype, _columns(dtype, chunks))])
@@ -79,13 +78,12 @@ def cluster_trials(device: Device) -> Iterator[Trial]:
 
 def cluster_bwd_trials(device: Device) -> Iterator[Trial]:
     """As `cluster_trials`, for the backward."""
-    if device.compute_capability < FIRST_CAPABILITY:
+    if device.clusters == 1:
         return
     for chunks in BWD_LENGTHS:
         for dtype in gpu_tune.DTYPES:
             vecs, totals = chunks * CHUNK_VECS, 2 * 4 * VEC_BYTES // ITEMSIZE[dtype]
-            limits = (device.compute_capability, device.shared_bytes)
-            row = cluster_bwd_row(vecs, totals, 4, *limits)
+            row = cluster_bwd_row(vecs, totals, 4, device)
             if row is not None:
                 cases = [case(dtype, _columns(dtype, chunks), op=BWD)]
                 name = f"cluster: backward, {dtype}, {chunks} chunks"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cupynorm._chunk import CHUNK_PARTIALS, CHUNK_THREADS, CHUNK_VECS, VEC_BYTES
+from cupynorm._device import Device
 from cupynorm._plan_cluster import CLUSTER_SPLIT_MIN_VECS, ClusterRow, cluster_bytes, cluster_row
 from cupynorm._problem import ITEMSIZE, Problem
 from cupynorm._staging import LABELS, STAGE_REGISTERS, copied_bytes, staging_of
@@ -28,25 +29,6 @@ __all__ = [
 # One section per chunk up to this many, so that every row K3 and K4 can hold has the tree of K5.
 MAX_SECTIONS = 512
 MAX_GRID_X = 2**31 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """What a plan needs to know of a GPU.
-
-    Attributes
-    ----------
-    compute_capability : int
-        90 for sm_90.
-    sm_count : int
-        Streaming multiprocessors.
-    shared_bytes : int
-        Shared memory a block may have after opting in, in bytes.
-    """
-
-    compute_capability: int
-    sm_count: int
-    shared_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +148,7 @@ def _long_row(
 ) -> TableRow | ClusterRow:
     """Let K4, K3 or K5 have a row that fits no block's registers."""
     size, least = _accumulator_bytes(problem), SPLIT_MIN_VECS
-    capability = device.compute_capability
-    wide = cluster_row(vecs, ITEMSIZE[problem.x_dtype], size, capability, device.shared_bytes)
+    wide = cluster_row(vecs, ITEMSIZE[problem.x_dtype], size, device)
     if wide:
         row, least = wide, CLUSTER_SPLIT_MIN_VECS
     elif _staged_bytes(problem, vecs, device) > device.shared_bytes:
@@ -187,9 +168,7 @@ def _accumulator_bytes(problem: Problem) -> int:
     return 8 if problem.x_dtype == "float64" else 4
 
 
-def _row_plan(
-    problem: Problem, row: TableRow | ClusterRow, vecs: int, device: Device
-) -> Plan:
+def _row_plan(problem: Problem, row: TableRow | ClusterRow, vecs: int, device: Device) -> Plan:
     """K1 to K4: a row stays with one block or one cluster."""
     rows_per_block = 1
     if isinstance(row, ClusterRow):

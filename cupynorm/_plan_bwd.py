@@ -1,8 +1,8 @@
 """Decides which kernels run a backward problem and with what launches; pure Python."""
 
 import functools
-from dataclasses import dataclass
 
+from cupynorm._gradient_plan import GradientPlan, totals_stage
 from cupynorm._plan import (
     CHUNK_THREADS,
     CHUNK_VECS,
@@ -23,7 +23,6 @@ from cupynorm._plan_cluster import (
     cluster_bwd_row,
     resident_clusters,
 )
-from cupynorm._plan_totals import totals_stage
 from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
 from cupynorm._staging import LABELS, STAGE_REGISTERS, next_row_bytes, staging_of
 
@@ -60,26 +59,6 @@ APPLY_BLOCKS_PER_SM = 2
 MERGE_THREADS = 128
 
 _Row = TableRow | ClusterBwdRow
-
-
-@dataclass(frozen=True, slots=True)
-class GradientPlan:
-    """What runs a backward problem on a device."""
-
-    family: str
-    stages: tuple[Stage, ...]
-    threads_per_row: int
-    vecs_per_thread: int
-    rows_per_block: int
-    partials: int  # blocks (K4: clusters) that leave sums for dweight and dbias
-    pitch: int  # columns of one partial
-    workspace_bytes: int
-    passes: int  # over memory: of x, dy and dx, of which each has one at least
-    source: str
-    sections: int = 0  # per row (K5)
-    chunks_per_section: int = 0
-    sums_at: int = 0  # bytes into the workspace, K5's
-    gradients_at: int = 0
 
 
 @functools.lru_cache(maxsize=4096)
@@ -121,8 +100,7 @@ def _long_row(problem: GradientProblem, row: _Row, vecs: int, device: Device) ->
     if row.family == "shared" and vecs <= CLUSTER_BWD_MIN_VECS:
         return row
     totals = _totals_of(problem) * _vec_totals_bytes(problem)
-    size, capability = _accumulator_bytes(problem), device.compute_capability
-    wide = cluster_bwd_row(vecs, totals, size, capability, device.shared_bytes)
+    wide = cluster_bwd_row(vecs, totals, _accumulator_bytes(problem), device)
     if not wide:
         return row
     blocks = wide.cluster * -(-problem.rows // _rows_per_partial(problem))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cupynorm._chunk import CHUNK_PARTIALS, CHUNK_THREADS, CHUNK_VECS, VEC_BYTES
+from cupynorm._device import Device
 
 __all__ = [
     "CLUSTER_BWD_MIN_VECS",
@@ -23,7 +24,6 @@ __all__ = [
 ]
 
 _PREDICTED = "predicted, bench/results/PENDING.md"
-FIRST_CAPABILITY = 90
 RESERVED = 1024  # bytes of each block's shared memory that the system keeps
 
 
@@ -125,18 +125,17 @@ def cluster_bytes(row: ClusterRow, vecs: int, accumulator: int) -> int:
     return staged + 3 * chunks * accumulator
 
 
-def cluster_row(
-    vecs: int, itemsize: int, accumulator: int, compute_capability: int, shared_bytes: int
-) -> ClusterRow | None:
+def cluster_row(vecs: int, itemsize: int, accumulator: int, device: Device) -> ClusterRow | None:
     """Find the first row that holds `vecs` vectors of x; None where no cluster does."""
-    if compute_capability < FIRST_CAPABILITY or vecs <= CLUSTER_MIN_VECS:
+    if vecs <= CLUSTER_MIN_VECS:
         return None
     chunks = -(-vecs // CHUNK_VECS)
     for row in CLUSTER_TABLE:
-        if chunks <= (row.max_chunks_16bit if itemsize == 2 else row.max_chunks) and (
-            _fits(cluster_bytes(row, vecs, accumulator), row.blocks_per_sm, shared_bytes)
-        ):
-            return row
+        limit = row.max_chunks_16bit if itemsize == 2 else row.max_chunks
+        if row.cluster <= device.clusters and chunks <= limit:
+            size = cluster_bytes(row, vecs, accumulator)
+            if _fits(size, row.blocks_per_sm, device.shared_bytes):
+                return row
     return None
 
 
@@ -151,17 +150,15 @@ def cluster_bwd_bytes(row: ClusterBwdRow, vecs: int, vec_totals: int, accumulato
 
 
 def cluster_bwd_row(
-    vecs: int, vec_totals: int, accumulator: int, compute_capability: int, shared_bytes: int
+    vecs: int, vec_totals: int, accumulator: int, device: Device
 ) -> ClusterBwdRow | None:
     """Find the first row that holds `vecs` vectors of x and dy; None where no cluster does."""
-    if compute_capability < FIRST_CAPABILITY:
-        return None
     chunks = -(-vecs // CHUNK_VECS)
     for row in CLUSTER_BWD_TABLE:
-        if chunks <= row.cluster * row.slots and (
-            _fits(cluster_bwd_bytes(row, vecs, vec_totals, accumulator), 1, shared_bytes)
-        ):
-            return row
+        if row.cluster <= device.clusters and chunks <= row.cluster * row.slots:
+            size = cluster_bwd_bytes(row, vecs, vec_totals, accumulator)
+            if _fits(size, 1, device.shared_bytes):
+                return row
     return None
 
 

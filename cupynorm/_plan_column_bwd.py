@@ -3,10 +3,9 @@
 import functools
 from dataclasses import dataclass
 
+from cupynorm._gradient_plan import GradientPlan, totals_stage
 from cupynorm._plan import CODES, Device, Stage
-from cupynorm._plan_bwd import GradientPlan
 from cupynorm._plan_column import KEPT, SHAPES, Tile
-from cupynorm._plan_totals import totals_stage
 from cupynorm._problem import ITEMSIZE, stats_dtype
 
 __all__ = ["ColumnGradientProblem", "bytes_beyond_floor", "choose_plan_column_bwd"]

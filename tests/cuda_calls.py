@@ -23,6 +23,7 @@ class Spent:
         sim = self._sim
         return len(sim.compilations), sim.allocations, sim.synchronizations
 
+
 def capability_for(request):
     """The stand-in's capability: sm_90, but sm_80 for a test of a family that clusters replace."""
     callspec = getattr(request.node, "callspec", None)

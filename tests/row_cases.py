@@ -18,7 +18,7 @@ FAMILIES = ("warp", "block", "shared", "split")
 def device_for(machine, family):
     """A device on which a few long rows take the family."""
     change = {
-        "shared": {"sm_count": 1, "compute_capability": 80},  # few rows are enough; no clusters
+        "shared": {"sm_count": 1, "max_cluster": 1},  # few rows are enough; no clusters
         "cluster": {"sm_count": 1},
         "split": {"shared_bytes": 0},  # K3 and K4 hold nothing
     }.get(family, {})

@@ -70,11 +70,11 @@ TIERS = (
     {"_plan_column_bwd"},
     {"_plan_bwd", "_plan_column"},
     {"_plan_lanes"},
-    {"_plan_totals"},
+    {"_gradient_plan"},
     {"_plan"},  # decide
     {"_staging"},
     {"_plan_cluster"},
-    {"_chunk"},
+    {"_chunk", "_device"},
     {"_arrays"},
     {"_display", "_problem", "_progress"},  # rules
 )

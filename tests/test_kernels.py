@@ -113,7 +113,7 @@ def test_shared_and_split_give_the_same_bits(machine, dtype, chunks):
 
 
 def test_the_number_of_rows_chooses_between_them(machine):
-    device = dataclasses.replace(machine.device, sm_count=4, compute_capability=80)
+    device = dataclasses.replace(machine.device, sm_count=4, max_cluster=1)
     N = 9 * CHUNK_VECS * 4 + 1
     x, (weight, bias) = values(3, N), affine(N)
     few = normalize(machine, x[:2], weight, bias, device=device)

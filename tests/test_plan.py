@@ -17,7 +17,7 @@ from tests.simt.limits import DeviceLimits
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITIES = ("75", "80", "86", "89", "90", "100", "120")
 SM90 = Device(compute_capability=90, sm_count=132, shared_bytes=227 * 1024)
-BEFORE = dataclasses.replace(SM90, compute_capability=80)  # K3 where sm_90 has K4
+BEFORE = dataclasses.replace(SM90, max_cluster=1)  # K3 where sm_90 has K4
 MANY = 10_000  # rows enough for every multiprocessor
 EVERY_N = 1_000_000
 

@@ -18,7 +18,7 @@ from tests.simt.limits import DeviceLimits
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITIES = ("75", "80", "86", "89", "90", "100", "120")
 SM90 = Device(compute_capability=90, sm_count=132, shared_bytes=227 * 1024)
-BEFORE = dataclasses.replace(SM90, compute_capability=80)  # K3 and K5 where sm_90 has K4
+BEFORE = dataclasses.replace(SM90, max_cluster=1)  # K3 and K5 where sm_90 has K4
 MANY = 10_000
 BOTH, NEITHER = ("float32", "float32"), (None, None)
 
@@ -134,7 +134,7 @@ def test_shared_memory_is_used_up_to_the_last_vector(capability, dtype, totals):
     if len(held) < 6:
         roomy = dataclasses.replace(device, shared_bytes=2**20)
         N = 512 * (3 + len(held)) * VEC_BYTES // ITEMSIZE[dtype]
-        roomy = dataclasses.replace(roomy, compute_capability=80)
+        roomy = dataclasses.replace(roomy, max_cluster=1)
         a_vector_more = plan_of(N, dtype, roomy, totals=totals).stages[0]
         assert a_vector_more.shared_bytes > device.shared_bytes
 
@@ -150,7 +150,7 @@ def test_which_sums_are_wanted_decides_what_fits():
 
 def kept_by_shared(dtype, device, totals):
     """Vectors of a thread for which K3 runs, and the stage of the most."""
-    device = dataclasses.replace(device, compute_capability=80)
+    device = dataclasses.replace(device, max_cluster=1)
     per_vec = VEC_BYTES // ITEMSIZE[dtype]
     plans = {v: plan_of(512 * v * per_vec, dtype, device, totals=totals) for v in range(3, 10)}
     held = [v for v, plan in plans.items() if plan.family == "shared"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 
 from cupynorm._plan import CHUNK_VECS, TABLE, VEC_BYTES, Device, Stage, choose_plan, table_row
@@ -20,7 +20,7 @@ FORWARD = (*dict.fromkeys(row.family for row in TABLE), "cluster")
 FAMILIES = (*FORWARD, *grid_bwd.FAMILIES, *grid_column.FAMILIES)
 FULL = "90"  # the architecture whose every entry is compiled in each test run
 # Of K4, whose every entry the kept table has, each run compiles the longest, and all of these.
-CLUSTERED = ("float16", "float32")
+CLUSTERED = ("float32",)
 
 Flags = tuple[str | None, str | None]  # dtypes of weight and bias
 FEW, MANY = 1, 2**20  # rows
@@ -29,14 +29,17 @@ _LONGEST = max(row.max_vecs for row in TABLE if row.family == "shared")
 _MOST_CHUNKS = max(row.max_chunks for row in CLUSTER_TABLE)
 
 
-def stages(arch: str, x_dtype: str, vecs: int, rows: int, flags: Flags) -> tuple[Stage, ...]:
+def stages(
+    arch: str, x_dtype: str, vecs: int, rows: int, flags: Flags, max_cluster: int = 8
+) -> tuple[Stage, ...]:
     """What launches rows of `vecs` whole vectors."""
     N = vecs * VEC_BYTES // ITEMSIZE[x_dtype]
     problem = Problem(
         "layer_norm_fwd", x_dtype, *flags, 1, rows, N, (0, N, 1), (0, N, 1), stats=True
     )
     limits = DeviceLimits.of(arch)
-    return choose_plan(problem, Device(int(arch), 100, limits.opt_in_shared)).stages
+    device = Device(int(arch), 100, limits.opt_in_shared, max_cluster)
+    return choose_plan(problem, device).stages
 
 
 def sampled_vecs() -> Iterator[tuple[int, int]]:
@@ -49,32 +52,35 @@ def sampled_vecs() -> Iterator[tuple[int, int]]:
 
 
 @cache
-def shapes(arch: str, x_dtype: str) -> dict[str, tuple[int, int]]:
+def shapes(arch: str, x_dtype: str, max_cluster: int = 8) -> dict[str, tuple[int, int]]:
     """By entry without weight and bias: the largest (vecs, rows) that runs it."""
     found = {}
     for vecs, rows in sampled_vecs():
-        for stage in stages(arch, x_dtype, vecs, rows, (None, None)):
+        for stage in stages(arch, x_dtype, vecs, rows, (None, None), max_cluster):
             found[stage.name] = vecs, rows
     return found
 
 
-def heaviest(arch: str, x_dtype: str) -> dict[str, tuple[int, int]]:
+def heaviest(arch: str, x_dtype: str, max_cluster: int = 8) -> dict[str, tuple[int, int]]:
     """Of `shapes`, the longest of each row of the plan table."""
-    return _longest(arch, x_dtype, by_table_row=True)
+    return _longest(arch, x_dtype, max_cluster, by_table_row=True)
 
 
-def longest(arch: str, x_dtype: str) -> dict[str, tuple[int, int]]:
+def longest(arch: str, x_dtype: str, max_cluster: int = 8) -> dict[str, tuple[int, int]]:
     """Of `shapes`, the longest of each kernel."""
-    return _longest(arch, x_dtype, by_table_row=False)
+    return _longest(arch, x_dtype, max_cluster, by_table_row=False)
 
 
-def _longest(arch: str, x_dtype: str, *, by_table_row: bool) -> dict[str, tuple[int, int]]:
+def _longest(
+    arch: str, x_dtype: str, max_cluster: int, *, by_table_row: bool
+) -> dict[str, tuple[int, int]]:
     last = {}
-    for name, (vecs, rows) in sorted(shapes(arch, x_dtype).items(), key=lambda item: item[1]):
-        for stage in stages(arch, x_dtype, vecs, rows, (None, None)):
+    every = shapes(arch, x_dtype, max_cluster)
+    for name, (vecs, rows) in sorted(every.items(), key=lambda item: item[1]):
+        for stage in stages(arch, x_dtype, vecs, rows, (None, None), max_cluster):
             if stage.name == name:
                 last[stage.kernel, table_row(vecs) if by_table_row else None] = name
-    return {name: shapes(arch, x_dtype)[name] for name in last.values()}
+    return {name: every[name] for name in last.values()}
 
 
 def usual_flags(x_dtype: str) -> tuple[Flags, ...]:
@@ -95,28 +101,25 @@ def entries(arch: str, x_dtype: str, family: str, *, everything: bool = False) -
     if family in grid_column.FAMILIES:
         return grid_column.entries(arch, x_dtype, family, arch == FULL, everything)
     if family == "cluster" and not (everything or (arch == FULL and x_dtype in CLUSTERED)):
-        some = longest(arch, x_dtype).values()
-        return _stages(arch, x_dtype, family, [(some, usual_flags(x_dtype)[0])])
-    every = shapes(arch, x_dtype)
+        flags = usual_flags(x_dtype)[0]
+        some = (stages(arch, x_dtype, *s, flags) for s in longest(arch, x_dtype).values())
+        return [stage for plan in some for stage in plan if stage.family == family]
+    # K3 is what a device without clusters takes: its copies differ by architecture all the same.
+    most = 1 if family == "shared" else 8
+    every = shapes(arch, x_dtype, most)
     first, *others = usual_flags(x_dtype)
     if not everything and arch != FULL:
-        wanted = [(heaviest(arch, x_dtype), first)]
+        wanted = [(heaviest(arch, x_dtype, most), first)]
     else:
-        some = longest(arch, x_dtype)
+        some = longest(arch, x_dtype, most)
         one = {name: shape for name, shape in some.items() if "_fwd_warp_" in name}
         wanted = [(every, first)]
         wanted += [(every if everything else some, flags) for flags in others]
         wanted += [(one, flags) for flags in rare_flags(x_dtype)]
-    return _stages(arch, x_dtype, family, [(names.values(), flags) for names, flags in wanted])
-
-
-def _stages(
-    arch: str, x_dtype: str, family: str, wanted: Iterable[tuple[Iterable[tuple[int, int]], Flags]]
-) -> list[Stage]:
     chosen = {}
-    for some, flags in wanted:
-        for vecs, rows in some:
-            for stage in stages(arch, x_dtype, vecs, rows, flags):
+    for names, flags in wanted:
+        for vecs, rows in names.values():
+            for stage in stages(arch, x_dtype, vecs, rows, flags, most):
                 if stage.family == family:
                     chosen[stage.name] = stage
     return list(chosen.values())

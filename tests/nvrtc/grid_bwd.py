@@ -21,12 +21,17 @@ RARELY: tuple[Wanted, ...] = ((True, False, False), (False, True, True), (True, 
 ROWS = 2**20
 _MOST_CHUNKS = max(row.cluster * row.slots for row in CLUSTER_BWD_TABLE)
 # Of K4, whose every entry the kept table has, each run compiles the longest, and all of these.
-CLUSTERED = ("float16", "float32")
+CLUSTERED = ("float32",)
 _LAST = next(row.max_vecs for row in BWD_TABLE if row.family == "shared")
 
 
 def stages(
-    arch: str, x_dtype: str, vecs: int, weight: str | None, wanted: Wanted = ALL
+    arch: str,
+    x_dtype: str,
+    vecs: int,
+    weight: str | None,
+    wanted: Wanted = ALL,
+    max_cluster: int = 8,
 ) -> tuple[Stage, ...]:
     """What launches rows of `vecs` whole vectors."""
     N = vecs * VEC_BYTES // ITEMSIZE[x_dtype]
@@ -45,7 +50,7 @@ def stages(
         strides,
         strides,
     )
-    device = Device(int(arch), 100, DeviceLimits.of(arch).opt_in_shared)
+    device = Device(int(arch), 100, DeviceLimits.of(arch).opt_in_shared, max_cluster)
     return choose_plan_bwd(problem, device).stages
 
 
@@ -58,27 +63,29 @@ def sampled_vecs() -> Iterator[int]:
 
 
 @cache
-def shapes(arch: str, x_dtype: str) -> dict[str, int]:
+def shapes(arch: str, x_dtype: str, max_cluster: int = 8) -> dict[str, int]:
     """By entry with a weight of x's dtype and all results: the longest row that runs it."""
     found = {}
     for vecs in sorted(set(sampled_vecs())):
-        for stage in stages(arch, x_dtype, vecs, x_dtype):
+        for stage in stages(arch, x_dtype, vecs, x_dtype, ALL, max_cluster):
             found[stage.name] = vecs
     return found
 
 
-def _longest(arch: str, x_dtype: str) -> list[int]:
+def _longest(arch: str, x_dtype: str, max_cluster: int) -> list[int]:
     """The longest row of each kernel."""
     last = {}
     for vecs in sorted(set(sampled_vecs())):
-        last[stages(arch, x_dtype, vecs, x_dtype)[0].kernel] = vecs
+        last[stages(arch, x_dtype, vecs, x_dtype, ALL, max_cluster)[0].kernel] = vecs
     return list(last.values())
 
 
 def entries(arch: str, x_dtype: str, family: str, full: bool, everything: bool) -> list[Stage]:
     """Stages to compile, without repeats; `full` where each test run compiles all that differs."""
-    every = sorted(set(shapes(arch, x_dtype).values()))
-    few = _longest(arch, x_dtype)
+    # K3 is what a device without clusters takes: its copies differ by architecture all the same.
+    most = 1 if family == "shared_bwd" else 8
+    every = sorted(set(shapes(arch, x_dtype, most).values()))
+    few = _longest(arch, x_dtype, most)
     weights = (x_dtype, *dict.fromkeys(w for w in ("float32", None) if w != x_dtype))
     if family == "cluster_bwd" and not everything:
         full = full and x_dtype in CLUSTERED
@@ -93,7 +100,7 @@ def entries(arch: str, x_dtype: str, family: str, full: bool, everything: bool) 
         asked += [(v, x_dtype, wanted) for wanted in RARELY for v in few]
     chosen = {}
     for vecs, weight, wanted in asked:
-        for stage in stages(arch, x_dtype, vecs, weight, wanted):
+        for stage in stages(arch, x_dtype, vecs, weight, wanted, most):
             if stage.family == family:
                 chosen[stage.name] = stage
     return list(chosen.values())

@@ -1,11 +1,33 @@
-"""The launch that adds up the partial sums of dweight and dbias."""
+"""What the backward's planners share: a plan, and the launch that adds up its partial sums."""
+
+from dataclasses import dataclass
 
 from cupynorm._plan import CODES, Stage
 from cupynorm._problem import ITEMSIZE, stats_dtype
 
-__all__ = ["TOTALS_THREADS", "totals_stage"]
+__all__ = ["TOTALS_THREADS", "GradientPlan", "totals_stage"]
 
 TOTALS_THREADS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class GradientPlan:
+    """What runs a backward problem on a device."""
+
+    family: str
+    stages: tuple[Stage, ...]
+    threads_per_row: int
+    vecs_per_thread: int
+    rows_per_block: int
+    partials: int  # blocks (K4: clusters) that leave sums for dweight and dbias
+    pitch: int  # columns of one partial
+    workspace_bytes: int
+    passes: int  # over memory: of x, dy and dx, of which each has one at least
+    source: str
+    sections: int = 0  # per row (K5)
+    chunks_per_section: int = 0
+    sums_at: int = 0  # bytes into the workspace, K5's
+    gradients_at: int = 0
 
 
 def totals_stage(x_dtype: str, dtypes: tuple[str | None, str | None], N: int) -> tuple[Stage, ...]:
