@@ -24,9 +24,12 @@ CHUNKS = 2300  # vectors: two chunks and a part of a third, so that one group ha
 
 
 def devices(machine, **changes):
-    """The machine as each architecture would plan for it, newest first; a GPU runs older plans."""
+    """The machine as each architecture would plan for it, newest first; a GPU runs older plans.
+
+    Without clusters, which would take K3's rows.
+    """
     return [
-        dataclasses.replace(machine.device, compute_capability=cc, **changes)
+        dataclasses.replace(machine.device, compute_capability=cc, max_cluster=1, **changes)
         for cc in sorted(WAYS.values(), reverse=True)
         if cc <= machine.device.compute_capability
     ]
@@ -134,7 +137,9 @@ NEEDED = {
 @pytest.mark.parametrize("name", NEEDED)
 def test_without_it_the_simulator_objects(name, monkeypatch):
     run, cc, line, kinds, *instead = NEEDED[name]
-    device = dataclasses.replace(SIMULATED.device, compute_capability=cc, sm_count=1)
+    device = dataclasses.replace(
+        SIMULATED.device, compute_capability=cc, sm_count=1, max_cluster=1
+    )
     broken(monkeypatch, line, *instead)
     options = {"wanted": ONLY_DX} if run is backward else {}
     with pytest.raises(SimtFault) as info:
@@ -167,7 +172,7 @@ INSTRUCTIONS = {
 )
 def test_ptx_holds_the_copies_of_its_architecture(arch, held):
     pytest.importorskip("cupy", reason="cupy brings the way to NVRTC")
-    forward = grid.stages(arch, "float32", 3 * 1024, grid.MANY, FLAGS)[0]
+    forward = grid.stages(arch, "float32", 3 * 1024, grid.MANY, FLAGS, 1)[0]
     backward = grid_bwd.stages(arch, "float32", 1536, "float32")[0]
     for stage in (forward, backward):
         assert stage.family.startswith("shared")
@@ -183,7 +188,7 @@ def test_no_plan_asks_a_device_for_what_it_lacks():
         names = " ".join(
             stage.name
             for vecs in (2049, 3072, 6000)
-            for stage in grid.stages(arch, "float32", vecs, grid.MANY, FLAGS)
+            for stage in grid.stages(arch, "float32", vecs, grid.MANY, FLAGS, 1)
         )
         newest = DeviceLimits.of(arch).compute_capability
         assert ("_bulk" in names) == (int(newest) >= 90)
