@@ -137,9 +137,7 @@ NEEDED = {
 @pytest.mark.parametrize("name", NEEDED)
 def test_without_it_the_simulator_objects(name, monkeypatch):
     run, cc, line, kinds, *instead = NEEDED[name]
-    device = dataclasses.replace(
-        SIMULATED.device, compute_capability=cc, sm_count=1, max_cluster=1
-    )
+    device = dataclasses.replace(SIMULATED.device, compute_capability=cc, sm_count=1, max_cluster=1)
     broken(monkeypatch, line, *instead)
     options = {"wanted": ONLY_DX} if run is backward else {}
     with pytest.raises(SimtFault) as info:
