@@ -23,7 +23,7 @@ __all__ = [
     "resident_clusters",
 ]
 
-_PREDICTED = "predicted, bench/results/PENDING.md"
+_PREDICTED = "predicted, bench/results/model.md"
 RESERVED = 1024  # bytes of each block's shared memory that the system keeps
 
 
