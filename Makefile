@@ -21,7 +21,7 @@ comma := ,
 DEMO_EXTRAS = $(EXTRAS)$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint notebooks instructions gpu bench clean python-check compiler-check
+.PHONY: help demo test lint notebooks instructions docs gpu bench clean python-check compiler-check
 
 help:
 	@echo "make demo              install, normalize real data on every available path, save a picture"
@@ -29,6 +29,7 @@ help:
 	@echo "make lint              ruff and mypy"
 	@echo "make notebooks         run docs/notebooks/*.py and store what they show in the .ipynb"
 	@echo "make instructions      instructions of small calls against their budgets, by valgrind"
+	@echo "make docs              the documentation site, into build/docs; warnings and broken links are errors"
 	@echo "make gpu OUT=folder    on a machine with a CUDA GPU: tests, sanitizer, benchmark; no network (ten minutes; GPU_ARGS='--seconds 1800' for all)"
 	@echo "make bench OUT=folder  CPU times against torch, onnxruntime, JAX and others (ten minutes at most; BENCH_ARGS='--groups shapes')"
 	@echo "make clean             remove what the others made"
@@ -81,6 +82,13 @@ notebooks: $(VENV)/.installed
 instructions: $(VENV)/.installed
 	$(VENV)/bin/python bench/instructions.py
 
+# -- docs: a warning is an error, and so is a link within the site that leads nowhere
+
+docs: $(VENV)/.installed
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -n -b html docs build/docs
+	$(VENV)/bin/python -m docs._generate.links build/docs
+	@echo "build/docs/index.html"
+
 # -- measurements
 
 # For a machine without a network: the python at hand, which must have CuPy, pytest and numpy.
@@ -103,5 +111,5 @@ bench: $(VENV)/.bench
 	$(VENV)/bin/python bench/dask_overhead.py --to "$(OUT)" $(DASK_ARGS)
 
 clean:
-	rm -rf $(VENV) .venvs out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .simt_cache .nvrtc_cache
+	rm -rf $(VENV) .venvs out build dist docs/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis .simt_cache .nvrtc_cache
 	find cupynorm tests bench -name __pycache__ -type d -exec rm -rf {} +

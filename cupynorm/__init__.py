@@ -54,7 +54,7 @@ def __getattr__(name: str) -> Any:
     if name == "plot":  # a module, which the import system itself binds here
         return import_module("cupynorm.plot")
     if name not in _LAZY:
-        msg = f"module 'cupynorm' has no attribute {name!r}"
+        msg = f"module 'cupynorm' has no attribute {name!r}; use one of {', '.join(__all__)}"
         raise AttributeError(msg)
     value = globals()[name] = getattr(import_module(_LAZY[name]), name)
     return value

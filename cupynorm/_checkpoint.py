@@ -111,7 +111,10 @@ def _decode_safetensors(path: str, wanted: set[str]) -> tuple[list[str], Arrays]
                 _check_dtype(name, _SAFETENSORS.get(stored, stored), path)
                 found[name] = file.get_tensor(name)
     except package.SafetensorError as error:
-        msg = f"{path} is not a .safetensors file that can be read: {error}"
+        msg = (
+            f"{path} is not a .safetensors file that can be read ({error}); pass one that save() "
+            "or safetensors wrote"
+        )
         raise ValueError(msg) from error
     return names, found
 
@@ -136,7 +139,10 @@ def _decode_npz(path: str, wanted: set[str]) -> tuple[list[str], Arrays]:
                 names = sorted(archive.files)
                 found = {name: archive[name] for name in wanted.intersection(names)}
     except zipfile.BadZipFile as error:
-        msg = f"{path} is not a .npz file that can be read: {error}"
+        msg = (
+            f"{path} is not a .npz file that can be read ({error}); pass one that save() or "
+            "numpy.savez wrote"
+        )
         raise ValueError(msg) from error
     for name, array in found.items():
         _check_dtype(name, _problem.dtype_name(array.dtype), path)
@@ -149,7 +155,7 @@ def _check_dtype(name: str, dtype: str, path: str) -> None:
     if dtype not in _problem.ITEMSIZE:
         msg = (
             f"{name} has dtype {dtype} in {path}; "
-            f"a layer takes one of {', '.join(_problem.ITEMSIZE)}"
+            f"cast it to one of {', '.join(_problem.ITEMSIZE)} before it is saved"
         )
         raise TypeError(msg)
 

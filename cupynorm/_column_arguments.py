@@ -64,8 +64,8 @@ def _check_values(label: str, x: Any, first: Any) -> None:
         raise ValueError(msg)
     if x.shape != first.shape:
         msg = (
-            f"{label} has {x.shape[0]} elements, but columns[0] has {first.shape[0]}; all columns "
-            "of a table have one length"
+            f"{label} has {x.shape[0]} elements, but columns[0] has {first.shape[0]}; pass "
+            "columns of one length"
         )
         raise ValueError(msg)
 
@@ -88,7 +88,7 @@ def _with_validity(label: str, values: Any, validity: Any = None, offset: Any = 
     bits = companion_of(f"the validity of {label}", validity, values)
     if _problem.dtype_name(bits.dtype) != "uint8" or bits.ndim != 1:
         msg = (
-            f"the validity of {label} has dtype {bits.dtype} and shape {tuple(bits.shape)}; it is "
+            f"the validity of {label} has dtype {bits.dtype} and shape {tuple(bits.shape)}; pass "
             "a bitmap of uint8: numpy.packbits(valid, bitorder='little')"
         )
         raise TypeError(msg)
@@ -125,7 +125,8 @@ def result_dtype(columns: list[Column], dtype: Any, out: Any) -> str:
     except TypeError:
         name = _problem.dtype_name(dtype)  # of another library, or no dtype at all
     if name not in _problem.ITEMSIZE:
-        msg = f"dtype={dtype!r} is not one of float16, bfloat16, float32 and float64"
+        choices = ", ".join(_problem.ITEMSIZE)
+        msg = f"dtype={dtype!r} is no float of 16 to 64 bits; pass one of {choices}"
         raise TypeError(msg)
     return name
 

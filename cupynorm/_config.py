@@ -82,7 +82,29 @@ class Config(Table):
     paths: tuple[PathStatus, ...]
 
     def path(self, name: str) -> PathStatus:
-        """Status of the path of that name; KeyError if there is none."""
+        """Status of the path of that name.
+
+        Parameters
+        ----------
+        name : {'cuda', 'cpu-numba', 'cpu-numpy', 'reference'}
+            Which path.
+
+        Returns
+        -------
+        PathStatus
+            Whether it can run, and why not.
+
+        Raises
+        ------
+        KeyError
+            If there is none of that name.
+
+        Examples
+        --------
+        >>> import cupynorm as cn
+        >>> cn.show_config().path("reference").way_out
+        ''
+        """
         return {p.name: p for p in self.paths}[name]
 
     def _sections(self) -> Sections:

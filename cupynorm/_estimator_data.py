@@ -129,7 +129,7 @@ def _check_shape(X: Any, what: str) -> None:
         if not X.shape[axis]:
             msg = (
                 f"Found array with 0 {name}(s) (shape={tuple(X.shape)}) while a minimum of 1 is "
-                f"required by {what}."
+                f"required by {what}. Pass at least one {name}"
             )
             raise ValueError(msg)
 

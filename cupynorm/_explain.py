@@ -72,8 +72,22 @@ def explain(
 
     Parameters
     ----------
-    x, normalized_shape, weight, bias, eps, axis, order, out, return_stats
+    x : array
+        As for `layer_norm`: any array that it takes; only shape, strides and dtype are looked at.
+    normalized_shape : int or tuple of int, optional
         As for `layer_norm`.
+    weight, bias : array, optional
+        As for `layer_norm`.
+    eps : float, default 1e-5
+        As for `layer_norm`.
+    axis : int or tuple of int, optional
+        As for `layer_norm`.
+    order : {'K', 'C', 'F'}, default 'K'
+        As for `layer_norm`.
+    out : array, optional
+        As for `layer_norm`; nothing is written to it.
+    return_stats : bool, default False
+        As for `layer_norm`: whether mean and rstd are written, too.
     device : str, optional
         A GPU to plan for, such as 'sm_90', when x is not on one: what would run were x and the
         others CuPy arrays of the same shape, strides and dtype there.
@@ -110,7 +124,10 @@ def explain(
         gpu = _gpu(call.x, device)
         strides = _element_strides(call.x)
         if strides is None:
-            msg = f"device={device!r} needs an x with strides, not a {library_of(x)} array"
+            msg = (
+                f"device={device!r} needs an x with strides, not a {library_of(x)} array; pass a "
+                "NumPy or CuPy array, or a torch tensor, of that shape"
+            )
             raise TypeError(msg)
         to = _element_strides(out) or result_strides(shape, strides, order)
         explained = _explain_bwd if backward else _explain_fwd

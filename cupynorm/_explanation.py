@@ -38,6 +38,16 @@ class Explanation(Table):
         Every copy of x, y, dy or dx that the call makes, with its reason.
     source : str
         What set the plan's thresholds.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> plan = cn.explain(np.ones((64, 1000), np.float32), device="sm_90")
+    >>> plan.kernel
+    'K1 warp: lanes of one warp hold a row in registers'
+    >>> plan.bytes_moved == plan.bytes_floor == 2 * 64 * 1000 * 4
+    True
     """
 
     path: str

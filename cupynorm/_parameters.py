@@ -48,7 +48,10 @@ def read_device(device: Any) -> int | None:
         return int(device.id)
     match = re.fullmatch(r"(cpu)|cuda(?::(\d+))?", str(device))  # torch.device prints itself so
     if match is None:
-        msg = f"device={device!r} is none of 'cpu' (NumPy), 'cuda' and 'cuda:1' (CuPy)"
+        msg = (
+            f"device={device!r} is none of 'cpu' (NumPy), 'cuda' and 'cuda:1' (CuPy); pass one of "
+            "them"
+        )
         raise ValueError(msg)
     if match[1]:
         return _CPU
@@ -74,7 +77,9 @@ def new_array(shape: tuple[int, ...], dtype: np.dtype[Any], index: int | None, v
             array = do.empty(shape, dtype=dtype)
             array.set(host)  # not fill(): that would compile a kernel for one number
     except RuntimeError as error:  # CuPy's, where there is no driver or no such GPU
-        msg = f"device={device!r} cannot be used ({error}); `python -m cupynorm` tells why"
+        msg = (
+            f"device={device!r} cannot be used ({error}); run `python -m cupynorm`, which tells why"
+        )
         raise RuntimeError(msg) from error
     return array
 

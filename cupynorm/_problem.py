@@ -133,7 +133,7 @@ def integers(value: Any, label: str) -> tuple[int, ...]:
             raise TypeError
         return tuple(operator.index(item) for item in items)
     except TypeError:
-        msg = f"{label} must be an int or a tuple of ints, not {value!r}"
+        msg = f"{label} must be an int or a tuple of ints, not {value!r}; pass e.g. 1 or (1, 2)"
         raise TypeError(msg) from None
 
 
@@ -195,7 +195,7 @@ def _axes_from_axis(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[in
         if not -ndim <= a < ndim:
             msg = (
                 f"axis={a} is out of range for x with shape {shape}; "
-                f"it must be from {-ndim} to {ndim - 1}"
+                f"pass one from {-ndim} to {ndim - 1}"
             )
             raise ValueError(msg)
     axes = tuple(a % ndim for a in wanted)
@@ -231,7 +231,10 @@ def check_affine_shape(label: str, shape: tuple[int, ...], expected: tuple[int, 
 def check_eps(eps: Any) -> float:
     """Read eps: any finite real number."""
     if not isinstance(eps, numbers.Real) or isinstance(eps, bool):
-        msg = f"eps must be a real number such as 1e-5, not {eps!r} of type {type(eps).__name__}"
+        msg = (
+            f"eps must be a real number, not {eps!r} of type {type(eps).__name__}; pass one such "
+            "as 1e-5"
+        )
         raise TypeError(msg)
     try:
         value = float(eps)
@@ -246,7 +249,10 @@ def check_eps(eps: Any) -> float:
 def check_order(order: Any) -> None:
     """Refuse an `order` other than K, C and F."""
     if order not in ("K", "C", "F"):
-        msg = f"order={order!r} is not one of 'K' (x's layout), 'C' (row-major), 'F' (column-major)"
+        msg = (
+            f"order={order!r} is not one of 'K' (x's layout), 'C' (row-major), 'F' (column-major); "
+            "pass one of them"
+        )
         raise ValueError(msg)
 
 
@@ -268,7 +274,7 @@ def check_beside_x(
     """Refuse a gradient or statistic whose shape does not go with x's."""
     if shape != expected:
         way_out = (
-            "it is the gradient of layer_norm(x), which has x's shape"
+            "pass the gradient of layer_norm(x), which has x's shape"
             if label == "dy"
             else "pass what layer_norm(x, ..., return_stats=True) gave, for the same axes"
         )

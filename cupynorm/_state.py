@@ -36,7 +36,16 @@ class Stateful(Table):
     _kept: tuple[Any, Any, Any] | None  # x, mean, rstd of the last forward
 
     def zero_grad(self) -> None:
-        """Forget the gradients: the next `backward` starts anew. Arrays already taken stay."""
+        """Forget the gradients: the next `backward` starts anew. Arrays already taken stay.
+
+        Examples
+        --------
+        >>> import cupynorm as cn
+        >>> layer = cn.LayerNorm(3)
+        >>> layer.zero_grad()
+        >>> layer.grad
+        {'weight': None, 'bias': None}
+        """
         self.grad = dict.fromkeys(self.state_dict())
 
     def state_dict(self, prefix: str = "") -> dict[str, Any]:
@@ -51,6 +60,12 @@ class Stateful(Table):
         -------
         dict of str to array
             Only what the layer has.
+
+        Examples
+        --------
+        >>> import cupynorm as cn
+        >>> cn.LayerNorm(2).state_dict("norm.")
+        {'norm.weight': array([1., 1.], dtype=float32), 'norm.bias': array([0., 0.], dtype=float32)}
         """
         both = (("weight", self.weight), ("bias", self.bias))
         return {prefix + name: value for name, value in both if value is not None}
@@ -81,6 +96,16 @@ class Stateful(Table):
         Notes
         -----
         Nothing is changed where anything is wrong. Gradients and what `forward` kept stay.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cupynorm as cn
+        >>> layer = cn.LayerNorm(2)
+        >>> layer.load_state_dict({"weight": np.array([2.0, 3.0])}, strict=False)
+        IncompatibleKeys(missing_keys=['bias'], unexpected_keys=[])
+        >>> layer.weight
+        array([2., 3.], dtype=float32)
         """
         return self._load(state, strict, "state", "")
 
@@ -101,9 +126,11 @@ class Stateful(Table):
         if strict and unexpected:
             faults.append(f"the layer has no {_listed(unexpected)}")
         if faults:
-            msg = f"cannot load {source} into {self!r}: {'; '.join(faults)}"
+            msg = f"cannot load {source} into {self!r}: {'; '.join(faults)}. "
             if strict and (missing or unexpected):
-                msg += ". strict=False leaves out what is on one side only"
+                msg += "Pass strict=False to leave out what is on one side only"
+            else:
+                msg += "Make a layer of that shape, or reshape the arrays"
             raise ValueError(msg)
         for name, host in hosts.items():
             _parameters.fill(mine[name], host)
@@ -132,6 +159,16 @@ class Stateful(Table):
         The names are torch's, and ``safetensors.torch`` reads the file. An .npz holds bfloat16
         as float32, which is exact, because NumPy has no name for it in a file. Neither format
         can run code when it is read.
+
+        Examples
+        --------
+        >>> import pathlib, tempfile
+        >>> import cupynorm as cn
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "norm.npz")
+        ...     cn.LayerNorm(2).save(file, prefix="encoder.norm.")
+        ...     cn.LayerNorm(2).load(file, prefix="encoder.norm.")
+        IncompatibleKeys(missing_keys=[], unexpected_keys=[])
         """
         state = self.state_dict(prefix)
         _checkpoint.write(path, {n: _parameters.to_host(n, a) for n, a in state.items()})
@@ -165,6 +202,19 @@ class Stateful(Table):
             under `strict` names.
         TypeError
             If an array has another than the four floating dtypes.
+
+        Examples
+        --------
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> import cupynorm as cn
+        >>> layer = cn.LayerNorm(2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "norm.npz")
+        ...     np.savez(file, weight=np.array([2.0, 3.0]), bias=np.zeros(2))
+        ...     keys = layer.load(file)
+        >>> layer.weight
+        array([2., 3.], dtype=float32)
         """
         names, arrays = _checkpoint.read(path, set(self.state_dict(prefix)))
         state = {name: arrays.get(name) for name in names if name.startswith(prefix)}

@@ -36,7 +36,10 @@ def read(table: Any) -> list[tuple[Any, ...]]:
         raise TypeError(msg)
     columns: list[tuple[Any, ...]] = adapter.read(table)
     if not columns:
-        msg = f"the table has shape {tuple(table.shape)}: no column, so no row to normalize"
+        msg = (
+            f"the table has shape {tuple(table.shape)}: no column, so no row to normalize; pass "
+            "one with at least one column"
+        )
         raise ValueError(msg)
     return columns
 

@@ -25,7 +25,7 @@ def warmup(
     normalized_shape : int or sequence of int
         Trailing dimensions that later calls normalize.
     dtypes : sequence of str
-        dtypes of x; weight and bias are taken to have x's.
+        Of x: names of floating dtypes; weight and bias are taken to have x's.
     affine : bool, default True
         Compile the kernels with weight and bias; otherwise those without.
     backward : bool, default False
@@ -47,6 +47,13 @@ def warmup(
         If `device`, a dtype or the shape is not one that `layer_norm` takes.
     ImportError
         If `device` is 'cuda' and CuPy is not installed, or `progress` is True and tqdm is not.
+
+    Examples
+    --------
+    >>> import cupynorm as cn
+    >>> loops = cn.warmup(8, ["float32"], device="cpu")  # empty where numba is not installed
+
+    On a GPU: ``cn.warmup(768, ["float16"], backward=True)`` before a training's first step.
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     _problem.resolve_axes((1, *shape), shape, None)
@@ -61,7 +68,7 @@ def warmup(
         for name in steps(dtypes, "compiling loops", progress):
             compiled += _cpu.warmup(shape, [name], affine, backward)
         return compiled
-    msg = f"device={device!r} is not 'cuda' or 'cpu'"
+    msg = f"device={device!r} is not 'cuda' or 'cpu'; pass one of them"
     raise ValueError(msg)
 
 

@@ -9,7 +9,7 @@ from cupynorm._arguments import path_of
 from cupynorm._column_arguments import checked_affine, checked_out, gather, result_dtype
 from cupynorm._cpu_columns import Column
 
-__all__ = ["layer_norm_columns", "normalize"]
+__all__ = ["layer_norm_columns"]
 
 
 def layer_norm_columns(
@@ -67,7 +67,8 @@ def layer_norm_columns(
     -----
     A column is rounded to the dtype of the statistics as it is read: float32, or float64 where the
     result is float64. Integers beyond 2^24 (2^53) lose digits there; ask for ``dtype="float64"``
-    where differences between such columns matter. The algorithm is that of `layer_norm`,
+    where differences between such columns matter. The formula is that of Ba, Kiros and Hinton
+    (2016), "Layer Normalization", arXiv:1607.06450; the algorithm is that of `layer_norm`,
     corrected two-pass; a row's result depends on that row alone, bit for bit.
 
     Examples
@@ -102,7 +103,10 @@ def normalize(
     """Apply the rules that are left, then normalize checked columns into `out` or a new matrix."""
     eps = _problem.check_eps(eps)
     if nulls not in ("propagate", "omit"):
-        msg = f"nulls={nulls!r} is not one of 'propagate' (NaN for the row) and 'omit'"
+        msg = (
+            f"nulls={nulls!r} is not one of 'propagate' (NaN for the row) and 'omit'; pass one of "
+            "them"
+        )
         raise ValueError(msg)
     x, N = columns[0].values, len(columns)
     weight, bias = (

@@ -67,7 +67,8 @@ def layer_norm(
     formula of Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for
     computing sample variances", about a common shift; and each block is normalized with the result.
     The bits then depend on the chunks, but not on the scheduler, the workers, or who finishes
-    first. There is no backward for Dask collections.
+    first. There is no backward for Dask collections. The formula is that of Ba, Kiros and Hinton
+    (2016), "Layer Normalization", arXiv:1607.06450.
 
     Examples
     --------

@@ -7,7 +7,7 @@ from cupynorm._column_arguments import gather, result_dtype
 from cupynorm._cpu_columns import as_matrix
 from cupynorm.columns import normalize
 
-__all__ = ["from_call", "layer_norm"]
+__all__ = ["layer_norm"]
 
 
 def layer_norm(
@@ -59,6 +59,8 @@ def layer_norm(
 
     Notes
     -----
+    ``y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` over each row, with the biased
+    variance: the formula of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450.
     See `layer_norm_columns` for the algorithm, and for the same table as one row-major matrix.
 
     Examples
@@ -74,7 +76,7 @@ def layer_norm(
     if _tables.library(df) is None:
         msg = (
             f"df is a {type(df).__module__}.{type(df).__qualname__}, not a DataFrame of pandas, "
-            "polars or cuDF; arrays are for cupynorm.layer_norm"
+            "polars or cuDF; pass arrays to cupynorm.layer_norm"
         )
         raise TypeError(msg)
     _problem.check_order(order)
@@ -84,7 +86,10 @@ def layer_norm(
         order = "C" if row_major else "F"
     name = result_dtype(columns, dtype, None)
     if name == "bfloat16":
-        msg = f"dtype={dtype!r}: tables have no bfloat16 columns; layer_norm_columns gives a matrix"
+        msg = (
+            f"dtype={dtype!r}: tables have no bfloat16 columns; call layer_norm_columns, which "
+            "gives a matrix"
+        )
         raise TypeError(msg)
     y = normalize(path, columns, weight, bias, eps, name, order, None, nulls)
     return _tables.build(df, y)

@@ -30,6 +30,17 @@ class LayerNormResult(NamedTuple):
         normalized axes of length 1.
     rstd : array
         1 / sqrt(var + eps), dtype and shape as `mean`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> result = cn.layer_norm(np.array([[1.0, 2.0, 3.0]]), eps=0.0, return_stats=True)
+    >>> result.mean.shape
+    (1, 1)
+    >>> y, mean, rstd = result
+    >>> rstd.round(3)
+    array([[1.225]])
     """
 
     y: Any

@@ -29,6 +29,19 @@ class LayerNormGradients(NamedTuple):
         Gradient of weight, summed over all rows: weight's shape and dtype.
     dbias : array or None
         Gradient of bias, summed over all rows: shape and dtype as `dweight`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> x = np.array([[1.0, 2.0, 4.0], [3.0, 0.0, 0.0]])
+    >>> y, mean, rstd = cn.layer_norm(x, return_stats=True)
+    >>> mask = (False, True, True)
+    >>> gradients = cn.layer_norm_backward(x, x, 3, mean, rstd, output_mask=mask)
+    >>> gradients.dx is None
+    True
+    >>> gradients.dbias
+    array([4., 2., 4.])
     """
 
     dx: Any
@@ -105,7 +118,7 @@ def layer_norm_backward(
     >>> dy = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
     >>> dx, _, dbias = cn.layer_norm_backward(dy, x, 3, mean, rstd)
     >>> dx.round(3)
-    array([[ 0.115, -0.172,  0.057],
+    array([[ 0.229, -0.344,  0.115],
            [-0.   ,  0.   ,  0.   ]])
     >>> dbias
     array([1., 1., 1.])

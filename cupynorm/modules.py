@@ -66,7 +66,8 @@ class LayerNorm(Stateful):
     the next `forward` replaces them and `backward` releases them, so write to x in place only
     after `backward`. ``forward(x, keep=False)`` keeps nothing and is what inference should call.
     Because of what it keeps, a layer in training belongs to one thread, and stands at one place
-    of a network.
+    of a network. The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization",
+    arXiv:1607.06450; `layer_norm` and `layer_norm_backward` say how it is computed.
 
     A layer equals itself only and may be a key of a dict, as torch's. Copies and pickles of it
     have parameters and gradients of their own, and nothing of the batch. At a prompt it is one
@@ -144,6 +145,14 @@ class LayerNorm(Stateful):
         ------
         TypeError, ValueError
             As `layer_norm` for x, weight and bias.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cupynorm as cn
+        >>> layer = cn.LayerNorm(3, eps=0.0)
+        >>> layer.forward(np.array([[1.0, 2.0, 3.0]]), keep=False).round(3)
+        array([[-1.225,  0.   ,  1.225]])
         """
         self._kept = None  # before y is allocated, so that two batches are never held at once
         arguments = (x, self.normalized_shape, self.weight, self.bias, self.eps)
@@ -173,6 +182,15 @@ class LayerNorm(Stateful):
             has been called for it already.
         TypeError, ValueError
             As `layer_norm_backward` for dy. What is kept stays, so the call can be mended.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cupynorm as cn
+        >>> layer = cn.LayerNorm(3)
+        >>> y = layer(np.array([[1.0, 2.0, 4.0]], dtype=np.float32))
+        >>> layer.backward(np.array([[1.0, 0.0, 0.0]], dtype=np.float32)).round(3)
+        array([[ 0.229, -0.344,  0.115]], dtype=float32)
         """
         if self._kept is None:
             msg = (
@@ -216,6 +234,16 @@ class LayerNorm(Stateful):
             If it is no ``torch.nn.LayerNorm``, or of another than the four floating dtypes.
         ValueError
             If it is on a device that neither NumPy nor CuPy reaches.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import cupynorm as cn
+        >>> module = torch.nn.LayerNorm(3)
+        >>> layer = cn.LayerNorm.from_torch(module)
+        >>> layer.weight[:] = 2.0  # written here,
+        >>> module.weight.tolist()  # seen there
+        [2.0, 2.0, 2.0]
         """
         import torch
 
@@ -245,6 +273,12 @@ class LayerNorm(Stateful):
         ------
         ValueError
             If a parameter has a negative stride, which torch has not.
+
+        Examples
+        --------
+        >>> import cupynorm as cn
+        >>> cn.LayerNorm(3, bias=False).to_torch()
+        LayerNorm((3,), eps=1e-05, elementwise_affine=True, bias=False)
         """
         import torch
 

@@ -58,6 +58,8 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
 
     Notes
     -----
+    The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450.
+
     The estimator is stateless: `transform` needs no `fit`, which checks X and remembers the number
     and the names of its features. There is no `inverse_transform`, as mean and variance of each
     sample are gone.
@@ -116,6 +118,12 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
         ValueError
             If X is not 2-D, is empty, complex, not numeric or not finite, or a parameter has no
             such value.
+
+        Examples
+        --------
+        >>> from cupynorm.sklearn import LayerNormalizer
+        >>> LayerNormalizer().fit([[1.0, 2.0, 3.0]]).n_features_in_
+        3
         """
         self._check_parameters()
         self._check(X, reset=True)
@@ -140,6 +148,14 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
             As `fit` does.
         ValueError
             As `fit` does, or if number or names of the features are not those of `fit`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from cupynorm.sklearn import LayerNormalizer
+        >>> X = np.array([[1.0, 2.0, 3.0]], dtype=np.float32)
+        >>> LayerNormalizer().transform(X).dtype
+        dtype('float32')
         """
         eps = self._check_parameters()
         checked = self._check(X, reset=False)
@@ -165,17 +181,17 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
     def _check_parameters(self) -> float:
         """Check the parameters, which scikit-learn forbids `__init__` to do; give eps."""
         if isinstance(self.eps, bool) or not isinstance(self.eps, Real):
-            msg = f"eps={self.eps!r} is a {type(self.eps).__name__}, not a number such as 1e-5"
+            msg = f"eps={self.eps!r} is a {type(self.eps).__name__}, not a number; pass e.g. 1e-5"
             raise TypeError(msg)
         eps = check_eps(float(self.eps))
         if eps < 0:
             msg = f"eps={self.eps!r} is negative; pass 0 or more: it is added to the variance"
             raise ValueError(msg)
         if not isinstance(self.copy, (bool, np.bool_)):
-            msg = f"copy={self.copy!r} is a {type(self.copy).__name__}, not True or False"
+            msg = f"copy={self.copy!r} is a {type(self.copy).__name__}; pass True or False"
             raise TypeError(msg)
         if self.output_type not in _OUTPUT_TYPES:
-            msg = f"output_type={self.output_type!r} is not one of {_OUTPUT_TYPES}"
+            msg = f"output_type={self.output_type!r} is not one of {_OUTPUT_TYPES}; pass one"
             raise ValueError(msg)
         return eps
 

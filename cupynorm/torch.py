@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.utils import parametrize
@@ -128,7 +128,7 @@ def _check(label: str, value: Any, x: Any, expected: tuple[int, ...]) -> None:
         check_companion(label, value, x)
 
 
-def _refuse_no_tensor(label: str, value: Any, way_out: str) -> None:
+def _refuse_no_tensor(label: str, value: Any, way_out: str) -> NoReturn:
     kind = type(value)
     msg = f"{label} is a {kind.__module__}.{kind.__qualname__}, not a torch.Tensor; pass {way_out}"
     raise TypeError(msg)
@@ -149,8 +149,9 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
 class LayerNorm(torch.nn.LayerNorm):  # type: ignore[misc]
     """``torch.nn.LayerNorm`` whose forward and backward are cupynorm's.
 
-    Same constructor, parameters, ``state_dict`` and repr, so that checkpoints load either way;
-    ``isinstance(module, torch.nn.LayerNorm)`` holds.
+    ``y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias``, as `cupynorm.torch.layer_norm`
+    computes it. Same constructor, parameters, ``state_dict`` and repr, so that checkpoints load
+    either way; ``isinstance(module, torch.nn.LayerNorm)`` holds.
 
     Parameters
     ----------
@@ -163,7 +164,17 @@ class LayerNorm(torch.nn.LayerNorm):  # type: ignore[misc]
     bias : bool, default True
         Whether there is a bias.
     device, dtype : optional
-        Of the parameters.
+        Of the parameters, which have shape `normalized_shape`; float32 on the CPU by default. The
+        input may have another of the four floating dtypes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When it is called, as `cupynorm.torch.layer_norm`.
+
+    Notes
+    -----
+    The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450.
 
     Examples
     --------
@@ -175,7 +186,30 @@ class LayerNorm(torch.nn.LayerNorm):  # type: ignore[misc]
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Normalize the trailing dimensions of `input`."""
+        """Normalize the trailing dimensions of `input`.
+
+        Parameters
+        ----------
+        input : Tensor, shape (..., *normalized_shape)
+            float16, bfloat16, float32 or float64, on the parameters' device.
+
+        Returns
+        -------
+        Tensor
+            As `cupynorm.torch.layer_norm` gives it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `cupynorm.torch.layer_norm`.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import cupynorm.torch
+        >>> cupynorm.torch.LayerNorm(4).forward(torch.ones(2, 4)).shape
+        torch.Size([2, 4])
+        """
         if torch.jit.is_scripting():  # TorchScript can run torch's operators alone
             return torch.nn.functional.layer_norm(
                 input, self.normalized_shape, self.weight, self.bias, self.eps

@@ -217,7 +217,7 @@ def test_refusals():
             "float16",
             "Float16",
         }
-        with pytest.raises(TypeError, match="no bfloat16 columns; layer_norm_columns"):
+        with pytest.raises(TypeError, match="no bfloat16 columns; call layer_norm_columns"):
             frames.layer_norm(df, dtype="bfloat16")
     with pytest.raises(ValueError, match="nulls='drop'"):
         frames.layer_norm(numbers, nulls="drop")

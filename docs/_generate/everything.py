@@ -1,0 +1,69 @@
+"""All generated pages, and links that lead within the site where the checkout's lead to files."""
+
+import os
+import re
+from pathlib import Path
+
+from docs._generate import errors, kernels, results
+
+__all__ = ["PAGES", "with_links_of_the_site", "write"]
+
+ROOT = Path(__file__).resolve().parents[2]
+# Files of the checkout that are pages of the site, and what such a page is called there.
+PAGES = {
+    "CHANGELOG.md": "generated/changelog.md",
+    "CONTRIBUTING.md": "generated/contributing.md",
+    "bench/NOTES.md": "generated/bench-notes.md",
+    "bench/README.md": "generated/bench.md",
+    "bench/results/PENDING.md": "generated/pending.md",
+    "bench/results/accuracy.md": "generated/accuracy.md",
+    "bench/results/accuracy-backward.md": "generated/accuracy-backward.md",
+    "bench/results/compile-matrix.md": "generated/compile-matrix.md",
+}
+_LINK = re.compile(r"\[([^\]\[]*)\]\((?!https?://|mailto:|#)([^)\s#]+)(#[^)\s]*)?\)")
+_FENCE = re.compile(r"(^ *(?:```|:::).*?^ *(?:```|:::) *$)", re.M | re.S)
+
+
+def write(to: Path) -> None:
+    """Write them all, each only where it changes, so that Sphinx reads again what it must."""
+    for name, page in PAGES.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        put(ROOT / "docs" / page, _relinked(text, name, page))
+    parts = {"errors.md": errors.page(), **kernels.pictures(), **results.parts()}
+    for name, text in parts.items():
+        put(to / "parts" / name, text)
+
+
+def put(path: Path, text: str) -> None:
+    """Write a file unless it says that already."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def with_links_of_the_site(text: str, docname: str) -> str:
+    """Let the links of a page in docs/ lead to the site's pages of the files they name."""
+    if docname.startswith(("generated/", "notebooks/")):
+        return text
+    return _relinked(text, f"docs/{docname}.md", f"{docname}.md")
+
+
+def _relinked(text: str, source: str, page: str) -> str:
+    """Text of the checkout's `source` as the site's `page`; code stays as it is."""
+
+    def link(found: re.Match[str]) -> str:
+        label, target, anchor = found[1], found[2], found[3] or ""
+        there = os.path.normpath(os.path.join(os.path.dirname(source), target))
+        if (ROOT / there).is_dir():
+            return label  # a site has no page for a folder
+        if there in PAGES:
+            there = PAGES[there]
+        elif there.startswith("docs/"):
+            there = there.removeprefix("docs/")
+        else:
+            there = f"../{there}"  # a file to download
+        way = os.path.relpath(there, os.path.dirname(page) or ".").replace(os.sep, "/")
+        return f"[{label}]({way}{anchor})"
+
+    parts = _FENCE.split(text)
+    return "".join(p if i % 2 else _LINK.sub(link, p) for i, p in enumerate(parts))

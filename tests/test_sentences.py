@@ -1,0 +1,102 @@
+"""The page of error messages: no `raise` escapes it, and no sentence lacks a way out."""
+
+import re
+
+import pytest
+
+from docs._generate import errors, sentences
+
+
+def parsed(monkeypatch, tmp_path, text):
+    """The sentences of a package that is one module of this text."""
+    (tmp_path / "module.py").write_text(text)
+    monkeypatch.setattr(sentences, "PACKAGE", tmp_path)
+    sentences._modules.cache_clear()
+    sentences.sentences.cache_clear()
+    try:
+        return sentences.sentences()
+    finally:
+        monkeypatch.undo()
+        sentences._modules.cache_clear()
+        sentences.sentences.cache_clear()
+
+
+def test_every_raise_is_a_sentence_or_internal():
+    told = {(s.module, s.line) for s in sentences.sentences()}
+    inside = {(module, name.partition(":")[0]) for module, name in sentences.INTERNAL}
+    wrappers, missing = set(), []
+    for module, function, line in sentences.all_raises():
+        if (module, line) in told or (module, function) in inside:
+            continue
+        if function.startswith(("_refuse", "refuse")):
+            wrappers.add((module, function))  # its callers' sentences stand for it
+        else:
+            missing.append((module, function, line))
+    # `raise` alone passes on what was caught, which said its sentence elsewhere.
+    lines = {m: (sentences.PACKAGE / f"{m}.py").read_text().splitlines() for m, _, _ in missing}
+    assert not [at for at in missing if lines[at[0]][at[2] - 1].strip() != "raise"]
+    assert wrappers  # or the branch above looks at nothing
+
+
+def test_internal_raises_are_there():
+    functions = {(module, function) for module, function, _ in sentences.all_raises()}
+    for module, name in sentences.INTERNAL:
+        assert (module, name.partition(":")[0]) in functions
+
+
+def test_the_count_is_that_of_a_plain_search():
+    """Another way to count: what a text search finds is what the trees hold."""
+    found = 0
+    for path in sorted(sentences.PACKAGE.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        found += len(re.findall(r"^ +raise\b", text, re.M))
+    assert len(sentences.all_raises()) == found
+
+
+@pytest.mark.parametrize(
+    "sentence", sentences.sentences(), ids=lambda s: f"{s.module}.{s.function}:{s.line}"
+)
+def test_a_sentence_says_what_to_do(sentence):
+    fault, way_out = sentence.parts
+    assert fault.strip()
+    assert way_out, f"no way out in: {sentence.text}"
+    assert not re.search(r"  |(?<!\.)\.\.(?!\.)|\s$|‹msg›|‹fault›|‹way_out›", sentence.text), (
+        sentence.text
+    )
+
+
+def test_the_page_has_them_all():
+    text = errors.page()
+    assert text.count(":::{admonition}") == len(sentences.sentences())
+    assert text.count("**Way out:** ") == len(sentences.sentences())
+    named = {module for modules in errors.TOPICS.values() for module in modules}
+    assert named <= {s.module for s in sentences.sentences()}, "a topic of a module that is gone"
+
+
+def test_messages_are_read_as_they_are_built(monkeypatch, tmp_path):
+    found = parsed(
+        monkeypatch,
+        tmp_path,
+        "from typing import NoReturn\n"
+        "WHAT = 'pass {what}'\n"
+        "def f(x, n):\n"
+        "    hint = 'a list' if n else 'an int'\n"
+        "    if n > 3:\n"
+        "        msg = f'x is {x!r}; pass {hint}'\n"
+        "        msg += ', or less'\n"
+        "        raise ValueError(msg)\n"
+        "    _refuse(f'{n} is odd', WHAT.format(what=n))\n"
+        "def _refuse(fault, way_out) -> NoReturn:\n"
+        "    raise TypeError(f'{fault}; {way_out}')\n",
+    )
+    assert [(s.function, s.error, s.text, s.when) for s in found] == [
+        ("f", "ValueError", "x is ‹x›; pass a list or an int, or less", "n > 3"),
+        ("f", "TypeError", "‹n› is odd; pass ‹what›", ""),
+    ]
+    assert found[0].parts == ("x is ‹x›; ", "pass a list or an int, or less")
+
+
+def test_a_raise_without_a_sentence_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=r"module\.py:2 raises without a sentence"):
+        parsed(monkeypatch, tmp_path, "def f():\n    raise KeyError\n")
+    assert len(sentences.sentences()) > 50
