@@ -56,7 +56,7 @@ class PathStatus:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Config(Table):
-    """What `show_config` found; prints as aligned text, shows as a table in a notebook.
+    """What `cupynorm.show_config` found; prints as aligned text, shows as a table in a notebook.
 
     Attributes
     ----------

@@ -46,7 +46,7 @@ def layer_norm(
     Returns
     -------
     DataFrame
-        Of df's library and class, with its index, column names and `attrs`. Its columns are plain
+        Of df's library and class, with its index, column names and ``attrs``. Its columns are plain
         floats in one block of memory, whatever dtypes df has; missing values are NaN.
 
     Raises

@@ -129,7 +129,7 @@ class LayerNorm(Stateful):
 
         Parameters
         ----------
-        x : array, shape (..., *normalized_shape)
+        x : array of shape ``(..., *normalized_shape)``
             Any array that `layer_norm` takes, in the library of the parameters and on their
             device; without parameters, of any library.
         keep : bool, default True

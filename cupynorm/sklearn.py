@@ -39,14 +39,14 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
     output_type : {None, 'input', 'numpy', 'cupy', 'pandas', 'cudf'}, default None
         As cuML has it: 'input' gives what X was, the others name a library, and data is moved
         between host and GPU where that needs it. None is scikit-learn's way: an array of X's
-        library, NumPy for lists and for tables of pandas and polars, unless `set_output` asks for
+        library, NumPy for lists and for tables of pandas and polars, unless ``set_output`` asks for
         a DataFrame; and 'input' for cuDF. cuML's global setting is not looked at.
 
     Attributes
     ----------
     n_features_in_ : int
         Number of features seen by `fit`.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape ``(n_features_in_,)``
         Names of the features seen by `fit`, where X had names that are all strings.
 
     See Also
@@ -79,7 +79,7 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
     Arrays of CuPy, torch, JAX or another array-API library stay what they are and where they are,
     whether scikit-learn's ``array_api_dispatch`` is on or not; torch's autograd goes through. While
     it is on, `transform` refuses arrays of another library than `fit` has seen, as scikit-learn's
-    own estimators do. `set_output` makes tables from data on the host only: for data on a GPU give
+    own estimators do. ``set_output`` makes tables from data on the host only: for data on a GPU give
     ``output_type='numpy'`` as well.
 
     Examples
@@ -140,7 +140,7 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
         Returns
         -------
         array or DataFrame of shape (n_samples, n_features)
-            What `output_type` and `set_output` say.
+            What `output_type` and ``set_output`` say.
 
         Raises
         ------

@@ -190,7 +190,7 @@ class LayerNorm(torch.nn.LayerNorm):  # type: ignore[misc]
 
         Parameters
         ----------
-        input : Tensor, shape (..., *normalized_shape)
+        input : Tensor of shape ``(..., *normalized_shape)``
             float16, bfloat16, float32 or float64, on the parameters' device.
 
         Returns

@@ -37,7 +37,6 @@ nitpicky = True
 default_role = "autolink"  # `x` in a docstring: a link where it names something, else italics
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
-suppress_warnings = ["toc.empty_glob"]  # until there is a notebook
 # Notebooks without stored output run while the site is built; one that fails fails the build.
 nb_execution_mode = "auto"
 nb_execution_timeout = 120

@@ -60,9 +60,8 @@ def test_a_sentence_says_what_to_do(sentence):
     fault, way_out = sentence.parts
     assert fault.strip()
     assert way_out, f"no way out in: {sentence.text}"
-    assert not re.search(r"  |(?<!\.)\.\.(?!\.)|\s$|‹msg›|‹fault›|‹way_out›", sentence.text), (
-        sentence.text
-    )
+    badly_joined = r"  |(?<!\.)\.\.(?!\.)|\s$|‹msg›|‹fault›|‹way_out›"
+    assert not re.search(badly_joined, sentence.text), sentence.text
 
 
 def test_the_page_has_them_all():

@@ -29,9 +29,17 @@ def write(to: Path) -> None:
     for name, page in PAGES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         put(ROOT / "docs" / page, _relinked(text, name, page))
-    parts = {"errors.md": errors.page(), **kernels.pictures(), **results.parts()}
+    parts = {"errors.md": errors.page(), "notebooks.md": _notebooks()}
+    parts |= kernels.pictures() | results.parts()
     for name, text in parts.items():
         put(to / "parts" / name, text)
+
+
+def _notebooks() -> str:
+    """The table of contents of docs/notebooks; nothing before there is one."""
+    if not any((ROOT / "docs" / "notebooks").glob("*.*")):
+        return ""
+    return "```{toctree}\n:caption: Notebooks\n:hidden:\n:glob:\n\nnotebooks/*\n```\n"
 
 
 def put(path: Path, text: str) -> None:

@@ -33,7 +33,9 @@ class _Page(HTMLParser):
 def broken(site: Path) -> tuple[list[str], list[str]]:
     """Give the links that lead nowhere, as 'page -> target', and all external addresses."""
     site = site.resolve()
-    pages = {path: _Page(path) for path in sorted(site.rglob("*.html"))}
+    # _static holds templates of the theme, which are no pages.
+    found = (path for path in sorted(site.rglob("*.html")) if "_static" not in path.parts)
+    pages = {path: _Page(path) for path in found}
     faults, outside = [], set()
     for path, page in pages.items():
         for target in page.targets:
@@ -56,7 +58,7 @@ def main(folder: str) -> int:
     for fault in faults:
         print(fault, file=sys.stderr)
     print(
-        f"{len(faults)} broken links; {len(outside)} external ones in {folder}/external-links.txt"
+        f"{len(faults)} broken links; {len(outside)} to other sites, in external-links.txt"
     )
     return int(bool(faults))
 
