@@ -28,15 +28,20 @@ def columns_per_vec(plan: Plan) -> int:
     return VEC_BYTES // ITEMSIZE[plan.stages[0].x_dtype]
 
 
-def holder(plan: Plan, row: int, col: int) -> Holder:
-    """Who reads an element of a row-major x; K5: in the kernel of the statistics."""
+def holder(plan: Plan, row: int, col: int, N: int) -> Holder:
+    """Who reads an element of a row-major x of N columns; K5: in the kernel of the statistics."""
     vec = col // columns_per_vec(plan)
-    return {"warp": _warp, "block": _block, "shared": _shared, "split": _split}[plan.family](
-        plan, row, vec
-    )
+    maps = {
+        "warp": _warp,
+        "block": _block,
+        "shared": _shared,
+        "cluster": _cluster,
+        "split": _split,
+    }
+    return maps[plan.family](plan, row, vec, -(-N // columns_per_vec(plan)))
 
 
-def _warp(plan: Plan, row: int, vec: int) -> Holder:
+def _warp(plan: Plan, row: int, vec: int, vecs: int) -> Holder:
     threads, lanes, _, rows = plan.stages[0].constants
     groups = threads // lanes
     block, rest = divmod(row, groups * rows)
@@ -45,7 +50,7 @@ def _warp(plan: Plan, row: int, vec: int) -> Holder:
     return Holder(block, group * lanes + lane, turn * plan.vecs_per_thread + k)
 
 
-def _block(plan: Plan, row: int, vec: int) -> Holder:
+def _block(plan: Plan, row: int, vec: int, total: int) -> Holder:
     threads, threads_per_row, vecs = plan.stages[0].constants
     block, place = divmod(row, threads // threads_per_row)
     warp, rest = divmod(vec, 32 * vecs)
@@ -61,14 +66,24 @@ def _in_chunk(vec: int) -> tuple[int, int, int]:
     return chunk, warp * 32 + lane, k
 
 
-def _shared(plan: Plan, row: int, vec: int) -> Holder:
-    (threads,) = plan.stages[0].constants
+def _shared(plan: Plan, row: int, vec: int, vecs: int) -> Holder:
+    threads = plan.stages[0].constants[0]
     chunk, thread, k = _in_chunk(vec)
     turn, group = divmod(chunk, threads // CHUNK_THREADS)
     return Holder(row, group * CHUNK_THREADS + thread, 4 * turn + k)
 
 
-def _split(plan: Plan, row: int, vec: int) -> Holder:
+def _cluster(plan: Plan, row: int, vec: int, vecs: int) -> Holder:
+    """Block `rank` of a row's cluster has the chunks from chunks * rank / blocks on."""
+    blocks, threads = plan.stages[0].constants[:2]
+    chunks = -(-vecs // CHUNK_VECS)
+    chunk, thread, k = _in_chunk(vec)
+    rank = next(r for r in range(blocks) if chunk < chunks * (r + 1) // blocks)
+    turn, group = divmod(chunk - chunks * rank // blocks, threads // CHUNK_THREADS)
+    return Holder(row * blocks + rank, group * CHUNK_THREADS + thread, 4 * turn + k)
+
+
+def _split(plan: Plan, row: int, vec: int, vecs: int) -> Holder:
     chunk, thread, k = _in_chunk(vec)
     section, turn = divmod(chunk, plan.chunks_per_section)
     return Holder(row * plan.sections + section, thread, 4 * turn + k)

@@ -57,9 +57,7 @@ def main(folder: str) -> int:
     (site / "external-links.txt").write_text("\n".join(outside) + "\n", encoding="utf-8")
     for fault in faults:
         print(fault, file=sys.stderr)
-    print(
-        f"{len(faults)} broken links; {len(outside)} to other sites, in external-links.txt"
-    )
+    print(f"{len(faults)} broken links; {len(outside)} to other sites, in external-links.txt")
     return int(bool(faults))
 
 

@@ -1,19 +1,25 @@
 """Tables and plots of the committed result files, and of nothing else."""
 
 import csv
-import statistics
 from pathlib import Path
 
-from docs._generate.svg import Drawing, tint
+from docs._generate.bars import bars
 
 __all__ = ["parts"]
 
 FOLDER = Path(__file__).resolve().parents[2] / "bench" / "results"
-WIDTH = 860
 # A case of each kind: an offset, small numbers, large ones, a long row.
-SHOWN = ("float16|0e+00|1e+00|1000", "bfloat16|1e+02|1e+00|1000", "float32|0e+00|1e+00|1000",
-         "float32|1e+04|1e+00|1000", "float32|1e+06|1e+00|1000", "float32|0e+00|1e-20|1000",
-         "float32|0e+00|1e+18|1000", "float32|1e+06|1e+00|20000", "float64|1e+06|1e+00|1000")
+SHOWN = (
+    "float16|0e+00|1e+00|1000",
+    "bfloat16|1e+02|1e+00|1000",
+    "float32|0e+00|1e+00|1000",
+    "float32|1e+04|1e+00|1000",
+    "float32|1e+06|1e+00|1000",
+    "float32|0e+00|1e-20|1000",
+    "float32|0e+00|1e+18|1000",
+    "float32|1e+06|1e+00|20000",
+    "float64|1e+06|1e+00|1000",
+)
 
 
 def parts() -> dict[str, str]:
@@ -66,17 +72,17 @@ def _numpy_arrays() -> str:
     files = _files("cpu-*-run*.csv", "numba/torch")
     if not files:
         return ""
-    bars = []
+    lines = []
     first = next(iter(files.values()))
     for i, row in enumerate(first):
         for column, label in (("numba/torch", "Numba"), ("numpy/torch", "plain NumPy")):
             values = [float(rows[i][column]) for rows in files.values()]
-            bars.append((f"{row['M']}×{row['N']}", label, values))
-    drawing = _bars(
+            lines.append((f"{row['M']}×{row['N']}", label, values))
+    drawing = bars(
         "NumPy arrays, float32",
         "Time over torch's CPU layer_norm in the same run, for each shape; below 1 is faster than "
         f"torch. A mark is a run, a bar their median, of {len(files)} runs. {_machine(first[0])}.",
-        bars,
+        lines,
     )
     return (
         f"## NumPy arrays beside torch\n\n```{{raw}} html\n{drawing.figure()}```\n\n"
@@ -90,20 +96,20 @@ def _torch_tensors() -> str:
     if not files:
         return ""
     first = next(iter(files.values()))
-    bars = []
+    lines = []
     for i, row in enumerate(first):
         values = [float(rows[i]["cupynorm/torch"]) for rows in files.values() if i < len(rows)]
-        bars.append((f"{row['M']}×{row['N']}", row["op"], values))
-    drawing = _bars(
+        lines.append((f"{row['M']}×{row['N']}", row["op"], values))
+    drawing = bars(
         "torch tensors on the CPU, float32",
         "Time of cupynorm.torch over torch's own, medians of each run; below 1 is faster than "
         f"torch. A mark is a run, a bar their median, of {len(files)} runs. {_machine(first[0])}.",
-        bars,
+        lines,
     )
     return (
         f"## torch tensors on the CPU\n\n```{{raw}} html\n{drawing.figure()}```\n\n"
-        f"From {_sources(list(files))}. The last is the quietest, and the one to hold against us: in "
-        "the others torch stalled ([notes](generated/bench-notes.md)).\n"
+        f"From {_sources(list(files))}. The last is the quietest, and the one to hold against us: "
+        "in the others torch stalled ([notes](generated/bench-notes.md)).\n"
     )
 
 
@@ -113,10 +119,8 @@ def _frames() -> str:
         return ""
     text = "## Tables\n\n"
     for name, rows in files.items():
-        text += (
-            "| pandas frame | rows × columns | result | ms | NumPy formula after `to_numpy`, ms | peak "
-            "memory over frame and result |\n|---|---|---|---|---|---|\n"
-        )
+        text += "| pandas frame | rows × columns | result | ms | NumPy after `to_numpy`, ms | "
+        text += "peak memory over frame and result |\n|---|---|---|---|---|---|\n"
         for r in rows:
             text += (
                 f"| {r['frame']} | {r['M']}×{r['N']} | {r['dtype']} | {r['frame ms']} | "
@@ -124,34 +128,3 @@ def _frames() -> str:
             )
         text += f"\nFrom {_sources([name])}; {_machine(rows[0])}, on a busy machine.\n\n"
     return text
-
-
-def _bars(title: str, text: str, bars: list[tuple[str, str, list[float]]]) -> Drawing:
-    """Horizontal bars on a logarithmic axis around 1."""
-    d = Drawing(WIDTH, title, text)
-    values = [v for *_, several in bars for v in several]
-    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if min(values) / 2.1 <= t <= max(values) * 2.1]
-    import math
-
-    low, high = math.log(min(ticks[0], min(values))), math.log(max(ticks[-1], max(values)))
-    left, right = 210, WIDTH - 20
-
-    def at(value: float) -> float:
-        return left + (math.log(value) - low) / (high - low) * (right - left)
-
-    d.text(0, 14, title, 13, bold=True)
-    bottom = 40 + 20 * len(bars)
-    for tick in ticks:
-        d.text(at(tick), 32, f"{tick:g}", 11, "middle", bold=tick == 1)
-        d.line([(at(tick), 38), (at(tick), bottom)])
-    labels = list(dict.fromkeys(label for _, label, _ in bars))
-    for i, (case, label, several) in enumerate(bars):
-        y = 42 + 20 * i
-        d.text(90, y + 11, case, 11, "end")
-        d.text(100, y + 11, label, 11)
-        middle = statistics.median(several)
-        d.box(min(at(1), at(middle)), y, abs(at(middle) - at(1)) + 0.5, 14, tint(4 * labels.index(label), 9))
-        for value in several:
-            d.line([(at(value), y + 2), (at(value), y + 12)])
-    d.text(at(1), bottom + 14, "← faster than torch | slower →", 11, "middle")
-    return d

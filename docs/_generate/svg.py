@@ -36,9 +36,10 @@ class Drawing:
     ) -> None:
         """A rectangle, with a label in its middle."""
         dash = ' stroke-dasharray="4 3"' if dashed else ""
+        edge = "currentColor" if fill == "none" else INK
         self.parts.append(
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="1.5" '
-            f'fill="{fill}" stroke="currentColor" stroke-opacity="0.55" '
+            f'fill="{fill}" stroke="{edge}" stroke-opacity="0.5" '
             f'stroke-width="{line}"{dash}/>'
         )
         self._grow(y + height)
@@ -74,6 +75,14 @@ class Drawing:
             f'stroke-width="1.1"{end}/>'
         )
         self._grow(max(y for _, y in points))
+
+    def grid(self, x: float, top: float, bottom: float, *, strong: bool = False) -> None:
+        """A vertical line, faint unless it says something."""
+        self.parts.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}" '
+            f'stroke="currentColor" stroke-opacity="{0.9 if strong else 0.2}"/>'
+        )
+        self._grow(bottom)
 
     def arc(self, x0: float, x1: float, y: float, height: float) -> None:
         """An exchange between two places on one line, drawn below it."""
