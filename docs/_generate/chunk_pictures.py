@@ -19,7 +19,15 @@ def _owners(plan: Plan, N: int, row: int = 0) -> list[tuple[Holder, float]]:
 def _strip(d: Drawing, y: float, shares: list[float], colors: list[str], labels: list[str]) -> None:
     scale = WIDTH / len(shares)
     for c, (share, color, label) in enumerate(zip(shares, colors, labels, strict=True)):
-        d.box(c * scale, y, scale * share, 22, color, label=label if scale > 14 else "", size=11)
+        d.box(
+            c * scale,
+            y,
+            scale * share,
+            22,
+            color,
+            label=label if scale * share > 6 * len(label) else "",
+            size=11,
+        )
 
 
 def shared(plan: Plan, N: int) -> Drawing:
