@@ -83,14 +83,12 @@ def run(page, gpu):
 
 @every_page
 def test_blocks_are_marked(page):
-    """No block of Python escapes: what neither runs nor says why it cannot is `py`, and compiles."""
-    found = blocks(page)
-    assert len(found) == page.read_text(encoding="utf-8").count("```python")
+    """No block of Python escapes; what cannot run where tests do is `py`, and compiles."""
+    found, text = blocks(page), page.read_text(encoding="utf-8")
+    assert len(found) == text.count("```python")
     for block in found:
         assert block.info in ("python", "python gpu"), f"{page.name}:{block.line}"
-    for code in re.findall(
-        r"^ *```py\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.M | re.S
-    ):
+    for code in re.findall(r"^ *```py\n(.*?)^ *```$", text, re.M | re.S):
         compile(code, page.name, "exec")
 
 
