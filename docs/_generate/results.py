@@ -81,7 +81,7 @@ def _numpy_arrays() -> str:
     drawing = bars(
         "NumPy arrays, float32",
         "Time over torch's CPU layer_norm in the same run, for each shape; below 1 is faster than "
-        f"torch. A mark is a run, of {len(files)}; a bar goes to the slowest. {_machine(first[0])}.",
+        f"torch. A mark is a run of {len(files)}, a bar goes to the worst. {_machine(first[0])}.",
         lines,
     )
     return (
@@ -103,7 +103,7 @@ def _torch_tensors() -> str:
     drawing = bars(
         "torch tensors on the CPU, float32",
         "Time of cupynorm.torch over torch's own, medians of each run; below 1 is faster than "
-        f"torch. A mark is a run, of {len(files)}; a bar goes to the slowest. {_machine(first[0])}.",
+        f"torch. A mark is a run of {len(files)}, a bar goes to the worst. {_machine(first[0])}.",
         lines,
     )
     return (
