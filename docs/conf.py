@@ -24,13 +24,8 @@ extensions = [
     "sphinx_copybutton",
 ]
 root_doc = "index"
-# Parts of other pages, programs, and the text that a notebook is paired with.
 exclude_patterns = ["_generate", "_static", "_templates", "inventories", "generated/parts"]
-exclude_patterns += [
-    page.relative_to(HERE).as_posix()
-    for page in sorted((HERE / "notebooks").glob("*.md"))
-    if page.with_suffix(".ipynb").exists()
-]
+exclude_patterns += ["**/.ipynb_checkpoints"]
 
 # ---- text ----
 nitpicky = True
@@ -46,6 +41,7 @@ nb_merge_streams = True
 # ---- docstrings ----
 autodoc_typehints = "none"  # the docstrings say it, with shapes
 autodoc_member_order = "bysource"
+toc_object_entries_show_parents = "hide"
 autosummary_generate = True
 numpydoc_show_class_members = False  # the template asks autodoc for them
 numpydoc_xref_param_type = False
