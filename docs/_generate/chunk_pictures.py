@@ -40,7 +40,7 @@ def shared(plan: Plan, N: int) -> Drawing:
     d = Drawing(
         WIDTH,
         "K3: one row in shared memory",
-        f"K3, rows of {N} float16 on sm_80: one row in {plan.stages[0].name}, {threads} threads, "
+        f"K3, rows of {N} float16 on sm_75: one row in {plan.stages[0].name}, {threads} threads, "
         f"{plan.stages[0].shared_bytes / 1024:.0f} KiB of shared memory. A color is a group of 256 "
         "threads.",
     )
