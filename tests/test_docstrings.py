@@ -7,11 +7,11 @@ import re
 import warnings
 
 import pytest
-from numpydoc.docscrape import ClassDoc
-from numpydoc.validate import validate
 
 for extra in ("dask", "sklearn", "torch"):
     pytest.importorskip(extra)
+ClassDoc = pytest.importorskip("numpydoc.docscrape").ClassDoc
+validate = pytest.importorskip("numpydoc.validate").validate
 
 MODULES = (
     "cupynorm",
