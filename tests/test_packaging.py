@@ -159,7 +159,7 @@ def test_metadata(wheel):
     assert data["Requires-Python"] == ">=3.11"
     assert data["License-Expression"] == "Apache-2.0"
     extras = {"cuda12", "cuda13", "cpu", "torch", "sklearn", "dask", "notebook", "demo", "test"}
-    extras |= {"bench", "safetensors"}
+    extras |= {"bench", "docs", "safetensors"}
     assert set(data.get_all("Provides-Extra")) == extras
     required = [r for r in data.get_all("Requires-Dist") if "extra ==" not in r]
     assert sorted(r.partition(">")[0] for r in required) == ["array-api-compat", "numpy"]
