@@ -13,6 +13,20 @@ class PreparedLayerNorm:
 
     Call it as ``f(x)`` or ``f(x, out=y)``, with any x of the shape, strides, dtype, library and
     device that it was prepared for. It holds weight and bias by reference, and no x.
+
+    Notes
+    -----
+    The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450;
+    `cupynorm.layer_norm` says how it is computed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> f = cn.prepare(np.empty((2, 3)), eps=0.0)
+    >>> f(np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])).round(3)
+    array([[-1.225,  0.   ,  1.225],
+           [-1.225,  0.   ,  1.225]])
     """
 
     __slots__ = (

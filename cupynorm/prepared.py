@@ -32,11 +32,21 @@ def prepare(
     x : array
         An example of what will come, a NumPy or CuPy array or a torch tensor on the CPU or a CUDA
         device. Its values do not matter and it is not kept.
-    normalized_shape, weight, bias, eps, axis, order, return_stats
-        As for `layer_norm`. Weight and bias are kept by reference: what is written into their
-        memory later counts; after a torch parameter's ``.data`` was replaced, prepare again. If
-        their memory cannot be used as it is (not row-major; on the CPU, another dtype than that of
+    normalized_shape : int or tuple of int, optional
+        As for `layer_norm`.
+    weight, bias : array, optional
+        As for `layer_norm`, of shape `normalized_shape`. They are kept by reference: what is
+        written into their memory later counts; after a torch parameter's ``.data`` was replaced,
+        prepare again. If their memory cannot be used as it is (not row-major; on the CPU, another dtype than that of
         the statistics), each call makes copies of them.
+    eps : float, default 1e-5
+        As for `layer_norm`.
+    axis : int or tuple of int, optional
+        As for `layer_norm`.
+    order : {'K', 'C', 'F'}, default 'K'
+        As for `layer_norm`.
+    return_stats : bool, default False
+        As for `layer_norm`: whether each call gives mean and rstd, too.
 
     Returns
     -------

@@ -32,6 +32,8 @@ LEFT_OUT = {
     "SS05",  # a noun phrase reads better for what is a value
 }
 NO_EXAMPLE = set(RESULTS)  # made by show_config alone, which has one
+# Classes whose objects a function gives: their constructors' parameters are no user's business.
+GIVEN = {"cupynorm.PreparedLayerNorm"}
 # What computes the formula says whose it is.
 COMPUTES = re.compile(r"layer_norm\w*$|LayerNorm$|LayerNormalizer$")
 
@@ -78,7 +80,7 @@ every_name = pytest.mark.parametrize("name", public())
 @every_name
 def test_numpydoc_finds_nothing(name):
     left_out = LEFT_OUT | ({"EX01"} if name in NO_EXAMPLE else set())
-    if fields_of(find(name)) is None:
+    if fields_of(find(name)) is None and name not in GIVEN:
         left_out = left_out - {"PR01"}
     faults = [f"{code} {text}" for code, text in validate(name)["errors"] if code not in left_out]
     assert not faults
