@@ -37,8 +37,8 @@ def prepare(
     weight, bias : array, optional
         As for `layer_norm`, of shape `normalized_shape`. They are kept by reference: what is
         written into their memory later counts; after a torch parameter's ``.data`` was replaced,
-        prepare again. If their memory cannot be used as it is (not row-major; on the CPU, another dtype than that of
-        the statistics), each call makes copies of them.
+        prepare again. If their memory cannot be used as it is (not row-major; on the CPU, another
+        dtype than that of the statistics), each call makes copies of them.
     eps : float, default 1e-5
         As for `layer_norm`.
     axis : int or tuple of int, optional

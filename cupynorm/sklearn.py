@@ -79,8 +79,8 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
     Arrays of CuPy, torch, JAX or another array-API library stay what they are and where they are,
     whether scikit-learn's ``array_api_dispatch`` is on or not; torch's autograd goes through. While
     it is on, `transform` refuses arrays of another library than `fit` has seen, as scikit-learn's
-    own estimators do. ``set_output`` makes tables from data on the host only: for data on a GPU give
-    ``output_type='numpy'`` as well.
+    own estimators do. ``set_output`` makes tables from data on the host only: for data on a GPU
+    give ``output_type='numpy'`` as well.
 
     Examples
     --------

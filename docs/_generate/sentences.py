@@ -20,7 +20,7 @@ INTERNAL = {
     ("_cpu_bits", "take"): "a stand-in for what Numba compiles",
     ("_cpu_bits", "place"): "a stand-in for what Numba compiles",
     ("_cpu_bits", "give"): "a stand-in for what Numba compiles",
-    ("_prepared", "__call__: NotImplementedError"): "of a base; the class of each library has its own",
+    ("_prepared", "__call__: NotImplementedError"): "of a base: each library's class has its own",
     ("_probe", "_find_headers"): "show_config catches it and reports it",
     ("_probe", "_find_gpus"): "show_config catches it and reports it",
     ("_problem", "integers: TypeError"): "caught three lines below, where the sentence is",
