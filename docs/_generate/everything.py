@@ -20,15 +20,21 @@ PAGES = {
     "bench/results/accuracy-backward.md": "generated/accuracy-backward.md",
     "bench/results/compile-matrix.md": "generated/compile-matrix.md",
 }
+# Reports that come later are pages, too: reached by links, in no table of contents.
+LATER = {
+    f"bench/results/{path.name}": f"generated/{path.stem.lower()}.md"
+    for path in sorted((ROOT / "bench" / "results").glob("*.md"))
+    if f"bench/results/{path.name}" not in PAGES
+}
 _LINK = re.compile(r"\[([^\]\[]*)\]\((?!https?://|mailto:|#)([^)\s#]+)(#[^)\s]*)?\)")
 _FENCE = re.compile(r"(^ *(?:```|:::).*?^ *(?:```|:::) *$)", re.M | re.S)
 
 
 def write(to: Path) -> None:
     """Write them all, each only where it changes, so that Sphinx reads again what it must."""
-    for name, page in PAGES.items():
-        text = (ROOT / name).read_text(encoding="utf-8")
-        put(ROOT / "docs" / page, _relinked(text, name, page))
+    for name, page in (PAGES | LATER).items():
+        text = _relinked((ROOT / name).read_text(encoding="utf-8"), name, page)
+        put(ROOT / "docs" / page, f"---\norphan: true\n---\n\n{text}" if name in LATER else text)
     parts = {"errors.md": errors.page(), "notebooks.md": _notebooks()}
     parts |= kernels.pictures() | results.parts()
     for name, text in parts.items():
@@ -64,8 +70,8 @@ def _relinked(text: str, source: str, page: str) -> str:
         there = os.path.normpath(os.path.join(os.path.dirname(source), target))
         if (ROOT / there).is_dir():
             return label  # a site has no page for a folder
-        if there in PAGES:
-            there = PAGES[there]
+        if there in PAGES | LATER:
+            there = (PAGES | LATER)[there]
         elif there.startswith("docs/"):
             there = there.removeprefix("docs/")
         else:
