@@ -70,6 +70,8 @@ def layer_norm_columns(
     where differences between such columns matter. The formula is that of Ba, Kiros and Hinton
     (2016), "Layer Normalization", arXiv:1607.06450; the algorithm is that of `layer_norm`,
     corrected two-pass; a row's result depends on that row alone, bit for bit.
+    On a GPU each call uploads a table of the columns' addresses, so it cannot be replayed from a
+    CUDA graph.
 
     Examples
     --------

@@ -142,7 +142,7 @@ class _Cells(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.open.append(tag)
-        assert tag in ("table", "tr", "th", "td")
+        assert tag in ("table", "tbody", "tr", "th", "td")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag

@@ -118,7 +118,8 @@ def _of_copies(stage: Stage, facts: Facts) -> list[str]:
 def _of_wide_vectors(stage: Stage, facts: Facts) -> list[str]:
     pairs = rounds_in(stage) // 2
     loads, stores = vecs_in_flight(stage)
-    if stage.family == "shared_bwd" and stage.constants[3]:
+    ahead = stage.kernel == "layer_norm_bwd_split_apply"
+    if ahead or (stage.family == "shared_bwd" and stage.constants[3]):
         loads = 0  # fetched ahead, where no register is left for the exchange
     found = []
     if facts.loads256 < pairs * (loads > 0):
