@@ -72,8 +72,8 @@ def staged(problem: Problem, plan: Plan, gpu: Gpu) -> list[Launch]:
     vecs = -(-problem.N * ITEMSIZE[problem.x_dtype] // VEC_BYTES)
     chunks, groups = -(-vecs // CHUNK_VECS), stage.block[0] // CHUNK_THREADS
     turns = -(-chunks // (groups * blocks))
-    # Copies to shared memory are all on their way at once: K3's constant after its threads.
-    copied = plan.family == "shared" and any(stage.constants[1:2])
+    # Copies to shared memory are all on their way at once: of K3 by its constant after its threads.
+    copied = plan.family == "cluster" or any(stage.constants[1:2])
     held = turns * CHUNK_LANE_VECS * VEC_BYTES // ITEMSIZE[problem.x_dtype]
     per_lane = work(gpu, problem.x_dtype, "fwd", held, turns)
     grid = stage.grid[0]

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cupynorm._chunk import CHUNK_PARTIALS, CHUNK_THREADS, CHUNK_VECS, VEC_BYTES
+from cupynorm._chunk import CHUNK_PARTIALS, CHUNK_THREADS, CHUNK_VECS
 from cupynorm._device import Device
+from cupynorm._staging import copied_bytes
 
 __all__ = [
     "CLUSTER_BWD_MIN_VECS",
@@ -121,8 +122,8 @@ def cluster_bytes(row: ClusterRow, vecs: int, accumulator: int) -> int:
     """Shared memory of a block of `layer_norm_fwd_cluster`."""
     chunks = -(-vecs // CHUNK_VECS)
     most = -(-chunks // row.cluster)
-    staged = most * (CHUNK_VECS * VEC_BYTES + CHUNK_PARTIALS * accumulator)
-    return staged + 3 * chunks * accumulator
+    staged = copied_bytes(most * CHUNK_VECS, rows=1, arrivals=most)
+    return staged + (most * CHUNK_PARTIALS + 3 * chunks) * accumulator
 
 
 def cluster_row(vecs: int, itemsize: int, accumulator: int, device: Device) -> ClusterRow | None:

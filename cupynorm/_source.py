@@ -10,13 +10,14 @@ from cupynorm._plan import Stage
 __all__ = ["kernels_folder", "source_of"]
 
 _SHARED = ("types", "segment", "reduce", "moments", "rows")
+_STAGED = (*_SHARED, "chunk", "stage", "staged_chunks")
 _TILED = (*_SHARED, "chunk", "stage", "tile", "tile_store")
 _TILED_BWD = (*_SHARED, "gradient", "stage", "tile")
 _FAMILIES = {
     "warp": (*_SHARED, "layer_norm_warp"),
     "block": (*_SHARED, "layer_norm_block"),
-    "shared": (*_SHARED, "chunk", "stage", "layer_norm_shared"),
-    "cluster": (*_SHARED, "chunk", "cluster", "layer_norm_cluster"),
+    "shared": (*_STAGED, "layer_norm_shared"),
+    "cluster": (*_STAGED, "cluster", "layer_norm_cluster"),
     "split": (*_SHARED, "chunk", "layer_norm_split"),
     "column": (*_TILED, "layer_norm_column"),
     "lanes": (*_TILED, "layer_norm_column", "layer_norm_lanes"),

@@ -6,22 +6,6 @@
 // Shared memory: Vec row[ceil(N / V) + 1], u64 arrived[chunks] (neither the one more nor these where
 // registers carry the row), then A partial[chunks][CHUNK_PARTIALS]; at most 32 chunks.
 
-// The part of a chunk that one warp holds.
-template <class X>
-struct WarpPart {
-    int first, n;  // columns
-
-    __device__ __forceinline__ WarpPart(int N, int chunk, int warp)
-        : first(chunk * Chunk<X>::cols + warp * Chunk<X>::warp_cols), n(at_most(N - first, Chunk<X>::warp_cols)) {}
-};
-
-template <class X>
-__device__ __forceinline__ void take_part(
-    Segment<32, CHUNK_VECS>& s, const StagedRow<X>& row, const WarpPart<X>& part, int lane) {
-#pragma unroll
-    for (int k = 0; k < CHUNK_VECS; ++k) s.v[k] = row.columns(part.first / PerVec<X>::count + k * 32 + lane);
-}
-
 // Brings the row through registers; it then lies in columns.
 template <int GROUPS, class X>
 __device__ __forceinline__ void carry_row(
@@ -37,25 +21,6 @@ __device__ __forceinline__ void carry_row(
             if ((k * 32 + lane) * V < part.n) row.at[part.first / V + k * 32 + lane] = s.v[k];
     }
     row.skew = 0;
-}
-
-// Starts the copies of all chunks.
-template <int STAGING, int THREADS, class X>
-__device__ __forceinline__ void start_row(const StagedRow<X>& row, u64* arrived, int chunks) {
-    constexpr int GRANULES = CHUNK_THREADS * CHUNK_VECS;
-    if (threadIdx.x == 0) {
-        for (int c = 0; c < chunks; ++c) arrival_init(arrived + c, arrivals<STAGING, THREADS>());
-        if (STAGING == STAGE_BULK) fence_bulk();
-    }
-    if (STAGING == STAGE_ASYNC) __syncthreads();
-    for (int c = 0; c < chunks; ++c) {
-        if (STAGING == STAGE_BULK && threadIdx.x == 0)
-            arrive_expecting(arrived + c, 16 * row.granules_of(c * GRANULES, GRANULES));
-        row.template copy<STAGING, THREADS>(c * GRANULES, GRANULES, arrived + c);
-        if (STAGING == STAGE_ASYNC) arrive_with_copies(arrived + c);
-    }
-    if (threadIdx.x / 2 == 16) row.put_edge(threadIdx.x % 2, row.load_edge(threadIdx.x % 2));  // the second warp's
-    __syncthreads();
 }
 
 template <int THREADS, int STAGING, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
@@ -83,9 +48,7 @@ __device__ __forceinline__ void layer_norm_fwd_shared(const RowArguments<X, W, B
 
     Segment<32, CHUNK_VECS> s[1];
     for (int c = group; c < chunks; c += GROUPS) {
-        // A chunk's first column begins in the last granule that came with the chunk before.
-        if (COPIED && staged.skew && c) wait_for(arrived + c - 1, 0);
-        if (COPIED) wait_for(arrived + c, 0);
+        if (COPIED) wait_for_chunk(staged, arrived, c);
         take_part(s[0], staged, WarpPart<X>(N, c, warp), lane);
         const A sum = warp_sum<32>(lane_sum<X, A>(s[0].v));
         if (lane == 0) partials[c * CHUNK_PARTIALS + warp] = sum;

@@ -72,8 +72,8 @@ TIERS = (
     {"_plan_lanes"},
     {"_gradient_plan"},
     {"_plan"},  # decide
-    {"_staging"},
     {"_plan_cluster"},
+    {"_staging"},
     {"_chunk", "_device"},
     {"_arrays"},
     {"_display", "_problem", "_progress"},  # rules

@@ -58,6 +58,17 @@ def test_a_device_short_of_shared_memory_has_wider_clusters(machine, dtype):
     assert wide.bits() == run(machine, "shared", x).bits() == run(machine, "cluster", x).bits()
 
 
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_a_block_may_have_a_few_elements(machine, offset):
+    """Fewer than a granule, which the row shares with its neighbours on both sides; or no chunk."""
+    small = dataclasses.replace(device_for(machine, "cluster"), shared_bytes=64 * 1024)
+    for dtype in ("float16", "float32"):
+        x = values(2, cols(5, dtype) + 2, dtype)
+        result = normalize(machine, x, device=small, x_at=At(offset, 1))
+        assert result.plan.stages[0].cluster == 8  # of which two have no chunk, and one an element
+        assert result.bits() == run(machine, "split", x).bits()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_every_alignment(machine, dtype):
     """Of x and y: the bits stay, each byte of x is read once and each of y written once."""
@@ -131,7 +142,8 @@ def test_what_it_moves(machine):
         result = run(machine, "cluster", values(2, N, dtype), *affine(N))
         (traffic,) = result.traffic
         assert traffic["x"].read_sector_use == traffic["y"].write_sector_use == 1.0
-        assert set(traffic["x"].read_widths) == set(traffic["y"].write_widths) == {VEC_BYTES}
+        assert set(traffic["y"].write_widths) == {VEC_BYTES}
+        assert set(traffic["x"].read_widths) == {32}  # copied in bulk, counted under the widest
         assert traffic.shared.max_ways <= 1
         assert not [s for s in traffic.sites() if s.wavefronts > s.minimal_wavefronts]
         number = 8 if dtype == "float64" else 4

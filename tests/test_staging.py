@@ -108,10 +108,10 @@ def broken(monkeypatch, line, instead=""):
 
 IN_ORDER = "uninitialized race in-flight"
 NEEDED = {
-    "chunk": (forward, 90, "if (COPIED) wait_for(arrived + c, 0);", "uninitialized"),
-    "chunk-async": (forward, 80, "if (COPIED) wait_for(arrived + c, 0);", "uninitialized race"),
+    "chunk": (forward, 90, "    wait_for(arrived + chunk, 0);", "uninitialized"),
+    "chunk-async": (forward, 80, "    wait_for(arrived + chunk, 0);", "uninitialized race"),
     "chunk-before": (
-        forward, 90, "if (COPIED && staged.skew && c) wait_for(arrived + c - 1, 0);", IN_ORDER),
+        forward, 90, "if (row.skew && chunk) wait_for(arrived + chunk - 1, 0);", IN_ORDER),
     "fence": (forward, 90, "if (STAGING == STAGE_BULK) fence_bulk();", "mbarrier"),
     "announced": (
         forward, 90, "arrive_expecting(arrived + c, 16 * row.granules_of(c * GRANULES, GRANULES));",

@@ -50,16 +50,20 @@ def vecs_in_flight(stage: Stage) -> tuple[int, int]:
         return 0 if copied else 2 * vecs, vecs * constants[-3]
     if stage.family == "shared":
         return 4 * (constants[1] == STAGE_REGISTERS), 4  # of a chunk
-    if stage.family in ("cluster", "split"):
+    if stage.family == "cluster":
+        return 0, 4
+    if stage.family == "split":
         return 4, 0 if kernel.endswith("_stats") else 4
     rows = constants[3] if stage.family == "warp" else 1
     return constants[2] * rows, constants[2] * rows
 
 
 def staging_in(stage: Stage) -> int:
-    """How K3 brings its rows into shared memory; other kernels bring none."""
+    """How K3 and K4 bring their rows into shared memory; other kernels bring none."""
     if stage.family == "shared":
         return stage.constants[1]
+    if stage.family == "cluster":
+        return STAGE_BULK
     return stage.constants[2] if stage.family == "shared_bwd" else STAGE_REGISTERS
 
 
