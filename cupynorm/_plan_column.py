@@ -178,7 +178,9 @@ def _plan(
 ) -> ColumnPlan:
     shape, panel = _shape(tile, device)
     words, threads, blocks_per_sm = shape
-    if tile.dtype == "float64":  # or its sums spill at 80 registers
+    # Or the sums of float64, and the 16-bit pairs of K7 beside its counts, spill at 80 registers.
+    pairs = label == "C_omit" and ITEMSIZE[dtypes[0]] == 2
+    if tile.dtype == "float64" or pairs:
         blocks_per_sm = min(blocks_per_sm, 2)
     rows = words * tile.rows_per_word
     grid = tile.outer * -(-tile.M // rows)
