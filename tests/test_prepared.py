@@ -270,10 +270,14 @@ def sim():
         yield module
 
 
-@pytest.mark.parametrize("N", [77, 36_001], ids=["one launch", "split"])
-def test_a_prepared_call_launches_and_does_nothing_else(sim, N):
-    x, weight = sim.asarray(numbers(3, N)), sim.asarray(numbers(N))
-    y, launches = sim.empty_like(x), 1 if N == 77 else 2
+@pytest.mark.parametrize(
+    ("M", "N", "launches"),
+    [(3, 77, 1), (3, 9_001, 1), (1, 270_001, 2)],
+    ids=["warp", "cluster", "split"],
+)
+def test_a_prepared_call_launches_and_does_nothing_else(sim, M, N, launches):
+    x, weight = sim.asarray(numbers(M, N)), sim.asarray(numbers(N))
+    y = sim.empty_like(x)
     with Spent(sim) as first:
         f = cn.prepare(x, N, weight)
     assert first.compilations == launches and not first.launches
