@@ -38,13 +38,14 @@ def calls(cupy: Any) -> dict[str, Callable[[], Any]]:
     import numpy as np
 
     import cupynorm as cn
-    from cupynorm import _cpu_small
+    from cupynorm import _cpu_at_once
 
     def ready_for(shape: Any, dtype: Any, axes: Any, eps: float) -> Any:
         none = np.empty(0, np.float32)
-        return _cpu_small.Ready(lambda *_: 0, None, None, none.dtype, shape[-1:], none, (eps,))
+        shapes = None, None, none.dtype, shape[-1:], none, ()
+        return _cpu_at_once.Ready(lambda *_: 0, lambda *_: 0, np.empty, *shapes, (eps,))
 
-    _cpu_small.ready_for = ready_for
+    _cpu_at_once.ready_for = ready_for
     hosts = [np.ones(shape, np.float32) for shape in ((8, 64), 64, 64, (8, 64))]
     found: dict[str, Callable[[], Any]] = {}
     for library, arrays in (("NumPy", hosts), ("CuPy", [cupy.from_numpy(a) for a in hosts])):

@@ -28,7 +28,7 @@ import cupynorm as cn
 from bench import cpu_machine
 from bench.launch_device import counting_cupy
 from bench.opcodes import opcodes
-from cupynorm import _cpu_small
+from cupynorm import _cpu_at_once
 from cupynorm._arguments import check_arguments
 from tests import oracle
 
@@ -57,7 +57,7 @@ def ways(x: Any, w: Any, b: Any, y: Any) -> dict[str, Callable[[], Any]]:
 
 def numpy_calls() -> dict[str, Callable[[], Any]]:
     x, w, b, y = arrays()
-    ready = _cpu_small.ready_for(x.shape, x.dtype, (1,), EPS)
+    ready = _cpu_at_once.ready_for(x.shape, x.dtype, (1,), EPS)
     if ready is None:
         sys.exit("without numba there is no small call to measure; pip install 'cupynorm[cpu]'")
     loops, fixed, dtype = ready.call, ready.fixed, x.dtype
@@ -77,7 +77,7 @@ def torch_calls() -> dict[str, Callable[[], Any]]:
     at = [t.data_ptr() for t in (x, y)], [t.data_ptr() for t in (w, b)]
     return ways(x, w, b, y) | {
         "allocation": lambda: torch.empty_like(x),
-        "launch": lambda: call(*at[0], M, N, *at[1], EPS, fixed[0], fixed[1], 0, 0, fixed[2], 0, 0),
+        "launch": lambda: call(*at[0], M, N, *at[1], EPS, fixed[0], fixed[1], 0, 0, fixed[2]),
     }
 
 

@@ -156,14 +156,14 @@ def layer_norm_fwd(
         x_rows, y_rows = x_rows.view(np.uint16), y_rows.view(np.uint16)
     engine = _engine()
     threads = 1 if x.size < engine.ALONE else _threads.num_threads()
-    if 4 * threads <= M or threads == 1 or engine.LONG * engine.CHUNK > N:
-        engine.rows(kind, x_rows, y_rows, w, b, eps, mean, rstd, threads)
+    few = 4 * threads > M and threads > 1 and N >= _cpu_blocks.LONG * _cpu_blocks.CHUNK
+    if few and engine is _cpu_blocks:
+        _by_chunks(kind, x_rows, y_rows, w, b, eps, mean, rstd, threads)
     else:
-        _by_chunks(engine, kind, x_rows, y_rows, w, b, eps, mean, rstd, threads)
+        engine.rows(kind, x_rows, y_rows, w, b, eps, mean, rstd, threads)
 
 
 def _by_chunks(
-    engine: ModuleType,
     kind: str,
     x: Array,
     y: Array,
@@ -180,7 +180,7 @@ def _by_chunks(
     that one thread did alone.
     """
     M, N = x.shape
-    size = engine.CHUNK
+    size = _cpu_blocks.CHUNK
     chunks = -(-N // size)
     pieces = min(chunks, -(-threads * _PIECES // M))
     edges = [chunks * i // pieces for i in range(pieces + 1)]
@@ -189,10 +189,10 @@ def _by_chunks(
     def statistics(index: int) -> None:
         piece, row = divmod(index, M)
         lo, hi = edges[piece], edges[piece + 1]
-        engine.chunk_moments(kind, x[row, lo * size : hi * size], eps, parts[row, lo:hi])
+        _cpu_blocks.chunk_moments(kind, x[row, lo * size : hi * size], eps, parts[row, lo:hi])
 
     _threads.run(lambda: statistics, M * pieces, threads)
-    merged = [engine.finish(parts[row], N, eps) for row in range(M)]
+    merged = [_cpu_blocks.finish(parts[row], N, eps) for row in range(M)]
     for row, (s, m, r) in enumerate(merged):
         if mean is not None:
             mean[row] = s + m
@@ -205,7 +205,7 @@ def _by_chunks(
         piece, row = divmod(M * pieces - 1 - index, M)
         part = slice(edges[piece] * size, min(edges[piece + 1] * size, N))
         to_w, to_b = (None if a is None else a[part] for a in (w, b))
-        engine.normalize(kind, x[row, part], y[row, part], to_w, to_b, *merged[row])
+        _cpu_blocks.normalize(kind, x[row, part], y[row, part], to_w, to_b, *merged[row])
 
     _threads.run(lambda: results, M * pieces, threads)
 

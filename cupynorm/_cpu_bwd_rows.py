@@ -4,8 +4,8 @@ import numpy as np
 
 from cupynorm._cpu_bits import give, place, take
 from cupynorm._cpu_bwd_loops import FIELDS, add_rows, finish_row, row_sums
-from cupynorm._cpu_lanes import advance, claim, pointer
-from cupynorm._cpu_loops import CHUNK, FROM_MEMORY, compiled
+from cupynorm._cpu_lanes import advance, pointer
+from cupynorm._cpu_loops import CHUNK, FROM_MEMORY, compiled, take_block
 
 __all__ = [
     "LONGEST",
@@ -90,8 +90,8 @@ def differentiate_group(  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def share_rows(dy, dyp, x, xp, dx, dxp, M, N, w, mean, rstd, sums, bfloat16, counter):  # type: ignore[no-untyped-def]
-    """Do those blocks of rows that this thread claims from the counter, which begins at 0.
+def share_rows(dy, dyp, x, xp, dx, dxp, M, N, w, mean, rstd, sums, bfloat16, counters, who):  # type: ignore[no-untyped-def]
+    """Do those blocks of rows that thread ``who`` claims; see take_block().
 
     M rows of N <= LONGEST at dy and x, pitches dyp and xp; an empty dx, w or sums is absent.
     ``sums`` has block_count(M) times two rows of sums_pitch(N), one for dy * x_hat, one for dy.
@@ -102,8 +102,8 @@ def share_rows(dy, dyp, x, xp, dx, dxp, M, N, w, mean, rstd, sums, bfloat16, cou
     rooms = x_room, np.empty(x_room.size, mean.dtype)
     stats = np.empty(FIELDS * group, mean.dtype)
     spare = np.empty(0 if sums.size else 2 * pitch, mean.dtype)
-    block = claim(counter)
-    while block * size < M:
+    block = take_block(counters, who, block_count(M))
+    while block >= 0:
         part = sums[2 * block * pitch : 2 * (block + 1) * pitch] if sums.size else spare
         part[:] = 0
         to_w, to_b = pointer(part, 0), pointer(part, pitch)
@@ -128,17 +128,17 @@ def share_rows(dy, dyp, x, xp, dx, dxp, M, N, w, mean, rstd, sums, bfloat16, cou
                 rooms,
                 bfloat16,
             )
-        block = claim(counter)
+        block = take_block(counters, who, block_count(M))
 
 
 @compiled()
-def share_long_sums(dy, dyp, x, xp, M, N, w, mean, rstd, parts, bfloat16, counter):  # type: ignore[no-untyped-def]
-    """Take the sums over those chunks of rows that this thread claims; parts (M, chunks, 3)."""
+def share_long_sums(dy, dyp, x, xp, M, N, w, mean, rstd, parts, bfloat16, counters, who):  # type: ignore[no-untyped-def]
+    """Take the sums over those chunks of rows that thread ``who`` claims; parts (M, chunks, 3)."""
     chunks = parts.shape[1]
     x_room = np.empty(CHUNK if x.itemsize == 2 else 0, mean.dtype)
     dy_room = np.empty(x_room.size, mean.dtype)
-    item = claim(counter)
-    while item < M * chunks:
+    item = take_block(counters, who, M * chunks)
+    while item >= 0:
         row, c = item // chunks, item % chunks
         lo = c * CHUNK
         n = min(CHUNK, N - lo)
@@ -147,7 +147,7 @@ def share_long_sums(dy, dyp, x, xp, M, N, w, mean, rstd, parts, bfloat16, counte
         wp = pointer(w, lo)
         h, gh, g = row_sums(p, q, wp, n, mean[row], rstd[row], w.size > 0)
         parts[row, c, 0], parts[row, c, 1], parts[row, c, 2] = h, gh, g
-        item = claim(counter)
+        item = take_block(counters, who, M * chunks)
 
 
 @compiled()
@@ -163,14 +163,14 @@ def finish_long_rows(parts, N, mean, rstd, stats):  # type: ignore[no-untyped-de
 
 
 @compiled()
-def share_long_columns(dy, dyp, x, xp, dx, dxp, M, N, w, stats, sums, bfloat16, counter):  # type: ignore[no-untyped-def]
-    """Write dx, and the sums, of those chunks of columns of a block that this thread claims."""
+def share_long_columns(dy, dyp, x, xp, dx, dxp, M, N, w, stats, sums, bfloat16, counters, who):  # type: ignore[no-untyped-def]
+    """Write dx, and the sums, of those chunks of columns of a block that thread ``who`` claims."""
     size, pitch, chunks = block_rows(M), sums_pitch(N), (N + CHUNK - 1) // CHUNK
     x_room = np.empty(_LONG_ROWS * CHUNK if x.itemsize == 2 else 0, stats.dtype)
     dy_room = np.empty(x_room.size, stats.dtype)
     spare = np.empty(0 if sums.size else 2 * CHUNK, stats.dtype)
-    item = claim(counter)
-    while item < block_count(M) * chunks:
+    item = take_block(counters, who, block_count(M) * chunks)
+    while item >= 0:
         # Backwards, as the end of x and dy was read last.
         block, c = block_count(M) - 1 - item // chunks, chunks - 1 - item % chunks
         lo = c * CHUNK
@@ -190,7 +190,7 @@ def share_long_columns(dy, dyp, x, xp, dx, dxp, M, N, w, stats, sums, bfloat16, 
             add_rows(p, pp, q, qp, t, tp, k, n, wp, to_s, to_w, to_b, w.size > 0, dx.size > 0)
             if dx.size:
                 give(dx, row * dxp + lo, dxp, k, n, dy_room, bfloat16)
-        item = claim(counter)
+        item = take_block(counters, who, block_count(M) * chunks)
 
 
 @compiled()

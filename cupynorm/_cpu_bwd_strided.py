@@ -45,6 +45,7 @@ def _compiled(
     summed: bool,
 ) -> Array | None:
     from cupynorm import _cpu_bwd_strided_loops as loops
+    from cupynorm import _cpu_entries
 
     outer, M, N = lie[:3]
     rows = outer * M
@@ -62,5 +63,5 @@ def _compiled(
     if sums is None:
         return None
     totals = np.empty((2, N))
-    loops.merge(kind)(at[-1], rows, N, totals.ctypes.data)
+    _cpu_entries.merge_wide(kind)(at[-1], rows, N, totals.ctypes.data)
     return totals

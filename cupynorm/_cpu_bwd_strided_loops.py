@@ -11,16 +11,15 @@ from cupynorm._cpu_bwd_rows import (
     block_rows,
     differentiate_group,
     group_size,
-    merge_sums,
     sums_pitch,
 )
-from cupynorm._cpu_entries import at, built, seen
-from cupynorm._cpu_lanes import claim, pointer
+from cupynorm._cpu_kept import built, seen
+from cupynorm._cpu_lanes import at, claim, pointer
 from cupynorm._cpu_loops import compiled
 from cupynorm._cpu_squares import move
 from cupynorm._cpu_strided_loops import GAP, start
 
-__all__ = ["backward", "merge", "sizes"]
+__all__ = ["backward", "sizes"]
 
 
 @compiled()
@@ -91,16 +90,6 @@ def _define_backward(sources: int, jit: Any, stored: Any, computed: Any) -> Call
     return backward  # type: ignore[no-any-return]
 
 
-def _define_merge(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..., None]:
-    @jit
-    def merge(sums, rows, N, totals):  # type: ignore[no-untyped-def]
-        count = block_count(rows) * (sources != 0)
-        part = seen(sums, count * 2 * sums_pitch(N), computed)
-        merge_sums(part, count, N, seen(totals, 2 * N, np.float64))
-
-    return merge  # type: ignore[no-any-return]
-
-
 def sizes(rows: int, N: int) -> tuple[int, int]:
     """Blocks of rows with column sums of their own, and the elements of one's two rows of sums."""
     return block_count(rows), sums_pitch(N)
@@ -111,11 +100,6 @@ def backward(kind: str) -> Callable[..., None]:
 
     ``backward(dy, x, dx, lie, w, mean, rstd, sums, bfloat16, counter)``: addresses of what is
     absent are 0; calls with one ``counter`` share the blocks of rows among them, whose column sums
-    stay in ``sums`` for merge().
+    stay in ``sums`` for ``_cpu_entries.merge_wide``.
     """
-    return built(_define_backward, "iiiiiiiiii", kind)  # type: ignore[no-any-return]
-
-
-def merge(kind: str) -> Callable[..., None]:
-    """``merge(sums, rows, N, totals)`` after it: totals (2, N) in float64."""
-    return built(_define_merge, "iiii", kind)  # type: ignore[no-any-return]
+    return built(_define_backward, "viiiiiiiiii", kind)  # type: ignore[no-any-return]

@@ -86,6 +86,28 @@ def _readable(x: Array) -> Array:
     return x.astype(x.dtype.newbyteorder("="), order="C", copy=True)
 
 
+class _Window:
+    """Memory that NumPy shall see as one writable row."""
+
+    def __init__(self, x: Array, size: int) -> None:
+        interface = dict(x.__array_interface__)
+        interface.update(shape=(size,), strides=None, data=(interface["data"][0], False))
+        self.__array_interface__ = interface
+        self.owner = x
+
+
+def _flat(x: Array, M: int, N: int) -> tuple[Array, int]:  # x: (M, N), each row contiguous
+    """Show x's memory from its first element to its last as one row, and give its pitch.
+
+    numba compiles once more for arrays that are read-only or have a pitch: they are passed as if
+    they were neither. A read-only x is not written to.
+    """
+    if x.flags.carray and type(x) is np.ndarray:
+        return x.ravel(), N
+    pitch = x.strides[0] // x.itemsize if M > 1 else N
+    return np.asarray(_Window(x, (M - 1) * pitch + N)), pitch
+
+
 def _compiled(
     columns: Sequence[Column],
     y: Array,
@@ -98,7 +120,6 @@ def _compiled(
 ) -> None:
     from cupynorm import _cpu_columns_loops as loops
     from cupynorm._cpu_columns_loaders import loader
-    from cupynorm._cpu_numba import flat
 
     table = np.zeros((5, len(columns)), np.int64)
     for j, (x, validity, offset) in enumerate(columns):
@@ -109,7 +130,7 @@ def _compiled(
     rows = y if by_row else y.T
     if y.itemsize == 2:
         rows = rows.view(np.uint16)
-    memory, pitch = flat(rows, *rows.shape)
+    memory, pitch = _flat(rows, *rows.shape)
     none = np.empty(0, compute)
     w, b = (none if a is None else a for a in (w, b))
     R = loops.rows_of_block(M, N)

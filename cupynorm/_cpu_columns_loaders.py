@@ -7,10 +7,9 @@ import numpy as np
 from numba import carray, cfunc, types
 
 from cupynorm._cpu_bits import take
-from cupynorm._cpu_entries import at
-from cupynorm._cpu_lanes import like
+from cupynorm._cpu_kept import sources
+from cupynorm._cpu_lanes import at, like
 from cupynorm._cpu_loops import compiled
-from cupynorm._cpu_numba import _sources
 
 __all__ = ["loader"]
 
@@ -73,7 +72,7 @@ def loader(kind: str, computed: str) -> int:
             return _define_plain(sources, stored, to, kind == "bool")
 
         try:
-            _ready[key] = cfunc(signature, cache=True, error_model="numpy")(define(_sources()))
+            _ready[key] = cfunc(signature, cache=True, error_model="numpy")(define(sources()))
         except (RuntimeError, OSError):  # no directory to keep compiled code in, or it is full
             _ready[key] = cfunc(signature, error_model="numpy")(define(1))
     return int(_ready[key].address)

@@ -10,10 +10,9 @@ import numpy as np
 
 from cupynorm._cpu_columns_lanes import call, fence
 from cupynorm._cpu_columns_write import ROWS, put_columns, put_rows
-from cupynorm._cpu_entries import at
-from cupynorm._cpu_lanes import address, advance, claim, like, pointer
+from cupynorm._cpu_kept import Kept
+from cupynorm._cpu_lanes import address, advance, at, claim, like, pointer
 from cupynorm._cpu_loops import compiled
-from cupynorm._cpu_numba import Kept
 
 __all__ = ["ALONE", "entry", "rows_of_block"]
 

@@ -11,6 +11,7 @@ __all__ = [
     "add",
     "address",
     "advance",
+    "at",
     "claim",
     "fma",
     "fold",
@@ -83,6 +84,16 @@ def advance(typingctx, p, i):  # type: ignore[no-untyped-def]
         return builder.gep(args[0], [args[1]])
 
     return p(p, types.intp), codegen
+
+
+@intrinsic
+def at(typingctx, address, dtype):  # type: ignore[no-untyped-def]
+    """Take an integer for the address of elements of dtype."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(dtype.instance_type)(address, dtype), codegen
 
 
 @intrinsic

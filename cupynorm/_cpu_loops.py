@@ -9,6 +9,7 @@ from cupynorm._cpu_lanes import (
     add,
     address,
     advance,
+    claim,
     fma,
     fold,
     keep_last,
@@ -32,6 +33,7 @@ __all__ = [
     "merge",
     "moments",
     "pivot",
+    "take_block",
 ]
 
 # Elements of a row whose moments are taken together: 16 KiB of float32.
@@ -58,6 +60,23 @@ PEELED = 256
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compile for use inside other loops. Without fastmath: no sum is reordered, no fma fused."""
     return numba.njit(nogil=True, error_model="numpy", **options)  # type: ignore[no-any-return]
+
+
+@compiled()
+def take_block(counters, who, count):  # type: ignore[no-untyped-def]
+    """Claim one of ``count`` blocks for thread ``who``; -1 when none is left.
+
+    Each thread has a part of the blocks, with a counter on a cache line of its own, and takes from
+    the others' when it is through with it: so the thread that did a block in the last call, whose
+    caches may hold it, most often does it again.
+    """
+    parts = max(1, counters.size // 8)
+    for k in range(parts):
+        part = (who + k) % parts
+        block = count * part // parts + claim(counters[8 * part :])
+        if block < count * (part + 1) // parts:
+            return block
+    return -1
 
 
 @compiled()

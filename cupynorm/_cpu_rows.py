@@ -9,6 +9,7 @@ from cupynorm._cpu_lanes import address, advance, pointer
 from cupynorm._cpu_loops import (
     CHUNK,
     FROM_MEMORY,
+    GROUP,
     LINE,
     PEELED,
     apply_row,
@@ -18,7 +19,7 @@ from cupynorm._cpu_loops import (
     pivot,
 )
 
-__all__ = ["long_rows", "normalize_group", "row_moments", "row_results", "short_rows"]
+__all__ = ["normalize_group", "normalize_rows", "rooms", "row_moments", "row_results", "short_rows"]
 
 _REPAYS = 4  # rows for which a copy of weight and bias is worth its time
 
@@ -103,7 +104,7 @@ def short_rows(x, xp, y, yp, lo, hi, N, w, b, eps, low, high, mean, rstd, bfloat
 
 
 @compiled()
-def long_rows(x, xp, y, yp, lo, hi, N, w, b, eps, low, high, mean, rstd, bfloat16, scratch, parts):  # type: ignore[no-untyped-def]
+def _long_rows(x, xp, y, yp, lo, hi, N, w, b, eps, low, high, mean, rstd, bfloat16, scratch, parts):  # type: ignore[no-untyped-def]
     for row in range(lo, hi):
         row_moments(x, row * xp, N, low, high, parts, scratch, bfloat16)
         s, m, v = merge(parts, N)
@@ -113,3 +114,25 @@ def long_rows(x, xp, y, yp, lo, hi, N, w, b, eps, low, high, mean, rstd, bfloat1
         if rstd.size:
             rstd[row] = r
         row_results(x, row * xp, y, row * yp, N, w, b, s, m, r, scratch, bfloat16)
+
+
+@compiled()
+def rooms(M, N):  # type: ignore[no-untyped-def]
+    """Memory that normalize_rows works in."""
+    group = max(1, min(M, GROUP // N))
+    scratch = np.empty(min(CHUNK, group * N), np.float32)
+    return scratch, np.empty((3, group)), np.empty(((N + CHUNK - 1) // CHUNK, 3))
+
+
+@compiled()
+def normalize_rows(x, xp, y, yp, lo, hi, N, w, b, eps, low, high, mean, rstd, bfloat16, rooms):  # type: ignore[no-untyped-def]
+    """Do the rows lo to hi, at pitch xp in x and yp in y; empty w, b, mean, rstd are absent."""
+    scratch, stats, parts = rooms
+    if N <= CHUNK:
+        short_rows(
+            x, xp, y, yp, lo, hi, N, w, b, eps, low, high, mean, rstd, bfloat16, scratch, stats
+        )
+    else:
+        _long_rows(
+            x, xp, y, yp, lo, hi, N, w, b, eps, low, high, mean, rstd, bfloat16, scratch, parts
+        )

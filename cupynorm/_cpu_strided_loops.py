@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from cupynorm._cpu_bits import give, place, take
-from cupynorm._cpu_entries import at, built, seen
-from cupynorm._cpu_lanes import advance, claim, pointer
+from cupynorm._cpu_kept import built, seen
+from cupynorm._cpu_lanes import advance, at, claim, pointer
 from cupynorm._cpu_loops import CHUNK, GROUP, apply_row, compiled, merge, moments, pivot
 from cupynorm._cpu_rows import normalize_group
 from cupynorm._cpu_squares import move
@@ -141,14 +141,14 @@ def forward(kind: str) -> Callable[..., None]:
     ``forward(x, y, lie, w, b, eps, low, high, mean, rstd, bfloat16, counter)``: addresses of what
     is absent are 0; calls with one ``counter`` share the strips among them.
     """
-    return built(_define_forward, "iiiiifffiiii", kind)  # type: ignore[no-any-return]
+    return built(_define_forward, "viiiiifffiiii", kind)  # type: ignore[no-any-return]
 
 
 def chunk_moments(kind: str) -> Callable[..., None]:
     """``chunk_moments(x, lie, low, high, parts, bfloat16, counter)`` of the chunks of long rows."""
-    return built(_define_moments, "iiffiii", kind)  # type: ignore[no-any-return]
+    return built(_define_moments, "viiffiii", kind)  # type: ignore[no-any-return]
 
 
 def normalize_chunks(kind: str) -> Callable[..., None]:
     """``normalize_chunks(x, y, lie, w, b, eps, parts, mean, rstd, bfloat16, counter)`` after it."""
-    return built(_define_normalize, "iiiiifiiiii", kind)  # type: ignore[no-any-return]
+    return built(_define_normalize, "viiiiifiiiii", kind)  # type: ignore[no-any-return]

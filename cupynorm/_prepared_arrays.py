@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm import _cpu, _cpu_small, _cuda_launch, functional
+from cupynorm import _cpu, _cpu_at_once, _cuda_launch, functional
 from cupynorm._arguments import Call, path_of
 from cupynorm._arrays import element_strides
 from cupynorm._cpu import _plain
@@ -26,7 +26,7 @@ class _Prepared(PreparedLayerNorm):
 
 
 class PreparedNumpy(_Prepared):
-    """On NumPy arrays: small row-major ones go to the compiled loops at once."""
+    """On NumPy arrays: row-major ones go to the compiled loops at once."""
 
     __slots__ = ("_fixed", "_ready")
 
@@ -36,7 +36,7 @@ class PreparedNumpy(_Prepared):
         self._ready: Any = None
         if order == "F" or return_stats or call.turn is not None or not x.flags.c_contiguous:
             return
-        self._ready = _cpu_small.ready_for(x.shape, x.dtype, call.axes, call.eps)
+        self._ready = _cpu_at_once.ready_for(x.shape, x.dtype, call.axes, call.eps)
         if self._ready is not None:
             rows = [_as_row(a, self._ready) for a in (call.weight, call.bias)]
             self._fixed = *rows, *self._ready.fixed
@@ -56,7 +56,7 @@ class PreparedNumpy(_Prepared):
         ):
             return self._ordinary(x, out)
         if out is None:
-            result = np.empty(self._shape, self._dtype)
+            result = ready.new(self._shape, self._dtype)
         elif (
             type(out) is not np.ndarray
             or out.shape != self._shape
@@ -66,7 +66,7 @@ class PreparedNumpy(_Prepared):
             return self._ordinary(x, out)
         else:
             result = out
-        call, table, bits, *_ = ready
+        call, _, _, table, bits, *_ = ready
         source, y = x, result
         if bits is not None:
             source, y = source.view(bits), y.view(bits)
@@ -77,7 +77,7 @@ class PreparedNumpy(_Prepared):
         return result
 
 
-def _as_row(value: Any, ready: _cpu_small.Ready) -> Any:
+def _as_row(value: Any, ready: _cpu_at_once.Ready) -> Any:
     """Weight or bias in the memory where it is; None if the loops need a copy."""
     if value is None:
         return ready.absent

@@ -138,7 +138,7 @@ def _on_cpu(
         end = target + size
         if (w < end and target < w + room * (w > 0)) or (b < end and target < b + room * (b > 0)):
             return False
-        call(source, target, M, N, w, b, eps, low, high, 0, 0, bfloat16, 0, 0)
+        call(source, target, M, N, w, b, eps, low, high, 0, 0, bfloat16)
         return True
 
     return run

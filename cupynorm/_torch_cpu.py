@@ -65,7 +65,7 @@ def at_once(x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> 
         # No dimension; sparse or nested, without an address; a list, which cannot be a key.
         return None
     y = torch.empty_like(x)
-    call(source, y.data_ptr(), count // N, N, w, b, eps, low, high, 0, 0, bfloat16, 0, 0)
+    call(source, y.data_ptr(), count // N, N, w, b, eps, low, high, 0, 0, bfloat16)
     return y
 
 

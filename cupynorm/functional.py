@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _problem, _tables
+from cupynorm import _problem, _results, _tables
 from cupynorm._arguments import (
     Call,
     check_arguments,
@@ -124,12 +124,12 @@ def layer_norm(
     array([[-1.225,  0.   ,  1.225],
            [-1.225,  0.   ,  1.225]])
     """
-    if order == "K" and not return_stats:
+    if order == "K":
         at_once = _at_once.get(type(x))
         if at_once is not None:
-            y = at_once(x, normalized_shape, weight, bias, eps, axis, out)
+            y = at_once(x, normalized_shape, weight, bias, eps, axis, out, return_stats)
             if y is not None:
-                return y
+                return LayerNormResult(*y) if return_stats else y
     if type(x) is not np.ndarray:
         if library_of(x).startswith("dask"):
             return _dask(x, normalized_shape, weight, bias, eps, axis, order, out, return_stats)
@@ -154,10 +154,10 @@ def layer_norm(
 
 
 def _first_of_numpy(*arguments: Any) -> Any:
-    from cupynorm import _cpu_small
+    from cupynorm import _cpu_at_once
 
-    _at_once[np.ndarray] = _cpu_small.at_once
-    return _cpu_small.at_once(*arguments)
+    _at_once[np.ndarray] = _cpu_at_once.at_once
+    return _cpu_at_once.at_once(*arguments)
 
 
 def _first_of_cupy(do: Any) -> None:
@@ -190,7 +190,7 @@ def strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, 
     if path == "cupy" and not do.is_current(x):
         with x.device:  # or y would be allocated, and the kernel launched, on another GPU
             return strided(call, order, out, return_stats)
-    new = np if path == "numpy" else do
+    new = _results if path == "numpy" else do
     y = new.empty_like(x, order=order) if out is None else _out(out, x, weight, bias, order)
     mean = rstd = None
     if return_stats:

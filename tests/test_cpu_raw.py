@@ -104,7 +104,7 @@ def test_the_call_without_its_wrapping(kind):
     call, fixed, limit = _cpu_raw.forward_alone(kind, 1e-3)
     assert x.size < limit
     y, untouched = guarded(x.shape, x.dtype)
-    call(address(x), address(y), 5, 100, 0, 0, 1e-3, *fixed[:2], 0, 0, fixed[2], 0, 0)
+    call(address(x), address(y), 5, 100, 0, 0, 1e-3, *fixed[:2], 0, 0, fixed[2])
     untouched()
     assert same_bits(y, numpy_forward(kind, x, None, None, 1e-3)[0])
 

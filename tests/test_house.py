@@ -36,7 +36,7 @@ TIERS = (
     {"_dask_blocks"},
     {"_dask_frames", "_dask_moments"},
     {"_explanation"},
-    {"_cpu_small", "_cuda_small"},
+    {"_cpu_at_once", "_cuda_small"},
     {"_drawing"},
     {"_torch_autograd"},
     {"_torch_functions"},
