@@ -1,7 +1,4 @@
-"""Calls on NumPy arrays with nothing special about them: the least Python around the loops.
-
-It costs more than the loops do for a few rows, and a tenth of the time even of 512x768.
-"""
+"""Calls on NumPy arrays with nothing special about them: the least Python around the loops."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +11,8 @@ from cupynorm._cpu import _plain
 from cupynorm._cpu_blocks import safe_range
 
 __all__ = ["Ready", "at_once", "ready_for"]
+
+# It costs more than the loops do for a few rows, and a tenth of the time even of 512x768.
 
 _empty, _ndarray = np.empty, np.ndarray
 
@@ -102,22 +101,20 @@ def at_once(
     call, with_stats, new, table, bits, compute, affine, absent, stats, fixed = ready
     if weight is None:
         weight = absent
-    elif (
-        type(weight) is not _ndarray
-        or weight.dtype != compute
-        or weight.shape != affine
-        or not weight.flags.carray
-    ):
+    elif type(weight) is not _ndarray or weight.shape != affine or not weight.flags.carray:
         return None
+    elif weight.dtype != compute:
+        weight = _as_wide(weight, dtype, compute, out)
+        if weight is None:
+            return None
     if bias is None:
         bias = absent
-    elif (
-        type(bias) is not _ndarray
-        or bias.dtype != compute
-        or bias.shape != affine
-        or not bias.flags.carray
-    ):
+    elif type(bias) is not _ndarray or bias.shape != affine or not bias.flags.carray:
         return None
+    elif bias.dtype != compute:
+        bias = _as_wide(bias, dtype, compute, out)
+        if bias is None:
+            return None
     if out is None:
         out = new(shape, dtype)
     elif (
@@ -131,7 +128,12 @@ def at_once(
     if bits is not None:
         x, y = x.view(bits), y.view(bits)
     if table is not None:
-        x, y, weight, bias = x.reshape(table), y.reshape(table), weight.ravel(), bias.ravel()
+        x, y, weight, bias = (
+            x.reshape(table),
+            y.reshape(table),
+            weight.reshape(-1),
+            bias.reshape(-1),
+        )
     # What a status says, the ordinary way says in a sentence.
     if return_stats:
         mean, rstd = _empty(stats, compute), _empty(stats, compute)
@@ -139,6 +141,16 @@ def at_once(
             return None
         return out, mean, rstd
     return None if call(x, y, weight, bias, *fixed) else out
+
+
+def _as_wide(value: Any, dtype: Any, compute: Any, out: Any) -> Any:
+    """Weight or bias of x's own 16 bits as a row that loops compute with; None if it is not that.
+
+    None, too, where out may share its memory: of a copy the loops could not tell.
+    """
+    if value.dtype != dtype or (out is not None and np.may_share_memory(value, out)):
+        return None
+    return _cpu._affine(value, compute)
 
 
 def _prepare(key: tuple[Any, ...]) -> Ready | None:

@@ -81,13 +81,59 @@ def _to_half(typingctx, p, i, q, j):  # type: ignore[no-untyped-def]
     return types.void(p, types.intp, q, types.intp), codegen
 
 
+@intrinsic
+def _from_brain(typingctx, p, i):  # type: ignore[no-untyped-def]
+    """Read a vector of bfloat16 at p[i] as float32."""
+    result = Lanes(types.float32)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        short = ir.VectorType(ir.IntType(16), result.count)
+        words = ir.VectorType(ir.IntType(32), result.count)
+        here = builder.bitcast(builder.gep(args[0], [args[1]]), short.as_pointer())
+        bits = builder.zext(builder.load(here, align=2, typ=short), words)
+        bits = builder.shl(bits, ir.Constant(words, [16] * result.count))
+        return builder.bitcast(bits, result.vector)
+
+    return result(p, types.intp), codegen
+
+
+@intrinsic
+def _to_brain(typingctx, p, i, q, j):  # type: ignore[no-untyped-def]
+    """Write the vector of float32 at p[i] to q[j] as bfloat16, rounded to nearest, ties to even."""
+    source = Lanes(types.float32)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        short = ir.VectorType(ir.IntType(16), source.count)
+        words = ir.VectorType(ir.IntType(32), source.count)
+
+        def all_lanes(n: int) -> Any:
+            return ir.Constant(words, [n] * source.count)
+
+        here = builder.bitcast(builder.gep(args[0], [args[1]]), source.vector.as_pointer())
+        to = builder.bitcast(builder.gep(args[2], [args[3]]), short.as_pointer())
+        value = builder.load(here, align=4, typ=source.vector)
+        bits = builder.bitcast(value, words)
+        odd = builder.and_(builder.lshr(bits, all_lanes(16)), all_lanes(1))
+        rounded = builder.add(builder.add(bits, all_lanes(0x7FFF)), odd)
+        rounded = builder.lshr(rounded, all_lanes(16))
+        is_nan = builder.fcmp_unordered("uno", value, value)
+        rounded = builder.select(is_nan, all_lanes(0x7FC0), rounded)
+        builder.store(builder.trunc(rounded, short), to, align=2)
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp, q, types.intp), codegen
+
+
 @compiled()
 def _widen(x, n, out, bfloat16):  # type: ignore[no-untyped-def]
+    done = 0
     if bfloat16:
-        for i in range(n):
+        while done + lanes(out) <= n:
+            store(out, done, _from_brain(x, done))
+            done += lanes(out)
+        for i in range(done, n):
             out[i] = _value(np.uint32(np.uint32(x[i]) << np.uint32(16)))
         return
-    done = 0
     if _F16C:
         while done + lanes(out) <= n:
             store(out, done, _from_half(x, done))
@@ -106,8 +152,12 @@ def _widen(x, n, out, bfloat16):  # type: ignore[no-untyped-def]
 @compiled()
 def _narrow(values, n, y, bfloat16):  # type: ignore[no-untyped-def]
     # To nearest, ties to even.
+    done = 0
     if bfloat16:
-        for i in range(n):
+        while done + lanes(values) <= n:
+            _to_brain(values, done, y, done)
+            done += lanes(values)
+        for i in range(done, n):
             bits = _bits(values[i])
             odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
             rounded = np.uint32((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
@@ -115,7 +165,6 @@ def _narrow(values, n, y, bfloat16):  # type: ignore[no-untyped-def]
                 rounded = np.uint32(0x7FC0)
             y[i] = np.uint16(rounded)
         return
-    done = 0
     if _F16C:
         while done + lanes(values) <= n:
             _to_half(values, done, y, done)

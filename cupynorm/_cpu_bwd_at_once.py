@@ -1,7 +1,4 @@
-"""Backward calls on NumPy arrays with nothing special about them: little Python around the loops.
-
-What ``_cpu_at_once`` is to forward calls.
-"""
+"""Backward calls on NumPy arrays with nothing special about them: little Python around it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +10,8 @@ from cupynorm._arguments import axes_of, keyable
 from cupynorm._cpu import _plain
 
 __all__ = ["at_once"]
+
+# What ``_cpu_at_once`` is to forward calls.
 
 _empty, _ndarray = np.empty, np.ndarray
 

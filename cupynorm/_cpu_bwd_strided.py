@@ -45,7 +45,7 @@ def _compiled(
     summed: bool,
 ) -> Array | None:
     from cupynorm import _cpu_bwd_strided_loops as loops
-    from cupynorm import _cpu_entries
+    from cupynorm import _cpu_crew, _cpu_entries
 
     outer, M, N = lie[:3]
     rows = outer * M
@@ -56,10 +56,9 @@ def _compiled(
     sums = np.empty(2 * blocks * pitch, dtype) if summed else None
     arrays = (dy, x, dx, walk, w, *stats, sums)
     at = [0 if a is None else a.ctypes.data for a in arrays]
-    call, counter = loops.backward(kind), np.zeros(1, np.int64)
-    args = *at, int(kind == "bfloat16"), counter.ctypes.data
     threads = 1 if x.size < ALONE else min(_threads.num_threads(), blocks)
-    _threads.run(lambda: lambda _: call(*args), threads, threads)
+    job = _cpu_crew.record(threads, *at, int(kind == "bfloat16"))
+    _cpu_crew.run(loops.backward(kind), job, threads)
     if sums is None:
         return None
     totals = np.empty((2, N))

@@ -1,6 +1,5 @@
 """Compiled loops of layer norm's backward over rows that lie anyhow, strip by strip."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,10 @@ from cupynorm._cpu_bwd_rows import (
     group_size,
     sums_pitch,
 )
-from cupynorm._cpu_kept import built, seen
-from cupynorm._cpu_lanes import at, claim, pointer
-from cupynorm._cpu_loops import compiled
+from cupynorm._cpu_kept import seen, shared
+from cupynorm._cpu_lanes import at, pointer
+from cupynorm._cpu_loops import compiled, take_block
+from cupynorm._cpu_shared import counters_of
 from cupynorm._cpu_squares import move
 from cupynorm._cpu_strided_loops import GAP, start
 
@@ -31,10 +31,12 @@ def _bring(stats, lie, o, row, n, to):  # type: ignore[no-untyped-def]
 # lie: [outer, M, N], strides of dy, of x, of dx, of the statistics (outer, row), rows of a strip.
 
 
-def _define_backward(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..., None]:
+def _define_backward(sources: int, jit: Any, stored: Any, computed: Any) -> Any:
     @jit
-    def backward(dy, x, dx, lie, w, mean, rstd, sums, bfloat16, counter):  # type: ignore[no-untyped-def]
-        lie, tickets = seen(lie, 15, np.int64), seen(counter, 1, np.int64)
+    def backward(job, who):  # type: ignore[no-untyped-def]
+        a, counters = at(job, np.int64), counters_of(job)
+        dy, x, dx, lie, w = a[0], a[1], a[2], seen(a[3], 15, np.int64), a[4]
+        mean, rstd, sums, bfloat16 = a[5], a[6], a[7], a[8]
         outer, M, N, R = lie[0], lie[1], lie[2], lie[14]
         gs, xs, ts, half = lie[3:6], lie[6:9], lie[9:12], bfloat16 != 0
         rows, pitch, wide = outer * M, N + GAP, sums_pitch(N)
@@ -47,8 +49,8 @@ def _define_backward(sources: int, jit: Any, stored: Any, computed: Any) -> Call
         rooms = x_room, np.empty(x_room.size, computed)
         m, r, stats = np.empty(R, computed), np.empty(R, computed), np.empty(FIELDS * R, computed)
         spare = np.empty(0 if sums else 2 * wide, computed)
-        block = claim(tickets)
-        while block * size < rows:
+        block = take_block(counters, who, block_count(rows))
+        while block >= 0:
             part = total[2 * block * wide : 2 * (block + 1) * wide] if sums else spare
             part[:] = 0
             to_w, to_b = pointer(part, 0), pointer(part, wide)
@@ -85,9 +87,9 @@ def _define_backward(sources: int, jit: Any, stored: Any, computed: Any) -> Call
                     to = start(at(dx, stored), ts, o, first)
                     move(g_here, pitch, 1, to, ts[1], ts[2], n, N)
                 row += n
-            block = claim(tickets)
+            block = take_block(counters, who, block_count(rows))
 
-    return backward  # type: ignore[no-any-return]
+    return backward
 
 
 def sizes(rows: int, N: int) -> tuple[int, int]:
@@ -95,11 +97,10 @@ def sizes(rows: int, N: int) -> tuple[int, int]:
     return block_count(rows), sums_pitch(N)
 
 
-def backward(kind: str) -> Callable[..., None]:
-    """Backward over rows of at most LONGEST elements, all arguments numbers; the first compiles.
+def backward(kind: str) -> Any:
+    """Backward over rows of at most LONGEST elements; the first call per kind compiles.
 
-    ``backward(dy, x, dx, lie, w, mean, rstd, sums, bfloat16, counter)``: addresses of what is
-    absent are 0; calls with one ``counter`` share the blocks of rows among them, whose column sums
-    stay in ``sums`` for ``_cpu_entries.merge_wide``.
+    Its record: dy, x, dx, lie, w, mean, rstd, sums, bfloat16; addresses of what is absent are 0.
+    The column sums of the blocks of rows stay in ``sums`` for ``_cpu_entries.merge_wide``.
     """
-    return built(_define_backward, "viiiiiiiiii", kind)  # type: ignore[no-any-return]
+    return shared(_define_backward, kind)

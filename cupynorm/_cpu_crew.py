@@ -1,10 +1,4 @@
-"""Threads that sleep inside compiled code, so that no call waits for the interpreter's lock.
-
-A thread of Python's that is asked to help wakes twice, once for the request and once for the lock:
-40 to 70 us, as long as the loops take for 300000 elements. These wait for a word of memory to
-change (Linux' futex) and run compiled code when it does: 15 to 40 us, and the caller works
-meanwhile. They come if they are free and are never waited for, as those of ``_threads``.
-"""
+"""Threads that sleep inside compiled code, so that no call waits for the interpreter's lock."""
 
 import os
 import threading
@@ -36,6 +30,11 @@ from cupynorm._cpu_signals import (
 )
 
 __all__ = ["COUNTER", "THREADS", "control", "lead", "record", "run"]
+
+# A thread of Python's that is asked to help wakes twice, for the request and for the lock: 40 to
+# 70 us, as long as the loops take for 300000 elements. These wait for a word of memory to change
+# (Linux' futex) and run compiled code when it does: 15 to 40 us, and the caller works meanwhile.
+# They come if they are free and are never waited for, as those of ``_threads``.
 
 Array = np.ndarray[Any, Any]
 
@@ -214,7 +213,7 @@ def record(threads: int, *numbers: int | float) -> Array:
     words[THREADS] = threads
     wide = words.view(np.float64)
     for i, number in enumerate(numbers):
-        if type(number) is float:
+        if isinstance(number, float):
             wide[i] = number
         else:
             words[i] = number

@@ -13,7 +13,7 @@ from numba import carray, from_dtype, types
 from cupynorm._cpu_lanes import at
 from cupynorm._cpu_loops import compiled
 
-__all__ = ["Kept", "built", "seen", "shared", "sources"]
+__all__ = ["INNER", "Kept", "built", "seen", "shared", "sources"]
 
 # What the memory of x holds and what loops compute in; the 16-bit kinds share their code.
 _TYPES = {
@@ -22,21 +22,33 @@ _TYPES = {
     "float32": (np.float32, np.float32),
     "float64": (np.float64, np.float64),
 }
+# The files whose functions others are compiled from.
+INNER = (
+    "_cpu_bits",
+    "_cpu_bwd_loops",
+    "_cpu_bwd_rows",
+    "_cpu_crew",
+    "_cpu_entries",
+    "_cpu_kept",
+    "_cpu_lanes",
+    "_cpu_loops",
+    "_cpu_rows",
+    "_cpu_shared",
+    "_cpu_signals",
+    "_cpu_squares",
+    "_cpu_strided_loops",
+)
 _ready: dict[Any, Any] = {}
 
 
 def sources() -> int:
-    """Checksum of the files whose functions the others are compiled from.
+    """Checksum of INNER.
 
     The functions that are called from Python close over it, because numba's cache looks at the time
     stamp of their own file alone, and at the values of such variables: an edit or upgrade of the
     files below must not go unseen.
     """
-    names = (
-        *("lanes", "loops", "bits", "rows", "squares", "bwd_loops", "bwd_rows"),
-        *("kept", "entries", "signals", "crew", "shared"),
-    )
-    text = b"".join(Path(__file__).with_name(f"_cpu_{name}.py").read_bytes() for name in names)
+    text = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in INNER)
     return zlib.crc32(text) | 1
 
 

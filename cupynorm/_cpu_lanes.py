@@ -25,6 +25,7 @@ __all__ = [
     "splat",
     "store",
     "store_first",
+    "store_past",
     "sub",
 ]
 
@@ -93,7 +94,7 @@ def at(typingctx, address, dtype):  # type: ignore[no-untyped-def]
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(dtype.instance_type)(address, dtype), codegen
+    return types.CPointer(dtype.instance_type)(address, dtype), codegen  # type: ignore[attr-defined]
 
 
 @intrinsic
@@ -163,6 +164,20 @@ def store(typingctx, p, i, v):  # type: ignore[no-untyped-def]
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         address = _vector_at(builder, v.vector, args[0], args[1])
         builder.store(args[2], address, align=p.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp, v), codegen
+
+
+@intrinsic
+def store_past(typingctx, p, i, v):  # type: ignore[no-untyped-def]
+    """Write the vector v to p[i], which is on a cache line, past the caches."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        address = _vector_at(builder, v.vector, args[0], args[1])
+        written = builder.store(args[2], address, align=_BYTES)
+        one = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        written.set_metadata("nontemporal", one)
         return context.get_dummy_value()
 
     return types.void(p, types.intp, v), codegen

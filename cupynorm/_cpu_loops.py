@@ -19,6 +19,7 @@ from cupynorm._cpu_lanes import (
     mul,
     splat,
     store,
+    store_past,
     sub,
 )
 
@@ -198,8 +199,8 @@ def _scaled(x, w, b, i, s, m, r, has_w, has_b):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def apply_row(x, y, n, w, b, wide_s, wide_m, wide_r, has_w, has_b):  # type: ignore[no-untyped-def]
-    """Write ((x - s) - m) * r * w + b to y, n elements; y may be x."""
+def apply_row(x, y, n, w, b, wide_s, wide_m, wide_r, has_w, has_b, past):  # type: ignore[no-untyped-def]
+    """Write ((x - s) - m) * r * w + b to y, n elements, past the caches or not; y may be x."""
     step = lanes(x)
     s = like(x, wide_s + wide_m)  # the mean to x's precision, and what that leaves over
     m, r = like(x, (wide_s - float(s)) + wide_m), like(x, wide_r)
@@ -217,14 +218,17 @@ def apply_row(x, y, n, w, b, wide_s, wide_m, wide_r, has_w, has_b):  # type: ign
     # first one too where the others begin on a line of y.
     last = _scaled(x, w, b, n - step, vs, vm, vr, has_w, has_b)
     head = (-address(y) & (LINE - 1)) // (LINE // step) if n >= PEELED else 0
+    first = last
     if head:
         first = _scaled(x, w, b, 0, vs, vm, vr, has_w, has_b)
+    if past and n >= PEELED:
+        for i in range(head, n - step + 1, step):
+            store_past(y, i, _scaled(x, w, b, i, vs, vm, vr, has_w, has_b))
+    else:
         for i in range(head, n - step + 1, step):
             store(y, i, _scaled(x, w, b, i, vs, vm, vr, has_w, has_b))
+    if head:
         store(y, 0, first)
-    else:
-        for i in range(0, n - step + 1, step):
-            store(y, i, _scaled(x, w, b, i, vs, vm, vr, has_w, has_b))
     store(y, n - step, last)
 
 

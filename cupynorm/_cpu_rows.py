@@ -37,7 +37,9 @@ def normalize_group(p, xp, q, yp, M, N, w, b, eps, low, high, s, m, r):  # type:
     wp, bp = pointer(w, 0), pointer(b, 0)
     for k in range(M):
         to = advance(q, k * yp)
-        apply_row(advance(p, k * xp), to, N, wp, bp, s[k], m[k], r[k], w.size > 0, b.size > 0)
+        apply_row(
+            advance(p, k * xp), to, N, wp, bp, s[k], m[k], r[k], w.size > 0, b.size > 0, False
+        )
 
 
 @compiled()
@@ -59,14 +61,14 @@ def row_moments(x, at, n, low, high, parts, scratch, bfloat16):  # type: ignore[
 
 
 @compiled()
-def row_results(x, at, y, to, n, w, b, s, m, r, scratch, bfloat16):  # type: ignore[no-untyped-def]
+def row_results(x, at, y, to, n, w, b, s, m, r, scratch, bfloat16, past):  # type: ignore[no-untyped-def]
     has_w, has_b = w.size > 0, b.size > 0
     for c in range(0, n, CHUNK):
         size = min(CHUNK, n - c)
         p, _ = take(x, at + c, size, 1, size, scratch, bfloat16)
         q, _ = place(y, to + c, size, size, scratch)
         wp, bp = pointer(w, c), pointer(b, c)
-        apply_row(p, q, size, wp, bp, s, m, r, has_w, has_b)
+        apply_row(p, q, size, wp, bp, s, m, r, has_w, has_b, past)
         give(y, to + c, size, 1, size, scratch, bfloat16)
 
 
@@ -113,7 +115,7 @@ def _long_rows(x, xp, y, yp, lo, hi, N, w, b, eps, low, high, mean, rstd, bfloat
             mean[row] = s + m
         if rstd.size:
             rstd[row] = r
-        row_results(x, row * xp, y, row * yp, N, w, b, s, m, r, scratch, bfloat16)
+        row_results(x, row * xp, y, row * yp, N, w, b, s, m, r, scratch, bfloat16, False)
 
 
 @compiled()

@@ -25,6 +25,8 @@ _BLOCK = 1 << 15
 _SHARE = 1 << 17
 # Chunks from which a row is shared between threads when there are few of them, and of a piece.
 _LONG, _PIECE = 16, 4
+# Bytes from which long rows, which are read a second time, are written past the caches.
+_PAST = 1 << 24
 
 
 @compiled()
@@ -144,6 +146,7 @@ def _define_results(sources: int, jit: Any, stored: Any, computed: Any) -> Any:
         counters = counters_of(job)
         pieces = (N + _PIECE * CHUNK - 1) // (_PIECE * CHUNK)
         scratch = np.empty(CHUNK * (sources != 0), np.float32)
+        past = y.itemsize > 2 and M * N * y.itemsize >= _PAST  # 16 bits are written from scratch
         item = take_block(counters, who, M * pieces)
         while item >= 0:
             # Backwards, as the end of x was read last; rows in turn share a piece of weight, bias.
@@ -164,6 +167,7 @@ def _define_results(sources: int, jit: Any, stored: Any, computed: Any) -> Any:
                 stats[i + 2],
                 scratch,
                 a[9] != 0,
+                past,
             )
             item = take_block(counters, who, M * pieces)
 

@@ -32,9 +32,13 @@ _MACHINES = {
     "aarch64": (98, 123, 122, 172, "llvm.aarch64.hint", (1,)),
 }
 _HERE = platform.machine() if sys.platform == "linux" and sys.maxsize > 1 << 32 else ""
-# FUTEX is 0 where there is none.
-FUTEX, GET_CPUS, SET_CPUS, PROCESS, _PAUSE, _HINT = _MACHINES.get(_HERE, (0, 0, 0, 0, "", ()))
-SLEEP, WAKE = 128, 129  # FUTEX_WAIT and FUTEX_WAKE within one process
+_NUMBERS = _MACHINES.get(_HERE, (0, 0, 0, 0, "", ()))
+FUTEX = _NUMBERS[0]  # 0 where there is none
+GET_CPUS = _NUMBERS[1]
+SET_CPUS = _NUMBERS[2]
+PROCESS = _NUMBERS[3]
+SLEEP = 128  # FUTEX_WAIT within one process
+WAKE = 129  # FUTEX_WAKE within one process
 
 
 def _atomic(operation: str) -> Any:
@@ -53,7 +57,8 @@ def _atomic(operation: str) -> Any:
     return update
 
 
-add_to, and_with = _atomic("add"), _atomic("and")
+add_to = _atomic("add")
+and_with = _atomic("and")
 
 
 @intrinsic
@@ -110,10 +115,11 @@ def cpu(typingctx):  # type: ignore[no-untyped-def]
 @intrinsic
 def pause(typingctx):  # type: ignore[no-untyped-def]
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        name, hint = _NUMBERS[4:]
         word = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [word] * len(_HINT))
-        function = builder.module.globals.get(_PAUSE) or ir.Function(builder.module, kind, _PAUSE)
-        builder.call(function, [ir.Constant(word, n) for n in _HINT])
+        kind = ir.FunctionType(ir.VoidType(), [word] * len(hint))
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        builder.call(function, [ir.Constant(word, n) for n in hint])
         return context.get_dummy_value()
 
     return types.void(), codegen

@@ -84,6 +84,7 @@ def _compiled(
     mean: Array | None,
     rstd: Array | None,
 ) -> None:
+    from cupynorm import _cpu_crew
     from cupynorm import _cpu_strided_loops as loops
 
     outer, M, N = lie[:3]
@@ -95,9 +96,8 @@ def _compiled(
     chunks = -(-N // loops.CHUNK)
     threads = 1 if x.size < ALONE else min(_threads.num_threads(), outer * -(-M // R) * chunks)
 
-    def share(loop: Any, *args: Any) -> None:
-        counter = np.zeros(1, np.int64)
-        _threads.run(lambda: lambda _: loop(*args, counter.ctypes.data), threads, threads)
+    def share(loop: Any, *numbers: Any) -> None:
+        _cpu_crew.run(loop, _cpu_crew.record(threads, *numbers), threads)
 
     if chunks == 1:
         share(loops.forward(kind), *at[:5], eps, low, high, *at[5:], half)

@@ -1,16 +1,16 @@
 """Compiled loops over rows that lie anyhow: a strip of them is brought together and put back."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from cupynorm._cpu_bits import give, place, take
-from cupynorm._cpu_kept import built, seen
-from cupynorm._cpu_lanes import advance, at, claim, pointer
-from cupynorm._cpu_loops import CHUNK, GROUP, apply_row, compiled, merge, moments, pivot
+from cupynorm._cpu_kept import seen, shared
+from cupynorm._cpu_lanes import advance, at, pointer
+from cupynorm._cpu_loops import CHUNK, GROUP, apply_row, compiled, merge, moments, pivot, take_block
 from cupynorm._cpu_rows import normalize_group
+from cupynorm._cpu_shared import counters_of
 from cupynorm._cpu_squares import move
 
 __all__ = ["CHUNK", "GAP", "chunk_moments", "forward", "normalize_chunks", "start"]
@@ -37,10 +37,12 @@ def _keep(p, lie, o, row, n, s, m):  # type: ignore[no-untyped-def]
 # lie: [outer, M, N], strides of x, of y, of the statistics (outer, row), rows of a strip.
 
 
-def _define_forward(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..., None]:
+def _define_forward(sources: int, jit: Any, stored: Any, computed: Any) -> Any:
     @jit
-    def forward(x, y, lie, w, b, eps, low, high, mean, rstd, bfloat16, counter):  # type: ignore[no-untyped-def]
-        lie, tickets = seen(lie, 12, np.int64), seen(counter, 1, np.int64)
+    def forward(job, who):  # type: ignore[no-untyped-def]
+        a, f, counters = at(job, np.int64), at(job, np.float64), counters_of(job)
+        x, y, lie, w, b, mean, rstd = a[0], a[1], seen(a[2], 12, np.int64), a[3], a[4], a[8], a[9]
+        eps, low, high, bfloat16 = f[5], f[6], f[7], a[10]
         outer, M, N, R = lie[0], lie[1], lie[2], lie[11]
         p, q, xs, ys = at(x, stored), at(y, stored), lie[3:6], lie[6:9]
         wp, bp, half = seen(w, N, computed), seen(b, N, computed), bfloat16 != 0
@@ -49,39 +51,41 @@ def _define_forward(sources: int, jit: Any, stored: Any, computed: Any) -> Calla
         group = max(1, min(R, GROUP // N))
         room = np.empty(group * N if tile.itemsize == 2 else 0, computed)
         s, m, r, zero = np.empty(group), np.empty(group), np.empty(group), np.zeros(group)
-        item = claim(tickets)
-        while item < outer * strips:
+        item = take_block(counters, who, outer * strips)
+        while item >= 0:
             o, first = item // strips, item % strips * R
             n, here = min(R, M - first), pointer(tile, 0)
             move(start(p, xs, o, first), xs[1], xs[2], here, pitch, 1, n, N)
             for k in range(0, n, group):
                 size = min(group, n - k)
-                a, ap = take(tile, k * pitch, pitch, size, N, room, half)
+                p_at, ap = take(tile, k * pitch, pitch, size, N, room, half)
                 c, cp = place(tile, k * pitch, pitch, N, room)
-                normalize_group(a, ap, c, cp, size, N, wp, bp, eps, low, high, s, m, r)
+                normalize_group(p_at, ap, c, cp, size, N, wp, bp, eps, low, high, s, m, r)
                 give(tile, k * pitch, pitch, size, N, room, half)
                 if mean:
                     _keep(at(mean, computed), lie, o, first + k, size, s, m)
                 if rstd:
                     _keep(at(rstd, computed), lie, o, first + k, size, r, zero)
             move(here, pitch, 1, start(q, ys, o, first), ys[1], ys[2], n, N)
-            item = claim(tickets)
+            item = take_block(counters, who, outer * strips)
 
-    return forward  # type: ignore[no-any-return]
+    return forward
 
 
-def _define_moments(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..., None]:
+def _define_moments(sources: int, jit: Any, stored: Any, computed: Any) -> Any:
     @jit
-    def chunk_moments(x, lie, low, high, parts, bfloat16, counter):  # type: ignore[no-untyped-def]
-        lie, tickets = seen(lie, 12, np.int64), seen(counter, 1, np.int64)
+    def chunk_moments(job, who):  # type: ignore[no-untyped-def]
+        a, f, counters = at(job, np.int64), at(job, np.float64), counters_of(job)
+        x, lie, low, high = a[0], seen(a[1], 12, np.int64), f[2], f[3]
+        parts, bfloat16 = a[4], a[5]
         outer, M, N, R = lie[0], lie[1], lie[2], lie[11]
         p, xs, half = at(x, stored), lie[3:6], bfloat16 != 0
         strips, chunks, pitch = (M + R - 1) // R, (N + CHUNK - 1) // CHUNK, CHUNK + GAP
         to = seen(parts, outer * M * chunks * 3, np.float64)
         tile = np.empty(min(R, M) * pitch * (sources != 0), stored)
         room = np.empty(CHUNK if tile.itemsize == 2 else 0, computed)
-        item = claim(tickets)
-        while item < outer * strips * chunks:
+        item = take_block(counters, who, outer * strips * chunks)
+        while item >= 0:
             strip, c = item // chunks, item % chunks
             o, first = strip // strips, strip % strips * R
             n, lo, here = min(R, M - first), c * CHUNK, pointer(tile, 0)
@@ -89,18 +93,20 @@ def _define_moments(sources: int, jit: Any, stored: Any, computed: Any) -> Calla
             source = advance(start(p, xs, o, first), lo * xs[2])
             move(source, xs[1], xs[2], here, pitch, 1, n, size)
             for k in range(n):
-                a, _ = take(tile, k * pitch, pitch, 1, size, room, half)
+                p_at, _ = take(tile, k * pitch, pitch, 1, size, room, half)
                 i = 3 * ((o * M + first + k) * chunks + c)
-                to[i], to[i + 1], to[i + 2] = moments(a, size, pivot(a, size), low, high)
-            item = claim(tickets)
+                to[i], to[i + 1], to[i + 2] = moments(p_at, size, pivot(p_at, size), low, high)
+            item = take_block(counters, who, outer * strips * chunks)
 
-    return chunk_moments  # type: ignore[no-any-return]
+    return chunk_moments
 
 
-def _define_normalize(sources: int, jit: Any, stored: Any, computed: Any) -> Callable[..., None]:
+def _define_normalize(sources: int, jit: Any, stored: Any, computed: Any) -> Any:
     @jit
-    def normalize_chunks(x, y, lie, w, b, eps, parts, mean, rstd, bfloat16, counter):  # type: ignore[no-untyped-def]
-        lie, tickets = seen(lie, 12, np.int64), seen(counter, 1, np.int64)
+    def normalize_chunks(job, who):  # type: ignore[no-untyped-def]
+        a, f, counters = at(job, np.int64), at(job, np.float64), counters_of(job)
+        x, y, lie, w, b, eps = a[0], a[1], seen(a[2], 12, np.int64), a[3], a[4], f[5]
+        parts, mean, rstd, bfloat16 = a[6], a[7], a[8], a[9]
         outer, M, N, R = lie[0], lie[1], lie[2], lie[11]
         p, q, xs, ys = at(x, stored), at(y, stored), lie[3:6], lie[6:9]
         wp, bp, half = seen(w, N, computed), seen(b, N, computed), bfloat16 != 0
@@ -108,8 +114,8 @@ def _define_normalize(sources: int, jit: Any, stored: Any, computed: Any) -> Cal
         told = seen(parts, outer * M * chunks * 3, np.float64).reshape((outer * M, chunks, 3))
         tile = np.empty(min(R, M) * pitch * (sources != 0), stored)
         room = np.empty(CHUNK if tile.itemsize == 2 else 0, computed)
-        item = claim(tickets)
-        while item < outer * strips * chunks:
+        item = take_block(counters, who, outer * strips * chunks)
+        while item >= 0:
             # Backwards, as the end of x was read last.
             strip, c = divmod(outer * strips * chunks - 1 - item, chunks)
             o, first, lo = strip // strips, strip % strips * R, c * CHUNK
@@ -120,9 +126,9 @@ def _define_normalize(sources: int, jit: Any, stored: Any, computed: Any) -> Cal
             for k in range(n):
                 s, m, v = merge(told[o * M + first + k], N)
                 r = 1.0 / math.sqrt(v + eps)
-                a, _ = take(tile, k * pitch, pitch, 1, size, room, half)
+                p_at, _ = take(tile, k * pitch, pitch, 1, size, room, half)
                 c_at, _ = place(tile, k * pitch, pitch, size, room)
-                apply_row(a, c_at, size, wc, bc, s, m, r, wp.size > 0, bp.size > 0)
+                apply_row(p_at, c_at, size, wc, bc, s, m, r, wp.size > 0, bp.size > 0, False)
                 give(tile, k * pitch, pitch, 1, size, room, half)
                 if c == 0 and mean:
                     at(mean, computed)[o * lie[9] + (first + k) * lie[10]] = s + m
@@ -130,25 +136,25 @@ def _define_normalize(sources: int, jit: Any, stored: Any, computed: Any) -> Cal
                     at(rstd, computed)[o * lie[9] + (first + k) * lie[10]] = r
             target = advance(start(q, ys, o, first), lo * ys[2])
             move(here, pitch, 1, target, ys[1], ys[2], n, size)
-            item = claim(tickets)
+            item = take_block(counters, who, outer * strips * chunks)
 
-    return normalize_chunks  # type: ignore[no-any-return]
+    return normalize_chunks
 
 
-def forward(kind: str) -> Callable[..., None]:
-    """Forward over rows of at most CHUNK elements, all arguments numbers; the first call compiles.
+def forward(kind: str) -> Any:
+    """Forward over rows of at most CHUNK elements; the first call per kind compiles.
 
-    ``forward(x, y, lie, w, b, eps, low, high, mean, rstd, bfloat16, counter)``: addresses of what
-    is absent are 0; calls with one ``counter`` share the strips among them.
+    Its record: x, y, lie, w, b, eps, low, high, mean, rstd, bfloat16; addresses of what is absent
+    are 0.
     """
-    return built(_define_forward, "viiiiifffiiii", kind)  # type: ignore[no-any-return]
+    return shared(_define_forward, kind)
 
 
-def chunk_moments(kind: str) -> Callable[..., None]:
-    """``chunk_moments(x, lie, low, high, parts, bfloat16, counter)`` of the chunks of long rows."""
-    return built(_define_moments, "viiffiii", kind)  # type: ignore[no-any-return]
+def chunk_moments(kind: str) -> Any:
+    """Moments of the chunks of long rows. Its record: x, lie, low, high, parts, bfloat16."""
+    return shared(_define_moments, kind)
 
 
-def normalize_chunks(kind: str) -> Callable[..., None]:
-    """``normalize_chunks(x, y, lie, w, b, eps, parts, mean, rstd, bfloat16, counter)`` after it."""
-    return built(_define_normalize, "viiiiifiiiii", kind)  # type: ignore[no-any-return]
+def normalize_chunks(kind: str) -> Any:
+    """What follows. Its record: x, y, lie, w, b, eps, parts, mean, rstd, bfloat16."""
+    return shared(_define_normalize, kind)

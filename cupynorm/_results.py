@@ -1,10 +1,4 @@
-"""Memory of NumPy results: that of one that nobody holds any more serves the next.
-
-Fresh memory costs more than layer norm: the system clears every page when it is first written, 2 us
-for each 4 KiB on the machine of bench/NOTES.md and half of the time of 16384x1024 even in pages of
-2 MiB. So a call's result takes the place of an earlier one, as in CuPy's memory pool and
-onnxruntime's arena.
-"""
+"""Memory of NumPy results: that of one that nobody holds any more serves the next."""
 
 import collections
 import functools
@@ -17,6 +11,11 @@ import numpy as np
 from cupynorm import _pages
 
 __all__ = ["LEAST", "empty", "empty_like", "limit"]
+
+# Fresh memory costs more than layer norm: the system clears every page when it is first written,
+# 2 us for each 4 KiB on the machine of bench/NOTES.md, and half of the time of 16384x1024 even in
+# pages of 2 MiB. So a call's result takes the place of an earlier one, as in CuPy's memory pool and
+# onnxruntime's arena.
 
 Array = np.ndarray[Any, Any]
 
@@ -113,7 +112,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
     if dtype.kind == "f":
         result: Array = np.asarray(_Loan(block, shape, dtype.str))
         return result
-    memory = np.asarray(_Loan(block, (size,), "|u1"))
+    memory: Array = np.asarray(_Loan(block, (size,), "|u1"))
     return memory.view(dtype).reshape(shape)  # bfloat16, which has no letters of its own
 
 

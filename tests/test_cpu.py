@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -9,13 +10,14 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from cupynorm import _cpu, _cpu_half, _threads
+from cupynorm import _cpu, _cpu_crew, _cpu_half, _threads
 from tests import oracle
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -293,19 +295,25 @@ def test_a_rows_bits_are_the_same_in_every_batch(engine, dtype, monkeypatch):
         assert same_bits(normalize(x[1:], (1,), weight, weight)[0], y[1:])
 
 
+def threads_asked_for(monkeypatch):
+    """How many threads each job that is handed out from now on may have."""
+    asked, run, run_compiled = [], _threads.run, _cpu_crew.run
+    monkeypatch.setattr(_threads, "run", lambda *a: (asked.append(a[2]), run(*a)))
+    monkeypatch.setattr(_cpu_crew, "run", lambda *a: (asked.append(a[2]), run_compiled(*a)))
+    return asked
+
+
 def test_threads_share_rows_and_pieces_of_rows(engine, monkeypatch):
     """Large arrays are handed out; results and statistics land where they belong."""
     monkeypatch.setenv("CUPYNORM_NUM_THREADS", "3")
-    handed_out = []
-    run = _threads.run
-    monkeypatch.setattr(_threads, "run", lambda *a: (handed_out.append(a[1:]), run(*a)))
+    handed_out = threads_asked_for(monkeypatch)
     for shape, axes in [((4000, 300), (1,)), ((2, 1100000), (1,)), ((300, 4000), (0,))]:
         x = values(shape, "float32", offset=1.0)
         N_shape = tuple(shape[a] for a in axes)
         weight, bias = values(N_shape, "float32", seed=1), values(N_shape, "float32", seed=2)
         handed_out.clear()
         assert_exact(normalize(x, axes, weight, bias), x, axes, weight, bias, 1e-5, slack=2)
-        assert any(count > 1 and threads == 3 for count, threads in handed_out)
+        assert 3 in handed_out
 
 
 def test_no_warning_from_helper_threads(engine, monkeypatch):
@@ -513,11 +521,10 @@ FIRST_CALL = """
     _cpu.layer_norm_fwd(x, (1,), None, None, 1e-5, y, None, None)
     assert abs(y[0, 0] + 1.3416) < 1e-3, y
     seconds = time.perf_counter() - start
-    stats = None
+    hits = -1
     if "numba" in sys.modules:
-        from cupynorm import _cpu_numba
-        stats = _cpu_numba._entry.rows.stats
-    hits = sum(stats.cache_hits.values()) if stats else -1
+        from cupynorm import _cpu_kept, _cpu_shared
+        hits = _cpu_kept.shared(_cpu_shared._define_rows).cache_hits
     print(_cpu.describe().split()[0], hits, seconds)
 """
 
@@ -551,16 +558,39 @@ def test_cache_directory_that_cannot_be_used(tmp_path):
 
 def test_a_changed_source_is_compiled_again(monkeypatch):
     """numba's cache sees the entry's file only; the checksum of the others is part of the key."""
-    from cupynorm import _cpu_numba
+    from cupynorm import _cpu_kept
 
-    first = _cpu_numba._entries(1, lambda f: f).rows
-    second = _cpu_numba._entries(3, lambda f: f).rows
-    cells = [{c.cell_contents for c in f.__closure__} for f in (first, second)]
-    assert cells == [{1}, {3}]
-    before = _cpu_numba._sources()
+    before = _cpu_kept.sources()
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: read(self) + b"\n")
-    assert _cpu_numba._sources() != before
+    assert _cpu_kept.sources() != before
+
+
+DEFINING = ("_cpu_bwd_shared", "_cpu_bwd_strided_loops", "_cpu_crew", "_cpu_entries",
+            "_cpu_shared", "_cpu_strided_loops")  # fmt: skip
+
+
+@pytest.mark.parametrize("module", DEFINING)
+def test_every_entry_closes_over_the_checksum(module):
+    """Or an edit of an inner file would go unseen by the code that is kept on disk."""
+    found = vars(import_module(f"cupynorm.{module}"))
+    defines = [f for name, f in found.items() if name.startswith("_define_")]
+    assert defines
+    for define in defines:
+        kept = define(8191, lambda f: f, np.float32, np.float32)
+        assert 8191 in [cell.cell_contents for cell in kept.__closure__], define.__name__
+
+
+def test_the_checksum_is_of_all_files_that_entries_are_made_of():
+    from cupynorm import _cpu_kept
+
+    names = {p.stem for p in ROOT.glob("cupynorm/_cpu_*.py")}
+    counted = set(_cpu_kept.INNER)
+    assert counted <= names
+    for module in (*DEFINING, *counted):
+        text = (ROOT / "cupynorm" / f"{module}.py").read_text()
+        inner = {m for m in re.findall(r"^from cupynorm\.(_cpu_\w+) import", text, re.M)}
+        assert inner - counted <= {"_cpu_blocks"}, module  # of which Python alone calls functions
 
 
 def test_numba_that_is_absent_or_refused():

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupynorm import _cpu, _cpu_entries, _cpu_raw, _threads
+from cupynorm import _cpu, _cpu_bwd_shared, _cpu_crew, _cpu_kept, _cpu_raw, _cpu_shared, _threads
 from tests import oracle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,7 +246,7 @@ def test_every_number_of_threads_gives_the_same_gradients(kind, shape, monkeypat
 
 def test_threads_are_as_many_as_the_caller_says(monkeypatch):
     asked, seen = [], []
-    monkeypatch.setattr(_cpu_raw, "_claimed", lambda work, threads: seen.append(threads))
+    monkeypatch.setattr(_cpu_crew, "run", lambda work, job, threads: seen.append(threads))
     x = values((3000, 256), np.float32, 8)
     stats = np.ones((2, 3000), np.float32)
 
@@ -256,10 +256,10 @@ def test_threads_are_as_many_as_the_caller_says(monkeypatch):
         pointers = a, a, a, M, 256, *map(address, stats), 0, 0, 0
         _cpu_raw.layer_norm_bwd("float32", *pointers, num_threads)
 
-    call(3000, lambda: 7)
-    assert seen == [7, 7]
+    call(3000, lambda: 5)
+    assert seen == [5, 5]
     call(3000, lambda: 1)
-    assert seen == [7, 7]
+    assert seen == [5, 5]
     call(3, lambda: asked.append(1))
     assert not asked
 
@@ -289,7 +289,7 @@ def test_an_interrupted_call_leaves_no_helper_at_work(monkeypatch):
     left = threading.Event()
     begun = threading.Event()
 
-    def work(counter):
+    def work(job, ticket):
         begun.set()
         time.sleep(0.05)
         left.set()
@@ -301,7 +301,7 @@ def test_an_interrupted_call_leaves_no_helper_at_work(monkeypatch):
 
     monkeypatch.setattr(_threads, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        _cpu_raw._claimed(work, 2)
+        _cpu_crew._in_python(work, _cpu_crew.record(2), 2)
     assert left.is_set()
 
 
@@ -310,12 +310,21 @@ def test_an_interrupted_call_has_no_block_left_to_claim():
     x = values((300, 64), np.float32, 7)
     y = np.zeros_like(x)
     mean, rstd = np.zeros(300, np.float32), np.ones(300, np.float32)
-    counter = np.full(1, _cpu_raw._GONE)
-    args = address(x), address(y), 300, 64, 0, 0, 1e-5, -1.0, 1e30, 0, 0, 0
-    _cpu_entries.forward("float32")(*args, address(counter), 9)
-    args = address(x), address(x), address(y), 300, 64, address(mean), address(rstd), 0, 0, 0, 0
-    _cpu_entries.backward("float32")(*args, 0, address(counter))
-    assert not y.any()
+    numbers = address(x), 64, address(y), 64, 300, 64, 0, 0, 1e-5, -1.0, 1e30, 0, 0, 0, 9
+    gradients = address(x), 64, address(x), 64, address(y), 64, 300, 64, 0, address(mean)
+    jobs = {
+        _cpu_shared._define_rows: _cpu_crew.record(2, *numbers),
+        _cpu_bwd_shared._define_gradients: _cpu_crew.record(2, *gradients, address(rstd), 0, 0),
+    }
+    for define, job in jobs.items():
+        job[_cpu_crew.COUNTER :: 8] = _cpu_crew._GONE
+        for who in (0, 1):
+            _cpu_kept.shared(define).ctypes(address(job), who)
+        assert not y.any()
+        job[_cpu_crew.COUNTER :: 8] = 0
+        _cpu_kept.shared(define).ctypes(address(job), 0)
+        assert y.any()
+        y[...] = 0
 
 
 def test_available():
@@ -352,17 +361,18 @@ FIRST_CALL = """
     pointers = x.ctypes.data, y.ctypes.data
     _cpu_raw.layer_norm_fwd("float32", *pointers, 3, 4, 0, 0, 1e-5, 0, 0)
     assert abs(y[0, 0] + 1.3416) < 1e-3, y
-    print(sum(_cpu_raw._fwd["float32"].call.stats.cache_hits.values()))
+    from cupynorm import _cpu_entries
+    print(sum(_cpu_entries.forward("float32").stats.cache_hits.values()))
 """
 OTHER_CALLS = """
     x, y = x.astype(np.float64), y.astype(np.float64)
     pointers = x.ctypes.data, y.ctypes.data
     _cpu_raw.layer_norm_fwd("float64", *pointers, 3, 4, 0, 0, 1e-5, 0, 0)
     assert abs(y[0, 0] + 1.3416) < 1e-3, y
-    print(sum(_cpu_raw._fwd["float64"].call.stats.cache_hits.values()))
+    print(sum(_cpu_entries.forward("float64").stats.cache_hits.values()))
     stats = [y.ctypes.data] * 2
     _cpu_raw.layer_norm_bwd("float64", pointers[0], *pointers, 3, 4, *stats, 0, 0, 0)
-    print(sum(_cpu_raw._bwd["float64"].call.stats.cache_hits.values()))
+    print(sum(_cpu_entries.backward("float64").stats.cache_hits.values()))
 """
 
 
