@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from cupynorm import _cpu_blocks, _threads
 from cupynorm._cpu_half import round_into
 
-__all__ = ["describe", "layer_norm_bwd", "layer_norm_fwd", "warmup", "without_numba"]
+__all__ = ["describe", "layer_norm_bwd", "layer_norm_fwd", "shared_from", "without_numba"]
 
 Array = np.ndarray[Any, Any]
 
@@ -59,23 +59,10 @@ def without_numba() -> Iterator[None]:
         _plain.reset(token)
 
 
-def warmup(
-    shape: tuple[int, ...], dtypes: Sequence[str], affine: bool, backward: bool = False
-) -> list[str]:
-    """Load, or compile and keep, the loops for arrays of these dtypes; names of what is ready."""
-    from cupynorm._problem import numpy_dtype, stats_dtype
-
-    for name in dtypes:
-        x = np.zeros((1, *shape), numpy_dtype(name))
-        weight = np.ones(shape, x.dtype) if affine else None
-        axes = tuple(range(1, x.ndim))
-        if x.size:
-            layer_norm_fwd(x, axes, weight, weight, 1e-5, x, None, None)
-        if x.size and backward:
-            mean = np.zeros((1,) * x.ndim, stats_dtype(name))
-            totals = np.zeros((2, *shape), stats_dtype(name))
-            layer_norm_bwd(x, x, axes, mean, mean, weight, np.empty_like(x), *totals)
-    return [f"{describe()}: {name}" for name in dtypes]
+def shared_from() -> int:
+    """Elements from which a call takes more than one thread."""
+    elements: int = _engine().ALONE
+    return elements
 
 
 @functools.lru_cache(maxsize=64)

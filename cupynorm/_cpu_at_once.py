@@ -43,7 +43,7 @@ def ready_for(
         return None
     from cupynorm import _cpu_entries, _cpu_shared
 
-    small = M * N < _cpu_shared.ALONE
+    small = N <= _cpu_shared.CHUNK and M * N < _cpu_shared.ALONE
     char = "d" if kind == "float64" else "f"
 
     def small_with_stats(*arguments: Any) -> int:  # compiled when it is first asked for

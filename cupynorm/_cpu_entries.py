@@ -8,7 +8,7 @@ import numpy as np
 from cupynorm._cpu_bwd_rows import block_count, merge_sums, share_rows, sums_pitch
 from cupynorm._cpu_kept import built, seen
 from cupynorm._cpu_loops import compiled
-from cupynorm._cpu_rows import normalize_rows, rooms
+from cupynorm._cpu_rows import normalize_rows, rooms, short_rows
 
 __all__ = [
     "backward",
@@ -62,7 +62,8 @@ def _define_small(sources: int, jit: Any, stored: Any, computed: Any) -> Callabl
             return 1
         none, half = np.empty(0, computed), bfloat16 != 0
         p, q, end = x.reshape(M * N), y.reshape(M * N), M * (sources != 0)
-        normalize_rows(p, N, q, N, 0, end, N, w, b, eps, low, high, none, none, half, rooms(M, N))
+        scratch, stats, _ = rooms(M, N)
+        short_rows(p, N, q, N, 0, end, N, w, b, eps, low, high, none, none, half, scratch, stats)
         return 0
 
     return small  # type: ignore[no-any-return]
@@ -160,7 +161,7 @@ def forward(kind: str) -> Callable[..., None]:
 
 
 def small(kind: str) -> Callable[..., int]:
-    """Forward over contiguous rows on one thread, for NumPy arrays.
+    """Forward over contiguous rows of at most CHUNK elements on one thread, for NumPy arrays.
 
     ``small(x, y, w, b, eps, low, high, bfloat16)``: x and y (M, N) hold 16-bit kinds as uint16; an
     absent w or b is empty. The result is 1, and nothing has been done, where y shares memory with
@@ -171,9 +172,10 @@ def small(kind: str) -> Callable[..., int]:
 
 
 def small_with_stats(kind: str) -> Callable[..., int]:
-    """``small_with_stats(x, y, w, b, eps, low, high, bfloat16, mean, rstd)``: statistics too (M,).
+    """``small_with_stats(x, y, w, b, eps, low, high, bfloat16, mean, rstd)``: rows of any length.
 
-    Two more arrays cost a call 80 ns, so small() is not this with empty ones.
+    An absent mean or rstd is empty. The two cost a call 80 ns, and the long rows its first call a
+    second of compiling, so small() is not this.
     """
     return built(_define_small_with_stats, "immrrfffirr", kind)  # type: ignore[no-any-return]
 

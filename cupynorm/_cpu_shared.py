@@ -15,7 +15,7 @@ from cupynorm._cpu_lanes import at
 from cupynorm._cpu_loops import CHUNK, compiled, merge, take_block
 from cupynorm._cpu_rows import normalize_rows, rooms, row_moments, row_results
 
-__all__ = ["ALONE", "at_once", "counters_of", "forward", "useful"]
+__all__ = ["ALONE", "CHUNK", "at_once", "counters_of", "forward", "useful"]
 
 # Elements below which one thread does all.
 ALONE = 1 << 18
@@ -216,24 +216,18 @@ def at_once(kind: str, M: int, N: int) -> Callable[..., int]:
 
     The function takes the arguments of ``_cpu_entries.small``, and two more for statistics.
     """
-    alone = _cpu_entries.small(kind)
     together, work = built(_define_at_once, "immrrfffirriii", kind), shared(_define_rows, kind)
     none = np.empty(0, np.float64 if kind == "float64" else np.float32)
 
     def call(x: Any, y: Any, w: Any, b: Any, *fixed: Any) -> int:
         threads = useful(M * N, _threads.num_threads())
-        status: int
-        if threads == 1 and len(fixed) == 4:
-            status = alone(x, y, w, b, *fixed)
-            return status
-        if threads == 1:
-            status = _cpu_entries.small_with_stats(kind)(x, y, w, b, *fixed)
-            return status
         stats = fixed[4:] or (none, none)
+        if threads == 1:
+            return _cpu_entries.small_with_stats(kind)(x, y, w, b, *fixed[:4], *stats)
         control = _cpu_crew.control(threads)
         if control and not _by_pieces(M, N, threads):
             crew = control, work.address, threads
-            status = together(x, y, w, b, *fixed[:4], *stats, *crew)
+            status: int = together(x, y, w, b, *fixed[:4], *stats, *crew)
             if status < 2:  # else another call has the crew
                 return status
         elif _cpu_entries.overlap(kind)(x, y, w, b):

@@ -29,8 +29,12 @@ def _as_row(value: Any, compute: Any) -> Any:
     return value.detach().to(compute).contiguous()
 
 
-def at_once(x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> Any:
+def at_once(
+    x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any, out: Any = None
+) -> Any:
     """y of a small call that has nothing special about it; None for any other, faulty or not.
+
+    ``out`` is None or a tensor of x's shape and dtype on the CPU, to be y.
 
     A small call costs as much as the Python around it: this is every check that a tensor on the
     CPU needs in one place, each in its cheapest form. The caller knows that neither autograd nor
@@ -61,12 +65,23 @@ def at_once(x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> 
             if bias.dtype is not compute or not bias.is_contiguous():
                 return None
             b = bias.data_ptr()
+        y = torch.empty_like(x) if out is None else out
+        to = y.data_ptr()
+        if out is not None and not (out.is_contiguous() and _apart(to, x, source, w, b, N)):
+            return None
     except (IndexError, RuntimeError, TypeError):
         # No dimension; sparse or nested, without an address; a list, which cannot be a key.
         return None
-    y = torch.empty_like(x)
-    call(source, y.data_ptr(), count // N, N, w, b, eps, low, high, 0, 0, bfloat16)
+    call(source, to, count // N, N, w, b, eps, low, high, 0, 0, bfloat16)
     return y
+
+
+def _apart(to: int, x: Any, source: int, w: int, b: int, N: int) -> bool:
+    """Whether a result at ``to`` meets neither weight nor bias, nor a part of x."""
+    end, row = to + x.nbytes, N * max(4, x.itemsize)
+    if source != to and source < end and to < source + x.nbytes:
+        return False
+    return not (w < end and to < w + row and w) and not (b < end and to < b + row and b)
 
 
 _ready: dict[Any, tuple[Any, ...]] = {}

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from cupynorm import _problem
 from cupynorm._progress import steps
 
@@ -62,14 +64,27 @@ def warmup(
     if device == "cuda":
         return _of_gpu(math.prod(shape), dtypes, affine, backward, progress)
     if device == "cpu":
-        from cupynorm import _cpu
-
-        compiled: list[str] = []
-        for name in steps(dtypes, "compiling loops", progress):
-            compiled += _cpu.warmup(shape, [name], affine, backward)
-        return compiled
+        names = steps(dtypes, "compiling loops", progress)
+        return [_of_cpu(shape, name, affine, backward) for name in names]
     msg = f"device={device!r} is not 'cuda' or 'cpu'; pass one of them"
     raise ValueError(msg)
+
+
+def _of_cpu(shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> str:
+    """Make the calls that later ones will be like: of one row, and of as many as threads share."""
+    from cupynorm import _cpu
+    from cupynorm.functional import layer_norm
+    from cupynorm.gradient import layer_norm_backward
+
+    dtype = _problem.numpy_dtype(name)
+    weight = np.ones(shape, dtype) if affine else None
+    for rows in (1, -(-_cpu.shared_from() // max(1, math.prod(shape)))):
+        x = np.zeros((rows, *shape), dtype)
+        layer_norm(x, shape, weight, weight)
+        _, mean, rstd = layer_norm(x, shape, weight, weight, return_stats=True)
+        if backward:
+            layer_norm_backward(x, x, shape, mean, rstd, weight)
+    return f"{_cpu.describe()}: {name}"
 
 
 def _of_gpu(

@@ -163,10 +163,20 @@ def _first_of_numpy(*arguments: Any) -> Any:
 def _first_of_cupy(do: Any) -> None:
     from cupynorm import _cuda_small
 
-    for kind in [k for k in _at_once if k is not np.ndarray]:
-        _at_once.pop(kind, None)  # of a CuPy that was there before: tests have a new one each
+    for kind, way in list(_at_once.items()):
+        if isinstance(getattr(way, "__self__", None), _cuda_small.Calls):
+            _at_once.pop(kind, None)  # of a CuPy that was there before: tests have a new one each
     calls = _cuda_small.Calls(do)
     _at_once[calls.array_type] = calls.at_once
+
+
+def _first_of_torch() -> None:
+    import torch
+
+    from cupynorm import _torch_at_once
+
+    if not torch.compiler.is_compiling():  # to which the table must stay as it found it
+        _at_once[torch.Tensor] = _torch_at_once.at_once
 
 
 # By exact type of x: calls with nothing special about them, which cost what they must alone.
@@ -209,6 +219,8 @@ def _torch(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, A
     """Torch tensors: our kernels and loops, differentiable."""
     from cupynorm import _namespace, _torch_autograd
 
+    if len(_at_once) == 1 or not any(k.__module__ == "torch" for k in _at_once):
+        _first_of_torch()
     _, x, axes, weight, bias, eps, _ = call
     if out is not None:
         _namespace.check_out(x, weight, bias, order, out)

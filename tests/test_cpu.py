@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import cupynorm as cn
 from cupynorm import _cpu, _cpu_crew, _cpu_half, _threads
 from tests import oracle
 
@@ -641,7 +642,7 @@ def test_sixteen_bit_rounding_in_the_loops(engine, dtype):
 
 
 def test_warmup_and_describe():
-    ready = _cpu.warmup((7,), ["float32", "bfloat16"], True)
+    ready = cn.warmup((7,), ["float32", "bfloat16"], device="cpu")
     assert [name.rsplit(" ", 1)[1] for name in ready] == ["float32", "bfloat16"]
     with _cpu.without_numba():
         assert _cpu.describe() == "plain NumPy blocks"

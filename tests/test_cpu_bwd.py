@@ -429,12 +429,3 @@ def test_no_warning_from_any_thread(engine, monkeypatch):
             assert np.isnan(backward(inf, inf, (1,))[0]).all()
             huge = np.full(shape, 3e38, np.float32)
             backward(huge, huge, (1,), huge[0].astype(np.float64) * 1e10, eps=0.0, dtype="float16")
-
-
-def test_warmup_makes_the_backward_ready_where_it_is_asked_to(engine, monkeypatch):
-    called, run = [], _cpu.layer_norm_bwd
-    monkeypatch.setattr(_cpu, "layer_norm_bwd", lambda *a: (called.append(a[1].dtype), run(*a)))
-    _cpu.warmup((7,), ["float32", "bfloat16"], True)
-    assert called == []
-    _cpu.warmup((7,), ["float32", "bfloat16"], True, backward=True)
-    assert called == [np.float32, BF16]

@@ -2,6 +2,9 @@
 
 import html.parser
 import itertools
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -202,6 +205,25 @@ def test_warmup_of_long_rows_covers_few_and_many(cupy):
 
 def test_warmup_on_the_cpu_names_each_dtype():
     assert len(cn.warmup(16, ["float32", "float64"], device="cpu")) == 2
+
+
+def test_warmup_on_the_cpu_leaves_nothing_to_compile():
+    """Small and large calls, with statistics and gradients, in a process of its own."""
+    code = """
+        import numpy as np, cupynorm as cn
+        from cupynorm import _cpu_kept
+        cn.warmup(64, ["float32"], backward=True, device="cpu")
+        ready = dict(_cpu_kept._ready)
+        assert ready
+        w = np.ones(64, np.float32)
+        for rows in (1, 50, 9000):
+            x = np.ones((rows, 64), np.float32)
+            y, mean, rstd = cn.layer_norm(x, 64, w, w, return_stats=True)
+            cn.layer_norm(x, 64, w, w, out=y)
+            cn.layer_norm_backward(x, x, 64, mean, rstd, w)
+        assert _cpu_kept._ready == ready, set(_cpu_kept._ready) - set(ready)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
 
 
 def test_warmup_refuses_what_layer_norm_refuses():
