@@ -13,12 +13,11 @@ __all__ = ["Ready", "launch_into", "ready_for", "ready_from", "span_of"]
 class Ready(NamedTuple):
     """All of a call with one launch that does not depend on its arrays."""
 
-    function: Any  # the first six as in `ReadyForward.alone`
+    function: Any
     grid: Any
     block: Any
     shared_bytes: int
-    tail: tuple[int, ...]
-    after: tuple[int, ...]
+    rest: tuple[Any, ...]  # arguments after x, y, weight and bias
     affine: tuple[int, ...]  # shape of weight and bias
     weight: tuple[int, ...]  # strides in bytes
     bias: tuple[int, ...]
@@ -45,6 +44,7 @@ def ready_for(
     y_strides: tuple[int, ...],  # in elements
     weight: Any,  # dtypes
     bias: Any,
+    eps: float,
     stats: bool = False,
 ) -> tuple[Ready | None, ReadyForward]:
     """Plan and load a call on arrays like these; no Ready if more than one launch goes into it.
@@ -54,7 +54,7 @@ def ready_for(
     names = tuple(None if d is None else _problem.dtype_name(d) for d in (x.dtype, weight, bias))
     strides = element_strides(x), y_strides
     found = do.prepared_fwd(x.data.device_id, x.shape, axes, *strides, names, stats)
-    return ready_from(found, x.shape, axes, *strides, names), found
+    return ready_from(found, x.shape, axes, *strides, names, eps), found
 
 
 def ready_from(
@@ -64,6 +64,7 @@ def ready_from(
     x_strides: tuple[int, ...],
     y_strides: tuple[int, ...],
     names: tuple[Any, ...],
+    eps: float,
 ) -> Ready | None:
     """What is left of a planned call at each launch; strides in elements, names of the dtypes."""
     if found.alone is None or found.copies:
@@ -73,8 +74,13 @@ def ready_from(
     x_span, y_span = (
         span_of(shape, tuple(s * size for s in strides), size) for strides in (x_strides, y_strides)
     )
+    function, grid, block, shared_bytes, tail, after = found.alone
     return Ready(
-        *found.alone,
+        function,
+        grid,
+        block,
+        shared_bytes,
+        (0, 0, *tail, eps, *after),  # mean and rstd are not asked for
         affine,
         _row_major(affine, sizes[0]),
         _row_major(affine, sizes[1]),
@@ -95,20 +101,18 @@ def _row_major(shape: tuple[int, ...], step: int) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def launch_into(
-    ready: Ready, x: int, y: int, weight: int, bias: int, eps: float, stream: Any = None
-) -> bool:
+def launch_into(ready: Ready, x: int, y: int, weight: int, bias: int, stream: Any = None) -> bool:
     """Launch on these addresses, 0 for what is absent.
 
     False, and nothing done, where y's memory may have an element in common with weight, bias or,
     but for y in the place of x, with x.
     """
-    function, grid, block, shared_bytes, tail, after, _, _, _, w_size, b_size, *spans = ready
-    _, same, x_low, x_high, y_low, y_high = spans
+    function, grid, block, shared_bytes, rest, _, _, _, w_size, b_size, _, same, *spans = ready
+    x_low, x_high, y_low, y_high = spans
     low, high = y + y_low, y + y_high
     if not (same and x == y) and low < x + x_high and x + x_low < high:
         return False
     if (low < weight + w_size and weight < high) or (low < bias + b_size and bias < high):
         return False
-    function(grid, block, (x, y, weight, bias, 0, 0, *tail, eps, *after), shared_bytes, stream)
+    function(grid, block, (x, y, weight, bias, *rest), shared_bytes, stream)
     return True

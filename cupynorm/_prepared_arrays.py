@@ -89,13 +89,13 @@ def _as_row(value: Any, ready: _cpu_at_once.Ready) -> Any:
 class PreparedCupy(_Prepared):
     """On CuPy arrays: where one launch does all, its arguments but for x and y stand ready."""
 
-    __slots__ = ("_bias", "_current", "_dense", "_eps", "_index", "_ready", "_weight", "_y_strides")
+    __slots__ = ("_bias", "_current", "_dense", "_index", "_ready", "_weight", "_y_strides")
 
     def __init__(self, call: Call, order: str, return_stats: bool) -> None:
         do, x = path_of("cupy"), call.x
         self._current, self._index = do.get_device, x.data.device_id
         self._weight = self._bias = 0
-        self._eps, kernel = call.eps, "nothing to run: x is empty"
+        kernel = "nothing to run: x is empty"
         self._ready: Any = None
         if x.size and do.is_current(x):
             kernel = self._prepare(do, call, order, return_stats)
@@ -111,7 +111,7 @@ class PreparedCupy(_Prepared):
         self._y_strides = tuple(s * x.itemsize for s in strides)
         w_dtype, b_dtype = (None if a is None else a.dtype for a in (w, b))
         self._ready, found = _cuda_launch.ready_for(
-            do, x, call.axes, strides, w_dtype, b_dtype, stats
+            do, x, call.axes, strides, w_dtype, b_dtype, call.eps, stats
         )
         self._dense = self._ready is not None and self._ready.dense and order != "F"
         dense = all(a is None or a.flags.c_contiguous for a in (w, b))
@@ -138,9 +138,9 @@ class PreparedCupy(_Prepared):
             if not self._dense:
                 return self._ordinary(x, out)
             y = kind(self._shape, self._dtype)
-            function, grid, block, shared_bytes, tail, after, *_ = ready
-            pointers = (data.ptr, y.data.ptr, self._weight, self._bias, 0, 0)
-            function(grid, block, (*pointers, *tail, self._eps, *after), shared_bytes)
+            function, grid, block, shared_bytes, rest, *_ = ready
+            pointers = (data.ptr, y.data.ptr, self._weight, self._bias)
+            function(grid, block, (*pointers, *rest), shared_bytes)
             return y
         if (
             type(out) is not kind
@@ -150,7 +150,5 @@ class PreparedCupy(_Prepared):
             or out.data.device_id != index
         ):
             return self._ordinary(x, out)
-        done = _cuda_launch.launch_into(
-            ready, data.ptr, out.data.ptr, self._weight, self._bias, self._eps
-        )
+        done = _cuda_launch.launch_into(ready, data.ptr, out.data.ptr, self._weight, self._bias)
         return out if done else self._ordinary(x, out)

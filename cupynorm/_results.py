@@ -112,8 +112,9 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
     if dtype.kind == "f":
         result: Array = np.asarray(_Loan(block, shape, dtype.str))
         return result
-    memory: Array = np.asarray(_Loan(block, (size,), "|u1"))
-    return memory.view(dtype).reshape(shape)  # bfloat16, which has no letters of its own
+    memory = np.asarray(_Loan(block, (size,), "|u1"))
+    result = memory.view(dtype).reshape(shape)  # bfloat16, which has no letters of its own
+    return result
 
 
 def empty_like(x: Array, order: Any = "K") -> Array:

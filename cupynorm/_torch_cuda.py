@@ -100,7 +100,7 @@ def prepared(
     if any(t.is_neg() or not t.is_contiguous() for t in affine) or not x.is_contiguous():
         return None
     names = tuple(_name(None if t is None else t.dtype) for t in (x, weight, bias))
-    ready = ready_from(found, tuple(x.shape), axes, x.stride(), y.stride(), names)
+    ready = ready_from(found, tuple(x.shape), axes, x.stride(), y.stride(), names, eps)
     if ready is None or x.numel() == 1:  # a negated view may be contiguous
         return None
     w, b = _pointer(weight), _pointer(bias)
@@ -108,7 +108,7 @@ def prepared(
     def run(source: int, target: int) -> bool:
         if not _is_current(index):
             return False
-        return launch_into(ready, source, target, w, b, eps, _stream(index))
+        return launch_into(ready, source, target, w, b, _stream(index))
 
     return run
 
