@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from importlib import import_module
 
-from cupynorm import _probe, _threads
+from cupynorm import _probe, _results, _threads
 from cupynorm._display import Sections, Table
 
 __all__ = ["Config", "Gpu", "PathStatus", "show_config"]
@@ -181,8 +181,9 @@ def _numba_status(installed: str | None) -> PathStatus:
 
 def _thread_count() -> str:
     try:
-        return f"{_threads.num_threads()} thread(s)"
-    except ValueError as error:  # of CUPYNORM_NUM_THREADS: the sentence says what to do
+        kept = _results.limit() >> 20
+        return f"{_threads.num_threads()} thread(s), {kept} MiB of earlier results kept at most"
+    except ValueError as error:  # of an environment variable: the sentence says what to do
         return str(error)
 
 

@@ -22,7 +22,9 @@ Array = np.ndarray[Any, Any]
 LEAST = 1 << 17  # bytes; smaller memory malloc keeps by itself
 _LINE = 64  # bytes of a cache line: a vector that begins on one takes one access, not two
 _SPARE = 1.25  # as large as this, a kept block serves a smaller result
-_SHARE = 16  # of the machine's memory, one part of so many is kept at most
+# Bytes kept at most, and of the machine's memory one part of so many: a scheduler that watches its
+# workers' memory, as Dask's does, counts what is kept as used.
+_MOST, _SHARE = 1 << 28, 16
 
 
 class _Block:
@@ -41,13 +43,14 @@ _free: collections.deque[_Block] = collections.deque()
 @functools.cache
 def _default() -> int:
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _SHARE
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows
-        return 1 << 28
+        return _MOST
+    return min(_MOST, memory // _SHARE)
 
 
 def limit() -> int:
-    """Bytes that may be kept: ``CUPYNORM_KEPT_MIB``, else a sixteenth of the machine's memory."""
+    """Bytes that may be kept: what ``CUPYNORM_KEPT_MIB`` says, else 256 MiB."""
     text = os.environ.get("CUPYNORM_KEPT_MIB", "").strip()
     if not text:
         return _default()
