@@ -86,28 +86,6 @@ def _readable(x: Array) -> Array:
     return x.astype(x.dtype.newbyteorder("="), order="C", copy=True)
 
 
-class _Window:
-    """Memory that NumPy shall see as one writable row."""
-
-    def __init__(self, x: Array, size: int) -> None:
-        interface = dict(x.__array_interface__)
-        interface.update(shape=(size,), strides=None, data=(interface["data"][0], False))
-        self.__array_interface__ = interface
-        self.owner = x
-
-
-def _flat(x: Array, M: int, N: int) -> tuple[Array, int]:  # x: (M, N), each row contiguous
-    """Show x's memory from its first element to its last as one row, and give its pitch.
-
-    numba compiles once more for arrays that are read-only or have a pitch: they are passed as if
-    they were neither. A read-only x is not written to.
-    """
-    if x.flags.carray and type(x) is np.ndarray:
-        return x.ravel(), N
-    pitch = x.strides[0] // x.itemsize if M > 1 else N
-    return np.asarray(_Window(x, (M - 1) * pitch + N)), pitch
-
-
 def _compiled(
     columns: Sequence[Column],
     y: Array,
@@ -119,6 +97,7 @@ def _compiled(
     omit: bool,
 ) -> None:
     from cupynorm import _cpu_columns_loops as loops
+    from cupynorm import _cpu_crew
     from cupynorm._cpu_columns_loaders import loader
 
     table = np.zeros((5, len(columns)), np.int64)
@@ -128,16 +107,13 @@ def _compiled(
             table[3:, j] = validity.ctypes.data, offset
     M, N = y.shape
     rows = y if by_row else y.T
-    if y.itemsize == 2:
-        rows = rows.view(np.uint16)
-    memory, pitch = _flat(rows, *rows.shape)
-    none = np.empty(0, compute)
-    w, b = (none if a is None else a for a in (w, b))
+    pitch = rows.strides[0] // y.itemsize if rows.shape[0] > 1 else rows.shape[1]
+    w_at, b_at = (0 if a is None else a.ctypes.data for a in (w, b))
     R = loops.rows_of_block(M, N)
     limits = eps, *_cpu_blocks.safe_range(compute.char, eps)
-    counter = np.zeros(1, np.int64)
-    flags = omit, y.dtype.name == "bfloat16"
-    args = (table, M, R, memory, pitch, by_row, w, b, *limits, *flags, counter)
+    flags = int(omit), int(y.dtype.name == "bfloat16")
     threads = 1 if M * N < loops.ALONE else min(_threads.num_threads(), -(-M // R))
-    # Every thread claims blocks until none is left.
-    _threads.run(lambda: lambda _: loops.entry.call("normalize", args), threads, threads)
+    sizes = M, N, R, y.ctypes.data, pitch, int(by_row)
+    job = _cpu_crew.record(threads, table.ctypes.data, *sizes, w_at, b_at, *limits, *flags)
+    stored = np.uint16 if y.itemsize == 2 else y.dtype.type
+    _cpu_crew.run(loops.normalize((stored, compute.type)), job, threads)

@@ -1,20 +1,18 @@
 """Inner loops of layer norm over separate columns: neighbours in a vector are rows."""
 
 import math
-import zlib
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from cupynorm._cpu_columns_lanes import call, fence
 from cupynorm._cpu_columns_write import ROWS, put_columns, put_rows
-from cupynorm._cpu_kept import Kept
-from cupynorm._cpu_lanes import address, advance, at, claim, like, pointer
-from cupynorm._cpu_loops import compiled
+from cupynorm._cpu_kept import seen, shared
+from cupynorm._cpu_lanes import address, advance, at, like, pointer
+from cupynorm._cpu_loops import compiled, take_block
+from cupynorm._cpu_shared import counters_of
 
-__all__ = ["ALONE", "entry", "rows_of_block"]
+__all__ = ["ALONE", "normalize", "rows_of_block"]
 
 # Elements below which one thread does all, as for rows.
 ALONE = 1 << 18
@@ -155,15 +153,18 @@ def _moments(t, pitch, N, n, s, m, r, work, total, count, limits, omit):  # type
 
 
 @compiled()
-def _share(columns, M, R, y, yp, by_row, w, b, limits, omit, bfloat16, counter, block, stats, sums):  # type: ignore[no-untyped-def]
+def _share(
+    columns, M, R, y, yp, by_row, w, b, limits, omit, bfloat16, counters, who, block, stats, sums
+):  # type: ignore[no-untyped-def]
     # The arrays are arguments because numba frees an array after its last use, pointers or not.
-    N = columns.shape[1]
+    N, (block, stats, sums) = columns.shape[1], rooms
     pitch = R + ROWS  # not a power of two: rows of a line are read across columns
     t, total, count = pointer(block, 0), (pointer(sums, 0), pointer(sums, R)), pointer(sums, 2 * R)
     s, m, r = pointer(stats, 0), pointer(stats, R), pointer(stats, 2 * R)
     work, room = (pointer(stats, 3 * R), pointer(stats, 4 * R)), block[N * pitch :]
-    row = claim(counter) * R
-    while row < M:
+    blocks = (M + R - 1) // R
+    row = take_block(counters, who, blocks) * R
+    while row >= 0:
         n = min(R, M - row)
         _gather(columns, row, n, t, pitch, work[0], count, total[0], omit)
         _moments(t, pitch, N, n, s, m, r, work, total, count, limits, omit)
@@ -171,24 +172,23 @@ def _share(columns, M, R, y, yp, by_row, w, b, limits, omit, bfloat16, counter, 
             put_rows(t, pitch, N, n, y, row * yp, yp, s, m, r, w, b, room, bfloat16)
         else:
             put_columns(t, pitch, N, n, y, row, yp, s, m, r, w, b, room, bfloat16)
-        row = claim(counter) * R
+        row = take_block(counters, who, blocks) * R
     fence()
 
 
-def _entries(sources: int, jit: Any) -> SimpleNamespace:
-    """Define what is called from Python; `sources` as in `_cpu_numba`."""
-    for name in ("lanes", "write"):
-        own = Path(__file__).with_name(f"_cpu_columns_{name}.py").read_bytes()
-        sources = zlib.crc32(own, sources) | 1
-
+def _define_normalize(sources: int, jit: Any, stored: Any, computed: Any) -> Any:
     @jit
-    def normalize(columns, M, R, y, yp, by_row, w, b, eps, low, high, omit, bfloat16, counter):  # type: ignore[no-untyped-def]
-        # columns (5, N): loader, address, stride in bytes, bitmap or 0, its bit of row 0. This
-        # thread does the blocks of R rows that it claims. After the block: room for results.
-        N = columns.shape[1]
+    def normalize(job, who):  # type: ignore[no-untyped-def]
+        # columns (5, N): loader, address, stride in bytes, bitmap or 0, its bit of row 0. After the
+        # block: room for results.
+        a, f, counters = at(job, np.int64), at(job, np.float64), counters_of(job)
+        M, N, R, yp, by_row = a[1], a[2], a[3], a[5], a[6] != 0
+        columns = seen(a[0], 5 * N, np.int64).reshape((5, N))
+        y = seen(a[4], (M - 1) * yp + N if by_row else (N - 1) * yp + M, stored)
+        w, b = seen(a[7], N, computed), seen(a[8], N, computed)
         size = N * (R + ROWS) + max(R, ROWS * N)
-        block = np.empty(size * (sources != 0), w.dtype)
-        stats, sums, limits = np.empty(5 * R, w.dtype), np.empty(3 * R), (eps, low, high)
+        block = np.empty(size * (sources != 0), computed)
+        stats, sums, limits = np.empty(5 * R, computed), np.empty(3 * R), (f[9], f[10], f[11])
         _share(
             columns,
             M,
@@ -199,15 +199,20 @@ def _entries(sources: int, jit: Any) -> SimpleNamespace:
             w,
             b,
             limits,
-            omit,
-            bfloat16,
-            counter,
-            block,
-            stats,
-            sums,
+            a[12] != 0,
+            a[13] != 0,
+            counters,
+            who,
+            (block, stats, sums),
         )
 
-    return SimpleNamespace(normalize=normalize)
+    return normalize
 
 
-entry = Kept(_entries)
+def normalize(kind: tuple[Any, Any]) -> Any:
+    """Work on the blocks of R rows of a table, for dtypes of y's memory and of what is computed.
+
+    Its record: columns (5, N), M, N, R, y, yp, by_row, w, b, eps, low, high, omit, bfloat16;
+    addresses of what is absent are 0.
+    """
+    return shared(_define_normalize, kind)

@@ -3,7 +3,6 @@
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numba
@@ -13,7 +12,7 @@ from numba import carray, from_dtype, types
 from cupynorm._cpu_lanes import at
 from cupynorm._cpu_loops import compiled
 
-__all__ = ["INNER", "Kept", "built", "seen", "shared", "sources"]
+__all__ = ["INNER", "built", "seen", "shared", "sources"]
 
 # What the memory of x holds and what loops compute in; the 16-bit kinds share their code.
 _TYPES = {
@@ -27,6 +26,8 @@ INNER = (
     "_cpu_bits",
     "_cpu_bwd_loops",
     "_cpu_bwd_rows",
+    "_cpu_columns_lanes",
+    "_cpu_columns_write",
     "_cpu_crew",
     "_cpu_entries",
     "_cpu_kept",
@@ -52,43 +53,21 @@ def sources() -> int:
     return zlib.crc32(text) | 1
 
 
-class Kept:
-    """Functions to call from Python, compiled when first called and kept on disk if possible."""
-
-    def __init__(self, define: Callable[[int, Any], SimpleNamespace]) -> None:
-        self._define = define
-        try:
-            self._table = define(sources(), compiled(cache=True))
-        except (RuntimeError, OSError):  # numba found no directory to keep compiled code in
-            self._table = define(1, compiled())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._table, name)
-
-    def call(self, name: str, args: tuple[Any, ...]) -> Any:
-        """Call one of them, compiled in memory alone if it cannot be kept."""
-        try:
-            return getattr(self._table, name)(*args)
-        except OSError:  # the cache could not be read or written, on a full disk for one
-            self._table = self._define(1, compiled())
-            return getattr(self._table, name)(*args)
-
-
 @compiled()
 def seen(address, size, dtype):  # type: ignore[no-untyped-def]
     """View the elements at an address as a row, or an empty one where the address is 0."""
     return carray(at(address, dtype), (size if address else 0,))
 
 
-def _once(define: Callable[..., Any], kind: str, compiler: Callable[[bool], Any]) -> Any:
-    stored, computed = _TYPES[kind]
-    if (define, stored) not in _ready:
+def _once(define: Callable[..., Any], kind: Any, compiler: Callable[[bool], Any]) -> Any:
+    pair = stored, computed = _TYPES.get(kind, kind)
+    if (define, pair) not in _ready:
         try:
             made = define(sources(), compiler(True), stored, computed)
         except (RuntimeError, OSError):  # no directory to keep compiled code in, or it is full
             made = define(1, compiler(False), stored, computed)
-        _ready[define, stored] = made
-    _ready[define, kind] = _ready[define, stored]
+        _ready[define, pair] = made
+    _ready[define, kind] = _ready[define, pair]
     return _ready[define, kind]
 
 
@@ -110,10 +89,11 @@ def built(define: Callable[..., Any], letters: str, kind: str = "float32") -> An
     return _once(define, kind, lambda keep: compiled(signature_or_function=signature, cache=keep))
 
 
-def shared(define: Callable[..., Any], kind: str = "float32") -> Any:
-    """Compile, or load, a C function of one int64, for threads to call at one time.
+def shared(define: Callable[..., Any], kind: Any = "float32") -> Any:
+    """Compile, or load, a C function (job, who), for threads to call at one time.
 
-    It has ``address``, and ``ctypes`` to call it from Python without the interpreter's lock.
+    A kind may be the pair of what the memory of x holds and what loops compute in. The function has
+    ``address``, and ``ctypes`` to call it from Python without the interpreter's lock.
     """
     found = _ready.get((define, kind))
     if found is not None:

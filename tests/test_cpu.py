@@ -567,8 +567,15 @@ def test_a_changed_source_is_compiled_again(monkeypatch):
     assert _cpu_kept.sources() != before
 
 
-DEFINING = ("_cpu_bwd_shared", "_cpu_bwd_strided_loops", "_cpu_crew", "_cpu_entries",
-            "_cpu_shared", "_cpu_strided_loops")  # fmt: skip
+DEFINING = (
+    "_cpu_bwd_shared",
+    "_cpu_bwd_strided_loops",
+    "_cpu_columns_loops",
+    "_cpu_crew",
+    "_cpu_entries",
+    "_cpu_shared",
+    "_cpu_strided_loops",
+)
 
 
 @pytest.mark.parametrize("module", DEFINING)
