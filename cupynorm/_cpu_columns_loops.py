@@ -153,9 +153,7 @@ def _moments(t, pitch, N, n, s, m, r, work, total, count, limits, omit):  # type
 
 
 @compiled()
-def _share(
-    columns, M, R, y, yp, by_row, w, b, limits, omit, bfloat16, counters, who, block, stats, sums
-):  # type: ignore[no-untyped-def]
+def _share(columns, M, R, y, yp, by_row, w, b, limits, omit, bfloat16, counters, who, rooms):  # type: ignore[no-untyped-def]
     # The arrays are arguments because numba frees an array after its last use, pointers or not.
     N, (block, stats, sums) = columns.shape[1], rooms
     pitch = R + ROWS  # not a power of two: rows of a line are read across columns
