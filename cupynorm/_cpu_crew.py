@@ -95,6 +95,7 @@ def _keep_off(taken):  # type: ignore[no-untyped-def]
         mask[taken // 64] &= ~(np.int64(1) << np.int64(taken % 64))
         if mask.any():
             system(SET_CPUS, 0, _CPUS // 8, at_mask)
+    mask[0] = 0  # its last use: numba frees an array after that, address or not
 
 
 @compiled()
