@@ -34,7 +34,8 @@ class _Block:
 
 
 # Blocks that nobody uses, the longest unused first. A deque's own methods are atomic, and nothing
-# here may take a lock: a result can die anywhere, in the middle of these lines too.
+# here may take a lock: a result can die anywhere, in the middle of these lines too. So it is copied
+# before a look at each: tuple(_free) may collect garbage, results in it, and then raises.
 _free: collections.deque[_Block] = collections.deque()
 
 
@@ -61,9 +62,9 @@ def limit() -> int:
 
 
 def _give_back(block: _Block) -> None:
+    _pages.may_take(block.address, block.size)  # while nobody else can find it to write there
     _free.append(block)
-    _pages.may_take(block.address, block.size)
-    while sum(b.size for b in tuple(_free)) > block.most:
+    while sum(b.size for b in _free.copy()) > block.most:
         try:
             _free.popleft()
         except IndexError:  # another thread was faster
@@ -87,7 +88,7 @@ class _Loan:
 
 
 def _take(size: int) -> _Block | None:
-    for block in tuple(_free):
+    for block in _free.copy():
         if size <= block.size <= _SPARE * size:
             try:
                 _free.remove(block)
