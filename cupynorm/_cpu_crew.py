@@ -190,7 +190,7 @@ class _Crew:
             while self._helpers < helpers:
                 name = f"cupynorm-compiled-{self._helpers}"
                 thread = threading.Thread(
-                    target=serve, args=(self._control, self._helpers + 1), name=name, daemon=True
+                    target=self._help, args=(serve, self._helpers + 1), name=name, daemon=True
                 )
                 try:
                     thread.start()
@@ -198,6 +198,10 @@ class _Crew:
                     break
                 self._helpers += 1
                 self._words[_HELPERS] = self._helpers
+
+    def _help(self, serve: Callable[[int, int], None], who: int) -> None:
+        # A method, so that the thread keeps the words: at exit the module lets go of them.
+        serve(self._control, who)
 
 
 _crew = _Crew()
