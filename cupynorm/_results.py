@@ -109,12 +109,16 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
         most = limit()
         if size > most:
             return np.empty(shape, dtype)
-        block = _Block(size, most)
+        try:
+            block = _Block(size, most)
+        except (MemoryError, OSError):  # of no memory to map; what is kept may be what lacks
+            _free.clear()
+            return np.empty(shape, dtype)
     if dtype.kind == "f":
         result: Array = np.asarray(_Loan(block, shape, dtype.str))
-        return result
-    memory: Array = np.asarray(_Loan(block, (size,), "|u1"))
-    return memory.view(dtype).reshape(shape)  # bfloat16, which has no letters of its own
+    else:  # bfloat16, which has no letters of its own
+        result = np.asarray(_Loan(block, (size,), "|u1")).view(dtype).reshape(shape)
+    return result
 
 
 def empty_like(x: Array, order: Any = "K") -> Array:
