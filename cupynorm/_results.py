@@ -4,6 +4,7 @@ import collections
 import functools
 import math
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -83,8 +84,9 @@ class _Loan:
             "shape": shape, "typestr": letters, "data": data, "version": 3
         }  # fmt: skip
 
-    def __del__(self, give_back: Any = _give_back) -> None:  # which at exit may be gone from here
-        give_back(self._block)
+    def __del__(self, ending: Any = sys.is_finalizing) -> None:
+        if not ending():  # modules are taken apart then, this one and those that it needs
+            _give_back(self._block)
 
 
 def _take(size: int) -> _Block | None:
