@@ -574,7 +574,7 @@ def run_python(code, **env):
         env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -605,7 +605,7 @@ def test_another_machine_needs_no_function_that_it_may_lack(tmp_path):
 
 # Public calls in a process of their own: `check()` compares their bits with those of one thread.
 PREPARE = """
-    import os, sys, threading, warnings
+    import os, signal, sys, threading, warnings
     warnings.simplefilter("ignore")  # Python 3.12 warns of forks with threads, which is the point
     import numpy as np
     import cupynorm as cn
@@ -639,6 +639,7 @@ FORK = """
     for _ in range(5):
         child = os.fork()
         if child == 0:
+            signal.alarm(100)  # rather than be stuck when nobody waits any more
             try:
                 assert _cpu_crew._crew._helpers == 0
                 assert not _cpu_crew._crew._words.any()
@@ -654,6 +655,7 @@ FORK = """
     _cpu_crew._crew._words[_cpu_crew._HELD] = 1  # as if a call had the crew
     child = os.fork()
     if child == 0:
+        signal.alarm(100)
         _cpu_crew._in_python = None  # which is not needed here
         try:
             check()

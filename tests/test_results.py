@@ -587,7 +587,7 @@ def test_results_that_live_until_the_end_leave_no_message(rows):
 
 
 FORK = """
-    import os, sys, warnings
+    import os, signal, sys, warnings
     warnings.simplefilter("ignore")  # Python 3.12 warns of forks with threads
     import numpy as np
     import cupynorm as cn
@@ -600,6 +600,7 @@ FORK = """
     from_parent, to_child = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.alarm(100)  # rather than be stuck when nobody waits any more
         try:
             good = np.array_equal(live, want)
             y = cn.layer_norm(x, 1024)  # where the dead one was, in either process
