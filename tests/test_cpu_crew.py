@@ -77,8 +77,9 @@ class Count:
     def check(self):
         assert (self.cells == 1).all()
         assert (self.names >= 0).all()
-        assert (self.comers[np.unique(self.names)] == 1).all()
-        assert self.comers.sum() <= self.threads
+        assert self.comers[0] == 1
+        assert self.comers[self.names].all()
+        assert self.comers.sum() <= self.threads  # one that was late for another call comes twice
 
 
 class Meeting:
