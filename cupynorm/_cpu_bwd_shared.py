@@ -55,7 +55,9 @@ def _define_at_once(sources: int, jit: Any, stored: Any, computed: Any) -> Calla
             job[6], job[7], job[8] = M, N * (sources != 0), w.ctypes.data if w.size else 0
             job[9], job[10] = mean.ctypes.data, rstd.ctypes.data
             job[11], job[12], job[THREADS] = sums.ctypes.data if size else 0, bfloat16, threads
-            if not lead(control, work, job.ctypes.data, threads - 1):
+            done = lead(control, work, job.ctypes.data, threads - 1)
+            job[THREADS] = 0  # its last use: numba frees an array after that, address or not
+            if not done:
                 return 2
         else:
             p, q, t = dy.reshape(M * N), x.reshape(M * N), dx.reshape(dx.size)

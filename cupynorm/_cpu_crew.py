@@ -95,6 +95,7 @@ def _keep_off(taken):  # type: ignore[no-untyped-def]
         mask[taken // 64] &= ~(np.int64(1) << np.int64(taken % 64))
         if mask.any():
             system(SET_CPUS, 0, _CPUS // 8, at_mask)
+    mask[0] = 0  # its last use: numba frees an array after that, address or not
 
 
 @compiled()
@@ -189,7 +190,7 @@ class _Crew:
             while self._helpers < helpers:
                 name = f"cupynorm-compiled-{self._helpers}"
                 thread = threading.Thread(
-                    target=serve, args=(self._control, self._helpers + 1), name=name, daemon=True
+                    target=self._help, args=(serve, self._helpers + 1), name=name, daemon=True
                 )
                 try:
                     thread.start()
@@ -197,6 +198,10 @@ class _Crew:
                     break
                 self._helpers += 1
                 self._words[_HELPERS] = self._helpers
+
+    def _help(self, serve: Callable[[int, int], None], who: int) -> None:
+        # A method, so that the thread keeps the words: at exit the module lets go of them.
+        serve(self._control, who)
 
 
 _crew = _Crew()

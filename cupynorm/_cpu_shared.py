@@ -91,7 +91,9 @@ def _define_at_once(sources: int, jit: Any, stored: Any, computed: Any) -> Calla
         job[11] = mean.ctypes.data if mean.size else 0
         job[12] = rstd.ctypes.data if rstd.size else 0
         job[13], job[14], job[THREADS] = bfloat16, _blocks(M, N), threads
-        return 0 if lead(control, work, at_job, threads - 1) else 2
+        done = lead(control, work, at_job, threads - 1)
+        job[THREADS] = 0  # its last use: numba frees an array after that, address or not
+        return 0 if done else 2
 
     return at_once  # type: ignore[no-any-return]
 

@@ -85,7 +85,9 @@ def swap(typingctx, address, old, new):  # type: ignore[no-untyped-def]
 
 
 def _call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
-    """Call a function of the C library, which the process has loaded."""
+    """Call a function of the C library, which the process has loaded; -1 where none is needed."""
+    if not FUTEX:  # another system, whose library may have no such function: nothing would link
+        return ir.Constant(result, -1)
     kind = ir.FunctionType(result, [a.type for a in args[:1]], var_arg=len(args) > 1)
     function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
     return builder.call(function, args)
@@ -118,8 +120,9 @@ def pause(typingctx):  # type: ignore[no-untyped-def]
         name, hint = _NUMBERS[4:]
         word = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [word] * len(hint))
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        builder.call(function, [ir.Constant(word, n) for n in hint])
+        if name:
+            function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            builder.call(function, [ir.Constant(word, n) for n in hint])
         return context.get_dummy_value()
 
     return types.void(), codegen

@@ -18,6 +18,8 @@ _LARGE = 1 << 22
 _HUGE = 1 << 21
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None) if sys.platform == "linux" else None
 _FREE = getattr(mmap, "MADV_FREE", None) if sys.platform == "linux" else None
+# A forked child has a copy, as of all other memory: by default it would write to its parent's.
+_OWN = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _madvise = None
 if _ADVICE is not None:
     _madvise = ctypes.CDLL(None).madvise
@@ -42,7 +44,7 @@ def fresh(size: int, alignment: int) -> tuple[Any, int]:
     if size < _LARGE:
         memory = np.empty(size + alignment, np.uint8)
     else:
-        memory, alignment = np.frombuffer(mmap.mmap(-1, size + _HUGE), np.uint8), _HUGE
+        memory, alignment = np.frombuffer(mmap.mmap(-1, size + _HUGE, **_OWN), np.uint8), _HUGE
     address = -(-memory.ctypes.data // alignment) * alignment
     prefer_huge(address, size)
     return memory, address

@@ -4,6 +4,7 @@ import collections
 import functools
 import math
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ class _Block:
 
 
 # Blocks that nobody uses, the longest unused first. A deque's own methods are atomic, and nothing
-# here may take a lock: a result can die anywhere, in the middle of these lines too.
+# here may take a lock: a result can die anywhere, in the middle of these lines too. So it is copied
+# before a look at each: tuple(_free) may collect garbage, results in it, and then raises.
 _free: collections.deque[_Block] = collections.deque()
 
 
@@ -64,9 +66,9 @@ def limit() -> int:
 
 
 def _give_back(block: _Block) -> None:
+    _pages.may_take(block.address, block.size)  # while nobody else can find it to write there
     _free.append(block)
-    _pages.may_take(block.address, block.size)
-    while sum(b.size for b in tuple(_free)) > block.most:
+    while sum(b.size for b in _free.copy()) > block.most:
         try:
             _free.popleft()
         except IndexError:  # another thread was faster
@@ -85,12 +87,13 @@ class _Loan:
             "shape": shape, "typestr": letters, "data": data, "version": 3
         }  # fmt: skip
 
-    def __del__(self, give_back: Any = _give_back) -> None:  # which at exit may be gone from here
-        give_back(self._block)
+    def __del__(self, ending: Any = sys.is_finalizing) -> None:
+        if not ending():  # modules are taken apart then, this one and those that it needs
+            _give_back(self._block)
 
 
 def _take(size: int) -> _Block | None:
-    for block in tuple(_free):
+    for block in _free.copy():
         if size <= block.size <= _SPARE * size:
             try:
                 _free.remove(block)
@@ -111,12 +114,15 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
         most = limit()
         if size > most:
             return np.empty(shape, dtype)
-        block = _Block(size, most)
+        try:
+            block = _Block(size, most)
+        except (MemoryError, OSError):  # of no memory to map; what is kept may be what lacks
+            _free.clear()
+            return np.empty(shape, dtype)
     if dtype.kind == "f":
         result: Array = np.asarray(_Loan(block, shape, dtype.str))
-        return result
-    memory = np.asarray(_Loan(block, (size,), "|u1"))
-    result = memory.view(dtype).reshape(shape)  # bfloat16, which has no letters of its own
+    else:  # bfloat16, which has no letters of its own
+        result = np.asarray(_Loan(block, (size,), "|u1")).view(dtype).reshape(shape)
     return result
 
 
