@@ -346,7 +346,7 @@ def _invoke(function, record, who):
 def test_a_function_is_called_by_its_address():
     job = Count(1, 4)
     _invoke(_cpu_kept.shared(_define_count).address, job.record.ctypes.data, 3)
-    job.check(caller=3)
+    assert (job.cells == 1).all()
     assert set(job.names) == {3}
 
 
@@ -693,11 +693,20 @@ def test_a_process_with_one_cpu():
     assert out.strip() == ("2" if _cpu_signals.FUTEX else "0")
 
 
+FREED = """
+    columns = list(x[0].T.copy()[:200])
+    of_rows = cn.layer_norm(np.stack(columns, axis=1), 200)
+    for _ in range(5):
+        check()
+        assert np.allclose(cn.layer_norm_columns(columns), of_rows, rtol=1e-5, atol=1e-5)
+    print("same")
+"""
+
+
 def test_no_call_reads_memory_that_it_has_freed():
     """glibc writes over it at once; numba frees an array after its last use, address or not."""
     tunables = "glibc.malloc.perturb=165:glibc.malloc.tcache_count=0"
-    code = PREPARE + "    for _ in range(5): check()\n    print('same')\n"
-    out = run_python(code, CUPYNORM_NUM_THREADS="3", GLIBC_TUNABLES=tunables)
+    out = run_python(PREPARE + FREED, CUPYNORM_NUM_THREADS="3", GLIBC_TUNABLES=tunables)
     assert out.strip() == "same"
 
 

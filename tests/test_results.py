@@ -324,7 +324,7 @@ def test_the_limit_in_the_environment(monkeypatch):
         assert _results.limit() == size
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        assert default == min(1 << 28, memory // 16)
+        assert default == min(256 << 20, memory // 16)
 
 
 @pytest.mark.parametrize("text", ["many", "-1", "2.5", "1e3", "1 GiB"])
