@@ -18,6 +18,7 @@ from cupynorm._cpu_signals import (
     PROCESS,
     SET_CPUS,
     SLEEP,
+    THREAD,
     WAKE,
     add_to,
     and_with,
@@ -50,10 +51,13 @@ _STATE = 16  # how many help (15 bits), how many more may come (15 bits), whethe
 _CALLS = 32  # calls so far; helpers sleep until it changes
 _SLEEPERS, _HELPERS = 33, 34  # how many helpers sleep or are about to, and how many there are
 _JOB = 48  # three int64: the address of the function, that of its record, the caller's CPU
-_WORDS = 64
+# Of the first helpers, on a line each: the CPU where it was last, and its number as a thread.
+_WHERE, _WATCHED = 64, 8
+_WORDS = _WHERE + 16 * _WATCHED
 _MORE, _ASLEEP, _HELPING = 1 << 15, 1 << 30, (1 << 15) - 1
 # A scheduler that packs threads on few CPUs, or wakes them where the waker runs, would have a
-# helper take turns with the caller: 4096x768 took 1036 us, not 750. So it leaves the caller's CPU.
+# helper take turns with the caller: 4096x768 took 1036 us, not 750. So it leaves the caller's CPU;
+# and where the caller has come to its CPU, as it may not run before it is told to, he sends it off.
 _CPUS = 1024  # as many as the C library's mask of them has
 _WOKEN = 2  # helpers that each wakes: their number doubles, so that many come soon
 # Looks at a word before a thread sleeps: some 50 us, in which the next call of a loop finds its
@@ -86,15 +90,15 @@ def _next(control, seen):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _keep_off(taken):  # type: ignore[no-untyped-def]
-    """Run on any CPU of the process but this one, if it has another."""
+def _keep_off(thread, taken):  # type: ignore[no-untyped-def]
+    """Let a thread (0: this one) run on any CPU of the process but one, if there is another."""
     mask = np.zeros(_CPUS // 64, np.int64)
     at_mask = mask.ctypes.data
     process = system(PROCESS, 0, 0, 0)
     if system(GET_CPUS, process, _CPUS // 8, at_mask) > 0 and 0 <= taken < _CPUS:
         mask[taken // 64] &= ~(np.int64(1) << np.int64(taken % 64))
         if mask.any():
-            system(SET_CPUS, 0, _CPUS // 8, at_mask)
+            system(SET_CPUS, thread, _CPUS // 8, at_mask)
     mask[0] = 0  # its last use: numba frees an array after that, address or not
 
 
@@ -102,6 +106,9 @@ def _keep_off(taken):  # type: ignore[no-untyped-def]
 def _serve(control, who):  # type: ignore[no-untyped-def]
     """What a helper does for as long as the process lives."""
     state, job = control + 4 * _STATE, at(control + 4 * _JOB, np.int64)
+    where = at(control + 4 * (_WHERE + 16 * (who - 1)), np.int32)
+    if who <= _WATCHED:
+        where[0], where[1] = cpu(), system(THREAD, 0, 0, 0)
     seen = 0
     while True:
         seen = _next(control, seen)
@@ -115,7 +122,9 @@ def _serve(control, who):  # type: ignore[no-untyped-def]
             if more:
                 _wake(control, (old & _HELPING) + 1 + more)
             if cpu() == job[2]:
-                _keep_off(job[2])
+                _keep_off(0, job[2])
+            if who <= _WATCHED:
+                where[0] = cpu()
             invoke(job[0], job[1], who)
             if add_to(state, -1) == _ASLEEP + 1:
                 system(FUTEX, state, WAKE, 1)
@@ -129,7 +138,13 @@ def lead(control, function, record, helpers):  # type: ignore[no-untyped-def]
     if not swap(held, 0, 1):
         return False
     job = at(control + 4 * _JOB, np.int64)
-    job[0], job[1], job[2] = function, record, cpu()
+    here = cpu()
+    job[0], job[1], job[2] = function, record, here
+    for who in range(min(helpers, _WATCHED)):
+        where = at(control + 4 * (_WHERE + 16 * who), np.int32)
+        if where[1] and where[0] == here:
+            where[0] = -1
+            _keep_off(where[1], here)
     add_to(state, helpers * _MORE)
     add_to(control + 4 * _CALLS, 1)
     _wake(control, helpers)
@@ -171,7 +186,7 @@ class _Crew:
     """The helpers of this process; a fork forgets them."""
 
     def __init__(self) -> None:
-        self._memory = np.zeros(2 * _WORDS, np.int32)
+        self._memory = np.zeros(_WORDS + 16, np.int32)
         first = -(self._memory.ctypes.data // 4) % 16
         self._words = self._memory[first : first + _WORDS]
         self._control = self._words.ctypes.data
@@ -218,7 +233,7 @@ def record(threads: int, *numbers: int | float) -> Array:
     words[THREADS] = threads
     wide = words.view(np.float64)
     for i, number in enumerate(numbers):
-        if isinstance(number, float):
+        if isinstance(number, (float, np.floating)):
             wide[i] = number
         else:
             words[i] = number

@@ -14,6 +14,7 @@ __all__ = [
     "PROCESS",
     "SET_CPUS",
     "SLEEP",
+    "THREAD",
     "WAKE",
     "add_to",
     "and_with",
@@ -25,18 +26,19 @@ __all__ = [
     "system",
 ]
 
-# Numbers of the system calls futex, sched_getaffinity, sched_setaffinity and getpid; LLVM's name
-# and argument for the instruction by which a loop says that it only waits.
+# Numbers of the system calls futex, sched_getaffinity, sched_setaffinity, getpid and gettid; LLVM's
+# name and argument for the instruction by which a loop says that it only waits.
 _MACHINES = {
-    "x86_64": (202, 204, 203, 39, "llvm.x86.sse2.pause", ()),
-    "aarch64": (98, 123, 122, 172, "llvm.aarch64.hint", (1,)),
+    "x86_64": (202, 204, 203, 39, 186, "llvm.x86.sse2.pause", ()),
+    "aarch64": (98, 123, 122, 172, 178, "llvm.aarch64.hint", (1,)),
 }
 _HERE = platform.machine() if sys.platform == "linux" and sys.maxsize > 1 << 32 else ""
-_NUMBERS = _MACHINES.get(_HERE, (0, 0, 0, 0, "", ()))
+_NUMBERS = _MACHINES.get(_HERE, (0, 0, 0, 0, 0, "", ()))
 FUTEX = _NUMBERS[0]  # 0 where there is none
 GET_CPUS = _NUMBERS[1]
 SET_CPUS = _NUMBERS[2]
 PROCESS = _NUMBERS[3]
+THREAD = _NUMBERS[4]
 SLEEP = 128  # FUTEX_WAIT within one process
 WAKE = 129  # FUTEX_WAKE within one process
 
@@ -117,7 +119,7 @@ def cpu(typingctx):  # type: ignore[no-untyped-def]
 @intrinsic
 def pause(typingctx):  # type: ignore[no-untyped-def]
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        name, hint = _NUMBERS[4:]
+        name, hint = _NUMBERS[5:]
         word = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [word] * len(hint))
         if name:
