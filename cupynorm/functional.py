@@ -114,6 +114,8 @@ def layer_norm(
     bit for bit, but for JAX, whose compiler chooses the order of sums, and for Dask arrays whose
     chunks split rows.
     The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450.
+    A NumPy result of 128 KiB or more lies in memory that a later result takes over once no array
+    refers to it, so that its pages are not made anew (``CUPYNORM_KEPT_MIB``, 256 by default).
 
     Examples
     --------
