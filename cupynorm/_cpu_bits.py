@@ -1,16 +1,16 @@
 """How numba's loops reach the values of an array: in place, or widened from 16 bits and back."""
 
-import platform
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir  # type: ignore[import-untyped]
-from numba import config
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numba.extending import intrinsic, overload
 
-from cupynorm._cpu_lanes import Lanes, advance, lanes, pointer, store
+from cupynorm._cpu_lanes import lanes, load, store
 from cupynorm._cpu_loops import compiled
+from cupynorm._cpu_narrow import F16C, brain, half
+from cupynorm._cpu_pointers import advance, pointer
 
 __all__ = ["give", "place", "take"]
 
@@ -41,102 +41,19 @@ def _value(typingctx, bits):  # type: ignore[no-untyped-def]
     return types.float32(types.uint32), codegen
 
 
-def _has_instruction() -> bool:
-    if config.CPU_NAME or config.CPU_FEATURES:  # code for another CPU than this one
-        return False
-    if platform.machine() in ("aarch64", "arm64"):
-        return True
-    return bool(binding.get_host_cpu_features().get("f16c", False))
-
-
-_F16C = _has_instruction()
-
-
-@intrinsic
-def _from_half(typingctx, p, i):  # type: ignore[no-untyped-def]
-    """Read a vector of float16 at p[i] as float32."""
-    result = Lanes(types.float32)
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        vector = ir.VectorType(ir.HalfType(), result.count)
-        here = builder.bitcast(builder.gep(args[0], [args[1]]), vector.as_pointer())
-        return builder.fpext(builder.load(here, align=2, typ=vector), result.vector)
-
-    return result(p, types.intp), codegen
-
-
-@intrinsic
-def _to_half(typingctx, p, i, q, j):  # type: ignore[no-untyped-def]
-    """Write the vector of float32 at p[i] to q[j] as float16, rounded to nearest, ties to even."""
-    source = Lanes(types.float32)
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        vector = ir.VectorType(ir.HalfType(), source.count)
-        here = builder.bitcast(builder.gep(args[0], [args[1]]), source.vector.as_pointer())
-        to = builder.bitcast(builder.gep(args[2], [args[3]]), vector.as_pointer())
-        value = builder.load(here, align=4, typ=source.vector)
-        builder.store(builder.fptrunc(value, vector), to, align=2)
-        return context.get_dummy_value()
-
-    return types.void(p, types.intp, q, types.intp), codegen
-
-
-@intrinsic
-def _from_brain(typingctx, p, i):  # type: ignore[no-untyped-def]
-    """Read a vector of bfloat16 at p[i] as float32."""
-    result = Lanes(types.float32)
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        short = ir.VectorType(ir.IntType(16), result.count)
-        words = ir.VectorType(ir.IntType(32), result.count)
-        here = builder.bitcast(builder.gep(args[0], [args[1]]), short.as_pointer())
-        bits = builder.zext(builder.load(here, align=2, typ=short), words)
-        bits = builder.shl(bits, ir.Constant(words, [16] * result.count))
-        return builder.bitcast(bits, result.vector)
-
-    return result(p, types.intp), codegen
-
-
-@intrinsic
-def _to_brain(typingctx, p, i, q, j):  # type: ignore[no-untyped-def]
-    """Write the vector of float32 at p[i] to q[j] as bfloat16, rounded to nearest, ties to even."""
-    source = Lanes(types.float32)
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        short = ir.VectorType(ir.IntType(16), source.count)
-        words = ir.VectorType(ir.IntType(32), source.count)
-
-        def all_lanes(n: int) -> Any:
-            return ir.Constant(words, [n] * source.count)
-
-        here = builder.bitcast(builder.gep(args[0], [args[1]]), source.vector.as_pointer())
-        to = builder.bitcast(builder.gep(args[2], [args[3]]), short.as_pointer())
-        value = builder.load(here, align=4, typ=source.vector)
-        bits = builder.bitcast(value, words)
-        odd = builder.and_(builder.lshr(bits, all_lanes(16)), all_lanes(1))
-        rounded = builder.add(builder.add(bits, all_lanes(0x7FFF)), odd)
-        rounded = builder.lshr(rounded, all_lanes(16))
-        is_nan = builder.fcmp_unordered("uno", value, value)
-        rounded = builder.select(is_nan, all_lanes(0x7FC0), rounded)
-        builder.store(builder.trunc(rounded, short), to, align=2)
-        return context.get_dummy_value()
-
-    return types.void(p, types.intp, q, types.intp), codegen
-
-
 @compiled()
 def _widen(x, n, out, bfloat16):  # type: ignore[no-untyped-def]
     done = 0
     if bfloat16:
         while done + lanes(out) <= n:
-            store(out, done, _from_brain(x, done))
+            store(out, done, load(brain(x), done))
             done += lanes(out)
         for i in range(done, n):
             out[i] = _value(np.uint32(np.uint32(x[i]) << np.uint32(16)))
         return
-    if _F16C:
+    if F16C:
         while done + lanes(out) <= n:
-            store(out, done, _from_half(x, done))
+            store(out, done, load(half(x), done))
             done += lanes(out)
     for i in range(done, n):
         h = np.uint32(x[i])
@@ -155,7 +72,7 @@ def _narrow(values, n, y, bfloat16):  # type: ignore[no-untyped-def]
     done = 0
     if bfloat16:
         while done + lanes(values) <= n:
-            _to_brain(values, done, y, done)
+            store(brain(y), done, load(values, done))
             done += lanes(values)
         for i in range(done, n):
             bits = _bits(values[i])
@@ -165,9 +82,9 @@ def _narrow(values, n, y, bfloat16):  # type: ignore[no-untyped-def]
                 rounded = np.uint32(0x7FC0)
             y[i] = np.uint16(rounded)
         return
-    if _F16C:
+    if F16C:
         while done + lanes(values) <= n:
-            _to_half(values, done, y, done)
+            store(half(y), done, load(values, done))
             done += lanes(values)
     for i in range(done, n):
         bits = _bits(values[i])

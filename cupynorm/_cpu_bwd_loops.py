@@ -2,11 +2,9 @@
 
 from cupynorm._cpu_lanes import (
     add,
-    advance,
     fma,
     fold,
     lanes,
-    like,
     load,
     load_first,
     mul,
@@ -16,6 +14,7 @@ from cupynorm._cpu_lanes import (
     sub,
 )
 from cupynorm._cpu_loops import compiled
+from cupynorm._cpu_pointers import advance, like
 
 __all__ = ["FIELDS", "add_rows", "finish_row", "row_sums"]
 

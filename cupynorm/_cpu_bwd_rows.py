@@ -4,8 +4,8 @@ import numpy as np
 
 from cupynorm._cpu_bits import give, place, take
 from cupynorm._cpu_bwd_loops import FIELDS, add_rows, finish_row, row_sums
-from cupynorm._cpu_lanes import advance, pointer
 from cupynorm._cpu_loops import CHUNK, FROM_MEMORY, compiled, take_block
+from cupynorm._cpu_pointers import advance, pointer
 
 __all__ = [
     "LONGEST",

@@ -19,8 +19,8 @@ from cupynorm._cpu_bwd_rows import (
 from cupynorm._cpu_crew import COUNTER, THREADS, lead
 from cupynorm._cpu_entries import merge, merge_into, size_of_sums, sums_size
 from cupynorm._cpu_kept import built, seen, shared
-from cupynorm._cpu_lanes import at
 from cupynorm._cpu_loops import CHUNK
+from cupynorm._cpu_pointers import at
 from cupynorm._cpu_shared import ALONE, counters_of, useful
 
 __all__ = ["ALONE", "LONGEST", "at_once", "backward"]

@@ -13,8 +13,8 @@ from cupynorm._cpu_bwd_rows import (
     sums_pitch,
 )
 from cupynorm._cpu_kept import seen, shared
-from cupynorm._cpu_lanes import at, pointer
 from cupynorm._cpu_loops import compiled, take_block
+from cupynorm._cpu_pointers import at, pointer
 from cupynorm._cpu_shared import counters_of
 from cupynorm._cpu_squares import move
 from cupynorm._cpu_strided_loops import GAP, start

@@ -8,8 +8,8 @@ from numba import carray, cfunc, types
 
 from cupynorm._cpu_bits import take
 from cupynorm._cpu_kept import sources
-from cupynorm._cpu_lanes import at, like
 from cupynorm._cpu_loops import compiled
+from cupynorm._cpu_pointers import at, like
 
 __all__ = ["loader"]
 

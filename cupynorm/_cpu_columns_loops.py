@@ -8,8 +8,8 @@ import numpy as np
 from cupynorm._cpu_columns_lanes import call, fence
 from cupynorm._cpu_columns_write import ROWS, put_columns, put_rows
 from cupynorm._cpu_kept import seen, shared
-from cupynorm._cpu_lanes import address, advance, at, like, pointer
 from cupynorm._cpu_loops import compiled, take_block
+from cupynorm._cpu_pointers import address, advance, at, like, pointer
 from cupynorm._cpu_shared import counters_of
 
 __all__ = ["ALONE", "normalize", "rows_of_block"]

@@ -2,8 +2,9 @@
 
 from cupynorm._cpu_bits import give, place
 from cupynorm._cpu_columns_lanes import stream
-from cupynorm._cpu_lanes import add, address, advance, lanes, like, load, mul, splat, sub
+from cupynorm._cpu_lanes import add, lanes, load, mul, splat, sub
 from cupynorm._cpu_loops import LINE, compiled
+from cupynorm._cpu_pointers import address, advance, like
 from cupynorm._cpu_squares import square, turn
 
 __all__ = ["ROWS", "put_columns", "put_rows"]

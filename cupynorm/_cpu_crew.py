@@ -10,8 +10,8 @@ import numpy as np
 
 from cupynorm import _threads
 from cupynorm._cpu_kept import built
-from cupynorm._cpu_lanes import at
 from cupynorm._cpu_loops import compiled
+from cupynorm._cpu_pointers import at
 from cupynorm._cpu_signals import (
     FUTEX,
     GET_CPUS,

@@ -9,8 +9,8 @@ import numba
 import numpy as np
 from numba import carray, from_dtype, types
 
-from cupynorm._cpu_lanes import at
 from cupynorm._cpu_loops import compiled
+from cupynorm._cpu_pointers import at
 
 __all__ = ["INNER", "built", "seen", "shared", "sources"]
 
@@ -33,6 +33,8 @@ INNER = (
     "_cpu_kept",
     "_cpu_lanes",
     "_cpu_loops",
+    "_cpu_narrow",
+    "_cpu_pointers",
     "_cpu_rows",
     "_cpu_shared",
     "_cpu_signals",

@@ -6,22 +6,18 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numba.extending import intrinsic, models, register_model
 
+from cupynorm._cpu_narrow import Narrow, narrowed, widened
+
 __all__ = [
     "Lanes",
     "add",
-    "address",
-    "advance",
-    "at",
-    "claim",
     "fma",
     "fold",
     "keep_last",
     "lanes",
-    "like",
     "load",
     "load_first",
     "mul",
-    "pointer",
     "splat",
     "store",
     "store_first",
@@ -54,68 +50,6 @@ class Lanes(types.Type):
 class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, fe_type: Lanes) -> None:
         super().__init__(manager, fe_type, fe_type.vector)
-
-
-@intrinsic
-def pointer(typingctx, x, i):  # type: ignore[no-untyped-def]
-    """Address of x[i], of a contiguous 1-D x. A view would be counted, with atomics, per row."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.gep(data, [args[1]])
-
-    return types.CPointer(x.dtype)(x, types.intp), codegen  # type: ignore[attr-defined]
-
-
-@intrinsic
-def address(typingctx, p):  # type: ignore[no-untyped-def]
-    """Tell the integer that a pointer is."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.ptrtoint(args[0], ir.IntType(64))
-
-    return types.int64(p), codegen
-
-
-@intrinsic
-def advance(typingctx, p, i):  # type: ignore[no-untyped-def]
-    """Move the pointer p by i elements."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.gep(args[0], [args[1]])
-
-    return p(p, types.intp), codegen
-
-
-@intrinsic
-def at(typingctx, address, dtype):  # type: ignore[no-untyped-def]
-    """Take an integer for the address of elements of dtype."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(dtype.instance_type)(address, dtype), codegen  # type: ignore[attr-defined]
-
-
-@intrinsic
-def claim(typingctx, counter):  # type: ignore[no-untyped-def]
-    """Add one to counter[0], whoever else does so now, and give what it was."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(counter), codegen
-
-
-@intrinsic
-def like(typingctx, p, value):  # type: ignore[no-untyped-def]
-    """Cast a scalar to the type that p points to."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return context.cast(builder, args[1], value, p.dtype)
-
-    return p.dtype(p, value), codegen
 
 
 def _vector_at(builder: Any, vector: ir.VectorType, p: Any, i: Any) -> Any:
@@ -151,6 +85,8 @@ def load(typingctx, p, i):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         vector = signature.return_type.vector
+        if isinstance(p, Narrow):
+            return widened(builder, p, args[0], args[1], vector.count)
         address = _vector_at(builder, vector, *args)
         return builder.load(address, align=p.dtype.bitwidth // 8, typ=vector)
 
@@ -162,6 +98,9 @@ def store(typingctx, p, i, v):  # type: ignore[no-untyped-def]
     """Write the vector v to p[i] and after."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if isinstance(p, Narrow):
+            narrowed(builder, p, args[0], args[1], args[2], v.count)
+            return context.get_dummy_value()
         address = _vector_at(builder, v.vector, args[0], args[1])
         builder.store(args[2], address, align=p.dtype.bitwidth // 8)
         return context.get_dummy_value()
@@ -174,6 +113,9 @@ def store_past(typingctx, p, i, v):  # type: ignore[no-untyped-def]
     """Write the vector v to p[i], which is on a cache line, past the caches."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if isinstance(p, Narrow):  # whose vectors are half a line
+            narrowed(builder, p, args[0], args[1], args[2], v.count)
+            return context.get_dummy_value()
         address = _vector_at(builder, v.vector, args[0], args[1])
         written = builder.store(args[2], address, align=_BYTES)
         one = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])

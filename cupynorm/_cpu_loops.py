@@ -7,14 +7,10 @@ import numba
 
 from cupynorm._cpu_lanes import (
     add,
-    address,
-    advance,
-    claim,
     fma,
     fold,
     keep_last,
     lanes,
-    like,
     load,
     mul,
     splat,
@@ -22,6 +18,7 @@ from cupynorm._cpu_lanes import (
     store_past,
     sub,
 )
+from cupynorm._cpu_pointers import address, advance, claim, item, like, put, size_of
 
 __all__ = [
     "CHUNK",
@@ -30,6 +27,7 @@ __all__ = [
     "LINE",
     "PEELED",
     "apply_row",
+    "before_line",
     "compiled",
     "merge",
     "moments",
@@ -87,7 +85,7 @@ def _sum(x, n):  # type: ignore[no-untyped-def]
     if n < step:
         total = like(x, 0)
         for i in range(n):
-            total += x[i]
+            total += item(x, i)
         return total
     a = b = c = d = splat(x, like(x, 0))
     i = 0
@@ -112,7 +110,7 @@ def _sums(x, n, s):  # type: ignore[no-untyped-def]
     if n < step:
         first = second = like(x, 0)
         for i in range(n):
-            t = x[i] - s
+            t = item(x, i) - s
             first += t
             second += t * t
         return first, second
@@ -146,7 +144,7 @@ def _wide_sums(x, n, s):  # type: ignore[no-untyped-def]
     first = 0.0
     second = 0.0
     for i in range(n):
-        d = float(x[i]) - s
+        d = float(item(x, i)) - s
         first += d * share
         second += (d * share) * d
     return first, second
@@ -199,6 +197,13 @@ def _scaled(x, w, b, i, s, m, r, has_w, has_b):  # type: ignore[no-untyped-def]
 
 
 @compiled()
+def before_line(y, n):  # type: ignore[no-untyped-def]
+    """Elements of y before the first whole vector of a cache line, or of half of one."""
+    bytes_of_vector = lanes(y) * size_of(y)
+    return (-address(y) & (bytes_of_vector - 1)) // size_of(y) if n >= PEELED else 0
+
+
+@compiled()
 def apply_row(x, y, n, w, b, wide_s, wide_m, wide_r, has_w, has_b, past):  # type: ignore[no-untyped-def]
     """Write ((x - s) - m) * r * w + b to y, n elements, past the caches or not; y may be x."""
     step = lanes(x)
@@ -206,18 +211,18 @@ def apply_row(x, y, n, w, b, wide_s, wide_m, wide_r, has_w, has_b, past):  # typ
     m, r = like(x, (wide_s - float(s)) + wide_m), like(x, wide_r)
     if n < step:
         for i in range(n):
-            t = ((x[i] - s) - m) * r
+            t = ((item(x, i) - s) - m) * r
             if has_w:
                 t *= w[i]
             if has_b:
                 t += b[i]
-            y[i] = t
+            put(y, i, t)
         return
     vs, vm, vr = splat(x, s), splat(x, m), splat(x, r)
     # The last vector overlaps the one before it, so it is computed first, for the case y is x; the
     # first one too where the others begin on a line of y.
     last = _scaled(x, w, b, n - step, vs, vm, vr, has_w, has_b)
-    head = (-address(y) & (LINE - 1)) // (LINE // step) if n >= PEELED else 0
+    head = before_line(y, n)
     first = last
     if head:
         first = _scaled(x, w, b, 0, vs, vm, vr, has_w, has_b)

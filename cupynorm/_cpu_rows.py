@@ -1,23 +1,27 @@
 """Rows and chunks of NumPy arrays in compiled loops: read, take the moments, normalize, write."""
 
 import math
+from typing import Any
 
 import numpy as np
+from numba.core import types
+from numba.extending import overload
 
 from cupynorm._cpu_bits import give, place, take
-from cupynorm._cpu_lanes import address, advance, pointer
 from cupynorm._cpu_loops import (
     CHUNK,
     FROM_MEMORY,
     GROUP,
     LINE,
-    PEELED,
     apply_row,
+    before_line,
     compiled,
     merge,
     moments,
     pivot,
 )
+from cupynorm._cpu_narrow import F16C, brain, half
+from cupynorm._cpu_pointers import address, advance, pointer
 
 __all__ = ["normalize_group", "normalize_rows", "rooms", "row_moments", "row_results", "short_rows"]
 
@@ -79,7 +83,7 @@ def _in_step(a, q, M):  # type: ignore[no-untyped-def]
     NumPy's arrays begin 16 bytes past a line, so that every vector of them lies across two: see
     apply_row, which begins on a line of y.
     """
-    phase = address(q) & (LINE - 1) if a.size >= PEELED else 0
+    phase = -before_line(q, a.size) * a.itemsize & (LINE - 1)
     if M < _REPAYS or a.size == 0 or address(pointer(a, 0)) & (LINE - 1) == phase:
         return a
     room = np.empty(a.size + 2 * LINE // a.itemsize, a.dtype)
@@ -90,18 +94,60 @@ def _in_step(a, q, M):  # type: ignore[no-untyped-def]
     return copy
 
 
+def _step(*arguments: Any) -> Any:  # a, y, to, M
+    """_in_step(a, q, M) for the pointer q by which rows from y[to] on are written."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(_step)
+def _step_by_type(a, y, to, M):  # type: ignore[no-untyped-def]
+    def in_place(a, y, to, M):  # type: ignore[no-untyped-def]
+        return _in_step(a, pointer(y, to), M)
+
+    def narrow(a, y, to, M):  # type: ignore[no-untyped-def]
+        return _in_step(a, half(pointer(y, to)), M)
+
+    return narrow if y.dtype == types.uint16 else in_place
+
+
+def _group(*arguments: Any) -> Any:
+    """normalize_group from x[at] to y[to], of 16-bit values too."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(_group)
+def _group_by_type(  # type: ignore[no-untyped-def]
+    x, at, xp, y, to, yp, M, N, w, b, eps, low, high, s, m, r, bfloat16, scratch
+):
+    def in_place(x, at, xp, y, to, yp, M, N, w, b, eps, low, high, s, m, r, bfloat16, scratch):  # type: ignore[no-untyped-def]
+        p, q = pointer(x, at), pointer(y, to)
+        normalize_group(p, xp, q, yp, M, N, w, b, eps, low, high, s, m, r)
+
+    def narrow(x, at, xp, y, to, yp, M, N, w, b, eps, low, high, s, m, r, bfloat16, scratch):  # type: ignore[no-untyped-def]
+        p, q = pointer(x, at), pointer(y, to)
+        if bfloat16:
+            normalize_group(brain(p), xp, brain(q), yp, M, N, w, b, eps, low, high, s, m, r)
+        elif F16C:
+            normalize_group(half(p), xp, half(q), yp, M, N, w, b, eps, low, high, s, m, r)
+        else:
+            wide, pp = take(x, at, xp, M, N, scratch, bfloat16)
+            result, qp = place(y, to, yp, N, scratch)
+            normalize_group(wide, pp, result, qp, M, N, w, b, eps, low, high, s, m, r)
+            give(y, to, yp, M, N, scratch, bfloat16)
+
+    return narrow if x.dtype == types.uint16 else in_place
+
+
 @compiled()
 def short_rows(x, xp, y, yp, lo, hi, N, w, b, eps, low, high, mean, rstd, bfloat16, scratch, stats):  # type: ignore[no-untyped-def]
     s, m, r = stats[0], stats[1], stats[2]
-    q, _ = place(y, lo * yp, yp, N, scratch)
-    w, b = _in_step(w, q, hi - lo), _in_step(b, q, hi - lo)
+    w, b = _step(w, y, lo * yp, hi - lo), _step(b, y, lo * yp, hi - lo)
     group = s.size if x.size < FROM_MEMORY else max(1, s.size // 2)
     for row in range(lo, hi, group):
         n = min(group, hi - row)
-        p, pp = take(x, row * xp, xp, n, N, scratch, bfloat16)
-        q, qp = place(y, row * yp, yp, N, scratch)
-        normalize_group(p, pp, q, qp, n, N, w, b, eps, low, high, s, m, r)
-        give(y, row * yp, yp, n, N, scratch, bfloat16)
+        _group(
+            x, row * xp, xp, y, row * yp, yp, n, N, w, b, eps, low, high, s, m, r, bfloat16, scratch
+        )
         _keep(mean, rstd, row, n, s, m, r)
 
 

@@ -11,8 +11,8 @@ from cupynorm._cpu_blocks import safe_range
 from cupynorm._cpu_crew import COUNTER, THREADS, lead
 from cupynorm._cpu_entries import clash
 from cupynorm._cpu_kept import built, seen, shared
-from cupynorm._cpu_lanes import at
 from cupynorm._cpu_loops import CHUNK, compiled, merge, take_block
+from cupynorm._cpu_pointers import at
 from cupynorm._cpu_rows import normalize_rows, rooms, row_moments, row_results
 
 __all__ = ["ALONE", "CHUNK", "at_once", "counters_of", "forward", "useful"]

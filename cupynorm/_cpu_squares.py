@@ -6,8 +6,8 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numba.extending import intrinsic
 
-from cupynorm._cpu_lanes import advance
 from cupynorm._cpu_loops import compiled
+from cupynorm._cpu_pointers import advance
 
 __all__ = ["move", "square", "turn"]
 

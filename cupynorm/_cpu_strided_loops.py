@@ -7,8 +7,8 @@ import numpy as np
 
 from cupynorm._cpu_bits import give, place, take
 from cupynorm._cpu_kept import seen, shared
-from cupynorm._cpu_lanes import advance, at, pointer
 from cupynorm._cpu_loops import CHUNK, GROUP, apply_row, compiled, merge, moments, pivot, take_block
+from cupynorm._cpu_pointers import advance, at, pointer
 from cupynorm._cpu_rows import normalize_group
 from cupynorm._cpu_shared import counters_of
 from cupynorm._cpu_squares import move

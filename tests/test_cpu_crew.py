@@ -19,8 +19,8 @@ import cupynorm as cn
 from cupynorm import _cpu_crew, _cpu_kept, _cpu_signals
 from cupynorm._cpu_crew import COUNTER, THREADS
 from cupynorm._cpu_kept import seen
-from cupynorm._cpu_lanes import at, claim
 from cupynorm._cpu_loops import take_block
+from cupynorm._cpu_pointers import at, claim
 from cupynorm._cpu_shared import counters_of
 from cupynorm._cpu_signals import add_to, and_with, cpu, invoke, pause, read, swap, system
 
