@@ -66,7 +66,6 @@ def limit() -> int:
 
 
 def _give_back(block: _Block) -> None:
-    _pages.may_take(block.address, block.size)  # while nobody else can find it to write there
     _free.append(block)
     while sum(b.size for b in _free.copy()) > block.most:
         try:

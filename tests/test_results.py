@@ -370,75 +370,6 @@ def test_large_memory_is_mapped_in_huge_pages_and_for_this_process_alone():
         assert "hg" in flags
 
 
-@pytest.fixture
-def advice(monkeypatch):
-    """What is asked of the system, which has huge pages: (address, size, advice, answer)."""
-    if _pages._madvise is None or _pages._FREE is None:
-        pytest.skip("only Linux takes pages back on advice")
-    asked, madvise = [], _pages._madvise
-    monkeypatch.setattr(_pages, "_madvise", lambda *a: asked.append((*a, madvise(*a))))
-    monkeypatch.setattr(_pages, "_huge_pages", lambda: True)
-    return asked
-
-
-def test_the_system_may_take_a_large_block_that_nobody_uses(advice):
-    a = of_bytes(5 << 20)
-    at = address(a)
-    a[...] = 3
-    advice.clear()
-    del a
-    assert advice == [(at, 5 << 20, _pages._FREE, 0)]
-    b = of_bytes(5 << 20)
-    assert address(b) == at
-    assert np.isin(b, (0, 3)).all()  # taken or not
-    b[...] = 4
-    assert (b == 4).all()
-
-
-def test_small_blocks_and_small_pages_stay(advice, monkeypatch):
-    """Small pages cost more to clear than to keep."""
-    small, large = of_bytes((1 << 22) - 4), of_bytes(1 << 23)
-    advice.clear()
-    del small
-    monkeypatch.setattr(_pages, "_huge_pages", lambda: False)
-    del large
-    monkeypatch.setattr(_pages, "_huge_pages", lambda: True)
-    monkeypatch.setattr(_pages, "_madvise", None)
-    of_bytes(1 << 23)
-    assert len(kept()) == 2
-    assert not advice
-
-
-@pytest.mark.parametrize(
-    ("text", "huge"),
-    [("always madvise [never]", False), ("always [madvise] never", True), (None, False)],
-)
-def test_whether_pages_can_be_huge(text, huge, monkeypatch):
-    def read_text(self, encoding):
-        if text is None:
-            raise FileNotFoundError(self)
-        return text + "\n"
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    assert _pages._huge_pages.__wrapped__() == huge
-
-
-def test_the_system_takes_only_what_nobody_has(monkeypatch):
-    """Another thread may find a block as soon as it is given back: its values must be safe then."""
-    others = []
-
-    def may_take(at, size):
-        others.append(of_bytes(size))
-        others[-1][...] = 1
-        ctypes.memset(at, 0, size)
-
-    a = of_bytes(1 << 20)
-    monkeypatch.setattr(_pages, "may_take", may_take)
-    del a
-    monkeypatch.undo()
-    assert (others[0] == 1).all()
-
-
 # --- threads, garbage, forks, the end -------------------------------------------------------------
 
 
@@ -490,25 +421,6 @@ def test_no_thread_sees_anothers_values(mib, hasty, monkeypatch):
 
     in_threads(8, call)
     assert sum(block.size for block in _results._free) <= mib << 20
-
-
-def test_values_are_safe_from_a_thread_that_gives_its_memory_back(hasty, monkeypatch):
-    """Were the system to take pages at once, only those of dead results would be lost."""
-
-    def may_take(at, size):
-        ctypes.memset(at, 0, size)
-
-    monkeypatch.setattr(_pages, "may_take", may_take)
-
-    def call(number):
-        for i in range(150):
-            a = of_bytes(1 << 18)
-            a[...] = value = number * 1000 + i + 1
-            time.sleep(0)
-            assert (a == value).all()
-            del a
-
-    in_threads(6, call)
 
 
 class Cycle:
