@@ -20,6 +20,8 @@ INTERNAL = {
     ("_cpu_bits", "take"): "a stand-in for what Numba compiles",
     ("_cpu_bits", "place"): "a stand-in for what Numba compiles",
     ("_cpu_bits", "give"): "a stand-in for what Numba compiles",
+    ("_cpu_rows", "_step"): "a stand-in for what Numba compiles",
+    ("_cpu_rows", "_group"): "a stand-in for what Numba compiles",
     ("_prepared", "__call__: NotImplementedError"): "of a base: each library's class has its own",
     ("_probe", "_find_headers"): "show_config catches it and reports it",
     ("_probe", "_find_gpus"): "show_config catches it and reports it",
