@@ -81,7 +81,8 @@ def _affine(value: Array | None, compute: np.dtype[Any]) -> Array | None:
         return value if value.ndim == 1 else value.reshape(-1)
     if _kind(value.dtype)[0] == "bfloat16":  # without ml_dtypes' cast, one element at a time
         bits = value.view(np.dtype(np.uint16).newbyteorder(value.dtype.byteorder))
-        value = (bits.astype(np.uint32) << 16).view(np.float32)
+        wide = np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
+        return wide.astype(compute, order="C", copy=False).reshape(-1)
     if value.itemsize == 2:  # which widen without a warning
         return value.astype(compute, order="C").reshape(-1)
     with np.errstate(all="ignore"):  # a float64 weight may be Inf in float32

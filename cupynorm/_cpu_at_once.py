@@ -150,10 +150,7 @@ def _as_wide(value: Any, dtype: Any, compute: Any, out: Any) -> Any:
     """
     if value.dtype != dtype or (out is not None and np.may_share_memory(value, out)):
         return None
-    if dtype.kind == "f":
-        return value.astype(compute).reshape(-1)
-    bits = np.left_shift(value.view(np.uint16), 16, dtype=np.uint32)  # bfloat16
-    return bits.view(compute).reshape(-1)
+    return _cpu._affine(value, compute)
 
 
 def _prepare(key: tuple[Any, ...]) -> Ready | None:

@@ -10,7 +10,7 @@ from numba.extending import intrinsic, overload
 from cupynorm._cpu_lanes import lanes, load, store
 from cupynorm._cpu_loops import compiled
 from cupynorm._cpu_narrow import F16C, brain, half
-from cupynorm._cpu_pointers import advance, pointer
+from cupynorm._cpu_pointers import advance, item, pointer, put
 
 __all__ = ["give", "place", "take"]
 
@@ -49,7 +49,7 @@ def _widen(x, n, out, bfloat16):  # type: ignore[no-untyped-def]
             store(out, done, load(brain(x), done))
             done += lanes(out)
         for i in range(done, n):
-            out[i] = _value(np.uint32(np.uint32(x[i]) << np.uint32(16)))
+            out[i] = item(brain(x), i)
         return
     if F16C:
         while done + lanes(out) <= n:
@@ -75,12 +75,7 @@ def _narrow(values, n, y, bfloat16):  # type: ignore[no-untyped-def]
             store(brain(y), done, load(values, done))
             done += lanes(values)
         for i in range(done, n):
-            bits = _bits(values[i])
-            odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
-            rounded = np.uint32((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-            if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
-                rounded = np.uint32(0x7FC0)
-            y[i] = np.uint16(rounded)
+            put(brain(y), i, values[i])
         return
     if F16C:
         while done + lanes(values) <= n:

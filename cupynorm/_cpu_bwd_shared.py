@@ -9,21 +9,28 @@ from cupynorm import _cpu_crew, _threads
 from cupynorm._cpu_bwd_loops import FIELDS
 from cupynorm._cpu_bwd_rows import (
     LONGEST,
-    block_count,
     finish_long_rows,
     share_long_columns,
     share_long_sums,
     share_rows,
-    sums_pitch,
 )
 from cupynorm._cpu_crew import COUNTER, THREADS, lead
 from cupynorm._cpu_entries import merge, merge_into, size_of_sums, sums_size
 from cupynorm._cpu_kept import built, seen, shared
-from cupynorm._cpu_loops import CHUNK
+from cupynorm._cpu_loops import CHUNK, compiled
 from cupynorm._cpu_pointers import at
 from cupynorm._cpu_shared import ALONE, counters_of, useful
 
 __all__ = ["ALONE", "LONGEST", "at_once", "backward"]
+
+
+@compiled()
+def _tables(job, stored, computed):  # type: ignore[no-untyped-def]
+    """View dy, x, dx and weight of a job, whose first nine numbers these are."""
+    a = at(job, np.int64)
+    last, N = a[6] - 1, a[7]
+    dy, x = seen(a[0], last * a[1] + N, stored), seen(a[2], last * a[3] + N, stored)
+    return dy, x, seen(a[4], last * a[5] + N, stored), seen(a[8], N, computed)
 
 
 def _define_gradients(sources: int, jit: Any, stored: Any, computed: Any) -> Any:
@@ -31,11 +38,9 @@ def _define_gradients(sources: int, jit: Any, stored: Any, computed: Any) -> Any
     def gradients(job, who):  # type: ignore[no-untyped-def]
         a, counters = at(job, np.int64), counters_of(job)
         M, N = a[6], a[7] * (sources != 0)
-        last = M - 1
-        dy, x = seen(a[0], last * a[1] + N, stored), seen(a[2], last * a[3] + N, stored)
-        dx, w = seen(a[4], last * a[5] + N, stored), seen(a[8], N, computed)
+        dy, x, dx, w = _tables(job, stored, computed)
         mean, rstd = seen(a[9], M, computed), seen(a[10], M, computed)
-        sums = seen(a[11], 2 * block_count(M) * sums_pitch(N), computed)
+        sums = seen(a[11], size_of_sums(M, N), computed)
         half = a[12] != 0
         share_rows(dy, a[1], x, a[3], dx, a[5], M, N, w, mean, rstd, sums, half, counters, who)
 
@@ -74,9 +79,9 @@ def _define_long_sums(sources: int, jit: Any, stored: Any, computed: Any) -> Any
     def long_sums(job, who):  # type: ignore[no-untyped-def]
         a, counters = at(job, np.int64), counters_of(job)
         M, N = a[6], a[7] * (sources != 0)
-        last, chunks = M - 1, (N + CHUNK - 1) // CHUNK
-        dy, x = seen(a[0], last * a[1] + N, stored), seen(a[2], last * a[3] + N, stored)
-        w, mean, rstd = seen(a[8], N, computed), seen(a[9], M, computed), seen(a[10], M, computed)
+        chunks = (N + CHUNK - 1) // CHUNK
+        dy, x, _, w = _tables(job, stored, computed)
+        mean, rstd = seen(a[9], M, computed), seen(a[10], M, computed)
         parts = seen(a[13], M * chunks * 3, np.float64).reshape((M, chunks, 3))
         share_long_sums(dy, a[1], x, a[3], M, N, w, mean, rstd, parts, a[12] != 0, counters, who)
 
@@ -99,10 +104,8 @@ def _define_long_columns(sources: int, jit: Any, stored: Any, computed: Any) -> 
     def long_columns(job, who):  # type: ignore[no-untyped-def]
         a, counters = at(job, np.int64), counters_of(job)
         M, N = a[6], a[7] * (sources != 0)
-        last = M - 1
-        dy, x = seen(a[0], last * a[1] + N, stored), seen(a[2], last * a[3] + N, stored)
-        dx, w = seen(a[4], last * a[5] + N, stored), seen(a[8], N, computed)
-        sums = seen(a[11], 2 * block_count(M) * sums_pitch(N), computed)
+        dy, x, dx, w = _tables(job, stored, computed)
+        sums = seen(a[11], size_of_sums(M, N), computed)
         stats, half = seen(a[14], M * FIELDS, computed), a[12] != 0
         share_long_columns(dy, a[1], x, a[3], dx, a[5], M, N, w, stats, sums, half, counters, who)
 
@@ -115,18 +118,18 @@ def at_once(kind: str, M: int, N: int) -> Callable[..., None]:
     ``at_once(kind, M, N)(dy, x, dx, mean, rstd, w, dweight, dbias, bfloat16)``: dy, x and dx (M, N)
     hold 16-bit kinds as uint16; an absent dx, w, dweight or dbias is empty.
     """
-    compiled = built(_define_at_once, "immmrrrrriiii", kind)
+    entry = built(_define_at_once, "immmrrrrriiii", kind)
     if M * N < ALONE:
-        return lambda *arguments: compiled(*arguments, 0, 0, 1)
+        return lambda *arguments: entry(*arguments, 0, 0, 1)
     work = shared(_define_gradients, kind)
 
     def call(*arguments: Any) -> None:
         threads = useful(M * N, _threads.num_threads())
         if threads == 1:
-            compiled(*arguments, 0, 0, 1)
+            entry(*arguments, 0, 0, 1)
             return
         control = _cpu_crew.control(threads)
-        if not control or compiled(*arguments, control, work.address, threads):
+        if not control or entry(*arguments, control, work.address, threads):
             # There is no crew, or another call has it.
             dy, x, dx, mean, rstd, w, dweight, dbias = (
                 a.ctypes.data if a.size else 0 for a in arguments[:8]

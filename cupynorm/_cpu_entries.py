@@ -194,7 +194,7 @@ def backward(kind: str) -> Callable[..., None]:
 
 
 def merge(kind: str) -> Callable[..., None]:
-    """``merge(sums, M, N, dweight, dbias)`` after ``_cpu_shared.backward``."""
+    """``merge(sums, M, N, dweight, dbias)`` after ``_cpu_bwd_shared.backward``."""
     return built(_define_merge, "viiiii", kind)  # type: ignore[no-any-return]
 
 
@@ -204,5 +204,5 @@ def merge_wide(kind: str) -> Callable[..., None]:
 
 
 def sums_size(M: int, N: int) -> int:
-    """Elements of the column sums that ``_cpu_shared.backward`` leaves."""
+    """Elements of the column sums that ``_cpu_bwd_shared.backward`` leaves."""
     return built(_define_size, "iii")(M, N)  # type: ignore[no-any-return]

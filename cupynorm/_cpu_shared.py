@@ -35,9 +35,11 @@ def counters_of(job):  # type: ignore[no-untyped-def]
     return seen(job + 8 * COUNTER, 8 * at(job, np.int64)[THREADS], np.int64)
 
 
-@compiled()
-def _blocks(M, N):  # type: ignore[no-untyped-def]
+def _blocks(M: int, N: int) -> int:
     return min(M, (M * N + _BLOCK - 1) // _BLOCK)
+
+
+_compiled_blocks = compiled()(_blocks)
 
 
 def _define_rows(sources: int, jit: Any, stored: Any, computed: Any) -> Any:
@@ -90,7 +92,7 @@ def _define_at_once(sources: int, jit: Any, stored: Any, computed: Any) -> Calla
         wide[8], wide[9], wide[10] = eps, low, high
         job[11] = mean.ctypes.data if mean.size else 0
         job[12] = rstd.ctypes.data if rstd.size else 0
-        job[13], job[14], job[THREADS] = bfloat16, _blocks(M, N), threads
+        job[13], job[14], job[THREADS] = bfloat16, _compiled_blocks(M, N), threads
         done = lead(control, work, at_job, threads - 1)
         job[THREADS] = 0  # its last use: numba frees an array after that, address or not
         return 0 if done else 2
@@ -199,7 +201,7 @@ def forward(
     low, high = safe_range("d" if kind == "float64" else "f", eps)
     half, threads = int(kind == "bfloat16"), useful(M * N, threads)
     if not _by_pieces(M, N, threads):
-        count = min(M, -(-M * N // _BLOCK)) if threads > 1 else 1
+        count = _blocks(M, N) if threads > 1 else 1
         numbers = weight, bias, eps, low, high, mean, rstd, half, count
         job = _cpu_crew.record(threads, x, xp, y, yp, M, N, *numbers)
         _cpu_crew.run(shared(_define_rows, kind), job, threads)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from cupynorm import _torch_cpu
+from cupynorm._arguments import keyable
 from cupynorm._torch_watch import ARITHMETIC, watch_on
 
 __all__ = ["at_once"]
@@ -26,7 +27,7 @@ def at_once(
     if watch_on(x, weight, bias) != ARITHMETIC or return_stats or not x.is_cpu or x.ndim == 0:
         return None
     if normalized_shape is None:
-        if type(axis) not in (type(None), int, tuple) or axis not in _LAST:
+        if not keyable(axis) or axis not in _LAST:
             return None
         normalized_shape = (x.shape[-1],)
     elif axis is not None:

@@ -48,11 +48,16 @@ def at_once(
         count, source = x.numel(), x.data_ptr()
         if x.shape[-1] != N or not 0 < count < limit or not x.is_contiguous() or _plain.get():
             return None
+        # (64.0,) finds what (64,) put there, and True what 1.0 did.
+        if type(normalized_shape[0]) is not int or type(eps) is not float:
+            return None
         w = b = 0
         if weight is not None:
             if weight.shape != normalized_shape or not weight.is_cpu:
                 return None
             if weight.dtype is not compute and weight.dtype in KINDS:
+                if out is not None and _meet(weight, out):  # as its copy would not
+                    return None
                 weight = weight.to(compute)
             if weight.dtype is not compute or not weight.is_contiguous():
                 return None
@@ -61,6 +66,8 @@ def at_once(
             if bias.shape != normalized_shape or not bias.is_cpu:
                 return None
             if bias.dtype is not compute and bias.dtype in KINDS:
+                if out is not None and _meet(bias, out):
+                    return None
                 bias = bias.to(compute)
             if bias.dtype is not compute or not bias.is_contiguous():
                 return None
@@ -74,6 +81,12 @@ def at_once(
         return None
     call(source, to, count // N, N, w, b, eps, low, high, 0, 0, bfloat16)
     return y
+
+
+def _meet(row: Any, out: Any) -> bool:
+    """Whether a weight or bias may share memory with out."""
+    at, to = row.data_ptr(), out.data_ptr()
+    return not row.is_contiguous() or (at < to + out.nbytes and to < at + row.nbytes)
 
 
 def _apart(to: int, x: Any, source: int, w: int, b: int, N: int) -> bool:

@@ -172,9 +172,7 @@ def _first_of_cupy(do: Any) -> None:
     _at_once[calls.array_type] = calls.at_once
 
 
-def _first_of_torch() -> None:
-    import torch
-
+def _first_of_torch(torch: Any) -> None:
     from cupynorm import _torch_at_once
 
     if not torch.compiler.is_compiling():  # to which the table must stay as it found it
@@ -219,10 +217,12 @@ def strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, 
 
 def _torch(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, Any, Any]:
     """Torch tensors: our kernels and loops, differentiable."""
+    import torch
+
     from cupynorm import _namespace, _torch_autograd
 
-    if len(_at_once) == 1 or not any(k.__module__ == "torch" for k in _at_once):
-        _first_of_torch()
+    if torch.Tensor not in _at_once:
+        _first_of_torch(torch)
     _, x, axes, weight, bias, eps, _ = call
     if out is not None:
         _namespace.check_out(x, weight, bias, order, out)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _problem, _results
+from cupynorm import _cpu_bwd_at_once, _problem, _results
 from cupynorm._arguments import (
     Call,
     check_arguments,
@@ -124,8 +124,6 @@ def layer_norm_backward(
     array([1., 1., 1.])
     """
     if type(x) is np.ndarray:
-        from cupynorm import _cpu_bwd_at_once
-
         given = dy, x, normalized_shape, mean, rstd, weight, axis, output_mask
         found = _cpu_bwd_at_once.at_once(*given)
         if found is not None:

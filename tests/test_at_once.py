@@ -202,8 +202,19 @@ def test_tensors_that_the_ordinary_way_takes(torch):
     with pytest.raises(ValueError, match="shares memory"):
         cn.layer_norm(x, 100, memory[550:650], out=memory[:600].view(6, 100))
     assert torch.equal(memory, before)
-    for bad in ({"axis": True}, {"normalized_shape": 100, "axis": 1}, {"normalized_shape": 99}):
+    half = memory.to(torch.float16)
+    before = half.clone()
+    for name in ("weight", "bias"):  # of which the loops have a copy
+        with pytest.raises(ValueError, match="shares memory"):
+            cn.layer_norm(x.half(), 100, out=half[:600].view(6, 100), **{name: half[550:650]})
+    assert torch.equal(half, before)
+    cn.layer_norm(x, 100)
+    cn.layer_norm(x, 100, eps=1.0)
+    bad = [{"axis": True}, {"axis": (-1.0,)}, {"normalized_shape": 100, "axis": 1},
+           {"normalized_shape": 99}, {"normalized_shape": (100.0,)},
+           {"normalized_shape": 100, "eps": True}]  # fmt: skip
+    for arguments in bad:
         with pytest.raises((TypeError, ValueError)):
-            cn.layer_norm(x, **bad)
+            cn.layer_norm(x, **arguments)
     with pytest.raises((TypeError, ValueError)):
         cn.layer_norm(x, out=torch.empty(6, 100, dtype=torch.float64))

@@ -297,9 +297,9 @@ def test_a_rows_bits_are_the_same_in_every_batch(engine, dtype, monkeypatch):
 
 
 def threads_asked_for(monkeypatch):
-    """How many threads each job that is handed out from now on may have."""
+    """How many threads each job of several blocks that is handed out from now on may have."""
     asked, run, run_compiled = [], _threads.run, _cpu_crew.run
-    monkeypatch.setattr(_threads, "run", lambda *a: (asked.append(a[2]), run(*a)))
+    monkeypatch.setattr(_threads, "run", lambda *a: (asked.extend([a[2]] * (a[1] > 1)), run(*a)))
     monkeypatch.setattr(_cpu_crew, "run", lambda *a: (asked.append(a[2]), run_compiled(*a)))
     return asked
 

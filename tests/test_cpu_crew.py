@@ -23,6 +23,7 @@ from cupynorm._cpu_loops import take_block
 from cupynorm._cpu_pointers import at, claim
 from cupynorm._cpu_shared import counters_of
 from cupynorm._cpu_signals import add_to, and_with, cpu, invoke, pause, read, swap, system
+from tests.in_threads import in_threads
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 60  # after which a call is held to be stuck: far more than any takes on a busy machine
@@ -109,27 +110,6 @@ def until(true):
     while not true():
         assert time.monotonic() < end
         time.sleep(0.001)
-
-
-def in_threads(count, call):
-    """Run ``call(number)`` in threads at once; fail, not hang, if they do not come back."""
-    errors = []
-
-    def body(number):
-        try:
-            call(number)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=body, args=(n,), daemon=True) for n in range(count)]
-    for t in threads:
-        t.start()
-    end = time.monotonic() + SECONDS
-    for t in threads:
-        t.join(max(0.0, end - time.monotonic()))
-    assert not any(t.is_alive() for t in threads), "stuck"
-    if errors:
-        raise errors[0]
 
 
 CREW = _cpu_crew._Crew()

@@ -212,7 +212,11 @@ def test_warmup_on_the_cpu_leaves_nothing_to_compile():
     code = """
         import numpy as np, cupynorm as cn
         from cupynorm import _cpu_kept
+        cn.warmup(64, ["float32"], device="cpu")
+        backward = lambda: [d for d, _ in _cpu_kept._ready if "_bwd_" in d.__module__]
+        assert not backward()  # which nobody asked for
         cn.warmup(64, ["float32"], backward=True, device="cpu")
+        assert backward()
         ready = dict(_cpu_kept._ready)
         assert ready
         w = np.ones(64, np.float32)

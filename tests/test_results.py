@@ -8,8 +8,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import threading
-import time
 from pathlib import Path
 
 import ml_dtypes
@@ -19,6 +17,7 @@ import pytest
 import cupynorm as cn
 from cupynorm import _pages, _results
 from tests import oracle
+from tests.in_threads import in_threads
 from tests.test_pages import SMAPS, flags_at
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -371,27 +370,6 @@ def test_large_memory_is_mapped_in_huge_pages_and_for_this_process_alone():
 
 
 # --- threads, garbage, forks, the end -------------------------------------------------------------
-
-
-def in_threads(count, call, seconds=60):
-    """Run ``call(number)`` in threads at once; fail, not hang, if they do not come back."""
-    errors = []
-
-    def body(number):
-        try:
-            call(number)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=body, args=(n,), daemon=True) for n in range(count)]
-    for t in threads:
-        t.start()
-    end = time.monotonic() + seconds
-    for t in threads:
-        t.join(max(0.0, end - time.monotonic()))
-    assert not any(t.is_alive() for t in threads)
-    if errors:
-        raise errors[0]
 
 
 @pytest.fixture
