@@ -9,7 +9,7 @@ import cupynorm as cn
 from bench.cpu_contender import Builder, CpuContender
 from bench.cpu_data import CpuInputs
 from bench.gpu_grid import BWD, FWD
-from cupynorm import _cpu
+from cupynorm._cpu import arrays as _cpu
 
 __all__ = ["ours"]
 

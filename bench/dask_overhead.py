@@ -39,7 +39,7 @@ import psutil
 import cupynorm as cn
 import cupynorm.dask as cd
 from bench.progress import progress, say
-from cupynorm import _dask_moments
+from cupynorm.dask import _moments as _dask_moments
 from tests import oracle
 
 COLS = 1000

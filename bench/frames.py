@@ -38,7 +38,8 @@ sys.path.insert(0, str(ROOT))
 
 from bench.cpu_machine import machine, write  # noqa: E402
 from bench.progress import progress, say  # noqa: E402
-from cupynorm import columns, frames  # noqa: E402
+from cupynorm import frames  # noqa: E402
+from cupynorm.frames import columns  # noqa: E402
 from tests import oracle  # noqa: E402
 
 N, EPS = 100, 1e-5

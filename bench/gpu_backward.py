@@ -13,8 +13,8 @@ from bench.gpu_session import Session
 from bench.gpu_sweep import sweep
 from bench.gpu_table import Table
 from bench.peers_backward import BACKWARD_PEERS, backward_peers
+from cupynorm._cuda.plan_bwd import choose_plan_bwd
 from cupynorm._layout import GradientLayout, gradient_layout_of
-from cupynorm._plan_bwd import choose_plan_bwd
 
 __all__ = ["backward", "gradient_layout", "ours"]
 
@@ -28,7 +28,7 @@ def gradient_layout(case: Case) -> GradientLayout:
 
 def kernel_names(session: Session, case: Case) -> str:
     """Names of what the plans launch for a case."""
-    from cupynorm import _cuda
+    from cupynorm._cuda import arrays as _cuda
 
     device = _cuda.device_of(session.cupy.cuda.runtime.getDevice())
     plan = choose_plan_bwd(gradient_layout(case).problem, device)

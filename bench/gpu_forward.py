@@ -12,15 +12,15 @@ from bench.gpu_session import Session
 from bench.gpu_sweep import sweep
 from bench.gpu_table import Table
 from bench.peers import PEERS, peers
+from cupynorm._cuda.plan import choose_plan
 from cupynorm._layout import layout_of
-from cupynorm._plan import choose_plan
 
 __all__ = ["forward", "kernel_name", "ours"]
 
 
 def kernel_name(session: Session, case: Case, stats: bool = False) -> str:
     """Names of what the plan launches for a case."""
-    from cupynorm import _cuda
+    from cupynorm._cuda import arrays as _cuda
 
     strides, affine = (case.pitch, 1), case.affine_dtype
     shape = (case.rows, case.N)

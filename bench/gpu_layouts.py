@@ -14,14 +14,14 @@ from bench.gpu_sweep import sweep
 from bench.gpu_table import Table
 from bench.peers_layouts import LAYOUT_PEERS, layout_peers
 from cupynorm._arrays import element_strides
-from cupynorm._plan_column import ColumnsProblem, choose_plan_columns
+from cupynorm._cuda.plan_column import ColumnsProblem, choose_plan_columns
 
 __all__ = ["layouts", "ours"]
 
 
 def kernel_names(session: Session, case: LayoutCase, inputs: LayoutInputs) -> str:
     """Names of what the plan launches for a case."""
-    from cupynorm import _cuda
+    from cupynorm._cuda import arrays as _cuda
 
     index, affine = session.cupy.cuda.runtime.getDevice(), case.affine_dtype
     if inputs.columns:

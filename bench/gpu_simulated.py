@@ -91,12 +91,12 @@ def _add_time(cupy: Any, recorder: _Recorder) -> None:
 
 @contextlib.contextmanager
 def simulated_session_cupy() -> Iterator[Any]:
-    """`import cupy` and `cupynorm._cuda` speak of a simulated device inside."""
+    """`import cupy` and `cupynorm._cuda.arrays` speak of a simulated device inside."""
     from tests.simt.cupy_stand_in import simulated_cupy
     from tests.simt.simulated_kernel import Function
 
     launch = Function.__call__
-    with simulated_cupy(reload=("cupynorm._cuda",), count=False) as cupy:
+    with simulated_cupy(reload=("cupynorm._cuda.arrays",), count=False) as cupy:
         recorder = _Recorder()
         _add_time(cupy, recorder)
         Function.__call__ = recorder.wrap(launch)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cupynorm._plan as plans
+import cupynorm._cuda.plan as plans
 from bench.gpu_check import EPS
 from bench.gpu_contender import Contender, Result, Unavailable, measure
 from bench.gpu_copy import copies
@@ -17,12 +17,12 @@ from bench.gpu_grid import Case, case
 from bench.gpu_machine import ROOT
 from bench.gpu_session import Session
 from bench.gpu_table import Table, rows_of
-from cupynorm._launches import ready_fwd
+from cupynorm._cuda.launch import ready_fwd
+from cupynorm._cuda.plan import TABLE, Device, Plan, Stage, TableRow
+from cupynorm._cuda.plan_cluster import ClusterRow
+from cupynorm._cuda.source import source_of
 from cupynorm._layout import layout_of
-from cupynorm._plan import TABLE, Device, Plan, Stage, TableRow
-from cupynorm._plan_cluster import ClusterRow
 from cupynorm._problem import ITEMSIZE
-from cupynorm._source import source_of
 
 __all__ = [
     "Kind",
@@ -117,7 +117,7 @@ def plan_of(row: TableRow | ClusterRow, problem: Any, device: Device) -> Plan:
 
 def launcher(session: Session, case: Case, inputs: Inputs, row: TableRow | ClusterRow) -> Contender:
     """Contender that launches the plan of `row`, past the choice that the library would make."""
-    from cupynorm import _cuda
+    from cupynorm._cuda import arrays as _cuda
 
     strides, affine = (case.pitch, 1), case.affine_dtype
     shape = (case.rows, case.N)
@@ -191,7 +191,7 @@ def trials(device: Device) -> Iterator[Trial]:
 def tune(session: Session, table: Table, report: Path, limit: int | None = None) -> str:
     """Measure all trials of the forward until the deadline; write the proposals."""
     from bench.gpu_tune_cluster import cluster_trials
-    from cupynorm import _cuda
+    from cupynorm._cuda import arrays as _cuda
 
     device = _cuda.device_of(session.cupy.cuda.runtime.getDevice())
     every = itertools.chain(trials(device), cluster_trials(device))

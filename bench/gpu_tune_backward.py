@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cupynorm._plan_bwd as plans
+import cupynorm._cuda.plan_bwd as plans
 from bench import gpu_tune
 from bench.gpu_backward import gradient_layout
 from bench.gpu_contender import Contender
@@ -16,10 +16,10 @@ from bench.gpu_grid import BWD, Case, case
 from bench.gpu_session import Session
 from bench.gpu_table import Table
 from bench.gpu_tune import Kind, Trial, refuse_what_does_not_fit, run_trials
-from cupynorm._launches import launch_bwd, ready_bwd
-from cupynorm._plan import VEC_BYTES, Device, TableRow
-from cupynorm._plan_bwd import BWD_TABLE, ROWS_PER_PARTIAL, GradientPlan
-from cupynorm._plan_cluster import ClusterBwdRow
+from cupynorm._cuda.launch import launch_bwd, ready_bwd
+from cupynorm._cuda.plan import VEC_BYTES, Device, TableRow
+from cupynorm._cuda.plan_bwd import BWD_TABLE, ROWS_PER_PARTIAL, GradientPlan
+from cupynorm._cuda.plan_cluster import ClusterBwdRow
 from cupynorm._problem import ITEMSIZE
 
 __all__ = ["Candidate", "candidates", "tune_backward"]
@@ -92,7 +92,7 @@ def launcher(
     session: Session, case: Case, inputs: GradientInputs, candidate: Candidate
 ) -> Contender:
     """Contender that launches the plan of a candidate, past the choice that the library makes."""
-    from cupynorm import _cuda
+    from cupynorm._cuda import arrays as _cuda
 
     layout, index = gradient_layout(case), session.cupy.cuda.runtime.getDevice()
     device = _cuda.device_of(index)
@@ -161,7 +161,7 @@ def trials() -> Iterator[Trial]:
 def tune_backward(session: Session, table: Table, report: Path, limit: int | None = None) -> str:
     """Measure all trials of the backward until the deadline; write the proposals."""
     from bench.gpu_tune_cluster import cluster_bwd_trials
-    from cupynorm import _cuda
+    from cupynorm._cuda import arrays as _cuda
 
     device = _cuda.device_of(session.cupy.cuda.runtime.getDevice())
     every = itertools.chain(trials(), cluster_bwd_trials(device))

@@ -7,10 +7,10 @@ from bench import gpu_tune
 from bench.gpu_grid import BWD, Case, case
 from bench.gpu_tune import Trial
 from bench.gpu_tune_backward import Candidate
-from cupynorm._chunk import CHUNK_VECS, VEC_BYTES
-from cupynorm._plan import TABLE, Device, TableRow
-from cupynorm._plan_bwd import BWD_TABLE
-from cupynorm._plan_cluster import (
+from cupynorm._cuda.chunk import CHUNK_VECS, VEC_BYTES
+from cupynorm._cuda.plan import TABLE, Device, TableRow
+from cupynorm._cuda.plan_bwd import BWD_TABLE
+from cupynorm._cuda.plan_cluster import (
     CLUSTER_BWD_TABLE,
     CLUSTER_TABLE,
     ClusterBwdRow,

@@ -38,7 +38,7 @@ def calls(cupy: Any) -> dict[str, Callable[[], Any]]:
     import numpy as np
 
     import cupynorm as cn
-    from cupynorm import _cpu_at_once
+    from cupynorm._cpu import at_once as _cpu_at_once
 
     def ready_for(shape: Any, dtype: Any, axes: Any, eps: float) -> Any:
         none = np.empty(0, np.float32)

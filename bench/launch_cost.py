@@ -28,8 +28,8 @@ import cupynorm as cn
 from bench import cpu_machine
 from bench.launch_device import counting_cupy
 from bench.opcodes import opcodes
-from cupynorm import _cpu_at_once
 from cupynorm._arguments import check_arguments
+from cupynorm._cpu import at_once as _cpu_at_once
 from tests import oracle
 
 M, N, EPS = 8, 64, 1e-5
@@ -71,7 +71,7 @@ def numpy_calls() -> dict[str, Callable[[], Any]]:
 
 def torch_calls() -> dict[str, Callable[[], Any]]:
     x, w, b, y = map(torch.from_numpy, arrays())
-    from cupynorm import _cpu_raw
+    from cupynorm._cpu import raw as _cpu_raw
 
     call, fixed, _ = _cpu_raw.forward_alone("float32", EPS)
     at = [t.data_ptr() for t in (x, y)], [t.data_ptr() for t in (w, b)]

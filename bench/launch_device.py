@@ -74,7 +74,7 @@ class _Kernel:
 @contextlib.contextmanager
 def counting_cupy() -> Iterator[Any]:
     """`import cupy` gives such a CuPy inside; ``from_numpy`` makes an array of one."""
-    with simulated_cupy(reload=("cupynorm._cuda",)) as cupy:
+    with simulated_cupy(reload=("cupynorm._cuda.arrays",)) as cupy:
         kind = type("ndarray", (_Array,), {"__module__": "cupy", "__slots__": ()})
 
         def from_numpy(host: np.ndarray) -> Any:

@@ -6,16 +6,16 @@ from typing import Any
 from bench.gpu_grid import BOTH, BWD, FEW, FWD, LAYOUT, SMALL, Case, case
 from bench.model_gpus import GPUS, Gpu
 from bench.model_time import Prediction, copy_time, predict
-from cupynorm._layout import gradient_layout_of, layout_of
-from cupynorm._plan import choose_plan
-from cupynorm._plan_bwd import choose_plan_bwd
-from cupynorm._plan_column import (
+from cupynorm._cuda.plan import choose_plan
+from cupynorm._cuda.plan_bwd import choose_plan_bwd
+from cupynorm._cuda.plan_column import (
     ColumnProblem,
     ColumnsProblem,
     choose_plan_column,
     choose_plan_columns,
 )
-from cupynorm._plan_column_bwd import ColumnGradientProblem, choose_plan_column_bwd
+from cupynorm._cuda.plan_column_bwd import ColumnGradientProblem, choose_plan_column_bwd
+from cupynorm._layout import gradient_layout_of, layout_of
 
 __all__ = ["COLUMNS_OF", "Predicted", "cases", "families", "planned", "predicted", "predictions"]
 

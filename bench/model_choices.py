@@ -12,9 +12,9 @@ from bench.model_cases import planned
 from bench.model_gpus import GPUS, Gpu
 from bench.model_occupancy import most_registers, registers_of
 from bench.model_time import predict
-from cupynorm import _plan_column
-from cupynorm._plan import CHUNK_VECS, TABLE, VEC_BYTES, TableRow
-from cupynorm._plan_bwd import BWD_TABLE
+from cupynorm._cuda import plan_column as _plan_column
+from cupynorm._cuda.plan import CHUNK_VECS, TABLE, VEC_BYTES, TableRow
+from cupynorm._cuda.plan_bwd import BWD_TABLE
 from cupynorm._problem import ITEMSIZE
 
 __all__ = ["WORTH", "Choice", "Crossover", "choices", "crossovers", "tiles"]

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.gpu_tune import plan_of
-from cupynorm._plan import TABLE, VEC_BYTES, Device, Stage
-from cupynorm._plan_bwd import BWD_TABLE, choose_plan_bwd
+from cupynorm._cuda.plan import TABLE, VEC_BYTES, Device, Stage
+from cupynorm._cuda.plan_bwd import BWD_TABLE, choose_plan_bwd
+from cupynorm._cuda.source import source_of
 from cupynorm._problem import ITEMSIZE, GradientProblem, Problem
-from cupynorm._source import source_of
 
 __all__ = ["ARCHS", "COUNTS", "Instructions", "counted", "instructions_of"]
 

@@ -18,9 +18,9 @@ from bench.model_launches import (
     work,
 )
 from bench.model_rows_bwd import totals_launch
-from cupynorm._plan_bwd import GradientPlan
-from cupynorm._plan_column import ColumnPlan, ColumnProblem, ColumnsProblem
-from cupynorm._plan_column_bwd import ColumnGradientProblem
+from cupynorm._cuda.plan_bwd import GradientPlan
+from cupynorm._cuda.plan_column import ColumnPlan, ColumnProblem, ColumnsProblem
+from cupynorm._cuda.plan_column_bwd import ColumnGradientProblem
 from cupynorm._problem import ITEMSIZE
 
 __all__ = ["COLUMN_BYTES"]

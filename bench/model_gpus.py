@@ -5,7 +5,7 @@ A number without a published source is an assumption and says so; a run of `make
 
 from dataclasses import dataclass
 
-from cupynorm._plan import Device
+from cupynorm._cuda.plan import Device
 
 __all__ = ["GPUS", "Gpu", "gpu_named"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.model_code import Instructions, instructions_of
 from bench.model_gpus import Gpu
-from cupynorm._plan import VEC_BYTES, Stage
+from cupynorm._cuda.plan import VEC_BYTES, Stage
 from cupynorm._problem import ITEMSIZE, stats_dtype
 
 __all__ = [

@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 
 from bench.model_gpus import Gpu
-from cupynorm._plan import Stage
+from cupynorm._cuda.plan import Stage
 
 __all__ = ["MATRIX", "blocks_of", "most_registers", "registers_of", "resident_blocks"]
 

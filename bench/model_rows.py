@@ -18,7 +18,7 @@ from bench.model_launches import (
     vector_bytes,
     work,
 )
-from cupynorm._plan import CHUNK_THREADS, CHUNK_VECS, VEC_BYTES, Plan
+from cupynorm._cuda.plan import CHUNK_THREADS, CHUNK_VECS, VEC_BYTES, Plan
 from cupynorm._problem import ITEMSIZE, Problem
 
 __all__ = ["row_bytes"]

@@ -19,8 +19,8 @@ from bench.model_launches import (
     vector_bytes,
     work,
 )
-from cupynorm._plan import CHUNK_THREADS, CHUNK_VECS, VEC_BYTES, Stage
-from cupynorm._plan_bwd import APPLY_VECS, GradientPlan
+from cupynorm._cuda.plan import CHUNK_THREADS, CHUNK_VECS, VEC_BYTES, Stage
+from cupynorm._cuda.plan_bwd import APPLY_VECS, GradientPlan
 from cupynorm._problem import ITEMSIZE, GradientProblem
 
 __all__ = ["totals_launch"]

@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _kernels_that_ran() -> list[str]:
-    from cupynorm import _cuda
+    from cupynorm._cuda import arrays as _cuda
 
     prepared = (*_cuda._prepared.values(), *_cuda._prepared_bwd.values())
     plans = [ready.plan for ready in prepared]

@@ -7,11 +7,11 @@ from cupynorm.functional import LayerNormResult, layer_norm
 
 if TYPE_CHECKING:
     from cupynorm import plot
-    from cupynorm._config import show_config
-    from cupynorm._explain import explain
-    from cupynorm._explanation import Explanation
-    from cupynorm._warmup import warmup
-    from cupynorm.columns import layer_norm_columns
+    from cupynorm._report.config import show_config
+    from cupynorm._report.explain import explain
+    from cupynorm._report.explanation import Explanation
+    from cupynorm._report.warmup import warmup
+    from cupynorm.frames.columns import layer_norm_columns
     from cupynorm.gradient import LayerNormGradients, layer_norm_backward
     from cupynorm.modules import LayerNorm
     from cupynorm.prepared import PreparedLayerNorm, prepare
@@ -36,16 +36,16 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Explanation": "cupynorm._explanation",
+    "Explanation": "cupynorm._report.explanation",
     "LayerNorm": "cupynorm.modules",
     "LayerNormGradients": "cupynorm.gradient",
     "PreparedLayerNorm": "cupynorm.prepared",
-    "explain": "cupynorm._explain",
+    "explain": "cupynorm._report.explain",
     "layer_norm_backward": "cupynorm.gradient",
-    "layer_norm_columns": "cupynorm.columns",
+    "layer_norm_columns": "cupynorm.frames.columns",
     "prepare": "cupynorm.prepared",
-    "warmup": "cupynorm._warmup",
-    "show_config": "cupynorm._config",
+    "warmup": "cupynorm._report.warmup",
+    "show_config": "cupynorm._report.config",
 }
 
 

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cupynorm import _backends, _picture, _probe, _selfcheck
-from cupynorm._config import show_config
+from cupynorm._report import backends as _backends
+from cupynorm._report import picture as _picture
+from cupynorm._report import probe as _probe
+from cupynorm._report import selfcheck as _selfcheck
+from cupynorm._report.config import show_config
 
 __all__ = ["main"]
 

@@ -147,9 +147,9 @@ def path_of(name: str) -> Any:
     global _cpu_path
     if name == "numpy":
         if _cpu_path is None:
-            from cupynorm import _cpu as _cpu_path
+            from cupynorm._cpu import arrays as _cpu_path
         return _cpu_path
-    from cupynorm import _cuda
+    from cupynorm._cuda import arrays as _cuda
 
     return _cuda
 

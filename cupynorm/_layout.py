@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cupynorm import _problem
-from cupynorm._plan_column import ColumnProblem
-from cupynorm._plan_column_bwd import ColumnGradientProblem
+from cupynorm._cuda.plan_column import ColumnProblem
+from cupynorm._cuda.plan_column_bwd import ColumnGradientProblem
 from cupynorm._problem import GradientProblem, Problem
 
 __all__ = [

@@ -4,10 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm import _cpu, _cpu_at_once, _cuda_launch, functional
+from cupynorm import functional
 from cupynorm._arguments import Call, path_of
 from cupynorm._arrays import element_strides
-from cupynorm._cpu import _plain
+from cupynorm._cpu import arrays as _cpu
+from cupynorm._cpu import at_once as _cpu_at_once
+from cupynorm._cpu.arrays import _plain
+from cupynorm._cuda import prelaunch as _cuda_launch
 from cupynorm._layout import result_strides
 from cupynorm._prepared import PreparedLayerNorm
 

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
-from cupynorm import _cpu_raw, _namespace, _torch_cpu, _torch_launch
+from cupynorm import _namespace
 from cupynorm._arguments import Call
+from cupynorm._cpu import raw as _cpu_raw
 from cupynorm._prepared import PreparedLayerNorm
-from cupynorm._torch_watch import ARITHMETIC, GRADIENT, watch_on
+from cupynorm._torch import cpu as _torch_cpu
+from cupynorm._torch import tensors as _torch_launch
+from cupynorm._torch.watch import ARITHMETIC, GRADIENT, watch_on
 from cupynorm.functional import LayerNormResult
 
 __all__ = ["PreparedTorch"]

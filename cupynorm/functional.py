@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _problem, _results, _tables
+from cupynorm import _problem
 from cupynorm._arguments import (
     Call,
     check_arguments,
@@ -14,6 +14,8 @@ from cupynorm._arguments import (
     path_of,
 )
 from cupynorm._arrays import check_overlap, check_writable, library_of
+from cupynorm._cpu import results as _results
+from cupynorm.frames import _tables
 
 __all__ = ["LayerNormResult", "layer_norm", "strided"]
 
@@ -156,14 +158,14 @@ def layer_norm(
 
 
 def _first_of_numpy(*arguments: Any) -> Any:
-    from cupynorm import _cpu_at_once
+    from cupynorm._cpu import at_once as _cpu_at_once
 
     _at_once[np.ndarray] = _cpu_at_once.at_once
     return _cpu_at_once.at_once(*arguments)
 
 
 def _first_of_cupy(do: Any) -> None:
-    from cupynorm import _cuda_small
+    from cupynorm._cuda import small as _cuda_small
 
     for kind, way in list(_at_once.items()):
         if isinstance(getattr(way, "__self__", None), _cuda_small.Calls):
@@ -173,7 +175,7 @@ def _first_of_cupy(do: Any) -> None:
 
 
 def _first_of_torch(torch: Any) -> None:
-    from cupynorm import _torch_at_once
+    from cupynorm._torch import at_once as _torch_at_once
 
     if not torch.compiler.is_compiling():  # to which the table must stay as it found it
         _at_once[torch.Tensor] = _torch_at_once.at_once
@@ -185,7 +187,7 @@ _at_once: dict[type, Callable[..., Any]] = {np.ndarray: _first_of_numpy}
 
 def _dask(x: Any, *arguments: Any) -> Any:
     """Dask arrays and DataFrames, lazily: each task calls `layer_norm` on a block of its own."""
-    from cupynorm import _dask_blocks
+    from cupynorm.dask import _blocks as _dask_blocks
 
     y, mean, rstd = _dask_blocks.layer_norm(layer_norm, x, *arguments)
     return LayerNormResult(y, mean, rstd) if arguments[-1] else y
@@ -219,7 +221,8 @@ def _torch(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, A
     """Torch tensors: our kernels and loops, differentiable."""
     import torch
 
-    from cupynorm import _namespace, _torch_autograd
+    from cupynorm import _namespace
+    from cupynorm._torch import autograd as _torch_autograd
 
     if torch.Tensor not in _at_once:
         _first_of_torch(torch)

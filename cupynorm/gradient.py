@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _cpu_bwd_at_once, _problem, _results
+from cupynorm import _problem
 from cupynorm._arguments import (
     Call,
     check_arguments,
@@ -14,6 +14,8 @@ from cupynorm._arguments import (
     path_of,
 )
 from cupynorm._arrays import library_of
+from cupynorm._cpu import bwd_at_once as _cpu_bwd_at_once
+from cupynorm._cpu import results as _results
 
 __all__ = ["LayerNormGradients", "layer_norm_backward"]
 
@@ -202,7 +204,7 @@ def _strided(
 
 def _unwatched(call: Call, *tensors: Any) -> bool:
     """Whether torch is not to differentiate, compile or transform this call itself."""
-    from cupynorm._torch_autograd import unwatched
+    from cupynorm._torch.autograd import unwatched
 
     return all(unwatched(t, call.weight, None) for t in (call.x, *tensors))
 
@@ -213,7 +215,7 @@ def _torch(
     """Torch tensors that nobody watches: our kernels and loops."""
     import torch
 
-    from cupynorm import _torch_launch
+    from cupynorm._torch import tensors as _torch_launch
 
     dtypes = (getattr(torch, dtype),) * 2
     mean, rstd = mean.contiguous(), rstd.contiguous()

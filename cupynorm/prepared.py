@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from cupynorm import _tables
 from cupynorm._arguments import check_arguments, is_launchable
 from cupynorm._arrays import library_of
 from cupynorm._prepared import PreparedLayerNorm
+from cupynorm.frames import _tables
 
 __all__ = ["PreparedLayerNorm", "prepare"]
 

@@ -8,8 +8,10 @@ import torch
 from torch.nn.utils import parametrize
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from cupynorm import _problem, _torch_autograd, _torch_cpu
+from cupynorm import _problem
 from cupynorm._arrays import check_companion
+from cupynorm._torch import autograd as _torch_autograd
+from cupynorm._torch import cpu as _torch_cpu
 
 __all__ = ["LayerNorm", "convert", "layer_norm"]
 

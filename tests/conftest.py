@@ -249,16 +249,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @contextlib.contextmanager
 def _simulated() -> Iterator[None]:
     """CuPy's stand-in, and a `_cuda` that was imported with it and has no kernels of another."""
-    import cupynorm
+    import cupynorm._cuda
     from tests.simt.cupy_stand_in import simulated_cupy
 
-    name, absent = "cupynorm._cuda", object()
+    name, absent = "cupynorm._cuda.arrays", object()
 
     def swap(module: Any) -> Any:
         before = sys.modules.pop(name, absent)
-        vars(cupynorm).pop("_cuda", None)
+        vars(cupynorm._cuda).pop("arrays", None)
         if module is not absent:
-            sys.modules[name] = cupynorm._cuda = module
+            sys.modules[name] = cupynorm._cuda.arrays = module
         return before
 
     with simulated_cupy():
@@ -270,7 +270,7 @@ def _simulated() -> Iterator[None]:
 
 
 def _plain() -> contextlib.AbstractContextManager[None]:
-    from cupynorm import _cpu
+    from cupynorm._cpu import arrays as _cpu
 
     return _cpu.without_numba()
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupynorm._plan import Device, Stage
-from cupynorm._source import source_of
+from cupynorm._cuda.plan import Device, Stage
+from cupynorm._cuda.source import source_of
 from tests.conftest import Backend, why_not
 from tests.simt.launch import Buffer, launch
 from tests.simt.limits import DeviceLimits

@@ -1,7 +1,7 @@
 """Runs the backward kernels on rows that lie at any address, pitch and batch.
 
 Like `tests.row_kernels`: nothing between the rows may be written, every element must be, and the
-argument lists are written here a second time, apart from `cupynorm._cuda`.
+argument lists are written here a second time, apart from `cupynorm._cuda.arrays`.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupynorm._plan import CHUNK_VECS, VEC_BYTES, Device
-from cupynorm._plan_bwd import GradientPlan, choose_plan_bwd
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device
+from cupynorm._cuda.plan_bwd import GradientPlan, choose_plan_bwd
 from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
 from tests import oracle
 from tests.conftest import np_dtype

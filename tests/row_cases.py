@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import pytest
 
-from cupynorm._plan import CHUNK_VECS, VEC_BYTES
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._problem import ITEMSIZE, stats_dtype
 from tests import oracle
 from tests.conftest import np_dtype

@@ -1,7 +1,7 @@
 """Runs the row kernels on given values that lie at any address, pitch and batch.
 
 Each run also checks that no byte between the rows is written and, in the simulator, that every
-element is. The argument lists are written here a second time, apart from `cupynorm._cuda`.
+element is. The argument lists are written here a second time, apart from `cupynorm._cuda.arrays`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm._plan import Device, Plan, choose_plan
+from cupynorm._cuda.plan import Device, Plan, choose_plan
 from cupynorm._problem import Problem, stats_dtype
 from tests.gpu_backend import Machine
 from tests.simt.launch import Traffic

@@ -64,7 +64,7 @@ def _numba(x: np.ndarray) -> np.ndarray:
 
 
 def _numpy_only(x: np.ndarray) -> np.ndarray:
-    from cupynorm import _cpu
+    from cupynorm._cpu import arrays as _cpu
 
     with _cpu.without_numba():
         return cn.layer_norm(x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cupynorm as cn
-from cupynorm import _cpu
+from cupynorm._cpu import arrays as _cpu
 from tests import oracle
 from tests.conftest import _simulated
 from tests.gpu_backend import SIMULATED

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm import _cpu, functional, gradient
+from cupynorm import functional, gradient
+from cupynorm._cpu import arrays as _cpu
 
 KINDS = {
     "float16": np.dtype(np.float16),

@@ -6,8 +6,8 @@ import pytest
 
 from bench import gpu_tune, gpu_tune_backward, gpu_tune_cluster
 from bench.gpu_backward import gradient_layout
+from cupynorm._cuda.plan import Device
 from cupynorm._layout import layout_of
-from cupynorm._plan import Device
 from tests.simt.limits import DeviceLimits
 from tests.test_plan import SM90, device_of
 
@@ -61,7 +61,7 @@ def test_todays_choice_is_the_first_candidate():
 
 
 def forward_choice(case, device):
-    from cupynorm._plan import choose_plan
+    from cupynorm._cuda.plan import choose_plan
 
     affine = case.affine_dtype
     strides = (case.pitch, 1)
@@ -71,7 +71,7 @@ def forward_choice(case, device):
 
 
 def backward_choice(case, device):
-    from cupynorm._plan_bwd import choose_plan_bwd
+    from cupynorm._cuda.plan_bwd import choose_plan_bwd
 
     return choose_plan_bwd(gradient_layout(case).problem, device)
 

@@ -23,7 +23,7 @@ from bench.gpu_session import Session
 from bench.gpu_simulated import simulated_session_cupy
 from bench.gpu_summary import claims, verdict
 from bench.gpu_table import COLUMNS, TIMED, Table, rows_of
-from cupynorm._plan import TABLE
+from cupynorm._cuda.plan import TABLE
 from tests.gpu_backend import SM90
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,7 @@ from bench.gpu_simulated import simulated_session_cupy
 from bench.gpu_summary import claims
 from bench.gpu_table import TIMED, Table, rows_of
 from bench.peers_backward import BACKWARD_PEERS, Tensors, backward_call
-from cupynorm._plan_bwd import BWD_TABLE
+from cupynorm._cuda.plan_bwd import BWD_TABLE
 from cupynorm._problem import GradientProblem
 from tests import oracle
 from tests.gpu_backend import SM90

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
+from cupynorm._cuda.plan import Device
+from cupynorm._cuda.plan_column_bwd import bytes_beyond_floor, choose_plan_column_bwd
 from cupynorm._layout import column_gradient_problem_of
-from cupynorm._plan import Device
-from cupynorm._plan_column_bwd import bytes_beyond_floor, choose_plan_column_bwd
 from tests import oracle
 from tests.conftest import ALL_DTYPES, Backend, np_dtype
 
@@ -126,7 +126,7 @@ def small_device(cupy_lib, monkeypatch):
     """Plan for little shared memory and few blocks, so that few columns make several panels."""
     if cupy_lib.backend is not Backend.CUPY_SIMULATED:
         pytest.skip("the simulated device's size can be chosen")
-    from cupynorm import _cuda
+    from cupynorm._cuda import arrays as _cuda
 
     _cuda.prepared_bwd.cache_clear()
     _cuda._prepared_bwd.clear()
@@ -155,7 +155,7 @@ def test_panels(cupy_lib, small_device, dtype, layout):
 
 
 def test_panels_move_no_bit_of_dx(cupy_lib, small_device, monkeypatch):
-    from cupynorm import _cuda
+    from cupynorm._cuda import arrays as _cuda
 
     dy, x = pair((70, 300), "float32")
     narrow, (main, _) = gradients(cupy_lib, laid(dy, "F"), laid(x, "F"), 1)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from hypothesis.extra import numpy as hnp
 
-from cupynorm import _cpu, _cpu_columns
-from cupynorm.columns import layer_norm_columns
+from cupynorm._cpu import arrays as _cpu
+from cupynorm._cpu import columns as _cpu_columns
+from cupynorm.frames.columns import layer_norm_columns
 from tests import oracle
 from tests.conftest import np_dtype
 
@@ -321,7 +322,7 @@ def test_no_row_and_inputs_kept(engine):
 def test_loaded_code_is_used_again_by_the_next_process(tmp_path):
     program = (
         "import numpy as np, time\n"
-        "from cupynorm.columns import layer_norm_columns\n"
+        "from cupynorm.frames.columns import layer_norm_columns\n"
         "columns = [np.arange(9).astype('int8'), np.ones(9, 'float32')]\n"
         "print(layer_norm_columns(columns, eps=0.0)[3].tolist())\n"
         "from cupynorm import _cpu_columns_loops as loops\n"

@@ -5,9 +5,9 @@ import struct
 
 import pytest
 
-from cupynorm._plan import CHUNK_VECS, TABLE
-from cupynorm._plan_bwd import BWD_TABLE
-from cupynorm._source import source_of
+from cupynorm._cuda.plan import CHUNK_VECS, TABLE
+from cupynorm._cuda.plan_bwd import BWD_TABLE
+from cupynorm._cuda.source import source_of
 from tests.nvrtc import build, grid, grid_bwd, grid_column, report
 from tests.nvrtc.check import faults
 from tests.report import put_table

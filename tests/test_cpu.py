@@ -18,7 +18,10 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm import _cpu, _cpu_crew, _cpu_half, _threads
+from cupynorm._cpu import arrays as _cpu
+from cupynorm._cpu import crew as _cpu_crew
+from cupynorm._cpu import half as _cpu_half
+from cupynorm._cpu import threads as _threads
 from tests import oracle
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -470,7 +473,7 @@ FORK = """
     import os, sys, threading, warnings
     warnings.simplefilter("ignore")  # Python 3.12 warns of forks with threads, which is the point
     import numpy as np
-    from cupynorm import _cpu
+    from cupynorm._cpu import arrays as _cpu
     def call(shape):
         x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         y = np.empty_like(x)
@@ -515,7 +518,7 @@ FIRST_CALL = """
     import sys, time, numpy as np
     import cupynorm
     assert "numba" not in sys.modules and "llvmlite" not in sys.modules
-    from cupynorm import _cpu
+    from cupynorm._cpu import arrays as _cpu
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     y = np.empty_like(x)
     start = time.perf_counter()
@@ -524,7 +527,8 @@ FIRST_CALL = """
     seconds = time.perf_counter() - start
     hits = -1
     if "numba" in sys.modules:
-        from cupynorm import _cpu_kept, _cpu_shared
+        from cupynorm._cpu import kept as _cpu_kept
+        from cupynorm._cpu import shared as _cpu_shared
         hits = _cpu_kept.shared(_cpu_shared._define_rows).cache_hits
     print(_cpu.describe().split()[0], hits, seconds)
 """
@@ -559,7 +563,7 @@ def test_cache_directory_that_cannot_be_used(tmp_path):
 
 def test_a_changed_source_is_compiled_again(monkeypatch):
     """numba's cache sees the entry's file only; the checksum of the others is part of the key."""
-    from cupynorm import _cpu_kept
+    from cupynorm._cpu import kept as _cpu_kept
 
     before = _cpu_kept.sources()
     read = Path.read_bytes
@@ -568,13 +572,13 @@ def test_a_changed_source_is_compiled_again(monkeypatch):
 
 
 DEFINING = (
-    "_cpu_bwd_shared",
-    "_cpu_bwd_strided_loops",
-    "_cpu_columns_loops",
-    "_cpu_crew",
-    "_cpu_entries",
-    "_cpu_shared",
-    "_cpu_strided_loops",
+    "bwd_shared",
+    "bwd_strided_loops",
+    "columns_loops",
+    "crew",
+    "entries",
+    "shared",
+    "strided_loops",
 )
 
 
@@ -590,7 +594,7 @@ def test_every_entry_closes_over_the_checksum(module):
 
 
 def test_the_checksum_is_of_all_files_that_entries_are_made_of():
-    from cupynorm import _cpu_kept
+    from cupynorm._cpu import kept as _cpu_kept
 
     names = {p.stem for p in ROOT.glob("cupynorm/_cpu_*.py")}
     counted = set(_cpu_kept.INNER)
@@ -598,7 +602,7 @@ def test_the_checksum_is_of_all_files_that_entries_are_made_of():
     for module in (*DEFINING, *counted):
         text = (ROOT / "cupynorm" / f"{module}.py").read_text()
         inner = {m for m in re.findall(r"^from cupynorm\.(_cpu_\w+) import", text, re.M)}
-        assert inner - counted <= {"_cpu_blocks"}, module  # of which Python alone calls functions
+        assert inner - counted <= {"blocks"}, module  # of which Python alone calls functions
 
 
 def test_numba_that_is_absent_or_refused():

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cupynorm import _cpu, _cpu_half
+from cupynorm._cpu import arrays as _cpu
+from cupynorm._cpu import half as _cpu_half
 from tests import oracle
 from tests.test_cpu import threads_asked_for
 

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm import _cpu_crew, _cpu_kept, _cpu_signals
-from cupynorm._cpu_crew import COUNTER, THREADS
-from cupynorm._cpu_kept import seen
-from cupynorm._cpu_loops import take_block
-from cupynorm._cpu_pointers import at, claim
-from cupynorm._cpu_shared import counters_of
-from cupynorm._cpu_signals import add_to, and_with, cpu, invoke, pause, read, swap, system
+from cupynorm._cpu import crew as _cpu_crew
+from cupynorm._cpu import kept as _cpu_kept
+from cupynorm._cpu import signals as _cpu_signals
+from cupynorm._cpu.crew import COUNTER, THREADS
+from cupynorm._cpu.kept import seen
+from cupynorm._cpu.loops import take_block
+from cupynorm._cpu.pointers import at, claim
+from cupynorm._cpu.shared import counters_of
+from cupynorm._cpu.signals import add_to, and_with, cpu, invoke, pause, read, swap, system
 from tests.in_threads import in_threads
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -567,7 +569,8 @@ OTHER_MACHINE = """
     platform.machine = lambda: "another"
     import re
     import numpy as np
-    from cupynorm import _cpu_crew, _cpu_kept
+    from cupynorm._cpu import crew as _cpu_crew
+    from cupynorm._cpu import kept as _cpu_kept
     assert not _cpu_crew.FUTEX and not _cpu_crew.control(3)
     for define, letters in (_cpu_crew._define_run, "iiiii"), (_cpu_crew._define_serve, "vii"):
         made = _cpu_kept.built(define, letters)
@@ -590,7 +593,7 @@ PREPARE = """
     warnings.simplefilter("ignore")  # Python 3.12 warns of forks with threads, which is the point
     import numpy as np
     import cupynorm as cn
-    from cupynorm import _cpu_crew
+    from cupynorm._cpu import crew as _cpu_crew
     def call(x, n=None):
         y, mean, rstd = cn.layer_norm(x, x.shape[1], x[0].copy(), return_stats=True)
         alone = cn.layer_norm(x, x.shape[1])

@@ -13,7 +13,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupynorm import _cpu, _cpu_bwd_shared, _cpu_crew, _cpu_kept, _cpu_raw, _cpu_shared, _threads
+from cupynorm._cpu import arrays as _cpu
+from cupynorm._cpu import bwd_shared as _cpu_bwd_shared
+from cupynorm._cpu import crew as _cpu_crew
+from cupynorm._cpu import kept as _cpu_kept
+from cupynorm._cpu import raw as _cpu_raw
+from cupynorm._cpu import shared as _cpu_shared
+from cupynorm._cpu import threads as _threads
 from tests import oracle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -355,13 +361,13 @@ def run_python(code, root=ROOT, **env):
 
 FIRST_CALL = """
     import numpy as np
-    from cupynorm import _cpu_raw
+    from cupynorm._cpu import raw as _cpu_raw
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     y = np.empty_like(x)
     pointers = x.ctypes.data, y.ctypes.data
     _cpu_raw.layer_norm_fwd("float32", *pointers, 3, 4, 0, 0, 1e-5, 0, 0)
     assert abs(y[0, 0] + 1.3416) < 1e-3, y
-    from cupynorm import _cpu_entries
+    from cupynorm._cpu import entries as _cpu_entries
     print(sum(_cpu_entries.forward("float32").stats.cache_hits.values()))
 """
 OTHER_CALLS = """
@@ -384,7 +390,7 @@ def test_kept_on_disk_until_an_inner_file_changes(tmp_path):
     calls = FIRST_CALL + OTHER_CALLS
     assert run_python(calls, tmp_path, **folder).split() == ["0", "0", "0"]
     assert run_python(calls, tmp_path, **folder).split() == ["1", "1", "1"]
-    inner = tmp_path / "cupynorm" / "_cpu_rows.py"
+    inner = tmp_path / "cupynorm" / "_cpu" / "rows.py"
     inner.write_text(inner.read_text() + "\n")
     assert run_python(FIRST_CALL, tmp_path, **folder).split() == ["0"]
 

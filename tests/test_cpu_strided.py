@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm import _cpu, _cpu_bwd_gather, _cpu_gather, _cpu_strided, _threads
+from cupynorm._cpu import arrays as _cpu
+from cupynorm._cpu import bwd_gather as _cpu_bwd_gather
+from cupynorm._cpu import gather as _cpu_gather
+from cupynorm._cpu import strided as _cpu_strided
+from cupynorm._cpu import threads as _threads
 from tests import oracle
 from tests.conftest import ALL_DTYPES, np_dtype
 

@@ -23,7 +23,7 @@ FAMILIES = {"warp": 77, "block": 3001, "shared": 9001, "cluster": 9001, "split":
 def sim(request):
     """The stand-in, with two devices; `sim.simulator` knows what was launched and allocated."""
     with simulated_cupy(
-        compute_capability=capability_for(request), devices=2, reload=("cupynorm._cuda",)
+        compute_capability=capability_for(request), devices=2, reload=("cupynorm._cuda.arrays",)
     ) as module:
         yield module
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm._plan_bwd import choose_plan_bwd
+from cupynorm._cuda.plan_bwd import choose_plan_bwd
 from cupynorm._problem import GradientProblem
 from tests import gpu_backend, oracle
 from tests.conftest import Backend, why_not
@@ -28,7 +28,7 @@ FAMILIES = {
 def sim(request):
     """The stand-in, with two devices; `sim.simulator` knows what was launched and allocated."""
     with simulated_cupy(
-        compute_capability=capability_for(request), devices=2, reload=("cupynorm._cuda",)
+        compute_capability=capability_for(request), devices=2, reload=("cupynorm._cuda.arrays",)
     ) as module:
         yield module
 
@@ -118,7 +118,7 @@ def test_arguments(sim):
     assert main.args[7:] == (6, 3, 4 * 128, 128, 500, 100, 3 * 77, 77, 77)
     strides = ((4 * 128, 128, 1), (500, 100, 1), (3 * 77, 77, 1))
     problem = GradientProblem("float32", "float32", "float32", "float32", True, 2, 3, 77, *strides)
-    from cupynorm import _cuda  # as the stand-in has it
+    from cupynorm._cuda import arrays as _cuda  # as the stand-in has it
 
     plan = choose_plan_bwd(problem, _cuda.device_of(0))
     assert main.grid == plan.stages[0].grid

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import strategies as st
 
 import cupynorm as cn
-from cupynorm import _dask_blocks, functional
+from cupynorm import functional
+from cupynorm.dask import _blocks as _dask_blocks
 from tests import oracle
 from tests.conftest import np_dtype
 

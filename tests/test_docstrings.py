@@ -15,14 +15,18 @@ validate = pytest.importorskip("numpydoc.validate").validate
 
 MODULES = (
     "cupynorm",
-    "cupynorm.columns",
+    "cupynorm.frames.columns",
     "cupynorm.dask",
     "cupynorm.frames",
     "cupynorm.plot",
     "cupynorm.sklearn",
     "cupynorm.torch",
 )
-RESULTS = ("cupynorm._config.Config", "cupynorm._config.Gpu", "cupynorm._config.PathStatus")
+RESULTS = (
+    "cupynorm._report.config.Config",
+    "cupynorm._report.config.Gpu",
+    "cupynorm._report.config.PathStatus",
+)
 # Of numpydoc's checks, what does not hold here, and why.
 LEFT_OUT = {
     "ES01",  # a summary that says all needs no second paragraph

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm._explain import _DEVICES
 from cupynorm._layout import result_strides
+from cupynorm._report.explain import _DEVICES
 from tests.conftest import _simulated
 from tests.simt.limits import DeviceLimits
 
@@ -211,7 +211,7 @@ def test_warmup_on_the_cpu_leaves_nothing_to_compile():
     """Small and large calls, with statistics and gradients, in a process of its own."""
     code = """
         import numpy as np, cupynorm as cn
-        from cupynorm import _cpu_kept
+        from cupynorm._cpu import kept as _cpu_kept
         cn.warmup(64, ["float32"], device="cpu")
         backward = lambda: [d for d, _ in _cpu_kept._ready if "_bwd_" in d.__module__]
         assert not backward()  # which nobody asked for

@@ -13,8 +13,11 @@ import pytest
 from hypothesis.extra import numpy as hnp
 
 import cupynorm as cn
-from cupynorm import _frames_arrow, _frames_cudf, _tables, frames
-from cupynorm.columns import layer_norm_columns
+from cupynorm import frames
+from cupynorm.frames import _arrow as _frames_arrow
+from cupynorm.frames import _cudf as _frames_cudf
+from cupynorm.frames import _tables
+from cupynorm.frames.columns import layer_norm_columns
 from tests import oracle
 from tests.test_columns import bitmap, expected
 
@@ -265,7 +268,7 @@ def test_the_arguments_of_layer_norm():
 @pytest.mark.parametrize("nulls", ["propagate", "omit"])
 def test_polars(pyarrow, nulls, monkeypatch):
     if not pyarrow:
-        monkeypatch.setattr("cupynorm._frames_polars.find_spec", lambda name: None)
+        monkeypatch.setattr("cupynorm.frames._polars.find_spec", lambda name: None)
     rng = np.random.default_rng(3)
     valid = rng.random(60) > 0.2
     data = mixed(60)
@@ -378,9 +381,9 @@ def test_cudf():
 
 
 def test_the_examples_of_the_docstrings():
-    import cupynorm.columns
+    import cupynorm.frames.columns
 
-    for module in (frames, cupynorm.columns):
+    for module in (frames, cupynorm.frames.columns):
         failed, tried = doctest.testmod(module)
         assert (failed, tried > 3) == (0, True)
 
@@ -393,7 +396,7 @@ def test_a_table_brings_no_other_library():
         "import sys, numpy, polars\n"
         "from cupynorm import frames\n"
         "sys.modules['pyarrow'] = None\n"  # an import of it fails
-        "import cupynorm._frames_polars as adapter\n"
+        "import cupynorm.frames._polars as adapter\n"
         "adapter.find_spec = lambda name: None\n"
         "frames.layer_norm(polars.DataFrame({'a': [1.0], 'b': [2.0]}))\n"
         "print([m for m in ('pandas', 'cudf', 'cupy', 'torch', 'dask') if m in sys.modules])"

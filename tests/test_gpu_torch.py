@@ -431,7 +431,7 @@ def test_modules_share_their_parameters():
 
 
 def test_an_exporter_that_requires_grad_is_refused_by_torch():
-    from cupynorm import _cuda
+    from cupynorm._cuda import arrays as _cuda
 
     x = torch.ones(3, 4, device=DEVICE, requires_grad=True)
     with pytest.raises((BufferError, RuntimeError), match="detach"):  # as the version has it

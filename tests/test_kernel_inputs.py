@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cupynorm import _plan
-from cupynorm._plan import CHUNK_VECS, VEC_BYTES
+from cupynorm._cuda import plan as _plan
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._problem import Problem
 from tests import oracle
 from tests.conftest import np_dtype

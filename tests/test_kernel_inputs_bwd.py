@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from cupynorm import _plan_bwd
-from cupynorm._plan import CHUNK_VECS
-from cupynorm._plan_bwd import choose_plan_bwd
+from cupynorm._cuda import plan_bwd as _plan_bwd
+from cupynorm._cuda.plan import CHUNK_VECS
+from cupynorm._cuda.plan_bwd import choose_plan_bwd
 from cupynorm._problem import GradientProblem
 from tests import oracle
 from tests.conftest import np_dtype

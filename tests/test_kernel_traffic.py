@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from cupynorm._plan import CHUNK_VECS, VEC_BYTES, choose_plan
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, choose_plan
 from cupynorm._problem import ITEMSIZE, Problem
 from tests.conftest import ALL_DTYPES
 from tests.gpu_backend import SIMULATED

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cupynorm._plan import CHUNK_VECS, TABLE, VEC_BYTES
+from cupynorm._cuda.plan import CHUNK_VECS, TABLE, VEC_BYTES
 from cupynorm._problem import ITEMSIZE
 from tests.conftest import ALL_DTYPES
 from tests.gpu_backend import ON_EACH_MACHINE

@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from cupynorm._plan import VEC_BYTES
-from cupynorm._plan_bwd import BWD_TABLE
+from cupynorm._cuda.plan import VEC_BYTES
+from cupynorm._cuda.plan_bwd import BWD_TABLE
 from cupynorm._problem import ITEMSIZE
 from tests.conftest import ALL_DTYPES
 from tests.gpu_backend import ON_EACH_MACHINE

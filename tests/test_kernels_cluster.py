@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cupynorm._plan import CHUNK_VECS, VEC_BYTES
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._problem import ITEMSIZE
 from tests.gpu_backend import ON_EACH_MACHINE
 from tests.row_cases import affine, check, device_for, length, need_the_memory_of_sm_90, run, values

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from cupynorm._plan import CHUNK_VECS, VEC_BYTES
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._problem import ITEMSIZE
 from tests.gpu_backend import ON_EACH_MACHINE
 from tests.gradient_rows import ALL, check, device_for, differentiate, length, pair, run

@@ -6,9 +6,9 @@ import itertools
 import numpy as np
 import pytest
 
+from cupynorm._cuda.plan import Device
+from cupynorm._cuda.plan_column import TILE_CHUNK, ColumnProblem, choose_plan_column
 from cupynorm._layout import column_problem_of
-from cupynorm._plan import Device
-from cupynorm._plan_column import TILE_CHUNK, ColumnProblem, choose_plan_column
 from cupynorm._problem import stats_dtype
 from tests import oracle
 from tests.conftest import ALL_DTYPES, np_dtype

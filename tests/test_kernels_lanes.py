@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cupynorm._plan import Device
-from cupynorm._plan_column import ColumnProblem, choose_plan_column
-from cupynorm._plan_lanes import LANES, THREADS, lanes_stage
+from cupynorm._cuda.plan import Device
+from cupynorm._cuda.plan_column import ColumnProblem, choose_plan_column
+from cupynorm._cuda.plan_lanes import LANES, THREADS, lanes_stage
 from tests.conftest import ALL_DTYPES
 from tests.gpu_backend import ON_EACH_MACHINE, SIMULATED, SM90
 from tests.row_cases import affine

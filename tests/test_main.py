@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm import _backends, _config, _probe, _selfcheck
 from cupynorm.__main__ import main
+from cupynorm._report import backends as _backends
+from cupynorm._report import config as _config
+from cupynorm._report import probe as _probe
+from cupynorm._report import selfcheck as _selfcheck
 from cupynorm.functional import layer_norm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +89,7 @@ def test_text_report(small, capsys):
 
 
 def test_picture_path_is_printed(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cupynorm._picture.draw", lambda table, path: path.resolve())
+    monkeypatch.setattr("cupynorm._report.picture.draw", lambda table, path: path.resolve())
     assert main(["--picture", str(tmp_path / "p.png")]) == 0
     assert f"picture: {tmp_path / 'p.png'}" in capsys.readouterr().out
 

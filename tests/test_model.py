@@ -23,9 +23,9 @@ from bench.model_occupancy import blocks_of, most_registers, resident_blocks
 from bench.model_report import page
 from bench.model_targets import targets
 from bench.model_time import LOADS, STORES, copy_time, predict, run_efficiency
-from cupynorm._plan import TABLE, VEC_BYTES
-from cupynorm._plan_bwd import BWD_TABLE
-from cupynorm._plan_column import ColumnProblem, ColumnsProblem, choose_plan_columns
+from cupynorm._cuda.plan import TABLE, VEC_BYTES
+from cupynorm._cuda.plan_bwd import BWD_TABLE
+from cupynorm._cuda.plan_column import ColumnProblem, ColumnsProblem, choose_plan_columns
 from cupynorm._problem import GradientProblem, Problem
 from tests import gradient_rows, row_cases
 from tests.gpu_backend import SIMULATED

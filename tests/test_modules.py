@@ -246,7 +246,7 @@ def test_parameters_are_in_the_library_of_the_device(cupy_lib):
 def test_parameters_are_on_the_gpu_that_was_named():
     from tests.simt.cupy_stand_in import simulated_cupy
 
-    with simulated_cupy(devices=2, reload=("cupynorm._cuda",)) as cupy:
+    with simulated_cupy(devices=2, reload=("cupynorm._cuda.arrays",)) as cupy:
         layer = cn.LayerNorm(5, device="cuda:1")
         assert layer.weight.device.id == layer.bias.device.id == 1
         assert cupy.cuda.runtime.getDevice() == 0
@@ -269,8 +269,8 @@ def test_devices_that_are_none(device, affine):
 
 
 def test_a_gpu_without_cupy_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "cupynorm._cuda", raising=False)
-    monkeypatch.delattr(cn, "_cuda", raising=False)
+    monkeypatch.delitem(sys.modules, "cupynorm._cuda.arrays", raising=False)
+    monkeypatch.delattr("cupynorm._cuda.arrays", raising=False)
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(ImportError, match=r"'cuda:1' needs CuPy.*cupynorm\[cuda12\]"):
         cn.LayerNorm(5, device="cuda:1")

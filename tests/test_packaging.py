@@ -19,7 +19,7 @@ DEPENDENCIES = sysconfig.get_paths()["purelib"]  # numpy and the build backend, 
 # Prints where the package came from and what it reads as kernels.
 PROBE = """
 import hashlib, json, cupynorm
-from cupynorm import _source
+from cupynorm._cuda import source as _source
 texts = {f.name: f.read_bytes() for f in _source.kernels_folder().iterdir() if f.is_file()}
 digests = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
 print(json.dumps({"file": cupynorm.__file__, "version": cupynorm.__version__, "kernels": digests}))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cupynorm import _pages
+from cupynorm._cpu import pages as _pages
 
 SMAPS = Path("/proc/self/smaps")
 

@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from cupynorm._plan_column import ColumnProblem, choose_plan_column
+from cupynorm._cuda.plan_column import ColumnProblem, choose_plan_column
 from cupynorm._problem import Problem
 from docs._generate import images, kernels, plans, results
 from docs._generate.lanes import columns_per_vec, holder, tile_holder

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cupynorm import _plan
-from cupynorm._plan import CHUNK_VECS, MAX_GRID_X, MAX_SECTIONS, TABLE, VEC_BYTES, Device
+from cupynorm._cuda import plan as _plan
+from cupynorm._cuda.plan import CHUNK_VECS, MAX_GRID_X, MAX_SECTIONS, TABLE, VEC_BYTES, Device
+from cupynorm._cuda.source import source_of
 from cupynorm._problem import ITEMSIZE, Problem
-from cupynorm._source import source_of
 from tests.simt.limits import DeviceLimits
 
 ROOT = Path(__file__).resolve().parents[1]

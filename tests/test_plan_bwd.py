@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from cupynorm import _plan_bwd
-from cupynorm._plan import CHUNK_VECS, MAX_GRID_X, MAX_SECTIONS, VEC_BYTES, Device
-from cupynorm._plan_bwd import APPLY_VECS, BWD_TABLE, ROWS_PER_PARTIAL
-from cupynorm._plan_cluster import resident_clusters
+from cupynorm._cuda import plan_bwd as _plan_bwd
+from cupynorm._cuda.plan import CHUNK_VECS, MAX_GRID_X, MAX_SECTIONS, VEC_BYTES, Device
+from cupynorm._cuda.plan_bwd import APPLY_VECS, BWD_TABLE, ROWS_PER_PARTIAL
+from cupynorm._cuda.plan_cluster import resident_clusters
+from cupynorm._cuda.source import kernels_folder, source_of
 from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
-from cupynorm._source import kernels_folder, source_of
 from tests.simt.limits import DeviceLimits
 
 ROOT = Path(__file__).resolve().parents[1]

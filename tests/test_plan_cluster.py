@@ -6,17 +6,17 @@ import re
 
 import pytest
 
-from cupynorm import _plan_cluster
-from cupynorm._chunk import CHUNK_PARTIALS, CHUNK_THREADS, CHUNK_VECS, VEC_BYTES
-from cupynorm._plan_cluster import (
+from cupynorm._cuda import plan_cluster as _plan_cluster
+from cupynorm._cuda.chunk import CHUNK_PARTIALS, CHUNK_THREADS, CHUNK_VECS, VEC_BYTES
+from cupynorm._cuda.plan_cluster import (
     CLUSTER_BWD_MIN_VECS,
     CLUSTER_BWD_TABLE,
     CLUSTER_SPLIT_MIN_VECS,
     CLUSTER_TABLE,
     resident_clusters,
 )
+from cupynorm._cuda.source import kernels_folder, source_of
 from cupynorm._problem import ITEMSIZE
-from cupynorm._source import kernels_folder, source_of
 from tests import test_plan, test_plan_bwd
 from tests.test_plan import ROOT, SM90, device_of, without_rows
 from tests.test_plan_bwd import BOTH, NEITHER

@@ -266,7 +266,7 @@ def test_into_a_tensor_without_another_one():
 def sim():
     from tests.simt.cupy_stand_in import simulated_cupy
 
-    with simulated_cupy(devices=2, reload=("cupynorm._cuda",)) as module:
+    with simulated_cupy(devices=2, reload=("cupynorm._cuda.arrays",)) as module:
         yield module
 
 

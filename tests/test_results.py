@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm import _pages, _results
+from cupynorm._cpu import pages as _pages
+from cupynorm._cpu import results as _results
 from tests import oracle
 from tests.in_threads import in_threads
 from tests.test_pages import SMAPS, flags_at
@@ -447,7 +448,8 @@ AT_EXIT = """
     import builtins, sys, threading
     import numpy as np
     import cupynorm as cn
-    from cupynorm import _pages, _results
+    from cupynorm._cpu import pages as _pages
+    from cupynorm._cpu import results as _results
     def new():
         return cn.layer_norm(np.ones((int(sys.argv[1]), 1024), np.float32), 1024)
     y = new()
@@ -523,7 +525,7 @@ def test_a_forked_child_has_results_of_its_own(rows):
 NO_MEMORY = """
     import resource
     import numpy as np
-    from cupynorm import _results
+    from cupynorm._cpu import results as _results
     MIB = 1 << 20
     dead = _results.empty((64 * MIB // 4,), np.float32)
     del dead

@@ -28,9 +28,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from sklearn.utils.validation import check_is_fitted
 
 import cupynorm.sklearn
-from cupynorm import _estimator_data
-from cupynorm._cpu_columns import Column
+from cupynorm._cpu.columns import Column
 from cupynorm.sklearn import LayerNormalizer
+from cupynorm.sklearn import _data as _estimator_data
 
 BACKENDS = [b for b in Backend if b is not Backend.NUMPY_PLAIN]
 RNG = np.random.default_rng(20260601)

@@ -6,10 +6,10 @@ import re
 import pytest
 
 import tests.gpu_backend
-from cupynorm._plan import VEC_BYTES
+from cupynorm._cuda.plan import VEC_BYTES
+from cupynorm._cuda.source import source_of
+from cupynorm._cuda.staging import STAGE_ASYNC, STAGE_BULK, STAGE_REGISTERS
 from cupynorm._problem import ITEMSIZE
-from cupynorm._source import source_of
-from cupynorm._staging import STAGE_ASYNC, STAGE_BULK, STAGE_REGISTERS
 from tests.gpu_backend import ON_EACH_MACHINE, SIMULATED
 from tests.gradient_rows import differentiate, pair
 from tests.nvrtc import build, grid, grid_bwd

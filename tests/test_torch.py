@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cupynorm.torch as cn_torch
-from cupynorm import _cpu
+from cupynorm._cpu import arrays as _cpu
 from tests import torch_cases as cases
 from tests.torch_cases import DTYPES, SHAPES, affine, check, name_of, numbers
 
@@ -353,7 +353,7 @@ def test_a_small_call_costs_at_most_one_and_a_half_times_torchs():
 
 
 def test_threads_are_torchs_unless_ours_are_set(monkeypatch):
-    from cupynorm import _torch_cpu
+    from cupynorm._torch import cpu as _torch_cpu
 
     monkeypatch.delenv("CUPYNORM_NUM_THREADS", raising=False)
     threads = torch.get_num_threads()

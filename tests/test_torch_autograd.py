@@ -8,7 +8,9 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import cupynorm as cn
 import cupynorm.torch as cn_torch
-from cupynorm import _cpu, _torch_autograd, _torch_launch
+from cupynorm._cpu import arrays as _cpu
+from cupynorm._torch import autograd as _torch_autograd
+from cupynorm._torch import tensors as _torch_launch
 from tests.test_torch import LAYOUTS
 from tests.torch_cases import (
     DTYPES,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cupynorm.torch as cn_torch
-from cupynorm import _torch_autograd
+from cupynorm._torch import autograd as _torch_autograd
 from tests.torch_cases import TORCHSCRIPT, affine, check, numbers
 
 # torch's own export code compares tree specs in the way that it deprecates.

@@ -14,7 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cupynorm.torch as cn_torch
-from cupynorm import _torch_autograd, _torch_cpu, _torch_launch
+from cupynorm._torch import autograd as _torch_autograd
+from cupynorm._torch import cpu as _torch_cpu
+from cupynorm._torch import tensors as _torch_launch
 from tests.cuda_calls import capability_for
 from tests.simt.cupy_stand_in import simulated_cupy
 from tests.torch_cases import affine, check, check_gradients, expected, name_of, numbers, numpy_of
@@ -99,13 +101,13 @@ class Gpu:
 @pytest.fixture
 def gpu(monkeypatch, request):
     """The adapter with a simulated GPU of index 1, of two, in the place of the CPU."""
-    sys.modules.pop("cupynorm._torch_cuda", None)
+    sys.modules.pop("cupynorm._torch.cuda", None)
     with simulated_cupy(
         compute_capability=capability_for(request),
         devices=2,
-        reload=("cupynorm._cuda", "cupynorm._torch_cuda"),
+        reload=("cupynorm._cuda.arrays", "cupynorm._torch.cuda"),
     ) as sim:
-        from cupynorm import _torch_cuda
+        from cupynorm._torch import cuda as _torch_cuda
 
         gpu = Gpu(sim, _torch_cuda)
         sim.simulator.current_device = 1
@@ -239,12 +241,10 @@ def test_other_axes(gpu, axes):
 
 def test_without_cupy_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    for name in ("cupynorm._cuda", "cupynorm._torch_cuda"):
+    for name in ("cupynorm._cuda.arrays", "cupynorm._torch.cuda"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    import cupynorm
-
-    monkeypatch.delattr(cupynorm, "_torch_cuda", raising=False)
-    monkeypatch.delattr(cupynorm, "_cuda", raising=False)
+    monkeypatch.delattr("cupynorm._torch.cuda", raising=False)
+    monkeypatch.delattr("cupynorm._cuda.arrays", raising=False)
     with pytest.raises(ImportError, match=r"cupynorm\[cuda12\]"):
         _torch_launch._path("cuda")
     with pytest.raises(ValueError, match="device type xpu"):

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from cupynorm._plan import VEC_BYTES
+from cupynorm._cuda.plan import VEC_BYTES
+from cupynorm._cuda.source import source_of
 from cupynorm._problem import ITEMSIZE
-from cupynorm._source import source_of
 from tests import gradient_rows
 from tests.gpu_backend import SIMULATED, SM90, SimulatedMachine
 from tests.nvrtc import build, grid

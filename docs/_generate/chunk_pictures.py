@@ -1,6 +1,6 @@
 """Pictures of K3, K4 and K5, whose long rows are taken in chunks of 16 KiB."""
 
-from cupynorm._plan import CHUNK_VECS, Plan
+from cupynorm._cuda.plan import CHUNK_VECS, Plan
 from docs._generate.lanes import Holder, columns_per_vec, holder
 from docs._generate.row_pictures import WIDTH
 from docs._generate.svg import Drawing, tint

@@ -7,15 +7,15 @@ from docs._generate.sentences import Sentence, sentences
 
 __all__ = ["TOPICS", "page"]
 
-# Modules whose sentences belong together; one that is not named here stands under the last.
+# Rooms whose sentences belong together; one that is not named here stands under the last.
 TOPICS = {
     "Shapes, axes, dtypes, eps": ("_problem",),
     "Arrays, devices, libraries": ("_arguments", "_arrays", "_namespace"),
-    "Gradients and layers": ("gradient", "modules", "_parameters", "_state", "_checkpoint"),
-    "Columns and tables": ("_column_arguments", "_tables", "columns", "frames"),
-    "torch": ("torch", "_torch_functions", "_torch_launch"),
-    "scikit-learn": ("sklearn", "_estimator_data"),
-    "Dask": ("dask", "_dask_blocks", "_dask_frames"),
+    "Gradients and layers": ("gradient", "modules"),
+    "Columns and tables": ("frames",),
+    "torch": ("torch", "_torch"),
+    "scikit-learn": ("sklearn",),
+    "Dask": ("dask",),
     "Launches, settings, names": (),
 }
 
@@ -23,10 +23,10 @@ TOPICS = {
 def page() -> str:
     """Give the page's body in Markdown."""
     rest = list(TOPICS)[-1]
-    topic_of = {module: topic for topic, modules in TOPICS.items() for module in modules}
+    topic_of = {room: topic for topic, rooms in TOPICS.items() for room in rooms}
     text = []
     for topic in TOPICS:
-        mine = [s for s in sentences() if topic_of.get(s.module, rest) == topic]
+        mine = [s for s in sentences() if topic_of.get(s.module.partition(".")[0], rest) == topic]
         text.append(f"## {topic}\n\n" + "\n".join(_entries(mine)))
     return "\n\n".join(text) + "\n"
 

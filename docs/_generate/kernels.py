@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from cupynorm._explain import _FAMILIES
-from cupynorm._plan import TABLE, Plan
+from cupynorm._cuda.plan import TABLE, Plan
+from cupynorm._report.explain import _FAMILIES
 from docs._generate import chunk_pictures, row_pictures, tile_pictures
 from docs._generate.plans import column_plan, columns_plan, row_plan
 from docs._generate.svg import Drawing

@@ -5,8 +5,8 @@
 
 from dataclasses import dataclass
 
-from cupynorm._plan import CHUNK_THREADS, CHUNK_VECS, VEC_BYTES, Plan
-from cupynorm._plan_column import ColumnPlan
+from cupynorm._cuda.plan import CHUNK_THREADS, CHUNK_VECS, VEC_BYTES, Plan
+from cupynorm._cuda.plan_column import ColumnPlan
 from cupynorm._problem import ITEMSIZE
 
 __all__ = ["Holder", "columns_per_vec", "holder", "tile_holder"]

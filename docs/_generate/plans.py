@@ -1,7 +1,7 @@
 """The problems whose plans are drawn: one of each family, as the library would launch it."""
 
-from cupynorm._plan import Device, Plan, choose_plan
-from cupynorm._plan_column import (
+from cupynorm._cuda.plan import Device, Plan, choose_plan
+from cupynorm._cuda.plan_column import (
     ColumnPlan,
     ColumnProblem,
     ColumnsProblem,

@@ -1,6 +1,6 @@
 """Pictures of K1 and K2, whose rows are in registers."""
 
-from cupynorm._plan import Plan
+from cupynorm._cuda.plan import Plan
 from docs._generate.lanes import columns_per_vec, holder
 from docs._generate.svg import Drawing, tint
 

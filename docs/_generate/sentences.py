@@ -17,16 +17,16 @@ PACKAGE = Path(__file__).resolve().parents[2] / "cupynorm"
 
 # What no caller ever sees, and why. A `raise` alone passes on what was caught, and says nothing.
 INTERNAL = {
-    ("_cpu_bits", "take"): "a stand-in for what Numba compiles",
-    ("_cpu_bits", "place"): "a stand-in for what Numba compiles",
-    ("_cpu_bits", "give"): "a stand-in for what Numba compiles",
-    ("_cpu_rows", "_step"): "a stand-in for what Numba compiles",
-    ("_cpu_rows", "_group"): "a stand-in for what Numba compiles",
+    ("_cpu.bits", "take"): "a stand-in for what Numba compiles",
+    ("_cpu.bits", "place"): "a stand-in for what Numba compiles",
+    ("_cpu.bits", "give"): "a stand-in for what Numba compiles",
+    ("_cpu.rows", "_step"): "a stand-in for what Numba compiles",
+    ("_cpu.rows", "_group"): "a stand-in for what Numba compiles",
     ("_prepared", "__call__: NotImplementedError"): "of a base: each library's class has its own",
-    ("_probe", "_find_headers"): "show_config catches it and reports it",
-    ("_probe", "_find_gpus"): "show_config catches it and reports it",
+    ("_report.probe", "_find_headers"): "show_config catches it and reports it",
+    ("_report.probe", "_find_gpus"): "show_config catches it and reports it",
     ("_problem", "integers: TypeError"): "caught three lines below, where the sentence is",
-    ("_threads", "run"): "passes on a worker thread's own error",
+    ("_cpu.threads", "run"): "passes on a worker thread's own error",
 }
 
 # A sentence says what to do, or where to look: one of these begins a part of it.
@@ -61,7 +61,8 @@ class _Module:
     """A file's syntax tree, in which every node knows its parent."""
 
     def __init__(self, path: Path) -> None:
-        self.name = path.stem
+        self.name = _dotted(path)
+        self.path = path
         self.tree = ast.parse(path.read_text(encoding="utf-8"), path.name)
         self.parents = {c: p for p in ast.walk(self.tree) for c in ast.iter_child_nodes(p)}
         self.functions = {n.name: n for n in ast.walk(self.tree) if isinstance(n, ast.FunctionDef)}
@@ -192,9 +193,15 @@ def _short(node: ast.expr) -> str:
     return re.sub(r"\b(?:self|problem|_problem|tile)\.", "", text)
 
 
+def _dotted(path: Path) -> str:
+    """A module's name below the package: a folder's own, or 'folder.file'."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
 @functools.cache
 def _modules() -> dict[str, _Module]:
-    return {path.stem: _Module(path) for path in sorted(PACKAGE.glob("*.py"))}
+    return {_dotted(path): _Module(path) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def all_raises() -> list[tuple[str, str, int]]:
@@ -233,7 +240,7 @@ def _of_raise(module: _Module, node: ast.Raise) -> list[Sentence]:
     function = module.function_of(node)
     call = node.exc
     if not isinstance(call, ast.Call) or not call.args:
-        where = f"cupynorm/{module.name}.py:{node.lineno}"
+        where = f"{module.path}:{node.lineno}"
         msg = f"{where} raises without a sentence; give it one, or a reason in INTERNAL"
         raise ValueError(msg)
     error = ast.unparse(call.func)
@@ -270,5 +277,7 @@ def _of_calls(
 def _calls(call: ast.Call, caller: _Module, module: _Module, name: str) -> bool:
     function = call.func
     if isinstance(function, ast.Attribute):
-        return function.attr == name and ast.unparse(function.value) == module.name
+        return (
+            function.attr == name and ast.unparse(function.value) == module.name.rpartition(".")[2]
+        )
     return isinstance(function, ast.Name) and function.id == name and caller is module

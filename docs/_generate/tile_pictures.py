@@ -1,6 +1,6 @@
 """Pictures of K6 and K7, which turn columns into rows in a tile, and of the layouts."""
 
-from cupynorm._plan_column import ColumnPlan
+from cupynorm._cuda.plan_column import ColumnPlan
 from docs._generate.lanes import tile_holder
 from docs._generate.row_pictures import WIDTH
 from docs._generate.svg import Drawing, tint

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
-from cupynorm._plan import Stage
-from cupynorm._source import source_of
+from cupynorm._cuda.plan import Stage
+from cupynorm._cuda.source import source_of
 from tests.nvrtc import grid, report
 from tests.nvrtc.build import build
 from tests.nvrtc.check import faults
@@ -26,7 +26,7 @@ def _commit() -> str:
         done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    compiled = ("kernels", "cupynorm/_plan.py", "cupynorm/_source.py")
+    compiled = ("kernels", "cupynorm/_cuda/plan.py", "cupynorm/_cuda/source.py")
     changed = git("status", "--porcelain", "--", *compiled)
     return git("rev-parse", "--short", "HEAD") + (" with changes on top" if changed else "")
 

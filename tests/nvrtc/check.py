@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cupynorm._plan import Stage
-from cupynorm._staging import STAGE_ASYNC, STAGE_BULK, STAGE_REGISTERS
+from cupynorm._cuda.plan import Stage
+from cupynorm._cuda.staging import STAGE_ASYNC, STAGE_BULK, STAGE_REGISTERS
 from tests.nvrtc.build import Facts
 from tests.simt.limits import DeviceLimits
 

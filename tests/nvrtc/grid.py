@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Iterator
 from functools import cache
 
-from cupynorm._plan import CHUNK_VECS, TABLE, VEC_BYTES, Device, Stage, choose_plan, table_row
-from cupynorm._plan_cluster import CLUSTER_TABLE
+from cupynorm._cuda.plan import CHUNK_VECS, TABLE, VEC_BYTES, Device, Stage, choose_plan, table_row
+from cupynorm._cuda.plan_cluster import CLUSTER_TABLE
+from cupynorm._cuda.source import source_of
 from cupynorm._problem import ITEMSIZE, Problem
-from cupynorm._source import source_of
 from tests.nvrtc import grid_bwd, grid_column
 from tests.nvrtc.build import CUPY_OPTIONS, without_comments
 from tests.simt.limits import DeviceLimits

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-from cupynorm._plan import CHUNK_VECS, VEC_BYTES, Device, Stage
-from cupynorm._plan_bwd import BWD_TABLE, choose_plan_bwd
-from cupynorm._plan_cluster import CLUSTER_BWD_TABLE
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device, Stage
+from cupynorm._cuda.plan_bwd import BWD_TABLE, choose_plan_bwd
+from cupynorm._cuda.plan_cluster import CLUSTER_BWD_TABLE
 from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
 from tests.simt.limits import DeviceLimits
 

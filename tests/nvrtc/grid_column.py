@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from functools import cache
 
-from cupynorm._plan import Device, Stage
-from cupynorm._plan_column import (
+from cupynorm._cuda.plan import Device, Stage
+from cupynorm._cuda.plan_column import (
     ColumnProblem,
     ColumnsProblem,
     choose_plan_column,
     choose_plan_columns,
 )
-from cupynorm._plan_column_bwd import ColumnGradientProblem, choose_plan_column_bwd
+from cupynorm._cuda.plan_column_bwd import ColumnGradientProblem, choose_plan_column_bwd
 from cupynorm._problem import stats_dtype
 from tests.simt.limits import DeviceLimits
 

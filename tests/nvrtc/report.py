@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cupynorm._plan import Stage
+from cupynorm._cuda.plan import Stage
 from tests.nvrtc.build import CUPY_OPTIONS, Facts, version
 from tests.nvrtc.check import blocks_that_fit
 from tests.nvrtc.grid import ARCHS, FAMILIES

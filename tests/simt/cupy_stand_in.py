@@ -197,7 +197,7 @@ def simulated_cupy(*, reload: tuple[str, ...] = (), **options: Any) -> Iterator[
     """`import cupy` gives a fresh stand-in inside, and what it gave before afterwards.
 
     Modules named in `reload` are imported anew inside and forgotten afterwards: those that keep
-    a reference to the cupy they found, as "cupynorm._cuda" does.
+    a reference to the cupy they found, as "cupynorm._cuda.arrays" does.
     """
     made = make_cupy(**options)
     modules = {"cupy": made, "cupy.cuda": made.cuda, "cupy.cuda.runtime": made.cuda.runtime}

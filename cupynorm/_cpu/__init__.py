@@ -1,0 +1,1 @@
+"""NumPy arrays: compiled loops, or NumPy blocks where Numba is not installed."""

@@ -1,0 +1,1 @@
+"""CUDA kernels: which run, with what launches, and the arrays of CuPy."""

@@ -1,0 +1,1 @@
+"""What would run, what is there, and whether it is right."""

@@ -1,0 +1,1 @@
+"""Torch tensors: who watches them, then their addresses."""

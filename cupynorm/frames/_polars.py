@@ -1,0 +1,43 @@
+"""Columns of a polars DataFrame, and a DataFrame over a matrix of results."""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from cupynorm.frames import _arrow as _frames_arrow
+
+__all__ = ["NUMERIC", "build", "not_numeric", "read"]
+
+NUMERIC = "df.select(polars.selectors.numeric() | polars.selectors.boolean())"
+_NAMES = {"Boolean", "Float16", "Float32", "Float64"}
+_NAMES |= {f"{sign}Int{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)}
+
+
+def not_numeric(df: Any) -> list[tuple[str, Any]]:
+    """Name and dtype of every column that is not made of numbers."""
+    return [(name, dtype) for name, dtype in df.schema.items() if str(dtype) not in _NAMES]
+
+
+def read(df: Any) -> list[tuple[Any, ...]]:
+    """Columns as arrays over the frame's own memory; without pyarrow some are copied."""
+    if find_spec("pyarrow") is not None:
+        return [_frames_arrow.read(series.rechunk().to_arrow()) for series in df.get_columns()]
+    # Nulls become NaN there, in float64 where they stand among integers.
+    return [(np.asarray(series.to_numpy()),) for series in map(_plain, df.get_columns())]
+
+
+def _plain(series: Any) -> Any:
+    return series.cast(import_module("polars").UInt8) if str(series.dtype) == "Boolean" else series
+
+
+def build(df: Any, y: np.ndarray[Any, Any]) -> Any:
+    """Frame of df's column names over the columns of y; a row-major y is copied."""
+    polars = import_module("polars")
+    columns = [y[:, j] for j in range(y.shape[1])]
+    if find_spec("pyarrow") is not None:  # polars itself copies NumPy's memory, but not Arrow's
+        array = import_module("pyarrow").array
+        columns = [array(np.ascontiguousarray(column)) for column in columns]
+    named = [polars.Series(name, x) for name, x in zip(df.columns, columns, strict=True)]
+    return polars.DataFrame(named)

@@ -1,0 +1,301 @@
+"""A layer that keeps its parameters: forward, backward, files, and the way from and to torch."""
+
+from typing import Any, Self
+
+from cupynorm import _problem
+from cupynorm.functional import layer_norm
+from cupynorm.gradient import layer_norm_backward
+from cupynorm.modules import _parameters
+from cupynorm.modules._state import Stateful
+
+__all__ = ["LayerNorm"]
+
+
+class LayerNorm(Stateful):
+    """Layer normalization that holds its weight and bias, for training without a framework.
+
+    ``y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` over the trailing dimensions
+    `normalized_shape`, as ``torch.nn.LayerNorm``. The parameters are NumPy or CuPy arrays, and
+    the gradients come from `backward`, called by hand.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        Trailing dimensions of x to normalize over.
+    eps : float, default 1e-5
+        Added to the variance; any finite real number.
+    elementwise_affine : bool, default True
+        Whether there are a weight and a bias at all.
+    bias : bool, default True
+        Whether there is a bias beside the weight.
+    device : str or device, optional
+        Where the parameters live: 'cpu' (the default) for NumPy; 'cuda' for CuPy on its current
+        GPU, 'cuda:1' on that one. A ``torch.device`` or ``cupy.cuda.Device`` does as well.
+    dtype : dtype, optional
+        Of the parameters: float16, bfloat16, float32 (the default) or float64, as a name or as a
+        NumPy or torch dtype. x may have another of the four.
+
+    Attributes
+    ----------
+    normalized_shape : tuple of int
+        As given.
+    eps : float
+        As given.
+    elementwise_affine : bool
+        As given.
+    weight, bias : array or None
+        Parameters, of shape `normalized_shape`: ones and zeros at first. Change them in place, or
+        assign new arrays.
+    grad : dict
+        Gradient of each parameter by its name, None before the first `backward`. Each `backward`
+        adds to it until `zero_grad`, as in torch.
+
+    Raises
+    ------
+    TypeError
+        If `normalized_shape` is not made of integers, `eps` is no number, or `dtype` is not one
+        of the four.
+    ValueError
+        If a length is negative, `normalized_shape` is empty, `eps` is not finite, or `device` is
+        unknown.
+    ImportError
+        If `device` is a GPU and CuPy is not installed.
+
+    Notes
+    -----
+    `forward` keeps x itself (no copy), its mean and its rstd for `backward`, one batch at a time:
+    the next `forward` replaces them and `backward` releases them, so write to x in place only
+    after `backward`. ``forward(x, keep=False)`` keeps nothing and is what inference should call.
+    Because of what it keeps, a layer in training belongs to one thread, and stands at one place
+    of a network. The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization",
+    arXiv:1607.06450; `layer_norm` and `layer_norm_backward` say how it is computed.
+
+    A layer equals itself only and may be a key of a dict, as torch's. Copies and pickles of it
+    have parameters and gradients of their own, and nothing of the batch. At a prompt it is one
+    line, as torch's; ``print`` tells of parameters and what is kept, a notebook shows a table.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> layer = cn.LayerNorm(3)
+    >>> y = layer(np.array([[1.0, 2.0, 3.0]], dtype=np.float32))
+    >>> dx = layer.backward(np.ones_like(y))
+    >>> layer.grad["bias"]
+    array([1., 1., 1.], dtype=float32)
+    >>> for name, parameter in layer.state_dict().items():
+    ...     parameter -= 0.1 * layer.grad[name]
+    >>> layer.zero_grad()
+    >>> layer
+    LayerNorm((3,), eps=1e-05, elementwise_affine=True, bias=True)
+    """
+
+    def __init__(
+        self,
+        normalized_shape: Any,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        self.normalized_shape = _read_shape(normalized_shape)
+        _problem.check_eps(eps)
+        self.eps = eps  # as it was given: torch prints 1 for 1
+        self.elementwise_affine = elementwise_affine
+        kind, index = _parameters.read_dtype(dtype), _parameters.read_device(device)
+        self.weight = self.bias = None
+        if elementwise_affine:
+            self.weight = _parameters.new_array(self.normalized_shape, kind, index, 1.0)
+        if elementwise_affine and bias:
+            self.bias = _parameters.new_array(self.normalized_shape, kind, index, 0.0)
+        self._kept = None
+        self.zero_grad()
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.normalized_shape}, eps={self.eps}, "
+            f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}  # a copy or a pickle must not carry the batch
+
+    def __call__(self, x: Any, *, keep: bool = True) -> Any:
+        """Normalize x, as `forward` does."""
+        return self.forward(x, keep=keep)
+
+    def forward(self, x: Any, *, keep: bool = True) -> Any:
+        """Normalize x, and keep what `backward` needs.
+
+        Parameters
+        ----------
+        x : array of shape ``(..., *normalized_shape)``
+            Any array that `layer_norm` takes, in the library of the parameters and on their
+            device; without parameters, of any library.
+        keep : bool, default True
+            Hold x, mean and rstd until `backward`, or until the next `forward`. With False
+            nothing is held, what an earlier call kept included, and mean and rstd are not stored.
+
+        Returns
+        -------
+        array
+            y, in x's shape, dtype, library and device.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `layer_norm` for x, weight and bias.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cupynorm as cn
+        >>> layer = cn.LayerNorm(3, eps=0.0)
+        >>> layer.forward(np.array([[1.0, 2.0, 3.0]]), keep=False).round(3)
+        array([[-1.225,  0.   ,  1.225]])
+        """
+        self._kept = None  # before y is allocated, so that two batches are never held at once
+        arguments = (x, self.normalized_shape, self.weight, self.bias, self.eps)
+        if not keep:
+            return layer_norm(*arguments)
+        y, mean, rstd = layer_norm(*arguments, return_stats=True)
+        self._kept = x, mean, rstd
+        return y
+
+    def backward(self, dy: Any) -> Any:
+        """Gradient of x; those of weight and bias are added to `grad`.
+
+        Parameters
+        ----------
+        dy : array
+            Gradient with respect to y of the last `forward`: its shape, dtype, library and device.
+
+        Returns
+        -------
+        array
+            dx, in x's shape and dtype.
+
+        Raises
+        ------
+        RuntimeError
+            If nothing is kept: `forward` was not called, or with ``keep=False``, or `backward`
+            has been called for it already.
+        TypeError, ValueError
+            As `layer_norm_backward` for dy. What is kept stays, so the call can be mended.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cupynorm as cn
+        >>> layer = cn.LayerNorm(3)
+        >>> y = layer(np.array([[1.0, 2.0, 4.0]], dtype=np.float32))
+        >>> layer.backward(np.array([[1.0, 0.0, 0.0]], dtype=np.float32)).round(3)
+        array([[ 0.229, -0.344,  0.115]], dtype=float32)
+        """
+        if self._kept is None:
+            msg = (
+                "backward() has nothing to go back through: each forward(x) serves one "
+                "backward(dy), which releases x. Call forward(x) first, without keep=False"
+            )
+            raise RuntimeError(msg)
+        x, mean, rstd = self._kept
+        mask = (True, self.weight is not None, self.bias is not None)
+        dx, dweight, dbias = layer_norm_backward(
+            dy, x, self.normalized_shape, mean, rstd, self.weight, output_mask=mask
+        )
+        self._kept = None
+        for name, term in (("weight", dweight), ("bias", dbias)):
+            if term is not None:
+                self.grad[name] = _parameters.accumulate(self.grad.get(name), term)
+        return dx
+
+    # ---- torch ----
+
+    @classmethod
+    def from_torch(cls, module: Any) -> Self:
+        """Layer over the parameters of a ``torch.nn.LayerNorm``, whose memory it shares.
+
+        Parameters
+        ----------
+        module : torch.nn.LayerNorm
+            On the CPU (the layer holds NumPy arrays) or a CUDA device (CuPy arrays).
+
+        Returns
+        -------
+        LayerNorm
+            A step of either side's training is seen by the other, until one of them replaces its
+            arrays, as ``module.to(...)`` to another device or dtype does. Gradients are not
+            shared, and autograd does not notice what this side writes, so write between torch's
+            backward and its next forward.
+
+        Raises
+        ------
+        TypeError
+            If it is no ``torch.nn.LayerNorm``, or of another than the four floating dtypes.
+        ValueError
+            If it is on a device that neither NumPy nor CuPy reaches.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import cupynorm as cn
+        >>> module = torch.nn.LayerNorm(3)
+        >>> layer = cn.LayerNorm.from_torch(module)
+        >>> layer.weight[:] = 2.0  # written here,
+        >>> module.weight.tolist()  # seen there
+        [2.0, 2.0, 2.0]
+        """
+        import torch
+
+        if not isinstance(module, torch.nn.LayerNorm):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            msg = f"from_torch takes a torch.nn.LayerNorm, not a {kind}; pass the layer itself"
+            raise TypeError(msg)
+        layer = cls(module.normalized_shape, module.eps, elementwise_affine=False)
+        layer.elementwise_affine = module.elementwise_affine
+        for name in ("weight", "bias"):
+            tensor = getattr(module, name)
+            if tensor is not None:
+                setattr(layer, name, _parameters.from_tensor(name, tensor))
+        layer.zero_grad()
+        return layer
+
+    def to_torch(self) -> Any:
+        """``torch.nn.LayerNorm`` over the same memory; on the CPU or on the layer's GPU.
+
+        Returns
+        -------
+        torch.nn.LayerNorm
+            Its parameters require grad. For one that runs this library's kernels, pass it on:
+            ``cupynorm.torch.convert(layer.to_torch())``.
+
+        Raises
+        ------
+        ValueError
+            If a parameter has a negative stride, which torch has not.
+
+        Examples
+        --------
+        >>> import cupynorm as cn
+        >>> cn.LayerNorm(3, bias=False).to_torch()
+        LayerNorm((3,), eps=1e-05, elementwise_affine=True, bias=False)
+        """
+        import torch
+
+        module = torch.nn.LayerNorm(self.normalized_shape, self.eps, elementwise_affine=False)
+        module.elementwise_affine = self.elementwise_affine
+        for name, array in self.state_dict().items():
+            setattr(module, name, torch.nn.Parameter(_parameters.to_tensor(name, array)))
+        return module
+
+
+def _read_shape(normalized_shape: Any) -> tuple[int, ...]:
+    shape = _problem.integers(normalized_shape, "normalized_shape")
+    if not shape or min(shape) < 0:
+        msg = (
+            f"normalized_shape={normalized_shape!r} is no shape to normalize over; pass the "
+            "trailing dimensions of x, e.g. normalized_shape=64"
+        )
+        raise ValueError(msg)
+    return shape

@@ -1,0 +1,240 @@
+"""Pictures of layer norm: rows before and after, their statistics, what weight and bias do."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cupynorm.functional import layer_norm
+from cupynorm.plot import _data as data
+from cupynorm.plot import _drawing
+
+__all__ = ["affine", "distributions", "moments"]
+
+
+def distributions(
+    x: Any,
+    normalized_shape: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *,
+    axis: Any = None,
+    rows: int | Sequence[int] = 8,
+    ax: Any = None,
+) -> tuple[Any, Any]:
+    """Draw how the values of single rows are distributed, before and after `cupynorm.layer_norm`.
+
+    Each row is a histogram over its base line, in the same bins as the others, scaled to the same
+    height; a dot and a bar below it are its mean and its standard deviation. NaN and infinity are
+    left out.
+
+    Parameters
+    ----------
+    x : array
+        Any array that `cupynorm.layer_norm` takes. A picture is for eyes: x and y are copied to
+        the host, wherever they are, which the norm itself never does. Of a large x pass a part.
+    normalized_shape : int or sequence of int, optional
+        Trailing dimensions to normalize, as in `cupynorm.layer_norm`.
+    weight, bias : array, optional
+        Scale and shift, as in `cupynorm.layer_norm`.
+    eps : float, default 1e-5
+        Added to the variance.
+    axis : int or sequence of int, optional
+        Axes to normalize, instead of `normalized_shape`.
+    rows : int or sequence of int, default 8
+        Which rows to draw, counted along the axes that are not normalized: so many, evenly spread
+        from the smallest standard deviation to the largest; or exactly these.
+    ax : two Axes, optional
+        Where to draw; a new figure of ``matplotlib.pyplot`` where left out.
+
+    Returns
+    -------
+    tuple of two Axes
+        Before and after.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `cupynorm.layer_norm` for its arguments; for a row that is not there, an x without
+        elements, and an `ax` that is not two Axes.
+    ImportError
+        If matplotlib is not installed and `ax` is left out.
+
+    Notes
+    -----
+    Text and lines take the colors of matplotlib's style, so under
+    ``plt.style.use("dark_background")`` the picture is a dark one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> x = np.array([[1.0, 2.0, 3.0], [100.0, 200.0, 300.0]])
+    >>> before, after = cn.plot.distributions(x)
+    >>> [label.get_text() for label in before.get_yticklabels()]
+    ['row 0', 'row 1']
+    """
+    call = data.checked(x, normalized_shape, weight, bias, eps, axis)
+    table = data.rows_of(call, call.x)
+    picked = data.picked_rows(table, rows)
+    y = data.rows_of(call, layer_norm(call.x, normalized_shape, weight, bias, eps, axis=axis))
+    axes = _drawing.two_axes(ax, (9.0, 1.2 + 0.42 * len(picked)), sharey=True)
+    labels = [f"row {i}" for i in picked]
+    _drawing.ridges(axes[0], table[picked], labels, _drawing.BEFORE)
+    _drawing.ridges(axes[1], y[picked], labels, _drawing.AFTER)
+    axes[0].set_title("before")
+    axes[1].set_title("after layer_norm")
+    return axes
+
+
+def moments(
+    x: Any,
+    normalized_shape: Any = None,
+    *,
+    axis: Any = None,
+    images: int = 8,
+    ax: Any = None,
+) -> tuple[Any, Any]:
+    """Draw the mean and the variance of every row of a batch, as `cupynorm.layer_norm` sees them.
+
+    What is not normalized is what is drawn: points for a matrix, whose rows each have one mean; a
+    map for two axes, such as the sequences and steps of (batch, step, feature); and images side by
+    side for more, such as (batch, channel, height, width) over its channels. Where the values span
+    more than a factor of 100, the scale is logarithmic.
+
+    Parameters
+    ----------
+    x : array
+        Any array that `cupynorm.layer_norm` takes; copied to the host, as in `distributions`.
+    normalized_shape : int or sequence of int, optional
+        Trailing dimensions to normalize, as in `cupynorm.layer_norm`.
+    axis : int or sequence of int, optional
+        Axes to normalize, instead of `normalized_shape`.
+    images : int, default 8
+        Where there are three axes and more to draw, how many images are shown.
+    ax : two Axes, optional
+        Where to draw; a new figure of ``matplotlib.pyplot`` where left out.
+
+    Returns
+    -------
+    tuple of two Axes
+        Mean, and variance: the biased one, divided by the number of elements, in float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `cupynorm.layer_norm` for its arguments; for an x without elements, `images` below 1,
+        and an `ax` that is not two Axes.
+    ImportError
+        If matplotlib is not installed and `ax` is left out.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> x = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+    >>> mean, variance = cn.plot.moments(x)
+    >>> [float(value) for value in mean.lines[0].get_ydata()]
+    [2.0, 20.0]
+    """
+    if images < 1:
+        msg = f"images={images} leaves nothing to draw; pass 1 or more"
+        raise ValueError(msg)
+    call = data.checked(x, normalized_shape, None, None, 1e-5, axis)
+    table = data.rows_of(call, call.x)
+    kept = [i for i in range(call.x.ndim) if i not in call.axes]
+    shape = [call.x.shape[i] for i in kept]
+    with np.errstate(invalid="ignore"):  # of rows with infinities; they are left out
+        statistics = table.mean(axis=1).reshape(shape), table.var(axis=1).reshape(shape)
+    axes = _drawing.two_axes(ax, (9.0, 3.4))
+    for one, statistic in zip(axes, statistics, strict=True):
+        if statistic.ndim < 2:
+            label = f"index along axis {kept[0]} of x" if kept else "x, all of it one row"
+            _drawing.line(one, np.atleast_1d(statistic), label, _drawing.BEFORE)
+        elif statistic.ndim == 2:
+            labels = f"axis {kept[1]} of x", f"axis {kept[0]} of x"
+            _drawing.map_of(one, statistic, *labels, square=False)
+        else:
+            tiles = statistic.reshape(-1, *statistic.shape[-2:])[:images]
+            labels = f"axis {kept[-1]} of x, {len(tiles)} images", f"axis {kept[-2]} of x"
+            _drawing.map_of(one, data.side_by_side(tiles), *labels, square=True)
+            one.set_xticks([])
+            one.set_yticks([])
+    axes[0].set_title("mean")
+    axes[1].set_title("variance")
+    return axes
+
+
+def affine(
+    x: Any,
+    normalized_shape: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *,
+    axis: Any = None,
+    ax: Any = None,
+) -> tuple[Any, Any]:
+    """Draw what weight and bias do to each column of the normalized rows.
+
+    On the left `cupynorm.layer_norm` without them, on the right with them: for each column its
+    mean over the rows, and a band of one standard deviation around it. A weight stretches the band
+    of its column, a bias moves it; dashed lines show both alone, bias ± abs(weight), which is where
+    the band of a column of mean 0 and deviation 1 lies. Rows with NaN or infinity are left out.
+
+    Parameters
+    ----------
+    x : array
+        Any array that `cupynorm.layer_norm` takes; copied to the host, as in `distributions`.
+    normalized_shape : int or sequence of int, optional
+        Trailing dimensions to normalize, as in `cupynorm.layer_norm`.
+    weight, bias : array, optional
+        Scale and shift, as in `cupynorm.layer_norm`; at least one of them.
+    eps : float, default 1e-5
+        Added to the variance.
+    axis : int or sequence of int, optional
+        Axes to normalize, instead of `normalized_shape`.
+    ax : two Axes, optional
+        Where to draw; a new figure of ``matplotlib.pyplot`` where left out.
+
+    Returns
+    -------
+    tuple of two Axes
+        Without and with weight and bias.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `cupynorm.layer_norm` for its arguments; if there is neither weight nor bias, for an x
+        without elements, and for an `ax` that is not two Axes.
+    ImportError
+        If matplotlib is not installed and `ax` is left out.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> x = np.random.default_rng(0).normal(size=(100, 3))
+    >>> plain, scaled = cn.plot.affine(x, 3, weight=np.array([1.0, 2.0, 4.0]))
+    >>> scaled.get_title()
+    'with weight'
+    """
+    given = [name for name, value in (("weight", weight), ("bias", bias)) if value is not None]
+    if not given:
+        msg = "neither weight nor bias is given, so there is no effect to draw; pass one or both"
+        raise ValueError(msg)
+    call = data.checked(x, normalized_shape, weight, bias, eps, axis)
+    axes = _drawing.two_axes(ax, (9.0, 3.4), sharey=True)
+    looks = ((None, None, _drawing.BEFORE), (weight, bias, _drawing.AFTER))
+    for one, (w, b, color) in zip(axes, looks, strict=True):
+        y = data.rows_of(call, layer_norm(call.x, normalized_shape, w, b, eps, axis=axis))
+        _drawing.band(one, *data.mean_and_std_of_columns(y), color)
+    n = y.shape[1]
+    stretch = np.ones(n) if weight is None else data.column("weight", call.weight)
+    shift = np.zeros(n) if bias is None else data.column("bias", call.bias)
+    label = f"{'0' if bias is None else 'bias'} ± {'1' if weight is None else 'abs(weight)'}"
+    _drawing.outline(axes[1], shift, np.abs(stretch), label)
+    axes[0].set_title("layer_norm alone")
+    axes[1].set_title(f"with {' and '.join(given)}")
+    return axes

@@ -1,0 +1,232 @@
+"""Layer norm as a scikit-learn transformer; needs the extra ``sklearn``."""
+
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from sklearn import get_config
+from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+from sklearn.utils.validation import validate_data
+
+from cupynorm import functional
+from cupynorm._arrays import library_of
+from cupynorm._problem import check_eps
+from cupynorm.frames.columns import normalize
+from cupynorm.sklearn import _data as data
+
+__all__ = ["LayerNormalizer"]
+
+_OUTPUT_TYPES = (None, "input", "numpy", "cupy", "pandas", "cudf")
+_FLOATS = ("float64", "float32", "float16")
+
+
+class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """Normalize each sample over its features, to mean 0 and variance 1.
+
+    ``(x - mean(x)) / sqrt(var(x) + eps)`` for each row x, with the biased variance, as
+    `cupynorm.layer_norm` computes it. A sample's result depends on that sample alone, so there is
+    nothing to learn from data: no leak between folds, no statistics that drift. For features that
+    have comparable units: pixels, bands of a spectrum, counts of words, outputs of a model.
+
+    Parameters
+    ----------
+    eps : float, default 1e-5
+        Added to the variance, in units of X squared; at least 0. With 0 a sample whose features
+        are all equal becomes NaN; with the default it becomes zeros.
+    copy : bool, default True
+        False writes the result into X where X is a NumPy, CuPy or torch array of floats. Anything
+        else, tables among it, is never written to.
+    output_type : {None, 'input', 'numpy', 'cupy', 'pandas', 'cudf'}, default None
+        As cuML has it: 'input' gives what X was, the others name a library, and data is moved
+        between host and GPU where that needs it. None is scikit-learn's way: an array of X's
+        library, NumPy for lists and for tables of pandas and polars, unless ``set_output`` asks for
+        a DataFrame; and 'input' for cuDF. cuML's global setting is not looked at.
+
+    Attributes
+    ----------
+    n_features_in_ : int
+        Number of features seen by `fit`.
+    feature_names_in_ : ndarray of shape ``(n_features_in_,)``
+        Names of the features seen by `fit`, where X had names that are all strings.
+
+    See Also
+    --------
+    cupynorm.layer_norm : The function, for any axes, with weight and bias.
+    cupynorm.frames.layer_norm : For tables with missing values.
+    sklearn.preprocessing.Normalizer : Unit norm of each sample; does not subtract the mean.
+    sklearn.preprocessing.StandardScaler : Mean and variance of each feature, learned by `fit`.
+
+    Notes
+    -----
+    The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450.
+
+    The estimator is stateless: `transform` needs no `fit`, which checks X and remembers the number
+    and the names of its features. There is no `inverse_transform`, as mean and variance of each
+    sample are gone.
+
+    float16, float32 and float64 keep their dtype, bfloat16 as well; integers and bool become
+    float64 (float32 on a device that has no float64). A table takes the dtype that NumPy's
+    promotion finds for its columns: int8 and float32 give float32, int32 and float32 give float64.
+    It is read column by column as it lies, and is not copied into one matrix first.
+
+    NaN, infinities and nulls are refused, as one would make all of its row NaN. Impute them, or,
+    inside ``sklearn.config_context(assume_finite=True)``, skip that check, which is a pass over X.
+    `cupynorm.frames.layer_norm` can leave them out of a row's statistics (``nulls='omit'``).
+
+    Sparse X is refused, as subtracting the mean makes it dense. Dask's collections are refused, as
+    scikit-learn would compute them; `cupynorm.layer_norm` takes them.
+
+    Arrays of CuPy, torch, JAX or another array-API library stay what they are and where they are,
+    whether scikit-learn's ``array_api_dispatch`` is on or not; torch's autograd goes through. While
+    it is on, `transform` refuses arrays of another library than `fit` has seen, as scikit-learn's
+    own estimators do. ``set_output`` makes tables from data on the host only: for data on a GPU
+    give ``output_type='numpy'`` as well.
+
+    Examples
+    --------
+    >>> from cupynorm.sklearn import LayerNormalizer
+    >>> X = [[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]
+    >>> LayerNormalizer(eps=0.0).fit_transform(X).round(3)
+    array([[-1.225,  0.   ,  1.225],
+           [-1.225,  0.   ,  1.225]])
+    """
+
+    def __init__(self, *, eps: float = 1e-5, copy: bool = True, output_type: str | None = None):
+        self.eps = eps
+        self.copy = copy
+        self.output_type = output_type
+
+    def fit(self, X: Any, y: Any = None) -> "LayerNormalizer":
+        """Check the parameters and X; remember number and names of the features, nothing else.
+
+        Parameters
+        ----------
+        X : array-like or DataFrame of shape (n_samples, n_features)
+            Samples in rows.
+        y : ignored
+            Here for scikit-learn's conventions.
+
+        Returns
+        -------
+        LayerNormalizer
+            Itself.
+
+        Raises
+        ------
+        TypeError
+            If X is sparse or lazy, or a parameter has another type.
+        ValueError
+            If X is not 2-D, is empty, complex, not numeric or not finite, or a parameter has no
+            such value.
+
+        Examples
+        --------
+        >>> from cupynorm.sklearn import LayerNormalizer
+        >>> LayerNormalizer().fit([[1.0, 2.0, 3.0]]).n_features_in_
+        3
+        """
+        self._check_parameters()
+        self._check(X, reset=True)
+        return self
+
+    def transform(self, X: Any) -> Any:
+        """Normalize each sample.
+
+        Parameters
+        ----------
+        X : array-like or DataFrame of shape (n_samples, n_features)
+            Samples in rows.
+
+        Returns
+        -------
+        array or DataFrame of shape (n_samples, n_features)
+            What `output_type` and ``set_output`` say.
+
+        Raises
+        ------
+        TypeError
+            As `fit` does.
+        ValueError
+            As `fit` does, or if number or names of the features are not those of `fit`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from cupynorm.sklearn import LayerNormalizer
+        >>> X = np.array([[1.0, 2.0, 3.0]], dtype=np.float32)
+        >>> LayerNormalizer().transform(X).dtype
+        dtype('float32')
+        """
+        eps = self._check_parameters()
+        checked = self._check(X, reset=False)
+        if isinstance(checked, tuple):
+            path, columns = checked
+            # cuDF transposes a row-major matrix, at the cost of a copy.
+            order = "F" if path == "cupy" and self.output_type in (None, "input", "cudf") else "C"
+            dtype = data.floats_of(columns)
+            y = normalize(path, columns, None, None, eps, dtype, order, None, "propagate")
+        else:
+            given = isinstance(X, np.ndarray) or data.is_foreign(X)  # not made here of a table
+            out = checked if given and not self.copy and data.may_overwrite(checked) else None
+            y = functional.layer_norm(checked, axis=1, eps=eps, out=out)
+        return data.convert(y, self.output_type, X, getattr(self, "feature_names_in_", None))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.requires_fit = False
+        tags.array_api_support = True
+        tags.transformer_tags.preserves_dtype = list(_FLOATS)
+        return tags
+
+    def _check_parameters(self) -> float:
+        """Check the parameters, which scikit-learn forbids `__init__` to do; give eps."""
+        if isinstance(self.eps, bool) or not isinstance(self.eps, Real):
+            msg = f"eps={self.eps!r} is a {type(self.eps).__name__}, not a number; pass e.g. 1e-5"
+            raise TypeError(msg)
+        eps = check_eps(float(self.eps))
+        if eps < 0:
+            msg = f"eps={self.eps!r} is negative; pass 0 or more: it is added to the variance"
+            raise ValueError(msg)
+        if not isinstance(self.copy, (bool, np.bool_)):
+            msg = f"copy={self.copy!r} is a {type(self.copy).__name__}; pass True or False"
+            raise TypeError(msg)
+        if self.output_type not in _OUTPUT_TYPES:
+            msg = f"output_type={self.output_type!r} is not one of {_OUTPUT_TYPES}; pass one"
+            raise ValueError(msg)
+        return eps
+
+    def _check(self, X: Any, reset: bool) -> Any:
+        """Check X, its features' number and names; give an array of floats, or path and columns."""
+        data.check_kind(X)
+        foreign, what = data.is_foreign(X), type(self).__name__
+        self._check_library(library_of(X) if foreign else "numpy", reset)
+        any_value = get_config()["assume_finite"]
+        if foreign:
+            X = data.as_floats(X, what)
+            if not any_value:
+                data.refuse_not_finite(X, what)
+            return validate_data(self, X, reset=reset, skip_check_array=True)
+        table = data.columns_of(X, what)
+        if table is not None:
+            if not any_value:
+                data.refuse_bad_columns(X, table[1], what)
+            validate_data(self, X, reset=reset, skip_check_array=True)
+            return table
+        # X is written to only where it is an array; a read-only one is copied then.
+        in_place = not self.copy and isinstance(X, np.ndarray)
+        floats = [np.dtype(name) for name in _FLOATS]
+        return validate_data(self, X, reset=reset, dtype=floats, force_writeable=in_place)
+
+    def _check_library(self, library: str, reset: bool) -> None:
+        """Hold `transform` to `fit`'s library as scikit-learn does while it dispatches."""
+        if reset:
+            self._fit_library = library
+        seen = getattr(self, "_fit_library", library)
+        if seen != library and get_config()["array_api_dispatch"]:
+            name = type(self).__name__
+            msg = (
+                f"Inputs passed to {name}.transform() must use the same namespace as those passed "
+                f"to fit(): {seen}, not {library}. Call fit on {library} data, or do not call it: "
+                f"{name} learns nothing there"
+            )
+            raise ValueError(msg)

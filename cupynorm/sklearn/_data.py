@@ -1,0 +1,245 @@
+"""What an estimator is given and what it gives back: kinds of data, checks, conversions."""
+
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from cupynorm import _problem
+from cupynorm._arguments import path_of
+from cupynorm._arrays import classify, library_of
+from cupynorm._cpu.columns import Column, as_matrix
+from cupynorm.frames import _tables
+from cupynorm.frames._arguments import gather
+
+__all__ = [
+    "as_floats",
+    "check_kind",
+    "columns_of",
+    "convert",
+    "floats_of",
+    "is_foreign",
+    "may_overwrite",
+    "refuse_bad_columns",
+    "refuse_not_finite",
+]
+
+
+def check_kind(X: Any) -> None:
+    """Refuse what would have to be computed, made dense or filled in first: lazy, sparse, masked.
+
+    Raises
+    ------
+    TypeError
+        With the way out.
+    """
+    if isinstance(X, np.ma.MaskedArray):
+        classify(X, "X")
+    if library_of(X).startswith("dask"):
+        msg = (
+            f"X is a {type(X).__module__}.{type(X).__qualname__}, and scikit-learn's checks would "
+            "compute it; call cupynorm.layer_norm(X), which is lazy, or X.compute() first"
+        )
+        raise TypeError(msg)
+    if _is_sparse(X):
+        msg = (
+            f"X is sparse ({type(X).__module__}.{type(X).__qualname__}): subtracting each row's "
+            "mean would make it dense. Pass X.toarray() (X.to_dense() of torch, "
+            "X.sparse.to_dense() of pandas) if that fits into memory, or scale without centering, "
+            "e.g. by sklearn.preprocessing.Normalizer"
+        )
+        raise TypeError(msg)
+
+
+def _is_sparse(X: Any) -> bool:
+    library = _tables.library(X)
+    if library is not None:  # scikit-learn makes a frame dense if only some of its columns are
+        kinds = {type(dtype).__name__ for dtype in X.dtypes} if library == "pandas" else set()
+        return kinds == {"SparseDtype"}
+    # SciPy and CuPy; PyData and JAX; torch, whose dense layout is torch.strided.
+    by_module = ".sparse" in f".{type(X).__module__}"
+    return hasattr(X, "tocsr") or by_module or "sparse" in str(getattr(X, "layout", ""))
+
+
+def is_foreign(X: Any) -> bool:
+    """Whether X is an array that scikit-learn would turn into one of NumPy, or refuse."""
+    if isinstance(X, np.ndarray):
+        return bool(X.dtype.name == "bfloat16")  # which would become float64
+    if isinstance(X, np.generic) or _tables.library(X) is not None:
+        return False
+    from array_api_compat import is_array_api_obj
+
+    return bool(is_array_api_obj(X)) or hasattr(X, "__cuda_array_interface__")
+
+
+def columns_of(X: Any, what: str) -> tuple[str, list[Column]] | None:
+    """Path and columns of a table of numbers; None if X is none that can be read as it lies."""
+    library = _tables.library(X)
+    if library is None:
+        return None
+    _check_shape(X, what)
+    try:
+        columns = _tables.read(X)
+    except TypeError:  # objects, strings: scikit-learn converts them or says why not
+        if library == "cudf":
+            raise
+        return None
+    return gather(columns)
+
+
+def floats_of(columns: list[Column]) -> str:
+    """Name of the float that holds all columns, by NumPy's promotion; no float gives float64."""
+    dtypes = {column.values.dtype for column in columns}
+    name = np.result_type(*dtypes).name
+    return name if name in _problem.ITEMSIZE else "float64"
+
+
+def as_floats(X: Any, what: str) -> Any:
+    """Check the shape of an array and bring it to a float dtype, in its library and on its device.
+
+    Raises
+    ------
+    ValueError
+        If it is not 2-D, has no sample or no feature, or is complex.
+    """
+    if not hasattr(X, "dtype"):  # a mere exporter on a GPU
+        X = path_of("cupy").from_exporter(X)
+    if X.ndim != 2:
+        msg = (
+            f"Expected 2D array, got {X.ndim}D array instead (shape {tuple(X.shape)}). Reshape "
+            "your data: X.reshape(-1, 1) for a single feature, X.reshape(1, -1) for a single sample"
+        )
+        raise ValueError(msg)
+    _check_shape(X, what)
+    dtype = _problem.dtype_name(X.dtype)
+    if dtype in _problem.ITEMSIZE:
+        return X
+    if dtype.startswith("complex"):
+        msg = f"Complex data not supported: X has dtype {X.dtype}; pass X.real and X.imag, or abs"
+        raise ValueError(msg)
+    from array_api_compat import array_namespace, device
+
+    xp = array_namespace(X)
+    floats = xp.__array_namespace_info__().dtypes(device=device(X), kind="real floating")
+    # JAX by default, and some GPUs, have no float64.
+    return xp.astype(X, floats.get("float64", xp.float32))
+
+
+def _check_shape(X: Any, what: str) -> None:
+    for axis, name in ((0, "sample"), (1, "feature")):
+        if not X.shape[axis]:
+            msg = (
+                f"Found array with 0 {name}(s) (shape={tuple(X.shape)}) while a minimum of 1 is "
+                f"required by {what}. Pass at least one {name}"
+            )
+            raise ValueError(msg)
+
+
+def refuse_not_finite(X: Any, what: str) -> None:
+    """Refuse an array that holds NaN or infinity."""
+    if not _is_finite(X):
+        msg = f"Input X contains NaN or infinity. {_WAY_OUT.format(what=what)}"
+        raise ValueError(msg)
+
+
+def refuse_bad_columns(X: Any, columns: list[Column], what: str) -> None:
+    """Refuse a table that holds NaN, infinities or nulls, and name such columns."""
+    matrix = as_matrix(columns) if isinstance(columns[0].values, np.ndarray) else None
+    if matrix is not None and _is_finite(matrix):  # columns of a matrix are slow to run down
+        return
+    bad = [name for name, c in zip(X.columns, columns, strict=True) if not _is_finite(*c)]
+    if bad:
+        named = ", ".join(repr(name) for name in bad[:5])
+        named += f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        msg = (
+            f"Input X contains NaN, infinity or nulls in {named}. {_WAY_OUT.format(what=what)}; "
+            "cupynorm.frames.layer_norm(X, nulls='omit') leaves missing values out"
+        )
+        raise ValueError(msg)
+
+
+_WAY_OUT = (
+    "{what} does not accept missing values, as one would make all of its row NaN: impute them, "
+    "e.g. by sklearn.impute.SimpleImputer, or drop such rows"
+)
+
+
+def _is_finite(values: Any, validity: Any = None, offset: int = 0) -> bool:
+    """Whether no NaN, infinity or null is among the values."""
+    if validity is None and _problem.dtype_name(values.dtype) not in _problem.ITEMSIZE:
+        return True
+    from array_api_compat import array_namespace
+
+    xp = array_namespace(values)
+    if validity is not None:
+        bits = xp.unpackbits(validity, bitorder="little")[offset : offset + values.shape[0]]
+        if not bool(xp.all(bits)):
+            return False
+        return _is_finite(values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if bool(xp.isfinite(xp.sum(values))):  # needs no array of bools to be written and read
+            return True
+    return bool(xp.all(xp.isfinite(values)))
+
+
+def may_overwrite(X: Any) -> bool:
+    """Whether a result may be written into X: what its library, and autograd, can follow."""
+    if library_of(X) == "torch":
+        return not X.requires_grad
+    return library_of(X) in ("numpy", "cupy")
+
+
+def convert(y: Any, kind: str | None, X: Any, names: Any) -> Any:
+    """Give y as the `output_type` that is asked for.
+
+    Parameters
+    ----------
+    y : array of shape (M, N)
+        The result, in the library that computed it.
+    kind : {None, 'input', 'numpy', 'cupy', 'pandas', 'cudf'}
+        None is 'input' for cuDF, whose users expect it, and else y as it is.
+    X : array-like or DataFrame
+        What was normalized: its index, and its column names if it is a table.
+    names : sequence of str, optional
+        Column names for a table made from an array.
+    """
+    table = _tables.library(X)
+    if kind is None and table != "cudf":
+        return y
+    if table is not None and kind in (None, "input", table):
+        return _tables.build(X, y)
+    if kind == "numpy":
+        return _to_numpy(y)
+    if kind == "cupy":
+        return _to_cupy(y)
+    return y if kind == "input" else _frame(str(kind), y, X, names)
+
+
+def _frame(library: str, y: Any, X: Any, names: Any) -> Any:
+    frame = import_module(library).DataFrame
+    index: Any = getattr(X, "index", None) if _tables.library(X) else None
+    names = list(X.columns) if _tables.library(X) else names
+    if library == "cudf":  # which by default makes nulls of NaN, at the cost of another pass
+        return frame(_to_cupy(y), index=index, columns=names, nan_as_null=False)
+    index = index.to_pandas() if hasattr(index, "to_pandas") else index
+    return frame(_to_numpy(y), index=index, columns=names, copy=False)
+
+
+def _to_numpy(y: Any) -> Any:
+    if library_of(y) == "cupy":
+        return y.get(order="A")
+    if library_of(y) == "torch":
+        y = y.detach().cpu()
+    return np.asarray(y)
+
+
+def _to_cupy(y: Any) -> Any:
+    if library_of(y) == "cupy":
+        return y
+    do = path_of("cupy")
+    if library_of(y) == "torch" and y.is_cuda:
+        return do.from_exporter(y.detach())
+    y = np.ascontiguousarray(_to_numpy(y))
+    made = do.empty(y.shape, dtype=y.dtype)
+    made.set(y)
+    return made
