@@ -1,32 +1,220 @@
-"""Meets the memory of a call: folds it into rows, or says which copy is needed and why."""
+"""Meets the memory of a call: folds its strides into rows and columns, or says what must be copied.
 
+Strides count elements. `Facts` is what the rules have settled, `Problem` what a plan may depend on.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from cupynorm import _problem
+from cupynorm import _problem as _old
 from cupynorm._cuda.plan_column import ColumnProblem
 from cupynorm._cuda.plan_column_bwd import ColumnGradientProblem
-from cupynorm._problem import GradientProblem, Problem
+from cupynorm._ops import Op
+from cupynorm._problem import GradientProblem
+from cupynorm._problem import Problem as OldProblem
 
-__all__ = [
-    "GradientLayout",
-    "Layout",
-    "column_gradient_problem_of",
-    "column_problem_of",
-    "fold",
-    "gradient_layout_of",
-    "layout_of",
-    "result_strides",
-    "row_major_strides",
-    "rows_last",
-]
+Group = tuple[int, tuple[int, ...]]  # length, and one stride per array
+
+
+class Facts(NamedTuple):
+    """What is settled about a call whose arguments have passed every rule; nothing of the data."""
+
+    op: Op
+    backward: bool
+    shape: tuple[int, ...]  # of x
+    axes: tuple[int, ...]  # normalized, ascending
+    # Names by array: x, weight and bias where they are given; of a backward x and weight, and
+    # dweight and dbias where they are wanted.
+    dtypes: dict[str, str]
+    # Element strides by array of x's shape: x and y; of a backward x, dy, and dx where it is
+    # wanted. None where memory cannot be counted in elements: unaligned, or of the other byte order.
+    strides: dict[str, tuple[int, ...] | None]
+    eps: float = 0.0
+    order: str = "K"  # of a y that is to be made
+    out: bool = False  # y is given
+    stats: bool = False  # a forward gives mean and rstd, too
+
+    @property
+    def size(self) -> int:
+        """Elements of x."""
+        return math.prod(self.shape)
+
+    @property
+    def N(self) -> int:
+        """Elements that share a mean."""
+        return math.prod(self.shape[a] for a in self.axes)
+
+    @property
+    def affine_shape(self) -> tuple[int, ...]:
+        """Shape of weight and bias."""
+        return tuple(self.shape[a] for a in self.axes)
+
+    @property
+    def stats_shape(self) -> tuple[int, ...]:
+        """Shape of mean and rstd: x's with the normalized axes of length 1."""
+        return tuple(1 if a in self.axes else n for a, n in enumerate(self.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One shape of a call: all that a plan may depend on, and nothing of the data.
+
+    Columns with addresses of their own (K7) have no "x" among their strides.
+    """
+
+    op: Op
+    backward: bool
+    dtypes: tuple[tuple[str, str], ...]  # as in `Facts`
+    outer: int
+    M: int  # rows of one outer step
+    N: int  # columns: elements that share a mean
+    strides: tuple[tuple[str, tuple[int, int, int]], ...]  # by array, for (outer, M, N)
+    stats_strides: tuple[int, int]  # of mean and rstd, for (outer, M)
+    stats: bool = False  # a forward gives mean and rstd, too
+    omit: bool = False  # leave NaN out of the statistics (K7)
+    copies: tuple[tuple[str, str], ...] = ()  # arrays met as row-major copies, and why
+
+    @property
+    def rows(self) -> int:
+        """Rows in all."""
+        return self.outer * self.M
+
+    def dtype(self, array: str) -> str | None:
+        """Name of an array's dtype; None if it is absent or not wanted."""
+        return dict(self.dtypes).get(array)
+
+    def steps(self, array: str) -> tuple[int, int, int]:
+        """Strides of an array, for (outer, M, N)."""
+        return dict(self.strides)[array]
+
+    def has(self, array: str) -> bool:
+        """Whether an array of x's shape takes part: dx may not be wanted."""
+        return array in dict(self.strides)
+
+    @property
+    def row_major(self) -> bool:
+        """Whether the columns of every array are neighbours in memory."""
+        return all(steps[2] == 1 for _, steps in self.strides)
+
+
+def problem_of(facts: Facts) -> Problem | None:
+    """Fold a call to (outer, M, N) as its memory lies; None where it does not fold so far.
+
+    The rows along M are neighbours in memory, if any rows are.
+    """
+    known = {name: strides for name, strides in facts.strides.items() if strides is not None}
+    if len(known) < len(facts.strides):
+        return None
+    batch, cols = fold(facts.shape, facts.axes, *known.values())
+    if len(cols) > 1 or len(batch) > 2:
+        return None
+    none = 1, (0,) * len(known)
+    N, steps = cols[0] if cols else (1, (1,) * len(known))
+    outer, rows = [none, none, *batch][-2:]
+    stats = rows[0], 1
+    if outer[0] > 1 and sum(map(abs, outer[1])) < sum(map(abs, rows[1])):
+        outer, rows, stats = rows, outer, (1, rows[0])
+    strides = zip(known, zip(outer[1], rows[1], steps, strict=True), strict=True)
+    return _problem(facts, (outer[0], rows[0], N), tuple(strides), stats)
+
+
+def _problem(
+    facts: Facts,
+    sizes: tuple[int, int, int],
+    strides: tuple[tuple[str, tuple[int, int, int]], ...],
+    stats_strides: tuple[int, int],
+    copies: tuple[tuple[str, str], ...] = (),
+) -> Problem:
+    return Problem(
+        facts.op,
+        facts.backward,
+        tuple(facts.dtypes.items()),
+        *sizes,
+        strides,
+        stats_strides,
+        facts.stats,
+        copies=copies,
+    )
+
+
+def kernel_problem_of(facts: Facts) -> Problem:
+    """Fold a call for the kernels: rows, or a tile of strided columns, or row-major copies.
+
+    Row kernels want columns of unit stride, and rows numbered as mean and rstd are. A tile wants
+    each array to have rows or columns of unit stride. What fits neither is met as a copy, which
+    `Problem.copies` names with the reason.
+    """
+    found = _fold_rows(facts)
+    if found.copies:
+        return _fold_tile(facts) or found
+    return found
+
+
+def _fold_tile(facts: Facts) -> Problem | None:
+    """Fold strided columns; None where an array has neither rows nor columns of unit stride.
+
+    The rows may be the outer group: a Fortran-ordered x with normalized axes in its middle is like
+    that. dx must lie along the rows where x does.
+    """
+    known = {name: strides or () for name, strides in facts.strides.items()}
+    batch, cols = fold(facts.shape, facts.axes, *known.values())
+    if len(cols) != 1 or len(batch) > 2:
+        return None
+    N, steps = cols[0]
+    first, second = ([(1, (0,) * len(known))] * 2 + batch)[-2:]
+    for outer, inner, stats in (
+        (first, second, (second[0], 1)),
+        (second, first, (1, second[0])),
+    ):
+        unit = [row == 1 or col == 1 for row, col in zip(inner[1], steps, strict=True)]
+        if all(unit) and any(col != 1 for col in steps):
+            strides = dict(zip(known, zip(outer[1], inner[1], steps, strict=True), strict=True))
+            if "dx" in strides and (strides["x"][2] == 1) != (strides["dx"][2] == 1):
+                return None
+            return _problem(facts, (outer[0], inner[0], N), tuple(strides.items()), stats)
+    return None
+
+
+def _fold_rows(facts: Facts) -> Problem:
+    """Fold all arrays together, through row-major copies of those that do not."""
+    shape, axes = facts.shape, facts.axes
+    known = {name: strides or () for name, strides in facts.strides.items()}
+    dense = row_major_strides(shape, axes)
+    reasons = {
+        label: reason
+        for label, strides in known.items()
+        if (reason := _copy_reason(label, shape, axes, strides))
+    }
+
+    def batch() -> list[Group]:
+        met = [dense if label in reasons else strides for label, strides in known.items()]
+        return fold(shape, axes, *met)[0]
+
+    labels = list(known)
+    for i in range(len(labels) - 1, -1, -1):  # each may fold alone, but not all together
+        if len(batch()) > 2 and labels[i] not in reasons:
+            reasons[labels[i]] = (
+                f"the batch axes of {' and '.join(labels[: i + 1])} do not fold together into "
+                "two strides"
+            )
+    (outer, outer_steps), (inner, inner_steps) = ([(1, (0,) * len(labels))] * 2 + batch())[-2:]
+    strides = {
+        label: (o, i, 1) for label, o, i in zip(labels, outer_steps, inner_steps, strict=True)
+    }
+    sizes = outer, inner, facts.N
+    return _problem(facts, sizes, tuple(strides.items()), (inner, 1), tuple(reasons.items()))
+
+
+# --- the layout that today's planners take; it goes with them ------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the memory of a call is met: as it lies, or through a copy and why."""
 
-    problem: Problem
+    problem: OldProblem
     copy_x: str = ""  # the reason for a row-major copy of x; empty: none
     copy_y: str = ""  # the reason for a row-major result that is copied into y; empty: none
 
@@ -49,7 +237,7 @@ def layout_of(
 ) -> Layout:
     """Fold a call into the rows that the row kernels take; strides in elements."""
     sizes, steps, reasons = _fit(shape, axes, {"x": x_strides, "y": y_strides})
-    problem = Problem(
+    problem = OldProblem(
         op="layer_norm_fwd",
         x_dtype=dtypes[0],
         weight_dtype=dtypes[1],
@@ -183,7 +371,7 @@ def _fit(
             )
     groups = ([(1, (0,) * len(labels))] * 2 + batch())[-2:]
     (outer, outer_steps), (inner, inner_steps) = groups
-    sizes = outer, inner, _problem.rows_and_cols(shape, axes)[1]
+    sizes = outer, inner, _old.rows_and_cols(shape, axes)[1]
     return sizes, [(o, i, 1) for o, i in zip(outer_steps, inner_steps, strict=True)], reasons
 
 

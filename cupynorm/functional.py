@@ -1,7 +1,7 @@
 """The public functions: each documents, checks, and routes to the path that does the work."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,39 +15,10 @@ from cupynorm._arguments import (
 )
 from cupynorm._arrays import check_overlap, check_writable, library_of
 from cupynorm._cpu import results as _results
+from cupynorm._ops import LayerNormResult
 from cupynorm.frames import _tables
 
 __all__ = ["LayerNormResult", "layer_norm", "strided"]
-
-
-class LayerNormResult(NamedTuple):
-    """What `layer_norm(..., return_stats=True)` gives.
-
-    Attributes
-    ----------
-    y : array
-        Normalized x: its shape, dtype, library and device.
-    mean : array
-        Mean over the normalized axes, float32 (float64 for float64 x), shaped like x with the
-        normalized axes of length 1.
-    rstd : array
-        1 / sqrt(var + eps), dtype and shape as `mean`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import cupynorm as cn
-    >>> result = cn.layer_norm(np.array([[1.0, 2.0, 3.0]]), eps=0.0, return_stats=True)
-    >>> result.mean.shape
-    (1, 1)
-    >>> y, mean, rstd = result
-    >>> rstd.round(3)
-    array([[1.225]])
-    """
-
-    y: Any
-    mean: Any
-    rstd: Any
 
 
 def layer_norm(

@@ -1,7 +1,7 @@
 """The public backward: documents, checks, and routes to the path that does the work."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,39 +16,9 @@ from cupynorm._arguments import (
 from cupynorm._arrays import library_of
 from cupynorm._cpu import bwd_at_once as _cpu_bwd_at_once
 from cupynorm._cpu import results as _results
+from cupynorm._ops import LayerNormGradients
 
 __all__ = ["LayerNormGradients", "layer_norm_backward"]
-
-
-class LayerNormGradients(NamedTuple):
-    """What `layer_norm_backward` gives; None for what `output_mask` leaves out.
-
-    Attributes
-    ----------
-    dx : array or None
-        Gradient of x: its shape, dtype, library and device.
-    dweight : array or None
-        Gradient of weight, summed over all rows: weight's shape and dtype.
-    dbias : array or None
-        Gradient of bias, summed over all rows: shape and dtype as `dweight`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import cupynorm as cn
-    >>> x = np.array([[1.0, 2.0, 4.0], [3.0, 0.0, 0.0]])
-    >>> y, mean, rstd = cn.layer_norm(x, return_stats=True)
-    >>> mask = (False, True, True)
-    >>> gradients = cn.layer_norm_backward(x, x, 3, mean, rstd, output_mask=mask)
-    >>> gradients.dx is None
-    True
-    >>> gradients.dbias
-    array([4., 2., 4.])
-    """
-
-    dx: Any
-    dweight: Any
-    dbias: Any
 
 
 def layer_norm_backward(

@@ -31,7 +31,8 @@ FLOORS = (
     {"_reference"},
     {"_layout"},
     {"_arrays"},
-    {"_display", "_problem", "_progress"},
+    {"_problem"},
+    {"_display", "_ops", "_progress"},
 )
 # Arrows that still run up, each to go with the mechanism behind it.
 NOT_YET = {
@@ -167,10 +168,8 @@ def test_module_budget(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
-def test_module_docstring_is_one_line(path):
-    docstring = ast.get_docstring(tree(path))
-    assert docstring
-    assert "\n" not in docstring
+def test_a_module_says_what_it_is(path):
+    assert ast.get_docstring(tree(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
