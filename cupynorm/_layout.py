@@ -28,8 +28,8 @@ class Facts(NamedTuple):
     # Names by array: x, weight and bias where they are given; of a backward x and weight, and
     # dweight and dbias where they are wanted.
     dtypes: dict[str, str]
-    # Element strides by array of x's shape: x and y; of a backward x, dy, and dx where it is
-    # wanted. None where memory cannot be counted in elements: unaligned, or of the other byte order.
+    # Element strides by array of x's shape: x and y, of a backward x, dy and dx if wanted.
+    # None where memory cannot be counted in elements: unaligned, or of the other byte order.
     strides: dict[str, tuple[int, ...] | None]
     eps: float = 0.0
     order: str = "K"  # of a y that is to be made
