@@ -27,7 +27,7 @@ def read(table: Any) -> list[tuple[Any, ...]]:
     ValueError
         If there are none.
     """
-    adapter = import_module(f"cupynorm._frames_{library(table)}")
+    adapter = import_module(f"cupynorm.frames._{library(table)}")
     refused = adapter.not_numeric(table)
     if refused:
         named = ", ".join(f"{name!r} ({dtype})" for name, dtype in refused[:5])
@@ -46,4 +46,4 @@ def read(table: Any) -> list[tuple[Any, ...]]:
 
 def build(table: Any, y: Any) -> Any:
     """Give y (M, N) as a table with the index, names and class of `table`, sharing y's memory."""
-    return import_module(f"cupynorm._frames_{library(table)}").build(table, y)
+    return import_module(f"cupynorm.frames._{library(table)}").build(table, y)
