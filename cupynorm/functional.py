@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm import _problem
+from cupynorm import _problem, dask, frames
 from cupynorm._arguments import (
     Call,
     check_arguments,
@@ -13,10 +13,9 @@ from cupynorm._arguments import (
     is_launchable,
     path_of,
 )
-from cupynorm._arrays import check_overlap, check_writable, library_of
+from cupynorm._arrays import check_overlap, check_writable
 from cupynorm._cpu import results as _results
-from cupynorm._ops import LayerNormResult
-from cupynorm.frames import _tables
+from cupynorm._ops import LAYER_NORM, LayerNormResult
 
 __all__ = ["LayerNormResult", "layer_norm", "strided"]
 
@@ -106,14 +105,11 @@ def layer_norm(
             if y is not None:
                 return LayerNormResult(*y) if return_stats else y
     if type(x) is not np.ndarray:
-        if library_of(x).startswith("dask"):
-            return _dask(x, normalized_shape, weight, bias, eps, axis, order, out, return_stats)
-        if _tables.library(x) is not None:
-            from cupynorm import frames
-
-            return frames.from_call(
-                x, normalized_shape, weight, bias, eps, axis, order, out, return_stats
-            )
+        container = dask if dask.is_collection(x) else frames if frames.is_table(x) else None
+        if container is not None:
+            how = normalized_shape, axis, eps, order, return_stats
+            found = container.normalize(LAYER_NORM, x, weight, bias, out, how)
+            return LayerNormResult(*found) if return_stats else found
     call = check_arguments(x, normalized_shape, weight, bias, eps, axis, order, out)
     if call.path != "namespace":
         y, mean, rstd = strided(call, order, out, return_stats)
@@ -154,14 +150,6 @@ def _first_of_torch(torch: Any) -> None:
 
 # By exact type of x: calls with nothing special about them, which cost what they must alone.
 _at_once: dict[type, Callable[..., Any]] = {np.ndarray: _first_of_numpy}
-
-
-def _dask(x: Any, *arguments: Any) -> Any:
-    """Dask arrays and DataFrames, lazily: each task calls `layer_norm` on a block of its own."""
-    from cupynorm.dask import _blocks as _dask_blocks
-
-    y, mean, rstd = _dask_blocks.layer_norm(layer_norm, x, *arguments)
-    return LayerNormResult(y, mean, rstd) if arguments[-1] else y
 
 
 def strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, Any, Any]:

@@ -2,10 +2,9 @@
 
 from typing import Any
 
+from cupynorm import dask, frames
 from cupynorm._arguments import check_arguments, is_launchable
-from cupynorm._arrays import library_of
 from cupynorm._prepared import PreparedLayerNorm
-from cupynorm.frames import _tables
 
 __all__ = ["PreparedLayerNorm", "prepare"]
 
@@ -85,7 +84,7 @@ def prepare(
     >>> f(x)[0].round(3)
     array([-2.449,  0.   ,  2.449])
     """
-    if _tables.library(x) is not None or library_of(x).startswith("dask"):
+    if frames.is_table(x) or dask.is_collection(x):
         _refuse(x)
     call = check_arguments(x, normalized_shape, weight, bias, eps, axis, order, None)
     if call.path == "numpy":
