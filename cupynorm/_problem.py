@@ -1,19 +1,16 @@
-"""Rules of a layer-norm call, its error sentences, and the frozen problem that a plan is for."""
+"""Rules of a layer-norm call, and its error sentences."""
 
 import functools
 import math
 import numbers
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 
 __all__ = [
     "ITEMSIZE",
-    "GradientProblem",
-    "Problem",
     "axis_order",
     "check_affine_dtype",
     "check_affine_shape",
@@ -34,49 +31,6 @@ __all__ = [
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _CHOICES = "float16, bfloat16, float32 or float64"
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One call shape: all that a plan may depend on, and nothing of the data."""
-
-    op: str  # "layer_norm_fwd"
-    x_dtype: str
-    weight_dtype: str | None
-    bias_dtype: str | None
-    outer: int
-    M: int  # rows of one outer step
-    N: int  # columns: elements that share a mean
-    x_strides: tuple[int, int, int]  # elements, for (outer, M, N)
-    y_strides: tuple[int, int, int]
-    stats: bool
-
-    @property
-    def rows(self) -> int:
-        """Rows in all."""
-        return self.outer * self.M
-
-
-@dataclass(frozen=True, slots=True)
-class GradientProblem:
-    """One shape of a backward call: all that its plan may depend on, and nothing of the data."""
-
-    x_dtype: str
-    weight_dtype: str | None
-    dweight_dtype: str | None  # None: not wanted
-    dbias_dtype: str | None
-    dx: bool  # wanted
-    outer: int
-    M: int
-    N: int
-    dy_strides: tuple[int, int, int]  # elements, for (outer, M, N)
-    x_strides: tuple[int, int, int]
-    dx_strides: tuple[int, int, int]
-
-    @property
-    def rows(self) -> int:
-        """Rows in all."""
-        return self.outer * self.M
 
 
 def stats_dtype(x_dtype: str) -> str:
