@@ -5,8 +5,9 @@ dtype, shape, strides and device, and the plain values beside them. So every rul
 for each look, and the call that comes of it is kept; only overlap needs addresses, at each call.
 
 A door is what a library's arrays come in by: an object with ``look(array)``, ``strides(array)``,
-``select`` (None, or a function of a call's arrays that gives another door), ``normalizer(facts)``
-and ``differentiator(facts)``. A door whose ``look`` is None has nothing kept for it.
+``device(array)``, ``select`` (None, or a function of a call's arrays that gives another door),
+``types`` (those that are plain arrays), ``normalizer(facts)``, ``differentiator(facts)`` and
+``describe(facts)``. A door whose ``look`` is None has nothing kept for it.
 """
 
 from collections.abc import Callable
@@ -151,6 +152,7 @@ def check(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Checked
         order,
         out is not None,
         bool(return_stats),
+        door.device(x),
     )
     if out is not None:
         _libraries.check_writable(out)
@@ -213,7 +215,7 @@ def _settle_backward(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any])
     strides = {"x": door.strides(x), "dy": door.strides(dy)}
     if mask[0]:
         strides["dx"] = None if strides["x"] is None else result_strides(shape, strides["x"], "K")
-    facts = Facts(op, True, shape, axes, dtypes, strides)
+    facts = Facts(op, True, shape, axes, dtypes, strides, device=door.device(x))
     call = _turning_back(door.differentiator(facts), turn)
     if door.look is not None and _exactly(how):
         _keep((door, op, how, *(None if a is None else door.look(a) for a in given)), call)
@@ -313,4 +315,8 @@ def door_of(x: Any, *others: Any) -> Any:
 def _find(x: Any) -> Any:
     from cupynorm import _old_doors
 
+    if _libraries.library_of(x) == "cupy":
+        from cupynorm._cuda.arrays import DOOR
+
+        return DOOR
     return _old_doors.door_for(x, _libraries.library_of(x))

@@ -23,6 +23,9 @@ class _Strided:
     do: Any = None
     new: Any = None
 
+    def device(self, a: Any) -> Any:
+        return None
+
     def strides(self, a: Any) -> Any:
         return element_strides(a)
 
@@ -93,26 +96,12 @@ class _Numpy(_Strided):
         return type(a), a.shape, a.dtype, a.strides, a.flags.num
 
 
-class _Cupy(_Strided):
-    def __init__(self) -> None:
-        from cupynorm._cuda import arrays
-
-        self.do = self.new = arrays
-        self.types = (arrays.ndarray,)
-
-    def describe(self, facts: Facts) -> str:
-        return "kernels"
-
-    def look(self, a: Any) -> Any:
-        return type(a), a.shape, a.dtype, a.strides, a.data.device_id
-
-    def elsewhere(self, x: Any) -> bool:
-        return not self.do.is_current(x)
-
-
 class _Namespace:
     select = None
     look = None
+
+    def device(self, a: Any) -> Any:
+        return None
 
     def strides(self, a: Any) -> Any:
         return None
@@ -136,16 +125,14 @@ class _Namespace:
         return call
 
 
-class _NamespaceBackward(_Namespace):
-    def strides(self, a: Any) -> Any:
-        return None
-
-
 class _Torch:
     """All tensors; nothing kept."""
 
     look = None
     select = None
+
+    def device(self, a: Any) -> Any:
+        return None
 
     def strides(self, a: Any) -> Any:
         return tuple(a.stride())
@@ -202,8 +189,6 @@ TORCH = _Torch()
 def door_for(x: Any, library: str) -> Any:
     if isinstance(x, np.ndarray):
         return NUMPY
-    if library == "cupy":
-        return _Cupy()
     if library == "torch":
         from cupynorm._arguments import is_launchable
 

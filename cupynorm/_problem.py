@@ -1,7 +1,5 @@
 """Names of before, until nobody asks for them."""
 
-from dataclasses import dataclass
-
 from cupynorm._rules import (
     ITEMSIZE as ITEMSIZE,
 )
@@ -53,46 +51,3 @@ from cupynorm._rules import (
 from cupynorm._rules import (
     stats_shape as stats_shape,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One call shape: all that a plan may depend on, and nothing of the data."""
-
-    op: str  # "layer_norm_fwd"
-    x_dtype: str
-    weight_dtype: str | None
-    bias_dtype: str | None
-    outer: int
-    M: int  # rows of one outer step
-    N: int  # columns: elements that share a mean
-    x_strides: tuple[int, int, int]  # elements, for (outer, M, N)
-    y_strides: tuple[int, int, int]
-    stats: bool
-
-    @property
-    def rows(self) -> int:
-        """Rows in all."""
-        return self.outer * self.M
-
-
-@dataclass(frozen=True, slots=True)
-class GradientProblem:
-    """One shape of a backward call: all that its plan may depend on, and nothing of the data."""
-
-    x_dtype: str
-    weight_dtype: str | None
-    dweight_dtype: str | None  # None: not wanted
-    dbias_dtype: str | None
-    dx: bool  # wanted
-    outer: int
-    M: int
-    N: int
-    dy_strides: tuple[int, int, int]  # elements, for (outer, M, N)
-    x_strides: tuple[int, int, int]
-    dx_strides: tuple[int, int, int]
-
-    @property
-    def rows(self) -> int:
-        """Rows in all."""
-        return self.outer * self.M

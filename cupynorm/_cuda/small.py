@@ -1,4 +1,7 @@
-"""Warm calls on CuPy arrays: one look-up for every rule and the plan, then one launch."""
+"""Warm calls on CuPy arrays: one look-up for every rule and the plan, then one launch.
+
+It goes when its callers have switched to `arrays.DOOR`.
+"""
 
 from typing import Any
 

@@ -147,10 +147,8 @@ def _on_gpu(
     y = do.empty(shape, dtype=_problem.numpy_dtype(name), order=order) if out is None else out
     if y.size:
         bitmaps = [_from_byte(j, column) for j, column in enumerate(columns)]
-        from cupynorm._cuda import columns as _cuda_columns
-
         values = [c.values for c in columns]
-        _cuda_columns.layer_norm_fwd(do, values, bitmaps, weight, bias, eps, y, omit)
+        do.layer_norm_columns(values, bitmaps, weight, bias, eps, y, omit=omit)
     return y
 
 
