@@ -2,20 +2,14 @@
 
 from typing import Any
 
-from cupynorm import _problem
+from cupynorm import _layout, _problem
 from cupynorm._arguments import check_arguments, is_launchable
 from cupynorm._arrays import element_strides, library_of
-from cupynorm._cuda.plan import Device, choose_plan
-from cupynorm._cuda.plan_bwd import choose_plan_bwd
-from cupynorm._cuda.plan_column import ColumnPlan, choose_plan_column
-from cupynorm._cuda.plan_column_bwd import bytes_beyond_floor, choose_plan_column_bwd
-from cupynorm._layout import (
-    column_gradient_problem_of,
-    column_problem_of,
-    gradient_layout_of,
-    layout_of,
-    result_strides,
-)
+from cupynorm._cuda.launch import choose_plan
+from cupynorm._cuda.plan import Device, Plan
+from cupynorm._cuda.tiles import bytes_beyond_floor
+from cupynorm._layout import Problem, kernel_problem_of, result_strides
+from cupynorm._ops import LAYER_NORM
 from cupynorm._report.explanation import Explanation, Facts
 
 __all__ = ["Explanation", "explain"]
@@ -130,8 +124,7 @@ def explain(
             )
             raise TypeError(msg)
         to = _element_strides(out) or result_strides(shape, strides, order)
-        explained = _explain_bwd if backward else _explain_fwd
-        return explained(facts, strides, to, gpu)
+        return _explain_on_gpu(facts, strides, to, gpu)
     if call.path == "numpy" or launchable:
         from cupynorm._cpu import arrays as _cpu
         from cupynorm._cpu import threads as _threads
@@ -160,62 +153,50 @@ def _gpu(x: Any, name: str | None) -> Device:
     return known[name]
 
 
-def _explain_fwd(
+def _explain_on_gpu(
     facts: Facts, x_strides: tuple[int, ...], y_strides: tuple[int, ...], gpu: Device
 ) -> Explanation:
     if not facts.rows * facts.cols:
         return facts.explanation("cuda", "none: x is empty", 0)
-    x_dtype, weight_dtype, bias_dtype = facts.dtypes
-    layout = layout_of(
+    labels, strides = ("x", "weight", "bias"), {"x": x_strides, "y": y_strides}
+    named = zip(labels, facts.dtypes, strict=True)
+    if facts.backward:
+        named = zip(
+            ("x", "weight", "dweight", "dbias"), (*facts.dtypes[:2], *facts.totals), strict=True
+        )
+        to = result_strides(facts.shape, x_strides, "K")
+        strides = {"x": x_strides, "dy": y_strides, "dx": to}
+    settled = _layout.Facts(
+        LAYER_NORM,
+        facts.backward,
         facts.shape,
         facts.axes,
-        x_strides,
-        y_strides,
-        (str(x_dtype), weight_dtype, bias_dtype),
-        facts.stats,
+        {label: dtype for label, dtype in named if dtype},
+        dict(strides),
+        stats=facts.stats,
     )
-    if layout.copy_x or layout.copy_y:
-        dtypes = (str(x_dtype), weight_dtype, bias_dtype)
-        column = column_problem_of(facts.shape, facts.axes, x_strides, y_strides, dtypes)
-        if column is not None:
-            return _explain_column(facts, choose_plan_column(column, gpu))
-    plan = choose_plan(layout.problem, gpu)
-    moved = facts.floor() + plan.workspace_bytes * 2
-    moved += facts.x_bytes * (plan.family == "split")  # the second read, from L2 where it fits
-    reasons = (("x", layout.copy_x), ("y", layout.copy_y))
-    copies = tuple(f"of {label}: {reason}" for label, reason in reasons if reason)
+    problem = kernel_problem_of(settled)
+    plan = choose_plan(problem, gpu)
+    kernel, moved = (_backward if facts.backward else _forward)(facts, problem, plan)
+    copies = tuple(f"of {label}: {reason}" for label, reason in problem.copies)
     moved += 2 * facts.x_bytes * len(copies)
-    return facts.explanation("cuda", _FAMILIES[plan.family], moved, plan, copies)
+    return facts.explanation("cuda", kernel, facts.floor() + moved, plan, copies)
 
 
-def _explain_column(facts: Facts, plan: ColumnPlan) -> Explanation:
+def _forward(facts: Facts, problem: Problem, plan: Plan) -> tuple[str, int]:
+    """What runs, and the bytes that it moves beyond the floor, without copies."""
     if plan.family == "lanes":
-        kernel = "K6 lanes: a thread holds the few columns of its rows in registers, one sweep"
-        return facts.explanation("cuda", kernel, facts.floor(), plan)
-    again = facts.x_bytes * (plan.panels - 1) // plan.panels  # the last panel is still on chip
-    sweeps = "one sweep" if plan.panels == 1 else f"two sweeps over {plan.panels} panels"
-    kernel = f"K6 column: a tile of neighbouring rows in shared memory, {sweeps}"
-    return facts.explanation("cuda", kernel, facts.floor() + again, plan)
+        return "K6 lanes: a thread holds the few columns of its rows in registers, one sweep", 0
+    if plan.family == "column":
+        again = facts.x_bytes * (plan.panels - 1) // plan.panels  # the last panel is still on chip
+        sweeps = "one sweep" if plan.panels == 1 else f"two sweeps over {plan.panels} panels"
+        return f"K6 column: a tile of neighbouring rows in shared memory, {sweeps}", again
+    again = facts.x_bytes * (plan.family == "split")  # the second read, from L2 where it fits
+    return _FAMILIES[plan.family], plan.workspace_bytes * 2 + again
 
 
-def _explain_bwd(
-    facts: Facts, x_strides: tuple[int, ...], dy_strides: tuple[int, ...], gpu: Device
-) -> Explanation:
-    if not facts.rows * facts.cols:
-        return facts.explanation("cuda", "none: x is empty", 0)
-    dtypes = (str(facts.dtypes[0]), facts.dtypes[1], *facts.totals)
-    to = result_strides(facts.shape, x_strides, "K")
-    layout = gradient_layout_of(facts.shape, facts.axes, dy_strides, x_strides, to, dtypes)
-    if layout.copies:
-        column = column_gradient_problem_of(
-            facts.shape, facts.axes, dy_strides, x_strides, to, dtypes
-        )
-        if column is not None:
-            tiled, _ = choose_plan_column_bwd(column, gpu)
-            moved = facts.floor() + bytes_beyond_floor(column, tiled)
-            return facts.explanation("cuda", _BACKWARD[tiled.family], moved, tiled)
-    plan = choose_plan_bwd(layout.problem, gpu)
-    copies = tuple(f"of {label}: {reason}" for label, reason in layout.copies)
-    moved = facts.floor() + plan.workspace_bytes * 2
-    moved += facts.x_bytes * (plan.passes - 3 + 2 * len(copies))
-    return facts.explanation("cuda", _BACKWARD[plan.family], moved, plan, copies)
+def _backward(facts: Facts, problem: Problem, plan: Plan) -> tuple[str, int]:
+    if plan.family in ("column", "panels"):
+        return _BACKWARD[plan.family], bytes_beyond_floor(problem, plan)
+    again = facts.x_bytes * (plan.passes - 3)
+    return _BACKWARD[plan.family], plan.workspace_bytes * 2 + again

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from cupynorm import _problem
 from cupynorm._cuda.plan import Plan, Stage
-from cupynorm._cuda.plan_bwd import GradientPlan
-from cupynorm._cuda.plan_column import ColumnPlan
 from cupynorm._display import Sections, Table
 
 __all__ = ["Explanation", "Facts"]
@@ -137,7 +135,7 @@ class Facts:
         path: str,
         kernel: str,
         moved: int | None,
-        plan: Plan | GradientPlan | ColumnPlan | None = None,
+        plan: Plan | None = None,
         copies: tuple[str, ...] = (),
     ) -> Explanation:
         """Put the facts beside what a path makes of them."""

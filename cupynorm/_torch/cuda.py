@@ -150,7 +150,7 @@ def layer_norm_fwd(
         target = torch.empty(y.shape, dtype=y.dtype, device=y.device) if "y" in ready.copies else y
     workspace = _workspace(ready.workspace_bytes, x)
     pointers = tuple(map(_pointer, (x, target, weight, bias, mean, rstd)))
-    _cuda.launch_fwd(ready, pointers, eps, _pointer(workspace), _stream(index))
+    ready.run(pointers, eps, _pointer(workspace), _stream(index))
     if target is not y:
         y.copy_(target)
 
@@ -186,6 +186,6 @@ def layer_norm_bwd(
             target = torch.empty(dx.shape, dtype=dx.dtype, device=dx.device)
     workspace = _workspace(ready.workspace_bytes, x)
     pointers = tuple(map(_pointer, (dy, x, mean, rstd, weight, target, dweight, dbias)))
-    _cuda.launch_bwd(ready, pointers, _pointer(workspace), _stream(index))
+    ready.run(pointers, 0.0, _pointer(workspace), _stream(index))
     if target is not dx:
         dx.copy_(target)

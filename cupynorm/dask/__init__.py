@@ -6,7 +6,8 @@ partition, or `_reference`'s moments. Dask itself is imported when a collection 
 
 from typing import Any
 
-from cupynorm._arrays import library_of
+from cupynorm._calls import How
+from cupynorm._libraries import library_of
 from cupynorm._ops import LAYER_NORM, LayerNormResult, Op
 
 __all__ = ["layer_norm"]
@@ -103,11 +104,8 @@ def is_collection(x: Any) -> bool:
     return library_of(x).startswith("dask")
 
 
-def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: tuple[Any, ...]) -> Any:
-    """Serve `layer_norm(x, ...)`: y, or (y, mean, rstd) where `how` asks for them.
-
-    `how` is (normalized_shape, axis, eps, order, return_stats).
-    """
+def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any:
+    """Serve `layer_norm(x, ...)`: y, or (y, mean, rstd) where `how` asks for them."""
     from cupynorm.dask import _blocks
 
     return _blocks.normalize(op, x, weight, bias, out, how)

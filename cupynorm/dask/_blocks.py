@@ -7,14 +7,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from cupynorm import _problem as _rules
-from cupynorm import frames
-from cupynorm._arrays import check_companion, library_of
+from cupynorm import _calls, _rules, frames
+from cupynorm._calls import How
+from cupynorm._libraries import check_companion, library_of
 from cupynorm._ops import Op
 from cupynorm.dask._moments import block_moments, normalize_block, statistics
 
 Axes = tuple[int, ...]
-How = tuple[Any, Any, Any, Any, Any]  # normalized_shape, axis, eps, order, return_stats
 
 
 def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any:
@@ -133,12 +132,7 @@ def _of_frame(op: Op, x: Any, weight: Any, bias: Any, how: How) -> Any:
 
 def whole_rows(x: Any, weight: Any, bias: Any, op: Op, how: How) -> Any:
     """Normalize a block that holds whole rows, as one call does."""
-    from cupynorm import functional
-
-    _, axes, eps, order, stats = how
-    return functional.layer_norm(
-        x, None, weight, bias, eps, axis=axes, order=order, return_stats=stats
-    )
+    return _calls.normalize(op, x, weight, bias, None, how)
 
 
 def partition(frame: Any, op: Op, weight: Any, bias: Any, how: How) -> Any:

@@ -6,7 +6,8 @@ from outside of this folder only what lies below it: no table library before a t
 
 from typing import Any
 
-from cupynorm import _problem as _rules
+from cupynorm import _rules
+from cupynorm._calls import How
 from cupynorm._ops import LAYER_NORM, Op
 from cupynorm.frames import columns
 
@@ -112,11 +113,8 @@ def build(table: Any, y: Any) -> Any:
     return columns.adapter(table).build(table, y)
 
 
-def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: tuple[Any, ...]) -> Any:
-    """Serve `layer_norm(df, ...)`, of whose arguments a table takes those that it can mean.
-
-    `how` is (normalized_shape, axis, eps, order, return_stats).
-    """
+def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any:
+    """Serve `layer_norm(df, ...)`, of whose arguments a table takes those that it can mean."""
     normalized_shape, axis, eps, order, return_stats = how
     axes = _rules.resolve_axes(tuple(x.shape), normalized_shape, axis)
     if axes != (1,):

@@ -1,15 +1,12 @@
 """Columns, also those of a table, to one normalized matrix: their rules, and the two calls."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _arguments as _calls
-from cupynorm import _arrays as _libraries
-from cupynorm import _problem as _rules
+from cupynorm import _calls, _libraries, _rules
 from cupynorm._ops import LAYER_NORM, Op
 
 __all__ = ["layer_norm_columns"]
@@ -124,26 +121,31 @@ def normalize(
         raise ValueError(msg)
     x, N = columns[0].values, len(columns)
     weight, bias = (
-        None if value is None else _calls._affine(label, value, x, (N,), None)
+        None if value is None else _calls.checked_affine(label, value, x, (N,))
         for label, value in (("weight", weight), ("bias", bias))
     )
     name = result_dtype(columns, dtype, out)
     if out is not None:
         out = _checked_out(out, (x.shape[0], N), name, columns, (weight, bias))
-    numpy, omit = isinstance(x, np.ndarray), nulls == "omit"
-    do = np if numpy else _calls.path_of("cupy")
-    # y would be allocated, and the kernel launched, on another GPU than x's otherwise.
-    with contextlib.nullcontext() if numpy or do.is_current(x) else x.device:
-        y = do.empty((x.shape[0], N), _rules.numpy_dtype(name), order) if out is None else out
-        if y.size and numpy:
+    omit, new = nulls == "omit", ((x.shape[0], N), _rules.numpy_dtype(name), order)
+    matrix = None if omit else as_matrix(columns)
+    if matrix is not None and matrix.dtype == (new[1] if out is None else out.dtype):
+        how = None, 1, eps, order if out is None else "K", False
+        return _calls.normalize(op, matrix, weight, bias, out, how)
+    if isinstance(x, np.ndarray):
+        y = np.empty(*new) if out is None else out  # type: ignore[call-overload]
+        if y.size:
             from cupynorm._cpu import columns as loops
 
             loops.layer_norm_fwd(columns, weight, bias, eps, y, omit)  # type: ignore[arg-type]
-        elif y.size:
-            from cupynorm._cuda import columns as kernel
+        return y
+    from cupynorm._cuda import arrays
 
+    with arrays.device(x.data.device_id):  # or y would be another GPU's, and the launch as well
+        y = arrays.empty(*new) if out is None else out
+        if y.size:
             parts = [column.values for column in columns], _whole_bytes(columns)
-            kernel.layer_norm_fwd(do, *parts, weight, bias, eps, y, omit)
+            arrays.layer_norm_columns(*parts, weight, bias, eps, y, omit=omit)
     return y
 
 
@@ -232,7 +234,7 @@ def gather(columns: Any) -> list[Column]:
             msg = f"{label} is a tuple of {len(parts)}; pass (values, validity) or values alone"
             raise ValueError(msg)
         if not ready:  # the column that says whose arrays the others are
-            values = first = _calls._take_in(parts[0], label)[0]
+            values = first = _calls.take_in(label, parts[0])
         else:
             values = _calls.companion_of(label, parts[0], first)
         _check_values(label, values, first)

@@ -13,9 +13,9 @@ from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import validate_data
 
 from cupynorm import functional
-from cupynorm._arrays import library_of
+from cupynorm._libraries import library_of
 from cupynorm._ops import LAYER_NORM
-from cupynorm._problem import check_eps
+from cupynorm._rules import check_eps
 from cupynorm.frames import columns
 from cupynorm.sklearn import _data as data
 

@@ -5,10 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm import _arguments as _calls
-from cupynorm import _problem as _rules
-from cupynorm import dask, frames
-from cupynorm._arrays import classify, library_of
+from cupynorm import _calls, _rules, dask, frames
+from cupynorm._libraries import classify, library_of
 from cupynorm.frames import columns as _columns
 from cupynorm.frames.columns import Column
 
@@ -77,7 +75,7 @@ def floats_of(columns: list[Column]) -> str:
 def as_floats(X: Any, what: str) -> Any:
     """Check an array's shape and bring it to a float dtype, in its library, on its device."""
     if not hasattr(X, "dtype"):  # a mere exporter on a GPU
-        X = _calls.path_of("cupy").from_exporter(X)
+        X = _calls.take_in("X", X)
     if X.ndim != 2:
         msg = (
             f"Expected 2D array, got {X.ndim}D array instead (shape {tuple(X.shape)}). Reshape "
@@ -196,10 +194,11 @@ def _to_numpy(y: Any) -> Any:
 def _to_cupy(y: Any) -> Any:
     if library_of(y) == "cupy":
         return y
-    do = _calls.path_of("cupy")
+    from cupynorm._cuda import arrays
+
     if library_of(y) == "torch" and y.is_cuda:
-        return do.from_exporter(y.detach())
+        return arrays.from_exporter(y.detach())
     y = np.ascontiguousarray(_to_numpy(y))
-    made = do.empty(y.shape, dtype=y.dtype)
+    made = arrays.empty(y.shape, dtype=y.dtype)
     made.set(y)
     return made
