@@ -10,7 +10,7 @@ import torch
 from cupynorm import _reference
 from cupynorm._layout import Facts
 from cupynorm._torch import autograd, operators
-from cupynorm._torch.tensors import Tensors, door_on
+from cupynorm._torch.tensors import Tensors
 from cupynorm._torch.watch import (
     COMPILED,
     GRADIENT,
@@ -27,12 +27,9 @@ def select(x: Any, a: Any = None, b: Any = None, c: Any = None, d: Any = None) -
     watch = watch_on(x, a, b, c, d)
     if watch > GRADIENT:
         return SHOWN if is_launchable(x) else SPELLED_OUT
-    if x.is_cpu and x.layout is torch.strided:
-        return _ON_CPU[watch]
     if not is_launchable(x):
         return SPELLED_OUT
-    plain = door_on(x.device)
-    return plain if watch != GRADIENT else _differentiable(plain)
+    return DOOR if watch != GRADIENT else DIFFERENTIABLE
 
 
 def is_launchable(x: Any) -> bool:
@@ -47,17 +44,25 @@ def _has_cupy() -> bool:
     return importlib.util.find_spec("cupy") is not None
 
 
-class Entry(Tensors):
-    """The door that tensors come to; it sends each call to the one it is for."""
+class Door(Tensors):
+    """The door that tensors come to, which is that of plain ones."""
 
     select = staticmethod(select)
 
-    def __init__(self) -> None:
-        """Compute nothing itself."""
+    @staticmethod
+    def describe(facts: Facts) -> str:
+        """What would run, in words."""
+        return "compiled loops, or kernels on torch's current stream"
 
 
 class Differentiable(Tensors):
     """The door of calls that reverse-mode autograd alone is to hear of."""
+
+    refuses_prepared = (
+        "x, weight or bias requires grad, and autograd cannot follow a prepared call; call "
+        "it inside torch.no_grad(), prepare it with detached tensors, or call "
+        "cupynorm.torch.layer_norm"
+    )
 
     def normalizer(self, facts: Facts) -> Callable[..., Any]:
         """The settled forward, which autograd remembers."""
@@ -78,16 +83,16 @@ class Differentiable(Tensors):
         return SHOWN.differentiator(facts)
 
 
-@functools.cache
-def _differentiable(plain: Tensors) -> Differentiable:
-    return Differentiable(plain.machine)
-
-
 class Shown:
     """The door of calls that something watches which must see operators or torch's functions."""
 
     look = None
     select = None
+    refuses_prepared = (
+        "torch.compile, torch.func, a tracer, a mode or a tensor subclass watches the "
+        "call, and a prepared call has addresses alone to show them; call "
+        "cupynorm.torch.layer_norm there"
+    )
 
     @staticmethod
     def strides(_: Any) -> None:
@@ -152,6 +157,4 @@ def _refuse_out() -> None:
     raise ValueError(msg)
 
 
-ENTRY, SHOWN, SPELLED_OUT = Entry(), Shown(), SpelledOut()
-_PLAIN = door_on(torch.device("cpu"))
-_ON_CPU = (_PLAIN, _differentiable(_PLAIN))
+DOOR, DIFFERENTIABLE, SHOWN, SPELLED_OUT = Door(), Differentiable(), Shown(), SpelledOut()

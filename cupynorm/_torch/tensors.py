@@ -29,7 +29,10 @@ def new_y(x: Any, keep: bool) -> Any:
 
 
 class Machine:
-    """What computes on one kind of device, from tensors into tensors; nothing is empty."""
+    """What computes on one kind of device, from tensors into tensors; nothing is empty.
+
+    This one is for the meta device, where shape and dtype are all there is.
+    """
 
     name = "nothing to run: tensors on the meta device have no memory"
 
@@ -42,39 +45,89 @@ class Machine:
         return _nothing
 
 
+class _OfNothing(Machine):
+    """Of an empty x: the mean of nothing is NaN, the sum over no rows zero."""
+
+    def forward(self, facts: Facts) -> Run:
+        return lambda *arrays: _fill(arrays[4:], math.nan)
+
+    def backward(self, facts: Facts) -> Run:
+        return lambda *arrays: _fill(arrays[6:], 0.0)
+
+
+def _fill(totals: tuple[Any, ...], value: float) -> None:
+    for total in totals:
+        if total is not None:
+            total.fill_(value)
+
+
 def _nothing(*_: Any) -> None:
-    """Of tensors on the meta device shape and dtype are all there is."""
+    """Compute nothing, and make no memory for it."""
+
+
+_machines: dict[Any, Machine] = {}  # by device
+
+
+def machine_on(device: Any) -> Machine:
+    """What computes on a device, imported when its first tensor arrives."""
+    return _machines.get(device) or _machines.setdefault(device, _machine(device))
+
+
+def _machine(device: Any) -> Machine:
+    if device.type == "cpu":
+        from cupynorm._torch.cpu import Loops
+
+        return Loops()
+    if device.type == "meta":
+        return Machine()
+    if device.type == "cuda":
+        try:
+            from cupynorm._torch.cuda import Kernels
+        except ImportError as error:
+            msg = (
+                "x is on a GPU, and CuPy, which compiles and launches the kernels, cannot be "
+                f"imported ({error}); pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
+            )
+            raise ImportError(msg) from error
+        return Kernels(device.index)
+    msg = (
+        f"x is on device type {device.type}, which has no layer_norm here; move it to 'cpu' or "
+        "'cuda', or call torch.nn.functional.layer_norm"
+    )
+    raise ValueError(msg)
 
 
 class Tensors:
-    """The door of plain tensors on one device."""
+    """The door of plain tensors that nobody watches.
 
-    select = None
+    What is settled for a look is settled for one device, which is a part of it; which machine that
+    is shows at the first call.
+    """
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+    select: Any = None
+    types = (torch.Tensor, torch.nn.Parameter)
+    refuses_prepared = ""
 
     @staticmethod
     def look(a: Any) -> Any:
         """All of one tensor that a settled call may depend on; a Parameter is a tensor."""
-        return a.shape, a.dtype, a.stride(), a.is_cpu or a.device
+        return torch.Tensor, a.shape, a.dtype, a.stride(), a.is_cpu or a.device
 
     @staticmethod
     def strides(a: Any) -> tuple[int, ...]:
         """Element strides."""
         return tuple(a.stride())
 
-    def describe(self, facts: Facts) -> str:
-        """What would run, in words."""
-        return self.machine.name
-
     def normalizer(self, facts: Facts) -> Callable[..., Any]:
         """The settled forward."""
-        run = self.machine.forward(facts) if facts.size else _of_no_rows
+        run: Any = None if facts.size else _OfNothing().forward(facts)
         new, shape, stats = _maker(facts, "y"), facts.stats_shape, facts.stats
         clash = _overlap(facts) if facts.out and facts.size else None
 
         def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:
+            nonlocal run
+            if run is None:
+                run = machine_on(x.device).forward(facts)
             if out is None:
                 y = new(x)
             else:
@@ -108,7 +161,7 @@ class Tensors:
 
     def differentiator(self, facts: Facts) -> Callable[..., Any]:
         """The settled backward."""
-        run = self.machine.backward(facts) if facts.size else _of_no_rows
+        run: Any = None if facts.size else _OfNothing().backward(facts)
         new, shape = _maker(facts, "dx"), facts.affine_shape
         to_weight, to_bias = (
             getattr(torch, facts.dtypes[k]) if k in facts.dtypes else None
@@ -117,12 +170,15 @@ class Tensors:
         negatable = _negatable(facts)
 
         def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> Three:
+            nonlocal run
             if negatable and (dy.is_neg() or x.is_neg()):
                 dy, x = dy.resolve_neg(), x.resolve_neg()
                 met = {**facts.strides, "dy": self.strides(dy), "x": self.strides(x)}
                 again = self.differentiator(facts._replace(strides=met))
                 found: Three = again(dy, x, mean, rstd, weight)
                 return found
+            if run is None:
+                run = machine_on(x.device).backward(facts)
             dx = new(x)
             dweight = None if to_weight is None else x.new_empty(shape, dtype=to_weight)
             dbias = None if to_bias is None else x.new_empty(shape, dtype=to_bias)
@@ -149,17 +205,6 @@ def _maker(facts: Facts, name: str) -> Callable[[Any], Any]:
     if strides == facts.strides["x"] == row_major_strides(facts.shape, ()):
         return torch.empty_like  # type: ignore[no-any-return]
     return lambda x: torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
-
-
-def _of_no_rows(*arrays: Any) -> None:
-    """A call on an empty x: the mean of nothing is NaN, the sum over no rows zero."""
-    if len(arrays) == 6:
-        totals, value = arrays[4:], math.nan
-    else:
-        totals, value = arrays[6:], 0.0
-    for total in totals:
-        if total is not None:
-            total.fill_(value)
 
 
 def _overlap(facts: Facts) -> Callable[..., None]:
@@ -204,37 +249,7 @@ def address_of(label: str, tensor: Any, nbytes: int) -> int:
 
 # --- settled by what is there, for autograd and the operators -------------------------------------
 
-_doors: dict[Any, Tensors] = {}  # by device; `doors` fills it
-
-
-def door_on(device: Any) -> Tensors:
-    """The door of plain tensors on a device that this library computes on."""
-    return _doors.get(device) or _doors.setdefault(device, Tensors(_machine(device)))
-
-
-def _machine(device: Any) -> Machine:
-    """Import what computes on a device when its first tensor arrives."""
-    if device.type == "cpu":
-        from cupynorm._torch.cpu import Loops
-
-        return Loops()
-    if device.type == "meta":
-        return Machine()
-    if device.type == "cuda":
-        try:
-            from cupynorm._torch.cuda import Kernels
-        except ImportError as error:
-            msg = (
-                "x is on a GPU, and CuPy, which compiles and launches the kernels, cannot be "
-                f"imported ({error}); pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
-            )
-            raise ImportError(msg) from error
-        return Kernels(device.index)
-    msg = (
-        f"x is on device type {device.type}, which has no layer_norm here; move it to 'cpu' or "
-        "'cuda', or call torch.nn.functional.layer_norm"
-    )
-    raise ValueError(msg)
+_PLAIN = Tensors()
 
 
 def forward(x: Any, weight: Any, bias: Any, call: Three) -> Three:
@@ -243,15 +258,15 @@ def forward(x: Any, weight: Any, bias: Any, call: Three) -> Three:
     Nobody watches, or whoever does has been told.
     """
     axes, eps, keep = call
-    door, y = door_on(x.device), new_y(x, keep)
+    y = new_y(x, keep)
     rows = {"weight": weight, "bias": bias}
-    key = (door, "forward", axes, eps, *(_look(t) for t in (x, y, weight, bias)))
+    key = ("tensors forward", axes, eps, *(_look(t) for t in (x, y, weight, bias)))
     settled = _memo.settled.get(key)
     if settled is None:
         dtypes = _names({"x": x, **rows})
-        strides = {"x": door.strides(x), "y": door.strides(y)}
+        strides = {"x": _PLAIN.strides(x), "y": _PLAIN.strides(y)}
         facts = Facts(LAYER_NORM, False, tuple(x.shape), axes, dtypes, strides, eps)
-        settled = _memo.keep(key, door.normalizer(facts._replace(out=True, stats=True)))
+        settled = _memo.keep(key, _PLAIN.normalizer(facts._replace(out=True, stats=True)))
     found: Three = settled(x, weight, bias, y)
     return found
 
@@ -262,19 +277,18 @@ def backward(dy: Any, x: Any, stats: Any, weight: Any, call: Three) -> Three:
     `stats` are mean and rstd, `call` is axes, what is wanted, and the dtypes of dweight and dbias.
     """
     axes, wanted, dtypes = call
-    door = door_on(x.device)
-    key = (door, "backward", call, *(_look(t) for t in (dy, x, *stats, weight)))
+    key = ("tensors backward", call, *(_look(t) for t in (dy, x, *stats, weight)))
     settled = _memo.settled.get(key)
     if settled is None:
         names = _names({"x": x, "weight": weight})
         for name, want, dtype in zip(("dweight", "dbias"), wanted[1:], dtypes, strict=True):
             if want:
                 names[name] = dtype_name(dtype)
-        strides: dict[str, Any] = {"x": door.strides(x), "dy": door.strides(dy)}
+        strides: dict[str, Any] = {"x": _PLAIN.strides(x), "dy": _PLAIN.strides(dy)}
         if wanted[0]:
             strides["dx"] = tuple(torch.empty_like(x, device="meta").stride())
         facts = Facts(LAYER_NORM, True, tuple(x.shape), axes, names, strides)
-        settled = _memo.keep(key, door.differentiator(facts))
+        settled = _memo.keep(key, _PLAIN.differentiator(facts))
     found: Three = settled(dy, x, *stats, weight)
     return found
 
