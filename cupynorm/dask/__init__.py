@@ -5,6 +5,7 @@ from typing import Any
 from dask.base import is_dask_collection
 
 from cupynorm import functional
+from cupynorm._ops import LayerNormResult
 from cupynorm.dask import _blocks as _dask_blocks
 
 __all__ = ["layer_norm"]
@@ -102,4 +103,4 @@ def layer_norm(
         None,
         return_stats,
     )
-    return functional.LayerNormResult(y, mean, rstd) if return_stats else y
+    return LayerNormResult(y, mean, rstd) if return_stats else y
