@@ -14,8 +14,3 @@ def keep(key: Any, call: Callable[..., Any]) -> Callable[..., Any]:
         settled.clear()
     settled[key] = call
     return call
-
-
-def forget() -> None:
-    """Forget every settled call."""
-    settled.clear()

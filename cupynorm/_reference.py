@@ -17,9 +17,9 @@ from array_api_compat import (
     is_torch_namespace,
 )
 
-from cupynorm._arrays import library_of
+from cupynorm._libraries import library_of
 from cupynorm._layout import Facts
-from cupynorm._problem import dtype_name, stats_dtype
+from cupynorm._rules import dtype_name, stats_dtype
 
 
 class Rows:
@@ -306,6 +306,10 @@ class Door:
     @staticmethod
     def strides(_: Any) -> None:
         """None: memory is the library's own affair."""
+
+    @staticmethod
+    def device(_: Any) -> None:
+        """None: nothing here depends on it."""
 
     @staticmethod
     def normalizer(facts: Facts) -> Callable[..., Any]:

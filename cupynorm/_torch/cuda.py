@@ -8,7 +8,7 @@ import torch
 from cupynorm._cuda.arrays import ready_on
 from cupynorm._cuda.launch import BACKWARD, FORWARD
 from cupynorm._layout import Facts, kernel_problem_of, rows_last
-from cupynorm._problem import ITEMSIZE
+from cupynorm._rules import ITEMSIZE
 from cupynorm._torch.tensors import Machine, Run, address_of, reach
 
 _GIVEN = ("x", "dy")

@@ -52,7 +52,7 @@ class Door(Tensors):
     @staticmethod
     def describe(facts: Facts) -> str:
         """What would run, in words."""
-        return "compiled loops, or kernels on torch's current stream"
+        return "compiled loops" if facts.device is None else "kernels on torch's current stream"
 
 
 class Differentiable(Tensors):
@@ -97,6 +97,10 @@ class Shown:
     @staticmethod
     def strides(_: Any) -> None:
         """None: there may be no memory behind what a tracer shows."""
+
+    @staticmethod
+    def device(_: Any) -> None:
+        """None: nothing here depends on it."""
 
     def normalizer(self, facts: Facts) -> Callable[..., Any]:
         """The forward, with nothing settled but the arguments."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from cupynorm._problem import check_affine_shape
+from cupynorm._rules import check_affine_shape
 from cupynorm._torch import tensors
 
 _library = torch.library.Library("cupynorm", "DEF")

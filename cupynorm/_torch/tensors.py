@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from cupynorm import _memo
-from cupynorm._arrays import check_overlap
+from cupynorm._libraries import check_overlap
 from cupynorm._layout import Facts, row_major_strides
 from cupynorm._ops import LAYER_NORM
-from cupynorm._problem import ITEMSIZE, dtype_name
+from cupynorm._rules import ITEMSIZE, dtype_name
 
 Three = tuple[Any, Any, Any]
 Run = Callable[..., None]
@@ -117,6 +117,11 @@ class Tensors:
     def strides(a: Any) -> tuple[int, ...]:
         """Element strides."""
         return tuple(a.stride())
+
+    @staticmethod
+    def device(a: Any) -> int | None:
+        """Index of a GPU."""
+        return a.device.index if a.is_cuda else None
 
     def normalizer(self, facts: Facts) -> Callable[..., Any]:
         """The settled forward."""
