@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _libraries, _rules
+from cupynorm import _libraries, _reference, _rules
 from cupynorm._layout import Facts, result_strides
+from cupynorm._memo import keep, settled
 from cupynorm._ops import Op
 
 # By exact type of x; filled on first sight.
 doors: dict[type, Any] = {}
-_settled: dict[Any, Callable[..., Any]] = {}
-_MOST = 4096  # calls kept: shapes may be as many as the batches of a program
 
 # How a call is to be done, besides its arrays: (normalized_shape, axis, eps, order, return_stats).
 How = tuple[Any, Any, Any, Any, Any]
@@ -51,7 +50,7 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any
     if look is None:
         return _settle(op, x, weight, bias, out, how)
     try:
-        call = _settled.get(
+        call = settled.get(
             (
                 door,
                 op,
@@ -96,11 +95,11 @@ def settle(checked: Checked, how: How) -> Callable[..., Any]:
     if kept:
         looks = (None if a is None else door.look(a) for a in (x, weight, bias, out))
         key = (door, facts.op, how, *looks)
-        if key in _settled:
-            return _settled[key]
+        if key in settled:
+            return settled[key]
     call = forward_of(door, facts, turn)
     if kept:
-        _keep(key, call)
+        keep(key, call)
     return call
 
 
@@ -172,7 +171,7 @@ def differentiate(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) ->
         if door.look is not None and _exactly(how):
             looks = (a if a is None else door.look(a) for a in arrays)
             try:
-                call = _settled.get((door, op, how, *looks))
+                call = settled.get((door, op, how, *looks))
             except (AttributeError, TypeError):
                 call = None
     if call is not None:
@@ -218,7 +217,7 @@ def _settle_backward(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any])
     facts = Facts(op, True, shape, axes, dtypes, strides, device=door.device(x))
     call = _turning_back(door.differentiator(facts), turn)
     if door.look is not None and _exactly(how):
-        _keep((door, op, how, *(None if a is None else door.look(a) for a in given)), call)
+        keep((door, op, how, *(None if a is None else door.look(a) for a in given)), call)
     found: tuple[Any, ...] = call(*given)
     return found
 
@@ -234,17 +233,6 @@ def _turning_back(call: Callable[..., Any], turn: tuple[int, ...] | None) -> Cal
         return dx, *(_libraries.turned(total, back) for total in sums)
 
     return turning
-
-
-def _keep(key: Any, call: Callable[..., Any]) -> None:
-    if len(_settled) >= _MOST:
-        _settled.clear()
-    _settled[key] = call
-
-
-def forget() -> None:
-    """Forget every settled call."""
-    _settled.clear()
 
 
 # --- arrays ---------------------------------------------------------------------------------------
@@ -314,10 +302,20 @@ def door_of(x: Any, *others: Any) -> Any:
 
 
 def _find(x: Any) -> Any:
-    from cupynorm import _old_doors
-
-    if _libraries.library_of(x) == "cupy":
+    library = _libraries.library_of(x)
+    if library == "cupy":
         from cupynorm._cuda.arrays import DOOR
 
         return DOOR
-    return _old_doors.door_for(x, _libraries.library_of(x))
+    if library == "torch":
+        from cupynorm._torch.doors import DOOR as of_tensors
+
+        return of_tensors
+    if library == "numpy":
+        from cupynorm import _old_doors
+
+        return _old_doors.NUMPY
+    return _OF_OTHERS
+
+
+_OF_OTHERS = _reference.Door()
