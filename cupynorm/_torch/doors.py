@@ -25,18 +25,14 @@ from cupynorm._torch.watch import (
 def select(x: Any, a: Any = None, b: Any = None, c: Any = None, d: Any = None) -> Any:
     """The door of a call on x beside these, of which each may be None."""
     watch = watch_on(x, a, b, c, d)
-    if watch > GRADIENT:
-        return SHOWN if is_launchable(x) else SPELLED_OUT
-    if not is_launchable(x):
+    if not (x.is_cpu or _is_launchable(x)):
         return SPELLED_OUT
-    return DOOR if watch != GRADIENT else DIFFERENTIABLE
+    return _BY_WATCH[watch]
 
 
-def is_launchable(x: Any) -> bool:
-    """Whether our loops, or our kernels where CuPy is there, can take x's memory."""
-    if x.layout is not torch.strided:
-        return False
-    return x.is_cpu or x.is_meta or (x.is_cuda and _has_cupy())
+def _is_launchable(x: Any) -> bool:
+    """Whether there is something that computes on x's device; CuPy has the kernels."""
+    return x.is_meta or (x.is_cuda and _has_cupy())
 
 
 @functools.cache
@@ -162,3 +158,4 @@ def _refuse_out() -> None:
 
 
 DOOR, DIFFERENTIABLE, SHOWN, SPELLED_OUT = Door(), Differentiable(), Shown(), SpelledOut()
+_BY_WATCH = (DOOR, DIFFERENTIABLE, SHOWN, SHOWN)  # in the order of watch_on's answers

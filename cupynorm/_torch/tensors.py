@@ -111,7 +111,7 @@ class Tensors:
     @staticmethod
     def look(a: Any) -> Any:
         """All of one tensor that a settled call may depend on; a Parameter is a tensor."""
-        return torch.Tensor, a.shape, a.dtype, a.stride(), a.is_cpu or a.device
+        return a.shape, a.dtype, a.is_contiguous() or a.stride(), a.is_cpu or a.device
 
     @staticmethod
     def strides(a: Any) -> tuple[int, ...]:
