@@ -241,10 +241,10 @@ def _launch(settled: Ready, axes: tuple[int, ...], arrays: dict[str, Any], eps: 
     """Launch on arrays by name, in the order of their addresses, through the copies it expects."""
     held = {name: _met(name, a, axes, settled.copies) for name, a in arrays.items()}
     nbytes = settled.workspace_bytes
-    # CuPy's pool orders reuse by stream, so the workspace may be dropped before it is read.
-    workspace = empty(nbytes, dtype="uint8").data.ptr if nbytes else 0
-    pointers = [0 if a is None else a.data.ptr for a in held.values()]
-    settled.run(pointers, eps, workspace)
+    # Held until the launch; CuPy's pool orders reuse by stream, so not until it is read.
+    workspace = empty(nbytes, dtype="uint8") if nbytes else None
+    pointers = [0 if a is None else a.data.ptr for a in (*held.values(), workspace)]
+    settled.run(pointers[:-1], eps, pointers[-1])
     for name in settled.copies:
         if name in _WRITTEN:
             result = arrays[name]
