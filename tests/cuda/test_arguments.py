@@ -36,18 +36,19 @@ def test_fields_and_parameters_are_those_of_the_kernel(kernel):
     signature = re.search(rf"void {kernel}\(([^)]*)\)", TEXT)[1]
     taken = [tuple(p.rsplit(" ", 1)) for p in re.split(r",\s+(?![^<]*>)", signature.strip())]
     if entry.struct:
-        body = re.search(rf"struct {entry.struct} {{\n(?:    typedef[^\n]*\n)?(.*?)\n}};", TEXT, re.S)[
-            1
-        ]
+        body = re.search(
+            rf"struct {entry.struct} {{\n(?:    typedef[^\n]*\n)?(.*?)\n}};", TEXT, re.S
+        )[1]
         fields = declared(body.rstrip().removesuffix(";"))
         assert mine[: len(fields)] == fields
         types = ", ".join(entry.types.split())
         assert taken[0] == (f"const {entry.struct}<{types}>&", "a")
         mine, taken = mine[len(fields) :], taken[1:]
-    restrict = [(kind.replace(" __restrict__", ""), name) for kind, name in taken]
-    assert [n for _, n in mine] == [n for _, n in restrict]
-    for (here, name), (there, _) in zip(mine, restrict, strict=True):
-        assert here in (there, f"const {there}".replace("const const", "const")), name
+    assert len(mine) == len(taken)
+    for (kind, name), (theirs, called) in zip(mine, taken, strict=True):
+        there = theirs.replace(" __restrict__", "").replace("Y*", "X*")  # K7 calls y's type Y
+        assert there in (kind, f"const {kind}"), name  # what is written to is not const
+        assert name == called or "*" in kind  # an address may have a name of its own there
 
 
 def test_every_kernel_has_an_entry():
