@@ -30,6 +30,7 @@ class Facts(NamedTuple):
     order: str = "K"  # of a y that is to be made
     out: bool = False  # y is given
     stats: bool = False  # a forward gives mean and rstd, too
+    device: int | None = None  # index of the GPU that x is on
 
     @property
     def size(self) -> int:

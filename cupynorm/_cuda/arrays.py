@@ -71,7 +71,10 @@ def kernel_of(name: str, source: str, opt_in: bool, index: int) -> Any:
 
 
 def ready_on(index: int, problem: Problem) -> Ready:
-    """Plan a problem and load its kernels on GPU `index`, the current one."""
+    """Plan a problem and load its kernels on GPU `index`."""
+    if get_device() != index:
+        with cupy.cuda.Device(index):
+            return ready_on(index, problem)
 
     def load(stage: Stage) -> Any:
         # A launch needs no permission for up to 48 KiB; only these are ever launched with more.
@@ -112,6 +115,7 @@ class Door:
     """How CuPy arrays come in: `_calls` asks it for calls that are settled once for each look."""
 
     select = None
+    types = (ndarray,)
 
     def look(self, a: Any) -> Any:
         """All of one array that a settled call may depend on."""
@@ -121,43 +125,41 @@ class Door:
         """Element strides."""
         return element_strides(a)
 
+    def device(self, a: Any) -> int:
+        """Index of its GPU."""
+        return int(a.data.device_id)
+
     def describe(self, facts: Facts) -> str:
-        """Names of the kernels that would run on the current device."""
+        """Names of the kernels that would run."""
         if not facts.size:
             return "nothing to run: x is empty"
-        plan = choose_plan(kernel_problem_of(facts), device_of(get_device()))
+        plan = choose_plan(kernel_problem_of(facts), device_of(facts.device or 0))
         return " then ".join(stage.name for stage in plan.stages)
 
     def normalizer(self, facts: Facts) -> Callable[[Any, Any, Any, Any], Any]:
         """``call(x, weight, bias, out)`` gives y, or (y, mean, rstd) where the facts say so."""
         if not facts.size:
             return functools.partial(_of_nothing, facts)
-        problem, (eps,) = kernel_problem_of(facts), packed((facts.eps,))
-        shape, order = facts.shape, facts.order
+        settled, (eps,) = (
+            ready_on(facts.device or 0, kernel_problem_of(facts)),
+            packed((facts.eps,)),
+        )
+        alone = None if facts.stats or settled.copies else settled.alone
+        shape, order, index = facts.shape, facts.order, facts.device
         dense = facts.strides["y"] == row_major_strides(shape, ())
         w_strides, b_strides = (_dense_strides(facts, name) for name in ("weight", "bias"))
         check_apart = _apart(facts) if facts.out else None
-        settled: Any = None
-        index, alone = -1, None
 
         def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:
-            nonlocal settled, index, alone
-            data = x.data
-            if get_device() != index or data.device_id != index:
-                if get_device() != data.device_id:
-                    # Or y would be allocated, and the kernel launched, on another GPU.
-                    with cupy.cuda.Device(data.device_id):
-                        return call(x, weight, bias, out)
-                settled = ready_on(data.device_id, problem)
-                alone = None if facts.stats or settled.copies else settled.alone
-                index = data.device_id
+            if get_device() != index:
+                # Or y would be allocated, and the kernel launched, on another GPU.
+                with cupy.cuda.Device(index):
+                    return call(x, weight, bias, out)
             if check_apart is not None:
                 check_apart(x, weight, bias, out)
                 y = out
             elif dense:
-                y = ndarray(
-                    shape, x.dtype
-                )  # empty_like costs twice as much: it finds out the order
+                y = ndarray(shape, x.dtype)  # empty_like finds out the order, for twice as much
             else:
                 y = empty_like(x, order=order)
             if (
@@ -169,7 +171,7 @@ class Door:
             function, grid, block, shared_bytes, numbers, after = alone
             w = 0 if weight is None else weight.data.ptr
             b = 0 if bias is None else bias.data.ptr
-            arguments = (data.ptr, y.data.ptr, w, b, 0, 0, *numbers, eps, *after)
+            arguments = (x.data.ptr, y.data.ptr, w, b, 0, 0, *numbers, eps, *after)
             function(grid, block, arguments, shared_bytes)
             return y
 
@@ -182,25 +184,21 @@ class Door:
             for name in ("dweight", "dbias")
             if name in facts.dtypes
         }
-        problem = kernel_problem_of(facts) if facts.size else None
-        settled: Any = None
-        index = -1
+        index, settled = facts.device, None
+        if facts.size and ("dx" in facts.strides or dtypes):
+            settled = ready_on(index or 0, kernel_problem_of(facts))
 
         def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> Any:
-            nonlocal settled, index
-            device_id = x.data.device_id
-            if get_device() != device_id:
-                with cupy.cuda.Device(device_id):
+            if get_device() != index:
+                with cupy.cuda.Device(index):
                     return call(dy, x, mean, rstd, weight)
             dx = empty_like(x) if "dx" in facts.strides else None
             sums = {name: empty(facts.affine_shape, dtype=dtypes[name]) for name in dtypes}
             results = dx, sums.get("dweight"), sums.get("dbias")
-            if problem is None:
+            if not facts.size:
                 for total in sums.values():
                     total.fill(0)  # the sum over no rows
-            elif dx is not None or sums:
-                if index != device_id:
-                    settled, index = ready_on(device_id, problem), device_id
+            elif settled is not None:
                 given = (dy, x, mean, rstd, weight, *results)
                 _launch(settled, facts.axes, dict(zip(BACKWARD, given, strict=True)))
             return results
@@ -241,10 +239,10 @@ def _launch(settled: Ready, axes: tuple[int, ...], arrays: dict[str, Any], eps: 
     """Launch on arrays by name, in the order of their addresses, through the copies it expects."""
     held = {name: _met(name, a, axes, settled.copies) for name, a in arrays.items()}
     nbytes = settled.workspace_bytes
-    # Held until the launch; CuPy's pool orders reuse by stream, so not until it is read.
+    # Held until the launch; after that CuPy's pool orders reuse by stream.
     workspace = empty(nbytes, dtype="uint8") if nbytes else None
-    pointers = [0 if a is None else a.data.ptr for a in (*held.values(), workspace)]
-    settled.run(pointers[:-1], eps, pointers[-1])
+    pointers = [0 if a is None else a.data.ptr for a in held.values()]
+    settled.run(pointers, eps, 0 if workspace is None else workspace.data.ptr)
     for name in settled.copies:
         if name in _WRITTEN:
             result = arrays[name]

@@ -73,8 +73,7 @@ def warmup(
 def _of_cpu(shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> str:
     """Make the calls that later ones will be like: of one row, and of as many as threads share."""
     from cupynorm._cpu import arrays as _cpu
-    from cupynorm.functional import layer_norm
-    from cupynorm.gradient import layer_norm_backward
+    from cupynorm.functional import layer_norm, layer_norm_backward
 
     dtype = _problem.numpy_dtype(name)
     weight = np.ones(shape, dtype) if affine else None

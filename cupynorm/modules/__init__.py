@@ -3,8 +3,7 @@
 from typing import Any, Self
 
 from cupynorm import _problem
-from cupynorm.functional import layer_norm
-from cupynorm.gradient import layer_norm_backward
+from cupynorm.functional import layer_norm, layer_norm_backward
 from cupynorm.modules import _parameters
 from cupynorm.modules._state import Stateful
 
