@@ -17,7 +17,7 @@ from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device, Plan
 from cupynorm._layout import Problem
 from cupynorm._ops import LAYER_NORM
-from cupynorm._problem import ITEMSIZE, stats_dtype
+from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests import oracle
 from tests.conftest import np_dtype
 from tests.gpu_backend import Machine

@@ -23,7 +23,7 @@ from cupynorm._cuda.rows import (
 from cupynorm._cuda.source import kernels_folder, source_of
 from cupynorm._layout import Problem
 from cupynorm._ops import Op
-from cupynorm._problem import ITEMSIZE, stats_dtype
+from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests.cuda.rows import EACH, SHAPED, problem_of
 from tests.simt.limits import DeviceLimits
 

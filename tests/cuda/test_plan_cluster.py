@@ -13,7 +13,7 @@ from cupynorm._cuda.rows import (
     resident_clusters,
 )
 from cupynorm._cuda.source import kernels_folder, source_of
-from cupynorm._problem import ITEMSIZE
+from cupynorm._rules import ITEMSIZE
 from tests.cuda.test_plan import BOTH, NEITHER, SM90, device_of, plan_of, without_rows
 
 WITH_CLUSTERS = ("90", "100", "120")

@@ -6,7 +6,7 @@ import pytest
 
 from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
-from cupynorm._problem import ITEMSIZE, stats_dtype
+from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests.conftest import ALL_DTYPES
 from tests.cuda.rows import (
     DX_ALONE,

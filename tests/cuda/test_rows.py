@@ -8,7 +8,7 @@ import pytest
 
 from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._cuda.rows import BACKWARD, FORWARD
-from cupynorm._problem import ITEMSIZE
+from cupynorm._rules import ITEMSIZE
 from tests.conftest import ALL_DTYPES
 from tests.cuda.rows import (
     DX_ALONE,
