@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from cupynorm import _calls, _rules
 from cupynorm._ops import LAYER_NORM
-from cupynorm._torch.tensors import Tensors, machine_on
+from cupynorm._torch.tensors import Tensors, check_device
 
 __all__ = ["LayerNorm", "convert", "layer_norm"]
 
@@ -98,7 +98,7 @@ def layer_norm(
         _refuse_no_tensor("bias", bias, "torch.as_tensor(bias)")
     if not input.is_cpu:
         if type(input) in Tensors.types and not torch.compiler.is_compiling():
-            machine_on(input.device)  # or the error that says what is missing
+            check_device(input.device)
         input, weight, bias = _autocast(input, weight, bias)
     if type(normalized_shape) is torch.Size:
         normalized_shape = tuple(normalized_shape)

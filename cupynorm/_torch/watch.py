@@ -18,7 +18,7 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _modes_active = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
 _of_batched_grads = torch._C._functorch.is_legacy_batchedtensor
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling  # what else traces shows by types and modes
 _is_grad_enabled = torch.is_grad_enabled
 
 
@@ -32,10 +32,10 @@ def watch_on(x: Any, a: Any = None, b: Any = None, c: Any = None, d: Any = None)
         or _modes_active()
         or _tracing() is not None
         or type(x) not in _PLAIN
-        or type(a) not in _PLAIN
-        or type(b) not in _PLAIN
-        or type(c) not in _PLAIN
-        or type(d) not in _PLAIN
+        or (a is not None and type(a) not in _PLAIN)
+        or (b is not None and type(b) not in _PLAIN)
+        or (c is not None and type(c) not in _PLAIN)
+        or (d is not None and type(d) not in _PLAIN)
     ):
         return WATCHED
     if _is_grad_enabled() and (
