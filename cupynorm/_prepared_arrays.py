@@ -8,8 +8,6 @@ from cupynorm import functional
 from cupynorm._arguments import Call, path_of
 from cupynorm._arrays import element_strides
 from cupynorm._cpu import arrays as _cpu
-from cupynorm._cpu import at_once as _cpu_at_once
-from cupynorm._cpu.arrays import _plain
 from cupynorm._cuda import prelaunch as _cuda_launch
 from cupynorm._layout import result_strides
 from cupynorm._prepared import PreparedLayerNorm
@@ -29,64 +27,16 @@ class _Prepared(PreparedLayerNorm):
 
 
 class PreparedNumpy(_Prepared):
-    """On NumPy arrays: row-major ones go to the compiled loops at once."""
+    """On NumPy arrays."""
 
-    __slots__ = ("_fixed", "_ready")
+    __slots__ = ()
 
     def __init__(self, call: Call, order: str, return_stats: bool) -> None:
         super().__init__(call, order, return_stats, _cpu.describe())
-        x = call.x
-        self._ready: Any = None
-        if order == "F" or return_stats or call.turn is not None or not x.flags.c_contiguous:
-            return
-        self._ready = _cpu_at_once.ready_for(x.shape, x.dtype, call.axes, call.eps)
-        if self._ready is not None:
-            rows = [_as_row(a, self._ready) for a in (call.weight, call.bias)]
-            self._fixed = *rows, *self._ready.fixed
-            if any(row is None for row in rows):  # to be converted at each call: it may change
-                self._ready = None
 
     def __call__(self, x: np.ndarray[Any, Any], out: Any = None) -> Any:
         """Normalize x, into `out` if that is given."""
-        ready = self._ready
-        if (
-            ready is None
-            or type(x) is not np.ndarray
-            or x.shape != self._shape
-            or x.dtype != self._dtype
-            or not x.flags.carray
-            or _plain.get()
-        ):
-            return self._ordinary(x, out)
-        if out is None:
-            result = ready.new(self._shape, self._dtype)
-        elif (
-            type(out) is not np.ndarray
-            or out.shape != self._shape
-            or out.dtype != self._dtype
-            or not out.flags.carray
-        ):
-            return self._ordinary(x, out)
-        else:
-            result = out
-        call, _, _, table, bits, *_ = ready
-        source, y = x, result
-        if bits is not None:
-            source, y = source.view(bits), y.view(bits)
-        if table is not None:
-            source, y = source.reshape(table), y.reshape(table)
-        if call(source, y, *self._fixed):
-            return self._ordinary(x, out)  # which says what overlaps
-        return result
-
-
-def _as_row(value: Any, ready: _cpu_at_once.Ready) -> Any:
-    """Weight or bias in the memory where it is; None if the loops need a copy."""
-    if value is None:
-        return ready.absent
-    if value.dtype != ready.compute or not value.flags.carray:
-        return None
-    return value.reshape(-1)
+        return self._ordinary(x, out)
 
 
 class PreparedCupy(_Prepared):

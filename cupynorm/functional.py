@@ -14,7 +14,6 @@ from cupynorm._arguments import (
     path_of,
 )
 from cupynorm._arrays import check_overlap, check_writable, library_of
-from cupynorm._cpu import results as _results
 from cupynorm._ops import LayerNormResult
 from cupynorm.frames import _tables
 
@@ -128,13 +127,6 @@ def layer_norm(
     return LayerNormResult(y, mean, rstd) if return_stats else y
 
 
-def _first_of_numpy(*arguments: Any) -> Any:
-    from cupynorm._cpu import at_once as _cpu_at_once
-
-    _at_once[np.ndarray] = _cpu_at_once.at_once
-    return _cpu_at_once.at_once(*arguments)
-
-
 def _first_of_cupy(do: Any) -> None:
     from cupynorm._cuda import small as _cuda_small
 
@@ -153,7 +145,7 @@ def _first_of_torch(torch: Any) -> None:
 
 
 # By exact type of x: calls with nothing special about them, which cost what they must alone.
-_at_once: dict[type, Callable[..., Any]] = {np.ndarray: _first_of_numpy}
+_at_once: dict[type, Callable[..., Any]] = {}
 
 
 def _dask(x: Any, *arguments: Any) -> Any:
@@ -173,7 +165,7 @@ def strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, 
     if path == "cupy" and not do.is_current(x):
         with x.device:  # or y would be allocated, and the kernel launched, on another GPU
             return strided(call, order, out, return_stats)
-    new = _results if path == "numpy" else do
+    new = np if path == "numpy" else do
     y = new.empty_like(x, order=order) if out is None else _out(out, x, weight, bias, order)
     mean = rstd = None
     if return_stats:
