@@ -10,6 +10,7 @@ import numpy as np
 from cupynorm._cpu import threads
 from cupynorm._layout import Problem
 
+Array = np.ndarray[Any, Any]
 Call = Callable[..., None]
 
 # Elements below which one thread does all, and that pay for another.
@@ -70,17 +71,22 @@ def _useful(size: int, num_threads: Callable[[], int]) -> int:
     return 1 if size < ALONE else min(num_threads(), size // _SHARE)
 
 
-def _record(dtype: np.dtype[Any], problem: Problem, rows: int, **values: Any) -> tuple[Any, int]:
-    """A record of the problem, which must outlive its address."""
+def _filled(dtype: np.dtype[Any], names: dict[str, Any]) -> tuple[Any, int]:
+    """A record, which must outlive its address."""
     record = np.zeros(1, dtype)
+    for name, value in names.items():
+        record[name] = value
+    return record, record.ctypes.data
+
+
+def _record(dtype: np.dtype[Any], problem: Problem, rows: int, **values: Any) -> tuple[Any, int]:
+    """Tell of a problem in a record."""
     names = {"outer": problem.outer, "M": problem.M, "N": problem.N, "rows": rows, **values}
     names["stats_outer"], names["stats_row"] = problem.stats_strides
     for array, steps in problem.strides:
         for way, step in zip(("outer", "row", "col"), steps, strict=True):
             names[f"{array}_{way}"] = step
-    for name, value in names.items():
-        record[name] = value
-    return record, record.ctypes.data
+    return _filled(dtype, names)
 
 
 def normalizer(
@@ -223,3 +229,32 @@ def _long_gradients(problem: Problem, plan: int, workers: int, at: tuple[int, ..
     threads.run(
         lambda lo, hi: give(plan, dy, x, weight, told, dx, sums, lo, hi), items, workers
     )
+
+
+def columns(
+    found: Any, y: Array, weight: int, bias: int, eps: float, omit: bool
+) -> None:
+    """Normalize the rows of a table into y (M, N), which is native and aligned, of any strides.
+
+    ``found`` holds (values, address of the bitmap or 0, its bit of row 0) for each column, whose
+    dtype is one of `strips.COLUMN_DTYPES`. With ``omit`` NaN is left out of a row's statistics.
+    """
+    from cupynorm._cpu import jobs
+    from cupynorm._cpu.strips import COLUMN_DTYPES, rows_of_strip
+
+    (M, N), kind = y.shape, y.dtype.name
+    rows = min(M, rows_of_strip(N))
+    low, high = safe_range(computed(kind), eps)
+    y_row, y_col = (step // y.itemsize for step in y.strides)
+    names = {"M": M, "N": N, "rows": rows, "y_row": y_row, "y_col": y_col, "omit": omit}
+    record, plan = _filled(jobs.TABLE, names | {"eps": eps, "low": low, "high": high})
+    table = np.zeros((6, N), np.int64)
+    for j, (x, bitmap, bit) in enumerate(found):
+        number, step = COLUMN_DTYPES.index(x.dtype.name), x.strides[0] // x.itemsize
+        table[:, j] = number, x.ctypes.data, step, bitmap, bit, x.itemsize
+    at, to, do = table.ctypes.data, y.ctypes.data, jobs.table(kind)
+    workers = _useful(M * N, threads.num_threads)
+    threads.run(
+        lambda lo, hi: do(plan, at, to, weight, bias, lo, hi), -(-M // rows), workers
+    )
+    del record  # its last use

@@ -26,9 +26,11 @@ from cupynorm._cpu.forward import (
     long_rows,
     moments,
     pivot,
+    row_moments,
+    row_results,
     short_rows,
 )
-from cupynorm._cpu.strips import GAP, bring, place, put_back
+from cupynorm._cpu.strips import GAP, TOGETHER, bring, bring_columns, keep_known, place, put_back
 from cupynorm._cpu.vectors import address, advance, at, like, pointer, record_at
 
 # What the memory of x holds, in numba's words, and what loops compute in.
@@ -206,6 +208,71 @@ def chunk_results(kind: str) -> Callable[..., None]:
     return entry(_define_results, kind)  # type: ignore[no-any-return]
 
 
+# --- rows of a table that is given as columns -----------------------------------------------------
+
+TABLE = np.dtype(
+    [(name, "i8") for name in ("M", "N", "rows", "y_row", "y_col", "omit")]
+    + [(name, "f8") for name in ("eps", "low", "high")]
+)
+_table_at = record_at(TABLE)
+
+
+def _define_table(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
+    computed, _, wide = _dtypes(kind)
+
+    def table(plan, columns, y, w, b, lo, hi):  # type: ignore[no-untyped-def]
+        f = _table_at(plan)
+        N = f.N * (checksum != 0)
+        tile = np.empty(f.rows * (N + GAP), wide)
+        stats = np.empty(3 * _group(f.M * N, f.rows, N))
+        parts = np.empty(((N + CHUNK - 1) // CHUNK, 3))
+        room = np.empty(max(N, TOGETHER * (f.rows + GAP)), wide)
+        none = at(0, computed)
+        wb, found = (at(w, computed), at(b, computed)), at(columns, "int64")
+        _table(f, found, at(y, kind), wb, none, lo, hi, tile, stats, parts, room)
+
+    return _signature(4), table
+
+
+@inner
+def _table(f, columns, y, wb, none, lo, hi, tile, stats, parts, room):  # type: ignore[no-untyped-def]
+    (w, b), N, limits = wb, f.N, (f.eps, f.low, f.high)
+    p, pp, told, here = pointer(tile, 0), N + GAP, (none, none, 0, 0), pointer(stats, 0)
+    for block in range(lo, hi):
+        first = block * f.rows
+        n, target = min(f.rows, f.M - first), advance(y, first * f.y_row)
+        bring_columns(columns, N, first, n, tile, room)
+        # Where the tile takes results of 16 bits, they come to lie before what is still to be read.
+        q, qp = place(target, f.y_row, f.y_col, tile, N)
+        if f.omit:
+            for k in range(n):
+                x = advance(p, k * pp)
+                s, m, r = _known_moments(x, N, limits, told, parts, room)
+                row_results(x, advance(q, k * qp), N, w, b, s, m, r, False)
+        elif N <= CHUNK:
+            short_rows(p, pp, q, qp, n, N, w, b, limits, told, here, stats.size // 3)
+        else:
+            long_rows(p, pp, q, qp, n, N, w, b, limits, told, parts)
+        put_back(target, f.y_row, f.y_col, tile, n, N)
+
+
+@inner
+def _known_moments(x, N, limits, told, parts, room):  # type: ignore[no-untyped-def]
+    """Moments of those of N values that are not NaN: as if they were all of the row."""
+    known = pointer(room, 0)
+    count = keep_known(x, N, known)
+    part = parts[: (count + CHUNK - 1) // CHUNK]
+    if count == 0:  # of nothing; what is left of the row is NaN
+        return 0.0, 0.0, 0.0
+    row_moments(known, count, limits, part)
+    return finish_row(part, count, limits[0], told, 0)
+
+
+def table(kind: str) -> Callable[..., None]:
+    """``table(plan, columns, y, w, b, lo, hi)``: normalize the strips lo to hi of a table."""
+    return entry(_define_table, kind)  # type: ignore[no-any-return]
+
+
 # --- backward ------------------------------------------------------------------------------------
 
 BACKWARD = np.dtype(
@@ -348,7 +415,8 @@ def _long_gradients(f, arrays, w, stats, sums, lo, hi, spare):  # type: ignore[n
 
 
 @inner
-def _merge(sums, M, N, dweight, dbias, totals):  # type: ignore[no-untyped-def]
+def _merge(sums, M, N, dweight, dbias, totals, kept):  # type: ignore[no-untyped-def]
+    # ``kept`` is the array that sums may be in.
     to = pointer(totals, 0)
     merge_sums(sums, M, N, to)
     for i in range(N if address(dweight) != 0 else 0):
@@ -364,9 +432,9 @@ def _define_merge(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
         f = _backward_at(plan)
         M, part, totals = f.outer * f.M * (checksum != 0), at(sums, computed), np.empty(2 * f.N)
         if wide:
-            _merge(part, M, f.N, at(dweight, "float64"), at(dbias, "float64"), totals)
+            _merge(part, M, f.N, at(dweight, "float64"), at(dbias, "float64"), totals, 0)
         else:
-            _merge(part, M, f.N, at(dweight, computed), at(dbias, computed), totals)
+            _merge(part, M, f.N, at(dweight, computed), at(dbias, computed), totals, 0)
 
     return _signature(3), merge
 
@@ -483,7 +551,7 @@ def _define_small_gradients(checksum: int, kind: str) -> tuple[Any, Callable[...
         _gradients(f, arrays, stats, wp, to, 0, block_count(total), tiles, room, sums)
         if summed:
             dw, db = at(_of(dweight), computed), at(_of(dbias), computed)
-            _merge(to, total, N, dw, db, np.empty(2 * N))
+            _merge(to, total, N, dw, db, np.empty(2 * N), sums)
 
     return types.void(types.int64, table, table, row, row, row, table, row, row), small_gradients
 

@@ -1,21 +1,20 @@
-"""How rows come and go: in place where they lie row by row, else turned into a tile and back."""
+"""How rows come and go: in place where they lie row by row, else turned into a tile and back.
+
+Rows of a table come from its columns, each of any dtype, with validity bitmaps or without.
+"""
 
 import numpy as np
 
 from cupynorm._cpu.compiled import inner
 from cupynorm._cpu.vectors import (
-    address,
+    F16C,
     advance,
     at,
     item,
     like,
-    lanes,
-    load,
     move,
     pointer,
     raw,
-    square,
-    store,
     typed,
 )
 
@@ -58,4 +57,104 @@ def place(q, row, col, tile, N):  # type: ignore[no-untyped-def]
 def put_back(q, row, col, tile, n, N):  # type: ignore[no-untyped-def]
     """Bring n rows from where `place` had them written to q."""
     if col != 1:
-        move(pointer(tile, 0), N + GAP, 1, raw(q), row, col, n, N)
+        move(typed(pointer(tile, 0), raw(q)), N + GAP, 1, raw(q), row, col, n, N)
+
+
+# --- columns ------------------------------------------------------------------------------------
+
+# Dtypes of columns: the number of each is what `_load` is told.
+COLUMN_DTYPES = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+COLUMN_DTYPES += ("float16", "bfloat16", "float32", "float64")
+TOGETHER = 16  # columns that are turned together: a line of float32 of each row
+
+
+@inner
+def _cast(p, step, n, q):  # type: ignore[no-untyped-def]
+    if step == 1:  # which the compiler turns into vectors
+        for i in range(n):
+            q[i] = like(q, item(p, i))
+    else:
+        for i in range(n):
+            q[i] = like(q, item(p, i * step))
+
+
+@inner
+def _load(kind, x, step, n, q):  # type: ignore[no-untyped-def]
+    """Read n elements of a column at address x, ``step`` apart, in the dtype of q."""
+    if kind == 0:
+        p = at(x, "uint8")
+        for i in range(n):
+            q[i] = like(q, p[i * step] != 0)
+    elif kind == 1:
+        _cast(at(x, "int8"), step, n, q)
+    elif kind == 2:
+        _cast(at(x, "uint8"), step, n, q)
+    elif kind == 3:
+        _cast(at(x, "int16"), step, n, q)
+    elif kind == 4:
+        _cast(at(x, "uint16"), step, n, q)
+    elif kind == 5:
+        _cast(at(x, "int32"), step, n, q)
+    elif kind == 6:
+        _cast(at(x, "uint32"), step, n, q)
+    elif kind == 7:
+        _cast(at(x, "int64"), step, n, q)
+    elif kind == 8:
+        _cast(at(x, "uint64"), step, n, q)
+    elif kind == 9:
+        if F16C:  # else Python has widened the column
+            _cast(at(x, "float16"), step, n, q)
+    elif kind == 10:
+        _cast(at(x, "bfloat16"), step, n, q)
+    elif kind == 11:
+        _cast(at(x, "float32"), step, n, q)
+    else:
+        _cast(at(x, "float64"), step, n, q)
+
+
+@inner
+def _forget(t, n, mask, bit):  # type: ignore[no-untyped-def]
+    """Put NaN where the bitmap has a 0; Arrow's order, least significant bit first."""
+    i = 0
+    while i < n:
+        here = bit + i
+        byte = mask[here >> 3]
+        if here & 7 == 0 and n - i >= 8:
+            if byte != 255:
+                for k in range(8):
+                    if (byte >> k) & 1 == 0:
+                        t[i + k] = like(t, np.nan)
+            i += 8
+        else:
+            if (byte >> (here & 7)) & 1 == 0:
+                t[i] = like(t, np.nan)
+            i += 1
+
+
+@inner
+def bring_columns(columns, N, first, n, tile, room):  # type: ignore[no-untyped-def]
+    """Bring n rows from ``first`` on into the tile.
+
+    columns (6, N): number of the dtype, address, elements from row to row, address of the bitmap
+    or 0, the bit of row 0, and the bytes of an element. ``room`` holds TOGETHER columns, which it has at this pitch.
+    """
+    t, pitch = pointer(room, 0), room.size // TOGETHER
+    for left in range(0, N, TOGETHER):
+        count = min(TOGETHER, N - left)
+        for c in range(count):
+            j, q = left + c, advance(t, c * pitch)
+            kind, x, step = columns[j], columns[N + j], columns[2 * N + j]
+            _load(kind, x + first * step * columns[5 * N + j], step, n, q)
+            if columns[3 * N + j] != 0:
+                _forget(q, n, at(columns[3 * N + j], "uint8"), columns[4 * N + j] + first)
+        move(t, 1, pitch, pointer(tile, left), N + GAP, 1, n, count)
+
+
+@inner
+def keep_known(p, n, q):  # type: ignore[no-untyped-def]
+    """Copy those of n values that are not NaN; how many these are."""
+    count = 0
+    for i in range(n):
+        q[count] = p[i]
+        count += 1 if p[i] == p[i] else 0
+    return count
