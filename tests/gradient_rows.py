@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device
 from cupynorm._cuda.launch import choose_plan
-from cupynorm._cuda.plan import Plan
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device, Plan
 from cupynorm._layout import Problem
 from cupynorm._problem import ITEMSIZE, stats_dtype
 from tests import oracle

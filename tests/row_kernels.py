@@ -124,7 +124,9 @@ def normalize(
         for name in ("mean", "rstd")
     )
     names = [None if values is None else values.dtype.name for values in (weight, bias)]
-    problem = problem_of((x.dtype.name, *names), shape, {"x": source.strides, "y": target.strides}, stats=stats)
+    problem = problem_of(
+        (x.dtype.name, *names), shape, {"x": source.strides, "y": target.strides}, stats=stats
+    )
     plan = choose_plan(problem, device or machine.device)
     arrays = [source, target, w, b, mean, rstd]
     memories = list({a.ptr: a.memory for a in arrays if a is not None}.values())

@@ -7,12 +7,11 @@ import pytest
 
 import cupynorm as cn
 from cupynorm._cuda.launch import choose_plan as choose_plan_bwd
-from tests.row_kernels import problem_of
 from tests import gpu_backend, oracle
 from tests.conftest import Backend, why_not
 from tests.cuda_calls import Spent, capability_for
 from tests.gradient_rows import run
-from tests.row_kernels import At
+from tests.row_kernels import At, problem_of
 from tests.simt.cupy_stand_in import simulated_cupy
 
 RNG = np.random.default_rng(20260106)

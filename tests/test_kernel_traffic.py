@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._cuda.launch import choose_plan
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._problem import ITEMSIZE
 from tests.conftest import ALL_DTYPES
 from tests.gpu_backend import SIMULATED

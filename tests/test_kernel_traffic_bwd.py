@@ -2,8 +2,8 @@
 
 import pytest
 
-from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._cuda.launch import choose_plan as choose_plan_bwd
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._problem import ITEMSIZE, stats_dtype
 from tests.gpu_backend import SIMULATED
 from tests.gradient_rows import device_for, differentiate, length, pair, run

@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass
 from importlib import import_module
 
-from cupynorm._cpu import results as _results
 from cupynorm._cpu import threads as _threads
 from cupynorm._display import Sections, Table
 from cupynorm._report import probe as _probe
@@ -183,8 +182,7 @@ def _numba_status(installed: str | None) -> PathStatus:
 
 def _thread_count() -> str:
     try:
-        kept = _results.limit() >> 20
-        return f"{_threads.num_threads()} thread(s), {kept} MiB of earlier results kept at most"
+        return f"{_threads.num_threads()} thread(s)"
     except ValueError as error:  # of an environment variable: the sentence says what to do
         return str(error)
 

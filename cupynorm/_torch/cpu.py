@@ -11,8 +11,8 @@ from cupynorm import _reference
 from cupynorm._cpu import raw as _raw
 from cupynorm._cpu import threads as _threads
 from cupynorm._layout import Facts, Problem, problem_of, row_major_strides
-from cupynorm._rules import ITEMSIZE
 from cupynorm._reference import Rows
+from cupynorm._rules import ITEMSIZE
 from cupynorm._torch.tensors import Machine, Run, address_of, reach, stats_dtype
 
 

@@ -1,39 +1,32 @@
-"""The inner loops of layer norm on contiguous rows, for numba to compile."""
+"""The arithmetic of layer norm's forward: rows in registers, long rows in chunks.
 
-from collections.abc import Callable
-from typing import Any
+Rows are pointers, so that nothing here knows whether they lie in an array or in a tile; 16-bit
+values are widened and narrowed on the way. A row's bits go by its values and N alone.
+"""
 
-import numba
+import math
 
-from cupynorm._cpu.lanes import (
+from cupynorm._cpu.compiled import inner
+from cupynorm._cpu.vectors import (
     add,
+    address,
+    advance,
     fma,
     fold,
+    item,
     keep_last,
     lanes,
+    like,
     load,
     mul,
+    pointer,
+    put,
+    size_of,
     splat,
     store,
     store_past,
     sub,
 )
-from cupynorm._cpu.pointers import address, advance, claim, item, like, put, size_of
-
-__all__ = [
-    "CHUNK",
-    "FROM_MEMORY",
-    "GROUP",
-    "LINE",
-    "PEELED",
-    "apply_row",
-    "before_line",
-    "compiled",
-    "merge",
-    "moments",
-    "pivot",
-    "take_block",
-]
 
 # Elements of a row whose moments are taken together: 16 KiB of float32.
 CHUNK = 4096
@@ -51,34 +44,14 @@ _PIECE = 1024
 # and while the second reading goes on in the L1, nothing comes from memory.
 _SAMPLE = 256
 LINE = 64  # bytes of a cache line, and of a vector
+SPARE = 32  # elements of two lines of float32
+_REPAYS = 4  # rows for which a copy of weight and bias is worth its time
 # Elements of a row whose results are written from a line on: every vector across two lines costs
 # two accesses, of x, y, weight and bias alike. A shorter row loses more to the vector before it.
 PEELED = 256
 
 
-def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile for use inside other loops. Without fastmath: no sum is reordered, no fma fused."""
-    return numba.njit(nogil=True, error_model="numpy", **options)  # type: ignore[no-any-return]
-
-
-@compiled()
-def take_block(counters, who, count):  # type: ignore[no-untyped-def]
-    """Claim one of ``count`` blocks for thread ``who``; -1 when none is left.
-
-    Each thread has a part of the blocks, with a counter on a cache line of its own, and takes from
-    the others' when it is through with it: so the thread that did a block in the last call, whose
-    caches may hold it, most often does it again.
-    """
-    parts = max(1, counters.size // 8)
-    for k in range(parts):
-        part = (who + k) % parts
-        block = count * part // parts + claim(counters[8 * part :])
-        if block < count * (part + 1) // parts:
-            return block
-    return -1
-
-
-@compiled()
+@inner
 def _sum(x, n):  # type: ignore[no-untyped-def]
     """Sum of the n elements at x, in an order that depends on n alone."""
     step = lanes(x)
@@ -103,7 +76,7 @@ def _sum(x, n):  # type: ignore[no-untyped-def]
     return fold(add(add(a, b), add(c, d)))
 
 
-@compiled()
+@inner
 def _sums(x, n, s):  # type: ignore[no-untyped-def]
     """Sum x - s and its square."""
     step = lanes(x)
@@ -137,7 +110,7 @@ def _sums(x, n, s):  # type: ignore[no-untyped-def]
     return fold(add(a, b)), fold(add(add(aa, bb), add(cc, dd)))
 
 
-@compiled()
+@inner
 def _wide_sums(x, n, s):  # type: ignore[no-untyped-def]
     # float64, terms scaled by 1/n: a row near the maximum must not overflow its own sum
     share = 1.0 / n
@@ -150,7 +123,7 @@ def _wide_sums(x, n, s):  # type: ignore[no-untyped-def]
     return first, second
 
 
-@compiled()
+@inner
 def _about(x, n, s):  # type: ignore[no-untyped-def]
     """Mean of x - s and of its square, in float64."""
     m = 0.0
@@ -162,14 +135,14 @@ def _about(x, n, s):  # type: ignore[no-untyped-def]
     return m / n, v / n
 
 
-@compiled()
+@inner
 def pivot(x, n):  # type: ignore[no-untyped-def]
     """A value near the mean of the n elements at x."""
     sample = min(n, _SAMPLE)
     return _sum(x, sample) / sample
 
 
-@compiled()
+@inner
 def moments(x, n, near, low, high):  # type: ignore[no-untyped-def]
     """Return s, mean(x - s) and the variance, with s = near if that is near enough."""
     s = like(x, near)
@@ -185,7 +158,7 @@ def moments(x, n, near, low, high):  # type: ignore[no-untyped-def]
     return float(s), m, v - m * m
 
 
-@compiled()
+@inner
 def _scaled(x, w, b, i, s, m, r, has_w, has_b):  # type: ignore[no-untyped-def]
     """Compute the vector ((x - s) - m) * r * w + b at i; s, m and r are vectors."""
     t = mul(sub(sub(load(x, i), s), m), r)
@@ -196,14 +169,14 @@ def _scaled(x, w, b, i, s, m, r, has_w, has_b):  # type: ignore[no-untyped-def]
     return add(t, load(b, i)) if has_b else t
 
 
-@compiled()
+@inner
 def before_line(y, n):  # type: ignore[no-untyped-def]
     """Elements of y before the first whole vector of a cache line, or of half of one."""
     bytes_of_vector = lanes(y) * size_of(y)
     return (-address(y) & (bytes_of_vector - 1)) // size_of(y) if n >= PEELED else 0
 
 
-@compiled()
+@inner
 def apply_row(x, y, n, w, b, wide_s, wide_m, wide_r, has_w, has_b, past):  # type: ignore[no-untyped-def]
     """Write ((x - s) - m) * r * w + b to y, n elements, past the caches or not; y may be x."""
     step = lanes(x)
@@ -237,7 +210,7 @@ def apply_row(x, y, n, w, b, wide_s, wide_m, wide_r, has_w, has_b, past):  # typ
     store(y, n - step, last)
 
 
-@compiled()
+@inner
 def merge(parts, N):  # type: ignore[no-untyped-def]
     """Merge s, mean - s and variance of the chunks in their order; the tree goes by N alone."""
     s = parts[0, 0]
@@ -251,3 +224,100 @@ def merge(parts, N):  # type: ignore[no-untyped-def]
         away = ((parts[c, 0] - s) + parts[c, 1]) - m
         v += share * (parts[c, 2] + away * away)
     return s, m, v
+
+
+@inner
+def _normalize_group(p, xp, q, yp, M, N, w, b, limits, s, m, r):  # type: ignore[no-untyped-def]
+    # Phase by phase over a group of rows: alone, each row would wait for its own divisions and
+    # square root, which take longer than 64 elements.
+    eps, low, high = limits
+    for k in range(M):
+        s[k] = pivot(advance(p, k * xp), N)
+    for k in range(M):
+        s[k], m[k], r[k] = moments(advance(p, k * xp), N, s[k], low, high)
+    for k in range(M):
+        r[k] = 1.0 / math.sqrt(r[k] + eps)
+    has_w, has_b = address(w) != 0, address(b) != 0
+    for k in range(M):
+        to = advance(q, k * yp)
+        apply_row(advance(p, k * xp), to, N, w, b, s[k], m[k], r[k], has_w, has_b, False)
+
+
+@inner
+def short_rows(p, xp, q, yp, M, N, w, b, limits, told, stats, group):  # type: ignore[no-untyped-def]
+    """Normalize M rows of at most CHUNK elements at p, pitch xp, into those at q, pitch yp.
+
+    w, b and the pointers in ``told`` may be null: mean and rstd, the index there of the first row,
+    and the step to the next. ``stats`` points to three numbers for each row of a group.
+    """
+    mean, rstd, at, step = told
+    s, m, r = stats, advance(stats, group), advance(stats, 2 * group)
+    for row in range(0, M, group):
+        n = min(group, M - row)
+        source, target = advance(p, row * xp), advance(q, row * yp)
+        _normalize_group(source, xp, target, yp, n, N, w, b, limits, s, m, r)
+        if address(mean) != 0:
+            for k in range(n):
+                put(mean, at + (row + k) * step, like(mean, s[k] + m[k]))
+        if address(rstd) != 0:
+            for k in range(n):
+                put(rstd, at + (row + k) * step, like(rstd, r[k]))
+
+
+@inner
+def row_moments(p, n, limits, parts):  # type: ignore[no-untyped-def]
+    """Moments of the chunks of n elements at p, into parts (chunks, 3)."""
+    for c in range(parts.shape[0]):
+        size, x = min(CHUNK, n - c * CHUNK), advance(p, c * CHUNK)
+        s, m, v = moments(x, size, pivot(x, size), limits[1], limits[2])
+        parts[c, 0], parts[c, 1], parts[c, 2] = s, m, v
+
+
+@inner
+def row_results(p, q, n, w, b, s, m, r, past):  # type: ignore[no-untyped-def]
+    """Write n elements of one row, chunk by chunk."""
+    has_w, has_b = address(w) != 0, address(b) != 0
+    for c in range(0, n, CHUNK):
+        size = min(CHUNK, n - c)
+        x, y, wc, bc = advance(p, c), advance(q, c), advance(w, c), advance(b, c)
+        apply_row(x, y, size, wc, bc, s, m, r, has_w, has_b, past)
+
+
+@inner
+def finish_row(parts, N, eps, told, row):  # type: ignore[no-untyped-def]
+    """Merge the chunks of a row: s, mean - s and rstd, which are told where that is wanted."""
+    mean, rstd, at, step = told
+    s, m, v = merge(parts, N)
+    r = 1.0 / math.sqrt(v + eps)
+    if address(mean) != 0:
+        put(mean, at + row * step, like(mean, s + m))
+    if address(rstd) != 0:
+        put(rstd, at + row * step, like(rstd, r))
+    return s, m, r
+
+
+@inner
+def long_rows(p, xp, q, yp, M, N, w, b, limits, told, parts):  # type: ignore[no-untyped-def]
+    """As `short_rows`, for more than CHUNK elements; parts (chunks, 3)."""
+    for row in range(M):
+        row_moments(advance(p, row * xp), N, limits, parts)
+        s, m, r = finish_row(parts, N, limits[0], told, row)
+        row_results(advance(p, row * xp), advance(q, row * yp), N, w, b, s, m, r, False)
+
+
+@inner
+def in_step(a, q, M, room):  # type: ignore[no-untyped-def]
+    """Give weight or bias as it is, or where M rows pay for it a copy that meets lines as q does.
+
+    NumPy's arrays begin 16 bytes past a line, so that every vector of them lies across two: see
+    apply_row, which begins on a line of y. ``room`` has space for it and SPARE more.
+    """
+    N = room.size - SPARE
+    phase = -before_line(q, N) * size_of(a) & (LINE - 1)
+    if M < _REPAYS or address(a) == 0 or address(a) & (LINE - 1) == phase:
+        return a
+    here = pointer(room, 0)
+    copy = advance(here, ((phase - address(here)) & (LINE - 1)) // size_of(a))
+    for i in range(N):
+        copy[i] = a[i]
+    return copy
