@@ -8,8 +8,7 @@ from cupynorm.functional import LayerNormResult, layer_norm
 if TYPE_CHECKING:
     from cupynorm import plot
     from cupynorm._report.config import show_config
-    from cupynorm._report.explain import explain
-    from cupynorm._report.explanation import Explanation
+    from cupynorm._report.explain import Explanation, explain
     from cupynorm._report.warmup import warmup
     from cupynorm.frames.columns import layer_norm_columns
     from cupynorm.gradient import LayerNormGradients, layer_norm_backward
@@ -36,7 +35,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Explanation": "cupynorm._report.explanation",
+    "Explanation": "cupynorm._report.explain",
     "LayerNorm": "cupynorm.modules",
     "LayerNormGradients": "cupynorm.gradient",
     "PreparedLayerNorm": "cupynorm.prepared",

@@ -1,14 +1,11 @@
 """Compiling ahead what later calls will need."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from cupynorm import _problem
-from cupynorm._progress import steps
-
-__all__ = ["warmup"]
 
 
 def warmup(
@@ -64,7 +61,7 @@ def warmup(
     if device == "cuda":
         return _of_gpu(math.prod(shape), dtypes, affine, backward, progress)
     if device == "cpu":
-        names = steps(dtypes, "compiling loops", progress)
+        names = _behind_a_bar(dtypes, "compiling loops", progress)
         return [_of_cpu(shape, name, affine, backward) for name in names]
     msg = f"device={device!r} is not 'cuda' or 'cpu'; pass one of them"
     raise ValueError(msg)
@@ -95,7 +92,7 @@ def _of_gpu(
 
     index, strides = _cuda.get_device(), (N, 1)
     names: list[str] = []
-    for name in steps(dtypes, "compiling kernels", progress):
+    for name in _behind_a_bar(dtypes, "compiling kernels", progress):
         affine_dtype = name if affine else None
         dtypes_of_call = (name, affine_dtype, affine_dtype)
         for rows in (1, 2**20):  # few rows may take K5
@@ -109,3 +106,23 @@ def _of_gpu(
             ready = _cuda.prepared_bwd(index, *layouts, (name, affine_dtype, *totals))
             names += [stage.name for stage in ready.plan.stages]
     return list(dict.fromkeys(names))
+
+
+def _behind_a_bar(dtypes: Sequence[str], label: str, progress: bool | None) -> Iterable[str]:
+    """Count dtypes behind tqdm's bar; unasked, only several of them, and where someone looks on."""
+    if progress is False:
+        return dtypes
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        if progress is None:
+            return dtypes
+        msg = (
+            f"progress=True draws a bar with tqdm, which cannot be imported ({error}); "
+            "pip install 'cupynorm[notebook]', or leave progress out"
+        )
+        raise ImportError(msg) from error
+    # None: tqdm draws in a notebook and a terminal, not into a file.
+    hidden = False if progress else len(dtypes) < 2 or None
+    counted: Iterable[str] = tqdm(dtypes, desc=label, leave=False, disable=hidden)
+    return counted
