@@ -10,8 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 import cupynorm as cn
-from cupynorm import functional
-from cupynorm.dask import _blocks as _dask_blocks
+from cupynorm.dask import _blocks
 from tests import oracle
 from tests.conftest import np_dtype
 
@@ -31,6 +30,9 @@ def values(shape=(ROWS, COLS), dtype="float32", offset=0.0, seed=0):
 
 def lazy(x, chunks):
     return da.from_array(x, chunks=chunks)
+
+
+TASKS = ("whole_rows", "block_moments", "statistics", "normalize_block")
 
 
 def counted(calls, name, task):
@@ -221,9 +223,8 @@ def refuse(*_):
 
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 def test_nothing_is_computed_and_no_block_function_is_probed(chunks, monkeypatch):
-    for name in ("block_moments", "normalize_block", "statistics"):
-        monkeypatch.setattr(_dask_blocks, name, refuse)
-    monkeypatch.setattr(functional, "layer_norm", refuse)
+    for name in TASKS:
+        monkeypatch.setattr(_blocks, name, refuse)
     like = np.empty((0, 0), np.float32)
     x = lazy(values(), chunks).map_blocks(refuse, dtype=np.float32, meta=like)
     result = cd.layer_norm(x, weight=np.ones(COLS), bias=da.ones(COLS), return_stats=True)
@@ -240,15 +241,13 @@ def test_nothing_is_computed_and_no_block_function_is_probed(chunks, monkeypatch
 )
 def test_no_block_is_computed_twice(wanted, optimize, monkeypatch):
     calls = collections.Counter()
-    for name in ("block_moments", "normalize_block", "statistics"):
-        task = counted(calls, name, getattr(_dask_blocks, name))
-        monkeypatch.setattr(_dask_blocks, name, task)
-    monkeypatch.setattr(functional, "layer_norm", counted(calls, "whole", cn.layer_norm))
+    for name in TASKS:
+        monkeypatch.setattr(_blocks, name, counted(calls, name, getattr(_blocks, name)))
     load = counted(calls, "load", np.copy)
     like = np.empty((0, 0), np.float32)
     for chunks, most in (
         ((6, 15), {"block_moments": 16, "statistics": 4}),
-        ((6, 60), {"whole": 4}),
+        ((6, 60), {"whole_rows": 4}),
     ):
         calls.clear()
         x = lazy(values(), chunks).map_blocks(load, dtype=np.float32, meta=like)
@@ -268,7 +267,7 @@ def test_the_library_itself_takes_dask_arrays(chunks):
     x, weight = lazy(values(), chunks), np.ones(COLS)
     adapter = cd.layer_norm(x, weight=weight, return_stats=True)
     library = cn.layer_norm(x, weight=weight, return_stats=True)
-    assert isinstance(library, functional.LayerNormResult)
+    assert isinstance(library, cn.LayerNormResult)
     assert [a.name for a in adapter] == [a.name for a in library]
     like = np.empty((0, 0), bool)
     columns = cn.layer_norm(x, order="F").map_blocks(

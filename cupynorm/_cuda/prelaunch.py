@@ -1,11 +1,14 @@
-"""One launch that does all of a call: what is left to check and to pass at each."""
+"""One launch that does all of a call: what is left to check and to pass at each.
+
+It goes when its callers have switched to `arrays.DOOR`.
+"""
 
 import math
 from typing import Any, NamedTuple
 
 from cupynorm import _problem
 from cupynorm._arrays import element_strides
-from cupynorm._cuda.launch import ReadyForward
+from cupynorm._cuda.launch import Ready as ReadyForward
 
 __all__ = ["Ready", "launch_into", "ready_for", "ready_from", "span_of"]
 

@@ -1,26 +1,18 @@
 """What a call would run, without running it: the rules, the folded memory and the plan."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from cupynorm import _problem
-from cupynorm._arguments import Call, check_arguments, is_launchable
-from cupynorm._arrays import element_strides, library_of
-from cupynorm._cuda.plan import Device, Stage, choose_plan
-from cupynorm._cuda.plan_bwd import choose_plan_bwd
-from cupynorm._cuda.plan_column import choose_plan_column
-from cupynorm._cuda.plan_column_bwd import bytes_beyond_floor, choose_plan_column_bwd
+from cupynorm import _calls
+from cupynorm._cuda.launch import choose_plan
+from cupynorm._cuda.plan import Device, Plan, Stage
+from cupynorm._cuda.tiles import bytes_beyond_floor
 from cupynorm._display import Sections, Table
-from cupynorm._layout import (
-    Facts,
-    column_gradient_problem_of,
-    column_problem_of,
-    gradient_layout_of,
-    layout_of,
-    result_strides,
-)
+from cupynorm._layout import Facts, Problem, kernel_problem_of, result_strides
+from cupynorm._libraries import library_of
 from cupynorm._ops import LAYER_NORM
+from cupynorm._rules import ITEMSIZE, stats_dtype
 
 # One example per compute capability, for asking what a GPU would run that is not at hand:
 # multiprocessors, and shared memory that a block may opt in to, from the CUDA programming guide's
@@ -44,7 +36,6 @@ FAMILIES = {
     "split": "K5 split row: chunk statistics, then merge and normalize",
     "lanes": "K6 lanes: a thread holds the few columns of its rows in registers, one sweep",
     "column": "K6 column: a tile of neighbouring rows in shared memory, one sweep",
-    "panels": "K6 column: a tile of neighbouring rows in shared memory, two sweeps over {} panels",
 }
 _BACKWARD = {
     "warp": "K1 warp backward: rows, dweight and dbias in registers; 3 passes",
@@ -102,13 +93,13 @@ class Explanation(Table):
     cols: int
     dtype: str
     stats_dtype: str
-    launches: tuple[str, ...] = ()
-    threads_per_row: int | None = None
-    rows_per_block: int | None = None
-    bytes_floor: int = 0
-    bytes_moved: int | None = None
-    copies: tuple[str, ...] = ()
-    source: str = ""
+    launches: tuple[str, ...]
+    threads_per_row: int | None
+    rows_per_block: int | None
+    bytes_floor: int
+    bytes_moved: int | None
+    copies: tuple[str, ...]
+    source: str
 
     def _sections(self) -> Sections:
         moved = "decided by the library" if self.bytes_moved is None else _bytes(self.bytes_moved)
@@ -176,70 +167,64 @@ def explain(
     >>> cn.explain(np.ones((64, 1000), np.float32), device="sm_90").threads_per_row
     32
     """
-    call = check_arguments(x, normalized_shape, weight, bias, eps, axis, order, out)
-    library, launchable = library_of(call.x), is_launchable(call.x)
-    on_gpu = call.path == "cupy" or (launchable and call.x.device.type == "cuda")
-    facts = _facts(call, order, out, return_stats, backward)
-    if device is None and not on_gpu:
-        if call.path == "numpy" or launchable:
-            from cupynorm._cpu import arrays as _cpu
-            from cupynorm._cpu import threads as _threads
-
-            threads = f"up to {_threads.num_threads()} thread(s) over blocks of rows"
-            return _explanation(facts, "cpu", f"{_cpu.describe()}, {threads}", _floor(facts))
-        return _explanation(facts, "reference", f"array-API calls of {library}", None)
-    gpu = _gpu(call.x, device)
+    how = normalized_shape, axis, eps, order, return_stats
+    checked = _calls.check(LAYER_NORM, x, weight, bias, out, how)
+    facts, path = checked.facts, _path(checked)
+    if backward:
+        facts = of_backward(facts)
+    if device is None and path != "cuda":
+        moved = _floor(facts) if path == "cpu" else None
+        return _explanation(facts, path, _in_words(checked, path), moved)
     if None in facts.strides.values():
         msg = (
-            f"device={device!r} needs an x with strides, not a {library} array; pass a "
-            "NumPy or CuPy array, or a torch tensor, of that shape"
+            f"device={device!r} needs an x with strides, not a {library_of(checked.x)} array; pass "
+            "a NumPy or CuPy array, or a torch tensor, of that shape"
         )
         raise TypeError(msg)
+    gpu = _gpu(facts, device)
     if not facts.size:
         return _explanation(facts, "cuda", "none: x is empty", 0)
-    plan, kernel, beyond, reasons = (_plan_bwd if backward else _plan_fwd)(facts, gpu)
-    moved = _floor(facts) + beyond + 2 * _x_bytes(facts) * len(reasons)
-    told = _explanation(facts, "cuda", kernel, moved)
-    return replace(
-        told,
-        launches=tuple(map(_launch, plan.stages)),
-        threads_per_row=plan.threads_per_row,
-        rows_per_block=plan.rows_per_block,
-        copies=tuple(f"of {label}: {reason}" for label, reason in reasons),
-        source=plan.source,
-    )
+    problem = kernel_problem_of(facts)
+    plan = choose_plan(problem, gpu)
+    kernel, moved = _kernel(facts, problem, plan)
+    moved += _floor(facts) + 2 * _x_bytes(facts) * len(problem.copies)
+    copies = tuple(f"of {label}: {reason}" for label, reason in problem.copies)
+    return _explanation(facts, "cuda", kernel, moved, plan, copies)
 
 
-def _facts(call: Call, order: str, out: Any, stats: bool, backward: bool) -> Facts:
-    """What is settled about a call; of a backward, for a dy that lies as y does."""
-    shape, x = tuple(call.x.shape), _strides(call.x)
-    arrays = {"x": call.x, "weight": call.weight, "bias": call.bias}
-    dtypes = {name: _problem.dtype_name(a.dtype) for name, a in arrays.items() if a is not None}
-    y = None if x is None else _strides(out) or result_strides(shape, x, order)
-    strides = {"x": x, "y": y}
-    if backward:
-        totals = dtypes.get("weight")
-        dtypes.pop("bias", None)
-        dtypes |= {"dweight": totals} if totals else {}
-        dtypes["dbias"] = totals or _problem.stats_dtype(dtypes["x"])
-        strides = {"x": x, "dy": y, "dx": None if x is None else result_strides(shape, x, "K")}
-    return Facts(
-        LAYER_NORM, backward, shape, call.axes, dtypes, strides, call.eps, order, out is not None,
-        stats,
-    )  # fmt: skip
+def _path(checked: _calls.Checked) -> str:
+    library = library_of(checked.x)
+    if library == "torch" and checked.facts.strides["x"] is not None:
+        library = checked.x.device.type
+    return {"numpy": "cpu", "cpu": "cpu", "cupy": "cuda", "cuda": "cuda"}.get(library, "reference")
 
 
-def _strides(a: Any) -> tuple[int, ...] | None:
-    if library_of(a) == "torch":
-        return tuple(a.stride())
-    return element_strides(a) if hasattr(a, "strides") else None
+def _in_words(checked: _calls.Checked, path: str) -> str:
+    """What does the work off a GPU."""
+    if path == "reference":
+        return f"array-API calls of {library_of(checked.x)}"
+    from cupynorm._cpu import arrays as _cpu
+    from cupynorm._cpu import threads as _threads
+
+    return f"{_cpu.describe()}, up to {_threads.num_threads()} thread(s) over blocks of rows"
 
 
-def _gpu(x: Any, name: str | None) -> Device:
+def of_backward(facts: Facts) -> Facts:
+    """Those of a backward for a dy that lies as y does."""
+    dtypes = {name: dtype for name, dtype in facts.dtypes.items() if name != "bias"}
+    if "weight" in dtypes:
+        dtypes["dweight"] = dtypes["weight"]
+    dtypes["dbias"] = dtypes.get("weight") or stats_dtype(dtypes["x"])
+    x, y = facts.strides["x"], facts.strides["y"]
+    dx = None if x is None else result_strides(facts.shape, x, "K")
+    return facts._replace(backward=True, dtypes=dtypes, strides={"x": x, "dy": y, "dx": dx})
+
+
+def _gpu(facts: Facts, name: str | None) -> Device:
     if name is None:
         from cupynorm._cuda import arrays as _cuda
 
-        return _cuda.device_of(x.device.index if library_of(x) == "torch" else x.device.id)
+        return _cuda.device_of(facts.device or 0)
     known = {f"sm_{cc}": device for cc, device in _DEVICES.items()}
     if name not in known:
         msg = f"device={name!r} is not known; choose one of {', '.join(known)}"
@@ -247,65 +232,58 @@ def _gpu(x: Any, name: str | None) -> Device:
     return known[name]
 
 
-# Plan, kernel, bytes that it moves beyond the floor, and the copies with their reasons.
-Chosen = tuple[Any, str, int, tuple[tuple[str, str], ...]]
-
-
-def _plan_fwd(facts: Facts, gpu: Device) -> Chosen:
-    x, y = (facts.strides[name] or () for name in ("x", "y"))
-    dtypes = facts.dtypes["x"], facts.dtypes.get("weight"), facts.dtypes.get("bias")
-    layout = layout_of(facts.shape, facts.axes, x, y, dtypes, facts.stats)
-    reasons = tuple(pair for pair in (("x", layout.copy_x), ("y", layout.copy_y)) if pair[1])
-    column = column_problem_of(facts.shape, facts.axes, x, y, dtypes) if reasons else None
-    if column is not None:
-        tiled = choose_plan_column(column, gpu)
-        if tiled.panels == 1:
-            return tiled, FAMILIES[tiled.family], 0, ()
-        again = _x_bytes(facts) * (tiled.panels - 1) // tiled.panels  # the last is still on chip
-        return tiled, FAMILIES["panels"].format(tiled.panels), again, ()
-    plan = choose_plan(layout.problem, gpu)
-    # Split rows are read a second time, from L2 where they fit.
-    beyond = 2 * plan.workspace_bytes + _x_bytes(facts) * (plan.family == "split")
-    return plan, FAMILIES[plan.family], beyond, reasons
-
-
-def _plan_bwd(facts: Facts, gpu: Device) -> Chosen:
-    dy, x, dx = (facts.strides[name] or () for name in ("dy", "x", "dx"))
-    weight, dweight, dbias = (facts.dtypes.get(name) for name in ("weight", "dweight", "dbias"))
-    dtypes = facts.dtypes["x"], weight, dweight, dbias
-    layout = gradient_layout_of(facts.shape, facts.axes, dy, x, dx, dtypes)
-    if layout.copies:
-        column = column_gradient_problem_of(facts.shape, facts.axes, dy, x, dx, dtypes)
-        if column is not None:
-            tiled, _ = choose_plan_column_bwd(column, gpu)
-            return tiled, _BACKWARD[tiled.family], bytes_beyond_floor(column, tiled), ()
-    plan = choose_plan_bwd(layout.problem, gpu)
-    beyond = 2 * plan.workspace_bytes + _x_bytes(facts) * (plan.passes - 3)
-    return plan, _BACKWARD[plan.family], beyond, layout.copies
+def _kernel(facts: Facts, problem: Problem, plan: Plan) -> tuple[str, int]:
+    """What runs, and the bytes that it moves beyond the floor, without copies."""
+    beyond = 2 * plan.workspace_bytes
+    if facts.backward:
+        if plan.family in ("column", "panels"):
+            beyond = bytes_beyond_floor(problem, plan)
+        else:
+            beyond += _x_bytes(facts) * (plan.passes - 3)
+        return _BACKWARD[plan.family], beyond
+    kernel = FAMILIES[plan.family]
+    if plan.family == "split":  # reads x a second time, from L2 where it fits
+        beyond += _x_bytes(facts)
+    elif plan.panels > 1:  # the last of which is still on chip
+        kernel = kernel.replace("one sweep", f"two sweeps over {plan.panels} panels")
+        beyond += _x_bytes(facts) * (plan.panels - 1) // plan.panels
+    return kernel, beyond
 
 
 def _x_bytes(facts: Facts) -> int:
-    return facts.size * _problem.ITEMSIZE[facts.dtypes["x"]]
+    return facts.size * ITEMSIZE[facts.dtypes["x"]]
 
 
 def _floor(facts: Facts) -> int:
     """Bytes that any way of doing it moves."""
-    vectors = sum(_problem.ITEMSIZE[d] for name, d in facts.dtypes.items() if name != "x")
-    stats = 2 * _problem.ITEMSIZE[_problem.stats_dtype(facts.dtypes["x"])]
-    stats *= math.prod(facts.stats_shape) * (facts.stats or facts.backward)
+    vectors = sum(ITEMSIZE[dtype] for name, dtype in facts.dtypes.items() if name != "x")
+    stats = 2 * ITEMSIZE[stats_dtype(facts.dtypes["x"])] * math.prod(facts.stats_shape)
+    stats *= facts.stats or facts.backward
     return len(facts.strides) * _x_bytes(facts) + facts.N * vectors + stats
 
 
-def _explanation(facts: Facts, path: str, kernel: str, moved: int | None) -> Explanation:
+def _explanation(
+    facts: Facts,
+    path: str,
+    kernel: str,
+    moved: int | None,
+    plan: Plan | None = None,
+    copies: tuple[str, ...] = (),
+) -> Explanation:
     return Explanation(
         path=path,
         kernel=kernel,
         rows=math.prod(facts.stats_shape),
         cols=facts.N,
         dtype=facts.dtypes["x"],
-        stats_dtype=_problem.stats_dtype(facts.dtypes["x"]),
+        stats_dtype=stats_dtype(facts.dtypes["x"]),
+        launches=tuple(map(_launch, plan.stages)) if plan else (),
+        threads_per_row=plan.threads_per_row if plan else None,
+        rows_per_block=plan.rows_per_block if plan else None,
         bytes_floor=_floor(facts),
         bytes_moved=moved,
+        copies=copies,
+        source=plan.source if plan else "",
     )
 
 

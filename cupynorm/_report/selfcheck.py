@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _problem
+from cupynorm import _rules
 from cupynorm._report.config import Config, import_fault, short
 from cupynorm.functional import layer_norm
 
@@ -149,7 +149,7 @@ def _to_numpy(a: Any) -> Array:
         a = a.get()
     elif str(a.dtype) == "torch.bfloat16":
         bits = a.view(import_module("torch").int16).numpy()
-        return np.asarray(bits).view(_problem.numpy_dtype("bfloat16"))
+        return np.asarray(bits).view(_rules.numpy_dtype("bfloat16"))
     return np.asarray(a)
 
 
@@ -172,7 +172,7 @@ def _check(backend: Backend, table: Array, dtype: str) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     n = table.shape[1]
     host = [
-        a.astype(_problem.numpy_dtype(dtype))
+        a.astype(_rules.numpy_dtype(dtype))
         for a in (table, 1.0 + 0.1 * rng.standard_normal(n), 0.1 * rng.standard_normal(n))
     ]
     x, weight, bias = map(backend.put, host)

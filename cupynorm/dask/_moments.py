@@ -36,8 +36,8 @@ class Moments(NamedTuple):
 class Statistics(NamedTuple):
     """What normalizes a row; shapes and dtype as in `Moments`."""
 
-    mean: Any
     lack: Any
+    mean: Any
     rstd: Any
 
 
@@ -70,9 +70,9 @@ def statistics(parts: Sequence[Moments], eps: float) -> Statistics:
     """Mean and rstd of rows from the moments of their blocks, merged in the order given."""
     terms, mean, lack, spread = _merged(parts)
     if not terms:  # the mean of nothing
-        return Statistics(mean + math.nan, lack, spread + math.nan)
+        return Statistics(lack, mean + math.nan, spread + math.nan)
     rstd = 1.0 / np.sqrt(np.square(spread.astype(np.float64)) + eps)
-    return Statistics(mean, lack, rstd.astype(mean.dtype))
+    return Statistics(lack, mean, rstd.astype(mean.dtype))
 
 
 @_quiet

@@ -5,9 +5,8 @@ It calls the public functions and knows arrays; it imports no other adapter, nor
 
 from typing import Any, Self
 
-from cupynorm import _problem
-from cupynorm.functional import layer_norm
-from cupynorm.gradient import layer_norm_backward
+from cupynorm import _rules
+from cupynorm.functional import layer_norm, layer_norm_backward
 from cupynorm.modules import _parameters
 from cupynorm.modules._state import Stateful
 
@@ -99,7 +98,7 @@ class LayerNorm(Stateful):
         dtype: Any = None,
     ) -> None:
         self.normalized_shape = _read_shape(normalized_shape)
-        _problem.check_eps(eps)
+        _rules.check_eps(eps)
         self.eps = eps  # as it was given: torch prints 1 for 1
         self.elementwise_affine = elementwise_affine
         kind, where = _parameters.read_dtype(dtype), _parameters.read_device(device)
@@ -283,7 +282,7 @@ class LayerNorm(Stateful):
 
 
 def _read_shape(normalized_shape: Any) -> tuple[int, ...]:
-    shape = _problem.integers(normalized_shape, "normalized_shape")
+    shape = _rules.integers(normalized_shape, "normalized_shape")
     if not shape or min(shape) < 0:
         msg = (
             f"normalized_shape={normalized_shape!r} is no shape to normalize over; pass the "

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm import _problem
+from cupynorm import _rules
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 Path = str | os.PathLike[str]
@@ -94,7 +94,7 @@ def _encode_npz(arrays: Arrays) -> bytes:
     # NumPy would store bfloat16 as nameless pairs of bytes. As float32 every value is exact, and
     # whoever opens the file reads numbers; loading rounds back to the same bits.
     widened: Any = {
-        name: a.astype(np.float32) if _problem.dtype_name(a.dtype) == "bfloat16" else a
+        name: a.astype(np.float32) if _rules.dtype_name(a.dtype) == "bfloat16" else a
         for name, a in arrays.items()
     }
     buffer = io.BytesIO()
@@ -116,17 +116,17 @@ def _decode_npz(path: str, wanted: set[str]) -> tuple[list[str], Arrays]:
         )
         raise ValueError(msg) from error
     for name, array in found.items():
-        _check_dtype(name, _problem.dtype_name(array.dtype), path)
+        _check_dtype(name, _rules.dtype_name(array.dtype), path)
     return names, found
 
 
 def _check_dtype(name: str, dtype: str, path: str) -> None:
     if dtype == "bfloat16":
-        _problem.numpy_dtype(dtype)  # says that ml_dtypes is missing, where it is
-    if dtype not in _problem.ITEMSIZE:
+        _rules.numpy_dtype(dtype)  # says that ml_dtypes is missing, where it is
+    if dtype not in _rules.ITEMSIZE:
         msg = (
             f"{name} has dtype {dtype} in {path}; "
-            f"cast it to one of {', '.join(_problem.ITEMSIZE)} before it is saved"
+            f"cast it to one of {', '.join(_rules.ITEMSIZE)} before it is saved"
         )
         raise TypeError(msg)
 

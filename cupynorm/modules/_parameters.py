@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm import _problem
-from cupynorm._arguments import path_of
-from cupynorm._arrays import library_of
+from cupynorm import _rules
+from cupynorm._libraries import library_of
 
 Array = np.ndarray[Any, Any]
 
@@ -19,14 +18,14 @@ def read_dtype(dtype: Any) -> np.dtype[Any]:
         return np.dtype(np.float32)
     if isinstance(dtype, type) or (isinstance(dtype, str) and dtype != "bfloat16"):
         dtype = np.dtype(dtype)  # numpy.float32, float, "f4"
-    name = dtype if isinstance(dtype, str) else _problem.dtype_name(dtype)
-    if name not in _problem.ITEMSIZE:
+    name = dtype if isinstance(dtype, str) else _rules.dtype_name(dtype)
+    if name not in _rules.ITEMSIZE:
         msg = (
             f"dtype={dtype!r} is not one that layer norm computes with; "
-            f"pass one of {', '.join(_problem.ITEMSIZE)}"
+            f"pass one of {', '.join(_rules.ITEMSIZE)}"
         )
         raise TypeError(msg)
-    return _problem.numpy_dtype(name)
+    return _rules.numpy_dtype(name)
 
 
 def read_device(device: Any) -> str:
@@ -49,7 +48,7 @@ def new_array(shape: tuple[int, ...], dtype: np.dtype[Any], device: str, value: 
     if device == "cpu":
         return host
     try:
-        do = path_of("cupy")
+        from cupynorm._cuda import arrays as do
     except ImportError as error:
         msg = (
             f"device={device!r} needs CuPy, which cannot be imported ({error}); "
@@ -86,7 +85,7 @@ def to_host(label: str, value: Any) -> Array:
 
 
 def _check_dtype(label: str, dtype: Any) -> None:
-    _problem.check_affine_dtype(label, _problem.dtype_name(dtype), f"{label} as float32")
+    _rules.check_affine_dtype(label, _rules.dtype_name(dtype), f"{label} as float32")
 
 
 def fill(array: Any, host: Array) -> None:
@@ -102,7 +101,7 @@ def describe(array: Any) -> str:
     """Tell dtype, shape and library of an array, and its device where that is a GPU."""
     library, device = library_of(array), getattr(array, "device", None)
     where = f" on {device}" if library in ("cupy", "torch", "jax") else ""
-    dtype = _problem.dtype_name(array.dtype)
+    dtype = _rules.dtype_name(array.dtype)
     return f"{dtype} {tuple(int(n) for n in array.shape)}, {library}{where}"
 
 
@@ -122,13 +121,15 @@ def from_tensor(label: str, tensor: Any) -> Any:
     tensor = tensor.detach()  # what requires grad is exported nowhere
     _check_dtype(label, tensor.dtype)
     if tensor.is_cuda:
-        return path_of("cupy").from_exporter(tensor)
+        from cupynorm._cuda import arrays as do
+
+        return do.from_exporter(tensor)
     if tensor.device.type != "cpu":
         msg = f"{label} is on {tensor.device}; move the module to 'cpu' or 'cuda' first"
         raise ValueError(msg)
     if tensor.dtype == torch.bfloat16:  # NumPy's DLPack does not know it; the same bytes do
         bits = np.from_dlpack(tensor.view(torch.uint16))
-        return bits.view(_problem.numpy_dtype("bfloat16"))
+        return bits.view(_rules.numpy_dtype("bfloat16"))
     return np.from_dlpack(tensor)
 
 
@@ -142,6 +143,6 @@ def to_tensor(label: str, array: Any) -> Any:
             f"assign a copy first: layer.{label} = layer.{label}.copy()"
         )
         raise ValueError(msg)
-    if isinstance(array, np.ndarray) and _problem.dtype_name(array.dtype) == "bfloat16":
+    if isinstance(array, np.ndarray) and _rules.dtype_name(array.dtype) == "bfloat16":
         return torch.from_dlpack(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_dlpack(array)

@@ -73,9 +73,11 @@ def distributions(
     ['row 0', 'row 1']
     """
     call = _data.checked(x, normalized_shape, weight, bias, eps, axis)
-    table = _data.rows_of(call, call.x)
+    table = _data.rows_of(call.facts, call.x)
     picked = _data.picked_rows(table, rows)
-    y = _data.rows_of(call, layer_norm(call.x, normalized_shape, weight, bias, eps, axis=axis))
+    y = _data.rows_of(
+        call.facts, layer_norm(call.x, normalized_shape, weight, bias, eps, axis=axis)
+    )
     axes = _drawing.two_axes(ax, (9.0, 1.2 + 0.42 * len(picked)), sharey=True)
     labels = [f"row {i}" for i in picked]
     _drawing.ridges(axes[0], table[picked], labels, _drawing.BEFORE)
@@ -134,8 +136,8 @@ def moments(
         msg = f"images={images} leaves nothing to draw; pass 1 or more"
         raise ValueError(msg)
     call = _data.checked(x, normalized_shape, None, None, 1e-5, axis)
-    table = _data.rows_of(call, call.x)
-    kept = [i for i in range(call.x.ndim) if i not in call.axes]
+    table = _data.rows_of(call.facts, call.x)
+    kept = [i for i in range(call.x.ndim) if i not in call.facts.axes]
     shape = [call.x.shape[i] for i in kept]
     with np.errstate(invalid="ignore"):  # of rows with infinities; they are left out
         statistics = table.mean(axis=1).reshape(shape), table.var(axis=1).reshape(shape)
@@ -211,11 +213,11 @@ def affine(
     axes = _drawing.two_axes(ax, (9.0, 3.4), sharey=True)
     looks = ((None, None, _drawing.BEFORE), (weight, bias, _drawing.AFTER))
     for one, (w, b, color) in zip(axes, looks, strict=True):
-        y = _data.rows_of(call, layer_norm(call.x, normalized_shape, w, b, eps, axis=axis))
+        y = _data.rows_of(call.facts, layer_norm(call.x, normalized_shape, w, b, eps, axis=axis))
         _drawing.band(one, *_data.mean_and_std_of_columns(y), color)
     n = y.shape[1]
-    stretch = np.ones(n) if weight is None else _data.on_host(call.weight).ravel()
-    shift = np.zeros(n) if bias is None else _data.on_host(call.bias).ravel()
+    stretch = np.ones(n) if weight is None else _data.column(call.turn, call.weight)
+    shift = np.zeros(n) if bias is None else _data.column(call.turn, call.bias)
     label = f"{'0' if bias is None else 'bias'} ± {'1' if weight is None else 'abs(weight)'}"
     _drawing.outline(axes[1], shift, np.abs(stretch), label)
     axes[0].set_title("layer_norm alone")

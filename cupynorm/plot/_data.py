@@ -1,22 +1,26 @@
 """What a picture shows of an array of any library: its rows on the host, and which of them."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from cupynorm._arguments import Call, check_arguments
-from cupynorm._arrays import library_of
+from cupynorm import _calls
+from cupynorm._layout import Facts
+from cupynorm._libraries import library_of
+from cupynorm._ops import LAYER_NORM
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def checked(x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float, axis: Any) -> Call:
+def checked(
+    x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float, axis: Any
+) -> _calls.Checked:
     """Apply the rules of `layer_norm`, and refuse an x without elements."""
-    call = check_arguments(x, normalized_shape, weight, bias, eps, axis, "K", None)
-    if not math.prod(call.x.shape):
-        msg = f"x with shape {tuple(call.x.shape)} has no elements to draw; pass one that has"
+    how = normalized_shape, axis, eps, "K", False
+    call = _calls.check(LAYER_NORM, x, weight, bias, None, how)
+    if not call.facts.size:
+        msg = f"x with shape {call.facts.shape} has no elements to draw; pass one that has"
         raise ValueError(msg)
     return call
 
@@ -30,11 +34,16 @@ def on_host(array: Any) -> Array:
     return np.asarray(array).astype(np.float64)
 
 
-def rows_of(call: Call, array: Any) -> Array:
+def rows_of(facts: Facts, array: Any) -> Array:
     """Values of x or y, the normalized axes as the columns, (M, N)."""
-    values = on_host(array)
-    N = math.prod(values.shape[a] for a in call.axes)
-    return np.moveaxis(values, call.axes, range(-len(call.axes), 0)).reshape(-1, N)
+    last = range(-len(facts.axes), 0)
+    return np.moveaxis(on_host(array), facts.axes, last).reshape(-1, facts.N)
+
+
+def column(turn: tuple[int, ...] | None, value: Any) -> Array:
+    """Values of weight or bias, one per column, (N,)."""
+    values = on_host(value)
+    return (values if turn is None else values.transpose(turn)).ravel()
 
 
 def mean_and_std_of_columns(table: Array) -> tuple[Array, Array]:
