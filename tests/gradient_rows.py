@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device
-from cupynorm._cuda.plan_bwd import GradientPlan, choose_plan_bwd
-from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
+from cupynorm._cuda.launch import choose_plan
+from cupynorm._cuda.plan import Plan
+from cupynorm._layout import Problem
+from cupynorm._problem import ITEMSIZE, stats_dtype
 from tests import oracle
 from tests.conftest import np_dtype
 from tests.gpu_backend import Machine
 from tests.row_cases import values
-from tests.row_kernels import At, Rows, vector_at
+from tests.row_kernels import At, Rows, problem_of, vector_at
 from tests.simt.launch import Traffic
 
 ALL = (True, True, True)
@@ -33,7 +35,7 @@ class Gradients:
     dx: np.ndarray | None  # (rows, N)
     dweight: np.ndarray | None  # (N,)
     dbias: np.ndarray | None
-    plan: GradientPlan
+    plan: Plan
     traffic: tuple[Traffic, ...] = field(default=(), repr=False)
 
     @property
@@ -121,15 +123,12 @@ def differentiate(
         arrays[name] = (
             None if dtype is None else Rows(machine, name, np_dtype(dtype), (1, 1, N), HERE)
         )
-    problem = GradientProblem(
-        x.dtype.name,
-        None if weight is None else weight.dtype.name,
-        *kept,
-        bool(wanted[0]),
-        *shape,
-        *((*a.strides, 1) for a in (arrays["dy"], arrays["x"], target)),
-    )
-    plan = choose_plan_bwd(problem, device or machine.device)
+    strides = {n: arrays[n].strides for n in ("dy", "x")}
+    if wanted[0]:
+        strides["dx"] = target.strides
+    names = (x.dtype.name, None if weight is None else weight.dtype.name, *kept)
+    problem = problem_of(names, shape, strides, backward=True)
+    plan = choose_plan(problem, device or machine.device)
     pointers = [0 if a is None else a.ptr for a in arrays.values()]
     memories = [a.memory for a in arrays.values() if a is not None]
     traffic = run_plan(machine, plan, problem, pointers, memories, seed)
@@ -139,8 +138,8 @@ def differentiate(
 
 def run_plan(
     machine: Machine,
-    plan: GradientPlan,
-    problem: GradientProblem,
+    plan: Plan,
+    problem: Problem,
     pointers: Sequence[int],  # dy, x, mean, rstd, weight, dx, dweight, dbias
     memories: Sequence[Any],
     seed: int | None = 0,
@@ -149,10 +148,12 @@ def run_plan(
     workspace = machine.memory(max(plan.workspace_bytes, 16), "workspace")
     memories = [*memories, workspace]
     *inputs, dweight, dbias = pointers
-    strides = (problem.dy_strides, problem.x_strides, problem.dx_strides)
+    strides = [problem.steps(n if problem.has(n) else "x") for n in ("dy", "x", "dx")]
     steps = [step for s in strides for step in s[:2]]
     common = (*inputs, workspace.ptr, problem.rows, problem.M, *steps, problem.N)
-    sums, gradients = workspace.ptr + plan.sums_at, workspace.ptr + plan.gradients_at
+    at = dict(plan.workspace)
+    sums_at, gradients_at = at.get("sums", 0), at.get("gradients", 0)
+    sums, gradients = workspace.ptr + sums_at, workspace.ptr + gradients_at
     sections = (plan.sections, plan.chunks_per_section)
     calls = {
         "layer_norm_bwd_split_sums": (*common, sums, *sections),

@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm._cuda.plan import Device, Plan, choose_plan
-from cupynorm._problem import Problem, stats_dtype
+from cupynorm._cuda.launch import choose_plan
+from cupynorm._cuda.plan import Device, Plan
+from cupynorm._layout import Problem
+from cupynorm._ops import LAYER_NORM
+from cupynorm._problem import stats_dtype
 from tests.gpu_backend import Machine
 from tests.simt.launch import Traffic
 
@@ -121,8 +124,7 @@ def normalize(
         for name in ("mean", "rstd")
     )
     names = [None if values is None else values.dtype.name for values in (weight, bias)]
-    strides = ((*source.strides, 1), (*target.strides, 1))
-    problem = Problem("layer_norm_fwd", x.dtype.name, *names, *shape, *strides, stats)
+    problem = problem_of((x.dtype.name, *names), shape, {"x": source.strides, "y": target.strides}, stats=stats)
     plan = choose_plan(problem, device or machine.device)
     arrays = [source, target, w, b, mean, rstd]
     memories = list({a.ptr: a.memory for a in arrays if a is not None}.values())
@@ -130,6 +132,13 @@ def normalize(
     traffic = run_plan(machine, plan, problem, pointers, memories, eps, seed)
     y = target.get()
     return Result(y, *(None if a is None else a.get()[0] for a in (mean, rstd)), plan, traffic)
+
+
+def problem_of(dtypes, shape, strides, *, backward=False, **more):
+    labels = ("x", "weight", "dweight", "dbias") if backward else ("x", "weight", "bias")
+    named = tuple((a, d) for a, d in zip(labels, dtypes, strict=True) if d)
+    steps = tuple((a, (*s[:2], 1)) for a, s in strides.items())
+    return Problem(LAYER_NORM, backward, named, *shape, steps, (shape[1], 1), **more)
 
 
 def run_plan(
@@ -143,8 +152,8 @@ def run_plan(
 ) -> tuple[Traffic, ...]:
     """Launch each stage of a plan."""
     rows = (problem.rows, problem.M)
-    x_strides = problem.x_strides[:2]
-    arguments = (*pointers, *rows, *x_strides, *problem.y_strides[:2], problem.N, eps)
+    x_strides = problem.steps("x")[:2]
+    arguments = (*pointers, *rows, *x_strides, *problem.steps("y")[:2], problem.N, eps)
     calls: list[tuple[Any, ...]] = [arguments]
     if plan.family == "split":
         workspace = machine.memory(plan.workspace_bytes, "workspace")

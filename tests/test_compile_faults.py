@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from cupynorm._cuda.staging import STAGE_ASYNC, STAGE_BULK
+from cupynorm._cuda.plan import STAGE_ASYNC, STAGE_BULK
 from tests.nvrtc import build, grid
 from tests.nvrtc.check import blocks_by_registers, faults
 from tests.simt.limits import DeviceLimits

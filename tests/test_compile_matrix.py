@@ -5,8 +5,13 @@ import struct
 
 import pytest
 
-from cupynorm._cuda.plan import CHUNK_VECS, TABLE
-from cupynorm._cuda.plan_bwd import BWD_TABLE
+from cupynorm._cuda.plan import CHUNK_VECS
+from cupynorm._cuda.rows import FORWARD
+
+TABLE = [row for row in FORWARD if row.cluster == 1]
+from cupynorm._cuda.rows import BACKWARD
+
+BWD_TABLE = [row for row in BACKWARD if row.cluster == 1 and row.max_vecs != 2048]
 from cupynorm._cuda.source import source_of
 from tests.nvrtc import build, grid, grid_bwd, grid_column, report
 from tests.nvrtc.check import faults

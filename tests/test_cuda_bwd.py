@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm._cuda.plan_bwd import choose_plan_bwd
-from cupynorm._problem import GradientProblem
+from cupynorm._cuda.launch import choose_plan as choose_plan_bwd
+from tests.row_kernels import problem_of
 from tests import gpu_backend, oracle
 from tests.conftest import Backend, why_not
 from tests.cuda_calls import Spent, capability_for
@@ -116,8 +116,8 @@ def test_arguments(sim):
     *pointers, workspace = main.args[:7]
     assert pointers == [a.data.ptr for a in (dy, x, mean, rstd, weight, dx)]
     assert main.args[7:] == (6, 3, 4 * 128, 128, 500, 100, 3 * 77, 77, 77)
-    strides = ((4 * 128, 128, 1), (500, 100, 1), (3 * 77, 77, 1))
-    problem = GradientProblem("float32", "float32", "float32", "float32", True, 2, 3, 77, *strides)
+    strides = {"dy": (4 * 128, 128), "x": (500, 100), "dx": (3 * 77, 77)}
+    problem = problem_of(("float32",) * 4, (2, 3, 77), strides, backward=True)
     from cupynorm._cuda import arrays as _cuda  # as the stand-in has it
 
     plan = choose_plan_bwd(problem, _cuda.device_of(0))

@@ -5,7 +5,7 @@ import pytest
 
 from cupynorm._cuda import plan_bwd as _plan_bwd
 from cupynorm._cuda.plan import CHUNK_VECS
-from cupynorm._cuda.plan_bwd import choose_plan_bwd
+from cupynorm._cuda.launch import choose_plan as choose_plan_bwd
 from cupynorm._problem import GradientProblem
 from tests import oracle
 from tests.conftest import np_dtype

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
-from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, choose_plan
-from cupynorm._problem import ITEMSIZE, Problem
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
+from cupynorm._cuda.launch import choose_plan
+from cupynorm._problem import ITEMSIZE
 from tests.conftest import ALL_DTYPES
 from tests.gpu_backend import SIMULATED
 from tests.report import put_table

@@ -3,8 +3,8 @@
 import pytest
 
 from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
-from cupynorm._cuda.plan_bwd import choose_plan_bwd
-from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
+from cupynorm._cuda.launch import choose_plan as choose_plan_bwd
+from cupynorm._problem import ITEMSIZE, stats_dtype
 from tests.gpu_backend import SIMULATED
 from tests.gradient_rows import device_for, differentiate, length, pair, run
 from tests.report import put_table

@@ -8,7 +8,7 @@ import pytest
 import tests.gpu_backend
 from cupynorm._cuda.plan import VEC_BYTES
 from cupynorm._cuda.source import source_of
-from cupynorm._cuda.staging import STAGE_ASYNC, STAGE_BULK, STAGE_REGISTERS
+from cupynorm._cuda.plan import STAGE_ASYNC, STAGE_BULK, STAGE_REGISTERS
 from cupynorm._problem import ITEMSIZE
 from tests.gpu_backend import ON_EACH_MACHINE, SIMULATED
 from tests.gradient_rows import differentiate, pair

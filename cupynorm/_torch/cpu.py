@@ -197,8 +197,6 @@ def _differentiator(problem: Problem) -> Callable[..., None]:
 
     def call(dy: int, x: int, mean: int, rstd: int, weight: int, *to: int) -> None:
         dx, dweight, dbias = to
-        _raw.layer_norm_bwd(
-            kind, dy, x, dx, M, N, mean, rstd, weight, dweight, dbias, _num_threads
-        )
+        _raw.layer_norm_bwd(kind, dy, x, dx, M, N, mean, rstd, weight, dweight, dbias, _num_threads)
 
     return call
