@@ -28,7 +28,7 @@ _DEVICES = {
     120: Device(120, 170, 99 * 1024),
 }
 
-FAMILIES = {
+_FAMILIES = {
     "warp": "K1 warp: lanes of one warp hold a row in registers",
     "block": "K2 block: the threads of a block hold a row in registers",
     "shared": "K3 shared: a block stages its row in shared memory",
@@ -241,7 +241,7 @@ def _kernel(facts: Facts, problem: Problem, plan: Plan) -> tuple[str, int]:
         else:
             beyond += _x_bytes(facts) * (plan.passes - 3)
         return _BACKWARD[plan.family], beyond
-    kernel = FAMILIES[plan.family]
+    kernel = _FAMILIES[plan.family]
     if plan.family == "split":  # reads x a second time, from L2 where it fits
         beyond += _x_bytes(facts)
     elif plan.panels > 1:  # the last of which is still on chip

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from cupynorm._cuda.plan import TABLE, Plan
-from cupynorm._report.explain import FAMILIES
+from cupynorm._report.explain import _FAMILIES
 from docs._generate import chunk_pictures, row_pictures, tile_pictures
 from docs._generate.plans import column_plan, columns_plan, row_plan
 from docs._generate.svg import Drawing
@@ -69,9 +69,9 @@ def _families() -> str:
         to = f"up to {limit // 1024} KiB" if limit < 2**30 else "any length"
         to += ", as shared memory allows" if family == "shared" else ""
         threads = ", ".join(str(t) for t in sorted({row.threads_per_row for row in rows}))
-        lines.append(f"| {FAMILIES[family]} | {to} | {threads} |")
-    if "cluster" in FAMILIES:
-        lines.insert(-1, f"| {FAMILIES['cluster']} | long, on sm_90 and newer | 512 and more |")
+        lines.append(f"| {_FAMILIES[family]} | {to} | {threads} |")
+    if "cluster" in _FAMILIES:
+        lines.insert(-1, f"| {_FAMILIES['cluster']} | long, on sm_90 and newer | 512 and more |")
     lines.append("| K6 column: neighbouring rows next to each other | any length | 1 to 8 |")
     lines.append("| K7 columns: columns with addresses of their own | any length | 1 to 8 |")
     return "\n".join(lines) + "\n"
