@@ -75,7 +75,7 @@ def wide(tensors):
     return [a.to(torch.float64).numpy() for a in tensors]
 
 
-# --- paths: y of x, or the gradients of dy, x and weight -------------------------------------------
+# --- paths: y of x, or the gradients of dy, x and weight ------------------------------------------
 
 
 def _ours(*given):
@@ -124,7 +124,7 @@ def of_torch(*given):
     return wide(call(dy, x, shape, mean, rstd, weight, bias, [True] * 3))
 
 
-# --- the comparison ---------------------------------------------------------------------------------
+# --- the comparison -------------------------------------------------------------------------------
 
 
 def errors(got, exact, dtype):

@@ -207,7 +207,7 @@ def test_kept_table_is_of_the_current_kernels():
         assert f"\n{stage.name}," in names
 
 
-# ---- what the matrix must not let pass: each kind of fault, in an entry made to have it -------------
+# ---- what the matrix must not let pass: each kind of fault, in an entry made to have it ----------
 
 
 def entry_source(body: str, bounds: str = "128, 1") -> str:
