@@ -6,12 +6,10 @@ import pytest
 
 from cupynorm._cuda.plan import VEC_BYTES
 from cupynorm._cuda.source import source_of
-from cupynorm._problem import ITEMSIZE
-from tests import gradient_rows
+from cupynorm._rules import ITEMSIZE
+from tests.cuda.rows import FAMILIES, At, case, run
 from tests.gpu_backend import SIMULATED, SM90, SimulatedMachine
 from tests.nvrtc import build, grid
-from tests.row_cases import FAMILIES, affine, run, values
-from tests.row_kernels import At
 
 WIDE = SimulatedMachine(dataclasses.replace(SM90, compute_capability=100))
 # Rows whose last rounds are full, broken off, and odd in number; the lanes of K1 with one round.
@@ -24,9 +22,8 @@ VECS = {
 PLACES = (At(), At(0, 4), At(1, 2))  # in elements: the pitch of the second alternates by 16 bytes
 
 
-def rows_of(family, dtype, vecs, less):
-    N = vecs * VEC_BYTES // ITEMSIZE[dtype] - less
-    return values(3, N, dtype), affine(N)
+def rows_of(dtype, vecs, less=0, direction="forward"):
+    return case(direction, 3, vecs * VEC_BYTES // ITEMSIZE[dtype] - less, dtype)
 
 
 @pytest.mark.parametrize(
@@ -36,10 +33,9 @@ def rows_of(family, dtype, vecs, less):
 def test_forward_has_the_same_bits(family, dtype):
     for vecs in VECS[family]:
         for at, less in zip(PLACES, (0, 0, 3), strict=True):
-            x, vectors = rows_of(family, dtype, vecs, less)
+            data, to = rows_of(dtype, vecs, less), At(at.gap, at.offset)
             here, there = (
-                run(machine, family, x, *vectors, x_at=at, y_at=At(at.gap, at.offset))
-                for machine in (WIDE, SIMULATED)
+                run(machine, data, family, at={"x": at, "y": to}) for machine in (WIDE, SIMULATED)
             )
             assert here.bits() == there.bits()
 
@@ -47,12 +43,8 @@ def test_forward_has_the_same_bits(family, dtype):
 @pytest.mark.parametrize("vecs", [64, 300])
 def test_backward_has_the_same_bits(vecs):
     for at, less in zip(PLACES, (0, 0, 3), strict=True):
-        N = vecs * 4 - less
-        dy, x = gradient_rows.pair(3, N)
-        here, there = (
-            gradient_rows.differentiate(machine, dy, x, affine(N)[0], x_at=at, dx_at=at)
-            for machine in (WIDE, SIMULATED)
-        )
+        data = rows_of("float32", vecs, less, "backward")
+        here, there = (run(machine, data, at={"x": at, "dx": at}) for machine in (WIDE, SIMULATED))
         assert here.bits() == there.bits()
 
 
@@ -67,8 +59,8 @@ def test_backward_has_the_same_bits(vecs):
     ],
 )
 def test_aligned_rounds_go_in_pairs(family, vecs, widths):
-    x, vectors = rows_of(family, "float32", vecs, 0)
-    result = run(WIDE, family, x, *vectors)
+    data = rows_of("float32", vecs)
+    x, result = data.x, run(WIDE, data, family)
     for traffic in result.traffic:
         assert set(traffic["x"].read_widths) == widths
         assert traffic["x"].read_sector_use == 1.0
@@ -78,14 +70,12 @@ def test_aligned_rounds_go_in_pairs(family, vecs, widths):
 
 
 def test_a_row_at_half_a_sector_takes_narrow_vectors():
-    x, vectors = rows_of("warp", "float32", 256, 0)
-    (traffic,) = run(WIDE, "warp", x, *vectors, x_at=At(4)).traffic
+    (traffic,) = run(WIDE, rows_of("float32", 256), "warp", at={"x": At(4)}).traffic
     assert (set(traffic["x"].read_widths), set(traffic["y"].write_widths)) == ({16}, {32})
 
 
 def test_staged_rows_are_stored_wide():
-    x, vectors = rows_of("shared", "float32", 3 * 1024, 0)
-    (traffic,) = run(WIDE, "shared", x, *vectors).traffic
+    (traffic,) = run(WIDE, rows_of("float32", 3 * 1024), "shared").traffic
     assert set(traffic["y"].write_widths) == {32}
 
 

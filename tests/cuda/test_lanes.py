@@ -5,13 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cupynorm._cuda.plan import Device
-from cupynorm._cuda.plan_column import ColumnProblem, choose_plan_column
-from cupynorm._cuda.plan_lanes import LANES, THREADS, lanes_stage
+from cupynorm._cuda.launch import choose_plan
+from cupynorm._cuda.tiles import LANE_THREADS, LANES, lanes_stage
 from tests.conftest import ALL_DTYPES
+from tests.cuda.rows import affine, problem_of
+from tests.cuda.test_tiles import Lie, bits, check, normalize, values
 from tests.gpu_backend import ON_EACH_MACHINE, SIMULATED, SM90
-from tests.row_cases import affine
-from tests.test_kernels_column import Lie, bits, check, normalize, values
 
 pytestmark = ON_EACH_MACHINE
 
@@ -111,12 +110,12 @@ def test_who_takes_it(machine, dtype):
 
     def family(N, M=10**6, way="FF", outer=1, device=SM90):
         lies = [(N * M, 1, M) if w == "F" else (N * M, N, 1) for w in way]
-        problem = ColumnProblem(dtype, None, None, outer, M, N, *lies, (M, 1))
-        plan = choose_plan_column(problem, device)
+        strides = dict(zip("xy", lies, strict=True))
+        plan = choose_plan(problem_of({"x": dtype}, (outer, M, N), strides), device)
         assert plan.stages[0].grid[0] * plan.rows_per_block >= outer * M
         return plan.family
 
-    rows = THREADS * 8 // np.dtype("u2" if dtype == "bfloat16" else dtype).itemsize
+    rows = LANE_THREADS * 8 // np.dtype("u2" if dtype == "bfloat16" else dtype).itemsize
     most = 64 if dtype == "float32" else 56
     assert {family(N) for N in range(1, most + 1)} == {"lanes"}
     assert family(most + 1) == family(40, way="FC") == family(40, way="CF") == "column"
@@ -128,5 +127,6 @@ def test_who_takes_it(machine, dtype):
 def test_the_table_covers_each_number_once(machine):
     assert [cols for cols, _ in LANES] == list(range(8, 65, 8))
     for N in (1, 8, 9, 64):
-        stage = lanes_stage(("float32", None, None), 1, 10**6, N, Device(90, 132, 227 * 1024))
+        strides = dict.fromkeys("xy", (0, 1, 10**6))
+        stage = lanes_stage(problem_of({"x": "float32"}, (1, 10**6, N), strides), SM90)
         assert stage.constants[1] - 8 < N <= stage.constants[1]  # or the kernel reads past N

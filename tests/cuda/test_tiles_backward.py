@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
+from cupynorm import _memo
+from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import Device
-from cupynorm._cuda.plan_column_bwd import bytes_beyond_floor, choose_plan_column_bwd
-from cupynorm._layout import column_gradient_problem_of
+from cupynorm._cuda.tiles import bytes_beyond_floor
 from tests import oracle
 from tests.conftest import ALL_DTYPES, Backend, np_dtype
+from tests.cuda.rows import problem_of
 
 LAYOUTS = ("FF", "FC", "CF")  # of x and dy; F has neighbouring rows next to each other
 
@@ -17,6 +19,12 @@ def pair(shape, dtype):
     rng = np.random.default_rng(shape)
     x = (rng.standard_normal(shape) * 3 + 5).astype(np_dtype(dtype))
     return rng.standard_normal(shape).astype(np_dtype(dtype)), x
+
+
+def along_the_rows(M, N, dtypes):
+    """A backward whose arrays all have neighbouring rows next to each other."""
+    strides = dict.fromkeys(("x", "dy", "dx"), (0, 1, M))
+    return problem_of(dtypes, (1, M, N), strides, backward=True)
 
 
 def laid(array, letter):
@@ -126,16 +134,12 @@ def small_device(cupy_lib, monkeypatch):
     """Plan for little shared memory and few blocks, so that few columns make several panels."""
     if cupy_lib.backend is not Backend.CUPY_SIMULATED:
         pytest.skip("the simulated device's size can be chosen")
-    from cupynorm._cuda import arrays as _cuda
+    from cupynorm._cuda import arrays
 
-    _cuda.prepared_bwd.cache_clear()
-    _cuda._prepared_bwd.clear()
-    device_of = _cuda.device_of
-    monkeypatch.setattr(_cuda, "device_of", lambda index: SMALL)
+    _memo.settled.clear()
+    monkeypatch.setattr(arrays, "device_of", lambda index: SMALL)
     yield
-    monkeypatch.setattr(_cuda, "device_of", device_of)
-    _cuda.prepared_bwd.cache_clear()
-    _cuda._prepared_bwd.clear()
+    _memo.settled.clear()
 
 
 @pytest.mark.parametrize(
@@ -155,14 +159,13 @@ def test_panels(cupy_lib, small_device, dtype, layout):
 
 
 def test_panels_move_no_bit_of_dx(cupy_lib, small_device, monkeypatch):
-    from cupynorm._cuda import arrays as _cuda
+    from cupynorm._cuda import arrays
 
     dy, x = pair((70, 300), "float32")
     narrow, (main, _) = gradients(cupy_lib, laid(dy, "F"), laid(x, "F"), 1)
     assert "panels" in main.name
-    _cuda.prepared_bwd.cache_clear()
-    _cuda._prepared_bwd.clear()
-    monkeypatch.setattr(_cuda, "device_of", lambda index: Device(90, 132, 227 * 1024))
+    _memo.settled.clear()
+    monkeypatch.setattr(arrays, "device_of", lambda index: Device(90, 132, 227 * 1024))
     whole, (main, _) = gradients(cupy_lib, laid(dy, "F"), laid(x, "F"), 1)
     assert "panels" not in main.name
     assert (narrow[0] == whole[0]).all()
@@ -181,11 +184,9 @@ def test_panels_read_twice_but_for_the_last(cupy_lib, small_device):
     """Counted; and what `explain` says of it, partial sums included."""
     dy, x = pair((256, 300), "float32")
     _, (main, totals) = gradients(cupy_lib, laid(dy, "F"), laid(x, "F"), 1)
-    strides = (1, 256)
-    names = ("float32", None, None, "float32")
-    problem = column_gradient_problem_of((256, 300), (1,), strides, strides, strides, names)
-    plan, _ = choose_plan_column_bwd(problem, SMALL)
-    panel = plan.stages[0].constants[2]
+    problem = along_the_rows(256, 300, {"x": "float32", "dbias": "float32"})
+    plan = choose_plan(problem, SMALL)
+    panel = plan.panel
     last = 300 - 300 // panel * panel
     tiles, blocks = 256 // plan.rows_per_block, main.grid[0]
     assert 0 < last < panel < 300 and blocks < tiles
@@ -217,23 +218,17 @@ def test_only_what_does_not_fold_is_copied(cupy_lib):
 
 def test_the_plan_stays_within_the_device(cupy_lib):
     for dtype in ALL_DTYPES:
-        for N in (1, 9, 64, 300, 900, 30000):
+        for N in (9, 64, 300, 900, 30000):
             for shared in (64, 99, 163, 227):
                 device = Device(90, 132, shared * 1024)
-                strides = (1, 5000)
-                names = (dtype, dtype, dtype, dtype)
-                problem = column_gradient_problem_of(
-                    (5000, N), (1,), strides, strides, strides, names
-                )
-                if N == 1:
-                    assert problem is None
-                    continue
-                plan, slots = choose_plan_column_bwd(problem, device)
+                names = dict.fromkeys(("x", "weight", "dweight", "dbias"), dtype)
+                plan = choose_plan(along_the_rows(5000, N, names), device)
                 assert plan.stages[0].shared_bytes <= device.shared_bytes
                 assert plan.workspace_bytes >= 2 * plan.partials * N * 4
                 held = N
                 if plan.family == "panels":
                     assert N > 64
-                    held = plan.stages[0].constants[2]
+                    held = plan.panel
+                    assert plan.stages[0].constants[2] == held
                     assert held % 8 == 0 and held >= 32
-                assert slots >= held
+                assert plan.slots >= held

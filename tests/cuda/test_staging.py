@@ -8,17 +8,14 @@ import pytest
 import tests.gpu_backend
 from cupynorm._cuda.plan import STAGE_ASYNC, STAGE_BULK, STAGE_REGISTERS, VEC_BYTES
 from cupynorm._cuda.source import source_of
-from cupynorm._problem import ITEMSIZE
+from cupynorm._rules import ITEMSIZE
+from tests.cuda.rows import DX_ALONE, At, case, check, run
 from tests.gpu_backend import ON_EACH_MACHINE, SIMULATED
-from tests.gradient_rows import differentiate, pair
 from tests.nvrtc import build, grid, grid_bwd
-from tests.row_cases import affine, check, values
-from tests.row_kernels import At, normalize
 from tests.simt.launch import SimtFault
 from tests.simt.limits import DeviceLimits
 
 WAYS = {STAGE_REGISTERS: 75, STAGE_ASYNC: 80, STAGE_BULK: 90}
-ONLY_DX = (True, False, False)
 CHUNKS = 2300  # vectors: two chunks and a part of a third, so that one group has two
 
 
@@ -35,17 +32,17 @@ def devices(machine, **changes):
 
 
 def forward(machine, device, dtype="float32", less=1, **options):
-    N = CHUNKS * VEC_BYTES // ITEMSIZE[dtype] - less
-    x, vectors = values(3, N, dtype), affine(N)
-    result = normalize(machine, x, *vectors, device=device, **options)
-    assert result.plan.family == "shared"
-    return result, x, vectors
+    data = case("forward", 3, CHUNKS * VEC_BYTES // ITEMSIZE[dtype] - less, dtype)
+    return taken_by_shared(machine, data, device, options), data
 
 
-def backward(machine, device, dtype="float32", vecs=1060, **options):
-    N = vecs * VEC_BYTES // ITEMSIZE[dtype] - 1
-    (dy, x), (weight, _) = pair(5, N, dtype), affine(N)
-    result = differentiate(machine, dy, x, weight, device=device, **options)
+def backward(machine, device, dtype="float32", **options):
+    data = case("backward", 5, 1060 * VEC_BYTES // ITEMSIZE[dtype] - 1, dtype)
+    return taken_by_shared(machine, data, device, options), data
+
+
+def taken_by_shared(machine, data, device, options):
+    result = run(machine, data, device=device, **options)
     assert result.plan.family == "shared"
     return result
 
@@ -59,10 +56,10 @@ def test_forward_has_the_same_bits_each_way(machine, dtype):
     """Whatever the alignment: of x, of its pitch, and with x and y in one place."""
     seen, ways = set(), set()
     for device in devices(machine, sm_count=1):
-        for options in ({}, {"x_at": At(1, 2)}, {"x_at": At(3), "in_place": True}):
-            result, x, vectors = forward(machine, device, dtype, **options)
-            check(result, x, *vectors)
-            seen.add(tuple(result.bits()))
+        for options in ({}, {"at": {"x": At(1, 2)}}, {"at": {"x": At(3)}, "in_place": True}):
+            result, data = forward(machine, device, dtype, **options)
+            check(result, data)
+            seen.add(result.bits())
             ways.add(result.plan.stages[0].constants[1])
     assert len(seen) == 1
     assert ways == {way for way, cc in WAYS.items() if cc <= machine.device.compute_capability}
@@ -74,7 +71,8 @@ def test_backward_has_the_same_bits_each_way(machine):
     seen, ways = set(), set()
     for device in devices(machine, sm_count=2):
         for at in (At(), At(1, 2)):
-            result = backward(machine, device, "float16", x_at=at, dy_at=At(at.gap, at.offset))
+            places = {"x": at, "dy": At(at.gap, at.offset)}
+            result, _ = backward(machine, device, "float16", at=places)
             seen.add(result.bits())
             ways.add(result.plan.stages[0].constants[2:4])
             assert result.plan.partials < 5
@@ -85,10 +83,10 @@ def test_backward_has_the_same_bits_each_way(machine):
 def test_aligned_rows_need_no_other_granules():
     """Whole granules are copied and nothing else is read: not even a piece at an end."""
     for device in devices(SIMULATED, sm_count=1)[:2]:
-        result, x, _ = forward(SIMULATED, device, less=0)
+        result, data = forward(SIMULATED, device, less=0)
         (traffic,) = result.traffic
         assert set(traffic["x"].read_widths) == {32 if device.compute_capability == 90 else 16}
-        assert traffic["x"].read_bytes == x.nbytes
+        assert traffic["x"].read_bytes == data.x.nbytes
 
 
 # --- each barrier is needed ---------------------------------------------------------------------
@@ -135,22 +133,23 @@ NEEDED = {
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_without_it_the_simulator_objects(name, monkeypatch):
-    run, cc, line, kinds, *instead = NEEDED[name]
+    call, cc, line, kinds, *instead = NEEDED[name]
     device = dataclasses.replace(SIMULATED.device, compute_capability=cc, sm_count=1, max_cluster=1)
     broken(monkeypatch, line, *instead)
-    options = {"wanted": ONLY_DX} if run is backward else {}
+    options = {"wanted": DX_ALONE} if call is backward else {}
     with pytest.raises(SimtFault) as info:
-        run(SIMULATED, device, x_at=At(1, 2), **options)
+        call(SIMULATED, device, at={"x": At(1, 2)}, **options)
     assert info.value.kind in kinds.split(), info.value
 
 
 def test_without_its_ends_a_row_has_those_of_the_row_before(monkeypatch):
     device = dataclasses.replace(SIMULATED.device, sm_count=1)
-    right = backward(SIMULATED, device, x_at=At(1, 2), wanted=ONLY_DX)
+    options = {"at": {"x": At(1, 2)}, "wanted": DX_ALONE}
+    right, _ = backward(SIMULATED, device, **options)
     broken(monkeypatch, "if (row + gridDim.x < a.rows) next.put_carried();")
-    wrong = backward(SIMULATED, device, x_at=At(1, 2), wanted=ONLY_DX)
-    assert right.row_bits()[0] == wrong.row_bits()[0]
-    assert right.row_bits()[1] != wrong.row_bits()[1]
+    wrong, _ = backward(SIMULATED, device, **options)
+    assert right.rows()[0] == wrong.rows()[0]
+    assert right.rows()[1] != wrong.rows()[1]
 
 
 # --- what the compiler makes of it --------------------------------------------------------------

@@ -6,14 +6,16 @@ import itertools
 import numpy as np
 import pytest
 
+from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import Device
-from cupynorm._cuda.plan_column import TILE_CHUNK, ColumnProblem, choose_plan_column
-from cupynorm._layout import column_problem_of
-from cupynorm._problem import stats_dtype
+from cupynorm._cuda.tiles import TILE_CHUNK
+from cupynorm._layout import Facts, kernel_problem_of
+from cupynorm._ops import LAYER_NORM
+from cupynorm._rules import stats_dtype
 from tests import oracle
 from tests.conftest import ALL_DTYPES, np_dtype
+from tests.cuda.rows import affine, problem_of
 from tests.gpu_backend import ON_EACH_MACHINE, SIMULATED, SM90
-from tests.row_cases import affine
 
 pytestmark = ON_EACH_MACHINE
 
@@ -72,9 +74,10 @@ def normalize(machine, x, ways, weight=None, bias=None, *, device=SM90, seed=0, 
             vector = machine.memory(values_.nbytes, name, 0, values_.itemsize)
             machine.put(vector, values_)
         vectors.append(vector)
-    dtypes = [x.dtype.name, *(None if a is None else a.dtype.name for a in (weight, bias))]
-    problem = ColumnProblem(*dtypes, outer, M, N, *strides, (M, 1))
-    plan = choose_plan_column(problem, device)
+    named = {"x": x, "weight": weight, "bias": bias}
+    dtypes = {name: None if a is None else a.dtype.name for name, a in named.items()}
+    problem = problem_of(dtypes, x.shape, dict(zip("xy", strides, strict=True)))
+    plan = choose_plan(problem, device)
     arrays = [source, target, *vectors, *stats]
     pointers = [0 if a is None else a.ptr for a in arrays]
     memories = list({a.ptr: a for a in arrays if a is not None}.values())
@@ -262,9 +265,13 @@ def strides_of(array):
 )
 def test_what_folds(machine, shape, axes, orders, folded):
     x, y = (np.empty(shape, np.float32, order=o) for o in orders)
-    dtypes = ("float32", None, None)
-    problem = column_problem_of(shape, axes, strides_of(x), strides_of(y), dtypes)
-    assert (problem and (problem.outer, problem.M, problem.N)) == folded
+    strides = {"x": strides_of(x), "y": strides_of(y)}
+    facts = Facts(LAYER_NORM, False, shape, axes, {"x": "float32"}, strides)
+    problem = kernel_problem_of(facts)
+    assert bool(problem.copies) == (folded is None)
+    if folded is not None:
+        assert (problem.outer, problem.M, problem.N) == folded
+        assert not problem.row_major
 
 
 def test_the_plan_stays_within_the_device(machine):
@@ -272,9 +279,9 @@ def test_the_plan_stays_within_the_device(machine):
         ALL_DTYPES, (1, 7, 64, 255, 700, 1801, 5000), (1, 100, 10**6), (64, 99, 163, 227)
     ):
         device = dataclasses.replace(SM90, shared_bytes=shared * 1024)
-        strides = (0, 1, M)
-        problem = ColumnProblem(dtype, dtype, dtype, 1, M, N, strides, strides, (M, 1))
-        plan = choose_plan_column(problem, device)
+        strides = dict.fromkeys("xy", (0, 1, M))
+        dtypes = dict.fromkeys(("x", "weight", "bias"), dtype)
+        plan = choose_plan(problem_of(dtypes, (1, M, N), strides), device)
         (stage,) = plan.stages
         assert stage.shared_bytes <= device.shared_bytes
         assert stage.grid[0] * plan.rows_per_block >= M
