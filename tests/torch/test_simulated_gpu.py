@@ -19,7 +19,7 @@ from cupynorm import _memo
 from cupynorm._layout import Facts
 from cupynorm._ops import LAYER_NORM
 from cupynorm._torch import tensors
-from tests.cuda_calls import capability_for
+from tests.cuda.calls import capability_for
 from tests.simt.cupy_stand_in import simulated_cupy
 from tests.torch.cases import affine, check, check_gradients, expected, name_of, numbers, numpy_of
 
