@@ -53,7 +53,7 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any
         call = settled.get(
             (
                 door,
-                op,
+                op.name,
                 how,
                 look(x),
                 weight if weight is None else look(weight),
@@ -94,7 +94,7 @@ def settle(checked: Checked, how: How) -> Callable[..., Any]:
     key: Any = None
     if kept:
         looks = (None if a is None else door.look(a) for a in (x, weight, bias, out))
-        key = (door, facts.op, how, *looks)
+        key = (door, facts.op.name, how, *looks)
         if key in settled:
             return settled[key]
     call = forward_of(door, facts, turn)
@@ -171,7 +171,7 @@ def differentiate(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) ->
         if door.look is not None and _exactly(how):
             looks = (a if a is None else door.look(a) for a in arrays)
             try:
-                call = settled.get((door, op, how, *looks))
+                call = settled.get((door, op.name, how, *looks))
             except (AttributeError, TypeError):
                 call = None
     if call is not None:
@@ -217,7 +217,7 @@ def _settle_backward(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any])
     facts = Facts(op, True, shape, axes, dtypes, strides, device=door.device(x))
     call = _turning_back(door.differentiator(facts), turn)
     if door.look is not None and _exactly(how):
-        keep((door, op, how, *(None if a is None else door.look(a) for a in given)), call)
+        keep((door, op.name, how, *(None if a is None else door.look(a) for a in given)), call)
     found: tuple[Any, ...] = call(*given)
     return found
 
