@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm import _calls, _rules
+from cupynorm import _calls, _memo, _rules
 from tests import oracle
 from tests.conftest import Backend, np_dtype
 
@@ -92,7 +92,7 @@ def no_rule():
 
 
 def cold(call, *arguments, **named):
-    _calls.forget()
+    _memo.settled.clear()
     return call(*arguments, **named)
 
 
@@ -193,16 +193,16 @@ def outcome(lib, call, given):
 def hold(lib, call, good, changes):
     """Each change after the good call has the outcome that it has alone, twice; refused: a str."""
     for refused, change in changes:
-        _calls.forget()
+        _memo.settled.clear()
         want = outcome(lib, call, good | change)
         assert isinstance(want, str) == refused, (change, want)
-        _calls.forget()
+        _memo.settled.clear()
         before = outcome(lib, call, good)
-        kept = len(_calls._settled)
+        kept = len(_calls.settled)
         for _ in range(2):
             assert outcome(lib, call, good | change) == want, change
         # Of a call that the rules refuse nothing is kept; overlap is looked for at each call.
-        assert not refused or "memory" in want or len(_calls._settled) == kept, want
+        assert not refused or "memory" in want or len(_calls.settled) == kept, want
         assert outcome(lib, call, good) == before
 
 
@@ -316,7 +316,7 @@ def test_a_warm_call_sees_that_out_overlaps(lib, dtype, rows):
 def test_rules_are_applied_once_for_a_signature(lib, monkeypatch):
     applied, real = [], _rules.resolve_axes
     monkeypatch.setattr(_rules, "resolve_axes", lambda *a: applied.append(a) or real(*a))
-    _calls.forget()
+    _memo.settled.clear()
     xs = [lib.from_numpy(numbers(4, 12)) for _ in range(3)]
     for i in range(100):
         y, mean, rstd = cn.layer_norm(xs[i % 3], 12, return_stats=True)
@@ -325,12 +325,12 @@ def test_rules_are_applied_once_for_a_signature(lib, monkeypatch):
 
 
 def test_a_full_memo_is_cleared(monkeypatch):
-    monkeypatch.setattr(_calls, "_MOST", 8)
-    _calls.forget()
+    monkeypatch.setattr(_memo, "_MOST", 8)
+    _memo.settled.clear()
     for n in range(1, 30):
         x = numbers(2, n)
         y = cn.layer_norm(x)
-        assert 0 < len(_calls._settled) <= 8
+        assert 0 < len(_calls.settled) <= 8
         np.testing.assert_allclose(y, oracle.layer_norm(x, (1,), None, None, 1e-5)[0], atol=1e-5)
 
 
