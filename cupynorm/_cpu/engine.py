@@ -118,7 +118,7 @@ def normalizer(
 
     def call(x: int, y: int, weight: int, bias: int, mean: int, rstd: int) -> None:
         count = _useful(size, num_threads)
-        if chunked is not None and (not problem.row_major or 4 * count > outer * M and count > 1):
+        if chunked is not None and (not problem.row_major or (4 * count > outer * M and count > 1)):
             chunked(x, y, weight, bias, mean, rstd, count)
             return
         do = jobs.rows(kind)
@@ -147,9 +147,7 @@ def _by_chunks(problem: Problem, rows: int, limits: dict[str, float]) -> Call:
     record, plan = _record(jobs.FORWARD, problem, rows, past=past, **limits)
     items = problem.outer * -(-problem.M // rows) * chunks
 
-    def call(
-        x: int, y: int, weight: int, bias: int, mean: int, rstd: int, workers: int
-    ) -> None:
+    def call(x: int, y: int, weight: int, bias: int, mean: int, rstd: int, workers: int) -> None:
         parts, stats = np.empty((count, chunks, 3)), np.empty((count, 3))
         at, to = parts.ctypes.data, stats.ctypes.data
         take, give = jobs.chunk_moments(kind), jobs.chunk_results(kind)
@@ -181,11 +179,12 @@ def differentiator(
     With ``wide_sums`` dweight and dbias are float64, so that the caller can round them once.
     """
     from cupynorm._cpu import jobs
+    from cupynorm._cpu.backward import block_count
 
     kind = problem.dtype("x") or ""
     count, N = problem.outer * problem.M, problem.N
     record, plan = gradient_record(problem)
-    blocks = jobs.block_count.py_func(count)
+    blocks = block_count.py_func(count)
     size, dtype = jobs.sums_size(count, N), computed(kind)
     long = problem.row_major and problem.outer == 1 and N > LONGEST
 
@@ -212,7 +211,7 @@ def differentiator(
 def _long_gradients(problem: Problem, plan: int, workers: int, at: tuple[int, ...]) -> None:
     """Long rows: sums over every chunk of each row, then the gradients of every chunk."""
     from cupynorm._cpu import jobs
-    from cupynorm._cpu.backward import FIELDS
+    from cupynorm._cpu.backward import FIELDS, block_count
     from cupynorm._cpu.forward import CHUNK
 
     kind, M = problem.dtype("x") or "", problem.M
@@ -225,15 +224,11 @@ def _long_gradients(problem: Problem, plan: int, workers: int, at: tuple[int, ..
         lambda lo, hi: take(plan, dy, x, mean, rstd, weight, found, lo, hi), M * chunks, workers
     )
     jobs.long_finish(kind)(plan, found, mean, rstd, told, 0, M)
-    items = jobs.block_count.py_func(M) * chunks
-    threads.run(
-        lambda lo, hi: give(plan, dy, x, weight, told, dx, sums, lo, hi), items, workers
-    )
+    items = block_count.py_func(M) * chunks
+    threads.run(lambda lo, hi: give(plan, dy, x, weight, told, dx, sums, lo, hi), items, workers)
 
 
-def columns(
-    found: Any, y: Array, weight: int, bias: int, eps: float, omit: bool
-) -> None:
+def columns(found: Any, y: Array, weight: int, bias: int, eps: float, omit: bool) -> None:
     """Normalize the rows of a table into y (M, N), which is native and aligned, of any strides.
 
     ``found`` holds (values, address of the bitmap or 0, its bit of row 0) for each column, whose
@@ -254,7 +249,5 @@ def columns(
         table[:, j] = number, x.ctypes.data, step, bitmap, bit, x.itemsize
     at, to, do = table.ctypes.data, y.ctypes.data, jobs.table(kind)
     workers = _useful(M * N, threads.num_threads)
-    threads.run(
-        lambda lo, hi: do(plan, at, to, weight, bias, lo, hi), -(-M // rows), workers
-    )
+    threads.run(lambda lo, hi: do(plan, at, to, weight, bias, lo, hi), -(-M // rows), workers)
     del record  # its last use

@@ -10,9 +10,18 @@ from typing import Any
 import numpy as np
 from numba import carray, from_dtype, types
 
-from cupynorm._cpu.backward import FIELDS, LONG_ROWS, add_rows, block_count, block_rows
+from cupynorm._cpu.backward import (
+    FIELDS,
+    LONG_ROWS,
+    add_rows,
+    block_count,
+    block_rows,
+    group_size,
+    merge_sums,
+    row_sums,
+    sums_pitch,
+)
 from cupynorm._cpu.backward import finish_row as finish_gradient_row
-from cupynorm._cpu.backward import group_size, merge_sums, row_sums, sums_pitch
 from cupynorm._cpu.backward import short_rows as short_rows_back
 from cupynorm._cpu.compiled import entry, inner
 from cupynorm._cpu.forward import (
@@ -68,7 +77,10 @@ def _rows(f, x, y, w, b, mean, rstd, lo, hi, tile, stats, parts, rooms):  # type
     for block in range(lo, hi):
         o, first = block // strips, block % strips * f.rows
         n = min(f.rows, f.M - first)
-        source, target = _start(x, f.x_outer, f.x_row, o, first), _start(y, f.y_outer, f.y_row, o, first)
+        source, target = (
+            _start(x, f.x_outer, f.x_row, o, first),
+            _start(y, f.y_outer, f.y_row, o, first),
+        )
         q, qp = place(target, f.y_row, f.y_col, tile, f.N)
         if block == lo:
             repeats = n * (hi - lo)
@@ -334,7 +346,18 @@ def _gradients(f, arrays, stats, w, sums, lo, hi, tiles, room, spare):  # type: 
                 if has_dx:
                     v = advance(t, k * tp)
                 short_rows_back(
-                    advance(q, k * qp), qp, advance(p, k * pp), pp, v, tp, most, f.N, w, told, to, here
+                    advance(q, k * qp),
+                    qp,
+                    advance(p, k * pp),
+                    pp,
+                    v,
+                    tp,
+                    most,
+                    f.N,
+                    w,
+                    told,
+                    to,
+                    here,
                 )
             if has_dx:
                 put_back(target, f.dx_row, f.dx_col, tiles[1], n, f.N)
@@ -440,7 +463,7 @@ def _define_merge(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
 
 
 def gradients(kind: str) -> Callable[..., None]:
-    """``gradients(plan, dy, x, mean, rstd, w, dx, sums, lo, hi)``: of the blocks of rows lo to hi."""
+    """``gradients(plan, dy, x, mean, rstd, w, dx, sums, lo, hi)``: of blocks of rows."""
     return entry(_define_gradients, kind)  # type: ignore[no-any-return]
 
 

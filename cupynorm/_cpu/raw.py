@@ -14,9 +14,13 @@ def available() -> bool:
 
 
 def _table(kind: str, M: int, N: int, backward: bool, names: Any) -> Problem:
-    dtypes = {"x": kind} | {n: engine.computed(kind) for n in names if n.startswith("d") and len(n) > 2}
+    dtypes = {"x": kind} | {
+        n: engine.computed(kind) for n in names if n.startswith("d") and len(n) > 2
+    }
     strides = {n: (0, N, 1) for n in names if len(n) < 3}
-    return Problem(LAYER_NORM, backward, tuple(dtypes.items()), 1, M, N, tuple(strides.items()), (M, 1))
+    return Problem(
+        LAYER_NORM, backward, tuple(dtypes.items()), 1, M, N, tuple(strides.items()), (M, 1)
+    )
 
 
 @functools.lru_cache(256)
