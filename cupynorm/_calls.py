@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _libraries, _rules
+from cupynorm import _libraries, _reference, _rules
 from cupynorm._layout import Facts, result_strides
+from cupynorm._memo import keep, settled
 from cupynorm._ops import Op
 
 # By exact type of x; filled on first sight.
 doors: dict[type, Any] = {}
-_settled: dict[Any, Callable[..., Any]] = {}
-_MOST = 4096  # calls kept: shapes may be as many as the batches of a program
 
 # How a call is to be done, besides its arrays: (normalized_shape, axis, eps, order, return_stats).
 How = tuple[Any, Any, Any, Any, Any]
@@ -51,7 +50,7 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any
     if look is None:
         return _settle(op, x, weight, bias, out, how)
     try:
-        call = _settled.get(
+        call = settled.get(
             (
                 door,
                 op,
@@ -96,11 +95,11 @@ def settle(checked: Checked, how: How) -> Callable[..., Any]:
     if kept:
         looks = (None if a is None else door.look(a) for a in (x, weight, bias, out))
         key = (door, facts.op, how, *looks)
-        if key in _settled:
-            return _settled[key]
+        if key in settled:
+            return settled[key]
     call = forward_of(door, facts, turn)
     if kept:
-        _keep(key, call)
+        keep(key, call)
     return call
 
 
@@ -126,10 +125,10 @@ def check(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Checked
     affine = tuple(shape[a] for a in axes)
     dtypes = {"x": dtype}
     if weight is not None:
-        weight = _affine("weight", weight, x, affine)
+        weight = checked_affine("weight", weight, x, affine)
         dtypes["weight"] = _rules.dtype_name(weight.dtype)
     if bias is not None:
-        bias = _affine("bias", bias, x, affine)
+        bias = checked_affine("bias", bias, x, affine)
         dtypes["bias"] = _rules.dtype_name(bias.dtype)
     if out is not None:
         out = companion_of("out", out, x)
@@ -172,7 +171,7 @@ def differentiate(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) ->
         if door.look is not None and _exactly(how):
             looks = (a if a is None else door.look(a) for a in arrays)
             try:
-                call = _settled.get((door, op, how, *looks))
+                call = settled.get((door, op, how, *looks))
             except (AttributeError, TypeError):
                 call = None
     if call is not None:
@@ -196,7 +195,7 @@ def _settle_backward(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any])
     x, dtype, axes, turn = _check_x(x, normalized_shape, axis)
     shape = tuple(x.shape)
     if weight is not None:
-        weight = _affine("weight", weight, x, tuple(shape[a] for a in axes))
+        weight = checked_affine("weight", weight, x, tuple(shape[a] for a in axes))
     mask = _rules.check_mask(output_mask, weight is not None)
     dy = _beside("dy", dy, x, shape, dtype)
     axes = tuple(sorted(axes))
@@ -218,7 +217,7 @@ def _settle_backward(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any])
     facts = Facts(op, True, shape, axes, dtypes, strides, device=door.device(x))
     call = _turning_back(door.differentiator(facts), turn)
     if door.look is not None and _exactly(how):
-        _keep((door, op, how, *(None if a is None else door.look(a) for a in given)), call)
+        keep((door, op, how, *(None if a is None else door.look(a) for a in given)), call)
     found: tuple[Any, ...] = call(*given)
     return found
 
@@ -236,17 +235,6 @@ def _turning_back(call: Callable[..., Any], turn: tuple[int, ...] | None) -> Cal
     return turning
 
 
-def _keep(key: Any, call: Callable[..., Any]) -> None:
-    if len(_settled) >= _MOST:
-        _settled.clear()
-    _settled[key] = call
-
-
-def forget() -> None:
-    """Forget every settled call."""
-    _settled.clear()
-
-
 # --- arrays ---------------------------------------------------------------------------------------
 
 
@@ -254,7 +242,7 @@ def _check_x(
     x: Any, normalized_shape: Any, axis: Any
 ) -> tuple[Any, str, tuple[int, ...], tuple[int, ...] | None]:
     """x as an array of a library, its dtype, the axes as they were named, weight's permutation."""
-    x = _take_in("x", x)
+    x = take_in("x", x)
     dtype = _rules.dtype_name(x.dtype)
     if dtype not in _rules.ITEMSIZE:
         _rules.check_x_dtype(dtype, _libraries.cast_of("x", x))
@@ -262,7 +250,8 @@ def _check_x(
     return x, dtype, axes, _rules.axis_order(axes)
 
 
-def _affine(label: str, value: Any, x: Any, expected: tuple[int, ...]) -> Any:
+def checked_affine(label: str, value: Any, x: Any, expected: tuple[int, ...]) -> Any:
+    """A weight or bias that has passed every rule."""
     value = companion_of(label, value, x)
     dtype = _rules.dtype_name(value.dtype)
     if dtype not in _rules.ITEMSIZE:
@@ -283,12 +272,12 @@ def _beside(label: str, value: Any, x: Any, shape: tuple[int, ...], dtype: str) 
 
 def companion_of(label: str, value: Any, x: Any) -> Any:
     """Take in a subclass or a mere exporter; refuse what lives elsewhere than x."""
-    value = _take_in(label, value)
+    value = take_in(label, value)
     _libraries.check_companion(label, value, x)
     return value
 
 
-def _take_in(label: str, x: Any) -> Any:
+def take_in(label: str, x: Any) -> Any:
     """Look at an array; a mere exporter becomes an array of NumPy or CuPy over its memory."""
     x, path = _libraries.classify(x, label)
     if path != "gpu-exporter":
@@ -313,10 +302,20 @@ def door_of(x: Any, *others: Any) -> Any:
 
 
 def _find(x: Any) -> Any:
-    from cupynorm import _old_doors
-
-    if _libraries.library_of(x) == "cupy":
+    library = _libraries.library_of(x)
+    if library == "cupy":
         from cupynorm._cuda.arrays import DOOR
 
         return DOOR
-    return _old_doors.door_for(x, _libraries.library_of(x))
+    if library == "torch":
+        from cupynorm._torch.doors import DOOR as of_tensors
+
+        return of_tensors
+    if library == "numpy":
+        from cupynorm._cpu.arrays import DOOR as of_numpy
+
+        return of_numpy
+    return _OF_OTHERS
+
+
+_OF_OTHERS = _reference.Door()

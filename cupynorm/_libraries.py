@@ -22,9 +22,12 @@ class Strided(Protocol):
 
 
 def library_of(x: Any) -> str:
-    """Name of the top-level package that x's type comes from, 'jax' for every JAX array."""
-    name = type(x).__module__.partition(".")[0]
-    return "jax" if name == "jaxlib" else name
+    """Name of the package that x's type comes from, or of which it is a kind of tensor."""
+    kind = type(x)
+    name: str = kind.__module__.partition(".")[0]
+    if name == "jaxlib":
+        return "jax"
+    return "torch" if any(base.__module__ == "torch" for base in kind.__mro__) else name
 
 
 def classify(x: Any, label: str = "x") -> tuple[Any, str]:

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from cupynorm import _calls
-from cupynorm._libraries import library_of
+from cupynorm import _calls, dask, frames
 from cupynorm._ops import LAYER_NORM, LayerNormGradients, LayerNormResult, Op
 
 __all__ = ["layer_norm", "layer_norm_backward"]
@@ -172,18 +171,8 @@ def layer_norm_backward(
 def _forward(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: _calls.How) -> Any:
     """An array goes to the memo; a table or a Dask collection to those who call it by blocks."""
     if type(x) not in _calls.doors:
-        if library_of(x).startswith("dask"):
-            from cupynorm.dask import _blocks
-
-            shape, axis, eps, order, stats = how
-            given = x, shape, weight, bias, eps, axis, order, out, stats
-            found = _blocks.layer_norm(layer_norm, *given)
-            return found if stats else found[0]
-        from cupynorm.frames import _tables
-
-        if _tables.library(x) is not None:
-            from cupynorm import frames
-
-            shape, axis, eps, order, stats = how
-            return frames.from_call(x, shape, weight, bias, eps, axis, order, out, stats)
+        if dask.is_collection(x):
+            return dask.normalize(op, x, weight, bias, out, how)
+        if frames.is_table(x):
+            return frames.normalize(op, x, weight, bias, out, how)
     return _calls.normalize(op, x, weight, bias, out, how)

@@ -3,8 +3,7 @@
 from importlib import import_module
 from typing import Any, NoReturn
 
-from cupynorm import _calls, _rules
-from cupynorm._libraries import library_of
+from cupynorm import _calls, _rules, dask, frames
 from cupynorm._ops import LAYER_NORM, LayerNormResult
 
 __all__ = ["PreparedLayerNorm", "prepare"]
@@ -197,7 +196,7 @@ def prepare(
     array([-2.449,  0.   ,  2.449])
     """
     how = normalized_shape, axis, eps, order, return_stats
-    if type(x) not in _calls.doors and library_of(x) in _CONTAINERS:
+    if dask.is_collection(x) or frames.is_table(x):
         _refuse_kind(x)
     checked = _calls.check(LAYER_NORM, x, weight, bias, None, how)
     door = _calls.doors[type(checked.x)]  # whoever may watch this example
@@ -211,9 +210,6 @@ def prepare(
             )
             raise TypeError(msg)
     return PreparedLayerNorm(checked, how, door)
-
-
-_CONTAINERS = ("pandas", "polars", "cudf", "dask", "dask_expr", "dask_cudf")
 
 
 def _refuse_kind(x: Any) -> NoReturn:

@@ -9,7 +9,7 @@ import pytest
 import cupynorm as cn
 from tests import oracle
 from tests.conftest import Backend, np_dtype
-from tests.cuda_calls import Spent
+from tests.cuda.calls import Spent
 
 BACKENDS = (
     Backend.NUMPY,

@@ -28,7 +28,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from sklearn.utils.validation import check_is_fitted
 
 import cupynorm.sklearn
-from cupynorm._cpu.columns import Column
+from cupynorm.frames.columns import Column
 from cupynorm.sklearn import LayerNormalizer
 from cupynorm.sklearn import _data as _estimator_data
 

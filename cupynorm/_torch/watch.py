@@ -5,18 +5,6 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-__all__ = [
-    "ARITHMETIC",
-    "COMPILED",
-    "GRADIENT",
-    "WATCHED",
-    "differentiable_only",
-    "functionalized",
-    "has_own_dispatch",
-    "transformed",
-    "watch_on",
-]
-
 # What watch_on answers:
 ARITHMETIC = 0  # nobody
 GRADIENT = 1  # reverse-mode autograd
@@ -34,18 +22,27 @@ _of_batched_grads = torch._C._functorch.is_legacy_batchedtensor
 _is_compiling = torch.compiler.is_compiling
 
 
-def watch_on(x: Any, weight: Any, bias: Any) -> int:
-    """Who is to hear of a call on these tensors."""
+def watch_on(x: Any, a: Any = None, b: Any = None, c: Any = None, d: Any = None) -> int:
+    """Who is to hear of a call on these tensors, of which all but x may be None."""
     if _is_compiling():
         return COMPILED
-    if type(x) not in _TENSORS or type(weight) not in _PLAIN or type(bias) not in _PLAIN:
-        return WATCHED
-    if transformed() or _modes_active() or _tracing() is not None:
+    if (
+        type(x) not in _TENSORS
+        or type(a) not in _PLAIN
+        or type(b) not in _PLAIN
+        or type(c) not in _PLAIN
+        or type(d) not in _PLAIN
+        or transformed()
+        or _modes_active()
+        or _tracing() is not None
+    ):
         return WATCHED
     if torch.is_grad_enabled() and (
         x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
+        or (a is not None and a.requires_grad)
+        or (b is not None and b.requires_grad)
+        or (c is not None and c.requires_grad)
+        or (d is not None and d.requires_grad)
     ):
         return GRADIENT
     return ARITHMETIC
