@@ -10,8 +10,7 @@ if TYPE_CHECKING:
     from cupynorm import plot
     from cupynorm._ops import LayerNormGradients
     from cupynorm._report.config import show_config
-    from cupynorm._report.explain import explain
-    from cupynorm._report.explanation import Explanation
+    from cupynorm._report.explain import Explanation, explain
     from cupynorm._report.warmup import warmup
     from cupynorm.frames.columns import layer_norm_columns
     from cupynorm.functional import layer_norm_backward
@@ -38,7 +37,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Explanation": "cupynorm._report.explanation",
+    "Explanation": "cupynorm._report.explain",
     "LayerNorm": "cupynorm.modules",
     "LayerNormGradients": "cupynorm._ops",
     "PreparedLayerNorm": "cupynorm.prepared",

@@ -312,9 +312,9 @@ def _find(x: Any) -> Any:
 
         return of_tensors
     if library == "numpy":
-        from cupynorm import _old_doors
+        from cupynorm._cpu.arrays import DOOR as of_numpy
 
-        return _old_doors.NUMPY
+        return of_numpy
     return _OF_OTHERS
 
 

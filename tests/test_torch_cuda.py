@@ -17,7 +17,7 @@ import cupynorm.torch as cn_torch
 from cupynorm._torch import autograd as _torch_autograd
 from cupynorm._torch import cpu as _torch_cpu
 from cupynorm._torch import tensors as _torch_launch
-from tests.cuda_calls import capability_for
+from tests.cuda.calls import capability_for
 from tests.simt.cupy_stand_in import simulated_cupy
 from tests.torch_cases import affine, check, check_gradients, expected, name_of, numbers, numpy_of
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import cupy
 
-from cupynorm import _problem
-from cupynorm._arrays import check_overlap, element_strides
+from cupynorm import _rules
 from cupynorm._cuda.launch import (
     BACKWARD,
     FORWARD,
@@ -20,6 +19,7 @@ from cupynorm._cuda.launch import (
 from cupynorm._cuda.plan import Device, Stage
 from cupynorm._cuda.source import source_of
 from cupynorm._layout import Facts, Problem, kernel_problem_of, row_major_strides, rows_last
+from cupynorm._libraries import check_overlap, element_strides
 from cupynorm._ops import LAYER_NORM
 
 ndarray = cupy.ndarray
@@ -180,7 +180,7 @@ class Door:
     def differentiator(self, facts: Facts) -> Callable[[Any, Any, Any, Any, Any], Any]:
         """``call(dy, x, mean, rstd, weight)`` gives (dx, dweight, dbias), None for the unwanted."""
         dtypes = {
-            name: _problem.numpy_dtype(facts.dtypes[name])
+            name: _rules.numpy_dtype(facts.dtypes[name])
             for name in ("dweight", "dbias")
             if name in facts.dtypes
         }
@@ -223,7 +223,7 @@ def _of_nothing(facts: Facts, x: Any, weight: Any, bias: Any, out: Any) -> Any:
 
 def _statistics(facts: Facts) -> tuple[Any, Any]:
     """Memory for mean and rstd."""
-    dtype = _problem.stats_dtype(facts.dtypes["x"])
+    dtype = _rules.stats_dtype(facts.dtypes["x"])
     return empty(facts.stats_shape, dtype=dtype), empty(facts.stats_shape, dtype=dtype)
 
 
@@ -268,13 +268,13 @@ def _met(name: str, a: Any, axes: tuple[int, ...], copies: tuple[str, ...]) -> A
 
 def _dense_strides(facts: Facts, name: str) -> tuple[int, ...]:
     """Byte strides of a row-major weight or bias; of one that is absent nothing is asked."""
-    size = _problem.ITEMSIZE[facts.dtypes.get(name, "float32")]
+    size = _rules.ITEMSIZE[facts.dtypes.get(name, "float32")]
     return tuple(size * s for s in row_major_strides(facts.affine_shape, ()))
 
 
 def _apart(facts: Facts) -> Callable[[Any, Any, Any, Any], None]:
     """Look by address whether `out` may overlap an input; the exact rule decides where it may."""
-    size = _problem.ITEMSIZE[facts.dtypes["x"]]
+    size = _rules.ITEMSIZE[facts.dtypes["x"]]
     x_low, x_high, y_low, y_high = (
         size * end for name in ("x", "y") for end in _ends(facts.shape, facts.strides[name] or ())
     )
@@ -282,9 +282,7 @@ def _apart(facts: Facts) -> Callable[[Any, Any, Any, Any], None]:
     affine = []
     for name in ("weight", "bias"):
         strides = _dense_strides(facts, name)
-        affine.append(
-            (name, strides, facts.N * _problem.ITEMSIZE[facts.dtypes.get(name, "float32")])
-        )
+        affine.append((name, strides, facts.N * _rules.ITEMSIZE[facts.dtypes.get(name, "float32")]))
 
     def check(x: Any, weight: Any, bias: Any, out: Any) -> None:
         source, target = x.data.ptr, out.data.ptr
@@ -325,9 +323,9 @@ def layer_norm_columns(
     Arguments are checked, y is not empty, and its device is the current one. A validity is None, or
     the bytes of Arrow's bitmap from row 0 on.
     """
-    dtypes = [("x", _problem.dtype_name(y.dtype))]
+    dtypes = [("x", _rules.dtype_name(y.dtype))]
     for name, a in (("weight", weight), ("bias", bias)):
-        dtypes += [] if a is None else [(name, _problem.dtype_name(a.dtype))]
+        dtypes += [] if a is None else [(name, _rules.dtype_name(a.dtype))]
     M, N = y.shape
     row, col = element_strides(y)
     steps = (("y", (0, row, col)),)
@@ -338,7 +336,7 @@ def layer_norm_columns(
             column.data.ptr,
             0 if validity is None else validity.data.ptr,
             column.strides[0] // column.itemsize,
-            _problem.dtype_name(column.dtype),
+            _rules.dtype_name(column.dtype),
         )
         for column, validity in zip(columns, validities, strict=True)
     )
@@ -347,12 +345,7 @@ def layer_norm_columns(
     _launch(settled, (1,), {"table": table, "y": y, "weight": weight, "bias": bias}, eps)
 
 
-# --- as it was called before `DOOR`; all of it goes when the callers have switched ---------------
-
-
-def is_current(x: Any) -> bool:
-    """Whether CuPy allocates and launches on x's device."""
-    return bool(x.device.id == get_device())
+# --- for `warmup` alone; it goes when that asks `ready_on` ----------------------------------------
 
 
 @functools.lru_cache(maxsize=4096)
@@ -391,29 +384,3 @@ def prepared_bwd(
         strides["dx"] = dx_strides
     facts = Facts(LAYER_NORM, True, shape, axes, names, strides)  # type: ignore[arg-type]
     return ready_on(index, kernel_problem_of(facts))
-
-
-def layer_norm_fwd(
-    x: Any, axes: Any, weight: Any, bias: Any, eps: float, y: Any, *stats: Any
-) -> None:
-    """Normalize x into y on CuPy's current stream, which is of x's device."""
-    dtypes = tuple(None if a is None else _problem.dtype_name(a.dtype) for a in (x, weight, bias))
-    strides = element_strides(x), element_strides(y)
-    wanted = stats[0] is not None
-    settled = prepared_fwd(x.data.device_id, x.shape, axes, *strides, dtypes, wanted)
-    given = (x, y, weight, bias, *stats)
-    _launch(settled, axes, dict(zip(FORWARD, given, strict=True)), eps)
-
-
-def layer_norm_bwd(
-    dy: Any, x: Any, axes: Any, mean: Any, rstd: Any, weight: Any, *results: Any
-) -> None:
-    """Write dx, dweight and dbias (each may be None) on CuPy's current stream, of x's device."""
-    dx, *sums = results
-    named = (x, weight, *sums)
-    dtypes = tuple(None if a is None else _problem.dtype_name(a.dtype) for a in named)
-    to = None if dx is None else element_strides(dx)
-    strides = element_strides(dy), element_strides(x), to
-    settled = prepared_bwd(x.data.device_id, x.shape, axes, *strides, dtypes)
-    given = (dy, x, mean, rstd, weight, *results)
-    _launch(settled, axes, dict(zip(BACKWARD, given, strict=True)))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cupynorm._layout import Problem
-from cupynorm._problem import ITEMSIZE, stats_dtype
+from cupynorm._rules import ITEMSIZE, stats_dtype
 
 PREDICTED = "predicted, bench/results/model.md"
 CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}

@@ -26,7 +26,7 @@ from cupynorm._cuda.plan import (
     wanted,
 )
 from cupynorm._layout import Problem
-from cupynorm._problem import ITEMSIZE
+from cupynorm._rules import ITEMSIZE
 
 
 @dataclass(frozen=True, slots=True)

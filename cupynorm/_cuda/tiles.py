@@ -16,7 +16,7 @@ from cupynorm._cuda.plan import (
     wanted,
 )
 from cupynorm._layout import Problem
-from cupynorm._problem import ITEMSIZE, stats_dtype
+from cupynorm._rules import ITEMSIZE, stats_dtype
 
 # kernels/tile.cuh: columns whose moments are taken together, of which a panel has a whole number.
 TILE_CHUNK = {"float16": 256, "bfloat16": 256, "float32": 256, "float64": 128}

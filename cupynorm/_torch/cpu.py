@@ -11,8 +11,8 @@ from cupynorm import _reference
 from cupynorm._cpu import raw as _raw
 from cupynorm._cpu import threads as _threads
 from cupynorm._layout import Facts, Problem, problem_of, row_major_strides
-from cupynorm._rules import ITEMSIZE
 from cupynorm._reference import Rows
+from cupynorm._rules import ITEMSIZE
 from cupynorm._torch.tensors import Machine, Run, address_of, reach, stats_dtype
 
 
@@ -197,8 +197,6 @@ def _differentiator(problem: Problem) -> Callable[..., None]:
 
     def call(dy: int, x: int, mean: int, rstd: int, weight: int, *to: int) -> None:
         dx, dweight, dbias = to
-        _raw.layer_norm_bwd(
-            kind, dy, x, dx, M, N, mean, rstd, weight, dweight, dbias, _num_threads
-        )
+        _raw.layer_norm_bwd(kind, dy, x, dx, M, N, mean, rstd, weight, dweight, dbias, _num_threads)
 
     return call

@@ -65,9 +65,7 @@ class Kernels(Machine):
                 ready = ready_on(index, problem)
             # The names keep copies alive until they are on the stream; torch's allocator orders
             # reuse by stream, so they may be dropped before they are read.
-            met = [
-                None if a is None else meet(a) for meet, a in zip(meets, arrays, strict=True)
-            ]
+            met = [None if a is None else meet(a) for meet, a in zip(meets, arrays, strict=True)]
             nbytes, workspace = ready.workspace_bytes, 0
             if nbytes:
                 scratch = torch.empty(nbytes, dtype=torch.uint8, device=arrays[0].device)

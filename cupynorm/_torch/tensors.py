@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from cupynorm import _memo
-from cupynorm._libraries import check_overlap
 from cupynorm._layout import Facts, row_major_strides
+from cupynorm._libraries import check_overlap
 from cupynorm._ops import LAYER_NORM
 from cupynorm._rules import ITEMSIZE, dtype_name
 

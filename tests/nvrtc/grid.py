@@ -13,7 +13,7 @@ from cupynorm._cuda.rows import Row
 from cupynorm._cuda.source import source_of
 from cupynorm._layout import Problem
 from cupynorm._ops import LAYER_NORM
-from cupynorm._problem import ITEMSIZE
+from cupynorm._rules import ITEMSIZE
 from tests.nvrtc import grid_bwd, grid_column
 from tests.nvrtc.build import CUPY_OPTIONS, without_comments
 from tests.simt.limits import DeviceLimits

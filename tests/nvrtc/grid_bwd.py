@@ -10,7 +10,7 @@ from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device, Stage
 from cupynorm._cuda.rows import BACKWARD
 from cupynorm._layout import Problem
 from cupynorm._ops import LAYER_NORM
-from cupynorm._problem import ITEMSIZE, stats_dtype
+from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests.simt.limits import DeviceLimits
 
 _KINDS = ("warp", "block", "shared", "split", "cluster", "totals")

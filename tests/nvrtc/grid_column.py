@@ -9,7 +9,7 @@ from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import Device, Stage
 from cupynorm._layout import Problem
 from cupynorm._ops import LAYER_NORM
-from cupynorm._problem import stats_dtype
+from cupynorm._rules import stats_dtype
 from tests.simt.limits import DeviceLimits
 
 FAMILIES = ("column", "lanes", "columns", "column_bwd", "panels_bwd")
