@@ -10,6 +10,7 @@ A door is what a library's arrays come in by: an object with ``look(array)``, ``
 ``describe(facts)``. A door whose ``look`` is None has nothing kept for it.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,10 +88,8 @@ def differentiate(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) ->
     if door is not None and plain and _rules.exact(how[0]) and _rules.exact(how[1]):
         if door.select is not None:
             door = door.select(arrays[1], arrays[0], *arrays[2:])
-        try:
+        with contextlib.suppress(AttributeError, TypeError):  # no arrays
             call = settled.get(_key(door, op, how, arrays)) if door.look is not None else None
-        except (AttributeError, TypeError):
-            pass  # no arrays
     if call is None:
         checked = _check_backward(op, arrays, how)
         call, arrays = _settle(checked, how, plain), checked.arrays

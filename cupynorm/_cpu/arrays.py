@@ -5,15 +5,14 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from cupynorm import _problem
-from cupynorm._arrays import check_overlap
+from cupynorm import _rules
 from cupynorm._cpu import blocks, engine
 from cupynorm._layout import Facts, Problem, problem_of, row_major_strides
-from cupynorm._ops import LAYER_NORM
+from cupynorm._libraries import check_overlap
 
 Array = np.ndarray[Any, Any]
 Call = Callable[..., Any]
@@ -86,7 +85,7 @@ class Door:
         """Give ``call(dy, x, mean, rstd, weight)``: dx, dweight and dbias, None if not wanted."""
         dtypes, shape = facts.dtypes, facts.affine_shape
         to_weight, to_bias = (
-            _problem.numpy_dtype(dtypes[k]) if k in dtypes else None for k in ("dweight", "dbias")
+            _rules.numpy_dtype(dtypes[k]) if k in dtypes else None for k in ("dweight", "dbias")
         )
         run, to_x = _backward(facts, self._plain), "dx" in facts.strides
 
@@ -367,54 +366,21 @@ def _small_gradients(facts: Facts, problem: Problem, compute: np.dtype[Any]) -> 
 # --- columns ------------------------------------------------------------------------------------
 
 
-class Column(NamedTuple):
-    """One column of a table."""
-
-    values: Any  # (M,)
-    validity: Any = None  # Arrow's bitmap: 1 is valid, least significant bit first; None: all are
-    offset: int = 0  # its bit that row 0 has
-
-
-def as_matrix(columns: Sequence[Column]) -> Array | None:
-    """View NumPy columns that are those of one row-major matrix as this matrix."""
-    x = _as_strided(columns)
-    return (
-        x if x is not None and x.strides[1] == x.itemsize <= x.strides[0] // len(columns) else None
-    )
-
-
-def _as_strided(columns: Sequence[Column]) -> Array | None:
-    """View columns of one dtype that lie at equal distances in memory as one matrix."""
-    first, N = columns[0].values, len(columns)
-    at = [column.values.ctypes.data for column in columns]
-    step = at[1] - at[0] if N > 1 else first.itemsize
-    if first.size < 2 or step % first.itemsize or first.strides[0] % first.itemsize:
-        return None
-    for j, (x, validity, _) in enumerate(columns):
-        here = at[j] == at[0] + j * step and x.strides == first.strides
-        if validity is not None or x.dtype != first.dtype or not here:
-            return None
-    strides = first.strides[0], step
-    return np.lib.stride_tricks.as_strided(first, (first.size, N), strides, writeable=False)
-
-
 def normalize_columns(
-    columns: Sequence[Column],
+    columns: Sequence[tuple[Array, Array | None, int]],
     weight: Array | None,
     bias: Array | None,
     eps: float,
     y: Array,
+    *,
     omit: bool,
 ) -> None:
     """Normalize the rows of N columns of length M into y (M, N), of any strides.
 
-    A null counts as NaN; with ``omit``, NaN is left out of a row's statistics. Nothing is empty
-    and nothing overlaps y. Statistics and their sums are float32, float64 for float64 y.
+    A column is its values, Arrow's bitmap of what is valid, or None, and the bit of it that row 0
+    has. A null counts as NaN; with ``omit``, NaN is left out of a row's statistics. Nothing is
+    empty and nothing overlaps y. Statistics and their sums are float32, float64 for float64 y.
     """
-    matrix = None if omit else _as_strided(columns)
-    if matrix is not None and matrix.dtype == y.dtype:
-        layer_norm_fwd(matrix, (1,), weight, bias, eps, y, None, None)
-        return
     kind = y.dtype.name
     compute = np.dtype(engine.computed(kind))
     w, b = _affine(weight, compute), _affine(bias, compute)
@@ -433,50 +399,3 @@ def _readable(x: Array) -> Array:
     if x.dtype.name == "float16" and not engine.available("float16"):
         return x.astype(np.float32)
     return x if Door.strides(x) else x.astype(x.dtype.newbyteorder("="), order="C", copy=True)
-
-
-# --- ADAPTERS, to be deleted when `_calls` calls the door ----------------------------------------
-
-
-def shared_from() -> int:
-    """Elements from which a call takes more than one thread."""
-    return engine.ALONE
-
-
-def layer_norm_fwd(
-    x: Array,
-    axes: tuple[int, ...],
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    y: Array,
-    mean: Array | None,
-    rstd: Array | None,
-) -> None:
-    """Normalize x over ``axes`` into y, mean and rstd."""
-    dtypes = {"x": _problem.dtype_name(x.dtype)}
-    strides = {"x": Door.strides(x), "y": Door.strides(y)}
-    facts = Facts(LAYER_NORM, False, x.shape, axes, dtypes, strides, eps)
-    _forward(facts, _plain.get())(x, weight, bias, y, mean, rstd)
-
-
-def layer_norm_bwd(
-    dy: Array,
-    x: Array,
-    axes: tuple[int, ...],
-    mean: Array,
-    rstd: Array,
-    weight: Array | None,
-    dx: Array | None,
-    dweight: Array | None,
-    dbias: Array | None,
-) -> None:
-    """Write the gradients that are not None."""
-    wanted = {"dweight": dweight, "dbias": dbias}
-    dtypes = {k: _problem.dtype_name(a.dtype) for k, a in wanted.items() if a is not None}
-    arrays = {"dy": dy, "x": x} | ({} if dx is None else {"dx": dx})
-    strides = {k: Door.strides(a) for k, a in arrays.items()}
-    dtypes |= {"x": _problem.dtype_name(x.dtype)}
-    facts = Facts(LAYER_NORM, True, x.shape, axes, dtypes, strides)
-    run = _backward(facts, _plain.get())
-    run(dy, x, mean, rstd, weight, dx, dweight, dbias)

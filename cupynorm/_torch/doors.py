@@ -11,7 +11,6 @@ from cupynorm._torch import autograd, operators
 from cupynorm._torch.tensors import Tensors
 from cupynorm._torch.watch import (
     COMPILED,
-    GRADIENT,
     WATCHED,
     functionalized,
     has_own_dispatch,
