@@ -17,8 +17,8 @@ from array_api_compat import (
     is_torch_namespace,
 )
 
-from cupynorm._libraries import library_of
 from cupynorm._layout import Facts
+from cupynorm._libraries import library_of
 from cupynorm._rules import dtype_name, stats_dtype
 
 

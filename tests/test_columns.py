@@ -278,10 +278,15 @@ def test_out_of_any_layout(engine):
 
 
 def test_columns_of_one_matrix_have_the_bits_of_layer_norm(engine):
-    x = np.random.default_rng(8).standard_normal((300, 50), np.float32)
-    y = layer_norm_columns(list(x.T))
-    np.testing.assert_array_equal(y, cn.layer_norm(x))
-    assert as_matrix(gather(list(x.T))).tobytes() == x.tobytes()
+    whole = np.random.default_rng(8).standard_normal((300, 50), np.float32)
+    for x in (whole, np.asfortranarray(whole), whole[::2, 1::3], whole[::-1, ::-1], whole[:, :1]):
+        assert as_matrix(gather(list(x.T))).tobytes() == x.tobytes()
+        for order in "CF":
+            out = np.empty(x.shape, x.dtype, order)
+            assert layer_norm_columns(list(x.T), out=out) is out
+            np.testing.assert_array_equal(out, cn.layer_norm(x, order=order))
+    for columns in ([whole[:, 0], whole[:, 1].copy()], [whole[:, 0], whole[:, 1].astype("f8")]):
+        assert as_matrix(gather(columns)) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

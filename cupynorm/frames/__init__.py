@@ -91,7 +91,9 @@ def _layer_norm(
     _rules.check_order(order)
     ready = columns.gather(columns.read(df))
     if order == "K":
-        order = "F" if columns.as_matrix(ready) is None else "C"
+        x = columns.as_matrix(ready)
+        by_row = x is not None and x.strides[1] == x.itemsize <= x.strides[0] // x.shape[1]
+        order = "C" if by_row else "F"
     name = columns.result_dtype(ready, dtype)
     if name == "bfloat16":
         msg = (

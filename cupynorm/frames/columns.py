@@ -199,19 +199,19 @@ def read(table: Any) -> list[tuple[Any, ...]]:
 
 
 def as_matrix(columns: Sequence[Column]) -> np.ndarray[Any, Any] | None:
-    """View NumPy columns that are those of one row-major matrix as this matrix."""
+    """View NumPy columns of one dtype at equal distances in memory as one matrix."""
     first, N = columns[0].values, len(columns)
     if not isinstance(first, np.ndarray) or first.size < 2:
         return None
-    at, pitch, step = first.ctypes.data, first.strides[0], first.itemsize
-    if pitch < N * step or pitch % step:  # rows of N columns would overlap
+    at, pitch, size = first.ctypes.data, first.strides[0], first.itemsize
+    step = columns[1].values.ctypes.data - at if N > 1 else size
+    if pitch % size or step % size:
         return None
     for j, (x, validity, _) in enumerate(columns):
         here = x.dtype == first.dtype and x.strides[0] == pitch and x.ctypes.data == at + j * step
         if validity is not None or not here:
             return None
-    shape, strides = (first.size, N), (pitch, step)
-    return np.lib.stride_tricks.as_strided(first, shape, strides, writeable=False)
+    return np.lib.stride_tricks.as_strided(first, (first.size, N), (pitch, step), writeable=False)
 
 
 # --- rules --------------------------------------------------------------------------------------
