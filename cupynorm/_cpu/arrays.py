@@ -1,4 +1,4 @@
-"""NumPy arrays: what a settled call may depend on, and calls that allocate, look at overlap, run."""
+"""NumPy arrays: what a settled call may depend on; calls that allocate, look at overlap, run."""
 
 import contextlib
 import functools
@@ -137,7 +137,7 @@ def _maker(facts: Facts) -> Callable[[Array], Array]:
     """Make y: as `numpy.empty_like`, which costs three times as much."""
     shape, order = facts.shape, facts.order
     if facts.strides["x"] != row_major_strides(shape, ()) or order == "F":
-        return functools.partial(np.empty_like, order=order)  # type: ignore[call-overload]
+        return functools.partial(np.empty_like, order=order)
     return lambda x: np.empty(shape, x.dtype)
 
 
@@ -164,8 +164,9 @@ def _small(facts: Facts, compute: np.dtype[Any]) -> Call | None:
     if any(strides != dense for strides in facts.strides.values()):
         return None
     from cupynorm._cpu import jobs
+    from cupynorm._cpu.forward import CHUNK
 
-    if N > jobs.CHUNK:
+    if N > CHUNK:
         return None
     do, none = jobs.small(kind), np.empty(0, compute)
     limits = facts.eps, *engine.safe_range(compute.name, facts.eps)
@@ -177,7 +178,7 @@ def _small(facts: Facts, compute: np.dtype[Any]) -> Call | None:
     def small(x: Any, w: Any, b: Any, y: Any, mean: Any, rstd: Any) -> bool:
         w, b = none if w is None else w, none if b is None else b
         if as_it_is:
-            return do(x, y, w, b, none, none, *limits)  # type: ignore[no-any-return]
+            return do(x, y, w, b, none, none, *limits)
         if w.dtype != compute:
             if facts.out and np.may_share_memory(w, y):  # of a copy the loops could not tell
                 return True
@@ -191,8 +192,8 @@ def _small(facts: Facts, compute: np.dtype[Any]) -> Call | None:
         if table is not None:
             x, y, w, b = x.reshape(table), y.reshape(table), w.ravel(), b.ravel()
         if mean is None:
-            return do(x, y, w, b, none, none, *limits)  # type: ignore[no-any-return]
-        return do(x, y, w, b, mean.ravel(), rstd.ravel(), *limits)  # type: ignore[no-any-return]
+            return do(x, y, w, b, none, none, *limits)
+        return do(x, y, w, b, mean.ravel(), rstd.ravel(), *limits)
 
     return small
 

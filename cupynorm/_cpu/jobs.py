@@ -463,7 +463,7 @@ def _define_merge(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
 
 
 def gradients(kind: str) -> Callable[..., None]:
-    """``gradients(plan, dy, x, mean, rstd, w, dx, sums, lo, hi)``: of the blocks of rows lo to hi."""
+    """``gradients(plan, dy, x, mean, rstd, w, dx, sums, lo, hi)``: of blocks of rows."""
     return entry(_define_gradients, kind)  # type: ignore[no-any-return]
 
 

@@ -8,12 +8,10 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import cupynorm as cn
 import cupynorm.torch as cn_torch
-from cupynorm._cpu import arrays as _cpu
-from cupynorm._torch import autograd as _torch_autograd
-from cupynorm._torch import tensors as _torch_launch
-from tests.test_torch import LAYOUTS
-from tests.torch_cases import (
+from cupynorm._torch import tensors
+from tests.torch.cases import (
     DTYPES,
+    LAYOUTS,
     SHAPES,
     TORCHSCRIPT,
     affine,
@@ -42,16 +40,6 @@ def dy_of(shape, dtype=torch.float32):
 
 
 # --- first derivatives against the oracle -------------------------------------------------------
-
-
-@pytest.fixture(params=["compiled", "plain"])
-def loops(request):
-    """With numba's loops and without numba."""
-    if request.param == "compiled":
-        yield
-    else:
-        with _cpu.without_numba():
-            yield
 
 
 @pytest.mark.parametrize("affine_dtype", DTYPES, ids=name_of)
@@ -102,24 +90,24 @@ def test_a_negated_gradient(loops):
 @pytest.mark.parametrize("wanted", [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)])
 def test_only_what_is_asked_for_is_computed(loops, monkeypatch, wanted):
     asked = []
-    backward = _torch_launch.backward
+    backward = tensors.backward
 
-    def spy(*args):
-        asked.append(tuple(args[6]))
-        return backward(*args)
+    def spy(dy, x, stats, weight, call):
+        asked.append(tuple(call[1]))
+        return backward(dy, x, stats, weight, call)
 
-    monkeypatch.setattr(_torch_launch, "backward", spy)
-    tensors = [
+    monkeypatch.setattr(tensors, "backward", spy)
+    leaves = [
         t.requires_grad_(bool(w)) for t, w in zip((numbers(4, 9), *affine(9)), wanted, strict=True)
     ]
-    y = ours(*tensors)
+    y = ours(*leaves)
     assert y.requires_grad == any(wanted)
     if not any(wanted):
         return
     dy = dy_of((4, 9))
     y.backward(dy)
     assert asked == [tuple(map(bool, wanted))]
-    check_gradients([t.grad for t in tensors], dy, tensors[0], 1, tensors[1])
+    check_gradients([t.grad for t in leaves], dy, leaves[0], 1, leaves[1])
 
 
 def test_many_rows(loops):
@@ -189,8 +177,8 @@ def test_gradcheck(shape, n, affines):
 
 def test_a_graph_of_the_gradient_costs_one_kernel(monkeypatch):
     calls = []
-    backward = _torch_launch.backward
-    monkeypatch.setattr(_torch_launch, "backward", lambda *a: calls.append(a) or backward(*a))
+    backward = tensors.backward
+    monkeypatch.setattr(tensors, "backward", lambda *a: calls.append(a) or backward(*a))
     x, (weight, _) = numbers(3, 8, dtype=double, grad=True), affine(8, dtype=double, grad=True)
 
     def penalty(f):
@@ -208,7 +196,7 @@ def test_gradcheck_of_the_statistics():
     x = numbers(3, 5, dtype=double, grad=True)
 
     def function(x):
-        return _torch_autograd.layer_norm_with_stats(x, (0,), None, None, 1e-5)
+        return cn.layer_norm(x, axis=0, return_stats=True)
 
     assert gradcheck(function, [x], check_forward_ad=True)
     assert gradgradcheck(function, [x])

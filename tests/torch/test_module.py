@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils import parametrize
 
 import cupynorm.torch as cn_torch
-from tests.torch_cases import affine, check, check_gradients, numbers
+from tests.torch.cases import affine, check, check_gradients, numbers
 
 TorchNorm, Norm = torch.nn.LayerNorm, cn_torch.LayerNorm
 CONSTRUCTIONS = [

@@ -1,8 +1,8 @@
 """The GPU branch of the torch adapter: its own launches, run on the simulated device.
 
-Tensors are on the CPU here. At the seam between the adapter and `_torch_cuda` they are copied into
-memory of the simulator, and what the kernels wrote is handed on as tensors over that memory; the
-rest, autograd and `_torch_cuda` itself, runs as it does on a GPU.
+Tensors are on the CPU here. Where the door of tensors hands them to what computes on a GPU they are
+copied into memory of the simulator, and what the kernels wrote is handed on as tensors over that
+memory; the rest, autograd and `_torch.cuda` itself, runs as it does on a GPU.
 """
 
 import contextlib
@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cupynorm as cn
 import cupynorm.torch as cn_torch
-from cupynorm._torch import autograd as _torch_autograd
-from cupynorm._torch import cpu as _torch_cpu
-from cupynorm._torch import tensors as _torch_launch
+from cupynorm import _memo
+from cupynorm._layout import Facts
+from cupynorm._ops import LAYER_NORM
+from cupynorm._torch import tensors
 from tests.cuda.calls import capability_for
 from tests.simt.cupy_stand_in import simulated_cupy
-from tests.torch_cases import affine, check, check_gradients, expected, name_of, numbers, numpy_of
+from tests.torch.cases import affine, check, check_gradients, expected, name_of, numbers, numpy_of
 
 # One N per kernel: K1 to K4, and K5 with few rows; K3's and K5's are K4's where it is.
 FAMILIES = {"warp": 77, "block": 3001, "shared": 9001, "cluster": 9001, "split": 36_001}
@@ -42,10 +44,10 @@ class _InSimulatedMemory(TorchDispatchMode):
 
 
 class Gpu:
-    """Stands at the seam: `_torch_launch` takes it for the path of CPU tensors."""
+    """Stands at the seam: `tensors` takes it for what computes on the CPU."""
 
     def __init__(self, sim, module):
-        self.sim, self.module, self.allocated = sim, module, []
+        self.sim, self.kernels, self.allocated = sim, module.Kernels(1), []
 
     def moved(self, tensor, *, written=True):
         """A tensor with the same strides over simulated memory."""
@@ -67,27 +69,24 @@ class Gpu:
         moved.owner = placed
         return moved
 
-    def run(self, function, inputs, outputs):
-        moved = [self.moved(t) for t in inputs], [self.moved(t, written=False) for t in outputs]
-        with _InSimulatedMemory(self):
-            function(*moved)
-        for target, result in zip(outputs, moved[1], strict=True):
-            if target is not None:
-                target.copy_(result)
+    def forward(self, facts):
+        return self.moving(self.kernels.forward(facts), (1, 4, 5))
 
-    def layer_norm_fwd(self, x, axes, weight, bias, eps, y, mean, rstd):
-        def launch(inputs, outputs):
-            x, weight, bias = inputs
-            self.module.layer_norm_fwd(x, axes, weight, bias, eps, *outputs)
+    def backward(self, facts):
+        return self.moving(self.kernels.backward(facts), (5, 6, 7))
 
-        self.run(launch, (x, weight, bias), (y, mean, rstd))
+    def moving(self, launch, written):
+        """What runs on copies of its arguments, of which these are written."""
 
-    def layer_norm_bwd(self, dy, x, axes, mean, rstd, weight, dx, dweight, dbias):
-        def launch(inputs, outputs):
-            dy, x, mean, rstd, weight = inputs
-            self.module.layer_norm_bwd(dy, x, axes, mean, rstd, weight, *outputs)
+        def run(*arrays):
+            moved = [self.moved(t, written=i not in written) for i, t in enumerate(arrays)]
+            with _InSimulatedMemory(self):
+                launch(*moved)
+            for i in written:
+                if arrays[i] is not None:
+                    arrays[i].copy_(moved[i])
 
-        self.run(launch, (dy, x, mean, rstd, weight), (dx, dweight, dbias))
+        return run
 
     @property
     def launches(self):
@@ -107,9 +106,9 @@ def gpu(monkeypatch, request):
         devices=2,
         reload=("cupynorm._cuda.arrays", "cupynorm._torch.cuda"),
     ) as sim:
-        from cupynorm._torch import cuda as _torch_cuda
+        from cupynorm._torch import cuda
 
-        gpu = Gpu(sim, _torch_cuda)
+        gpu = Gpu(sim, cuda)
         sim.simulator.current_device = 1
         sim.simulator.streams[STREAM] = 1
 
@@ -119,7 +118,7 @@ def gpu(monkeypatch, request):
                 yield
 
         class Torch:
-            """torch, with the CUDA build's functions that `_torch_cuda` calls."""
+            """torch, with the CUDA build's functions that `_torch.cuda` calls."""
 
             class cuda:
                 current_device = staticmethod(lambda: sim.simulator.current_device)
@@ -128,12 +127,12 @@ def gpu(monkeypatch, request):
                 return getattr(torch, name)
 
         Torch.cuda.device = staticmethod(device)
-        monkeypatch.setattr(_torch_cuda, "torch", Torch())
-        monkeypatch.setattr(_torch_cuda, "_index", lambda x: 1)
-        monkeypatch.setattr(_torch_cuda, "_stream", lambda index: _torch_cuda._Stream(STREAM))
-        monkeypatch.setitem(_torch_launch._paths, "cpu", gpu)
-        monkeypatch.setattr(_torch_cpu, "at_once", lambda *_: None)
+        monkeypatch.setattr(cuda, "torch", Torch())
+        monkeypatch.setattr(cuda, "_stream", lambda index: cuda._Stream(STREAM))
+        monkeypatch.setitem(tensors._machines, torch.device("cpu"), gpu)
+        _memo.settled.clear()  # of calls that are bound to the loops
         yield gpu
+        _memo.settled.clear()
         sim.simulator.current_device = 0
 
 
@@ -214,8 +213,8 @@ def test_layouts(gpu, layout, keep):
     x, (weight, bias) = LAYOUTS[layout](), affine(154, grad=True)
     weight, bias = weight[::2], bias[::2]
     x.requires_grad_()
-    watch = _torch_autograd.watch_on(x, weight, bias)
-    y = _torch_autograd.dispatched(watch, x, (x.ndim - 1,), weight, bias, 1e-5, keep)
+    norm = cn.layer_norm if keep else cn_torch.layer_norm
+    y = norm(x, x.shape[-1:], weight, bias)
     check(y, x, 1, weight, bias)
     for dy in (numbers(*x.shape, seed=4) - 3, torch.ones(()).expand(x.shape)):
         grads = torch.autograd.grad(y, (x, weight, bias), dy, retain_graph=True)
@@ -227,7 +226,7 @@ def test_other_axes(gpu, axes):
     """Also such as fold into no one stride, so that y and dx are copies that are copied back."""
     x = numbers(4, 30, 5, grad=True)
     weight, bias = affine(*(x.shape[a] for a in axes), grad=True)
-    y, mean, _ = _torch_autograd.layer_norm_with_stats(x, axes, weight, bias, 1e-5)
+    y, mean, _ = cn.layer_norm(x, None, weight, bias, axis=axes, return_stats=True)
     rest = tuple(a for a in range(3) if a not in axes)
     rows = x.detach().permute(*rest, *axes)
     n, dy = len(axes), numbers(*x.shape, seed=4) - 3
@@ -246,27 +245,22 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch):
     monkeypatch.delattr("cupynorm._torch.cuda", raising=False)
     monkeypatch.delattr("cupynorm._cuda.arrays", raising=False)
     with pytest.raises(ImportError, match=r"cupynorm\[cuda12\]"):
-        _torch_launch._path("cuda")
+        tensors._machine(torch.device("cuda", 0))
     with pytest.raises(ValueError, match="device type xpu"):
-        _torch_launch._path("xpu")
+        tensors._machine(torch.device("xpu"))
 
 
-def test_a_prepared_call_is_one_launch_on_torchs_stream(gpu):
-    """`_torch_cuda.prepared`, of which `cupynorm.prepare` calls what it gives, on addresses."""
+def test_a_settled_call_is_one_launch_on_torchs_stream(gpu):
     given = [torch.randn(5, 77), torch.randn(77), torch.randn(77)]
     x, weight, bias = (gpu.moved(t) for t in given)
     y = gpu.moved(torch.empty(5, 77), written=False)
-    run = gpu.module.prepared(x, (1,), weight, bias, 1e-5, y)
+    strides = {"x": (77, 1), "y": (77, 1)}
+    dtypes = {"x": "float32", "weight": "float32", "bias": "float32"}
+    run = gpu.kernels.forward(Facts(LAYER_NORM, False, (5, 77), (1,), dtypes, strides, 1e-5))
     allocations = gpu.sim.simulator.allocations
-    assert run(x.data_ptr(), y.data_ptr())
-    (launch,) = gpu.launches
-    assert (launch.stream, launch.device) == (STREAM, 1)
+    run(x, y, weight, bias, None, None)
+    run(x, x, weight, bias, None, None)  # in place
+    assert [(launch.stream, launch.device) for launch in gpu.launches] == [(STREAM, 1)] * 2
     assert gpu.sim.simulator.allocations == allocations
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(given[0], (77,), *given[1:]))
-    assert run(x.data_ptr(), x.data_ptr())  # in place
-    assert not run(x.data_ptr(), x.data_ptr() + 4)
-    assert not run(x.data_ptr(), weight.data_ptr())
-    with gpu.sim.cuda.Device(0):
-        assert not run(x.data_ptr(), y.data_ptr())
-    assert len(gpu.launches) == 2
-    assert gpu.module.prepared(x.T, (0,), weight, bias, 1e-5, y.T) is None
+    assert torch.equal(x, y)

@@ -74,3 +74,15 @@ def check_gradients(grads, dy, x, n, weight=None, eps=1e-5):
         dtype = torch.float32 if widened else got.dtype
         bound = 4 * oracle.tolerance(name_of(dtype), x.numel()) * scale
         np.testing.assert_allclose(numpy_of(got).astype(np.float64), wide, rtol=0, atol=bound)
+
+
+LAYOUTS = {
+    "permuted": lambda: numbers(6, 4, 9).permute(1, 0, 2),
+    "transposed": lambda: numbers(9, 7).T,
+    "stepped": lambda: numbers(8, 18)[::2, ::2],
+    "flipped": lambda: numbers(8, 9).flip(0)[1:],
+    "expanded": lambda: numbers(9).expand(4, 9),
+    "padded": lambda: numbers(5, 12)[:, :9],
+    "offset": lambda: numbers(46)[1:].view(5, 9),
+    "channels last": lambda: numbers(2, 3, 4, 9).to(memory_format=torch.channels_last),
+}

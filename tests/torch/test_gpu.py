@@ -12,7 +12,7 @@ from tests.conftest import Backend, why_not
 torch = pytest.importorskip("torch")
 
 import cupynorm.torch as cn_torch  # noqa: E402
-from tests.torch_cases import (  # noqa: E402
+from tests.torch.cases import (  # noqa: E402
     DTYPES,
     TORCHSCRIPT,
     affine,
