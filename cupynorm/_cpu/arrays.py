@@ -58,11 +58,9 @@ class Door:
         """Give ``call(x, weight, bias, out)``: y, or (y, mean, rstd) if these are wanted."""
         new, shape, stats = _maker(facts), facts.stats_shape, facts.stats
         compute = np.dtype(engine.computed(facts.dtypes["x"]))
-        run, small = _forward(facts, self._plain), None
-        if not self._plain:
-            small = _small(facts, compute)
+        run, small = _forward(facts, self._plain), None if self._plain else _small(facts, compute)
 
-        def call(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Any:
+        def ordinary(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Any:
             nonlocal small
             y = new(x) if out is None else out
             mean = rstd = None
@@ -79,7 +77,8 @@ class Door:
             run(x, weight, bias, y, mean, rstd)
             return (y, mean, rstd) if stats else y
 
-        return call
+        direct = None if small is None else _direct(facts, compute, ordinary)
+        return direct or ordinary
 
     def differentiator(self, facts: Facts) -> Call:
         """Give ``call(dy, x, mean, rstd, weight)``: dx, dweight and dbias, None if not wanted."""
@@ -156,45 +155,67 @@ def _small(facts: Facts, compute: np.dtype[Any]) -> Call | None:
     None where it takes more than one table of short contiguous rows and one thread.
     """
     kind, N = facts.dtypes["x"], facts.N
-    dense = row_major_strides(facts.shape, ())
-    trailing = facts.axes == tuple(range(len(facts.shape)))[-len(facts.axes) :]
-    if not (trailing and 0 < facts.size < engine.ALONE and engine.available(kind)):
+    if not (0 < facts.size < engine.ALONE and engine.available(kind) and _dense(facts)):
         return None
-    if any(strides != dense for strides in facts.strides.values()):
-        return None
-    from cupynorm._cpu import jobs
     from cupynorm._cpu.forward import CHUNK
+    from cupynorm._cpu.small import small, small_with_stats
 
     if N > CHUNK:
         return None
-    do, none = jobs.small(kind), np.empty(0, compute)
+    do, none = (small_with_stats if facts.stats else small)(kind), np.empty(0, compute)
     limits = facts.eps, *engine.safe_range(compute.name, facts.eps)
-    table = None if len(facts.shape) == 2 and len(facts.axes) == 1 else (facts.size // N, N)
-    bits = np.dtype(np.uint16) if compute.itemsize > 2 and kind.endswith("16") else None
-    rows = [facts.dtypes.get(name, compute.name) == compute.name for name in ("weight", "bias")]
-    as_it_is = table is None and bits is None and all(rows) and not facts.stats
+    table, stored = (facts.size // N, N), _stored(kind)
 
-    def small(x: Any, w: Any, b: Any, y: Any, mean: Any, rstd: Any) -> bool:
-        w, b = none if w is None else w, none if b is None else b
-        if as_it_is:
-            return do(x, y, w, b, none, none, *limits)
-        if w.dtype != compute:
-            if facts.out and np.may_share_memory(w, y):  # of a copy the loops could not tell
-                return True
-            w = _affine(w, compute)
-        if b.dtype != compute:
-            if facts.out and np.may_share_memory(b, y):
-                return True
-            b = _affine(b, compute)
-        if bits is not None:
-            x, y = x.view(bits), y.view(bits)
-        if table is not None:
-            x, y, w, b = x.reshape(table), y.reshape(table), w.ravel(), b.ravel()
-        if mean is None:
-            return do(x, y, w, b, none, none, *limits)
-        return do(x, y, w, b, mean.ravel(), rstd.ravel(), *limits)
+    def on_arrays(x: Any, w: Any, b: Any, y: Any, *stats: Any) -> Any:
+        rows = []
+        for row in (w, b):
+            if row is not None and row.dtype != compute:
+                if facts.out and np.may_share_memory(row, y):  # of a copy loops could not tell
+                    return True
+                row = _affine(row, compute)
+            rows.append(none if row is None else row.reshape(-1))
+        told = [a.reshape(-1) for a in stats if a is not None]
+        tables = [a.reshape(table).view(stored) for a in (x, y)]
+        return do(*tables, *rows, *told, *limits)
 
-    return small
+    return on_arrays
+
+
+def _direct(facts: Facts, compute: np.dtype[Any], ordinary: Call) -> Call | None:
+    """The call with the least Python around the loops, where arrays are as `small` takes them."""
+    kind = facts.dtypes["x"]
+    rows = [facts.dtypes.get(name, compute.name) for name in ("weight", "bias")]
+    alike = kind == compute.name and rows == [kind, kind]
+    if facts.stats or not alike or len(facts.shape) != 2 or len(facts.axes) != 1:
+        return None
+    from cupynorm._cpu.small import small
+
+    do, none, empty, shape = small(kind), np.empty(0, compute), np.empty, facts.shape
+    eps, (low, high) = facts.eps, engine.safe_range(compute.name, facts.eps)
+
+    def direct(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Any:
+        y = empty(shape, compute) if out is None else out
+        w, b = none if weight is None else weight, none if bias is None else bias
+        try:
+            if not do(x, y, w, b, eps, low, high):
+                return y
+        except TypeError:  # as in `ordinary`
+            pass
+        return ordinary(x, weight, bias, out)
+
+    return direct
+
+
+def _dense(facts: Facts) -> bool:
+    """Whether all arrays are one C-ordered table of rows."""
+    dense, ndim = row_major_strides(facts.shape, ()), len(facts.shape)
+    trailing = facts.axes == tuple(range(ndim - len(facts.axes), ndim))
+    return trailing and all(strides == dense for strides in facts.strides.values())
+
+
+def _stored(kind: str) -> np.dtype[Any]:
+    """What compiled code sees in the memory of x."""
+    return np.dtype(np.uint16 if kind.endswith("16") else kind)
 
 
 def _address(a: Array | None) -> int:
@@ -340,18 +361,14 @@ def _sums_of_nothing(*arrays: Any) -> None:
 
 def _small_gradients(facts: Facts, problem: Problem, compute: np.dtype[Any]) -> Call | None:
     """As `_small`, of the backward."""
-    dense = row_major_strides(facts.shape, ())
-    trailing = facts.axes == tuple(range(len(facts.shape)))[-len(facts.axes) :]
     same = all(facts.dtypes.get(k, compute.name) == compute.name for k in ("dweight", "dbias"))
-    if not (trailing and same and facts.size < engine.ALONE and problem.N <= engine.LONGEST):
+    if not (same and _dense(facts) and facts.size < engine.ALONE and problem.N <= engine.LONGEST):
         return None
-    if any(strides != dense for strides in facts.strides.values()):
-        return None
-    from cupynorm._cpu import jobs
+    from cupynorm._cpu.small import small_gradients
 
     record, plan = engine.gradient_record(problem)
-    do, table = jobs.small_gradients(facts.dtypes["x"]), (problem.M, problem.N)
-    stored = np.dtype(np.uint16) if facts.dtypes["x"].endswith("16") else compute
+    kind, table = facts.dtypes["x"], (problem.M, problem.N)
+    do, stored = small_gradients(kind), _stored(kind)
     none, row = np.empty((0, 0), stored), np.empty(0, compute)
 
     def small(*arrays: Any, record: Any = record) -> None:
