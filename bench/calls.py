@@ -1,10 +1,10 @@
 """What a small call costs in Python: time, byte codes, and machine instructions against budgets.
 
-    python -m bench.calls [--seconds 5] [--to bench/results]      # on arrays, tensors, and a stand-in
-    python -m bench.calls --instructions [--update]               # by valgrind: `make instructions`
+    python -m bench.calls [--seconds 5] [--to bench/results]    # arrays, tensors, and a stand-in
+    python -m bench.calls --instructions [--update]             # by valgrind: `make instructions`
 
-float32 8x64 with weight and bias. For CuPy arrays there is no GPU here, and a launch only counts, so
-that the Python of a call is timed. Instructions are those of CuPy calls, and of NumPy calls with
+float32 8x64 with weight and bias. For CuPy arrays there is no GPU here, and a launch only counts,
+so that the Python of a call is timed. Instructions are those of CuPy calls, and of NumPy calls with
 nothing in place of the compiled loops (numba under valgrind takes minutes to start). They depend on
 the Python, on NumPy and on the C library: bench/budgets.json holds those of one machine.
 """
@@ -22,8 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -33,13 +32,13 @@ import numpy as np
 import cupynorm as cn
 from bench.cases import EPS, FWD, Case
 from bench.check import Given, limit
-from bench.clock import spread
-from bench.contender import Unavailable, refuse
-from bench.data import make_inputs
-from bench.device import captured
+from bench.clock import Batch, host_batch, host_rounds, host_turn, interleave
+from bench.contender import Builder, Contender
+from bench.device import Gpu, captured
 from bench.machine import ROOT, THREADS, describe, threads
-from bench.peers import empty_kernel, tensors
-from bench.table import Table, about, write
+from bench.peers import contenders, empty_kernel
+from bench.sweep import sweep
+from bench.table import Table, write
 
 M, N = 8, 64
 COUNT = 300  # calls of one sample: few enough for a launch queue, which would make the host wait
@@ -69,18 +68,6 @@ def hosts() -> list[np.ndarray]:
     return [rng.standard_normal(s, np.float32) for s in ((M, N), N, N, (M, N))]
 
 
-def interleaved(calls: dict[Any, Callable[[], Any]], seconds: float) -> dict[Any, Any]:
-    """Times of each call; they take turns."""
-    samples: dict[Any, list[float]] = {key: [] for key in calls}
-    for call in calls.values():
-        timeit.timeit(call, number=COUNT)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end or len(next(iter(samples.values()))) < 5:
-        for key, call in calls.items():
-            samples[key].append(timeit.timeit(call, number=COUNT) / COUNT)
-    return {key: spread(values) for key, values in samples.items()}
-
-
 def cpu_calls() -> dict[tuple[str, str], Callable[[], Any]]:
     """By library and call; refused if any is wrong."""
     import torch
@@ -98,7 +85,7 @@ def cpu_calls() -> dict[tuple[str, str], Callable[[], Any]]:
     return found
 
 
-# -- counts that no other load moves ----------------------------------------------------------------
+# -- counts that no other load moves --------------------------------------------------------------
 
 
 def opcodes(call: Callable[[], Any], warm: int = 3) -> int:
@@ -268,90 +255,67 @@ FIRST = (
 )
 
 
-def on_gpu(device: Any, table: Table) -> str:
-    """Add rows for small shapes; a sentence on the result."""
-    said = []
-    for shape in ((8, 64), (512, 768)):
-        case = Case(FWD, "python", "float32", shape)
-        inputs, timed, rows = make_inputs(device, case), {}, {}
-        for name, build in _gpu_calls(device, inputs).items():
-            rows[name] = about(case) | {"op": "python_call", "peer": name, "method": "host"}
-            try:
-                call, y = build()
-                device.synchronize()
-                error, most = inputs.judge(0, (y,), True, EPS) if y is not None else (0.0, 0.0)
-                rows[name] |= {"status": "ok" if error <= most else "wrong", "error": error}
-                if error <= most:
-                    timed[name] = call
-            except Unavailable as reason:
-                rows[name] |= {"status": "skipped", "note": str(reason)}
-        times = _host_times(device, timed)
-        for name, t in times.items():
-            rows[name] |= {"median_us": t.median, "p10_us": t.p10, "p90_us": t.p90}
-            rows[name] |= {"best_us": t.best, "rounds": t.rounds}
-            rows[name]["ratio_to_peer"] = times["cupynorm"].median / t.median
-        table.add(rows.values())
-        said.append(f"{case.label}: " + ", ".join(f"{n} {t.median:.1f}" for n, t in times.items()))
-    return "simulated" if device.simulated else "us of the host, " + "; ".join(said)
+class HostClock(Gpu):
+    """Times what the host does in a loop of calls that the launch queue holds."""
 
+    def batch(self, contender: Contender, inputs: Any) -> Batch:
+        batch = host_batch(lambda: contender.call(0), contender.scope)
+        count = 1 if self.simulated else COUNT
 
-def _host_times(device: Any, timed: Calls) -> dict[str, Any]:
-    samples: dict[str, list[float]] = {name: [] for name in timed}
-    count, rounds = (1, 1) if device.simulated else (COUNT, ROUNDS)
-    for _ in range(rounds):
-        for name, call in timed.items():
-            device.synchronize()  # the queue is empty at the start of each sample
-            samples[name].append(timeit.timeit(call, number=count) / count)
-    return {name: spread(values) for name, values in samples.items()}
+        def replay() -> None:
+            with contender.scope():
+                for _ in range(count):
+                    contender.call(0)
 
+        def left() -> dict[int, Any]:
+            inputs.poison()
+            made = {0: contender.call(0)}
+            self.synchronize()
+            return made
 
-def _gpu_calls(device: Any, inputs: Any) -> dict[str, Callable[[], tuple[Callable[[], Any], Any]]]:
-    """Each gives a function to time and the y that it leaves (None: nothing to check)."""
-    x, y, w, b, n = inputs.x[0], inputs.y[0], inputs.weight, inputs.bias, inputs.case.N
+        batch.replay, batch.calls, batch.method, batch.left = replay, count, "host", left
+        return batch
 
-    def with_out() -> Any:
-        return cn.layer_norm(x, n, w, b, EPS, out=y)
-
-    def prepared() -> Any:
-        f = cn.prepare(x, n, w, b, EPS)
-        return lambda: f(x, out=y), f(x, out=y)
-
-    def replayed() -> Any:
-        with_out()  # compiled before the capture
-        batch = captured(device, with_out, 1)
+    def turn(self, batch: Batch) -> float:
+        self.synchronize()  # the queue is empty at the start of each sample
+        begin = time.perf_counter()
         batch.replay()
-        return batch.replay, y
+        took = time.perf_counter() - begin
+        self.synchronize()
+        return took
 
-    def of_torch(name: str) -> Any:
-        if device.simulated:
-            refuse("torch cannot see simulated memory")
-        import torch
-
-        tx, tw, tb = (tensors.as_torch(torch, a) for a in (x, w, b))
-        if name == "prepared on tensors":
-            f, ty = cn.prepare(tx, n, tw, tb, EPS), torch.empty_like(tx)
-            call = lambda: f(tx, out=ty)  # noqa: E731
-        else:
-            function = tensors.FUNCTIONS["layer_norm"][name](torch, n)
-            call = lambda: function(tx, tw, tb)  # noqa: E731
-        made = call()
-        torch.cuda.synchronize()
-        return call, tensors.from_torch(device, made)
-
-    without = lambda: cn.layer_norm(x, n, w, b, EPS)  # noqa: E731
-    launch = empty_kernel(device)
-    on_tensors = ("prepared on tensors", *tensors.FUNCTIONS["layer_norm"])
-    return {
-        "cupynorm": lambda: (without, without()),
-        "cupynorm out=": lambda: (with_out, with_out()),
-        "cupynorm prepared out=": prepared,
-        "cupynorm graph replay": replayed,
-        **{name: lambda name=name: of_torch(name) for name in on_tensors if "compile" not in name},
-        "RawKernel launch": lambda: (lambda: launch(0), None),
-    }
+    def rounds(self, once: float, share: float) -> int:
+        return 1 if self.simulated else ROUNDS
 
 
-def first_call(device: Any, table: Table) -> str:
+def on_gpu(device: Gpu, table: Table, peers: Sequence[str]) -> str:
+    """Add rows of small shapes, in the group `python`; a sentence on the result."""
+    clock, before = HostClock(device.lib, device.time_left(), device.simulated), len(table.rows)
+    clock.stream = device.lib.cuda.Stream.null
+
+    def builders(inputs: Any) -> list[Builder]:
+        x, n, affine = inputs.x[0], inputs.case.N, (inputs.weight, inputs.bias)
+        f, empty, y = cn.prepare(x, n, *affine, EPS), empty_kernel(device), inputs.y[0]
+
+        def replayed() -> Contender:
+            batch = captured(device, lambda: f(x, out=y), 1)
+            return Contender(lambda i: batch.replay() or y, ours=True)
+
+        chosen = [p for p in peers if "compile" not in p and not p.startswith(("copy", "formula"))]
+        return [
+            *contenders(inputs, chosen),
+            ("cupynorm prepared out=", lambda: Contender(lambda i: f(x, out=y), ours=True)),
+            ("cupynorm graph replay", replayed),
+            ("RawKernel launch", lambda: Contender(empty, arrived=lambda i, made: True)),
+        ]
+
+    cases = [Case(FWD, "python", "float32", shape) for shape in ((M, N), (512, 768))]
+    sweep(clock, table, cases, builders)
+    timed = [r for r in table.rows[before:] if r["group"] == "python" and r["median_us"] != ""]
+    return ", ".join(f"{r['shape']} {r['peer']} {r['median_us']} us" for r in timed) or "simulated"
+
+
+def first_call(device: Gpu, table: Table) -> str:
     """Time a fresh process's first call: without and with CuPy's disk cache."""
     if device.simulated:
         return "simulated"
@@ -389,7 +353,8 @@ def main(argv: list[str] | None = None) -> int:
     with counting_cupy() as cupy:
         arrays = map(cupy.from_numpy, hosts())
         calls |= {("CuPy", k): call for k, call in ways(*arrays).items()}
-        times = interleaved(calls, given.seconds)
+        batches = {key: host_batch(call) for key, call in calls.items()}
+        times = interleave(batches, host_turn, host_rounds, given.seconds)
         counts = {key: opcodes(call) for key, call in calls.items()}
     rows, torchs = [], times["torch", "torch"]
     for (library, call), t in times.items():

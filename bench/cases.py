@@ -1,6 +1,7 @@
 """What is measured: ops, and their cases in the order of measurement. A new op is a row of OPS."""
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ OPS = {
 class Case:
     """One problem that every contender solves.
 
-    Layouts: C; offset, whose base is one element off; pitch, whose rows are 16 bytes apart; F-C, F-F
-    and C-F, where x and y lie by column (F) or by row; NCHW; columns, each an array of its own.
+    Layouts: C; offset, whose base is one element off; pitch, whose rows are 16 bytes apart; F-C,
+    F-F and C-F, where x and y lie by column (F) or by row; NCHW; columns, each an array.
     """
 
     op: str
@@ -45,25 +46,11 @@ class Case:
     layout: str = "C"
     weight_dtype: str | None = "same"  # "same": x's; None: neither weight nor bias
 
-    @property
-    def N(self) -> int:
-        return self.shape[self.axis]
-
-    @property
-    def M(self) -> int:
-        return math.prod(self.shape) // self.N
-
-    @property
-    def direction(self) -> str:
-        return OPS[self.op].direction
-
-    @property
-    def label(self) -> str:
-        return "x".join(map(str, self.shape))
-
-    @property
-    def itemsize(self) -> int:
-        return ITEMSIZE[self.dtype]
+    N = property(lambda self: self.shape[self.axis])
+    M = property(lambda self: math.prod(self.shape) // self.N)
+    direction = property(lambda self: OPS[self.op].direction)
+    label = property(lambda self: "x".join(map(str, self.shape)))
+    itemsize = property(lambda self: ITEMSIZE[self.dtype])
 
     @property
     def affine_dtype(self) -> str | None:
@@ -104,19 +91,17 @@ SHAPES = ((8, 768), (512, 768), (4096, 768), (16384, 1024), (4096, 4096), (1024,
 SWEEP = 2**23  # elements: x and y are 64 MiB of float32, beyond a usual last-level cache
 
 
-def _of(
-    group: str, shapes: Iterable[tuple[int, ...]], ops: Iterable[str], *dtypes: str, **about: Any
-):
-    chosen = dtypes or ("float32",)
-    return [Case(op, group, d, s, **about) for d in chosen for s in shapes for op in ops]
+def _of(group: str, shapes: Iterable[Any], ops: Iterable[str], *dtypes: str, **about: Any) -> Any:
+    every = itertools.product(dtypes or ("float32",), shapes, ops)
+    return [Case(op, group, dtype, shape, **about) for dtype, shape, op in every]
 
 
 def _layouts() -> list[Case]:
     """Column-major matrices, as frames hand them over, and channels-first images."""
-    made = []
-    for shape in ((200000, 64), (20000, 500)):
-        made += _of("layouts", (shape,), (FWD, BWD), layout="F-F")
-        made += _of("layouts", (shape,), (FWD,), layout="F-C")
+    shapes = ((200000, 64), (20000, 500))
+    made = _of("layouts", shapes, (FWD, BWD), layout="F-F") + _of(
+        "layouts", shapes, (FWD,), layout="F-C"
+    )
     return made + _of("layouts", ((32, 96, 56, 56),), (FWD, BWD), axis=1, layout="NCHW")
 
 
@@ -125,7 +110,6 @@ GROUPS = {
     "small": lambda: _of("small", ((1, 8), (8, 64), (32, 256)), (FWD, BOTH)),
     "layouts": _layouts,
     "columns": lambda: _of("columns", ((SWEEP // 4**k, 4**k) for k in range(2, 11)), (FWD,)),
-    "rows": lambda: _of("rows", ((4**k, 1024) for k in range(8)), (FWD,)),
     "dtypes": lambda: _of("dtypes", ((512, 768), (4096, 4096)), (FWD, BOTH), "float16", "bfloat16",
                           "float64"),
     "odd": lambda: _of("odd", ((4096, 767), (16381, 1023), (2000, 5001)), (FWD, BOTH)),
@@ -143,8 +127,6 @@ def cpu_cases(groups: Iterable[str]) -> list[Case]:
 
 GB, MB = 10**9, 10**6
 BIG, SMALL, FEW, LAYOUT, LAYOUTS = "1GB", "33MB", "few rows", "layout", "layouts"
-POWERS = tuple(2**k for k in (*range(6, 19), 20))
-ODD = (255, 768, 1000, 1023, 4095, 5001, 32767)  # 768 is a model's width; the others break vectors
 COLUMN_LAYOUTS = ("F-C", "F-F", "C-F", "columns")
 # Channels and pixels of ConvNeXt-T's stages at 224 x 224.
 IMAGES = ((96, 56, 56), (192, 28, 28), (384, 14, 14), (768, 7, 7))
@@ -210,34 +192,6 @@ def _strided() -> list[Case]:
     return [*cases, _columns("F-F", "bfloat16", 64, odd=True)]
 
 
-def _every_row(*ops: str) -> list[Case]:
-    columns, halves = sorted(POWERS + ODD), ("bfloat16", "float32", "float16")
-    cases = [
-        sized(op, d, N, g) for op in ops for d in halves for N in columns for g in (BIG, SMALL)
-    ]
-    cases += [sized(op, "float64", N) for op in ops for N in columns]
-    cases += [
-        sized(ops[0], d, N * 2**20, FEW, M, weight_dtype=w)
-        for d in ("bfloat16", "float32")[: 3 - len(ops)]
-        for M in (1, 2, 4, 8)
-        for N in (1, 4, 16, 64)
-        for w in ("same", None)
-    ]
-    ways = ({"layout": "offset"}, {"layout": "pitch"}, {"weight_dtype": None},
-            {"weight_dtype": "float32"})  # fmt: skip
-    lengths = (1000, 1024, 4096, 5001, 16384)
-    return cases + [sized(ops[0], d, N, LAYOUT, **w) for d in halves for N in lengths for w in ways]
-
-
-def _every_layout() -> list[Case]:
-    cases, lengths = [], (8, 13, 16, 31, 64, 65, 100, 200, 333, 500, 777, 900)
-    for d in ("float32", "bfloat16", "float64"):
-        cases += [_columns(way, d, N) for N in lengths for way in COLUMN_LAYOUTS]
-        cases += [_columns(w, d, N, odd=True) for N in (13, 64, 777) for w in COLUMN_LAYOUTS[:3]]
-        cases += [_columns("F-C", d, N, weight_dtype=None) for N in (16, 500)]
-    return cases + _images("float32", "float16")
-
-
 # For the simulated device: a warp, an offset base, a pitch without weight, a cluster, each layout.
 TINY = {
     "forward": [Case(FWD, BIG, "float32", (5, 32)), Case(FWD, FEW, "float32", (1, 33001)),
@@ -250,15 +204,8 @@ TINY = {
                 Case(FWD, LAYOUTS, "float32", (2, 5, 3, 4), 1, "NCHW", None)],
 }  # fmt: skip
 QUICK = {"forward": _forward, "backward": _backward, "layouts": _strided}
-REST = {
-    "forward": lambda: _every_row(FWD),
-    "backward": lambda: _every_row(BWD, BOTH),
-    "layouts": _every_layout,
-}
 
 
-def gpu_cases(step: str, size: str = "quick") -> list[Case]:
-    """Cases of a step: tiny, quick, or full, which are the quick ones and then every other point."""
-    if size == "tiny":
-        return TINY[step]
-    return list(dict.fromkeys([*QUICK[step](), *(REST[step]() if size == "full" else ())]))
+def gpu_cases(step: str, tiny: bool = False) -> list[Case]:
+    """Cases of a step."""
+    return TINY[step] if tiny else QUICK[step]()

@@ -129,8 +129,8 @@ class Given:
     def error_of_total(self, total: Any, k: int) -> float:
         """Of dweight (k = 0) or dbias (1).
 
-        In units of epsilon(its dtype) * max(|expected|, root of the sum of the squared terms), which
-        is what a sum of random terms comes to, plus epsilon of the accumulator * the terms' sizes.
+        In units of epsilon(its dtype) * max(|expected|, root of the sum of the squared terms),
+        which is what a sum of random terms comes to, plus epsilon of the accumulator * the sizes.
         """
         xp, (exact, squares, sizes) = self.xp, self.sums[k]
         wide = EPSILON["float64" if str(self.x.dtype) == "float64" else "float32"]

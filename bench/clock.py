@@ -1,5 +1,6 @@
 """Times contenders in interleaved turns: each round gives every one of them one."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -103,16 +104,18 @@ def host_rounds(once: float, share: float) -> int:
     return max(fewest, min(MOST, int(share / (2 * PAUSE + 2 * once))))
 
 
-def host_batch(call: Callable[[], Any]) -> Batch:
-    """A turn of as many calls as take TURN; no result outlives the next call."""
-    call()
-    begin = time.perf_counter()
-    call()
+def host_batch(call: Callable[[], Any], scope: Callable[[], Any] = contextlib.nullcontext) -> Batch:
+    """A turn of as many calls as take TURN, within a scope; no result outlives the next call."""
+    with scope():
+        call()
+        begin = time.perf_counter()
+        call()
     once = time.perf_counter() - begin + 1e-9
     repeat = max(1, min(MOST_CALLS, math.ceil(TURN / once)))
 
     def replay() -> None:
-        for _ in range(repeat):
-            call()
+        with scope():
+            for _ in range(repeat):
+                call()
 
     return Batch(replay, repeat, "calls")

@@ -69,13 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [c for c in cpu_cases(given.groups) if c.direction in given.ops]
     cases = [c for c in cases if c.dtype in given.dtypes]
     say(sweep(device, made, cases, lambda inputs: contenders(inputs, given.peers), given.seconds))
-    lines, fixed = table.summary(made.rows), table.fixed_cost(made.rows)
-    print("\n".join(filter(None, [table.text(lines), fixed])))
+    text = table.markdown(table.summary(made.rows))
+    print(text)
     if path:
         page = path.with_suffix(".md")
         said = ", ".join(f"{k} {v}" for k, v in host.items() if v)
-        parts = [f"# Summary of `{path.name}`", f"{said}.", fixed, table.markdown(lines)]
-        page.write_text("\n\n".join(filter(None, parts)), encoding="utf-8")
+        page.write_text(f"# Summary of `{path.name}`\n\n{said}.\n\n{text}", encoding="utf-8")
         print(path, page, *(draw(read(path), given.out) if given.plots else ()), sep="\n")
     wrong = [r for r in table.faults(made.rows) if r["status"] == "wrong"]
     return int(bool(wrong))

@@ -46,12 +46,6 @@ Calls = dict[str, Callable[[], Any]]
 Spent = tuple[float, float]  # seconds by the clock and of the processor
 
 
-def cases(mb: float, blocks: int) -> dict[str, tuple[Grid, Grid]]:  # name: block shape, grid
-    block = (round(mb * 1e6 / 4 / COLS), COLS)
-    rows, split = (block, (blocks, 1)), (block, (1, blocks))
-    return {"whole rows": rows, "split rows": split, "tiny blocks": ((1, 64), (1000, 1))}
-
-
 def source(block: Grid, grid: Grid) -> da.Array:
     """x whose blocks are made where they are wanted."""
 
@@ -112,8 +106,7 @@ def contenders(block: Grid, grid: Grid, clusters: dict[str, Any]) -> Calls:
 def computed(client: Any, x: da.Array) -> da.Array:
     """x in the memory of the client's workers, when it is there."""
     with client.as_current():
-        there = client.persist(x)
-        distributed.wait(there)
+        distributed.wait(there := client.persist(x))
         return there
 
 
@@ -177,19 +170,6 @@ def rows_of(
         yield {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
 
 
-@contextlib.contextmanager
-def workers(count: int) -> Iterator[Any]:
-    """Worker processes of one thread each."""
-    about = {"threads_per_worker": 1, "processes": True, "memory_limit": 0}
-    with (
-        distributed.LocalCluster(
-            n_workers=count, dashboard_address="127.0.0.1:0", **about
-        ) as cluster,
-        distributed.Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.dask", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -201,15 +181,22 @@ def main(argv: list[str] | None = None) -> int:
     os.environ[THREADS] = "1"
     host = describe() | {"dask": dask.__version__, "distributed": distributed.__version__}
     found: list[dict[str, Any]] = []
-    with workers(1) as one, workers(2) as two:
-        clusters = {"cluster, 1 worker": one, "cluster, 2 workers": two}
-        every = list(cases(given.mb, given.blocks).items())
-        for case, (block, grid) in progress(every, "bench.dask"):
+    with contextlib.ExitStack() as stack:
+        clusters = {}
+        for count in (1, 2):  # worker processes of one thread each
+            about = {"threads_per_worker": 1, "processes": True, "memory_limit": 0}
+            about |= {"n_workers": count, "dashboard_address": "127.0.0.1:0"}
+            cluster = stack.enter_context(distributed.LocalCluster(**about))
+            client = distributed.Client(cluster, set_as_default=False)
+            clusters[f"cluster, {count} worker"] = stack.enter_context(client)
+        block, count = (round(given.mb * 1e6 / 4 / COLS), COLS), given.blocks
+        every = [("whole rows", block, (count, 1)), ("split rows", block, (1, count)),
+                 ("tiny blocks", (1, 64), (1000, 1))]  # fmt: skip
+        for case, block, grid in progress(every, "bench.dask"):
             times = measure(contenders(block, grid, clusters), given.rounds)
             for row in rows_of(case, block, grid, times):
                 found.append(row | host)
-                say(f"{case:12}{row['contender']:24}{row['ms']:9.2f} ms, {row['over loop']:.3f} loops; "
-                    f"processor {row['cpu ms']:.2f} ms, {row['cpu over loop']:.3f} loops")  # fmt: skip
+                say(", ".join(f"{k} {v}" for k, v in row.items() if k not in ("bytes", "load")))
     if given.to:
         print(write(found, given.to, "dask-overhead"))
     return 0

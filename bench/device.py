@@ -27,6 +27,7 @@ class Device:
 
     kind = "cpu"
     simulated = False
+    fresh = True  # results are memory that was not there before; a graph's own pool was
     lib: Any = np  # whose arrays are normalized
     xp: Any = np  # in which the check computes
 
@@ -71,20 +72,13 @@ class Device:
     def batch(self, contender: Contender, inputs: Any) -> Batch:
         """A turn of a contender."""
 
-        def scoped(run: Callable[[], Any]) -> Callable[[], Any]:
-            def call() -> Any:
-                with contender.scope():
-                    return run()
-
-            return call
-
         def left() -> dict[int, Any]:
             inputs.poison()
-            return {0: scoped(lambda: contender.call(0))()}
+            with contender.scope():
+                return {0: contender.call(0)}
 
-        with contender.scope():
-            batch = host_batch(lambda: contender.call(0))
-        batch.replay, batch.left = scoped(batch.replay), left
+        batch = host_batch(lambda: contender.call(0), contender.scope)
+        batch.left = left
         return batch
 
     def turn(self, batch: Batch) -> float:
@@ -99,7 +93,7 @@ class Device:
 class Gpu(Device):
     """A CUDA GPU through CuPy; calls are captured in graphs and timed between events."""
 
-    kind = "cuda"
+    kind, fresh = "cuda", False
 
     def __init__(self, cupy: Any, seconds: float = math.inf, simulated: bool = False) -> None:
         super().__init__(seconds)
@@ -203,9 +197,8 @@ def launched(device: Any, body: Callable[[], None], calls: int) -> Batch:
         with device.stream:
             body()
 
-    body_ran = Batch(replay, calls, "launches")
     replay()  # so that there are results to look at
-    return body_ran
+    return Batch(replay, calls, "launches")
 
 
 def blocking(device: Any, body: Callable[[], None], calls: int) -> Batch:
@@ -237,76 +230,22 @@ def ahead(device: Device, calls: Iterable[Callable[[], Any]]) -> None:
 SECONDS_PER_LAUNCH = 1e-5
 
 
-class _Recorder:
-    """Holds launches back while a stream captures."""
-
-    def __init__(self, launch: Callable[..., None]) -> None:
-        self.launch = launch
-        self.captured: list[Callable[[], None]] | None = None
-
-    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> None:
-        if self.captured is None:
-            self.launch(function, *args, **kwargs)
-        else:
-            self.captured.append(lambda: self.launch(function, *args, **kwargs))
-
-
 class _Graph:
-    def __init__(self, launches: list[Callable[[], None]]) -> None:
-        self.launches = launches
+    """Launches that a stream captured: they run when the graph does, as on a GPU."""
+
+    def __init__(self) -> None:
+        self.launches: list[Callable[[], None]] = []
 
     def launch(self, stream: Any = None) -> None:
         for launch in self.launches:
             launch()
 
 
-class _Pool:
+class _Pool(list):
     """Keeps what was allocated through it alive, as CuPy's pool keeps device memory."""
-
-    def __init__(self) -> None:
-        self.blocks: list[Any] = []
 
     def malloc(self, nbytes: int) -> Any:
         raise NotImplementedError
-
-
-def _add_time(cupy: Any, recorder: _Recorder) -> None:
-    """Events whose time is the number of launches before them; graphs that run when replayed."""
-    sim = cupy.simulator
-
-    class Event:
-        def record(self, stream: Any = None) -> None:
-            self.launches = len(sim.launches)
-
-        def synchronize(self) -> None:
-            """Launches have ended when they return."""
-
-    def begin_capture(stream: Any, mode: Any = None) -> None:
-        recorder.captured = []
-
-    def end_capture(stream: Any) -> _Graph:
-        launches, recorder.captured = recorder.captured, None
-        return _Graph(launches or [])
-
-    @contextlib.contextmanager
-    def using_allocator(malloc: Any) -> Iterator[None]:
-        plain = sim.alloc
-
-        def alloc(*args: Any, **kwargs: Any) -> Any:
-            malloc.__self__.blocks.append(plain(*args, **kwargs))
-            return malloc.__self__.blocks[-1]
-
-        sim.alloc = alloc
-        try:
-            yield
-        finally:
-            del sim.alloc
-
-    cuda = cupy.cuda
-    cuda.Event, cuda.MemoryPool, cuda.using_allocator = Event, _Pool, using_allocator
-    cuda.Stream.begin_capture, cuda.Stream.end_capture = begin_capture, end_capture
-    cuda.get_elapsed_time = lambda a, b: 1e3 * SECONDS_PER_LAUNCH * max(1, b.launches - a.launches)
-    cuda.set_allocator = lambda allocator=None: None
 
 
 @contextlib.contextmanager
@@ -315,11 +254,45 @@ def simulated_cupy() -> Iterator[Any]:
     from tests.simt import cupy_stand_in
     from tests.simt.simulated_kernel import Function
 
-    launch = Function.__call__
     with cupy_stand_in.simulated_cupy(reload=("cupynorm._cuda.arrays",), count=False) as cupy:
-        recorder = _Recorder(launch)
-        _add_time(cupy, recorder)
-        Function.__call__ = lambda self, *args, **kwargs: recorder(self, *args, **kwargs)
+        sim, cuda, launch = cupy.simulator, cupy.cuda, Function.__call__
+        capturing: list[_Graph] = []
+
+        def call(function: Any, *args: Any, **kwargs: Any) -> None:
+            if capturing:
+                capturing[0].launches.append(lambda: launch(function, *args, **kwargs))
+            else:
+                launch(function, *args, **kwargs)
+
+        class Event:
+            """Its time is the number of launches before it."""
+
+            def record(self, stream: Any = None) -> None:
+                self.launches = len(sim.launches)
+
+            def synchronize(self) -> None:
+                """Launches have ended when they return."""
+
+        @contextlib.contextmanager
+        def using_allocator(malloc: Any) -> Iterator[None]:
+            plain = sim.alloc
+
+            def alloc(*args: Any, **kwargs: Any) -> Any:
+                malloc.__self__.append(plain(*args, **kwargs))
+                return malloc.__self__[-1]
+
+            sim.alloc = alloc
+            try:
+                yield
+            finally:
+                del sim.alloc
+
+        cuda.Event, cuda.MemoryPool, cuda.using_allocator = Event, _Pool, using_allocator
+        cuda.Stream.begin_capture = lambda stream, mode=None: capturing.append(_Graph())
+        cuda.Stream.end_capture = lambda stream: capturing.pop()
+        elapsed = lambda a, b: 1e3 * SECONDS_PER_LAUNCH * max(1, b.launches - a.launches)  # noqa: E731
+        cuda.get_elapsed_time, cuda.set_allocator = elapsed, lambda allocator=None: None
+        Function.__call__ = call
         try:
             yield cupy
         finally:

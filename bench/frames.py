@@ -28,13 +28,13 @@ import pandas as pd
 import pyarrow as pa
 
 import cupynorm as cn
-from cupynorm import frames
 from bench.cases import EPS
 from bench.check import Given, limit
 from bench.clock import host_batch, host_rounds, host_turn, interleave
 from bench.machine import ROOT, describe, threads, version
 from bench.sweep import progress, say
 from bench.table import write
+from cupynorm import frames
 
 N = 100
 KINDS = ("float32", "float64", "int64", "int8", "bool")
@@ -95,7 +95,7 @@ def contenders(name: str, df: pd.DataFrame) -> tuple[dict[str, Callable[[], Any]
 
 
 def check(calls: dict[str, Callable[[], Any]], df: pd.DataFrame, dtype: Any) -> None:
-    """Refuse to time what is wrong: the first rows against float64; a missing value spoils its row."""
+    """Refuse to time what is wrong: rows against float64; a missing value spoils its row."""
     x = df.iloc[:64].to_numpy(dtype=np.float64, na_value=np.nan).astype(dtype)
     spoilt = np.isnan(x).any(axis=1)
     for name, call in calls.items():

@@ -3,7 +3,7 @@
     python -m bench.gpu --out folder                    tests, sanitizer, benchmarks, plots
     python -m bench.gpu --only backward --out folder    one step, with all of the time
     python -m bench.gpu --only tune --out folder        candidates for each row of the plan tables
-    python -m bench.gpu --simulate --out folder         the same logic without a GPU, and without a time
+    python -m bench.gpu --simulate --out folder         the same logic without a GPU and a time
 
 Nothing that is missing ends the run: summary.md says what each step did. Exit status 1 if a check
 failed or nothing was done, 2 if there was nothing to run on.
@@ -34,6 +34,7 @@ from bench.data import make_inputs
 from bench.device import Gpu, ahead, simulated_cupy
 from bench.machine import ROOT, describe
 from bench.peers import contenders, names, ours
+from bench.plots import draw, read
 from bench.sweep import sweep
 from bench.table import Table, claims, faults, markdown, summary
 
@@ -44,6 +45,8 @@ SHARES = {"tests": 0.3, "sanitize": 0.15, "calls": 0.03, "forward": 0.17, "backw
 STEPS = (*SHARES, "tune")  # the last only where it is asked for
 SECONDS = 560.0  # of a run: a machine that is lent for ten minutes leaves a little for its start
 TEST_NEEDS = ("pytest", "hypothesis", "ml_dtypes")
+TEST_OPTIONS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o",
+                "addopts=--strict-markers --import-mode=importlib")  # fmt: skip
 PROCESSES = 8  # that the tests are spread over: most of their time is compilation
 TOOLS = ("memcheck", "racecheck", "initcheck")
 NO_DEVICE = ("Device not supported", "Unable to find", "No CUDA-capable device")
@@ -79,35 +82,22 @@ def _last_line(text: str) -> str:
 def run_tests(
     log: Path, seconds: float, files: Sequence[str] = (), processes: int = PROCESSES
 ) -> Outcome:
-    """Run the marked tests, whose bodies are the simulator's, through `RawKernel`; files by turns."""
+    """Run the marked tests, whose bodies are the simulator's, through `RawKernel`."""
     if missing := [name for name in TEST_NEEDS if importlib.util.find_spec(name) is None]:
         return "skipped", f"not installed: {', '.join(missing)}"
     every = files or sorted(map(str, (ROOT / "tests").rglob("test_*.py")))
     processes = min(processes, len(every), os.cpu_count() or 1)
-    options = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=--strict-markers --import-mode=importlib",
-    ]
-    marked = [] if files else ["-m", "gpu"]
-    commands = [
-        [sys.executable, "-m", "pytest", *options, *marked, *every[k::processes]]
-        for k in range(processes)
-    ]
+    command = [sys.executable, *TEST_OPTIONS, *([] if files else ["-m", "gpu"])]
     with ThreadPoolExecutor(processes) as pool:
-        done = list(pool.map(lambda command: logged(command, log, seconds), commands))
+        parts = [[*command, *every[k::processes]] for k in range(processes)]
+        done = list(pool.map(lambda part: logged(part, log, seconds), parts))
     counts = {"passed": 0, "failed": 0, "error": 0, "skipped": 0}
     for _, text in done:
         for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", _last_line(text)):
             counts[word] += int(number)
     told = ", ".join(f"{n} {word}" for word, n in counts.items() if n)
     if late := sum(code is None for code, _ in done):
-        return (
-            "failed",
-            f"{late} of {processes} processes out of time after {seconds:.0f} s; {told}",
-        )
+        return "failed", f"{late} of {processes} processes out of time ({seconds:.0f} s); {told}"
     if not counts["passed"]:
         return "failed", f"no test passed, so nothing was proven: {told or _last_line(done[0][1])}"
     bad = any(code not in (0, 5) for code, _ in done)  # 5: a process had no test of the mark
@@ -118,17 +108,15 @@ def run_short_set(log: Path, seconds: float, simulate: bool = False) -> Outcome:
     """Run `bench.sanitize` alone: each family, checked; it needs no pytest, and compiles ahead."""
     command = [sys.executable, "-m", "bench.sanitize", *(["--simulate"] if simulate else [])]
     code, text = logged(command, log, seconds)
-    return ("ok" if code == 0 else "failed"), _last_line(
-        text
-    ) if code is not None else "out of time"
+    said = "out of time" if code is None else _last_line(text)
+    return ("ok" if code == 0 else "failed"), said
 
 
 def run_sanitizer(tool: str, log: Path, seconds: float) -> Outcome:
     """Run `bench.sanitize` under compute-sanitizer."""
-    path = shutil.which("compute-sanitizer")
-    if path is None and (nvcc := shutil.which("nvcc")):
-        beside = Path(nvcc).resolve().parent / "compute-sanitizer"
-        path = str(beside) if beside.exists() else None
+    beside = str(Path(shutil.which("nvcc") or "nvcc").resolve().parent)  # where CUDA's toolkit is
+    places = os.pathsep.join((os.environ.get("PATH", ""), beside))
+    path = shutil.which("compute-sanitizer", path=places)
     if path is None:
         return "skipped", "compute-sanitizer is not on the PATH"
     options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
@@ -173,104 +161,91 @@ class Run:
         except Exception as error:
             traceback.print_exc()
             status, sentence = "failed", f"{type(error).__name__}: {error}"
-        sentence = f"{sentence} ({time.monotonic() - begin:.0f} s)"
-        self.outcomes.append((name, status, sentence))
-        print(f"{name}: {status}: {sentence}", flush=True)
+        self.outcomes.append((name, status, f"{sentence} ({time.monotonic() - begin:.0f} s)"))
+        print(": ".join(self.outcomes[-1]), flush=True)
         self.write_summary()
 
     def measured(self, name: str, table: Table, do: Callable[[], str]) -> None:
         """Run a step that adds rows to a table: failed if one of ours is wrong or missing."""
 
         def judged() -> Outcome:
-            before = len(table.rows)
-            sentence = do()
+            before, sentence = len(table.rows), do()
             rows = table.rows[before:]
             if bad := faults(rows):
-                r = bad[0]
-                what = f"{r['peer']} on {r['op']} {r['dtype']} {r['shape']}: {r['note']}"
-                return "failed", f"{len(bad)} wrong or in error, the first {what}. {sentence}"
+                what = " ".join(str(bad[0][k]) for k in ("peer", "op", "dtype", "shape", "note"))
+                return "failed", f"{len(bad)} wrong or in error, the first: {what}. {sentence}"
             return "ok", "; ".join([sentence, *claims(rows)])
 
         self.step(name, judged)
 
     def write_summary(self) -> None:
         """Write it anew after every step, so that a run that is cut short leaves one."""
-
-        def cell(text: str) -> str:
-            return " ".join(text.split()).replace("|", "\\|")
-
+        cells = [
+            " | ".join(" ".join(c.split()).replace("|", "\\|") for c in o) for o in self.outcomes
+        ]
         lines = ["# GPU run", ""]
         if self.device.simulated:
             lines += ["**Simulated: this proves the benchmark's logic, and no time.**", ""]
         lines += [f"- {name}: {value}" for name, value in self.machine.items() if value]
-        lines += ["", "| step | status | |", "|---|---|---|"]
-        lines += [f"| {name} | {status} | {cell(said)} |" for name, status, said in self.outcomes]
-        lines += ["", *(f"- {cell(note)}" for note in dict.fromkeys(self.device.notes))]
+        lines += [
+            "",
+            "| step | status | |",
+            "|---|---|---|",
+            *(f"| {cell} |" for cell in cells),
+            "",
+        ]
+        lines += [f"- {note}" for note in dict.fromkeys(self.device.notes)]
         if found := [line for t in self.tables.values() for line in summary(t.rows)]:
             lines += ["", markdown(found)]
         (self.folder / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    # -- steps
-
     def tests(self) -> None:
         left, simulate = self.device.time_left(), self.device.simulated
         self.step("short set", lambda: run_short_set(self.log, left / 3, simulate))
-        if simulate:
-            self.step("GPU tests", lambda: ("skipped", "they need a GPU"))
-        else:
+        if not simulate:
             self.step("GPU tests", lambda: run_tests(self.log, self.device.time_left()))
 
     def sanitize(self) -> None:
         if self.device.simulated:
             return self.step("sanitizer", lambda: ("skipped", "it needs a GPU"))
-        left = self.device.time_left()
         with ThreadPoolExecutor(len(TOOLS)) as pool:  # side by side: each is slow, and none timed
+            left = self.device.time_left()
             found = {t: pool.submit(run_sanitizer, t, self.log, left) for t in TOOLS}
             for tool, future in found.items():
                 self.step(tool, future.result)
         return None
 
     def calls(self) -> None:
-        table = self.table("forward")
-        self.measured("Python cost", table, lambda: calls.on_gpu(self.device, table))
+        table, peers = self.table("forward"), self.given.peers
+        self.measured("Python cost", table, lambda: calls.on_gpu(self.device, table, peers))
         self.measured("first call", table, lambda: calls.first_call(self.device, table))
 
+    def training(self) -> None:
+        self.step("training", lambda: training.step(self.folder, self.device, self.machine))
+
+    def tune(self) -> None:
+        table, report = self.table("tune"), self.folder / "tune.md"
+        self.measured("tune", table, lambda: tune.tune(self.device, table, report))
+
     def cases(self, name: str) -> None:
-        """Forward, backward or layouts: a table each."""
-        size = "tiny" if self.device.simulated else "full" if self.given.full else "quick"
-        table, chosen = self.table(name), gpu_cases(name, size)
+        """Forward, backward or layouts: a table each, and its figures where matplotlib is."""
+        table, chosen = self.table(name), gpu_cases(name, self.device.simulated)
 
         def do() -> str:
             ahead(self.device, [lambda c=c: compiled(self.device, c) for c in chosen])
             return sweep(self.device, table, chosen, lambda i: contenders(i, self.given.peers))
 
         self.measured(name, table, do)
-        self.step(f"plots of {name}", lambda: self.plots(table))
-
-    def training(self) -> None:
-        self.step("training", lambda: training.step(self.folder, self.device, self.machine))
-
-    def tune(self) -> None:
-        table = self.table("tune")
-        self.measured("tune", table, lambda: tune.tune(self.device, table, self.folder / "tune.md"))
-
-    def plots(self, table: Table) -> Outcome:
-        """Draw where matplotlib is; elsewhere say how to draw from the table."""
-        if self.device.simulated:
-            return "skipped", "a simulated run has no time to draw"
-        if importlib.util.find_spec("matplotlib") is None:
-            return "skipped", f"no matplotlib: python -m bench.plots {table.path} --out folder"
-        from bench.plots import draw, read
-
-        return "ok", ", ".join(p.name for p in draw(read(table.path), self.folder))
+        if not self.device.simulated and importlib.util.find_spec("matplotlib"):
+            drawn = lambda: ", ".join(p.name for p in draw(read(table.path), self.folder))  # noqa: E731
+            self.step(f"plots of {name}", lambda: ("ok", drawn()))
 
 
 def compiled(device: Gpu, case: Case) -> None:
     """Call ours once on few rows, so that its kernels are in CuPy's cache."""
     if len(case.shape) == 2:
-        case = replace(case, shape=(min(case.M, COMPILED_ROWS), case.N), layout=case.layout)
-    inputs = make_inputs(device, case)
-    ours(inputs).call(0)
+        case = replace(case, shape=(min(case.M, COMPILED_ROWS), case.N))
+    ours(make_inputs(device, case)).call(0)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -279,17 +254,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     everybody = names("cuda")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results")
     parser.add_argument("--only", default=",".join(SHARES), help=f"of {','.join(STEPS)}")
-    parser.add_argument("--full", action="store_true", help="every point, not the quick grids")
     parser.add_argument("--simulate", action="store_true", help="on the simulated device, tiny")
-    parser.add_argument(
-        "--seconds", type=float, help=f"for the whole run; {SECONDS:g}, full: no end"
-    )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of the whole run")
     parser.add_argument("--peers", default=",".join(everybody), help=f"of {','.join(everybody)}")
     given = parser.parse_args(argv)
     for option, allowed in (("only", STEPS), ("peers", everybody)):
-        chosen = [p for p in getattr(given, option).split(",") if p]
-        setattr(given, option, chosen)
-        if unknown := set(chosen) - set(allowed):
+        setattr(given, option, [p for p in getattr(given, option).split(",") if p])
+        if unknown := set(getattr(given, option)) - set(allowed):
             parser.error(f"--{option}: {', '.join(sorted(unknown))} is not one of {allowed}")
     if given.simulate and given.out.resolve().is_relative_to(ROOT / "bench" / "results"):
         parser.error(f"a simulated run measures nothing; {given.out} is for measured results")
@@ -297,9 +268,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; 0, 1 if a check failed, 2 if there is no device."""
+    """Command line; 0, 1 if a check failed or nothing was done, 2 if there is no device."""
     given = parse(argv)
-    seconds = given.seconds or (float("inf") if given.full else SECONDS)
     with contextlib.ExitStack() as stack:
         try:
             if given.simulate:
@@ -314,16 +284,14 @@ def main(argv: list[str] | None = None) -> int:
         given.out.mkdir(parents=True, exist_ok=True)
         machine = describe(cupy, given.simulate)
         (given.out / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
-        run = Run(given, Gpu(cupy, seconds, given.simulate), machine)
-        shares = SHARES | {"tune": 1.0}
-        waiting = [name for name in STEPS if name in given.only]
+        run = Run(given, Gpu(cupy, given.seconds, given.simulate), machine)
+        waiting = {name: SHARES.get(name, 1.0) for name in STEPS if name in given.only}
         while waiting:
-            share = shares[waiting[0]] / sum(shares[name] for name in waiting)
-            left = min(run.device.time_left(), 86400.0)
-            with run.device.until(share * left):
-                name = waiting.pop(0)
-                step = getattr(run, name, None) or (lambda: run.cases(name))  # noqa: B023
-                step()
+            share = next(iter(waiting.values())) / sum(waiting.values())
+            name = next(iter(waiting))
+            del waiting[name]
+            with run.device.until(share * min(run.device.time_left(), 86400.0)):
+                getattr(run, name, lambda name=name: run.cases(name))()
     print(f"results in {given.out}")
     statuses = [status for _, status, _ in run.outcomes]
     return int("failed" in statuses or "ok" not in statuses)

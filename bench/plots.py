@@ -1,4 +1,4 @@
-"""Draws a table: time over torch's, bandwidth against N under the copy, time against bytes.
+"""Draws a table: time over torch's, bandwidth against N under the copy; a training's losses.
 
 python -m bench.plots results.csv --out folder
 """
@@ -42,25 +42,23 @@ def read(path: Path) -> Rows:
 
 def draw(rows: Rows, folder: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
     """Write the figures that the rows allow; their paths."""
-    kind = "gpu" if rows[0].get("gpu") else "cpu"
-    made = []
+    kind, made = "gpu" if rows[0].get("gpu") else "cpu", []
     for op, about in OPS.items():
         mine = [r for r in rows if r["op"] == op]
-        few = [r for r in mine if r["dtype"] == "float32"]
-        figures = [(f"{g}", over_torch, [r for r in few if r["group"] == g])
-                   for g in ("shapes", "layouts")]  # fmt: skip
-        figures += [("bandwidth", bandwidth, [r for r in mine if r["group"] in GROUPS])]
-        figures += [("bytes", time_of_bytes, [r for r in mine if r["group"] == "rows"])]
-        for name, plot, chosen in figures:
+        single = [r for r in mine if r["dtype"] == "float32"]
+        figures = {
+            "shapes": (over_torch, [r for r in single if r["group"] == "shapes"]),
+            "layouts": (over_torch, [r for r in single if r["group"] == "layouts"]),
+            "bandwidth": (bandwidth, [r for r in mine if r["group"] in GROUPS]),
+        }
+        for name, (plot, chosen) in figures.items():
             if chosen:
-                stem = folder / f"{kind}-{name}-{about.direction}"
-                made += save(lambda plt, p=plot, c=chosen: p(plt, c), stem, _title(chosen), formats)
+                stem, title = folder / f"{kind}-{name}-{about.direction}", _title(chosen)
+                made += save(lambda plt, p=plot, c=chosen: p(plt, c), stem, title, formats)
     return made
 
 
-def save(
-    plot: Callable[[Any], Any], stem: Path, title: str, formats: tuple[str, ...]
-) -> list[Path]:
+def save(plot: Callable[[Any], Any], stem: Path, title: str, formats: Any) -> list[Path]:
     """Draw and write a figure."""
     import matplotlib as mpl
 
@@ -81,7 +79,7 @@ def _title(rows: Rows) -> str:
     r, op = rows[0], OPS[rows[0]["op"]]
     where = r.get("gpu") or f"{r['cpu']}, {r['threads']} threads"
     versions = " · ".join(f"{n} {r[n]}" for n in ("torch", "onnxruntime", "jax") if r.get(n))
-    direction = {"both": "forward and backward"}.get(op.direction, op.direction)
+    direction = op.direction.replace("both", "forward and backward")
     return f"{op.norm} {direction} · {where} · {r['commit'][:12]} · {r['date']}\n{versions}"
 
 
@@ -99,33 +97,23 @@ def _peers(rows: Rows) -> list[str]:
 
 def over_torch(plt: Any, rows: Rows) -> Any:
     """Bars: time over that of the fastest of torch's ways, on a log scale, four shapes a panel."""
-
-    def where(r: dict[str, str]) -> str:
-        return r["shape"] + ("" if r["layout"] == "C" else f" {r['layout']}")
-
-    shapes = list(dict.fromkeys(where(r) for r in rows if r["over_torch"]))
-    panels = [shapes[k : k + 4] for k in range(0, len(shapes), 4)]
-    count, size = max(1, len(panels)), (WIDTH, 1.2 + 2.4 * max(1, len(panels)))
-    about = {"squeeze": False, "sharey": True, "layout": "constrained"}
-    figure, axes = plt.subplots(count, 1, figsize=size, **about)
-    peers = [p for p in _peers(rows) if p != "torch"]
+    where = lambda r: r["shape"] + ("" if r["layout"] == "C" else f" {r['layout']}")  # noqa: E731
+    rows = [r for r in rows if r["over_torch"]]
+    shapes, peers = list(dict.fromkeys(map(where, rows))), [p for p in _peers(rows) if p != "torch"]
+    panels = [shapes[k : k + 4] for k in range(0, len(shapes), 4)] or [[]]
+    about = {"figsize": (WIDTH, 1.2 + 2.4 * len(panels)), "squeeze": False, "sharey": True}
+    figure, axes = plt.subplots(len(panels), 1, layout="constrained", **about)
     width = 0.86 / max(1, len(peers))
-    for ax, panel in zip(axes[:, 0], panels, strict=False):
-        for k, peer in enumerate(peers):
-            mine = {
-                where(r): float(r["over_torch"])
-                for r in rows
-                if r["peer"] == peer and r["over_torch"]
-            }
-            for i, ratio in ((i, mine[s]) for i, s in enumerate(panel) if s in mine):
-                # From 1 up or down: a bar above the line is slower than torch, one below faster.
-                at = i + (k - (len(peers) - 1) / 2) * width
-                ax.bar(at, ratio - 1, width * 0.92, bottom=1, color=COLORS[peer], label=peer)
-                up = 1 if ratio > 1 else -1
-                ax.annotate(
-                    f"{ratio:.2g}", (at, ratio), (0, 2 * up), textcoords="offset points",
-                    ha="center", va="bottom" if ratio > 1 else "top", fontsize=7, rotation=90,
-                )  # fmt: skip
+    for ax, panel in zip(axes[:, 0], panels, strict=True):
+        for r in (r for r in rows if where(r) in panel and r["peer"] in peers):
+            ratio, k = float(r["over_torch"]), peers.index(r["peer"])
+            at = panel.index(where(r)) + (k - (len(peers) - 1) / 2) * width
+            # From 1 up or down: a bar above the line is slower than torch, one below faster.
+            ax.bar(at, ratio - 1, width * 0.92, bottom=1, color=COLORS[r["peer"]], label=r["peer"])
+            place = ("bottom", 2) if ratio > 1 else ("top", -2)
+            about = {"ha": "center", "va": place[0], "fontsize": 7, "rotation": 90}
+            offset = {"xytext": (0, place[1]), "textcoords": "offset points"}
+            ax.annotate(f"{ratio:.2g}", (at, ratio), **offset, **about)
         ax.axhline(1.0, color=COLORS["torch"], lw=1.2)
         ax.set_yscale("log")
         ax.set_yticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "torch", "2", "5", "10"])
@@ -137,24 +125,21 @@ def over_torch(plt: Any, rows: Rows) -> Any:
     return figure
 
 
-def _lines(ax: Any, rows: Rows, x: str, y: str) -> None:
-    """A line per peer; open circles beside it for lengths that break vectors; the fastest copies."""
+def _lines(ax: Any, rows: Rows) -> None:
+    """A line per peer; open circles for lengths that break vectors; the fastest copies."""
     for peer in _peers(rows):
-        points = sorted((float(r[x]), float(r[y])) for r in rows if r["peer"] == peer)
-        even = [p for p in points if x != "N" or int(p[0]) & (int(p[0]) - 1) == 0] or points
+        points = sorted((int(r["N"]), float(r["gb_per_s"])) for r in rows if r["peer"] == peer)
+        even = [p for p in points if p[0] & (p[0] - 1) == 0] or points
         style = {"color": COLORS[peer], "zorder": 3 if peer.startswith("cupynorm") else 2}
         ax.plot(*zip(*even, strict=True), "o-", ms=3.5, lw=1.3, label=peer, **style)
         if odd := [p for p in points if p not in even]:
             ax.plot(*zip(*odd, strict=True), "o", ms=4, mfc="white", label="_", **style)
-    for fresh, style in ((False, "--"), (True, ":")):
-        roof: dict[float, float] = {}
-        better = max if y == "gb_per_s" else min
+    for label, style in (("copy", "--"), ("copy, fresh result", ":")):
+        roof: dict[int, float] = {}
         for r in rows:
-            if r["peer"].startswith("copy") and ("fresh" in r["peer"]) == fresh:
-                at, value = float(r[x]), float(r[y])
-                roof[at] = better(roof.get(at, value), value)
+            if r["peer"].startswith("copy") and ("fresh" in r["peer"]) == ("fresh" in label):
+                roof[int(r["N"])] = max(roof.get(int(r["N"]), 0.0), float(r["gb_per_s"]))
         if roof:
-            label = "copy, fresh result" if fresh else "copy"
             ax.plot(*zip(*sorted(roof.items()), strict=True), style, color=GREY, label=label)
 
 
@@ -163,12 +148,12 @@ def bandwidth(plt: Any, rows: Rows) -> Any:
     groups = [g for g in GROUPS if any(r["group"] == g for r in rows)]
     dtypes = [d for d in ITEMSIZE if any(r["dtype"] == d for r in rows)]
     size = (max(WIDTH, 1.2 + 4.0 * len(dtypes)), 1.2 + 3.0 * len(groups))
-    about = {"squeeze": False, "sharey": "row", "layout": "constrained"}
-    figure, axes = plt.subplots(len(groups), len(dtypes), figsize=size, **about)
+    about = {"figsize": size, "squeeze": False, "sharey": "row", "layout": "constrained"}
+    figure, axes = plt.subplots(len(groups), len(dtypes), **about)
     for line, group in zip(axes, groups, strict=True):
         for ax, dtype in zip(line, dtypes, strict=True):
             mine = [r for r in rows if (r["group"], r["dtype"]) == (group, dtype)]
-            _lines(ax, mine, "N", "gb_per_s")
+            _lines(ax, mine)
             ax.set_xscale("log", base=2)
             columns = sorted({int(r["N"]) for r in mine})
             powers = [N for N in columns if N & (N - 1) == 0] or columns
@@ -190,45 +175,29 @@ def tick(N: int) -> str:
     return str(N)
 
 
-def time_of_bytes(plt: Any, rows: Rows) -> Any:
-    """Time against the bytes that must move, both on log scales."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
-    _lines(ax, rows, "bytes", "median_us")
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlabel(f"bytes that must move (N = {rows[0]['N']})")
-    ax.set_ylabel("µs of a call")
-    _legend(figure)
-    return figure
-
-
-def draw_training(
-    table: Path, folder: Path, formats: tuple[str, ...] = ("png", "svg")
-) -> list[Path]:
+def draw_training(table: Path, folder: Path, formats: Any = ("png", "svg")) -> list[Path]:
     """A column per mode: the losses, and below how far they are from torch's."""
     with table.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    modes = list(dict.fromkeys(r["mode"] for r in rows))
+    modes, r = list(dict.fromkeys(r["mode"] for r in rows)), rows[0]
 
     def plot(plt: Any) -> Any:
-        about = {"squeeze": False, "sharex": True, "layout": "constrained"}
-        size = (1.0 + 4.0 * len(modes), 5.5)
-        figure, axes = plt.subplots(2, len(modes), figsize=size, **about)
+        about = {"figsize": (1.0 + 4.0 * len(modes), 5.5), "squeeze": False, "sharex": True}
+        figure, axes = plt.subplots(2, len(modes), layout="constrained", **about)
         for (top, bottom), mode in zip(axes.T, modes, strict=True):
             mine = [r for r in rows if r["mode"] == mode]
-            steps = [int(r["step"]) for r in mine]
             losses = {m: [float(r[f"loss_{m}"]) for r in mine] for m in NORMS}
             for name, values in losses.items():
                 apart = [abs(a - b) for a, b in zip(values, losses["torch"], strict=True)]
                 for ax, ys in ((top, values), (bottom, apart)):
-                    ax.plot(steps, ys, color=NORMS[name][0], ls=NORMS[name][1], label=name)
+                    steps, (color, line) = [int(r["step"]) for r in mine], NORMS[name]
+                    ax.plot(steps, ys, color=color, ls=line, label=name)
             top.set_title(f"{mode}: loss", fontsize=9)
             bottom.set_title("distance from torch's", fontsize=9)
             bottom.set_yscale("symlog", linthresh=1e-7)
         axes[0, 0].legend(frameon=False)
         return figure
 
-    r = rows[0]
     title = f"GPT on {r['gpu'] or 'the CPU'} · torch {r['torch']} · {r['commit'][:12]}"
     return save(plot, folder / "training", title, formats)
 
@@ -239,11 +208,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("csv", type=Path)
     parser.add_argument("--out", type=Path, help="folder; the table's own if not given")
     given = parser.parse_args(argv)
-    folder = given.out or given.csv.parent
+    folder, training = given.out or given.csv.parent, given.csv.name.startswith("training")
     folder.mkdir(parents=True, exist_ok=True)
-    training = given.csv.name.startswith("training")
-    for path in draw_training(given.csv, folder) if training else draw(read(given.csv), folder):
-        print(path)
+    made = draw_training(given.csv, folder) if training else draw(read(given.csv), folder)
+    print(*made, sep="\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The CSV: its columns and what they mean, how a result becomes a row, and what rows say together."""
+"""The CSV: its columns, how a result becomes a row, and what rows say together."""
 
 import csv
 import math
@@ -13,7 +13,7 @@ from bench.machine import GPU_FACTS, LIBRARIES
 
 # Column, then its meaning; bench/README.md prints the same list, and a test compares the two.
 COLUMNS = {
-    "op": "layer_norm_fwd, _bwd or _fwd_bwd, empty_kernel, python_call or first_call",
+    "op": "layer_norm_fwd, _bwd or _fwd_bwd, empty_kernel, first_call",
     "group": "why the case is there: cases.py",
     "dtype": "of x, y, dy and dx",
     "weight_dtype": "of weight, bias and their gradients; empty: none",
@@ -178,7 +178,7 @@ def summary(rows: Rows) -> list[tuple[str, ...]]:
 
 
 def _comparable(ours: str, theirs: str) -> bool:
-    """Tensors with torch; who allocates with a copy into fresh memory, who does not with the other."""
+    """Tensors with torch; who allocates with a copy that does, who does not with the other."""
     if ours == "cupynorm.torch":
         return theirs == "torch"
     return theirs != ("copyto fresh" if ours.endswith("out=") else "copyto")
@@ -218,22 +218,12 @@ def claims(rows: Rows) -> Iterator[str]:
         if cases := [r for r in shares if fits(r) and r["dtype"] != "float64" and r["kernel"]]:
             least = min(cases, key=lambda r: r["fraction_of_copy"])
             reached = sum(r["fraction_of_copy"] >= aim for r in cases)
-            share, where = least["fraction_of_copy"], f"{least['dtype']}, {least['shape']}"
-            yield f"{name}: {reached} of {len(cases)} reach {aim:.0%} of the copy, least {share:.1%} ({where})"
-
-
-def fixed_cost(rows: Rows) -> str:
-    """What a call costs on eight numbers, by those who were timed on them; part of every time."""
-    mine = [r for r in rows if r["group"] == "small" and r["M"] == 1 and r["median_us"] != ""]
-    by_op: dict[str, list[str]] = {}
-    for r in sorted(mine, key=lambda r: r["median_us"]):
-        by_op.setdefault(r["op"], []).append(f"{r['peer']} {r['median_us']:.3g}")
-    said = "; ".join(f"{op}: {', '.join(found)}" for op, found in by_op.items())
-    return f"Fixed cost of a call (1x8), us: {said}" if said else ""
+            where = f"{least['fraction_of_copy']:.1%} ({least['dtype']}, {least['shape']})"
+            yield f"{name}: {reached} of {len(cases)} reach {aim:.0%} of the copy, least {where}"
 
 
 def faults(rows: Rows) -> Rows:
-    """Rows of ours that are wrong or in error; a candidate plan may be refused, but never be wrong."""
+    """Rows of ours that are wrong or in error; a candidate may be refused, but never be wrong."""
 
     def is_fault(r: dict[str, Any]) -> bool:
         ours, candidate = r["peer"].startswith("cupynorm"), "/" in r["peer"]
@@ -242,17 +232,8 @@ def faults(rows: Rows) -> Rows:
     return [r for r in rows if is_fault(r)]
 
 
-def text(lines: list[tuple[str, ...]]) -> str:
-    """Aligned columns."""
-    widths = [max(map(len, column)) for column in zip(HEADS, *lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (HEADS, *lines)
-    )
-
-
 def markdown(lines: list[tuple[str, ...]]) -> str:
-    """The same as a table of a page."""
+    """A summary as a table of a page."""
     head = (
         "Time over time within the same run: below 1, the first is faster. Against a copy: for as"
     )

@@ -11,14 +11,13 @@ import argparse
 import contextlib
 import copy
 import csv
-import dataclasses
+import math
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.machine import ROOT, commit, tree_hash
 from bench.plots import draw_training
@@ -35,8 +34,7 @@ COLUMNS = ("mode", "step", *(f"loss_{m}" for m in MODELS), *(f"ms_{m}" for m in 
 Rows = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """Of the model and of its training."""
 
     layers: int
@@ -160,9 +158,13 @@ def verdict(rows: Rows) -> tuple[bool, str]:
 
 
 def train(
-    folder: Path, size: Size, device: str, machine: dict[str, str], modes: tuple[str, ...] = (),
-    deadline: float = float("inf"),
-) -> tuple[str, str]:  # fmt: skip
+    folder: Path,
+    size: Size,
+    device: str,
+    machine: dict[str, str],
+    modes: Any = (),
+    deadline: float = math.inf,
+) -> tuple[str, str]:
     """Run the modes, all by default, write training.csv after each; ok if all of them are."""
     import torch
 
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)
     size = SIZES[given.device]
-    size = dataclasses.replace(size, steps=given.steps or size.steps)
+    size = size._replace(steps=given.steps or size.steps)
     import torch
 
     if given.device == "cuda" and not torch.cuda.is_available():

@@ -1,15 +1,15 @@
 """Measures the neighbours of each row of the plan tables; proposes rows with their provenance.
 
-The only file here that names the planners: `python -m bench.gpu --only tune`. A candidate is a row of
-`cupynorm/_cuda/rows.py`; one that takes less than WORTH of the time of today's, in the geometric mean
-over its cases, is proposed with this run as its `source`.
+The only file here that names the planners: `python -m bench.gpu --only tune`. A candidate is a row
+of `cupynorm/_cuda/rows.py`; one that takes less than WORTH of the time of today's, in the geometric
+mean over its cases, is proposed with this run as its `source`.
 """
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 from bench.cases import BWD, EPS, FEW, FWD, ITEMSIZE, OPS, Case, sized
@@ -38,7 +38,7 @@ SHARES = (0.05, 0.25, 0.5, 1.0, 2.0)  # blocks per multiprocessor where rows are
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of a table, after how many rows a block leaves a partial sum, whether K3 copies ahead."""
+    """A row of a table, rows of x until a block leaves a partial sum, whether K3 copies ahead."""
 
     row: Any
     rows_per_partial: int | None = None
@@ -47,9 +47,8 @@ class Candidate:
     @property
     def label(self) -> str:
         r = self.row
-        where = f"{r.cluster}x{r.threads}" if r.cluster > 1 else f"{r.threads_per_row}of{r.threads}"
-        text = f"{r.family}/{where}/r{r.rows_per_group}/b{r.blocks_per_sm}"
-        text += f"/v{r.chunks}{'+' if r.ahead else ''}" if r.chunks else ""
+        text = f"{r.family}/{r.cluster}x{r.threads}/{r.threads_per_row}/r{r.rows_per_group}"
+        text += f"/b{r.blocks_per_sm}" + (f"/v{r.chunks}{'+' * r.ahead}" if r.chunks else "")
         text += f"/p{self.rows_per_partial}" if self.rows_per_partial else ""
         return text + ("" if self.copies else "/registers")
 
@@ -62,8 +61,7 @@ class Candidate:
         return f"{extra}`{replace(self.row, source=source)!r}`"
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """Candidates, of which the first is today's, and the cases that judge them."""
 
     name: str
@@ -73,26 +71,24 @@ class Trial:
 
 def neighbours(row: Any, backward: bool, table: tuple[Any, ...]) -> list[Candidate]:
     """The row, what differs from it in one thing, and those that other families would put there."""
+    made, change = [row], {"rows_per_group": 1}
     families = {"warp": ("warp", "block"), "block": ("warp", "block", "shared")}
-    made = [row]
     for family in families.get(row.family, (row.family,)):
         for lanes, threads in SHAPES.get(family, ()):
-            blocks = max(1, row.threads * row.blocks_per_sm // threads)
-            about = {"family": family, "threads_per_row": lanes, "threads": threads}
-            about |= {"blocks_per_sm": blocks if family != "shared" else 1, "rows_per_group": 1}
-            made.append(replace(row, **about))
+            blocks = max(1, row.threads * row.blocks_per_sm // threads) if family != "shared" else 1
+            change |= {"family": family, "threads_per_row": lanes, "threads": threads}
+            made.append(replace(row, **change, blocks_per_sm=blocks))
     if row.family == "cluster" and not backward:
         for count, (threads, blocks) in CLUSTERS:
-            about = {"cluster": count, "threads": threads, "threads_per_row": count * threads}
-            made.append(replace(row, **about, blocks_per_sm=blocks, blocks_per_sm_f64=blocks))
-    elif row.family == "cluster":
-        made += [r for r in table if r.family == "cluster" and r.max_vecs >= row.max_vecs]
-    elif row.family != "split":
+            change = {"cluster": count, "threads": threads, "threads_per_row": count * threads}
+            made.append(replace(row, **change, blocks_per_sm=blocks, blocks_per_sm_f64=blocks))
+    elif row.family != "cluster":
         made += [replace(row, blocks_per_sm=b) for b in BLOCKS]
     if row.family == "warp" and not backward:
         made += [replace(row, rows_per_group=r) for r in (1, 2, 4)]
     if row.family in ("cluster", "shared"):
-        made += [r for r in table if r.family in ("shared", "split") and r.max_vecs >= row.max_vecs]
+        beside = {"split", "shared", *(("cluster",) if backward else ())}
+        made += [r for r in table if r.family in beside and r.max_vecs >= row.max_vecs]
     found = [Candidate(r) for r in dict.fromkeys(made) if r == row or _fits(r, backward)]
     if backward:
         found += [Candidate(row, rows_per_partial=count) for count in PARTIALS]
@@ -102,16 +98,12 @@ def neighbours(row: Any, backward: bool, table: tuple[Any, ...]) -> list[Candida
 
 def _fits(row: Any, backward: bool) -> bool:
     """Threads and registers that a multiprocessor has; what spills is refused once compiled."""
-    if row.family in ("shared", "cluster", "split"):
-        return row.threads * row.blocks_per_sm <= MOST_THREADS
     threads = row.threads * row.blocks_per_sm
-    vecs = -(-row.max_vecs // row.threads_per_row) * row.rows_per_group * (2 if backward else 1)
-    held = 4 * vecs + OTHER_REGISTERS
-    return (
-        threads <= MOST_THREADS
-        and row.threads % row.threads_per_row == 0
-        and held * threads <= REGISTERS
-    )
+    if row.family in ("shared", "cluster", "split"):
+        return threads <= MOST_THREADS
+    vecs = -(-row.max_vecs // row.threads_per_row) * row.rows_per_group * (1 + backward)
+    held = (4 * vecs + OTHER_REGISTERS) * threads
+    return threads <= MOST_THREADS and row.threads % row.threads_per_row == 0 and held <= REGISTERS
 
 
 def trials(device: Any) -> Iterator[Trial]:
@@ -122,16 +114,15 @@ def trials(device: Any) -> Iterator[Trial]:
         for number, row in enumerate(table):
             if row.cluster > device.clusters or row.family == "split":
                 continue
-            lengths = {row.max_vecs, max(1, 3 * row.max_vecs // 4)}
-            cases = [sized(op, d, v * 16 // ITEMSIZE[d]) for d in DTYPES for v in sorted(lengths)]
+            lengths = sorted({row.max_vecs, max(1, 3 * row.max_vecs // 4)})
+            cases = [sized(op, d, v * 16 // ITEMSIZE[d]) for d in DTYPES for v in lengths]
             name = f"{OPS[op].direction} row {number}: {row.family} to {row.max_vecs} vectors"
             yield Trial(name, neighbours(row, op == BWD, table), cases)
-            if row.family in ("shared", "cluster"):
-                for share in SHARES:
-                    M = max(1, int(share * device.sm_count) // row.cluster)
-                    few = [Case(op, FEW, "bfloat16", (M, row.max_vecs * 8))]
-                    pair = [Candidate(row), Candidate(table[-1])]
-                    yield Trial(f"split: {name}, {share:g} blocks per multiprocessor", pair, few)
+            for share in SHARES if row.family in ("shared", "cluster") else ():
+                M = max(1, int(share * device.sm_count) // row.cluster)
+                few = [Case(op, FEW, "bfloat16", (M, row.max_vecs * 8))]
+                pair = [Candidate(row), Candidate(table[-1])]
+                yield Trial(f"split: {name}, {share:g} blocks per multiprocessor", pair, few)
 
 
 def launcher(inputs: Inputs, candidate: Candidate) -> Contender:
@@ -141,12 +132,12 @@ def launcher(inputs: Inputs, candidate: Candidate) -> Contender:
     from cupynorm._layout import Facts, kernel_problem_of
     from cupynorm._ops import LAYER_NORM
 
-    case, cupy = inputs.case, inputs.device.lib
-    index, backward = cupy.cuda.runtime.getDevice(), case.op == BWD
-    names = ("x", "weight", "dweight", "dbias") if backward else ("x", "weight", "bias")
-    steps = (case.pitch, 1)
-    strides = {"x": steps, "dy": steps, "dx": (case.N, 1)} if backward else {"x": steps, "y": steps}
-    dtypes = dict.fromkeys(names, case.affine_dtype) | {"x": case.dtype}
+    case, cupy, empty = inputs.case, inputs.device.lib, inputs.device.lib.empty
+    index, backward, weight = cupy.cuda.runtime.getDevice(), case.op == BWD, inputs.weight
+    names = ("weight", "dweight", "dbias") if backward else ("weight", "bias")
+    dtypes = {"x": case.dtype} | dict.fromkeys(names, case.affine_dtype)
+    strides = dict.fromkeys(("x", "dy") if backward else ("x", "y"), (case.pitch, 1))
+    strides |= {"dx": (case.N, 1)} if backward else {}
     problem = kernel_problem_of(Facts(LAYER_NORM, backward, case.shape, (1,), dtypes, strides))
     device, about = arrays.device_of(index), {}
     if backward:
@@ -156,28 +147,25 @@ def launcher(inputs: Inputs, candidate: Candidate) -> Contender:
         if stage.shared_bytes > device.shared_bytes:
             refuse("beyond the device's shared memory")
         if not inputs.device.simulated:
-            spilled = cupy.RawKernel(source_of(stage), stage.name).local_size_bytes
-            if spilled:
-                refuse(f"{stage.name} keeps {spilled} bytes per thread in local memory")
+            kernel = cupy.RawKernel(source_of(stage), stage.name)
+            if kernel.local_size_bytes:
+                refuse(f"{stage.name} keeps {kernel.local_size_bytes} bytes in local memory")
     with mock.patch.object(launch, "choose_plan", lambda *_: plan):
         ready = arrays.ready_on(index, problem)
-    workspace = cupy.empty(max(16, ready.workspace_bytes), dtype="uint8").data.ptr
-    weight, bias, empty = inputs.weight, inputs.bias, cupy.empty
-    made = [
-        (empty(x.shape, x.dtype), *(empty(case.N, weight.dtype) for _ in "wb")) for x in inputs.x
-    ]
+    workspace = empty(max(16, ready.workspace_bytes), dtype="uint8")
+    dtype = None if weight is None else weight.dtype
+    grads = [(empty(x.shape, x.dtype), *(empty(case.N, dtype) for _ in "wb")) for x in inputs.x]
 
     def call(i: int) -> Any:
         if backward:
-            given = (inputs.dy[i], inputs.x[i], inputs.mean[i], inputs.rstd[i], weight, *made[i])
+            given = inputs.dy[i], inputs.x[i], inputs.mean[i], inputs.rstd[i], weight, *grads[i]
         else:
-            given = (inputs.x[i], inputs.y[i], weight, bias)
-        pointers = [a.data.ptr for a in given]
-        ready.run(pointers if backward else [*pointers, 0, 0], EPS, workspace)
-        return made[i] if backward else inputs.y[i]
+            given = inputs.x[i], inputs.y[i], weight, inputs.bias, None, None
+        pointers = [0 if a is None else a.data.ptr for a in given]
+        ready.run(pointers, EPS, workspace.data.ptr)
+        return grads[i] if backward else inputs.y[i]
 
-    names = "+".join(stage.name for stage in plan.stages)
-    return Contender(call, names, ours=True)
+    return Contender(call, "+".join(stage.name for stage in plan.stages), ours=True)
 
 
 def tune(device: Any, table: Table, report: Path) -> str:
@@ -185,7 +173,10 @@ def tune(device: Any, table: Table, report: Path) -> str:
     from cupynorm._cuda import arrays
 
     gpu = arrays.device_of(device.lib.cuda.runtime.getDevice())
-    lines, done = ["# Proposals for the plan tables", ""], 0
+    here, lines, done = report.parent.resolve(), ["# Proposals for the plan tables", ""], 0
+    # As the table will name the folder, once it is committed.
+    inside = here.relative_to(ROOT).as_posix() if here.is_relative_to(ROOT) else ""
+    folder = inside or f"bench/results/{here.name}"
     for trial in trials(gpu):
         if device.time_left() < 0 or (device.simulated and done == 2):
             break
@@ -193,17 +184,12 @@ def tune(device: Any, table: Table, report: Path) -> str:
             few = [replace(c, dtype="float32", shape=(3, c.N)) for c in trial.cases[-1:]]
             trial = Trial(trial.name, trial.candidates[:3], few)
         results = [_measured(device, table, trial, case) for case in trial.cases]
-        lines += [f"### {trial.name}", "", *_proposal(trial, results, _shown(report.parent)), ""]
+        said = ["Simulated: every candidate ran, none was timed."]
+        said = said if device.simulated else proposal(trial, results, folder)
+        lines += [f"### {trial.name}", "", *said, ""]
         report.write_text("\n".join(lines), encoding="utf-8")
         done += 1
     return f"{done} thresholds; proposals in {report.name}"
-
-
-def _shown(folder: Path) -> str:
-    """The folder as the table will name it, once it is committed."""
-    here = folder.resolve()
-    inside = here.is_relative_to(ROOT)
-    return here.relative_to(ROOT).as_posix() if inside else f"bench/results/{here.name}"
 
 
 def _measured(device: Any, table: Table, trial: Trial, case: Case) -> dict[str, Result]:
@@ -216,12 +202,12 @@ def _measured(device: Any, table: Table, trial: Trial, case: Case) -> dict[str, 
     return {r.name: r for r in results}
 
 
-def _proposal(trial: Trial, results: list[dict[str, Result]], folder: str) -> list[str]:
+def proposal(trial: Trial, results: list[dict[str, Result]], folder: str) -> list[str]:
     """A table of geometric means, and what to write if a neighbour is worth it."""
     means = {}
     for candidate in trial.candidates:
         times = [r[candidate.label].times for r in results]
-        if all(t and t.median for t in times):
+        if all(times):
             means[candidate] = geometric_mean(t.median for t in times if t)
     first = trial.candidates[0]
     if first not in means:

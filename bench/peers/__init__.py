@@ -16,7 +16,7 @@ FUNCTIONS = {"layer_norm": (cn.layer_norm, cn.layer_norm_backward)}
 ORDERS = {"F-C": "C", "C-F": "F"}  # of a y that is made; elsewhere it lies as x does
 # Who is slow and would tell nothing new in a sweep, or is not in its figure.
 LEFT_OUT = {g: ("formula",) for g in ("dtypes", "odd")}
-LEFT_OUT |= {g: ("formula", "cupynorm.torch", "scikit-learn") for g in ("columns", "rows")}
+LEFT_OUT["columns"] = ("formula", "cupynorm.torch", "scikit-learn")
 # Seconds of compilation for each case: asked for by name on a CPU.
 OPTIONAL = ("torch-compile", "torch-view-compile")
 
@@ -50,17 +50,12 @@ def ours(inputs: Inputs, out: bool = False) -> Contender:
         return cn.layer_norm_columns(inputs.columns[i], weight, bias, EPS, out=y)
 
     call = fill if out else {"forward": make, "backward": back, "both": both}[case.direction]
-    made = Contender(call, kernel_names(inputs), ours=True, fresh=_fresh(inputs) and not out)
+    made = Contender(call, kernel_names(inputs), ours=True, fresh=inputs.device.fresh and not out)
     if inputs.columns:
         # A call uploads the table of its columns from memory that is its own: a graph would replay
         # the upload from where nothing is any more.
         made.call, made.capture = columns, launched
     return made
-
-
-def _fresh(inputs: Inputs) -> bool:
-    """Whether results are memory that was not there before; a graph's own pool was."""
-    return inputs.device.kind == "cpu"
 
 
 def kernel_names(inputs: Inputs) -> str:
@@ -84,34 +79,19 @@ def kernel_names(inputs: Inputs) -> str:
 COPIES = """
 struct alignas(16) Vec { unsigned v[4]; };
 
-// A grid of a few blocks per multiprocessor strides over the array.
+// Either a grid of a few blocks strides over the array (per_block = 0), or each block has a piece,
+// like a norm's kernel with a row per block.
 extern "C" __global__ void __launch_bounds__(256)
-copy_stride(const Vec* x, Vec* y, long long vecs) {
-    const long long step = (long long)gridDim.x * blockDim.x;
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    for (; i + 3 * step < vecs; i += 4 * step) {
+copy(const Vec* x, Vec* y, long long vecs, long long per_block) {
+    const long long first = per_block ? per_block : blockDim.x;
+    const long long step = per_block ? blockDim.x : (long long)gridDim.x * blockDim.x;
+    const long long end = per_block ? min(vecs, (blockIdx.x + 1) * per_block) : vecs;
+    long long i = blockIdx.x * first + threadIdx.x;
+    for (; i + 3 * step < end; i += 4 * step) {
         const Vec a = x[i], b = x[i + step], c = x[i + 2 * step], d = x[i + 3 * step];
-        y[i] = a;
-        y[i + step] = b;
-        y[i + 2 * step] = c;
-        y[i + 3 * step] = d;
+        y[i] = a, y[i + step] = b, y[i + 2 * step] = c, y[i + 3 * step] = d;
     }
-    for (; i < vecs; i += step) y[i] = x[i];
-}
-
-// A block per 16 KiB, like a layer-norm kernel with a row per block.
-extern "C" __global__ void __launch_bounds__(256)
-copy_block(const Vec* x, Vec* y, long long vecs) {
-    const long long i = (long long)blockIdx.x * 1024 + threadIdx.x;
-    if (i + 768 < vecs) {
-        const Vec a = x[i], b = x[i + 256], c = x[i + 512], d = x[i + 768];
-        y[i] = a;
-        y[i + 256] = b;
-        y[i + 512] = c;
-        y[i + 768] = d;
-    } else {
-        for (long long k = i; k < vecs; k += 256) y[k] = x[k];
-    }
+    for (; i < end; i += step) y[i] = x[i];
 }
 """
 EMPTY = 'extern "C" __global__ void empty_kernel(long long unused) {}'
@@ -141,14 +121,14 @@ def copies(inputs: Inputs) -> list[Builder]:
         target[i].data.copy_from_device_async(source[i].data, size)
         return target[i]
 
-    def kernel(name: str, blocks: int) -> Contender:
-        function = lib.RawKernel(COPIES, name)
+    def kernel(blocks: int, per_block: int) -> Contender:
+        function = lib.RawKernel(COPIES, "copy")
 
         def call(i: int) -> Any:
-            function((max(1, blocks),), (256,), (source[i], target[i], vecs))
+            function((max(1, blocks),), (256,), (source[i], target[i], vecs, per_block))
             return target[i]
 
-        return Contender(call, name, arrived=same)
+        return Contender(call, "copy", arrived=same)
 
     if inputs.device.kind == "cpu":
         return [
@@ -157,8 +137,8 @@ def copies(inputs: Inputs) -> list[Builder]:
         ]
     stride = min(-(-vecs // 256), 8 * inputs.device.sm_count)
     return [
-        ("copy-stride", lambda: kernel("copy_stride", stride)),
-        ("copy-block", lambda: kernel("copy_block", -(-vecs // 1024))),
+        ("copy-stride", lambda: kernel(stride, 0)),
+        ("copy-block", lambda: kernel(-(-vecs // 1024), 1024)),
         ("copy-memcpy", lambda: Contender(memcpy, "cudaMemcpyAsync", arrived=same)),
     ]
 

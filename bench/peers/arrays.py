@@ -1,5 +1,6 @@
 """Peers that work on arrays: the formula as users write it, `scale`, JAX, onnxruntime."""
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -23,30 +24,14 @@ def along(case: Case, a: Any) -> Any:
 # -- the formula, one array operation after the other ----------------------------------------------
 
 
-def layer_norm(xp: Any, x: Any, weight: Any, bias: Any, axis: int, eps: float = EPS) -> Any:
-    """y, mean and rstd; statistics in float32 or float64."""
+def layer_norm(xp: Any, x: Any, weight: Any, bias: Any, axis: int) -> Any:
+    """Layer norm as a NumPy user writes it, statistics in float32 or float64."""
     wide = x.astype("float64" if x.dtype == "float64" else "float32", copy=False)
-    mean = wide.mean(axis=axis, keepdims=True)
-    d = wide - mean
-    rstd = 1 / xp.sqrt((d * d).mean(axis=axis, keepdims=True) + wide.dtype.type(eps))
-    y = d * rstd
+    d = wide - wide.mean(axis=axis, keepdims=True)
+    y = d / xp.sqrt((d * d).mean(axis=axis, keepdims=True) + wide.dtype.type(EPS))
     if weight is not None:
         y = y * weight.astype(wide.dtype, copy=False) + bias.astype(wide.dtype, copy=False)
-    return y.astype(x.dtype, copy=False), mean, rstd
-
-
-def layer_norm_backward(
-    dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, axis: int
-) -> tuple[Any, Any, Any]:
-    """dx, dweight and dbias."""
-    dy, x, dtype = dy.astype(mean.dtype, copy=False), x.astype(mean.dtype, copy=False), x.dtype
-    x_hat = (x - mean) * rstd
-    g = dy if weight is None else dy * weight.astype(mean.dtype, copy=False)
-    c1, c2 = (a.mean(axis=axis, keepdims=True) for a in (g, g * x_hat))
-    dx = rstd * (g - c1 - x_hat * c2)
-    batch = tuple(a for a in range(x.ndim) if a != axis % x.ndim)
-    made = (dx, (dy * x_hat).sum(axis=batch), dy.sum(axis=batch))
-    return tuple(a.astype(dtype, copy=False) for a in made)
+    return y.astype(x.dtype, copy=False)
 
 
 def formula(inputs: Inputs, fused: bool = False) -> Contender:
@@ -54,46 +39,24 @@ def formula(inputs: Inputs, fused: bool = False) -> Contender:
     device, case = inputs.device, inputs.case
     if device.simulated:
         refuse("the simulated device has no array arithmetic")
+    if case.direction != "forward" or (fused and not case.affine_dtype):
+        refuse("it is written for a forward, with weight and bias if fused")
     if device.kind == "cuda" and case.group == FEW:
         refuse("CuPy reduces each row with one block: minutes for a few long rows")
-    if fused and case.direction != "forward":
-        refuse("cupy.fuse has no gradients")
-    xp, axis = device.lib, case.axis
-    w, b = (None if a is None else along(case, a) for a in (inputs.weight, inputs.bias))
-
-    def forward(i: int) -> Any:
-        return layer_norm(xp, inputs.x[i], w, b, axis)[0]
-
-    def backward(i: int) -> tuple[Any, ...]:
-        return layer_norm_backward(
-            inputs.dy[i], inputs.x[i], inputs.mean[i], inputs.rstd[i], w, axis
-        )
-
-    def both(i: int) -> tuple[Any, ...]:
-        y, mean, rstd = layer_norm(xp, inputs.x[i], w, b, axis)
-        return y, *layer_norm_backward(inputs.dy[i], inputs.x[i], mean, rstd, w, axis)
-
-    call = {"forward": forward, "backward": backward, "both": both}[case.direction]
-    if fused:
-        run = _fused(xp)
-        call = lambda i: run(inputs.x[i], w, b)  # noqa: E731
-    return Contender(call, "formula", fresh=device.kind == "cpu")
+    xp, w, b = device.lib, inputs.weight, inputs.bias
+    w, b = (None if a is None else along(case, a) for a in (w, b))
+    run = _fused(xp) if fused else functools.partial(layer_norm, xp)
+    return Contender(lambda i: run(inputs.x[i], w, b, case.axis), "formula", fresh=device.fresh)
 
 
-def _fused(xp: Any, eps: float = EPS) -> Callable[[Any, Any, Any], Any]:
+def _fused(xp: Any) -> Callable[..., Any]:
     @xp.fuse(kernel_name="layer_norm_apply")
     def apply(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
-        return (x - mean) / xp.sqrt(var + eps) * weight + bias
+        return (x - mean) / xp.sqrt(var + EPS) * weight + bias
 
-    @xp.fuse(kernel_name="layer_norm_plain")
-    def plain(x: Any, mean: Any, var: Any) -> Any:
-        return (x - mean) / xp.sqrt(var + eps)
-
-    def run(x: Any, weight: Any, bias: Any) -> Any:
+    def run(x: Any, weight: Any, bias: Any, axis: int) -> Any:
         wide = x.astype("float64" if x.dtype == "float64" else "float32", copy=False)
-        mean, var = (f(axis=-1, keepdims=True) for f in (wide.mean, wide.var))
-        if weight is None:
-            return plain(wide, mean, var).astype(x.dtype, copy=False)
+        mean, var = (f(axis=axis, keepdims=True) for f in (wide.mean, wide.var))
         weight, bias = (a.astype(wide.dtype, copy=False) for a in (weight, bias))
         return apply(wide, mean, var, weight, bias).astype(x.dtype, copy=False)
 
@@ -115,11 +78,11 @@ def scale(inputs: Inputs, library: str = "sklearn") -> Contender:
             warnings.simplefilter("ignore", UserWarning)
             return function(x[i], axis=1)
 
-    fresh = inputs.device.kind == "cpu"
-    return Contender(call, "preprocessing.scale, eps 0", fresh=fresh, capture=blocking, eps=0.0)
+    about = {"fresh": inputs.device.fresh, "capture": blocking, "eps": 0.0}
+    return Contender(call, "preprocessing.scale, eps 0", **about)
 
 
-# -- JAX: under jit; on a GPU arrays come and go through DLPack, on streams of its own --------------
+# -- JAX: under jit; arrays come and go through DLPack, on streams of its own ----------------------
 
 
 def jax_peer(inputs: Inputs) -> Contender:
@@ -224,7 +187,7 @@ def _given(device: Any, jax: Any, made: Any) -> Any:
     return device.lib.from_dlpack(bits).view(numpy_dtype("bfloat16"))
 
 
-# -- onnxruntime: as a session is run, whose arena keeps results mapped; and into bound memory ------
+# -- onnxruntime: as a session is run, whose arena keeps results mapped; into bound memory ---------
 
 
 def onnx_peer(inputs: Inputs, bound: bool = False) -> Contender:
