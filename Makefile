@@ -10,7 +10,7 @@ OUT ?= out
 
 VENV := .venv
 DEMO := .venvs/demo
-SOURCES := $(wildcard cupynorm/*.py cupynorm/py.typed kernels/*)
+SOURCES := $(wildcard cupynorm/*.py cupynorm/*/*.py cupynorm/py.typed kernels/*)
 PIP := -m pip --disable-pip-version-check install -qq
 
 # The CUDA extra that fits the driver; none without a driver. Set CUDA_EXTRA= to do without.
@@ -112,4 +112,4 @@ bench: $(VENV)/.bench
 
 clean:
 	rm -rf $(VENV) .venvs out build dist docs/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis .simt_cache .nvrtc_cache
-	find cupynorm tests bench -name __pycache__ -type d -exec rm -rf {} +
+	find cupynorm tests bench docs examples -name __pycache__ -type d -exec rm -rf {} +

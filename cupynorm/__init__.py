@@ -3,16 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cupynorm.functional import LayerNormResult, layer_norm
+from cupynorm._ops import LayerNormResult
+from cupynorm.functional import layer_norm
 
 if TYPE_CHECKING:
     from cupynorm import plot
+    from cupynorm._ops import LayerNormGradients
     from cupynorm._report.config import show_config
-    from cupynorm._report.explain import explain
-    from cupynorm._report.explanation import Explanation
+    from cupynorm._report.explain import Explanation, explain
     from cupynorm._report.warmup import warmup
     from cupynorm.frames.columns import layer_norm_columns
-    from cupynorm.gradient import LayerNormGradients, layer_norm_backward
+    from cupynorm.functional import layer_norm_backward
     from cupynorm.modules import LayerNorm
     from cupynorm.prepared import PreparedLayerNorm, prepare
 
@@ -36,12 +37,12 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Explanation": "cupynorm._report.explanation",
+    "Explanation": "cupynorm._report.explain",
     "LayerNorm": "cupynorm.modules",
-    "LayerNormGradients": "cupynorm.gradient",
+    "LayerNormGradients": "cupynorm._ops",
     "PreparedLayerNorm": "cupynorm.prepared",
     "explain": "cupynorm._report.explain",
-    "layer_norm_backward": "cupynorm.gradient",
+    "layer_norm_backward": "cupynorm.functional",
     "layer_norm_columns": "cupynorm.frames.columns",
     "prepare": "cupynorm.prepared",
     "warmup": "cupynorm._report.warmup",

@@ -3,8 +3,6 @@
 import html
 from abc import abstractmethod
 
-__all__ = ["Sections", "Table"]
-
 Sections = list[tuple[str, list[tuple[str, str]]]]
 
 # Notebooks align cells to the right. No colors: text and lines take the theme's, light or dark.

@@ -8,12 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cupynorm import _problem as _old
-from cupynorm._cuda.plan_column import ColumnProblem
-from cupynorm._cuda.plan_column_bwd import ColumnGradientProblem
 from cupynorm._ops import Op
-from cupynorm._problem import GradientProblem
-from cupynorm._problem import Problem as OldProblem
 
 Group = tuple[int, tuple[int, ...]]  # length, and one stride per array
 
@@ -35,6 +30,7 @@ class Facts(NamedTuple):
     order: str = "K"  # of a y that is to be made
     out: bool = False  # y is given
     stats: bool = False  # a forward gives mean and rstd, too
+    device: int | None = None  # index of the GPU that x is on
 
     @property
     def size(self) -> int:
@@ -205,174 +201,6 @@ def _fold_rows(facts: Facts) -> Problem:
     }
     sizes = outer, inner, facts.N
     return _problem(facts, sizes, tuple(strides.items()), (inner, 1), tuple(reasons.items()))
-
-
-# --- the layout that today's planners take; it goes with them ------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How the memory of a call is met: as it lies, or through a copy and why."""
-
-    problem: OldProblem
-    copy_x: str = ""  # the reason for a row-major copy of x; empty: none
-    copy_y: str = ""  # the reason for a row-major result that is copied into y; empty: none
-
-
-@dataclass(frozen=True, slots=True)
-class GradientLayout:
-    """How the memory of a backward call is met; copies by array, with the reason."""
-
-    problem: GradientProblem
-    copies: tuple[tuple[str, str], ...] = ()
-
-
-def layout_of(
-    shape: tuple[int, ...],
-    axes: tuple[int, ...],
-    x_strides: tuple[int, ...],
-    y_strides: tuple[int, ...],
-    dtypes: tuple[str, str | None, str | None],
-    stats: bool,
-) -> Layout:
-    """Fold a call into the rows that the row kernels take; strides in elements."""
-    sizes, steps, reasons = _fit(shape, axes, {"x": x_strides, "y": y_strides})
-    problem = OldProblem(
-        op="layer_norm_fwd",
-        x_dtype=dtypes[0],
-        weight_dtype=dtypes[1],
-        bias_dtype=dtypes[2],
-        outer=sizes[0],
-        M=sizes[1],
-        N=sizes[2],
-        x_strides=steps[0],
-        y_strides=steps[1],
-        stats=stats,
-    )
-    return Layout(problem, reasons.get("x", ""), reasons.get("y", ""))
-
-
-def column_problem_of(
-    shape: tuple[int, ...],
-    axes: tuple[int, ...],
-    x_strides: tuple[int, ...],
-    y_strides: tuple[int, ...],
-    dtypes: tuple[str, str | None, str | None],
-) -> ColumnProblem | None:
-    """Fold a call whose columns are strided in x, in y or in both; None if that does not go.
-
-    In each of the two either the columns or the rows of one batch group have unit stride, which may
-    be the outer group: a Fortran-ordered x with normalized axes in its middle is like that.
-    """
-    found = _fit_columns(shape, axes, x_strides, y_strides)
-    if found is None:
-        return None
-    sizes, (x, y), stats = found
-    return ColumnProblem(*dtypes, *sizes, x, y, stats)
-
-
-def column_gradient_problem_of(
-    shape: tuple[int, ...],
-    axes: tuple[int, ...],
-    dy_strides: tuple[int, ...],
-    x_strides: tuple[int, ...],
-    dx_strides: tuple[int, ...] | None,
-    dtypes: tuple[str, str | None, str | None, str | None],
-) -> ColumnGradientProblem | None:
-    """Fold a backward call as `column_problem_of` does; dx must lie along the rows where x does."""
-    to = x_strides if dx_strides is None else dx_strides
-    found = _fit_columns(shape, axes, dy_strides, x_strides, to)
-    if found is None:
-        return None
-    sizes, (dy, x, dx), stats = found
-    if (x[2] == 1) != (dx[2] == 1):
-        return None
-    return ColumnGradientProblem(*dtypes, dx_strides is not None, *sizes, dy, x, dx, stats)
-
-
-def _fit_columns(
-    shape: tuple[int, ...], axes: tuple[int, ...], *arrays: tuple[int, ...]
-) -> tuple[tuple[int, int, int], list[tuple[int, int, int]], tuple[int, int]] | None:
-    """Sizes (outer, M, N), the strides of each array, and those of the statistics."""
-    batch, cols = fold(shape, axes, *arrays)
-    if len(cols) != 1 or len(batch) > 2:
-        return None
-    N, steps = cols[0]
-    first, second = ([(1, (0,) * len(arrays))] * 2 + batch)[-2:]
-    for outer, inner, stats in (
-        (first, second, (second[0], 1)),
-        (second, first, (1, second[0])),
-    ):
-        unit = [row == 1 or col == 1 for row, col in zip(inner[1], steps, strict=True)]
-        if all(unit) and any(col != 1 for col in steps):
-            strides = list(zip(outer[1], inner[1], steps, strict=True))
-            return (outer[0], inner[0], N), strides, stats
-    return None
-
-
-def gradient_layout_of(
-    shape: tuple[int, ...],
-    axes: tuple[int, ...],
-    dy_strides: tuple[int, ...],
-    x_strides: tuple[int, ...],
-    dx_strides: tuple[int, ...] | None,
-    dtypes: tuple[str, str | None, str | None, str | None],
-) -> GradientLayout:
-    """Fold a backward call; dtypes of x, weight, dweight and dbias, no dx_strides: no dx."""
-    arrays = {"x": x_strides, "dy": dy_strides}
-    if dx_strides is not None:
-        arrays["dx"] = dx_strides
-    sizes, steps, reasons = _fit(shape, axes, arrays)
-    problem = GradientProblem(
-        x_dtype=dtypes[0],
-        weight_dtype=dtypes[1],
-        dweight_dtype=dtypes[2],
-        dbias_dtype=dtypes[3],
-        dx=dx_strides is not None,
-        outer=sizes[0],
-        M=sizes[1],
-        N=sizes[2],
-        x_strides=steps[0],
-        dy_strides=steps[1],
-        dx_strides=steps[-1] if dx_strides is not None else (0, 0, 1),
-    )
-    return GradientLayout(problem, tuple(reasons.items()))
-
-
-def _fit(
-    shape: tuple[int, ...], axes: tuple[int, ...], arrays: dict[str, tuple[int, ...]]
-) -> tuple[tuple[int, int, int], list[tuple[int, int, int]], dict[str, str]]:
-    """Fold several arrays together, through row-major copies of those that do not.
-
-    Returns
-    -------
-    sizes : (outer, M, N)
-    steps : list of (outer, M, N) element strides, one for each array
-    reasons : dict
-        By array, why it needs a copy.
-    """
-    dense = row_major_strides(shape, axes)
-    reasons = {
-        label: reason
-        for label, strides in arrays.items()
-        if (reason := _copy_reason(label, shape, axes, strides))
-    }
-
-    def batch() -> list[tuple[int, tuple[int, ...]]]:
-        met = [dense if label in reasons else strides for label, strides in arrays.items()]
-        return fold(shape, axes, *met)[0]
-
-    labels = list(arrays)
-    for i in range(len(labels) - 1, -1, -1):  # each may fold alone, but not all together
-        if len(batch()) > 2 and labels[i] not in reasons:
-            reasons[labels[i]] = (
-                f"the batch axes of {' and '.join(labels[: i + 1])} do not fold together into "
-                "two strides"
-            )
-    groups = ([(1, (0,) * len(labels))] * 2 + batch())[-2:]
-    (outer, outer_steps), (inner, inner_steps) = groups
-    sizes = outer, inner, _old.rows_and_cols(shape, axes)[1]
-    return sizes, [(o, i, 1) for o, i in zip(outer_steps, inner_steps, strict=True)], reasons
 
 
 def _copy_reason(

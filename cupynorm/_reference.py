@@ -1,152 +1,198 @@
-"""Two-pass layer norm in array-API calls: the path of every namespace without one of its own."""
+"""Layer norm, its gradient and its tangent in array-API calls; moments of parts, merged, applied.
+
+The path of every library without one of its own. Nothing is written in place and no step depends
+on the values, so that the library that owns x can differentiate, trace, vectorize or delay it all.
+"""
 
 import contextlib
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from array_api_compat import is_dask_namespace, is_jax_namespace, is_torch_namespace
+from array_api_compat import (
+    array_namespace,
+    is_dask_namespace,
+    is_jax_namespace,
+    is_torch_namespace,
+)
 
-from cupynorm._problem import dtype_name, stats_dtype
+from cupynorm._layout import Facts
+from cupynorm._libraries import library_of
+from cupynorm._rules import dtype_name, stats_dtype
 
-__all__ = ["layer_norm_bwd", "layer_norm_fwd"]
 
-
-def layer_norm_fwd(
-    xp: Any,
-    x: Any,
-    axes: tuple[int, ...],
-    weight: Any | None,
-    bias: Any | None,
-    eps: float,
-) -> tuple[Any, Any, Any]:
-    """Normalize `x` over `axes` with functions of `xp` only.
-
-    Nothing is written in place and no step depends on the values, so that the library that owns
-    `x` can differentiate, trace, vectorize or delay the whole.
+class Rows:
+    """x seen as rows over `axes`: sums and means along them, in the dtype of the statistics.
 
     Parameters
     ----------
     xp : module
         Array-API namespace of `x`.
     x : array
-        Input, of any floating dtype.
+        Of any floating dtype.
     axes : tuple of int
         Axes to normalize, non-negative and ascending.
-    weight, bias : array or None
-        Scale and shift, of shape ``tuple(x.shape[a] for a in axes)`` and any floating dtype.
-    eps : float
-        Added to the variance.
-
-    Returns
-    -------
-    y : array
-        Shape and dtype of `x`.
-    mean, rstd : array
-        float32 (float64 for float64 `x`), with length 1 on `axes`; NaN where rows are empty.
     """
-    dtype = getattr(xp, stats_dtype(dtype_name(x.dtype)))
-    affine_shape = tuple(n if a in axes else 1 for a, n in enumerate(x.shape))
-    n = math.prod([x.shape[a] for a in axes])
-    # A power of two that is at most 1/n: scaling by it is exact, and a sum of n scaled terms
-    # overflows no sooner than its largest term.
-    q = 2.0 ** -max(n - 1, 0).bit_length()
 
-    def row_mean(scaled: Any) -> Any:
-        return _row_sum(xp, scaled, axes, n, dtype) / (n * q)
+    def __init__(self, xp: Any, x: Any, axes: tuple[int, ...]) -> None:
+        self.xp, self.x, self.axes = xp, x, axes
+        self.dtype = getattr(xp, stats_dtype(dtype_name(x.dtype)))
+        self.shape = tuple(x.shape[a] for a in axes)  # of weight and bias
+        self.n = math.prod(self.shape)
+        # A power of two that is at most 1/n: scaling by it is exact, and a sum of n scaled terms
+        # overflows no sooner than its largest term. A symbolic n has no bits to look at.
+        plain = type(self.n) is int
+        self.unit = 2.0 ** -max(self.n - 1, 0).bit_length() if plain else 1.0
 
-    def affine(value: Any) -> Any:
-        return xp.reshape(xp.astype(value, dtype, copy=False), affine_shape)
+    def wide(self, value: Any) -> Any:
+        """Cast to the dtype of the statistics."""
+        return self.xp.astype(value, self.dtype, copy=False)
 
-    # Libraries that compute through NumPy would warn about every row that holds NaN or Inf. torch
-    # does not, and torch.compile cannot trace errstate.
-    quiet = contextlib.nullcontext() if is_torch_namespace(xp) else np.errstate(all="ignore")
-    with quiet:
-        values = xp.astype(x, dtype, copy=False)
-        start = row_mean(values * q)
+    def narrow(self, value: Any) -> Any:
+        """Cast to x's dtype."""
+        return self.xp.astype(value, self.x.dtype, copy=False)
+
+    def along(self, value: Any) -> Any:
+        """Weight, bias or a tangent of one, broadcastable against x."""
+        shape = tuple(n if a in self.axes else 1 for a, n in enumerate(self.x.shape))
+        return self.xp.reshape(self.wide(value), shape)
+
+    def mean(self, terms: Any, factor: Any = None) -> Any:
+        """Mean of each row, or of its product with `factor`; length 1 is kept."""
+        scaled = terms * self.unit
+        if factor is not None:
+            scaled = scaled * factor
+        return _sum(self.xp, scaled, self.axes) / (self.n * self.unit)
+
+    def over_rows(self, terms: Any) -> Any:
+        """Sum over all rows, of weight's shape."""
+        batch = tuple(a for a in range(self.x.ndim) if a not in self.axes)
+        return self.xp.reshape(_sum(self.xp, terms, batch), self.shape) if batch else terms
+
+    def standardized(self, eps: float) -> tuple[Any, Any, Any]:
+        """x_hat, mean and rstd as functions of x, by the corrected two-pass algorithm."""
+        values = self.wide(self.x)
+        start = self.mean(values)
         offset = values - start
         # `start` is rounded, at 1e6 in float32 by 0.03, and every offset is off by that much.
         # Their mean is that error, and being small it is known precisely.
-        shift = row_mean(offset * q)
+        shift = self.mean(offset)
         centred = offset - shift
-        rstd = 1.0 / xp.sqrt(row_mean(centred * q * centred) + eps)
-        y = centred * rstd
-        if weight is not None:
-            y = y * affine(weight)
-        if bias is not None:
-            y = y + affine(bias)
-        return xp.astype(y, x.dtype, copy=False), start + shift, rstd
+        rstd = 1.0 / self.xp.sqrt(self.mean(centred, centred) + eps)
+        return centred * rstd, start + shift, rstd
+
+    def restored(self, mean: Any, rstd: Any) -> Any:
+        """x_hat by the statistics that were given out, whose mean is rounded."""
+        offset = self.wide(self.x) - mean
+        return (offset - self.mean(offset)) * rstd
 
 
-def layer_norm_bwd(
-    xp: Any,
-    dy: Any,
-    x: Any,
-    axes: tuple[int, ...],
-    mean: Any,
-    rstd: Any,
-    weight: Any | None,
+def normalize(rows: Rows, weight: Any, bias: Any, eps: float) -> tuple[Any, Any, Any]:
+    """y in x's dtype; mean and rstd in that of the statistics, NaN where rows are empty."""
+    y, mean, rstd = rows.standardized(eps)
+    if weight is not None:
+        y = y * rows.along(weight)
+    if bias is not None:
+        y = y + rows.along(bias)
+    return rows.narrow(y), mean, rstd
+
+
+def gradients(
+    rows: Rows,
+    of: tuple[Any, Any, Any],
+    weight: Any,
+    hat: tuple[Any, Any],
+    wanted: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Any, Any, Any]:
-    """Differentiate `layer_norm_fwd` with functions of `xp` only.
+    """Differentiate `normalize`.
 
     Parameters
     ----------
-    xp : module
-        Array-API namespace of `x`.
-    dy, x : array
-        Gradient of y, and x; of one shape and dtype.
-    axes : tuple of int
-        Normalized axes, non-negative and ascending.
-    mean, rstd : array
-        As `layer_norm_fwd` gave them.
+    rows : Rows
+        Of x.
+    of : tuple
+        Gradients of y, mean and rstd, each of which may be None.
     weight : array or None
-        Scale, of shape ``tuple(x.shape[a] for a in axes)``.
+        As in the forward.
+    hat : tuple
+        x_hat and rstd.
+    wanted : tuple of bool
+        Which of the results.
 
     Returns
     -------
-    dx : array
-        Shape and dtype of `x`.
-    dweight, dbias : array
-        float32 (float64 for float64 `x`), of the shape of the normalized axes.
+    dx : array or None
+        Shape and dtype of x.
+    dweight, dbias : array or None
+        Of weight's shape, in the dtype of the statistics; None also where y has no gradient.
     """
-    dtype = getattr(xp, stats_dtype(dtype_name(x.dtype)))
-    affine_shape = tuple(n if a in axes else 1 for a, n in enumerate(x.shape))
-    batch = tuple(a for a in range(x.ndim) if a not in axes)
-    n = math.prod([x.shape[a] for a in axes])
-    m = math.prod([x.shape[a] for a in batch])
-    q = 2.0 ** -max(n - 1, 0).bit_length()
+    dy, dmean, drstd = of
+    x_hat, rstd = hat
+    dx = dweight = dbias = None
+    slope = None if dy is None else rows.wide(dy)
+    if wanted[0]:
+        if slope is None:
+            dx = rows.xp.zeros_like(x_hat)
+        else:
+            g = slope if weight is None else slope * rows.along(weight)
+            dx = _projected(rows, g, hat)
+        if dmean is not None:
+            dx = dx + dmean / rows.n
+        if drstd is not None:
+            dx = dx - drstd * rstd * rstd * x_hat / rows.n
+        dx = rows.narrow(dx)
+    if slope is not None and wanted[1]:
+        dweight = rows.over_rows(slope * x_hat)
+    if slope is not None and wanted[2]:
+        dbias = rows.over_rows(slope)
+    return dx, dweight, dbias
 
-    def row_mean(scaled: Any) -> Any:
-        return _row_sum(xp, scaled, axes, n, dtype) / (n * q) if n else scaled
 
-    def over_rows(terms: Any) -> Any:
-        shape = tuple(x.shape[a] for a in axes)
-        return xp.reshape(_row_sum(xp, terms, batch, m, dtype), shape)
+def tangents(
+    rows: Rows, of: tuple[Any, Any, Any], weight: Any, hat: tuple[Any, Any]
+) -> tuple[Any, Any, Any]:
+    """Forward-mode derivatives of y, mean and rstd by those of x, weight and bias.
 
-    quiet = contextlib.nullcontext() if is_torch_namespace(xp) else np.errstate(all="ignore")
-    with quiet:
-        g = slope = xp.astype(dy, dtype, copy=False)
+    A tangent that is None is zero; `hat` is x_hat and rstd.
+    """
+    dx, dweight, dbias = of
+    x_hat, rstd = hat
+    zeros = rows.xp.zeros_like
+    dy, dmean, drstd = zeros(x_hat), zeros(rstd), zeros(rstd)
+    if dx is not None:
+        slope = rows.wide(dx)
+        dmean = rows.mean(slope)
+        drstd = -rstd * rstd * rows.mean(slope, x_hat)
+        dy = _projected(rows, slope, hat)
         if weight is not None:
-            g = slope * xp.reshape(xp.astype(weight, dtype, copy=False), affine_shape)
-        offset = xp.astype(x, dtype, copy=False) - mean
-        # What the rounded mean lacks; see layer_norm_fwd.
-        x_hat = (offset - row_mean(offset * q)) * rstd
-        dx = rstd * (g - row_mean(g * q) - x_hat * row_mean(g * q * x_hat))
-        dx = xp.astype(dx, x.dtype, copy=False)
-        return dx, over_rows(slope * x_hat), over_rows(slope)
+            dy = dy * rows.along(weight)
+    if dweight is not None:
+        dy = dy + x_hat * rows.along(dweight)
+    if dbias is not None:
+        dy = dy + rows.along(dbias)
+    return rows.narrow(dy), dmean, drstd
 
 
-def _row_sum(xp: Any, terms: Any, axes: tuple[int, ...], n: int, dtype: Any) -> Any:
-    """Sum over `axes`, kept with length 1, in an order that depends on n alone.
+def _projected(rows: Rows, z: Any, hat: tuple[Any, Any]) -> Any:
+    """The derivative of x_hat by x, a symmetric matrix for each row, applied to z."""
+    x_hat, rstd = hat
+    return rstd * (z - rows.mean(z) - x_hat * rows.mean(z, x_hat))
 
-    `xp.sum` chooses its order by strides, thread count and number of rows (torch's does), and so
-    would give one row different bits in different batches. Halving the row by elementwise sums
-    cannot, and a tree rounds less too. XLA and Dask rearrange what they are given, so they get
-    the plain sum, which they know how to split.
+
+def _sum(xp: Any, terms: Any, axes: tuple[int, ...]) -> Any:
+    """Sum over `axes`, kept with length 1, in an order that depends on their length alone.
+
+    `xp.sum` chooses its order by strides, thread count and number of rows, and so would give one
+    row different bits in different batches. Halving the row by elementwise sums cannot, and a tree
+    rounds less too. XLA and Dask rearrange what they are given and torch's axes may have symbols
+    for lengths, so they get the plain sum, which they know how to split and to differentiate.
     """
-    if n == 0 or is_jax_namespace(xp) or is_dask_namespace(xp):
+    n = math.prod([terms.shape[a] for a in axes])
+    whole = is_jax_namespace(xp) or is_dask_namespace(xp) or is_torch_namespace(xp)
+    if whole or n == 0:
         # dtype is spelled out: `sum` of the standards before 2023 widens float32 without it.
-        return xp.sum(terms, axis=axes, dtype=dtype, keepdims=True)
+        return xp.sum(terms, axis=axes, dtype=terms.dtype, keepdims=True)
     batch = tuple(a for a in range(terms.ndim) if a not in axes)
     kept = tuple(1 if a in axes else length for a, length in enumerate(terms.shape))
     rows = xp.permute_dims(terms, (*batch, *axes))
@@ -159,3 +205,155 @@ def _row_sum(xp: Any, terms: Any, axes: tuple[int, ...], n: int, dtype: Any) -> 
         half //= 2
         rows = rows[..., :half] + rows[..., half:]
     return xp.reshape(rows, kept)
+
+
+def quiet(xp: Any) -> Any:
+    """A context for rows that hold NaN or Inf, of which libraries warn that compute by NumPy.
+
+    torch does not, and torch.compile cannot trace errstate.
+    """
+    return contextlib.nullcontext() if is_torch_namespace(xp) else np.errstate(all="ignore")
+
+
+# --- parts of rows --------------------------------------------------------------------------------
+
+
+class Moments(NamedTuple):
+    """Of the elements of one part that share a row; arrays in the statistics' dtype.
+
+    They have the part's shape with length 1 on the normalized axes.
+    """
+
+    terms: int  # elements of a row
+    mean: Any
+    lack: Any  # what the rounded mean lacks
+    spread: Any  # root of the variance: the variance of values near 1e30 is no float32
+
+
+def moments(xp: Any, x: Any, axes: tuple[int, ...]) -> Moments:
+    """Moments of one part, by float64; the bits go by its shape and values, not its strides."""
+    rows = Rows(xp, x, axes)
+    wide = Rows(xp, xp.astype(x, xp.float64, copy=False), axes)
+    if not wide.n:
+        shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+        nothing = xp.zeros(shape, dtype=rows.dtype)
+        return Moments(0, nothing, nothing, nothing)
+    start = wide.mean(wide.x)
+    offset = wide.x - start
+    shift = wide.mean(offset)
+    variance = wide.mean(offset, offset) - shift * shift
+    return _rounded(xp, wide.n, (start, shift, variance), rows.dtype)
+
+
+def merge(xp: Any, parts: Sequence[Moments]) -> Moments:
+    """Chan, Golub and LeVeque's merge of any number of parts about one shift, in their order."""
+    some = [part for part in parts if part.terms]
+    if len(some) < 2:
+        return (some or parts)[0]
+    terms = sum(part.terms for part in some)
+    shares = [part.terms / terms for part in some]
+
+    def wide(value: Any) -> Any:
+        return xp.astype(value, xp.float64, copy=False)
+
+    start = wide(some[0].mean)  # means that share a large offset lose nothing about it
+    away = [(wide(part.mean) - start) + wide(part.lack) for part in some]
+    shift = sum(share * a for share, a in zip(shares, away, strict=True))
+    variance = sum(
+        share * (wide(part.spread) ** 2 + (a - shift) ** 2)
+        for share, part, a in zip(shares, some, away, strict=True)
+    )
+    return _rounded(xp, terms, (start, shift, variance), some[0].mean.dtype)
+
+
+def _rounded(xp: Any, terms: int, wide: tuple[Any, Any, Any], dtype: Any) -> Moments:
+    """Moments from the mean, in two summands, and the variance, in float64."""
+    start, shift, variance = wide
+    mean = xp.astype(start + shift, dtype, copy=False)
+    lack = xp.astype((start - xp.astype(mean, xp.float64)) + shift, dtype, copy=False)
+    # Rounding may leave the variance a hair below zero; NaN passes.
+    spread = xp.sqrt(xp.where(variance < 0.0, 0.0 * variance, variance))
+    return Moments(terms, mean, lack, xp.astype(spread, dtype, copy=False))
+
+
+def rstd_of(xp: Any, whole: Moments, eps: float) -> Any:
+    """1 / sqrt(var + eps) of whole rows, NaN where they are empty."""
+    if not whole.terms:
+        return whole.spread + math.nan
+    wide = xp.astype(whole.spread, xp.float64, copy=False)
+    return xp.astype(1.0 / xp.sqrt(wide * wide + eps), whole.spread.dtype, copy=False)
+
+
+def apply(rows: Rows, whole: Moments, rstd: Any, weight: Any, bias: Any) -> Any:
+    """y of a part of rows by the moments and rstd of the whole ones."""
+    y = ((rows.wide(rows.x) - whole.mean) - whole.lack) * rstd
+    if weight is not None:
+        y = y * rows.along(weight)
+    if bias is not None:
+        y = y + rows.along(bias)
+    return rows.narrow(y)
+
+
+# --- the door -------------------------------------------------------------------------------------
+
+
+class Door:
+    """How arrays of any array-API library come in; nothing is kept for them."""
+
+    look = None
+    select = None
+
+    @staticmethod
+    def strides(_: Any) -> None:
+        """None: memory is the library's own affair."""
+
+    @staticmethod
+    def device(_: Any) -> None:
+        """None: nothing here depends on it."""
+
+    @staticmethod
+    def normalizer(facts: Facts) -> Callable[..., Any]:
+        """The forward of arrays of this kind."""
+
+        def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:
+            _check_memory(x, facts.order, out)
+            xp = array_namespace(x)
+            with quiet(xp):
+                y, *stats = normalize(Rows(xp, x, facts.axes), weight, bias, facts.eps)
+            if out is not None:
+                out[...] = y
+                y = out
+            return (y, *stats) if facts.stats else y
+
+        return call
+
+    @staticmethod
+    def differentiator(facts: Facts) -> Callable[..., Any]:
+        """The backward of arrays of this kind."""
+        dtypes = facts.dtypes
+        wanted = "dx" in facts.strides, "dweight" in dtypes, "dbias" in dtypes
+
+        def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> tuple[Any, ...]:
+            xp = array_namespace(x)
+            rows = Rows(xp, x, facts.axes)
+            with quiet(xp):
+                hat = rows.restored(mean, rstd), rstd
+                dx, *sums = gradients(rows, (dy, None, None), weight, hat, wanted)
+            named = zip(("dweight", "dbias"), sums, strict=True)
+            return dx, *(
+                None if total is None else xp.astype(total, getattr(xp, dtypes[name]), copy=False)
+                for name, total in named
+            )
+
+        return call
+
+
+def _check_memory(x: Any, order: str, out: Any) -> None:
+    """Refuse an `out` or a layout that x's library does not offer."""
+    library = library_of(x)
+    if out is not None and library == "jax":
+        msg = "out= is given but JAX arrays cannot be written to; use the returned array"
+        raise TypeError(msg)
+    if order == "F":
+        msg = f"order='F' is given but {library} arrays have no layout to choose; use order='K'"
+        raise ValueError(msg)

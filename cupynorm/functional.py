@@ -1,24 +1,11 @@
-"""The public functions: each documents, checks, and routes to the path that does the work."""
+"""The public functions: each documents, then makes one call down."""
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+from cupynorm import _calls, dask, frames
+from cupynorm._ops import LAYER_NORM, LayerNormGradients, LayerNormResult, Op
 
-from cupynorm import _problem
-from cupynorm._arguments import (
-    Call,
-    check_arguments,
-    companion_of,
-    is_launchable,
-    path_of,
-)
-from cupynorm._arrays import check_overlap, check_writable, library_of
-from cupynorm._cpu import results as _results
-from cupynorm._ops import LayerNormResult
-from cupynorm.frames import _tables
-
-__all__ = ["LayerNormResult", "layer_norm", "strided"]
+__all__ = ["layer_norm", "layer_norm_backward"]
 
 
 def layer_norm(
@@ -87,8 +74,6 @@ def layer_norm(
     bit for bit, but for JAX, whose compiler chooses the order of sums, and for Dask arrays whose
     chunks split rows.
     The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450.
-    A NumPy result of 128 KiB or more lies in memory that a later result takes over once no array
-    refers to it, so that its pages are not made anew (``CUPYNORM_KEPT_MIB``, 256 by default).
 
     Examples
     --------
@@ -99,129 +84,95 @@ def layer_norm(
     array([[-1.225,  0.   ,  1.225],
            [-1.225,  0.   ,  1.225]])
     """
-    if order == "K":
-        at_once = _at_once.get(type(x))
-        if at_once is not None:
-            y = at_once(x, normalized_shape, weight, bias, eps, axis, out, return_stats)
-            if y is not None:
-                return LayerNormResult(*y) if return_stats else y
-    if type(x) is not np.ndarray:
-        if library_of(x).startswith("dask"):
-            return _dask(x, normalized_shape, weight, bias, eps, axis, order, out, return_stats)
-        if _tables.library(x) is not None:
-            from cupynorm import frames
-
-            return frames.from_call(
-                x, normalized_shape, weight, bias, eps, axis, order, out, return_stats
-            )
-    call = check_arguments(x, normalized_shape, weight, bias, eps, axis, order, out)
-    if call.path != "namespace":
-        y, mean, rstd = strided(call, order, out, return_stats)
-    elif is_launchable(call.x):
-        y, mean, rstd = _torch(call, order, out, return_stats)
-    else:
-        from cupynorm import _namespace
-
-        y, mean, rstd = _namespace.layer_norm(
-            call.x, call.axes, call.weight, call.bias, call.eps, order, out
-        )
-    return LayerNormResult(y, mean, rstd) if return_stats else y
+    how = normalized_shape, axis, eps, order, return_stats
+    found = _forward(LAYER_NORM, x, weight, bias, out, how)
+    return LayerNormResult(*found) if return_stats else found
 
 
-def _first_of_numpy(*arguments: Any) -> Any:
-    from cupynorm._cpu import at_once as _cpu_at_once
+def layer_norm_backward(
+    dy: Any,
+    x: Any,
+    normalized_shape: Any,
+    mean: Any,
+    rstd: Any,
+    weight: Any = None,
+    *,
+    axis: Any = None,
+    output_mask: Any = None,
+) -> LayerNormGradients:
+    """Gradients of `layer_norm` from the gradient of its result.
 
-    _at_once[np.ndarray] = _cpu_at_once.at_once
-    return _cpu_at_once.at_once(*arguments)
+    With ``x_hat = (x - mean) * rstd`` and ``g = dy * weight``, row by row::
 
+        dx = rstd * (g - sum(g) / N - x_hat * sum(g * x_hat) / N)
 
-def _first_of_cupy(do: Any) -> None:
-    from cupynorm._cuda import small as _cuda_small
+    and over all rows ``dweight = sum(dy * x_hat)``, ``dbias = sum(dy)``.
 
-    for kind, way in list(_at_once.items()):
-        if isinstance(getattr(way, "__self__", None), _cuda_small.Calls):
-            _at_once.pop(kind, None)  # of a CuPy that was there before: tests have a new one each
-    calls = _cuda_small.Calls(do)
-    _at_once[calls.array_type] = calls.at_once
+    Parameters
+    ----------
+    dy : array
+        Gradient with respect to y, in x's shape, dtype and library, on its device; any strides.
+    x : array
+        The input of the forward call: float16, bfloat16, float32 or float64.
+    normalized_shape : int, tuple of int or None
+        As in the forward call; None for the last axis, or with `axis`.
+    mean, rstd : array
+        The statistics that ``layer_norm(..., return_stats=True)`` gave for x: float32 (float64 for
+        float64 x), shaped like x with the normalized axes of length 1.
+    weight : array, optional
+        As in the forward call; None stands for ones.
+    axis : int or tuple of int, optional
+        As in the forward call.
+    output_mask : sequence of 3 bool, optional
+        Which of dx, dweight and dbias to compute. By default dx and dbias, and dweight where
+        weight is given.
 
+    Returns
+    -------
+    LayerNormGradients
+        The named tuple (dx, dweight, dbias). dweight and dbias have the shape of weight and its
+        dtype; where weight is None, that of the normalized axes and the dtype of the statistics.
 
-def _first_of_torch(torch: Any) -> None:
-    from cupynorm._torch import at_once as _torch_at_once
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of the four floating ones, if both `normalized_shape` and `axis` are
+        given, or if `output_mask` is not three bools.
+    ValueError
+        If dy, mean, rstd or weight do not fit x in shape, dtype, library or device.
 
-    if not torch.compiler.is_compiling():  # to which the table must stay as it found it
-        _at_once[torch.Tensor] = _torch_at_once.at_once
+    Notes
+    -----
+    The formula is that of the backward pass of Ioffe and Szegedy (2015), "Batch normalization",
+    arXiv:1502.03167, with the sums taken over a row, as Ba, Kiros and Hinton (2016),
+    arXiv:1607.06450, normalize. Sums are float32 (float64 for float64 x). The rounding of `mean`
+    is repaired: what the deviations from it sum to is taken off x_hat, so a large common offset
+    costs no accuracy. No atomics: the same call gives the same bits.
 
-
-# By exact type of x: calls with nothing special about them, which cost what they must alone.
-_at_once: dict[type, Callable[..., Any]] = {np.ndarray: _first_of_numpy}
-
-
-def _dask(x: Any, *arguments: Any) -> Any:
-    """Dask arrays and DataFrames, lazily: each task calls `layer_norm` on a block of its own."""
-    from cupynorm.dask import _blocks as _dask_blocks
-
-    y, mean, rstd = _dask_blocks.layer_norm(layer_norm, x, *arguments)
-    return LayerNormResult(y, mean, rstd) if arguments[-1] else y
-
-
-def strided(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, Any, Any]:
-    """NumPy and CuPy: allocate what is returned, then let the path write into it."""
-    path, x, axes, weight, bias, eps, _ = call
-    do = path_of(path)
-    if path == "cupy" and do.ndarray not in _at_once:
-        _first_of_cupy(do)
-    if path == "cupy" and not do.is_current(x):
-        with x.device:  # or y would be allocated, and the kernel launched, on another GPU
-            return strided(call, order, out, return_stats)
-    new = _results if path == "numpy" else do
-    y = new.empty_like(x, order=order) if out is None else _out(out, x, weight, bias, order)
-    mean = rstd = None
-    if return_stats:
-        shape = _problem.stats_shape(x.shape, axes)
-        dtype = _problem.stats_dtype(_problem.dtype_name(x.dtype))
-        mean, rstd = new.empty(shape, dtype=dtype), new.empty(shape, dtype=dtype)
-        if not x.size:  # the mean of nothing
-            mean.fill(np.nan)
-            rstd.fill(np.nan)
-    if x.size:
-        do.layer_norm_fwd(x, axes, weight, bias, eps, y, mean, rstd)
-    return y if out is None else out, mean, rstd
-
-
-def _torch(call: Call, order: str, out: Any, return_stats: bool) -> tuple[Any, Any, Any]:
-    """Torch tensors: our kernels and loops, differentiable."""
-    import torch
-
-    from cupynorm import _namespace
-    from cupynorm._torch import autograd as _torch_autograd
-
-    if torch.Tensor not in _at_once:
-        _first_of_torch(torch)
-    _, x, axes, weight, bias, eps, _ = call
-    if out is not None:
-        _namespace.check_out(x, weight, bias, order, out)
-        if _torch_autograd.unwatched(x, weight, bias) and _torch_autograd.unwatched(
-            out, None, None
-        ):
-            return out, *_torch_autograd.into(x, axes, weight, bias, eps, out, return_stats)
-    mean = rstd = None
-    if return_stats:
-        y, mean, rstd = _torch_autograd.layer_norm_with_stats(x, axes, weight, bias, eps)
-    else:
-        y = _torch_autograd.layer_norm(x, axes, weight, bias, eps)
-    if out is None:
-        return _namespace.ordered(y, order), mean, rstd
-    out[...] = y
-    return out, mean, rstd
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> x = np.array([[1.0, 2.0, 4.0], [3.0, 0.0, 0.0]])
+    >>> y, mean, rstd = cn.layer_norm(x, return_stats=True)
+    >>> dy = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    >>> dx, _, dbias = cn.layer_norm_backward(dy, x, 3, mean, rstd)
+    >>> dx.round(3)
+    array([[ 0.229, -0.344,  0.115],
+           [-0.   ,  0.   ,  0.   ]])
+    >>> dbias
+    array([1., 1., 1.])
+    """
+    arrays = dy, x, mean, rstd, weight
+    found = _calls.differentiate(LAYER_NORM, arrays, (normalized_shape, axis, output_mask))
+    return LayerNormGradients(*found)
 
 
-def _out(out: Any, x: Any, weight: Any, bias: Any, order: str) -> Any:
-    """Check `out` whole before anything is written to it."""
-    y = companion_of("out", out, x)
-    _problem.check_out(y.shape, y.dtype, x.shape, x.dtype, order)
-    check_writable(y)
-    check_overlap("x", x, y, same_allowed=True)
-    for label, other in (("weight", weight), ("bias", bias)):
-        if other is not None:
-            check_overlap(label, other, y, same_allowed=False)
-    return y
+def _forward(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: _calls.How) -> Any:
+    """An array goes to the memo; a table or a Dask collection to those who call it by blocks."""
+    if type(x) not in _calls.doors:
+        if dask.is_collection(x):
+            return dask.normalize(op, x, weight, bias, out, how)
+        if frames.is_table(x):
+            return frames.normalize(op, x, weight, bias, out, how)
+    return _calls.normalize(op, x, weight, bias, out, how)

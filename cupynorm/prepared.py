@@ -1,13 +1,123 @@
 """A call prepared once for many arrays of one kind."""
 
-from typing import Any
+from importlib import import_module
+from typing import Any, NoReturn
 
-from cupynorm._arguments import check_arguments, is_launchable
-from cupynorm._arrays import library_of
-from cupynorm._prepared import PreparedLayerNorm
-from cupynorm.frames import _tables
+from cupynorm import _calls, _rules, dask, frames
+from cupynorm._ops import LAYER_NORM, LayerNormResult
 
 __all__ = ["PreparedLayerNorm", "prepare"]
+
+
+class PreparedLayerNorm:
+    """A layer norm whose rules, plan and kernel are settled; what `cupynorm.prepare` gives.
+
+    Call it as ``f(x)`` or ``f(x, out=y)``, with any x of the shape, strides, dtype, library and
+    device that it was prepared for. It holds weight and bias, by
+    reference, and no x; a copy or a pickle of it holds copies of them.
+
+    Notes
+    -----
+    The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450;
+    `cupynorm.layer_norm` says how it is computed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> f = cn.prepare(np.empty((2, 3)), eps=0.0)
+    >>> f(np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])).round(3)
+    array([[-1.225,  0.   ,  1.225],
+           [-1.225,  0.   ,  1.225]])
+    """
+
+    __slots__ = ("_affine", "_call", "_device", "_door", "_facts", "_how", "_looks", "_turn")
+
+    def __init__(self, checked: _calls.Checked, how: _calls.How, door: Any) -> None:
+        _, self._facts, self._turn, (x, weight, bias, _) = checked
+        self._door, self._how, self._affine = door, how, (weight, bias)
+        self._looks, self._device = self._seen(x), str(x.device)
+        self._call = _calls.call_of(door, self._facts, self._turn)
+
+    def _seen(self, x: Any) -> tuple[Any, ...]:
+        look = self._door.look
+        return look(x), *(None if a is None else look(a) for a in self._affine)
+
+    def __call__(self, x: Any, out: Any = None) -> Any:
+        """Normalize x, into `out` if that is given."""
+        door, (weight, bias), facts = self._door, self._affine, self._facts
+        if type(x) is not self._looks[0][0]:
+            self._refuse("type", _name(type(x)), _name(self._looks[0][0]))
+        select = door.select
+        if (
+            out is None
+            and (select is None or select(x, weight, bias, None) is door)
+            and self._seen(x) == self._looks
+        ):
+            found = self._call(x, weight, bias, None)
+        else:
+            self._admit(x)
+            if select is not None and (why := select(x, weight, bias, out).refuses_prepared):
+                raise ValueError(why)
+            found = _calls.normalize(facts.op, x, weight, bias, out, self._how)
+        return LayerNormResult(*found) if facts.stats else found
+
+    def __repr__(self) -> str:
+        """What it takes."""
+        facts, (weight, bias) = self._facts, self._affine
+        affine = [n for n, a in (("weight", weight), ("bias", bias)) if a is not None]
+        library = self._looks[0][0].__module__.partition(".")[0]
+        parts = (
+            f"<cupynorm.PreparedLayerNorm of {library} {facts.dtypes['x']} {facts.shape} "
+            f"on {self._device}",
+            f"axes {facts.axes}",
+            " and ".join(affine) if affine else "no weight or bias",
+            f"eps {facts.eps}",
+            *(["statistics"] if facts.stats else []),
+            self._door.describe(facts),
+        )
+        return ", ".join(parts) + ">"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild it where it is unpickled or copied, for the weight and bias that come along."""
+        door = type(self._door).__module__
+        state = self._facts, self._turn, self._how, self._looks[0], self._device
+        return _rebuilt, (door, state, self._affine)
+
+    def _admit(self, x: Any) -> None:
+        """Refuse an x that this call was not prepared for."""
+        facts = self._facts
+        if tuple(x.shape) != facts.shape:
+            self._refuse("shape", tuple(x.shape), facts.shape)
+        if _rules.dtype_name(x.dtype) != facts.dtypes["x"]:
+            self._refuse("dtype", x.dtype, facts.dtypes["x"])
+        mine, its = facts.strides["x"], self._door.strides(x)
+        steps = zip(facts.shape, mine or (), its or (), strict=False)
+        if (mine is None) != (its is None) or any(n > 1 and s != t for n, s, t in steps):
+            self._refuse("strides", its, mine)
+        if str(x.device) != self._device:
+            self._refuse("device", x.device, self._device)
+
+    def _refuse(self, what: str, got: Any, expected: Any) -> NoReturn:
+        msg = (
+            f"x has {what} {got}, but this call was prepared for {what} {expected}; prepare again "
+            "with cupynorm.prepare(x, ...), or call cupynorm.layer_norm(x, ...), which takes any"
+        )
+        raise ValueError(msg)
+
+
+def _rebuilt(door: str, state: tuple[Any, ...], affine: tuple[Any, Any]) -> PreparedLayerNorm:
+    call = PreparedLayerNorm.__new__(PreparedLayerNorm)
+    call._door, call._affine = import_module(door).DOOR, affine
+    call._facts, call._turn, call._how, x_look, call._device = state
+    look = call._door.look
+    call._looks = x_look, *(None if a is None else look(a) for a in affine)
+    call._call = _calls.call_of(call._door, call._facts, call._turn)
+    return call
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def prepare(
@@ -36,9 +146,9 @@ def prepare(
         As for `layer_norm`.
     weight, bias : array, optional
         As for `layer_norm`, of shape `normalized_shape`. They are kept by reference: what is
-        written into their memory later counts; after a torch parameter's ``.data`` was replaced,
-        prepare again. If their memory cannot be used as it is (not row-major; on the CPU, another
-        dtype than that of the statistics), each call makes copies of them.
+        written into them later counts, and so does other memory that they are given (a torch
+        parameter's ``.data``). If their memory cannot be used as it is (not row-major; on the CPU,
+        another dtype than that of the statistics), each call makes copies of them.
     eps : float, default 1e-5
         As for `layer_norm`.
     axis : int or tuple of int, optional
@@ -85,29 +195,27 @@ def prepare(
     >>> f(x)[0].round(3)
     array([-2.449,  0.   ,  2.449])
     """
-    if _tables.library(x) is not None or library_of(x).startswith("dask"):
-        _refuse(x)
-    call = check_arguments(x, normalized_shape, weight, bias, eps, axis, order, None)
-    if call.path == "numpy":
-        from cupynorm._prepared_arrays import PreparedNumpy
+    how = normalized_shape, axis, eps, order, return_stats
+    if dask.is_collection(x) or frames.is_table(x):
+        _refuse_kind(x)
+    checked = _calls.check(LAYER_NORM, x, weight, bias, None, how)
+    door = _calls.doors[type(checked.x)]  # whoever may watch this example
+    if door.look is None:
+        _refuse_kind(x)
+    for label, array in zip(("x", "weight", "bias"), checked.arrays[:3], strict=True):
+        if array is not None and type(array) not in door.types:
+            msg = (
+                f"{label} is a {_name(type(array))}, and prepared calls know plain tensors alone; "
+                "call cupynorm.torch.layer_norm"
+            )
+            raise TypeError(msg)
+    return PreparedLayerNorm(checked, how, door)
 
-        return PreparedNumpy(call, order, return_stats)
-    if call.path == "cupy":
-        from cupynorm._prepared_arrays import PreparedCupy
 
-        return PreparedCupy(call, order, return_stats)
-    if not is_launchable(call.x):
-        _refuse(x)
-    from cupynorm._prepared_torch import PreparedTorch
-
-    return PreparedTorch(call, order, return_stats)
-
-
-def _refuse(x: Any) -> None:
-    kind = type(x)
+def _refuse_kind(x: Any) -> NoReturn:
     msg = (
-        f"x is a {kind.__module__}.{kind.__qualname__}, for which nothing can be prepared; "
-        "cupynorm.prepare takes NumPy and CuPy arrays and torch tensors on the CPU or, where CuPy "
-        "is installed, a CUDA device. Call cupynorm.layer_norm(x, ...)"
+        f"x is a {_name(type(x))}, for which nothing can be prepared; cupynorm.prepare takes NumPy "
+        "and CuPy arrays and torch tensors on the CPU or, where CuPy is installed, a CUDA device. "
+        "Call cupynorm.layer_norm(x, ...)"
     )
     raise TypeError(msg)

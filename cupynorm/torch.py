@@ -8,15 +8,15 @@ import torch
 from torch.nn.utils import parametrize
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from cupynorm import _problem
-from cupynorm._arrays import check_companion
-from cupynorm._torch import autograd as _torch_autograd
-from cupynorm._torch import cpu as _torch_cpu
+from cupynorm import _calls, _rules
+from cupynorm._ops import LAYER_NORM
+from cupynorm._torch.tensors import Tensors, check_device
 
 __all__ = ["LayerNorm", "convert", "layer_norm"]
 
 _log = logging.getLogger(__name__)
 
+_tracing = torch._C._get_tracing_state  # torch.jit.is_tracing() costs five times as much
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
@@ -86,48 +86,38 @@ def layer_norm(
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps
         )
-    watch = _torch_autograd.watch_on(input, weight, bias)
-    if watch == _torch_autograd.ARITHMETIC and input.is_cpu:
-        y = _torch_cpu.at_once(input, normalized_shape, weight, bias, eps)
-        if y is not None:
-            return y
-    if not isinstance(input, torch.Tensor):
-        _refuse_no_tensor("input", input, "torch.as_tensor(input), or call cupynorm.layer_norm")
-    if input.layout is not torch.strided or input.is_nested or torch.jit.is_tracing():
-        return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
-    if type(eps) is not float or eps - eps != 0.0:
-        eps = _problem.check_eps(eps)
-    shape = input.shape
-    if type(normalized_shape) is not tuple:
-        axes = _problem.resolve_axes(tuple(shape), normalized_shape, None)
-        normalized_shape = tuple(shape[-len(axes) :])
-    n = len(normalized_shape)
-    if n == 0 or shape[-n:] != normalized_shape:
-        _problem.resolve_axes(tuple(shape), normalized_shape, None)  # has the sentence
-    if input.dtype not in _DTYPES:
-        _problem.check_x_dtype(_problem.dtype_name(input.dtype), "input.to(torch.float32)")
-    if weight is not None:
-        _check("weight", weight, input, normalized_shape)
-    if bias is not None:
-        _check("bias", bias, input, normalized_shape)
+    if type(input) is not torch.Tensor or _tracing() is not None:
+        if not isinstance(input, torch.Tensor):
+            way_out = "torch.as_tensor(input), or call cupynorm.layer_norm"
+            _refuse_no_tensor("input", input, way_out)
+        if _is_for_torch(input):
+            return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
+    if weight is not None and not isinstance(weight, torch.Tensor):
+        _refuse_no_tensor("weight", weight, "torch.as_tensor(weight)")
+    if bias is not None and not isinstance(bias, torch.Tensor):
+        _refuse_no_tensor("bias", bias, "torch.as_tensor(bias)")
     if not input.is_cpu:
+        if type(input) in Tensors.types and not torch.compiler.is_compiling():
+            check_device(input.device)
         input, weight, bias = _autocast(input, weight, bias)
-    ndim = len(shape)
-    axes = tuple(range(ndim - n, ndim))
-    return _torch_autograd.dispatched(watch, input, axes, weight, bias, eps, False)
+    if type(normalized_shape) is torch.Size:
+        normalized_shape = tuple(normalized_shape)
+    how = normalized_shape, None, eps, "C", False
+    try:
+        return _calls.normalize(LAYER_NORM, input, weight, bias, None, how)
+    except RuntimeError:  # of a tensor without shape or address
+        if not _is_for_torch(input):
+            raise
+    except TypeError:
+        if input.dtype not in _DTYPES:  # the rules call it x
+            _rules.check_x_dtype(_rules.dtype_name(input.dtype), "input.to(torch.float32)")
+        raise
+    return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
-def _check(label: str, value: Any, x: Any, expected: tuple[int, ...]) -> None:
-    """Refuse a weight or bias that does not go with x."""
-    if not isinstance(value, torch.Tensor):
-        _refuse_no_tensor(label, value, f"torch.as_tensor({label})")
-    if value.shape != expected:
-        _problem.check_affine_shape(label, tuple(value.shape), expected)
-    if value.dtype not in _DTYPES:
-        cast = f"{label}.to(torch.float32)"
-        _problem.check_affine_dtype(label, _problem.dtype_name(value.dtype), cast)
-    if value.device != x.device:
-        check_companion(label, value, x)
+def _is_for_torch(x: Any) -> bool:
+    """Whether torch's own layer_norm is to be called: x is nested, sparse, or being scripted."""
+    return x.layout is not torch.strided or x.is_nested or _tracing() is not None
 
 
 def _refuse_no_tensor(label: str, value: Any, way_out: str) -> NoReturn:

@@ -10,6 +10,10 @@ sys.path.insert(0, str(ROOT))
 import cupynorm  # noqa: E402
 from docs._generate import everything, inventories  # noqa: E402
 
+# What else lies in the checkout is no module: with the folder out/ that `make demo` leaves, the
+# parameter `out` of every docstring would be a link to a package that has no page.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
+
 project = "cupynorm"
 author = "the cupynorm developers"
 copyright = "the cupynorm developers, Apache-2.0"

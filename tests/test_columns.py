@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis.extra import numpy as hnp
 
+import cupynorm as cn
 from cupynorm._cpu import arrays as _cpu
-from cupynorm._cpu import columns as _cpu_columns
-from cupynorm.frames.columns import layer_norm_columns
+from cupynorm.frames.columns import as_matrix, gather, layer_norm_columns
 from tests import oracle
 from tests.conftest import np_dtype
 
@@ -62,11 +62,13 @@ def expected(columns, weight=None, bias=None, eps=1e-5, dtype="float32", omit=Fa
     return y
 
 
-def check(y, columns, **kwargs):
-    dtype = y.dtype.name
-    want = expected(columns, dtype=dtype, **kwargs)
-    bound = oracle.tolerance(y.dtype, len(columns))
+def close(y, want, N):
+    bound = oracle.tolerance(y.dtype, N)
     np.testing.assert_allclose(y.astype(np.float64), want, rtol=bound, atol=bound)
+
+
+def check(y, columns, **kwargs):
+    close(y, expected(columns, dtype=y.dtype.name, **kwargs), len(columns))
 
 
 # --- values -------------------------------------------------------------------------------------
@@ -94,23 +96,29 @@ def test_sizes(engine, M, N):
     check(layer_norm_columns(columns, dtype="float32"), columns)
 
 
-def test_weight_and_bias_alone(engine):
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_weight_and_bias_alone(engine, name, dtype):
     rng = np.random.default_rng(2)
     columns = table(rng, ["float32", "int16", "float16"], 50)
-    w = rng.standard_normal(3)
-    check(layer_norm_columns(columns, w), columns, weight=w)
-    check(layer_norm_columns(columns, bias=w.astype(ml_dtypes.bfloat16)), columns,
-          bias=w.astype(ml_dtypes.bfloat16))  # fmt: skip
+    affine = {name: rng.standard_normal(3).astype(np_dtype(dtype))}
+    check(layer_norm_columns(columns, **affine), columns, **affine)
 
 
-def test_default_dtype():
-    f4, f8, i8 = np.ones(2, np.float32), np.ones(2), np.ones(2, np.int64)
-    assert layer_norm_columns([f4, i8, f4.astype(np.float16)]).dtype == np.float32
-    assert layer_norm_columns([i8]).dtype == np.float32
-    assert layer_norm_columns([f4, f8, i8]).dtype == np.float64
-    assert layer_norm_columns([f8], dtype=np.float32).dtype == np.float32
-    assert layer_norm_columns([f8], dtype=">f4").dtype == np.float32
-    assert layer_norm_columns([f8], dtype="bfloat16").dtype == ml_dtypes.bfloat16
+@pytest.mark.parametrize(
+    ("columns", "dtype", "expect"),
+    [
+        (("f4", "i8", "f2"), None, "float32"),
+        (("i8",), None, "float32"),
+        (("f4", "f8", "i8"), None, "float64"),
+        (("f8",), np.float32, "float32"),
+        (("f8",), ">f4", "float32"),
+        (("f8",), "bfloat16", "bfloat16"),
+    ],
+)
+def test_dtype_of_the_result(columns, dtype, expect):
+    y = layer_norm_columns([np.ones(2, c) for c in columns], dtype=dtype)
+    assert y.dtype == np_dtype(expect)
 
 
 def test_large_offsets_cost_no_digits(engine):
@@ -185,10 +193,9 @@ def test_bitmaps(engine, offset, omit):
 
 
 def test_rows_without_a_value(engine):
-    nothing = bitmap(np.zeros(20, bool))
-    y = layer_norm_columns([(np.arange(20), nothing), (np.ones(20), nothing)], nulls="omit")
-    assert np.isnan(y).all()
-    y = layer_norm_columns([(np.arange(20), nothing), np.ones(20)], nulls="omit")
+    nothing = np.arange(20), bitmap(np.zeros(20, bool))
+    assert np.isnan(layer_norm_columns([nothing, nothing], nulls="omit")).all()
+    y = layer_norm_columns([nothing, np.ones(20)], nulls="omit")
     np.testing.assert_array_equal(y, [[np.nan, 0.0]] * 20)
 
 
@@ -222,9 +229,7 @@ def tables(draw):
 @hypothesis.given(tables(), st.booleans(), st.sampled_from(["float32", "float64", "float16"]))
 def test_any_table(drawn, omit, dtype):
     columns, valid = drawn
-    pairs = [
-        (c, None if v.all() else bitmap(v)) for c, v in zip(columns, valid, strict=True)
-    ]  # fmt: skip
+    pairs = [(c, None if v.all() else bitmap(v)) for c, v in zip(columns, valid, strict=True)]
     nulls = "omit" if omit else "propagate"
     results = [layer_norm_columns(pairs, dtype=dtype, nulls=nulls)]
     with _cpu.without_numba():
@@ -273,12 +278,15 @@ def test_out_of_any_layout(engine):
 
 
 def test_columns_of_one_matrix_have_the_bits_of_layer_norm(engine):
-    import cupynorm as cn
-
-    x = np.random.default_rng(8).standard_normal((300, 50), np.float32)
-    y = layer_norm_columns(list(x.T))
-    np.testing.assert_array_equal(y, cn.layer_norm(x))
-    assert _cpu_columns.as_matrix([_cpu_columns.Column(c) for c in x.T]) is not None
+    whole = np.random.default_rng(8).standard_normal((300, 50), np.float32)
+    for x in (whole, np.asfortranarray(whole), whole[::2, 1::3], whole[::-1, ::-1], whole[:, :1]):
+        assert as_matrix(gather(list(x.T))).tobytes() == x.tobytes()
+        for order in "CF":
+            out = np.empty(x.shape, x.dtype, order)
+            assert layer_norm_columns(list(x.T), out=out) is out
+            np.testing.assert_array_equal(out, cn.layer_norm(x, order=order))
+    for columns in ([whole[:, 0], whole[:, 1].copy()], [whole[:, 0], whole[:, 1].astype("f8")]):
+        assert as_matrix(gather(columns)) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -315,8 +323,21 @@ def test_no_row_and_inputs_kept(engine):
     assert layer_norm_columns([np.empty(0, np.int8)] * 3).shape == (0, 3)
     columns = [np.arange(5.0), np.arange(5)]
     layer_norm_columns(columns)
-    np.testing.assert_array_equal(columns[0], np.arange(5))
-    np.testing.assert_array_equal(columns[1], np.arange(5))
+    np.testing.assert_array_equal(columns, [np.arange(5)] * 2)
+
+
+class Exporter:
+    """No array of a library known here, but DLPack tells where it lies."""
+
+    def __init__(self, array):
+        self.__dlpack__, self.__dlpack_device__ = array.__dlpack__, array.__dlpack_device__
+
+
+def test_exporters_are_columns():
+    columns = [np.arange(4.0), np.ones(4), np.arange(4, dtype=np.int8)]
+    for lent in ({0}, {1}, {0, 1, 2}):
+        given = [Exporter(c) if j in lent else c for j, c in enumerate(columns)]
+        check(layer_norm_columns(given), columns)
 
 
 def test_loaded_code_is_used_again_by_the_next_process(tmp_path):
@@ -325,9 +346,9 @@ def test_loaded_code_is_used_again_by_the_next_process(tmp_path):
         "from cupynorm.frames.columns import layer_norm_columns\n"
         "columns = [np.arange(9).astype('int8'), np.ones(9, 'float32')]\n"
         "print(layer_norm_columns(columns, eps=0.0)[3].tolist())\n"
-        "from cupynorm import _cpu_columns_loops as loops\n"
-        "from cupynorm import _cpu_kept\n"
-        "ready = {d: f for (d, _), f in _cpu_kept._ready.items()}\n"
+        "from cupynorm._cpu import columns_loops as loops\n"
+        "from cupynorm._cpu import kept\n"
+        "ready = {d: f for (d, _), f in kept._ready.items()}\n"
         "print(ready[loops._define_normalize].cache_hits)\n"
     )
     env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
@@ -343,81 +364,78 @@ def test_loaded_code_is_used_again_by_the_next_process(tmp_path):
 
 # --- refusals -----------------------------------------------------------------------------------
 
+ONES, X = np.ones(4), np.arange(9.0)
+BITS = np.ones(2, np.uint8)
+ROOM = np.ones((4, 2))
+FROZEN = np.ones((4, 2))
+FROZEN.flags.writeable = False
+APART = np.lib.stride_tricks.as_strided(np.ones(9), (4, 2), (8, 8))
 
-def refused(error, *words, columns=None, **kwargs):
+
+def foreign(library, make):
+    return lambda: make(pytest.importorskip(library))
+
+
+# What is given (columns alone, or arguments beside two columns of ones), and what is said.
+REFUSED = [
+    # lengths and shapes
+    ([ONES, np.ones(5)], ValueError, ("columns[1] has 5 elements", "has 4")),
+    ([ONES, np.ones((4, 1))], ValueError, ("columns[1] has shape (4, 1)", "reshape(-1)")),
+    ([], ValueError, ("columns is empty",)),
+    (np.ones((4, 2)), TypeError, ("ndarray", "list(columns.T)")),
+    ({"a": np.ones(3)}, TypeError, ("dict", "list(columns.values())")),
+    ("ab", TypeError, ("str",)),
+    ([(1, 2, 3, 4)], ValueError, ("a tuple of 4",)),
+    # dtypes without numbers
+    ([ONES, np.array(["a", "b"])], TypeError, ("columns[1]", "str", "Encode")),
+    ([ONES, np.array([1, "b"], object)], TypeError, ("object", "astype('float64')")),
+    ([ONES, np.array([1j, 2])], TypeError, ("complex128", "columns[1].real")),
+    ([ONES, np.array(["2020-01-01", "NaT"], "M8[D]")], TypeError,
+     ("datetime64[D]", "astype('int64')")),
+    ([ONES, np.array([1, 2], "m8[s]")], TypeError, ("timedelta64[s]", "unit")),
+    ([ONES, np.ones(2, np.longdouble)], TypeError, ("astype('float64')",)),
+    ([ONES, np.zeros(2, "i4,f4")], TypeError, ("columns[1]", "Encode")),
+    # libraries
+    (foreign("torch", lambda t: [t.ones(3)]), TypeError,
+     ("torch", "numpy.from_dlpack(columns[0])")),
+    (foreign("torch", lambda t: [np.ones(3), t.ones(3)]), ValueError,
+     ("columns[1] is a torch array",)),
+    ([[1, 2, 3]], TypeError, ("no array",)),
+    ([np.ma.masked_array([1.0, 2.0])], TypeError, ("masked array",)),
+    (foreign("pandas", lambda pd: [pd.Series([1.0])]), TypeError,
+     ("pandas Series", "columns[0].to_numpy()")),
+    # bitmaps
+    ([(X, BITS[:1])], ValueError, ("has 1 bytes", "9 rows")),
+    ([(X, BITS, 8)], ValueError, ("from bit 8 on need 3",)),
+    ([(X, BITS, -1)], ValueError, ("from bit -1",)),
+    ([(X, X > 0)], TypeError, ("dtype bool", "packbits")),
+    ([(X, np.ones(9, np.uint8), 1.5)], TypeError, ("offset of columns[0]",)),
+    # weights, eps, dtype, out, nulls
+    ({"weight": np.ones(3)}, ValueError, ("weight has shape (3,)", "(2,)")),
+    ({"bias": np.ones((1, 2))}, ValueError, ("bias has shape (1, 2)",)),
+    ({"weight": np.ones(2, int)}, TypeError, ("weight has dtype int64",)),
+    ({"bias": [1.0, 2.0]}, TypeError, ("bias is a builtins.list",)),
+    ({"eps": np.nan}, ValueError, ("eps=nan",)),
+    ({"eps": "x"}, TypeError, ("eps",)),
+    ({"nulls": "drop"}, ValueError, ("nulls='drop'", "omit")),
+    ({"dtype": "int32"}, TypeError, ("dtype='int32'", "bfloat16")),
+    ({"dtype": "nonsense"}, TypeError, ("dtype='nonsense'",)),
+    ({"out": np.ones((2, 4))}, ValueError, ("out has shape (2, 4)", "(4, 2)")),
+    ({"out": np.ones((4, 2), int)}, ValueError, ("out has dtype int64",)),
+    ({"out": ROOM, "dtype": "float32"}, ValueError, ("out has dtype float64", "float32")),
+    ({"out": FROZEN}, ValueError, ("read-only",)),
+    ({"out": APART}, ValueError, ("at one address",)),
+    ({"columns": [ONES, ROOM[:, 0]], "out": ROOM}, ValueError,
+     ("out shares memory with columns[1]",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "error", "words"), REFUSED)
+def test_refused_with_the_way_out(given, error, words):
+    given = given() if callable(given) else given
+    named = isinstance(given, dict) and "a" not in given
+    kwargs = {"columns": [ONES] * 2, **given} if named else {"columns": given}
     with pytest.raises(error) as caught:
-        layer_norm_columns([np.ones(4)] * 2 if columns is None else columns, **kwargs)
+        layer_norm_columns(**kwargs)
     for word in words:
         assert word in str(caught.value)
-
-
-def test_lengths_and_shapes_that_differ():
-    refused(ValueError, "columns[1] has 5 elements", "has 4", columns=[np.ones(4), np.ones(5)])
-    refused(ValueError, "columns[1] has shape (4, 1)", "reshape(-1)",
-            columns=[np.ones(4), np.ones((4, 1))])  # fmt: skip
-    refused(ValueError, "columns is empty", columns=[])
-    refused(TypeError, "ndarray", "list(columns.T)", columns=np.ones((4, 2)))
-    refused(TypeError, "dict", "list(columns.values())", columns={"a": np.ones(3)})
-    refused(TypeError, "str", columns="ab")
-    refused(ValueError, "a tuple of 4", columns=[(1, 2, 3, 4)])
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        (np.array(["a", "b"]), ("columns[1]", "str", "Encode")),
-        (np.array([1, "b"], object), ("object", "astype('float64')")),
-        (np.array([1j, 2]), ("complex128", "columns[1].real")),
-        (np.array(["2020-01-01", "NaT"], "M8[D]"), ("datetime64[D]", "astype('int64')")),
-        (np.array([1, 2], "m8[s]"), ("timedelta64[s]", "unit")),
-        (np.ones(2, np.longdouble), ("astype('float64')",)),
-        (np.zeros(2, "i4,f4"), ("columns[1]", "Encode")),
-    ],
-)
-def test_dtypes_without_numbers(values, words):
-    refused(TypeError, *words, columns=[np.ones(2), values])
-
-
-def test_other_libraries():
-    torch = pytest.importorskip("torch")
-    refused(TypeError, "torch", "numpy.from_dlpack(columns[0])", columns=[torch.ones(3)])
-    refused(ValueError, "columns[1] is a torch array", columns=[np.ones(3), torch.ones(3)])
-    refused(TypeError, "no array", columns=[[1, 2, 3]])
-    refused(TypeError, "masked array", columns=[np.ma.masked_array([1.0, 2.0])])
-    pandas = pytest.importorskip("pandas")
-    refused(TypeError, "pandas Series", "columns[0].to_numpy()", columns=[pandas.Series([1.0])])
-
-
-def test_weights_that_do_not_fit():
-    refused(ValueError, "weight has shape (3,)", "(2,)", weight=np.ones(3))
-    refused(ValueError, "bias has shape (1, 2)", bias=np.ones((1, 2)))
-    refused(TypeError, "weight has dtype int64", weight=np.ones(2, int))
-    refused(TypeError, "bias is a builtins.list", bias=[1.0, 2.0])
-    refused(ValueError, "eps=nan", eps=np.nan)
-    refused(TypeError, "eps", eps="x")
-
-
-def test_dtype_out_and_nulls_that_do_not_fit():
-    refused(ValueError, "nulls='drop'", "omit", nulls="drop")
-    refused(TypeError, "dtype='int32'", "bfloat16", dtype="int32")
-    refused(TypeError, "dtype='nonsense'", dtype="nonsense")
-    refused(ValueError, "out has shape (2, 4)", "(4, 2)", out=np.ones((2, 4)))
-    refused(ValueError, "out has dtype int64", out=np.ones((4, 2), int))
-    refused(ValueError, "out has dtype float64", "float32", out=np.ones((4, 2)), dtype="float32")
-    frozen = np.ones((4, 2))
-    frozen.flags.writeable = False
-    refused(ValueError, "read-only", out=frozen)
-    apart = np.lib.stride_tricks.as_strided(np.ones(9), (4, 2), (8, 8))
-    refused(ValueError, "at one address", out=apart)
-    room = np.ones((4, 2))
-    refused(ValueError, "out shares memory with columns[1]", columns=[np.ones(4), room[:, 0]],
-            out=room)  # fmt: skip
-
-
-def test_bitmaps_that_do_not_fit():
-    x = np.arange(9.0)
-    refused(ValueError, "has 1 bytes", "9 rows", columns=[(x, np.ones(1, np.uint8))])
-    refused(ValueError, "from bit 8 on need 3", columns=[(x, np.ones(2, np.uint8), 8)])
-    refused(ValueError, "from bit -1", columns=[(x, np.ones(2, np.uint8), -1)])
-    refused(TypeError, "dtype bool", "packbits", columns=[(x, np.ones(9, bool))])
-    refused(TypeError, "offset of columns[0]", columns=[(x, np.ones(9, np.uint8), 1.5)])

@@ -13,22 +13,22 @@ import pytest
 from hypothesis.extra import numpy as hnp
 
 import cupynorm as cn
+import cupynorm.frames.columns
 from cupynorm import frames
-from cupynorm.frames import _arrow as _frames_arrow
-from cupynorm.frames import _cudf as _frames_cudf
-from cupynorm.frames import _tables
-from cupynorm.frames.columns import layer_norm_columns
-from tests import oracle
-from tests.test_columns import bitmap, expected
+from cupynorm.frames import _arrow, _cudf
+from tests.test_columns import bitmap, close, expected
 
 pd = pytest.importorskip("pandas")
 pl = pytest.importorskip("polars")
 pa = pytest.importorskip("pyarrow")
 
+TABLE = {"pandas": pd.DataFrame, "polars": pl.DataFrame}
+NULLS = ("propagate", "omit")
 
-def close(result, want, N):
-    bound = oracle.tolerance(result.dtype, N)
-    np.testing.assert_allclose(result.astype(np.float64), want, rtol=bound, atol=bound)
+
+@pytest.fixture(params=TABLE)
+def library(request):
+    return request.param
 
 
 def mixed(M=50):
@@ -41,21 +41,57 @@ def mixed(M=50):
     }
 
 
-# --- pandas -------------------------------------------------------------------------------------
+def dtype_of(y):
+    """The one dtype of a table's columns."""
+    (name,) = {str(dtype).lower() for dtype in y.dtypes}
+    return name
 
 
-def test_pandas_values_and_dtypes():
+def arrow(array):
+    return pd.arrays.ArrowExtensionArray(array)
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """Matrices that tables are built over."""
+    made, build = [], frames.build
+    monkeypatch.setattr(frames, "build", lambda df, y: build(df, made.append(y) or y))
+    return made
+
+
+# --- values and dtypes --------------------------------------------------------------------------
+
+
+def test_values_and_dtypes(library):
     data = mixed()
-    y = frames.layer_norm(pd.DataFrame(data))
-    assert y.dtypes.tolist() == [np.float32] * 4
+    y = frames.layer_norm(TABLE[library](data))
+    assert (type(y), list(y.columns), dtype_of(y)) == (TABLE[library], list("abcd"), "float32")
     close(y.to_numpy(), expected(data.values()), 4)
     data["e"] = np.linspace(0, 1, 50)
-    y = frames.layer_norm(pd.DataFrame(data), dtype="float32")
-    assert y.dtypes.tolist() == [np.float32] * 5
-    y = frames.layer_norm(pd.DataFrame(data), np.arange(5.0), np.ones(5, np.float32), 1e-3)
-    assert y.dtypes.tolist() == [np.float64] * 5
-    want = expected(data.values(), np.arange(5.0), np.ones(5), 1e-3, dtype="float64")
-    close(y.to_numpy(), want, 5)
+    for dtype in ("float32", "float16"):
+        assert dtype_of(frames.layer_norm(TABLE[library](data), dtype=dtype)) == dtype
+    affine = np.arange(5.0), np.ones(5, np.float32)
+    y = frames.layer_norm(TABLE[library](data), *affine, 1e-3)
+    assert dtype_of(y) == "float64"
+    close(y.to_numpy(), expected(data.values(), *affine, 1e-3, dtype="float64"), 5)
+    empty = frames.layer_norm(TABLE[library](mixed(0)))
+    assert (empty.shape, list(empty.columns)) == ((0, 4), list("abcd"))
+
+
+def test_the_arguments_of_layer_norm(library):
+    df = TABLE[library]({"a": [1, 2], "b": [3, 5], "c": [4, 4]})
+    want = frames.layer_norm(df)
+    for kwargs in ({}, {"axis": 1}, {"axis": -1}, {"axis": (1,)}, {"normalized_shape": 3}):
+        assert cn.layer_norm(df, **kwargs).equals(want)
+    assert cn.layer_norm(df, weight=np.full(3, 2.0)).equals(2 * want)
+    for error, match, kwargs in (
+        (ValueError, r"axes \(0,\).*df.to_numpy", {"axis": 0}),
+        (ValueError, r"normalized_shape=\(2,\)", {"normalized_shape": 2}),
+        (TypeError, "out=", {"out": want}),
+        (TypeError, "return_stats", {"return_stats": True}),
+    ):
+        with pytest.raises(error, match=match):
+            cn.layer_norm(df, **kwargs)
 
 
 class Table(pd.DataFrame):
@@ -77,89 +113,35 @@ def test_pandas_keeps_what_is_not_a_value():
     assert (type(y), y.unit, y.attrs) == (Table, "m", {"source": "sensor"})
     close(y.to_numpy(), expected(df.to_numpy().T), 3)
     assert df.to_numpy()[3, 2] == 121
-
-
-def test_pandas_duplicate_names():
-    df = pd.DataFrame([[1, 2.0, True], [3, 5.0, False]], columns=["a", "b", "a"])
-    y = frames.layer_norm(df)
+    twice = pd.DataFrame([[1, 2.0, True], [3, 5.0, False]], columns=["a", "b", "a"])
+    y = frames.layer_norm(twice)
     assert list(y.columns) == ["a", "b", "a"]
     close(y.to_numpy(), expected([[1, 3], [2, 5], [1, 0]], dtype="float64"), 3)
 
 
-@pytest.mark.parametrize("nulls", ["propagate", "omit"])
+# --- nulls --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nulls", NULLS)
 def test_pandas_extension_dtypes(nulls):
-    df = pd.DataFrame(
-        {
-            "Int64": pd.array([1, None, 2**40, 4], dtype="Int64"),
-            "UInt8": pd.array([1, 2, 3, 255], dtype="UInt8"),
-            "Float32": pd.array([0.5, 1.5, None, -2], dtype="Float32"),
-            "boolean": pd.array([True, None, False, True], dtype="boolean"),
-            "double": pd.array([1.0, 2.0, 3.0, None], dtype="double[pyarrow]"),
-            "bool": pd.array([True, False, None, True], dtype="bool[pyarrow]"),
-            "int16": pd.array([5, -6, 7, 8], dtype="int16[pyarrow]"),
-            "float": [1.0, 2.0, 3.0, np.nan],
-        }
-    )
+    dtypes = {
+        "Int64": [1, None, 2**40, 4],
+        "UInt8": [1, 2, 3, 255],
+        "Float32": [0.5, 1.5, None, -2],
+        "boolean": [True, None, False, True],
+        "double[pyarrow]": [1.0, 2.0, 3.0, None],
+        "bool[pyarrow]": [True, False, None, True],
+        "int16[pyarrow]": [5, -6, 7, 8],
+        "float64": [1.0, 2.0, 3.0, np.nan],
+    }
+    df = pd.DataFrame({dtype: pd.array(x, dtype=dtype) for dtype, x in dtypes.items()})
     exact = df.astype("float64[pyarrow]").to_numpy(np.float64, na_value=np.nan)
     y = frames.layer_norm(df, nulls=nulls)
-    assert y.dtypes.tolist() == [np.float64] * 8
+    assert dtype_of(y) == "float64"
     close(y.to_numpy(), expected(exact.T, dtype="float64", omit=nulls == "omit"), 8)
-    matrix = layer_norm_columns(df, nulls=nulls)
+    matrix = cn.layer_norm_columns(df, nulls=nulls)
     assert matrix.flags.c_contiguous
     np.testing.assert_array_equal(matrix, y.to_numpy())
-
-
-def test_pandas_arrow_slices_and_chunks():
-    rng = np.random.default_rng(1)
-    values, valid = rng.standard_normal(70).astype(np.float32), rng.random(70) > 0.3
-    parts = [
-        pa.array(values[i:j], mask=~valid[i:j]) for i, j in ((0, 30), (30, 30), (30, 55), (55, 70))
-    ]
-    whole = pa.array(values > 0, mask=~valid)
-    df = pd.DataFrame(
-        {
-            "chunks": pd.Series(pd.arrays.ArrowExtensionArray(pa.chunked_array(parts))),
-            "slice": pd.Series(pd.arrays.ArrowExtensionArray(whole)),
-            "plain": values,
-        }
-    ).iloc[5:61]
-    y = frames.layer_norm(df, nulls="omit")
-    want = expected(
-        [values[5:61], values[5:61] > 0, values[5:61]],
-        omit=True,
-        valid=[valid[5:61], valid[5:61], valid[5:61] | True],
-    )
-    close(y.to_numpy(), want, 3)
-
-
-def test_pandas_arrow_and_masked_columns_are_read_in_place():
-    values = np.arange(100.0)
-    df = pd.DataFrame({"numpy": values})
-    df["arrow"] = pd.arrays.ArrowExtensionArray(pa.array(values))
-    df["masked"] = pd.arrays.FloatingArray(values, np.arange(100) == 4)
-    own = [df["numpy"].to_numpy(), values, df["masked"].array._data]
-    columns = _tables.read(df)
-    assert [np.shares_memory(c[0], x) for c, x in zip(columns, own, strict=True)] == [True] * 3
-    np.testing.assert_array_equal(columns[2][1], bitmap(np.arange(100) != 4))
-
-
-@pytest.mark.parametrize("layout", ["F", "C", "columns"])
-@pytest.mark.parametrize("dtype", ["float32", "int16"])
-def test_pandas_result_is_one_block_without_a_copy(layout, dtype, monkeypatch):
-    x = (np.random.default_rng(2).standard_normal((300, 7)) * 50).astype(dtype)
-    df = pd.DataFrame(dict(enumerate(x.T)))
-    if layout != "columns":
-        df = pd.DataFrame(np.asarray(x, order=layout), copy=False)
-    made = []
-    build = _tables.build
-    monkeypatch.setattr(_tables, "build", lambda df, y: build(df, made.append(y) or y))
-    y = frames.layer_norm(df)
-    block = y.to_numpy()
-    assert np.shares_memory(block, made[0])
-    assert block.flags.c_contiguous if layout == "C" else block.flags.f_contiguous
-    close(block, expected(x.T), 7)
-    assert frames.layer_norm(df, order="C").to_numpy().flags.c_contiguous
-    assert frames.layer_norm(df, order="F").to_numpy().flags.f_contiguous
 
 
 @hypothesis.settings(max_examples=40)
@@ -176,9 +158,86 @@ def test_any_pandas_frame(data):
         columns.append(array)
     df = pd.concat([pd.Series(c) for c in columns], axis=1)
     exact = df.astype("float64[pyarrow]").to_numpy(np.float64, na_value=np.nan)
-    for nulls in ("propagate", "omit"):
+    for nulls in NULLS:
         y = frames.layer_norm(df, nulls=nulls)
         close(y.to_numpy(), expected(exact.T, omit=nulls == "omit"), len(columns))
+
+
+def test_pandas_arrow_slices_and_chunks():
+    rng = np.random.default_rng(1)
+    values, valid = rng.standard_normal(70).astype(np.float32), rng.random(70) > 0.3
+    edges = (0, 30), (30, 30), (30, 55), (55, 70)
+    parts = [pa.array(values[i:j], mask=~valid[i:j]) for i, j in edges]
+    data = {
+        "chunks": pd.Series(arrow(pa.chunked_array(parts))),
+        "slice": pd.Series(arrow(pa.array(values > 0, mask=~valid))),
+        "plain": values,
+    }
+    y = frames.layer_norm(pd.DataFrame(data).iloc[5:61], nulls="omit")
+    x, known = values[5:61], valid[5:61]
+    close(y.to_numpy(), expected([x, x > 0, x], omit=True, valid=[known, known, known | True]), 3)
+
+
+@pytest.mark.parametrize("pyarrow", [True, False])
+@pytest.mark.parametrize("nulls", NULLS)
+def test_polars_nulls_slices_and_chunks(pyarrow, nulls, monkeypatch):
+    if not pyarrow:
+        monkeypatch.setattr("cupynorm.frames._polars.find_spec", lambda name: None)
+    valid = np.random.default_rng(3).random(60) > 0.2
+    data = mixed(60)
+    df = pl.DataFrame({**data, "e": pl.Series([1.5 if v else None for v in valid])})
+    seen = pl.when(pl.Series(valid))
+    df = df.with_columns(f=seen.then(pl.col("b")), g=seen.then(pl.col("c")))
+    columns = [*data.values(), np.full(60, 1.5), data["b"], data["c"]]
+    known = [valid | True] * 4 + [valid] * 3
+    y = frames.layer_norm(df, nulls=nulls)
+    assert (y.columns, dtype_of(y)) == (list("abcdefg"), "float64")
+    want = expected(columns, dtype="float64", omit=nulls == "omit", valid=known)
+    close(y.to_numpy(), want, 7)
+    close(frames.layer_norm(df[7:31], nulls=nulls).to_numpy(), want[7:31], 7)
+    joined = pl.concat([df[:20], df[20:]], rechunk=False)
+    close(frames.layer_norm(joined, nulls=nulls).to_numpy(), want, 7)
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def test_columns_are_read_in_place():
+    values = np.arange(100.0)
+    df = pd.DataFrame({"numpy": values})
+    df["arrow"] = arrow(pa.array(values))
+    df["masked"] = pd.arrays.FloatingArray(values, np.arange(100) == 4)
+    own = [df["numpy"].to_numpy(), values, df["masked"].array._data]
+    columns = cupynorm.frames.columns.read(df)
+    assert [np.shares_memory(c[0], x) for c, x in zip(columns, own, strict=True)] == [True] * 3
+    np.testing.assert_array_equal(columns[2][1], bitmap(np.arange(100) != 4))
+    df = pl.DataFrame({"a": values})
+    ((read,),) = cupynorm.frames.columns.read(df)
+    assert np.shares_memory(read, df["a"].to_numpy(allow_copy=False))
+
+
+@pytest.mark.parametrize("layout", ["F", "C", "columns"])
+@pytest.mark.parametrize("dtype", ["float32", "int16"])
+def test_pandas_result_is_one_block_without_a_copy(layout, dtype, results):
+    x = (np.random.default_rng(2).standard_normal((300, 7)) * 50).astype(dtype)
+    df = pd.DataFrame(dict(enumerate(x.T)))
+    if layout != "columns":
+        df = pd.DataFrame(np.asarray(x, order=layout), copy=False)
+    block = frames.layer_norm(df).to_numpy()
+    assert np.shares_memory(block, results[0])
+    assert block.flags.c_contiguous if layout == "C" else block.flags.f_contiguous
+    close(block, expected(x.T), 7)
+    assert frames.layer_norm(df, order="C").to_numpy().flags.c_contiguous
+    assert frames.layer_norm(df, order="F").to_numpy().flags.f_contiguous
+
+
+def test_polars_result_is_one_block_without_a_copy(results):
+    y = frames.layer_norm(pl.DataFrame({"a": np.arange(50.0), "b": np.ones(50), "c": [0.0] * 50}))
+    for j, series in enumerate(y.get_columns()):
+        assert np.shares_memory(series.to_numpy(allow_copy=False), results[0][:, j])
+
+
+# --- refusals -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -194,126 +253,45 @@ def test_any_pandas_frame(data):
         pd.array(["a", "b"], dtype="string[pyarrow]"),
         pd.Series([1, 2]).astype(pd.ArrowDtype(pa.decimal128(25, 2))).array,
         pd.interval_range(0, 2),
+        "polars",
     ],
 )
-def test_pandas_columns_without_numbers_are_named(values):
+def test_columns_without_numbers_are_named(values):
     df = pd.DataFrame({"fine": [1.0, 2.0], "odd": values})
-    with pytest.raises(TypeError, match=r"columns 'odd' \(.*select_dtypes\(\['number', 'bool'\]\)"):
-        frames.layer_norm(df)
-    with pytest.raises(TypeError, match="'odd'"):
-        layer_norm_columns(df)
+    match = r"columns 'odd' \(.*select_dtypes\(\['number', 'bool'\]\)"
+    if isinstance(values, str):
+        df = pl.DataFrame({"fine": [1.0], "odd": ["x"], "when": [None]})
+        match = r"'odd' \(String\), 'when' \(Null\).*selectors.numeric"
+    for refusing in (frames.layer_norm, cn.layer_norm, cn.layer_norm_columns):
+        with pytest.raises(TypeError, match=match):
+            refusing(df)
 
 
-def test_refusals():
-    df = pd.DataFrame({name: ["x"] for name in "abcdefg"})
-    with pytest.raises(TypeError, match=r"'a' .*'e' .* and 2 more are not numeric"):
-        frames.layer_norm(df)
-    numbers = pd.DataFrame({"a": [1, 2], "b": [3, 4]})
-    with pytest.raises(ValueError, match="no column"):
-        frames.layer_norm(numbers[[]])
-    with pytest.raises(ValueError, match=r"weight has shape \(3,\)"):
-        frames.layer_norm(numbers, np.ones(3))
-    with pytest.raises(ValueError, match="order='X'"):
-        frames.layer_norm(numbers, order="X")
-    for df in (numbers, pl.DataFrame({"a": [1, 2]})):
-        assert set(map(str, frames.layer_norm(df, dtype="float16").dtypes)) <= {
-            "float16",
-            "Float16",
-        }
-        with pytest.raises(TypeError, match="no bfloat16 columns; call layer_norm_columns"):
-            frames.layer_norm(df, dtype="bfloat16")
-    with pytest.raises(ValueError, match="nulls='drop'"):
-        frames.layer_norm(numbers, nulls="drop")
-    with pytest.raises(TypeError, match="not a DataFrame"):
-        frames.layer_norm(numbers.to_numpy())
-
-
-def test_a_frame_without_rows():
-    df = pd.DataFrame({"a": np.empty(0, np.int8), "b": pd.array([], dtype="Float32")})
-    y = frames.layer_norm(df)
-    assert y.shape == (0, 2)
-    assert list(y.columns) == ["a", "b"]
-    assert frames.layer_norm(pl.DataFrame({"a": pl.Series([], dtype=pl.Int8)})).shape == (0, 1)
-
-
-# --- as layer_norm calls it ---------------------------------------------------------------------
-
-
-def call(df, normalized_shape=None, weight=None, axis=None, order="K", out=None, stats=False):
-    return cn.layer_norm(
-        df, normalized_shape, weight, axis=axis, order=order, out=out, return_stats=stats
-    )
-
-
-def test_the_arguments_of_layer_norm():
-    df = pd.DataFrame({"a": [1, 2], "b": [3, 5], "c": [4, 4]})
-    want = frames.layer_norm(df)
-    for kwargs in ({}, {"axis": 1}, {"axis": -1}, {"axis": (1,)}, {"normalized_shape": 3}):
-        pd.testing.assert_frame_equal(call(df, **kwargs), want)
-    pd.testing.assert_frame_equal(call(df, weight=np.full(3, 2.0)), 2 * want)
-    with pytest.raises(ValueError, match=r"axes \(0,\).*df.to_numpy"):
-        call(df, axis=0)
-    with pytest.raises(ValueError, match=r"normalized_shape=\(2,\)"):
-        call(df, normalized_shape=2)
-    with pytest.raises(TypeError, match="out="):
-        call(df, out=want)
-    with pytest.raises(TypeError, match="return_stats"):
-        call(df, stats=True)
-
-
-# --- polars -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pyarrow", [True, False])
-@pytest.mark.parametrize("nulls", ["propagate", "omit"])
-def test_polars(pyarrow, nulls, monkeypatch):
-    if not pyarrow:
-        monkeypatch.setattr("cupynorm.frames._polars.find_spec", lambda name: None)
-    rng = np.random.default_rng(3)
-    valid = rng.random(60) > 0.2
-    data = mixed(60)
-    df = pl.DataFrame({**data, "e": pl.Series([1.5 if v else None for v in valid])})
-    df = df.with_columns(
-        f=pl.when(pl.Series(valid)).then(pl.col("b")), g=pl.when(pl.Series(valid)).then(pl.col("c"))
-    )
-    columns = [*data.values(), np.full(60, 1.5), data["b"], data["c"]]
-    known = [valid | True] * 4 + [valid] * 3
-    y = frames.layer_norm(df, nulls=nulls)
-    assert (y.columns, y.dtypes) == (list("abcdefg"), [pl.Float64] * 7)
-    want = expected(columns, dtype="float64", omit=nulls == "omit", valid=known)
-    close(y.to_numpy(), want, 7)
-    close(frames.layer_norm(df[7:31], nulls=nulls).to_numpy(), want[7:31], 7)
-    joined = pl.concat([df[:20], df[20:]], rechunk=False)
-    close(frames.layer_norm(joined, nulls=nulls).to_numpy(), want, 7)
-
-
-def test_polars_result_is_one_block_without_a_copy(monkeypatch):
-    made = []
-    build = _tables.build
-    monkeypatch.setattr(_tables, "build", lambda df, y: build(df, made.append(y) or y))
-    df = pl.DataFrame({"a": np.arange(50.0), "b": np.ones(50), "c": np.zeros(50)})
-    y = frames.layer_norm(df)
-    for j, series in enumerate(y.get_columns()):
-        assert np.shares_memory(series.to_numpy(allow_copy=False), made[0][:, j])
-    columns = _tables.read(df)
-    assert np.shares_memory(columns[0][0], df["a"].to_numpy(allow_copy=False))
-
-
-def test_polars_columns_without_numbers_are_named():
-    df = pl.DataFrame({"fine": [1.0], "odd": ["x"], "when": [None]})
-    with pytest.raises(TypeError, match=r"'odd' \(String\), 'when' \(Null\).*selectors.numeric"):
-        frames.layer_norm(df)
+def test_refusals(library):
+    numbers = TABLE[library]({"a": [1, 2], "b": [3, 4]})
+    for df, error, match, kwargs in (
+        (TABLE[library]({name: ["x"] for name in "abcdefg"}), TypeError,
+         r"'a' .*'e' .* and 2 more are not numeric", {}),
+        (TABLE[library](), ValueError, "no column", {}),
+        (numbers, ValueError, r"weight has shape \(3,\)", {"weight": np.ones(3)}),
+        (numbers, ValueError, "order='X'", {"order": "X"}),
+        (numbers, ValueError, "nulls='drop'", {"nulls": "drop"}),
+        (numbers, TypeError, "no bfloat16 columns; call layer_norm_columns", {"dtype": "bfloat16"}),
+        (numbers.to_numpy(), TypeError, "not a DataFrame", {}),
+    ):  # fmt: skip
+        with pytest.raises(error, match=match):
+            frames.layer_norm(df, **kwargs)
 
 
 # --- cuDF: its interface, by a twin whose device memory is the host's ---------------------------
 
 
 class TwinSeries:
-    """What `_frames_cudf` uses of a cuDF Series, over a pyarrow array."""
+    """What `frames/_cudf` uses of a cuDF Series, over a pyarrow array."""
 
     def __init__(self, array):
         validity, data = array.buffers()
-        self.array, self.dtype = array, np.dtype(_frames_arrow.DTYPES[str(array.type)])
+        self.array, self.dtype = array, np.dtype(_arrow.DTYPES[str(array.type)])
         self.__cuda_array_interface__ = {
             "shape": (len(array),),
             "strides": (self.dtype.itemsize,),
@@ -338,27 +316,20 @@ def on_host(memory):
 
 def test_cudf_columns_are_their_buffers_and_bitmaps():
     valid = np.arange(77) % 5 > 0
-    arrays = {
-        "a": pa.array(np.arange(77.0)),
-        "b": pa.array(np.arange(77, dtype=np.int16), mask=~valid),
-    }
+    values = np.arange(77.0), np.arange(77, dtype=np.int16)
+    arrays = {"a": pa.array(values[0]), "b": pa.array(values[1], mask=~valid)}
     df = SimpleNamespace(
         dtypes=pd.Series({name: TwinSeries(array).dtype for name, array in arrays.items()}),
         items=lambda: ((name, TwinSeries(array)) for name, array in arrays.items()),
     )
-    assert _frames_cudf.not_numeric(df) == []
-    read = [tuple(map(on_host, column)) for column in _frames_cudf.read(df)]
-    assert [len(column) for column in read] == [1, 2]
-    np.testing.assert_array_equal(read[0][0], np.arange(77.0))
-    assert read[1][0].dtype == np.int16
-    assert read[1][1].dtype == np.uint8
-    y = layer_norm_columns(read, nulls="omit")
-    want = expected(
-        [np.arange(77.0), np.arange(77)], dtype="float64", omit=True, valid=[valid | True, valid]
-    )
-    close(y, want, 2)
+    assert _cudf.not_numeric(df) == []
+    read = [tuple(map(on_host, column)) for column in _cudf.read(df)]
+    assert [[part.dtype for part in column] for column in read] == [["f8"], ["i2", "u1"]]
+    np.testing.assert_array_equal(read[0][0], values[0])
+    y = cn.layer_norm_columns(read, nulls="omit")
+    close(y, expected(values, dtype="float64", omit=True, valid=[valid | True, valid]), 2)
     df.dtypes["s"] = "category"
-    assert [name for name, _ in _frames_cudf.not_numeric(df)] == ["s"]
+    assert [name for name, _ in _cudf.not_numeric(df)] == ["s"]
 
 
 @pytest.mark.gpu
@@ -371,7 +342,7 @@ def test_cudf():
     df.index = [5, 6, 7]
     valid = [np.array([1, 0, 1], bool), np.array([1, 1, 0], bool), np.ones(3, bool)]
     columns = [np.array([1, 0, 3]), np.array([1.5, 2.5, 0]), np.array([True, False, True])]
-    for nulls in ("propagate", "omit"):
+    for nulls in NULLS:
         y = frames.layer_norm(df, nulls=nulls)
         assert isinstance(y, cudf.DataFrame)
         assert y.index.to_arrow().to_pylist() == [5, 6, 7]
@@ -380,15 +351,13 @@ def test_cudf():
         close(cupy.asnumpy(y.to_cupy()), want, 3)
 
 
-def test_the_examples_of_the_docstrings():
-    import cupynorm.frames.columns
+# --- examples, imports --------------------------------------------------------------------------
 
+
+def test_the_examples_of_the_docstrings():
     for module in (frames, cupynorm.frames.columns):
         failed, tried = doctest.testmod(module)
         assert (failed, tried > 3) == (0, True)
-
-
-# --- imports ------------------------------------------------------------------------------------
 
 
 def test_a_table_brings_no_other_library():

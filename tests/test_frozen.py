@@ -14,6 +14,7 @@ def test_the_same_calls():
     assert set(CASES) == set(EXPECTED)
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_unchanged(name):
     assert frozen.outcome(CASES[name]) == EXPECTED[name]

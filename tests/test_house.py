@@ -1,6 +1,8 @@
 """How the package is built: what it imports and when, which module may know which."""
 
 import ast
+import graphlib
+import re
 import statistics
 import subprocess
 import sys
@@ -10,9 +12,9 @@ import pytest
 
 import cupynorm as cn
 
+ROOT = Path(__file__).parents[1]
 PACKAGE = Path(cn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-MAX_LINES = 500
 
 # Rooms: folders and files of the package itself. Imports point to a floor below only; within a
 # folder they are its own affair. A new room gets a place here first.
@@ -20,28 +22,27 @@ FLOORS = (
     {"__init__", "__main__"},
     {"_report"},
     {"modules", "plot", "sklearn", "torch"},  # adapters: none imports another
-    {"gradient", "prepared"},
-    {"_prepared_arrays", "_prepared_torch"},
-    {"_prepared"},
-    {"functional"},
+    {"functional", "prepared"},
     {"dask", "frames"},  # containers, which `functional` hands over
-    {"_torch"},  # tensors
-    {"_arguments"},
-    {"_cpu", "_cuda", "_namespace"},  # do
-    {"_reference"},
-    {"_layout"},
-    {"_arrays"},
-    {"_problem"},
-    {"_display", "_ops", "_progress"},
+    {"_calls"},  # the one memo
+    {"_torch"},  # tensors: who watches, then addresses
+    {"_cpu", "_cuda"},  # do
+    {"_layout", "_reference"},
+    {"_rules"},
+    {"_display", "_libraries", "_ops"},
 )
-# Arrows that still run up, each to go with the mechanism behind it.
-NOT_YET = {
-    ("_layout", "_cuda"),  # the planners' problem classes
-    ("_cpu", "_arguments"),  # shortcuts look arguments up
-    ("_cuda", "_arguments"),
-    ("plot", "modules"),
-    ("dask", "functional"),
-    ("frames", "_report"),
+# The files of a folder that others may name; of the rest its `__init__`, which is public.
+DOORS = {
+    "_cpu": {"arrays", "engine"},
+    "_cuda": {"arrays", "launch"},
+    "_torch": {"autograd", "tensors"},
+    "frames": {"columns"},
+}
+# Files behind a door that one room alone may name.
+BY_NAME = {
+    ("_report", "_cuda.plan"),
+    ("torch", "_torch.watch"),
+    *((top, f"_report.{p.stem}") for top in FLOORS[0] for p in (PACKAGE / "_report").glob("*.py")),
 }
 # Beyond the standard library, numpy and array_api_compat, at import time.
 MAY_IMPORT = {
@@ -49,10 +50,21 @@ MAY_IMPORT = {
     "_cpu": {"llvmlite", "numba"},
     "dask": {"dask"},
     "sklearn": {"sklearn"},
-    "_prepared_torch": {"torch"},
     "_torch": {"torch"},
     "torch": {"torch"},
 }
+# By folder: files and lines, and what counts. Who needs more takes it from another file first.
+CEILINGS = {
+    "cupynorm": (60, 9_500, {".py"}),
+    "bench": (24, 3_500, {".py"}),
+    "tests": (None, 17_000, {".py", ".hpp", ".cpp"}),
+    "kernels": (29, 3_489, {".cuh"}),
+}
+MAX_LINES = 500  # of a file, which is one idea
+MAX_POSITIONAL = 6  # of a function; who needs more takes a `Facts`, a `Problem` or a dataclass
+# Compiled functions take arrays and numbers one by one; public ones what users call them with.
+COMPILED = {f"_cpu.{name}" for name in ("backward", "forward", "jobs", "strips", "vectors")}
+MOST_WITH_MORE = 25
 
 
 def room_of(path):
@@ -123,9 +135,30 @@ def test_imports_point_down(path):
     if room == "__init__":
         return  # it names what users call, and is what the rest must not reach up to
     floor = next(i for i, floor in enumerate(FLOORS) if room in floor)
-    below = set().union(*FLOORS[floor + 1 :])
-    upward = {met for met in rooms_met(path) - below if (room, met) not in NOT_YET}
+    upward = rooms_met(path) - set().union(*FLOORS[floor + 1 :])
     assert not upward, f"{named(path)} imports {sorted(upward)}, not below it"
+
+
+def test_no_circles():
+    """Of all rooms that the table knows or not: who may import whom can be put in an order."""
+    met = {room: set() for room in ROOMS - {"__init__"}}
+    for path in FILES:
+        if room_of(path) != "__init__":
+            met[room_of(path)] |= rooms_met(path) - {"__init__"}
+    assert len(list(graphlib.TopologicalSorter(met).static_order())) == len(met)
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_a_folder_is_entered_by_its_door(path):
+    room, behind = room_of(path), set()
+    for name in imports(path):
+        package, folder, file, *_ = [*name.split("."), "", ""]
+        foreign = package == "cupynorm" and folder != room
+        if not foreign or not (PACKAGE / folder / f"{file}.py").is_file():
+            continue  # a name that the folder's `__init__` gives
+        if file not in DOORS.get(folder, ()) and (room, f"{folder}.{file}") not in BY_NAME:
+            behind.add(f"{folder}.{file}")
+    assert not behind, f"{named(path)} reaches behind the door, to {sorted(behind)}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
@@ -161,10 +194,46 @@ def test_public_names_can_be_had():
         cn.layernorm  # noqa: B018
 
 
-@pytest.mark.parametrize("path", FILES, ids=named)
-def test_module_budget(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= MAX_LINES, f"{path.name} has {len(lines)} lines: split it by idea"
+@pytest.mark.parametrize("folder", CEILINGS)
+def test_ceilings(folder):
+    most_files, most_lines, suffixes = CEILINGS[folder]
+    files = [p for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
+    lines = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in files}
+    assert sum(lines.values()) <= most_lines
+    assert most_files is None or len(files) <= most_files
+    long = {p.relative_to(ROOT).as_posix(): n for p, n in lines.items() if n > MAX_LINES}
+    assert not long, "split these by idea"
+
+
+def is_private(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return any(part.startswith("_") for part in parts if part not in FLOORS[0])
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if is_private(p)], ids=named)
+def test_private_files_list_no_public_names(path):
+    assert not re.search(r"^__all__ *=", path.read_text(encoding="utf-8"), re.M)
+
+
+def with_many_parameters(path):
+    """Names of functions that take more than six by position, but for self and cls."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
+            if len(names) - (names[:1] in (["self"], ["cls"])) > MAX_POSITIONAL:
+                yield getattr(node, "name", "lambda")
+
+
+def test_functions_take_six_parameters_by_position():
+    many = [(path, name) for path in FILES for name in with_many_parameters(path)]
+    allowed = [
+        (path, name)
+        for path, name in many
+        if named(path) in COMPILED or not (is_private(path) or name.startswith("_"))
+    ]
+    found = {f"{named(path)}.{name}" for path, name in many if (path, name) not in allowed}
+    assert not found, "let these take a Facts, a Problem or a dataclass"
+    assert len(allowed) <= MOST_WITH_MORE
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)

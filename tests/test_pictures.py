@@ -11,12 +11,11 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from cupynorm._cuda.plan_column import ColumnProblem, choose_plan_column
-from cupynorm._problem import Problem
+from cupynorm._cuda.launch import choose_plan
 from docs._generate import images, kernels, plans, results
 from docs._generate.lanes import columns_per_vec, holder, tile_holder
+from tests.cuda.rows import At, Rows, run_plan
 from tests.gpu_backend import SIMULATED
-from tests.row_kernels import At, Rows, run_plan
 from tests.simt.fault import SimtFault
 
 PICTURES = kernels.pictures() | results.parts()
@@ -57,7 +56,7 @@ def test_rows_are_read_by_whom_the_picture_says(family):
     x, y = (Rows(SIMULATED, name, dtype, (1, rows, N), at) for name in "xy")
     x.put(np.ones((rows, N), dtype))
     strides = (*x.strides, 1)
-    problem = Problem("layer_norm_fwd", dtype, None, None, 1, rows, N, strides, strides, False)
+    problem = plans.problem_of(rows, N, dtype, x=strides, y=strides)
     if family != "split":  # the plan of many rows, launched for a few
         blocks = plan.stages[0].grid[0] * rows // plans.ROWS[family][0]
         stage = dataclasses.replace(plan.stages[0], grid=(max(blocks, 2), 1, 1))
@@ -80,11 +79,12 @@ def test_rows_are_read_by_whom_the_picture_says(family):
 
 def test_a_tile_is_read_by_whom_the_picture_says():
     M, N = 130, 12
-    problem = ColumnProblem("float32", None, None, 1, M, N, (M * N, 1, M), (M * N, N, 1), (M, 1))
-    plan = choose_plan_column(problem, plans.H100)
+    strides = {"x": (M * N, 1, M), "y": (M * N, N, 1)}
+    problem = plans.problem_of(M, N, "float32", **strides)
+    plan = choose_plan(problem, plans.H100)
     x, y = (SIMULATED.memory(4 * M * N, name) for name in "xy")
     SIMULATED.put(x, np.ones(M * N, np.float32))
-    steps = (*problem.x_strides, *problem.y_strides, *problem.stats_strides)
+    steps = (*strides["x"], *strides["y"], *problem.stats_strides)
     call = (x.ptr, y.ptr, 0, 0, 0, 0, M, M, *steps, N, 1e-5, plan.panel)
 
     def launch():

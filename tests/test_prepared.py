@@ -1,11 +1,15 @@
-"""`prepare`: what `layer_norm` gives, bit for bit, for less; and what is refused."""
+"""`prepare`: what a prepared call holds, refuses and costs; its bits are held in test_calls."""
+
+import copy
+import pickle
 
 import numpy as np
 import pytest
 
 import cupynorm as cn
+from tests import oracle
 from tests.conftest import Backend, np_dtype
-from tests.cuda_calls import Spent
+from tests.cuda.calls import Spent
 
 BACKENDS = (
     Backend.NUMPY,
@@ -27,100 +31,17 @@ def bits(lib, y):
     return host.view(f"u{host.dtype.itemsize}").tolist()
 
 
-def empty_like(lib, x):
-    return lib.from_numpy(np.zeros_like(lib.to_numpy(x)))
+def check(lib, y, x, weight=None, bias=None):
+    x, *affine = (None if a is None else lib.to_numpy(a) for a in (x, weight, bias))
+    want, bound = oracle.layer_norm(x, (1,), *affine, 1e-5)[0], oracle.tolerance("float32", 12)
+    np.testing.assert_allclose(lib.to_numpy(y), want, rtol=bound, atol=8 * bound)
 
 
-# --- the same bits ------------------------------------------------------------------------------
-
-CALLS = {
-    "rows": ((5, 77), {}),
-    "one row": ((77,), {}),
-    "two axes": ((2, 5, 7), {"normalized_shape": (5, 7)}),
-    "axis turned": ((2, 5, 7), {"axis": (2, 1)}),
-    "strided axis": ((6, 5), {"axis": 0}),
-    "order F": ((6, 77), {"order": "F"}),
-    "no eps": ((5, 77), {"eps": 0.0}),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-def test_same_bits(lib, name, affine):
-    shape, arguments = CALLS[name]
-    x = lib.from_numpy(numbers(*shape))
-    axes = arguments.get("axis", -1)
-    if "normalized_shape" in arguments:
-        inner = arguments["normalized_shape"]
-    else:
-        inner = tuple(shape[a] for a in (axes if isinstance(axes, tuple) else (axes,)))
-    if affine:
-        arguments = arguments | {k: lib.from_numpy(numbers(*inner)) for k in ("weight", "bias")}
-    f = cn.prepare(x, **arguments)
-    for _ in range(2):
-        x = lib.from_numpy(numbers(*shape))
-        want = cn.layer_norm(x, **arguments)
-        got = f(x)
-        assert type(got) is type(want)
-        assert bits(lib, got) == bits(lib, want)
-        assert lib.strides(got) == lib.strides(want)
-        if "order" not in arguments:
-            out = empty_like(lib, x)
-            assert f(x, out=out) is out
-            assert bits(lib, out) == bits(lib, want)
-
-
-def test_same_bits_in_every_dtype(lib, dtype):
-    x, weight = (lib.from_numpy(numbers(*shape, dtype=dtype)) for shape in ((6, 77), (77,)))
-    f = cn.prepare(x, 77, weight, weight)
-    out = empty_like(lib, x)
-    assert (
-        bits(lib, f(x))
-        == bits(lib, f(x, out=out))
-        == bits(lib, cn.layer_norm(x, 77, weight, weight))
-    )
-
-
-@pytest.mark.parametrize("cut", [np.s_[::2], np.s_[:, 3:80], np.s_[::-1], "transposed"], ids=str)
-def test_views(lib, cut):
-    if lib.name.startswith("torch") and cut == np.s_[::-1]:
-        pytest.skip("torch has no negative strides")
-    whole = lib.from_numpy(numbers(6, 90))
-    x = whole.T if cut == "transposed" else whole[cut]
-    f = cn.prepare(x)
-    want = bits(lib, cn.layer_norm(x))
-    assert bits(lib, f(x)) == want
-    out = empty_like(lib, x)
-    assert bits(lib, f(x, out=out)) == want
-
-
-def test_statistics(lib):
-    x = lib.from_numpy(numbers(5, 77))
-    f = cn.prepare(x, return_stats=True)
-    got, want = f(x), cn.layer_norm(x, return_stats=True)
-    assert type(got) is cn.LayerNormResult
-    assert [bits(lib, a) for a in got] == [bits(lib, a) for a in want]
-    out = empty_like(lib, x)
-    assert f(x, out=out).y is out
-
-
-@pytest.mark.parametrize("rows", [700, 3])
-def test_large_and_long(lib, rows):
-    """Beyond what the small way takes: threads on a CPU, two launches on a GPU."""
-    if lib.backend.compiles and rows == 700:
-        rows = 2
-    x = lib.from_numpy(numbers(rows, 768 if rows == 700 else 36_001))
-    f = cn.prepare(x)
-    assert bits(lib, f(x)) == bits(lib, cn.layer_norm(x))
-
-
-@pytest.mark.parametrize("shape", [(0, 77), (5, 0)])
-def test_empty(lib, shape):
-    x = lib.from_numpy(numbers(*shape))
-    y, mean, _ = cn.prepare(x, return_stats=True)(x)
-    assert y.shape == shape
-    assert np.isnan(lib.to_numpy(mean)).all()
-    assert cn.prepare(x)(x).shape == shape
+def refused(f, *words, **arguments):
+    with pytest.raises(ValueError) as caught:
+        f(**arguments)
+    for word in words:
+        assert word in str(caught.value)
 
 
 # --- what is held -------------------------------------------------------------------------------
@@ -129,15 +50,52 @@ def test_empty(lib, shape):
 @pytest.mark.parametrize("kind", ["plain", "strided", "other dtype"])
 def test_weight_is_held_by_reference(lib, kind):
     x = lib.from_numpy(numbers(4, 12))
-    dtype = "float64" if kind == "other dtype" else "float32"
-    memory = lib.from_numpy(numbers(24, dtype=dtype))
+    memory = lib.from_numpy(numbers(24, dtype="float64" if kind == "other dtype" else "float32"))
     weight = memory[::2] if kind == "strided" else memory[:12]
     f = cn.prepare(x, 12, weight)
-    before = bits(lib, f(x))
-    memory[...] = (
-        memory * 2 if lib.name != "cupy-simulated" else lib.from_numpy(lib.to_numpy(memory) * 2)
-    )
-    assert bits(lib, f(x)) == bits(lib, cn.layer_norm(x, 12, weight)) != before
+    before = f(x)
+    check(lib, before, x, weight)
+    memory[...] = lib.from_numpy(lib.to_numpy(memory) * 2)
+    check(lib, f(x), x, weight)
+    assert bits(lib, f(x)) == bits(lib, cn.layer_norm(x, 12, weight)) != bits(lib, before)
+
+
+WAYS = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda f: pickle.loads(pickle.dumps(f)),
+    "cloudpickle": lambda f: pickle.loads(pytest.importorskip("cloudpickle").dumps(f)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copy_does_the_same_with_a_weight_of_its_own(lib, way):
+    """But for `copy.copy`, which shares it."""
+    if lib.backend.compiles and way != "copy":
+        pytest.skip("arrays of CuPy's stand-in have no copies of their own")
+    x, weight, bias = (lib.from_numpy(numbers(*shape)) for shape in ((4, 12), (12,), (12,)))
+    f = cn.prepare(x, 12, weight, bias, return_stats=True)
+    g, want = WAYS[way](f), f(x)
+    got = g(x)
+    assert type(got) is cn.LayerNormResult
+    assert [bits(lib, a) for a in got] == [bits(lib, a) for a in want]
+    assert repr(g) == repr(f)
+    old = lib.from_numpy(lib.to_numpy(weight).copy())
+    weight[...] = lib.from_numpy(numbers(12))
+    check(lib, f(x).y, x, weight, bias)
+    check(lib, g(x).y, x, weight if way == "copy" else old, bias)
+    out = lib.from_numpy(np.empty((4, 12), np.float32))
+    assert g(x, out=out).y is out
+    check(lib, out, x, weight if way == "copy" else old, bias)
+    refused(g, "shape (5, 12)", "shape (4, 12)", x=lib.from_numpy(numbers(5, 12)))
+
+
+def test_statistics_and_emptiness(lib):
+    x = lib.from_numpy(numbers(0, 77))
+    y, mean, _ = cn.prepare(x, return_stats=True)(x)
+    assert (tuple(y.shape), tuple(mean.shape)) == ((0, 77), (0, 1))
+    x = lib.from_numpy(numbers(5, 0))
+    assert np.isnan(lib.to_numpy(cn.prepare(x, return_stats=True)(x).mean)).all()
 
 
 def test_repr(lib):
@@ -151,36 +109,23 @@ def test_repr(lib):
 # --- what is refused ----------------------------------------------------------------------------
 
 
-def refused(f, *words, **arguments):
-    with pytest.raises(ValueError) as caught:
-        f(**arguments)
-    for word in words:
-        assert word in str(caught.value)
-
-
 def test_another_x_is_refused_with_both_values(lib):
     x = lib.from_numpy(numbers(4, 12))
     f = cn.prepare(x)
     way_out = ("prepare again", "cupynorm.layer_norm(x, ...)")
     refused(f, "shape (5, 12)", "shape (4, 12)", *way_out, x=lib.from_numpy(numbers(5, 12)))
     refused(f, "float64", "float32", *way_out, x=lib.from_numpy(numbers(4, 12, dtype="float64")))
-    turned = lib.from_numpy(numbers(12, 4)).T
-    refused(f, "strides", *way_out, x=turned)
+    refused(f, "strides", *way_out, x=lib.from_numpy(numbers(12, 4)).T)
     refused(f, "type builtins.list", *way_out, x=[1.0])
 
 
 def test_out_that_does_not_fit(lib):
-    x = lib.from_numpy(numbers(4, 12))
-    f = cn.prepare(x)
-    refused(f, "out has shape (4, 13)", x=x, out=lib.from_numpy(numbers(4, 13)))
-    refused(f, "out has dtype", x=x, out=lib.from_numpy(numbers(4, 12, dtype="float64")))
-
-
-def test_overlap(lib):
     memory = lib.from_numpy(numbers(9, 12))
     x, weight = memory[:4], memory[5]
     f = cn.prepare(x, 12, weight)
     want = bits(lib, f(x))
+    refused(f, "out has shape (4, 13)", x=x, out=lib.from_numpy(numbers(4, 13)))
+    refused(f, "out has dtype", x=x, out=lib.from_numpy(numbers(4, 12, dtype="float64")))
     refused(f, "out shares memory with x in part", x=x, out=memory[1:5])
     refused(f, "out shares memory with weight", x=x, out=memory[4:8])
     assert bits(lib, f(x)) == want  # nothing was written
@@ -190,25 +135,19 @@ def test_overlap(lib):
 
 def test_out_of_another_layout(lib):
     x = lib.from_numpy(numbers(4, 12))
-    f = cn.prepare(x)
-    padded = lib.from_numpy(numbers(4, 20))
-    before = lib.to_numpy(padded).copy()
-    out = padded[:, 3:15]
+    f, padded = cn.prepare(x), lib.from_numpy(numbers(4, 20))
+    before, out = lib.to_numpy(padded).copy(), padded[:, 3:15]
     assert f(x, out=out) is out
-    assert bits(lib, out) == bits(lib, f(x))
-    after = lib.to_numpy(padded)
-    np.testing.assert_array_equal(
-        np.delete(after, np.s_[3:15], 1), np.delete(before, np.s_[3:15], 1)
-    )
+    check(lib, out, x)
+    around = np.delete(np.arange(20), np.s_[3:15])
+    np.testing.assert_array_equal(lib.to_numpy(padded)[:, around], before[:, around])
 
 
 def test_libraries_without_prepared_calls():
     import pandas as pd
 
-    jax = pytest.importorskip("jax")
-    dask = pytest.importorskip("dask.array")
-    given = jax.numpy.ones((2, 3)), dask.ones((2, 3)), pd.DataFrame({"a": [1.0]})
-    for x in given:
+    jax, dask = pytest.importorskip("jax"), pytest.importorskip("dask.array")
+    for x in (jax.numpy.ones((2, 3)), dask.ones((2, 3)), pd.DataFrame({"a": [1.0]})):
         with pytest.raises(TypeError, match=r"nothing can be prepared.*cupynorm\.layer_norm"):
             cn.prepare(x)
     with pytest.raises(TypeError, match="no array"):
@@ -218,25 +157,43 @@ def test_libraries_without_prepared_calls():
 # --- torch --------------------------------------------------------------------------------------
 
 
-def test_gradients_are_refused_and_no_grad_is_not():
-    torch = pytest.importorskip("torch")
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+def test_gradients_are_refused_and_no_grad_is_not(torch):
+    """The memory that a parameter has been given since is what counts."""
     x, norm = torch.randn(4, 12), torch.nn.LayerNorm(12)
     f = cn.prepare(x, 12, norm.weight, norm.bias)
     refused(f, "requires grad", "torch.no_grad()", "cupynorm.torch.layer_norm", x=x)
     with torch.no_grad():
-        got = f(x)
-        assert not got.requires_grad
-        torch.testing.assert_close(got, norm(x))
-        norm.weight.data = torch.zeros(12)  # the memory that was prepared stays
-        torch.testing.assert_close(f(x), got)
+        assert not f(x).requires_grad
+        torch.testing.assert_close(f(x), norm(x))
+        norm.weight.data = torch.randn(12)
+        torch.testing.assert_close(f(x), norm(x))
+        out = torch.empty_like(x)
+        torch.testing.assert_close(f(x, out=out), norm(x))
+        norm.share_memory()  # which moves it to other memory
+        norm.bias.fill_(0.5)
+        torch.testing.assert_close(f(x), norm(x))
 
 
-def test_transforms_are_refused():
-    torch = pytest.importorskip("torch")
+def test_a_weight_of_another_size_is_never_read(torch):
+    x, weight = torch.randn(4, 12), torch.ones(12)
+    f = cn.prepare(x, 12, weight)
+    for size in (13, 3, 0):
+        weight.resize_(size)
+        for out in (None, torch.empty_like(x)):
+            refused(f, f"weight has shape ({size},)", "(12,)", x=x, out=out)
+    weight.resize_(12).fill_(2.0)
+    torch.testing.assert_close(f(x), 2 * torch.nn.functional.layer_norm(x, (12,)))
+
+
+def test_transforms_are_refused(torch):
     x = torch.randn(4, 12)
-    f = cn.prepare(x)
     with pytest.raises(ValueError, match=r"torch\.func.*cupynorm\.torch\.layer_norm"):
-        torch.func.vmap(f)(x[None])
+        torch.func.vmap(cn.prepare(x))(x[None])
 
     class Other(torch.Tensor):
         pass
@@ -244,19 +201,6 @@ def test_transforms_are_refused():
     Other.__module__ = "torch.other"  # as DTensor's: a tensor of torch's own that is not plain
     with pytest.raises(TypeError, match="plain tensors alone"):
         cn.prepare(x.as_subclass(Other))
-
-
-def test_into_a_tensor_without_another_one():
-    """`layer_norm(out=)` of tensors writes there at once, and so refuses what it would spoil."""
-    torch = pytest.importorskip("torch")
-    memory = torch.randn(8, 12)
-    with pytest.raises(ValueError, match="out shares memory with weight"):
-        cn.layer_norm(memory[:4], 12, memory[5], out=memory[4:])
-    with pytest.raises(ValueError, match="two elements at one address"):
-        cn.layer_norm(memory, out=torch.zeros(1, 12).expand(8, 12))
-    out = torch.empty(12, 8).T
-    assert cn.layer_norm(memory, out=out) is out
-    torch.testing.assert_close(out, cn.layer_norm(memory))
 
 
 # --- what a call costs --------------------------------------------------------------------------

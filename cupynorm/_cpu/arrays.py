@@ -1,77 +1,144 @@
-"""Layer norm of NumPy arrays: which loops run, and which rows on which thread."""
+"""NumPy arrays: what a settled call may depend on; calls that allocate, look at overlap, run."""
 
 import contextlib
 import functools
-import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm._cpu import blocks as _cpu_blocks
-from cupynorm._cpu import threads as _threads
-from cupynorm._cpu.half import round_into
-
-__all__ = ["describe", "layer_norm_bwd", "layer_norm_fwd", "shared_from", "without_numba"]
+from cupynorm import _problem
+from cupynorm._arrays import check_overlap
+from cupynorm._cpu import blocks, engine
+from cupynorm._layout import Facts, Problem, problem_of, row_major_strides
+from cupynorm._ops import LAYER_NORM
 
 Array = np.ndarray[Any, Any]
+Call = Callable[..., Any]
 
-# Pieces per thread of rows that are shared, over all rows: more even out threads of unequal speed,
-# but each is a hand-over between threads: 7 rows of 100000 took twice as long at 16 pieces each.
-_PIECES = 8
 
 _plain: ContextVar[bool] = ContextVar("cupynorm_plain_numpy", default=False)
 
 
-@functools.cache
-def _loops() -> tuple[ModuleType, str]:
-    """Find the module whose loops run, and what to say about it."""
-    if os.environ.get("CUPYNORM_NUMBA", "1").strip() == "0":
-        return _cpu_blocks, "plain NumPy blocks (CUPYNORM_NUMBA=0)"
-    try:
-        import numba
+class Door:
+    """How NumPy arrays are met; ``plain``: as if numba were not there."""
 
-        if numba.config.DISABLE_JIT:  # loops over raw vectors have no meaning in Python
-            return _cpu_blocks, "plain NumPy blocks (NUMBA_DISABLE_JIT is set)"
-        from cupynorm._cpu import numba as _cpu_numba
-    except ImportError as error:
-        return _cpu_blocks, f"plain NumPy blocks (numba cannot be imported: {error})"
-    return _cpu_numba, f"numba {numba.__version__} loops"
+    types = (np.ndarray,)
+    refuses_prepared = ""
+
+    def __init__(self, plain: bool) -> None:
+        self._plain = plain
+        # None, or what finds the door of a call: set while somebody is within `without_numba`.
+        self.select: Callable[..., Door] | None = None
+
+    @staticmethod
+    def look(a: Array) -> Any:
+        """All of one array that a settled call may depend on."""
+        flags = a.flags
+        return type(a), a.shape, a.dtype, flags.carray or (a.strides, flags.num)
+
+    @staticmethod
+    def strides(a: Array) -> tuple[int, ...] | None:
+        """Element strides; None where memory cannot be counted in elements."""
+        size = a.itemsize
+        if not (a.flags.aligned and a.dtype.isnative) or any(s % size for s in a.strides):
+            return None
+        return tuple(s // size for s in a.strides)
+
+    @staticmethod
+    def device(a: Array) -> None:
+        """Of a GPU: none."""
+
+    def describe(self, facts: Facts) -> str:
+        """Which loops would run."""
+        return describe()
+
+    def normalizer(self, facts: Facts) -> Call:
+        """Give ``call(x, weight, bias, out)``: y, or (y, mean, rstd) if these are wanted."""
+        new, shape, stats = _maker(facts), facts.stats_shape, facts.stats
+        compute = np.dtype(engine.computed(facts.dtypes["x"]))
+        run, small = _forward(facts, self._plain), None
+        if not self._plain:
+            small = _small(facts, compute)
+
+        def call(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Any:
+            nonlocal small
+            y = new(x) if out is None else out
+            mean = rstd = None
+            if stats:
+                mean, rstd = np.empty(shape, compute), np.empty(shape, compute)
+            if small is not None:
+                try:
+                    if not small(x, weight, bias, y, mean, rstd):
+                        return (y, mean, rstd) if stats else y
+                except TypeError:  # an array is read-only, or of other memory than loops take
+                    small = None
+            if out is not None:
+                _check_out(x, weight, bias, out)
+            run(x, weight, bias, y, mean, rstd)
+            return (y, mean, rstd) if stats else y
+
+        return call
+
+    def differentiator(self, facts: Facts) -> Call:
+        """Give ``call(dy, x, mean, rstd, weight)``: dx, dweight and dbias, None if not wanted."""
+        dtypes, shape = facts.dtypes, facts.affine_shape
+        to_weight, to_bias = (
+            _problem.numpy_dtype(dtypes[k]) if k in dtypes else None for k in ("dweight", "dbias")
+        )
+        run, to_x = _backward(facts, self._plain), "dx" in facts.strides
+
+        def call(dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None) -> Any:
+            dx = np.empty_like(x, order="K") if to_x else None
+            dweight = None if to_weight is None else np.empty(shape, to_weight)
+            dbias = None if to_bias is None else np.empty(shape, to_bias)
+            run(dy, x, mean, rstd, weight, dx, dweight, dbias)
+            return dx, dweight, dbias
+
+        return call
 
 
-def _engine() -> ModuleType:
-    return _cpu_blocks if _plain.get() else _loops()[0]
-
-
-def describe() -> str:
-    """Say in words which loops NumPy arrays take."""
-    return "plain NumPy blocks" if _plain.get() else _loops()[1]
+DOOR, PLAIN = Door(plain=False), Door(plain=True)
+_within, _lock = 0, threading.Lock()
 
 
 @contextlib.contextmanager
 def without_numba() -> Iterator[None]:
     """Within this context run as if numba were not installed."""
+    global _within
     token = _plain.set(True)
+    with _lock:
+        _within += 1
+        DOOR.select = _select
     try:
         yield
     finally:
         _plain.reset(token)
+        with _lock:
+            _within -= 1
+            DOOR.select = _select if _within else None
 
 
-def shared_from() -> int:
-    """Elements from which a call takes more than one thread."""
-    elements: int = _engine().ALONE
-    return elements
+def _select(*arguments: Any) -> Door:
+    return PLAIN if _plain.get() else DOOR
 
 
-@functools.lru_cache(maxsize=64)
-def _kind(dtype: np.dtype[Any]) -> tuple[str, bool, np.dtype[Any], bool]:
-    """Name of a dtype, whether it is native, what loops compute in, whether it has 16 bits."""
-    name = dtype.name
-    compute = np.dtype(np.float64 if name == "float64" else np.float32)
-    return name, dtype.isnative, compute, dtype.itemsize == 2
+def describe() -> str:
+    """Say in words which loops NumPy arrays take."""
+    return "plain NumPy blocks" if _plain.get() else engine.state()[1]
+
+
+# --- forward ------------------------------------------------------------------------------------
+
+
+def _maker(facts: Facts) -> Callable[[Array], Array]:
+    """Make y: as `numpy.empty_like`, which costs three times as much."""
+    shape, order = facts.shape, facts.order
+    if facts.strides["x"] != row_major_strides(shape, ()) or order == "F":
+        return functools.partial(np.empty_like, order=order)
+    return lambda x: np.empty(shape, x.dtype)
 
 
 def _affine(value: Array | None, compute: np.dtype[Any]) -> Array | None:
@@ -80,35 +147,300 @@ def _affine(value: Array | None, compute: np.dtype[Any]) -> Array | None:
         return None
     if value.dtype == compute and value.flags.carray:
         return value if value.ndim == 1 else value.reshape(-1)
-    if _kind(value.dtype)[0] == "bfloat16":  # without ml_dtypes' cast, one element at a time
-        bits = value.view(np.dtype(np.uint16).newbyteorder(value.dtype.byteorder))
-        wide = np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
-        return wide.astype(compute, order="C", copy=False).reshape(-1)
-    if value.itemsize == 2:  # which widen without a warning
-        return value.astype(compute, order="C").reshape(-1)
     with np.errstate(all="ignore"):  # a float64 weight may be Inf in float32
         return value.astype(compute, order="C").reshape(-1)
 
 
-def _as_rows(x: Array, axes: tuple[int, ...], M: int, N: int) -> Array | None:
-    """View of x as M contiguous rows at one pitch, or None if its memory is laid out otherwise."""
-    if axes[0] != x.ndim - len(axes) and x.size != N:
+def _small(facts: Facts, compute: np.dtype[Any]) -> Call | None:
+    """``small(x, weight, bias, y, mean, rstd)``: True, and nothing is done, where y overlaps.
+
+    None where it takes more than one table of short contiguous rows and one thread.
+    """
+    kind, N = facts.dtypes["x"], facts.N
+    dense = row_major_strides(facts.shape, ())
+    trailing = facts.axes == tuple(range(len(facts.shape)))[-len(facts.axes) :]
+    if not (trailing and 0 < facts.size < engine.ALONE and engine.available(kind)):
         return None
-    flags = x.flags
-    if flags.carray:  # contiguous, aligned and writable in one look
-        return x if x.shape == (M, N) else x.reshape(M, N)
-    if not flags.aligned:
+    if any(strides != dense for strides in facts.strides.values()):
         return None
-    try:
-        rows = np.reshape(x, (M, N), copy=False)
-    except ValueError:
+    from cupynorm._cpu import jobs
+    from cupynorm._cpu.forward import CHUNK
+
+    if N > CHUNK:
         return None
-    pitch, step = rows.strides
-    if N > 1 and step != x.itemsize:
+    do, none = jobs.small(kind), np.empty(0, compute)
+    limits = facts.eps, *engine.safe_range(compute.name, facts.eps)
+    table = None if len(facts.shape) == 2 and len(facts.axes) == 1 else (facts.size // N, N)
+    bits = np.dtype(np.uint16) if compute.itemsize > 2 and kind.endswith("16") else None
+    rows = [facts.dtypes.get(name, compute.name) == compute.name for name in ("weight", "bias")]
+    as_it_is = table is None and bits is None and all(rows) and not facts.stats
+
+    def small(x: Any, w: Any, b: Any, y: Any, mean: Any, rstd: Any) -> bool:
+        w, b = none if w is None else w, none if b is None else b
+        if as_it_is:
+            return do(x, y, w, b, none, none, *limits)
+        if w.dtype != compute:
+            if facts.out and np.may_share_memory(w, y):  # of a copy the loops could not tell
+                return True
+            w = _affine(w, compute)
+        if b.dtype != compute:
+            if facts.out and np.may_share_memory(b, y):
+                return True
+            b = _affine(b, compute)
+        if bits is not None:
+            x, y = x.view(bits), y.view(bits)
+        if table is not None:
+            x, y, w, b = x.reshape(table), y.reshape(table), w.ravel(), b.ravel()
+        if mean is None:
+            return do(x, y, w, b, none, none, *limits)
+        return do(x, y, w, b, mean.ravel(), rstd.ravel(), *limits)
+
+    return small
+
+
+def _address(a: Array | None) -> int:
+    return 0 if a is None else a.ctypes.data
+
+
+def _check_out(x: Array, weight: Array | None, bias: Array | None, out: Array) -> None:
+    if out is not x:
+        check_overlap("x", x, out, same_allowed=True)
+    for label, other in (("weight", weight), ("bias", bias)):
+        if other is not None:
+            check_overlap(label, other, out, same_allowed=False)
+
+
+def _as_table(facts: Facts) -> tuple[list[int], Facts]:
+    """How to turn x so that its rows come first, and facts of a copy (M, N) in that order."""
+    turn = [a for a in range(len(facts.shape)) if a not in facts.axes] + list(facts.axes)
+    shape = facts.size // facts.N, facts.N
+    strides: Any = dict.fromkeys(facts.strides, (facts.N, 1))
+    return turn, facts._replace(shape=shape, axes=(1,), strides=strides)
+
+
+def _copied(a: Array, turn: list[int], shape: tuple[int, ...]) -> Array:
+    """A row-major copy (M, N) in the machine's byte order."""
+    copy = a.transpose(turn).astype(a.dtype.newbyteorder("="), order="C", copy=True)
+    return copy.reshape(shape)
+
+
+def _forward(facts: Facts, plain: bool) -> Call:
+    """``run(x, weight, bias, y, mean, rstd)``, the latter two None or C-contiguous."""
+    kind, axes, eps = facts.dtypes["x"], facts.axes, facts.eps
+    compute = np.dtype(engine.computed(kind))
+    if not facts.size:
+        return _of_nothing
+    if plain or not engine.available(kind):
+
+        def in_blocks(x: Any, weight: Any, bias: Any, y: Any, mean: Any, rstd: Any) -> None:
+            w, b = _affine(weight, compute), _affine(bias, compute)
+            blocks.forward(x, axes, w, b, eps, (y, mean, rstd))
+
+        return in_blocks
+    problem = problem_of(facts)
+    if problem is not None:
+        do = engine.normalizer(problem, eps)
+
+        def in_place(x: Any, weight: Any, bias: Any, y: Any, mean: Any, rstd: Any) -> None:
+            w, b = _affine(weight, compute), _affine(bias, compute)
+            do(*map(_address, (x, y, w, b, mean, rstd)))
+
+        return in_place
+    turn, table = _as_table(facts)
+    on_table = _forward(table, plain)
+
+    def on_copy(x: Any, weight: Any, bias: Any, y: Any, mean: Any, rstd: Any) -> None:
+        copy, to = _copied(x, turn, table.shape), y.transpose(turn)
+        on_table(copy, weight, bias, copy, mean, rstd)
+        np.copyto(to, copy.reshape(to.shape))
+
+    return on_copy
+
+
+def _of_nothing(x: Any, weight: Any, bias: Any, y: Any, mean: Any, rstd: Any) -> None:
+    for statistic in (mean, rstd):
+        if statistic is not None:
+            statistic.fill(np.nan)
+
+
+# --- backward -----------------------------------------------------------------------------------
+
+
+def _backward(facts: Facts, plain: bool) -> Call:
+    """``run(dy, x, mean, rstd, weight, dx, dweight, dbias)``, absent what is not wanted."""
+    kind, axes = facts.dtypes["x"], facts.axes
+    compute = np.dtype(engine.computed(kind))
+    if not facts.size:
+        return _sums_of_nothing
+    if plain or not engine.available(kind):
+
+        def in_blocks(dy: Any, x: Any, mean: Any, rstd: Any, w: Any, dx: Any, *to: Any) -> None:
+            summed = any(total is not None for total in to)
+            sums = blocks.backward(dy, x, axes, (mean, rstd), _affine(w, compute), dx, summed)
+            _round(sums, to)
+
+        return in_blocks
+    problem = problem_of(facts)
+    if problem is None or (problem.N > engine.LONGEST and not _one_table(problem)):
+        return _on_copies(facts)
+    wide = any(facts.dtypes.get(k, compute.name) != compute.name for k in ("dweight", "dbias"))
+    do = engine.differentiator(problem, wide_sums=wide)
+    small = _small_gradients(facts, problem, compute)
+
+    def in_place(dy: Any, x: Any, mean: Any, rstd: Any, w: Any, dx: Any, *to: Any) -> None:
+        nonlocal small
+        if small is not None:
+            try:
+                small(dy, x, mean, rstd, w, dx, *to)
+                return
+            except TypeError:  # an array is read-only, or of other memory than loops take
+                small = None
+        m, r = (np.ascontiguousarray(a, compute) for a in (mean, rstd))
+        w = _affine(w, compute)
+        sums = to
+        if wide:
+            sums = tuple(None if a is None else np.empty(facts.N) for a in to)
+        do(*map(_address, (dy, x, m, r, w, dx, *sums)))
+        if wide:
+            _round(sums, to)
+
+    return in_place
+
+
+def _one_table(problem: Problem) -> bool:
+    return problem.outer == 1 and problem.row_major
+
+
+def _on_copies(facts: Facts) -> Call:
+    turn, table = _as_table(facts)
+    do = _backward(table, False)
+
+    def run(dy: Any, x: Any, mean: Any, rstd: Any, w: Any, dx: Any, *to: Any) -> None:
+        source, gradient = (_copied(a, turn, table.shape) for a in (x, dy))
+        do(gradient, source, mean, rstd, w, None if dx is None else gradient, *to)
+        if dx is not None:
+            target = dx.transpose(turn)
+            np.copyto(target, gradient.reshape(target.shape))
+
+    return run
+
+
+def _round(sums: Any, to: tuple[Array | None, ...]) -> None:
+    """Round sums in float64 once, into arrays of any of the four dtypes."""
+    with np.errstate(all="ignore"):
+        for i, total in enumerate(to):
+            if total is not None:
+                np.copyto(total, sums[i].reshape(total.shape), casting="unsafe")
+
+
+def _sums_of_nothing(*arrays: Any) -> None:
+    for total in arrays[-2:]:
+        if total is not None:
+            total.fill(0)
+
+
+def _small_gradients(facts: Facts, problem: Problem, compute: np.dtype[Any]) -> Call | None:
+    """As `_small`, of the backward."""
+    dense = row_major_strides(facts.shape, ())
+    trailing = facts.axes == tuple(range(len(facts.shape)))[-len(facts.axes) :]
+    same = all(facts.dtypes.get(k, compute.name) == compute.name for k in ("dweight", "dbias"))
+    if not (trailing and same and facts.size < engine.ALONE and problem.N <= engine.LONGEST):
         return None
-    # An x whose rows are all the same one (pitch 0) can be read; nothing else may overlap.
-    whole = pitch % x.itemsize == 0 and (pitch >= N * x.itemsize or pitch == 0)
-    return rows if M == 1 or whole else None
+    if any(strides != dense for strides in facts.strides.values()):
+        return None
+    from cupynorm._cpu import jobs
+
+    record, plan = engine.gradient_record(problem)
+    do, table = jobs.small_gradients(facts.dtypes["x"]), (problem.M, problem.N)
+    stored = np.dtype(np.uint16) if facts.dtypes["x"].endswith("16") else compute
+    none, row = np.empty((0, 0), stored), np.empty(0, compute)
+
+    def small(*arrays: Any, record: Any = record) -> None:
+        dy, x, mean, rstd, w, dx, *to = arrays
+        tables = [none if a is None else a.reshape(table).view(stored) for a in (dy, x, dx)]
+        rows = [row if a is None else a.reshape(-1) for a in (mean, rstd, w, *to)]
+        do(plan, *tables[:2], *rows[:3], tables[2], *rows[3:])
+
+    return small
+
+
+# --- columns ------------------------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    """One column of a table."""
+
+    values: Any  # (M,)
+    validity: Any = None  # Arrow's bitmap: 1 is valid, least significant bit first; None: all are
+    offset: int = 0  # its bit that row 0 has
+
+
+def as_matrix(columns: Sequence[Column]) -> Array | None:
+    """View NumPy columns that are those of one row-major matrix as this matrix."""
+    x = _as_strided(columns)
+    return (
+        x if x is not None and x.strides[1] == x.itemsize <= x.strides[0] // len(columns) else None
+    )
+
+
+def _as_strided(columns: Sequence[Column]) -> Array | None:
+    """View columns of one dtype that lie at equal distances in memory as one matrix."""
+    first, N = columns[0].values, len(columns)
+    at = [column.values.ctypes.data for column in columns]
+    step = at[1] - at[0] if N > 1 else first.itemsize
+    if first.size < 2 or step % first.itemsize or first.strides[0] % first.itemsize:
+        return None
+    for j, (x, validity, _) in enumerate(columns):
+        here = at[j] == at[0] + j * step and x.strides == first.strides
+        if validity is not None or x.dtype != first.dtype or not here:
+            return None
+    strides = first.strides[0], step
+    return np.lib.stride_tricks.as_strided(first, (first.size, N), strides, writeable=False)
+
+
+def normalize_columns(
+    columns: Sequence[Column],
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    y: Array,
+    omit: bool,
+) -> None:
+    """Normalize the rows of N columns of length M into y (M, N), of any strides.
+
+    A null counts as NaN; with ``omit``, NaN is left out of a row's statistics. Nothing is empty
+    and nothing overlaps y. Statistics and their sums are float32, float64 for float64 y.
+    """
+    matrix = None if omit else _as_strided(columns)
+    if matrix is not None and matrix.dtype == y.dtype:
+        layer_norm_fwd(matrix, (1,), weight, bias, eps, y, None, None)
+        return
+    kind = y.dtype.name
+    compute = np.dtype(engine.computed(kind))
+    w, b = _affine(weight, compute), _affine(bias, compute)
+    if _plain.get() or not engine.available(kind):
+        blocks.columns(columns, w, b, eps, y, omit)
+        return
+    target = y if Door.strides(y) else np.empty(y.shape, y.dtype.newbyteorder("="))
+    found = [(_readable(x), _address(bits), offset) for x, bits, offset in columns]
+    engine.columns(found, target, _address(w), _address(b), eps, omit)
+    if target is not y:
+        np.copyto(y, target)
+
+
+def _readable(x: Array) -> Array:
+    """A column as loops can read it: what they cannot is copied, and it alone."""
+    if x.dtype.name == "float16" and not engine.available("float16"):
+        return x.astype(np.float32)
+    return x if Door.strides(x) else x.astype(x.dtype.newbyteorder("="), order="C", copy=True)
+
+
+# --- ADAPTERS, to be deleted when `_calls` calls the door ----------------------------------------
+
+
+def shared_from() -> int:
+    """Elements from which a call takes more than one thread."""
+    return engine.ALONE
 
 
 def layer_norm_fwd(
@@ -121,92 +453,11 @@ def layer_norm_fwd(
     mean: Array | None,
     rstd: Array | None,
 ) -> None:
-    """Normalize x over ``axes`` into y; any strides, dtype and byte order, y may be x.
-
-    ``axes`` ascend, ``weight`` and ``bias`` have the shape of these axes; ``mean`` and ``rstd``
-    are C-contiguous float32 (float64 for float64 x) with length 1 on them. Nothing is empty.
-    """
-    kind, native, compute, half = _kind(x.dtype)
-    N = 1
-    for axis in axes:
-        N *= x.shape[axis]
-    M = x.size // N
-    w, b = _affine(weight, compute), _affine(bias, compute)
-    mean = None if mean is None else mean.reshape(-1)
-    rstd = None if rstd is None else rstd.reshape(-1)
-    x_rows = _as_rows(x, axes, M, N) if native else None
-    y_rows = _as_rows(y, axes, M, N) if native else None
-    if x_rows is None or y_rows is None:
-        from cupynorm._cpu import strided as _cpu_strided
-
-        _cpu_strided.layer_norm_fwd(_engine(), kind, x, axes, w, b, eps, y, mean, rstd)
-        return
-    if half:
-        x_rows, y_rows = x_rows.view(np.uint16), y_rows.view(np.uint16)
-    engine = _engine()
-    threads = 1 if x.size < engine.ALONE else _threads.num_threads()
-    few = 4 * threads > M and threads > 1 and N >= _cpu_blocks.LONG * _cpu_blocks.CHUNK
-    if few and engine is _cpu_blocks:
-        _by_chunks(kind, x_rows, y_rows, w, b, eps, mean, rstd, threads)
-    else:
-        engine.rows(kind, x_rows, y_rows, w, b, eps, mean, rstd, threads)
-
-
-def _by_chunks(
-    kind: str,
-    x: Array,
-    y: Array,
-    w: Array | None,
-    b: Array | None,
-    eps: float,
-    mean: Array | None,
-    rstd: Array | None,
-    threads: int,
-) -> None:
-    """Pieces of long rows over the threads: statistics of every piece, then results of every one.
-
-    The chunks and the order in which they merge go by N alone, so the bits are those of a row
-    that one thread did alone.
-    """
-    M, N = x.shape
-    size = _cpu_blocks.CHUNK
-    chunks = -(-N // size)
-    pieces = min(chunks, -(-threads * _PIECES // M))
-    edges = [chunks * i // pieces for i in range(pieces + 1)]
-    parts = np.empty((M, chunks, 3))
-
-    def statistics(index: int) -> None:
-        piece, row = divmod(index, M)
-        lo, hi = edges[piece], edges[piece + 1]
-        _cpu_blocks.chunk_moments(kind, x[row, lo * size : hi * size], eps, parts[row, lo:hi])
-
-    _threads.run(lambda: statistics, M * pieces, threads)
-    merged = [_cpu_blocks.finish(parts[row], N, eps) for row in range(M)]
-    for row, (s, m, r) in enumerate(merged):
-        if mean is not None:
-            mean[row] = s + m
-        if rstd is not None:
-            with np.errstate(all="ignore"):
-                rstd[row] = r
-
-    def results(index: int) -> None:
-        # Backwards, as the end of x was read last; rows of a piece in turn share weight and bias.
-        piece, row = divmod(M * pieces - 1 - index, M)
-        part = slice(edges[piece] * size, min(edges[piece + 1] * size, N))
-        to_w, to_b = (None if a is None else a[part] for a in (w, b))
-        _cpu_blocks.normalize(kind, x[row, part], y[row, part], to_w, to_b, *merged[row])
-
-    _threads.run(lambda: results, M * pieces, threads)
-
-
-def _bwd_engine() -> ModuleType:
-    if _engine() is _cpu_blocks:
-        from cupynorm._cpu import bwd_blocks as _cpu_bwd_blocks
-
-        return _cpu_bwd_blocks
-    from cupynorm._cpu import bwd_numba as _cpu_bwd_numba
-
-    return _cpu_bwd_numba
+    """Normalize x over ``axes`` into y, mean and rstd."""
+    dtypes = {"x": _problem.dtype_name(x.dtype)}
+    strides = {"x": Door.strides(x), "y": Door.strides(y)}
+    facts = Facts(LAYER_NORM, False, x.shape, axes, dtypes, strides, eps)
+    _forward(facts, _plain.get())(x, weight, bias, y, mean, rstd)
 
 
 def layer_norm_bwd(
@@ -220,34 +471,12 @@ def layer_norm_bwd(
     dweight: Array | None,
     dbias: Array | None,
 ) -> None:
-    """Write the gradients that are not None; any strides, dtype and byte order, dx may be dy.
-
-    ``axes`` ascend, ``weight``, ``dweight`` and ``dbias`` have the shape of these axes, the latter
-    two C-contiguous; ``mean`` and ``rstd`` are float32 (float64 for float64 x) with length 1 on
-    them. Nothing is empty. dweight and dbias are sums in float64, rounded once.
-    """
-    kind, _, compute, half = _kind(x.dtype)
-    N = 1
-    for axis in axes:
-        N *= x.shape[axis]
-    M = x.size // N
-    engine, w = _bwd_engine(), _affine(weight, compute)
-    sums: Any  # (2, N), or None where nobody asks
-    summed = dweight is not None or dbias is not None
-    arrays = (dy, x) if dx is None else (dy, x, dx)
-    tables = [_as_rows(a, axes, M, N) if a.dtype.isnative else None for a in arrays]
-    if any(table is None for table in tables):
-        from cupynorm._cpu import bwd_strided as _cpu_bwd_strided
-
-        sums = _cpu_bwd_strided.layer_norm_bwd(engine, kind, dy, x, axes, mean, rstd, w, dx, summed)
-    else:
-        if half:
-            tables = [table.view(np.uint16) for table in tables if table is not None]
-        stats = _affine(mean, compute), _affine(rstd, compute)
-        threads = 1 if x.size < engine.ALONE else _threads.num_threads()
-        dx_rows = None if dx is None else tables[2]
-        sums = engine.rows(kind, *tables[:2], dx_rows, w, *stats, summed, threads)
-    if dweight is not None:
-        round_into(sums[0], dweight)
-    if dbias is not None:
-        round_into(sums[1], dbias)
+    """Write the gradients that are not None."""
+    wanted = {"dweight": dweight, "dbias": dbias}
+    dtypes = {k: _problem.dtype_name(a.dtype) for k, a in wanted.items() if a is not None}
+    arrays = {"dy": dy, "x": x} | ({} if dx is None else {"dx": dx})
+    strides = {k: Door.strides(a) for k, a in arrays.items()}
+    dtypes |= {"x": _problem.dtype_name(x.dtype)}
+    facts = Facts(LAYER_NORM, True, x.shape, axes, dtypes, strides)
+    run = _backward(facts, _plain.get())
+    run(dy, x, mean, rstd, weight, dx, dweight, dbias)

@@ -1,69 +1,24 @@
-"""Layer norm over rows in plain NumPy, block by block so that temporaries stay in the cache."""
+"""Layer norm in plain NumPy, any layout and byte order: blocks of rows that stay in a cache.
 
+A block is gathered, its moments are taken in two passes, it is scaled in place and put back.
+"""
+
+import math
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from cupynorm._cpu import threads as _threads
-from cupynorm._cpu.half import narrow, widen
-
-__all__ = [
-    "ALONE",
-    "CHUNK",
-    "LONG",
-    "Scratch",
-    "chunk_moments",
-    "finish",
-    "normalize",
-    "row_sums",
-    "rows",
-    "safe_range",
-]
+from cupynorm._cpu.engine import computed, safe_range
 
 Array = np.ndarray[Any, Any]
 
-# Elements of a row whose moments are taken together, and of a block of short rows: a buffer of
-# 1 MiB of float32. Smaller ones would stay in the L2, and cost two threads five times as much:
-# between two calls of a block each waits for the interpreter, longer than a short call takes.
-CHUNK = 1 << 18
-ALONE = 4 * CHUNK  # elements below which one thread does all
-LONG = 4  # chunks from which a row is shared between threads when there are few of them
+_BLOCK = 1 << 16  # elements of a block: 256 KiB of float32, within the L2 of one core
+_ROWS = 16  # rows whose neighbours share a cache line of float32 where an axis is strided
+_LARGEST = 1 << 22  # elements; a block of _ROWS rows may not become larger than this
 _PIECE = 256  # elements summed in one go
-# Sums of squares that float32 (float64) cannot hold well are taken again in float64, scaled.
-_SAFE = {"f": (2.0**-100, 2.0**126), "d": (2.0**-960, 2.0**1020)}
-# Variances so small that their digits matter only if eps is smaller still.
-_EPS_HIDES_UNDERFLOW = 1e-20
-
-
-def safe_range(char: str, eps: float) -> tuple[float, float]:
-    """Between which values a variance in dtype ``char`` ('f' or 'd') needs no second look."""
-    low, high = _SAFE[char]
-    return (-1.0 if abs(eps) >= _EPS_HIDES_UNDERFLOW else low), high
-
-
-def _wide_moments(x: Array) -> tuple[float, float, float]:  # x: (n,), out of the safe range
-    n = x.size
-    wide = x.astype(np.float64)
-    mean = float(np.add.reduce(wide / n))  # the sum of float64 rows near the maximum overflows
-    s = float(x.dtype.type(mean))
-    d = wide - s
-    m = float(np.add.reduce(d / n))
-    return s, m, float(np.add.reduce((d / n) * d)) - m * m
-
-
-class Scratch(threading.local):
-    """A block of memory per thread: from malloc it would come as fresh pages, call by call."""
-
-    def __init__(self) -> None:
-        self.memory = np.empty(CHUNK, np.float64)
-
-    def like(self, x: Array) -> Array:
-        """Array of x's shape and dtype, of at most CHUNK elements, lost with the next."""
-        return self.memory.view(x.dtype)[: x.size].reshape(x.shape)
-
-
-_scratch = Scratch()
+_TERMS = 16  # rows that are added in float32 before they meet in float64
 
 
 def row_sums(d: Array, e: Array | None = None) -> Array:  # d, e: (R, n) -> (R,) float64
@@ -84,172 +39,199 @@ def row_sums(d: Array, e: Array | None = None) -> Array:  # d, e: (R, n) -> (R,)
     return total
 
 
-def _block_moments(x: Array, d: Array, eps: float) -> Array:  # x, d: (R, n) -> (R, 3) float64
-    """Write d = x - s and return s, mean(d) and the variance of each row."""
-    n = x.shape[1]
-    stats = np.empty((x.shape[0], 3))
-    s, m, v = stats[:, 0], stats[:, 1], stats[:, 2]
-    rounded = (row_sums(x) / n).astype(x.dtype)
-    s[:] = rounded
+def _turn(x: Array, axes: tuple[int, ...]) -> tuple[list[int], int]:
+    """Permutation to rows, neighbours in memory last, and columns; how many axes are rows'."""
+    rows = sorted((a for a in range(x.ndim) if a not in axes), key=lambda a: -abs(x.strides[a]))
+    return [*rows, *axes], len(rows)
+
+
+def _rows_of_block(N: int) -> int:
+    return max(1, _BLOCK // N, min(_ROWS, _LARGEST // N))
+
+
+def _rooms(count: int, x: Array, N: int) -> list[Array]:
+    """Memory for blocks, in the dtype of the statistics."""
+    size, dtype = min(x.size, _rows_of_block(N) * N), computed(x.dtype.name)
+    return [np.empty(size, dtype) for _ in range(count)]
+
+
+def _blocks(shape: tuple[int, ...], N: int) -> Iterator[tuple[slice, ...]]:
+    """Index rows of this shape in blocks, of rows near each other in memory."""
+    rows, split = _rows_of_block(N), 0
+    while math.prod(shape[split + 1 :]) > rows:
+        split += 1
+    if split >= len(shape):
+        yield ()
+        return
+    length = shape[split]
+    step = max(1, rows // math.prod(shape[split + 1 :]))
+    for index in np.ndindex(*shape[:split]):
+        for lo in range(0, length, step):
+            yield (*(slice(i, i + 1) for i in index), slice(lo, min(length, lo + step)))
+
+
+def _gathered(source: Array, room: Array, N: int) -> Array:
+    """A block as contiguous rows (R, N), in the dtype of the room."""
+    flat = room[: source.size]
+    np.copyto(flat.reshape(source.shape), source, casting="unsafe")
+    return flat.reshape(-1, N)
+
+
+def _wide_moments(x: Array) -> tuple[float, float, float]:  # x: (n,), out of the safe range
+    n = x.size
+    wide = x.astype(np.float64)
+    mean = float(np.add.reduce(wide / n))  # the sum of float64 rows near the maximum overflows
+    s = float(x.dtype.type(mean))
+    d = wide - s
+    m = float(np.add.reduce(d / n))
+    return s, m, float(np.add.reduce((d / n) * d)) - m * m
+
+
+def _normalize(
+    x: Array, d: Array, w: Array | None, b: Array | None, eps: float, omit: bool = False
+) -> tuple[Array, Array]:
+    """Write the normalized rows of x to d, both (R, n); give mean and rstd in float64.
+
+    With ``omit`` NaN is left out of a row's statistics, and stays.
+    """
+    n: Any = x.shape[1]
+    lost = np.isnan(x) if omit else None
+    np.copyto(d, x)
+    if lost is not None:
+        n = np.add.reduce(~lost, axis=1, dtype=np.float64)
+        d[lost] = 0
+    rounded = (row_sums(d) / n).astype(d.dtype)
     np.subtract(x, rounded[:, None], out=d)
-    np.divide(row_sums(d), n, out=m)
-    np.divide(row_sums(d, d), n, out=v)
-    low, high = safe_range(x.dtype.char, eps)
-    # NaN is neither above nor below, and goes the long way with the rest.
-    all_safe = v.max() < high and (low < 0 or v.min() > low)
-    unsafe = () if all_safe else np.flatnonzero(~((v > low) & (v < high)))
+    if lost is not None:
+        d[lost] = 0
+    s, m, v = rounded.astype(np.float64), row_sums(d) / n, row_sums(d, d) / n
+    low, high = safe_range(d.dtype.name, eps)
+    unsafe = np.flatnonzero(~((v > low) & (v < high)))  # NaN goes the long way with the rest
     v -= m * m
     for row in unsafe:
-        stats[row] = _wide_moments(x[row])
-        np.subtract(x[row], x.dtype.type(s[row]), out=d[row])
-    return stats
-
-
-def _scale(d: Array, y: Array, m: Any, r: Any, w: Array | None, b: Array | None) -> None:
-    """Write (d - m) * r * w + b to y, in place in d until the last step."""
-    np.subtract(d, m, out=d)
-    if w is None and b is None:
-        np.multiply(d, r, out=y)
-        return
-    np.multiply(d, r, out=d)
+        values = x[row] if lost is None else x[row][~lost[row]]
+        s[row], m[row], v[row] = _wide_moments(values)
+        np.subtract(x[row], d.dtype.type(s[row]), out=d[row])
+    r = 1.0 / np.sqrt(v + eps)
+    d -= m.astype(d.dtype)[:, None]
+    d *= r.astype(d.dtype)[:, None]
     if w is not None:
-        np.multiply(d, w, out=y if b is None else d)
+        d *= w
     if b is not None:
-        np.add(d, b, out=y)
+        d += b
+    if lost is not None:
+        d[lost] = np.nan
+    return s + m, r
 
 
-def _deviation(v: Any, eps: float) -> Any:
-    return 1.0 / np.sqrt(v + eps)
-
-
-def rows(
-    kind: str,
-    x: Array,  # (M, N), each row contiguous
-    y: Array,  # (M, N), each row contiguous
-    w: Array | None,  # (N,)
-    b: Array | None,  # (N,)
-    eps: float,
-    mean: Array | None,  # (M,)
-    rstd: Array | None,  # (M,)
-    threads: int = 1,
-) -> None:
-    """Normalize every row of x into y."""
-    M = x.shape[0]
-    count = 1 if threads == 1 else min(M, -(-x.size // CHUNK))
-
-    def block(index: int) -> None:
-        part = slice(M * index // count, M * (index + 1) // count)
-        to_mean = None if mean is None else mean[part]
-        to_rstd = None if rstd is None else rstd[part]
-        _block(kind, x[part], y[part], w, b, eps, to_mean, to_rstd)
-
-    _threads.run(lambda: block, count, threads)
-
-
-def _block(
-    kind: str,
+def forward(
     x: Array,
-    y: Array,
+    axes: tuple[int, ...],
     w: Array | None,
     b: Array | None,
     eps: float,
-    mean: Array | None,
-    rstd: Array | None,
+    results: tuple[Array, Array | None, Array | None],
 ) -> None:
-    with np.errstate(all="ignore"):  # of this thread; helpers do not inherit the caller's
-        if x.shape[1] > CHUNK:
-            for row in range(x.shape[0]):
-                _long_row(kind, x[row], y[row], w, b, eps, mean, rstd, row)
-        else:
-            step = max(1, CHUNK // x.shape[1])
-            for lo in range(0, x.shape[0], step):
-                _short_rows(kind, x, y, w, b, eps, mean, rstd, slice(lo, lo + step))
+    """Normalize x over ``axes`` into y, mean and rstd; y may be x.
+
+    w and b are rows in the dtype of the statistics.
+    """
+    turn, rows = _turn(x, axes)
+    xt, yt = (a.transpose(turn) for a in (x, results[0]))
+    mean, rstd = (None if a is None else a.transpose(turn) for a in results[1:])
+    N = math.prod(xt.shape[rows:])
+    rooms = _rooms(2, x, N)
+    with np.errstate(all="ignore"):
+        for block in _blocks(xt.shape[:rows], N):
+            values = _gathered(xt[block], rooms[0], N)
+            d = rooms[1][: values.size].reshape(values.shape)
+            told = _normalize(values, d, w, b, eps)
+            np.copyto(yt[block], d.reshape(yt[block].shape), casting="unsafe")
+            for whole, part in zip((mean, rstd), told, strict=True):
+                if whole is not None:
+                    whole[block] = part.reshape(whole[block].shape)
 
 
-def _short_rows(
-    kind: str,
+def columns(
+    columns: Any, w: Array | None, b: Array | None, eps: float, y: Array, omit: bool
+) -> None:
+    """Normalize the rows of N columns, with validity bitmaps or without, into y (M, N)."""
+    M, N = y.shape
+    rooms = _rooms(2, y, N)
+    with np.errstate(all="ignore"):
+        for block in _blocks((M,), N):
+            lo, hi, _ = (*block, slice(None))[0].indices(M)
+            x, d = (room[: (hi - lo) * N].reshape(-1, N) for room in rooms)
+            for j, (values, validity, offset) in enumerate(columns):
+                np.copyto(x[:, j], values[lo:hi], casting="unsafe")
+                if validity is not None:
+                    first = offset + lo
+                    bits = validity[first // 8 : (offset + hi + 7) // 8]
+                    valid = np.unpackbits(bits, bitorder="little")[first % 8 :][: hi - lo]
+                    x[valid == 0, j] = np.nan
+            _normalize(x, d, w, b, eps, omit)
+            np.copyto(y[lo:hi], d, casting="unsafe")
+
+
+def _column_sums(a: Array) -> Array:  # a: (R, n) -> (n,) float64
+    R, n = a.shape
+    k = R // _TERMS
+    total = np.zeros(n)
+    if k:
+        parts = np.add.reduce(a[: k * _TERMS].reshape(k, _TERMS, n), axis=1)
+        np.add.reduce(parts.astype(np.float64), axis=0, out=total)
+    if k * _TERMS < R:
+        total += np.add.reduce(a[k * _TERMS :], axis=0, dtype=np.float64)
+    return total
+
+
+def backward(
+    dy: Array,
     x: Array,
-    y: Array,
+    axes: tuple[int, ...],
+    stats: tuple[Array, Array],
     w: Array | None,
-    b: Array | None,
-    eps: float,
-    mean: Array | None,
-    rstd: Array | None,
-    block: slice,
-) -> None:
-    values, target = widen(kind, x[block]), y[block]
-    d = _scratch.like(values)
-    stats = _block_moments(values, d, eps)
-    r = _deviation(stats[:, 2], eps)
-    if mean is not None:
-        mean[block] = stats[:, 0] + stats[:, 1]
-    if rstd is not None:
-        rstd[block] = r
-    m = stats[:, 1].astype(d.dtype)[:, None]
-    out = target if values.dtype == target.dtype else d
-    _scale(d, out, m, r.astype(d.dtype)[:, None], w, b)
-    narrow(kind, d, target)
-
-
-def _long_row(
-    kind: str,
-    x: Array,
-    y: Array,
-    w: Array | None,
-    b: Array | None,
-    eps: float,
-    mean: Array | None,
-    rstd: Array | None,
-    row: int,
-) -> None:
-    parts = np.empty((-(-x.size // CHUNK), 3))
-    chunk_moments(kind, x, eps, parts)
-    s, m, r = finish(parts, x.size, eps)
-    if mean is not None:
-        mean[row] = s + m
-    if rstd is not None:
-        rstd[row] = r
-    normalize(kind, x, y, w, b, s, m, r)
-
-
-def chunk_moments(kind: str, x: Array, eps: float, parts: Array) -> None:
-    """Moments of each chunk of x (n,) into parts (chunks, 3); x begins at a chunk's edge."""
+    dx: Array | None,
+    summed: bool,
+) -> Array | None:  # (2, N)
+    """Write dx, which may be dy; if ``summed``, give sums of dy * x_hat and of dy in float64."""
+    turn, rows = _turn(x, axes)
+    xt, dyt, mean, rstd = (a.transpose(turn) for a in (x, dy, *stats))
+    dxt = None if dx is None else dx.transpose(turn)
+    N = math.prod(xt.shape[rows:])
+    rooms = _rooms(3, x, N)
+    sums = np.zeros((2, N)) if summed else None
     with np.errstate(all="ignore"):
-        for chunk in range(parts.shape[0]):
-            values = widen(kind, x[None, chunk * CHUNK : (chunk + 1) * CHUNK])
-            parts[chunk] = _block_moments(values, _scratch.like(values), eps)[0]
+        for block in _blocks(xt.shape[:rows], N):
+            h, g = _gathered(xt[block], rooms[0], N), _gathered(dyt[block], rooms[1], N)
+            t = rooms[2][: h.size].reshape(h.shape)
+            m, r = (a[block].astype(h.dtype).reshape(-1, 1) for a in (mean, rstd))
+            h -= m
+            h *= r
+            h -= (row_sums(h) / N).astype(h.dtype)[:, None]  # what the rounded mean lacks
+            if sums is not None:
+                sums[0] += _column_sums(np.multiply(g, h, out=t))
+                sums[1] += _column_sums(g)
+            if dxt is None:
+                continue
+            if w is not None:
+                g *= w
+            c1, c2 = row_sums(g) / N, row_sums(g, h) / N
+            g -= c1.astype(g.dtype)[:, None]
+            h *= c2.astype(h.dtype)[:, None]
+            g -= h
+            g *= r
+            np.copyto(dxt[block], g.reshape(dxt[block].shape), casting="unsafe")
+    return sums
 
 
-def finish(parts: Array, N: int, eps: float) -> tuple[float, float, float]:
-    """Merge the chunks of one row in their order: s, mean - s and rstd, all float64."""
-    with np.errstate(all="ignore"):
-        share = np.full(parts.shape[0], CHUNK / N)
-        share[-1] = (N - CHUNK * (parts.shape[0] - 1)) / N
-        s = parts[0, 0]
-        away = (parts[:, 0] - s) + parts[:, 1]
-        m = np.add.reduce(share * away)
-        v = np.add.reduce(share * (parts[:, 2] + (away - m) ** 2))
-        return float(s), float(m), float(_deviation(v, eps))
+# --- ADAPTERS, to be deleted when `dask/_moments` no longer takes them --------------------------
+
+CHUNK = 1 << 18
 
 
-def normalize(
-    kind: str,
-    x: Array,  # (n,)
-    y: Array,  # (n,)
-    w: Array | None,  # (n,)
-    b: Array | None,  # (n,)
-    s: float,
-    m: float,
-    r: float,
-) -> None:
-    """Write ((x - s) - m) * r * w + b to y, over a piece of one row."""
-    with np.errstate(all="ignore"):
-        for lo in range(0, x.size, CHUNK):
-            piece = slice(lo, lo + CHUNK)
-            values, target = widen(kind, x[piece]), y[piece]
-            scalar = values.dtype.type
-            d = np.subtract(values, scalar(s), out=_scratch.like(values))
-            out = target if values.dtype == target.dtype else d
-            wp, bp = (None if a is None else a[piece] for a in (w, b))
-            _scale(d, out, scalar(m), scalar(r), wp, bp)
-            narrow(kind, d, target)
+class Scratch(threading.local):
+    """A block of memory per thread: from malloc it would come as fresh pages, call by call."""
+
+    def __init__(self) -> None:
+        self.memory = np.empty(CHUNK, np.float64)

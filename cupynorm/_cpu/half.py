@@ -1,4 +1,7 @@
-"""float16 and bfloat16 to float32 and back on whole NumPy blocks, through their bits."""
+"""ADAPTER, to be deleted when `dask` no longer takes it.
+
+float16 and bfloat16 to float32 and back on whole NumPy blocks, through their bits.
+"""
 
 from typing import Any
 

@@ -1,131 +1,113 @@
-"""Threads over the blocks of one call: helpers that come if they are free, never waited for."""
+"""Threads over the items of one call, and how many of them."""
 
 import collections
+import functools
+import itertools
+import math
 import os
-import queue
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
-__all__ = ["num_threads", "run"]
-
-Task = Callable[[int], None]
-
-_MAX_THREADS = 256  # a slip of the keyboard in the environment must not start 10^6 threads
+_MOST = 256  # a slip of the keyboard in the environment must not start 10^6 threads
+# Shares of a call per thread: more even out threads of unequal speed, but each is a hand-over
+# between threads, which wait for the interpreter's lock.
+_SHARES = 4
 
 
 def num_threads() -> int:
-    """Count the threads of a call: ``CUPYNORM_NUM_THREADS``, else the CPUs of this process."""
-    text = os.environ.get("CUPYNORM_NUM_THREADS", "").strip()
-    if text:
-        if not text.isdecimal() or int(text) == 0:
-            msg = (
-                f"CUPYNORM_NUM_THREADS={text!r} is not a positive integer; set it to the number"
-                " of threads to use, or unset it to use every CPU of this process"
-            )
-            raise ValueError(msg)
-        return min(int(text), _MAX_THREADS)
+    """``CUPYNORM_NUM_THREADS``, else ``OMP_NUM_THREADS``, else the CPUs this process may use."""
+    for name in ("CUPYNORM_NUM_THREADS", "OMP_NUM_THREADS"):
+        text = os.environ.get(name, "").strip()
+        if text:
+            first = text.partition(",")[0].strip() if name.startswith("OMP") else text
+            if not first.isdecimal() or int(first) == 0:
+                msg = (
+                    f"{name}={text!r} is not a positive integer; set it to the number"
+                    " of threads to use, or unset it to use every CPU of this process"
+                )
+                raise ValueError(msg)
+            return min(int(first), _MOST)
     if hasattr(os, "process_cpu_count"):  # Python 3.13: respects affinity and -X cpu_count
-        return min(os.process_cpu_count() or 1, _MAX_THREADS)
-    if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), _MAX_THREADS)
-    return min(os.cpu_count() or 1, _MAX_THREADS)
+        cpus = os.process_cpu_count() or 1
+    elif hasattr(os, "sched_getaffinity"):
+        cpus = len(os.sched_getaffinity(0))
+    else:
+        cpus = os.cpu_count() or 1
+    return min(cpus, quota(Path("/sys/fs/cgroup")), _MOST)
 
 
-class _Job:
-    """The blocks of one call, handed out one by one to whichever thread asks."""
+@functools.cache
+def quota(group: Path) -> int:
+    """CPUs that a container may use, by its control group; many where it does not say."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            most, period = " ".join((group / name).read_text() for name in files).split()
+            if most.isdecimal() and int(most) > 0:  # not "max", not -1
+                return max(1, math.ceil(int(most) / int(period)))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return _MOST
 
-    def __init__(self, make_task: Callable[[], Task], count: int) -> None:
-        self.make_task: Callable[[], Task] | None = make_task
-        self.pending = collections.deque(range(count))
-        self.unfinished = count
-        self.lock = threading.Lock()
-        self.done = threading.Lock()  # a lock costs a tenth of a threading.Event
-        self.done.acquire()
-        self.error: BaseException | None = None
 
-    def work(self) -> None:
-        """Do blocks until none is left; keep the first error and skip the blocks after it."""
-        task: Task | None = None
-        while True:
+def run(work: Callable[[int, int], None], count: int, threads: int) -> None:
+    """Call ``work(lo, hi)`` for shares of ``range(count)`` on up to so many threads.
+
+    The caller works too, and waits for no thread that has not begun: a call from inside another
+    pool, or from ``work``, cannot deadlock. The first exception is raised here, after what had
+    begun is through; other shares are not begun.
+    """
+    if min(count, threads) <= 1:
+        work(0, count)
+        return
+    shares = min(count, _SHARES * threads)
+    edges = [count * i // shares for i in range(shares + 1)]
+    waiting = collections.deque(itertools.pairwise(edges))  # popleft() is atomic
+
+    def help_out() -> None:
+        while waiting:
             try:
-                index = self.pending.popleft()  # atomic, with or without the GIL
+                lo, hi = waiting.popleft()
             except IndexError:
                 return
-            make_task = self.make_task
             try:
-                if self.error is None and make_task is not None:
-                    if task is None:
-                        task = make_task()
-                    task(index)
-            except BaseException as error:
-                self.error = self.error or error
-            with self.lock:
-                self.unfinished -= 1
-                last = self.unfinished == 0
-            if last:
-                self.done.release()
+                work(lo, hi)
+            except BaseException:
+                waiting.clear()
+                raise
+
+    helpers: list[Future[None]] = []
+    try:
+        for _ in range(min(threads, shares) - 1):
+            try:
+                helpers.append(_pool.submit(help_out))
+            except RuntimeError:  # no more threads, or the interpreter is shutting down
+                break
+        help_out()
+    finally:
+        waiting.clear()
+        begun = [helper for helper in helpers if not helper.cancel()]
+        try:
+            errors = [helper.exception() for helper in begun]
+        except BaseException:  # an interrupt: no helper may go on writing to memory that it frees
+            for helper in begun:
+                helper.exception()
+            raise
+    for error in errors:
+        if error is not None:
+            raise error
 
 
-class _Pool:
-    """Daemon threads that wait for jobs; they grow on demand and are forgotten by a fork."""
-
-    def __init__(self) -> None:
-        self.jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self.lock = threading.Lock()
-        self.workers = 0
-
-    def offer(self, job: _Job, helpers: int) -> None:
-        """Ask for ``helpers`` threads to join the job; the caller does not depend on any."""
-        with self.lock:
-            while self.workers < helpers:
-                name = f"cupynorm-{self.workers}"
-                worker = threading.Thread(target=_serve, args=(self.jobs,), name=name, daemon=True)
-                try:
-                    worker.start()
-                except RuntimeError:  # no more threads, or the interpreter is shutting down
-                    break
-                self.workers += 1
-            helpers = min(helpers, self.workers)
-        for _ in range(helpers):
-            self.jobs.put(job)
+def _new_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_MOST, thread_name_prefix="cupynorm")
 
 
-def _serve(jobs: "queue.SimpleQueue[_Job]") -> None:
-    while True:
-        # No name may hold the job while waiting: it would keep the arrays of the last call alive.
-        jobs.get().work()
-
-
-_pool = _Pool()
-
-
-def _forget_pool() -> None:
-    """Start anew in a forked child: the threads are not there and the lock may be held."""
+def _forget() -> None:
+    """Start anew in a forked child, where the threads are not."""
     global _pool
-    _pool = _Pool()
+    _pool = _new_pool()
 
 
+_pool = _new_pool()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
-
-
-def run(make_task: Callable[[], Task], count: int, threads: int) -> None:
-    """Call ``task(i)`` for every ``i`` in ``range(count)`` on up to ``threads`` threads.
-
-    Each thread that takes part calls ``make_task()`` once for a task (and scratch) of its own.
-    The caller works too and finishes every block that no helper has begun, so a call from inside
-    another pool, or from a task, cannot deadlock. The first exception is raised here after the
-    blocks that had begun are through.
-    """
-    if count <= 1 or threads <= 1:
-        task = make_task()
-        for index in range(count):
-            task(index)
-        return
-    job = _Job(make_task, count)
-    _pool.offer(job, min(threads, count) - 1)
-    job.work()
-    job.done.acquire()
-    job.make_task = None  # a helper that comes late finds no arrays to hold on to
-    if job.error is not None:
-        raise job.error
+    os.register_at_fork(after_in_child=_forget)

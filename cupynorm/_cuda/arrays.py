@@ -1,56 +1,26 @@
-"""Launches plans on a GPU; the only file that touches CuPy."""
+"""CuPy arrays: look, allocate, launch; the only file that touches CuPy."""
 
+import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import cupy
 
-from cupynorm import _problem
-from cupynorm._arrays import element_strides
+from cupynorm import _rules
 from cupynorm._cuda.launch import (
-    ReadyBackward,
-    ReadyForward,
-    launch_bwd,
-    launch_fwd,
-    ready_bwd,
-    ready_column,
-    ready_column_bwd,
-    ready_fwd,
+    BACKWARD,
+    FORWARD,
+    Ready,
+    choose_plan,
+    column_table,
+    ready,
 )
-from cupynorm._cuda.plan import Device, Stage, choose_plan
-from cupynorm._cuda.plan_bwd import choose_plan_bwd
-from cupynorm._cuda.plan_column import choose_plan_column
-from cupynorm._cuda.plan_column_bwd import choose_plan_column_bwd
+from cupynorm._cuda.plan import Device, Stage
 from cupynorm._cuda.source import source_of
-from cupynorm._layout import (
-    column_gradient_problem_of,
-    column_problem_of,
-    gradient_layout_of,
-    layout_of,
-    rows_last,
-)
-
-__all__ = [
-    "dense",
-    "device",
-    "device_of",
-    "empty",
-    "empty_like",
-    "from_exporter",
-    "get_device",
-    "is_current",
-    "kernel_of",
-    "launch_bwd",
-    "launch_fwd",
-    "layer_norm_bwd",
-    "layer_norm_fwd",
-    "loaded",
-    "ndarray",
-    "prepared_bwd",
-    "prepared_fwd",
-    "run_fwd",
-]
+from cupynorm._layout import Facts, Problem, kernel_problem_of, row_major_strides, rows_last
+from cupynorm._libraries import check_overlap, element_strides
+from cupynorm._ops import LAYER_NORM
 
 ndarray = cupy.ndarray
 get_device = cupy.cuda.runtime.getDevice  # index of the GPU where CuPy allocates and launches
@@ -58,21 +28,16 @@ empty = cupy.empty
 empty_like = cupy.empty_like
 
 
-def is_current(x: Any) -> bool:
-    """Whether CuPy allocates and launches on x's device."""
-    return bool(x.device.id == get_device())
-
-
-def device(index: int | None) -> Any:
-    """CuPy's device of that index, the current one for None; a context to allocate in."""
-    return cupy.cuda.Device(index)
-
-
 def from_exporter(x: Any) -> Any:
     """CuPy array over the memory of an object on a GPU that CuPy does not know."""
     if hasattr(x, "__dlpack__"):
         return cupy.from_dlpack(x)
     return cupy.asarray(x)
+
+
+def device(index: int | None) -> Any:
+    """CuPy's device of that index, the current one for None; a context to allocate in."""
+    return cupy.cuda.Device(index)
 
 
 @functools.cache
@@ -85,6 +50,9 @@ def device_of(index: int) -> Device:
         sm_count=attributes["MultiProcessorCount"],
         shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
     )
+
+
+# --- kernels ------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -102,6 +70,284 @@ def kernel_of(name: str, source: str, opt_in: bool, index: int) -> Any:
     return function
 
 
+def ready_on(index: int, problem: Problem) -> Ready:
+    """Plan a problem and load its kernels on GPU `index`."""
+    if get_device() != index:
+        with cupy.cuda.Device(index):
+            return ready_on(index, problem)
+
+    def load(stage: Stage) -> Any:
+        # A launch needs no permission for up to 48 KiB; only these are ever launched with more.
+        large = ("shared", "cluster", "column", "panels")
+        return kernel_of(stage.name, source_of(stage), stage.family.startswith(large), index)
+
+    return ready(problem, device_of(index), load, packed)
+
+
+def packed(numbers: Iterable[float]) -> tuple[Any, ...]:
+    """Numbers in the form that CuPy hands to a launch.
+
+    It makes such an object of every Python number at each launch, 100 ns apiece. Those that are the
+    same each time are made once, where this CuPy lets us: the type is CuPy's own affair.
+    """
+    plain = tuple(numbers)
+    try:
+        from cupy._core._scalar import CScalar
+
+        made = tuple(CScalar(n) for n in plain)
+        if all(_held(c, n) for c, n in zip(made, plain, strict=True)):
+            return made
+    except (ImportError, AttributeError, TypeError):
+        pass
+    return plain
+
+
+def _held(scalar: Any, number: float) -> bool:
+    """Whether a launch that reads 8 bytes there reads this number."""
+    kind = ctypes.c_double if type(number) is float else ctypes.c_int64
+    return bool(scalar.ptr) and kind.from_address(scalar.ptr).value == number
+
+
+# --- the door -----------------------------------------------------------------------------------
+
+
+class Door:
+    """How CuPy arrays come in: `_calls` asks it for calls that are settled once for each look."""
+
+    select = None
+    types = (ndarray,)
+
+    def look(self, a: Any) -> Any:
+        """All of one array that a settled call may depend on."""
+        return type(a), a.shape, a.strides, a.dtype, a.data.device_id
+
+    def strides(self, a: Any) -> tuple[int, ...]:
+        """Element strides."""
+        return element_strides(a)
+
+    def device(self, a: Any) -> int:
+        """Index of its GPU."""
+        return int(a.data.device_id)
+
+    def describe(self, facts: Facts) -> str:
+        """Names of the kernels that would run."""
+        if not facts.size:
+            return "nothing to run: x is empty"
+        plan = choose_plan(kernel_problem_of(facts), device_of(facts.device or 0))
+        return " then ".join(stage.name for stage in plan.stages)
+
+    def normalizer(self, facts: Facts) -> Callable[[Any, Any, Any, Any], Any]:
+        """``call(x, weight, bias, out)`` gives y, or (y, mean, rstd) where the facts say so."""
+        if not facts.size:
+            return functools.partial(_of_nothing, facts)
+        settled, (eps,) = (
+            ready_on(facts.device or 0, kernel_problem_of(facts)),
+            packed((facts.eps,)),
+        )
+        alone = None if facts.stats or settled.copies else settled.alone
+        shape, order, index = facts.shape, facts.order, facts.device
+        dense = facts.strides["y"] == row_major_strides(shape, ())
+        w_strides, b_strides = (_dense_strides(facts, name) for name in ("weight", "bias"))
+        check_apart = _apart(facts) if facts.out else None
+
+        def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:
+            if get_device() != index:
+                # Or y would be allocated, and the kernel launched, on another GPU.
+                with cupy.cuda.Device(index):
+                    return call(x, weight, bias, out)
+            if check_apart is not None:
+                check_apart(x, weight, bias, out)
+                y = out
+            elif dense:
+                y = ndarray(shape, x.dtype)  # empty_like finds out the order, for twice as much
+            else:
+                y = empty_like(x, order=order)
+            if (
+                alone is None
+                or (weight is not None and weight.strides != w_strides)
+                or (bias is not None and bias.strides != b_strides)
+            ):
+                return _run(settled, facts, (x, weight, bias, y), eps)
+            function, grid, block, shared_bytes, numbers, after = alone
+            w = 0 if weight is None else weight.data.ptr
+            b = 0 if bias is None else bias.data.ptr
+            arguments = (x.data.ptr, y.data.ptr, w, b, 0, 0, *numbers, eps, *after)
+            function(grid, block, arguments, shared_bytes)
+            return y
+
+        return call
+
+    def differentiator(self, facts: Facts) -> Callable[[Any, Any, Any, Any, Any], Any]:
+        """``call(dy, x, mean, rstd, weight)`` gives (dx, dweight, dbias), None for the unwanted."""
+        dtypes = {
+            name: _rules.numpy_dtype(facts.dtypes[name])
+            for name in ("dweight", "dbias")
+            if name in facts.dtypes
+        }
+        index, settled = facts.device, None
+        if facts.size and ("dx" in facts.strides or dtypes):
+            settled = ready_on(index or 0, kernel_problem_of(facts))
+
+        def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> Any:
+            if get_device() != index:
+                with cupy.cuda.Device(index):
+                    return call(dy, x, mean, rstd, weight)
+            dx = empty_like(x) if "dx" in facts.strides else None
+            sums = {name: empty(facts.affine_shape, dtype=dtypes[name]) for name in dtypes}
+            results = dx, sums.get("dweight"), sums.get("dbias")
+            if not facts.size:
+                for total in sums.values():
+                    total.fill(0)  # the sum over no rows
+            elif settled is not None:
+                given = (dy, x, mean, rstd, weight, *results)
+                _launch(settled, facts.axes, dict(zip(BACKWARD, given, strict=True)))
+            return results
+
+        return call
+
+
+DOOR = Door()
+
+
+def _of_nothing(facts: Facts, x: Any, weight: Any, bias: Any, out: Any) -> Any:
+    """A call on an empty x."""
+    with cupy.cuda.Device(x.data.device_id):
+        y = empty_like(x, order=facts.order) if out is None else out
+        if not facts.stats:
+            return y
+        mean, rstd = _statistics(facts)
+        for array in (mean, rstd):
+            array.fill(float("nan"))  # the mean of nothing
+        return y, mean, rstd
+
+
+def _statistics(facts: Facts) -> tuple[Any, Any]:
+    """Memory for mean and rstd."""
+    dtype = _rules.stats_dtype(facts.dtypes["x"])
+    return empty(facts.stats_shape, dtype=dtype), empty(facts.stats_shape, dtype=dtype)
+
+
+def _run(settled: Ready, facts: Facts, arrays: tuple[Any, Any, Any, Any], eps: Any) -> Any:
+    x, weight, bias, y = arrays
+    mean, rstd = _statistics(facts) if facts.stats else (None, None)
+    given = (x, y, weight, bias, mean, rstd)
+    _launch(settled, facts.axes, dict(zip(FORWARD, given, strict=True)), eps)
+    return (y, mean, rstd) if facts.stats else y
+
+
+def _launch(settled: Ready, axes: tuple[int, ...], arrays: dict[str, Any], eps: Any = 0.0) -> None:
+    """Launch on arrays by name, in the order of their addresses, through the copies it expects."""
+    held = {name: _met(name, a, axes, settled.copies) for name, a in arrays.items()}
+    nbytes = settled.workspace_bytes
+    # Held until the launch; after that CuPy's pool orders reuse by stream.
+    workspace = empty(nbytes, dtype="uint8") if nbytes else None
+    pointers = [0 if a is None else a.data.ptr for a in held.values()]
+    settled.run(pointers, eps, 0 if workspace is None else workspace.data.ptr)
+    for name in settled.copies:
+        if name in _WRITTEN:
+            result = arrays[name]
+            result.transpose(rows_last(result.ndim, axes))[...] = held[name]
+
+
+_WRITTEN = ("y", "dx")
+_SHAPED_AS_X = ("x", "y", "dy", "dx")
+
+
+def _met(name: str, a: Any, axes: tuple[int, ...], copies: tuple[str, ...]) -> Any:
+    """An array as the kernels meet it: as it lies, or memory of its own with the rows last."""
+    if name in copies:
+        turned = a.transpose(rows_last(a.ndim, axes))
+        if name in _WRITTEN:
+            return empty(turned.shape, dtype=a.dtype)
+        return cupy.ascontiguousarray(turned)
+    # The others have N or rows elements, and unit stride.
+    if a is None or name in _SHAPED_AS_X or a.flags.c_contiguous:
+        return a
+    return cupy.ascontiguousarray(a)
+
+
+def _dense_strides(facts: Facts, name: str) -> tuple[int, ...]:
+    """Byte strides of a row-major weight or bias; of one that is absent nothing is asked."""
+    size = _rules.ITEMSIZE[facts.dtypes.get(name, "float32")]
+    return tuple(size * s for s in row_major_strides(facts.affine_shape, ()))
+
+
+def _apart(facts: Facts) -> Callable[[Any, Any, Any, Any], None]:
+    """Look by address whether `out` may overlap an input; the exact rule decides where it may."""
+    size = _rules.ITEMSIZE[facts.dtypes["x"]]
+    x_low, x_high, y_low, y_high = (
+        size * end for name in ("x", "y") for end in _ends(facts.shape, facts.strides[name] or ())
+    )
+    same = facts.strides["x"] == facts.strides["y"]
+    affine = []
+    for name in ("weight", "bias"):
+        strides = _dense_strides(facts, name)
+        affine.append((name, strides, facts.N * _rules.ITEMSIZE[facts.dtypes.get(name, "float32")]))
+
+    def check(x: Any, weight: Any, bias: Any, out: Any) -> None:
+        source, target = x.data.ptr, out.data.ptr
+        low, high = target + y_low, target + y_high
+        if not (same and source == target) and low < source + x_high and source + x_low < high:
+            check_overlap("x", x, out, same_allowed=True)
+        for (name, strides, nbytes), other in zip(affine, (weight, bias), strict=True):
+            if other is None:
+                continue
+            at = other.data.ptr
+            if other.strides != strides or (low < at + nbytes and at < high):
+                check_overlap(name, other, out, same_allowed=False)
+
+    return check
+
+
+def _ends(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int]:
+    """First element of an array and the one after its last, counted from its address."""
+    reach = [s * (n - 1) for s, n in zip(strides, shape, strict=True)]
+    return sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + 1
+
+
+# --- columns ------------------------------------------------------------------------------------
+
+
+def layer_norm_columns(
+    columns: list[Any],
+    validities: list[Any],
+    weight: Any,
+    bias: Any,
+    eps: float,
+    y: Any,
+    *,
+    omit: bool,
+) -> None:
+    """Normalize the rows over the columns into y (M, N) on CuPy's current stream.
+
+    Arguments are checked, y is not empty, and its device is the current one. A validity is None, or
+    the bytes of Arrow's bitmap from row 0 on.
+    """
+    dtypes = [("x", _rules.dtype_name(y.dtype))]
+    for name, a in (("weight", weight), ("bias", bias)):
+        dtypes += [] if a is None else [(name, _rules.dtype_name(a.dtype))]
+    M, N = y.shape
+    row, col = element_strides(y)
+    steps = (("y", (0, row, col)),)
+    problem = Problem(LAYER_NORM, False, tuple(dtypes), 1, M, N, steps, (M, 1), omit=omit)
+    settled = ready_on(y.data.device_id, problem)
+    host = column_table(
+        (
+            column.data.ptr,
+            0 if validity is None else validity.data.ptr,
+            column.strides[0] // column.itemsize,
+            _rules.dtype_name(column.dtype),
+        )
+        for column, validity in zip(columns, validities, strict=True)
+    )
+    table = empty(host.shape, dtype="int64")
+    table.set(host)  # from pageable memory, so it is copied away before set() returns
+    _launch(settled, (1,), {"table": table, "y": y, "weight": weight, "bias": bias}, eps)
+
+
+# --- for `warmup` alone; it goes when that asks `ready_on` ----------------------------------------
+
+
 @functools.lru_cache(maxsize=4096)
 def prepared_fwd(
     index: int,
@@ -111,20 +357,13 @@ def prepared_fwd(
     y_strides: tuple[int, ...],
     dtypes: tuple[str, str | None, str | None],
     stats: bool,
-) -> ReadyForward:
-    """Plan and load a forward on GPU `index`, the current one.
-
-    Strides count elements, dtypes are the names of x's, weight's and bias's. What `copies` of the
-    result names is to be passed as a row-major copy with the normalized axes last.
-    """
-    layout = layout_of(shape, axes, x_strides, y_strides, dtypes, stats)
-    if layout.copy_x or layout.copy_y:
-        column = column_problem_of(shape, axes, x_strides, y_strides, dtypes)
-        if column is not None:
-            tiled = choose_plan_column(column, device_of(index))
-            return ready_column(column, tiled, loaded(tiled.stages, index))
-    plan = choose_plan(layout.problem, device_of(index))
-    return ready_fwd(layout, plan, loaded(plan.stages, index))
+) -> Ready:
+    """Plan and load a forward on GPU `index`, the current one."""
+    given = zip(("x", "weight", "bias"), dtypes, strict=True)
+    names = {name: dtype for name, dtype in given if dtype is not None}
+    strides = {"x": x_strides, "y": y_strides}
+    facts = Facts(LAYER_NORM, False, shape, axes, names, strides, stats=stats)  # type: ignore[arg-type]
+    return ready_on(index, kernel_problem_of(facts))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -136,160 +375,12 @@ def prepared_bwd(
     x_strides: tuple[int, ...],
     dx_strides: tuple[int, ...] | None,
     dtypes: tuple[str, str | None, str | None, str | None],
-) -> ReadyBackward:
-    """Plan and load a backward on GPU `index`, the current one.
-
-    As `prepared_fwd`; dtypes are the names of x's, weight's, dweight's and dbias's, None for what
-    is absent or not wanted, and dx is not wanted where `dx_strides` is None.
-    """
-    layout = gradient_layout_of(shape, axes, dy_strides, x_strides, dx_strides, dtypes)
-    if layout.copies:
-        column = column_gradient_problem_of(shape, axes, dy_strides, x_strides, dx_strides, dtypes)
-        if column is not None:
-            tiled, slots = choose_plan_column_bwd(column, device_of(index))
-            return ready_column_bwd(column, tiled, slots, loaded(tiled.stages, index))
-    plan = choose_plan_bwd(layout.problem, device_of(index))
-    return ready_bwd(layout, plan, loaded(plan.stages, index))
-
-
-def loaded(stages: Sequence[Stage], index: int) -> tuple[Any, ...]:
-    """Compile and load the kernels of a plan on GPU `index`, the current one."""
-    # A launch needs no permission for up to 48 KiB; only these texts are ever launched with more.
-    large = ("shared", "cluster", "column", "panels")
-    return tuple(
-        kernel_of(stage.name, source_of(stage), stage.family.startswith(large), index)
-        for stage in stages
-    )
-
-
-# Looked up by CuPy's own objects: turning dtypes and strides into names and elements for the caches
-# above costs more than the launch.
-_prepared: dict[Any, ReadyForward] = {}
-_prepared_bwd: dict[Any, ReadyBackward] = {}
-
-
-def _name(a: Any) -> str | None:
-    return None if a is None else _problem.dtype_name(a.dtype)
-
-
-def layer_norm_fwd(
-    x: Any,
-    axes: tuple[int, ...],
-    weight: Any,
-    bias: Any,
-    eps: float,
-    y: Any,
-    mean: Any,
-    rstd: Any,
-) -> None:
-    """Normalize x into y on CuPy's current stream.
-
-    Arguments are checked, arrays not empty, and x's device is the current one.
-    """
-    index = x.device.id
-    stats = mean is not None
-    key = (
-        index,
-        x.dtype,
-        x.shape,
-        x.strides,
-        y.strides,
-        axes,
-        None if weight is None else weight.dtype,
-        None if bias is None else bias.dtype,
-        stats,
-    )
-    ready = _prepared.get(key)
-    if ready is None:
-        dtypes = (str(_name(x)), _name(weight), _name(bias))
-        strides = (element_strides(x), element_strides(y))
-        ready = _prepared[key] = prepared_fwd(index, x.shape, axes, *strides, dtypes, stats)
-    run_fwd(ready, x, axes, weight, bias, eps, y, mean, rstd)
-
-
-def run_fwd(
-    ready: ReadyForward,
-    x: Any,
-    axes: tuple[int, ...],
-    weight: Any,
-    bias: Any,
-    eps: float,
-    y: Any,
-    mean: Any,
-    rstd: Any,
-) -> None:
-    """Launch a plan on CuPy arrays, through the copies that it expects."""
-    source = _rows_last(x, axes) if "x" in ready.copies else x
-    target = _rows_last(x, axes, empty=True) if "y" in ready.copies else y
-    weight, bias = dense(weight), dense(bias)  # held until the launch
-    pointers = (  # written out: a loop costs as much as a plan's look-up
-        source.data.ptr,
-        target.data.ptr,
-        0 if weight is None else weight.data.ptr,
-        0 if bias is None else bias.data.ptr,
-        0 if mean is None else mean.data.ptr,
-        0 if rstd is None else rstd.data.ptr,
-    )
-    # CuPy's pool orders reuse by stream, so the workspace may be dropped before it is read.
-    workspace = cupy.empty(ready.workspace_bytes, dtype="uint8") if ready.workspace_bytes else None
-    launch_fwd(ready, pointers, eps, _address(workspace))
-    if target is not y:
-        y.transpose(rows_last(x.ndim, axes))[...] = target
-
-
-def layer_norm_bwd(
-    dy: Any,
-    x: Any,
-    axes: tuple[int, ...],
-    mean: Any,
-    rstd: Any,
-    weight: Any,
-    dx: Any,
-    dweight: Any,
-    dbias: Any,
-) -> None:
-    """Write dx, dweight and dbias (each may be None) on CuPy's current stream.
-
-    Arguments are checked, arrays not empty, dweight and dbias contiguous, and x's device is the
-    current one.
-    """
-    index = x.device.id
-    key = (
-        index,
-        x.dtype,
-        x.shape,
-        dy.strides,
-        x.strides,
-        None if dx is None else dx.strides,
-        axes,
-        *(None if a is None else a.dtype for a in (weight, dweight, dbias)),
-    )
-    ready = _prepared_bwd.get(key)
-    if ready is None:
-        dtypes = (str(_name(x)), _name(weight), _name(dweight), _name(dbias))
-        strides = (element_strides(dy), element_strides(x))
-        to = None if dx is None else element_strides(dx)
-        ready = _prepared_bwd[key] = prepared_bwd(index, x.shape, axes, *strides, to, dtypes)
-    source = _rows_last(x, axes) if "x" in ready.copies else x
-    slope = _rows_last(dy, axes) if "dy" in ready.copies else dy
-    target = _rows_last(x, axes, empty=True) if "dx" in ready.copies else dx
-    arrays = (slope, source, dense(mean), dense(rstd), dense(weight), target, dweight, dbias)
-    workspace = cupy.empty(ready.workspace_bytes, dtype="uint8") if ready.workspace_bytes else None
-    launch_bwd(ready, [_address(a) for a in arrays], _address(workspace))
-    if target is not dx:
-        dx.transpose(rows_last(x.ndim, axes))[...] = target
-
-
-def _address(a: Any) -> int:
-    return 0 if a is None else a.data.ptr
-
-
-def dense(a: Any) -> Any:
-    """Bring a small array to unit stride: N or M elements, on the same device."""
-    return a if a is None or a.flags.c_contiguous else cupy.ascontiguousarray(a)
-
-
-def _rows_last(a: Any, axes: tuple[int, ...], *, empty: bool = False) -> Any:
-    """Give a row-major copy with the normalized axes last, or memory for one."""
-    turned = a.transpose(rows_last(a.ndim, axes))
-    return cupy.empty(turned.shape, dtype=a.dtype) if empty else cupy.ascontiguousarray(turned)
+) -> Ready:
+    """Plan and load a backward on GPU `index`, the current one."""
+    given = zip(("x", "weight", "dweight", "dbias"), dtypes, strict=True)
+    names = {name: dtype for name, dtype in given if dtype is not None}
+    strides = {"x": x_strides, "dy": dy_strides}
+    if dx_strides is not None:
+        strides["dx"] = dx_strides
+    facts = Facts(LAYER_NORM, True, shape, axes, names, strides)  # type: ignore[arg-type]
+    return ready_on(index, kernel_problem_of(facts))

@@ -1,180 +1,169 @@
-"""From addresses to kernel launches: the argument lists of the plans, in their order."""
+"""From a problem and a device to a settled launch, which takes addresses and a stream."""
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cupynorm._cuda.plan import Plan
-from cupynorm._cuda.plan_bwd import GradientPlan
-from cupynorm._cuda.plan_column import ColumnPlan, ColumnProblem
-from cupynorm._cuda.plan_column_bwd import ColumnGradientProblem
-from cupynorm._layout import GradientLayout, Layout
+import numpy as np
 
-__all__ = [
-    "ReadyBackward",
-    "ReadyForward",
-    "launch_bwd",
-    "launch_fwd",
-    "ready_bwd",
-    "ready_column",
-    "ready_column_bwd",
-    "ready_fwd",
-]
+from cupynorm._cuda import rows, tiles
+from cupynorm._cuda.arguments import ENTRIES
+from cupynorm._cuda.plan import Device, Plan, Stage
+from cupynorm._layout import Problem
 
 # A loaded kernel: called with grid, block, arguments, bytes of shared memory and a stream, or None
 # for CuPy's current one.
 Function = Callable[..., None]
 
+# Addresses in the order in which a launch takes them; 0 for what is absent.
+FORWARD = ("x", "y", "weight", "bias", "mean", "rstd")
+BACKWARD = ("dy", "x", "mean", "rstd", "weight", "dx", "dweight", "dbias")
+COLUMNS = ("table", "y", "weight", "bias")
+
+# The numbers that kernels/layer_norm_columns.cuh gives the types.
+COLUMN_TYPES = (
+    "bool",
+    "uint8",
+    "int8",
+    "uint16",
+    "int16",
+    "uint32",
+    "int32",
+    "uint64",
+    "int64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+)
+
+
+def choose_plan(problem: Problem, device: Device) -> Plan:
+    """Choose kernels and launches for a problem that is not empty, of any kind.
+
+    Raises
+    ------
+    ValueError
+        If a launch would need more than 2**31 - 1 blocks.
+    """
+    if problem.row_major and problem.has("x"):
+        return rows.plan_of(problem, device)
+    return tiles.plan_of(problem, device)
+
 
 @dataclass(frozen=True, slots=True)
-class ReadyForward:
-    """All of a forward call that does not depend on its pointers."""
+class Ready:
+    """All of a call that does not depend on its addresses and eps."""
 
-    plan: Plan | ColumnPlan
+    plan: Plan
     functions: tuple[Function, ...]
-    tail: tuple[int, ...]  # the arguments after the pointers, but for eps
-    copies: tuple[str, ...]  # arrays that the plan expects as row-major copies, rows last
+    copies: tuple[str, ...]  # arrays that are met as row-major copies, normalized axes last
     workspace_bytes: int
-    # Where one launch does all: function, grid, block, shared bytes, the arguments between pointers
-    # and eps, those after eps. A warm call looks at no plan.
-    alone: tuple[Function, Any, Any, int, tuple[int, ...], tuple[int, ...]] | None = None
+    numbers: tuple[Any, ...]  # that the kernels are given, in the form that a launch takes them
+    picks: tuple[Callable[[Any], tuple[Any, ...]], ...]  # the arguments of each stage
+    # Where one launch does all: function, grid, block, shared bytes, the arguments between
+    # addresses and eps, those after eps. Joining them costs a third of picking them.
+    alone: tuple[Function, Any, Any, int, tuple[Any, ...], tuple[Any, ...]] | None = None
+
+    def run(
+        self, pointers: Sequence[int], eps: Any = 0.0, workspace: int = 0, stream: Any = None
+    ) -> None:
+        """Launch.
+
+        Parameters
+        ----------
+        pointers : sequence of int
+            Addresses, as FORWARD, BACKWARD or COLUMNS names them; 0 for what is absent.
+        eps : float
+            Added to the variance; a backward has none.
+        workspace : int
+            Address of `workspace_bytes` bytes, aligned to 16, that nothing else on the stream
+            writes.
+        stream : object with ``ptr``, optional
+            Where to launch; CuPy's current stream by default. The device is the current one.
+        """
+        if self.alone is not None:
+            function, grid, block, shared_bytes, numbers, after = self.alone
+            function(grid, block, (*pointers, *numbers, eps, *after), shared_bytes, stream)
+            return
+        places = (workspace + begin for _, begin in self.plan.workspace)
+        given = (*pointers, eps, *places, *self.numbers)
+        for stage, function, pick in zip(self.plan.stages, self.functions, self.picks, strict=True):
+            function(stage.grid, stage.block, pick(given), stage.shared_bytes, stream)
 
 
-@dataclass(frozen=True, slots=True)
-class ReadyBackward:
-    """All of a backward call that does not depend on its pointers."""
-
-    plan: GradientPlan
-    functions: tuple[Function, ...]
-    tail: tuple[int, ...]
-    copies: tuple[str, ...]
-    workspace_bytes: int
-
-
-def ready_fwd(layout: Layout, plan: Plan, functions: tuple[Function, ...]) -> ReadyForward:
-    """Join a forward layout, a plan for it, and the plan's loaded kernels."""
-    p = layout.problem
-    steps = (*p.x_strides[:2], *p.y_strides[:2])
-    copies = (("x", layout.copy_x), ("y", layout.copy_y))
-    labels = tuple(label for label, reason in copies if reason)
-    tail = (p.rows, p.M, *steps, p.N)
-    alone = _alone(plan, functions, tail, ()) if plan.family != "split" else None
-    return ReadyForward(plan, functions, tail, labels, plan.workspace_bytes, alone)
-
-
-def _alone(
-    plan: Plan | ColumnPlan,
-    functions: tuple[Function, ...],
-    tail: tuple[int, ...],
-    after: tuple[int, ...],
-) -> tuple[Function, Any, Any, int, tuple[int, ...], tuple[int, ...]]:
-    stage = plan.stages[0]
-    return functions[0], stage.grid, stage.block, stage.shared_bytes, tail, after
-
-
-def ready_column(
-    problem: ColumnProblem, plan: ColumnPlan, functions: tuple[Function, ...]
-) -> ReadyForward:
-    """Join a forward problem with strided columns, a plan for it, and the plan's kernels."""
-    p = problem
-    tail = (p.rows, p.M, *p.x_strides, *p.y_strides, *p.stats_strides, p.N)
-    alone = _alone(plan, functions, tail, (plan.panel,) if plan.panel else ())
-    return ReadyForward(plan, functions, tail, (), plan.workspace_bytes, alone)
-
-
-def ready_bwd(
-    layout: GradientLayout, plan: GradientPlan, functions: tuple[Function, ...]
-) -> ReadyBackward:
-    """Join a backward layout, a plan for it, and the plan's loaded kernels."""
-    p = layout.problem
-    steps = (*p.dy_strides[:2], *p.x_strides[:2], *p.dx_strides[:2])
-    labels = tuple(label for label, _ in layout.copies)
-    tail = (p.rows, p.M, *steps, p.N)
-    return ReadyBackward(plan, functions, tail, labels, plan.workspace_bytes)
-
-
-def ready_column_bwd(
-    problem: ColumnGradientProblem,
-    plan: GradientPlan,
-    slots: int,
-    functions: tuple[Function, ...],
-) -> ReadyBackward:
-    """Join a backward problem with strided columns, a plan for it, and the plan's kernels."""
-    p = problem
-    strides = (*p.dy_strides, *p.x_strides, *p.dx_strides, *p.stats_strides)
-    return ReadyBackward(
-        plan, functions, (p.rows, p.M, *strides, slots, p.N), (), plan.workspace_bytes
-    )
-
-
-def launch_fwd(
-    ready: ReadyForward,
-    pointers: Sequence[int],
-    eps: float,
-    workspace: int = 0,
-    stream: Any = None,
-) -> None:
-    """Launch a forward.
+def ready(
+    problem: Problem,
+    device: Device,
+    load: Callable[[Stage], Function],
+    pack: Callable[[Iterable[int]], tuple[Any, ...]] = tuple,
+) -> Ready:
+    """Plan a problem that is not empty, load its kernels, and lay out their arguments.
 
     Parameters
     ----------
-    ready : ReadyForward
-        The plan, for the device that is current.
-    pointers : sequence of int
-        Addresses of x, y, weight, bias, mean and rstd; 0 for what is absent.
-    eps : float
-        Added to the variance.
-    workspace : int
-        Address of ``ready.workspace_bytes`` bytes that nothing else on the stream writes.
-    stream : object with ``ptr``, optional
-        Where to launch; CuPy's current stream by default.
+    problem : Problem
+    device : Device
+    load : callable
+        The function of a stage, on the device that is current.
+    pack : callable, optional
+        Turns numbers that are the same at each call into what `load`'s functions take at least
+        cost.
     """
-    if ready.alone is not None:
-        function, grid, block, shared_bytes, tail, after = ready.alone
-        function(grid, block, (*pointers, *tail, eps, *after), shared_bytes, stream)
-        return
-    plan: Any = ready.plan
-    arguments = (*pointers, *ready.tail, eps)
-    rows, M, x_outer, x_row, _, _, N = ready.tail
-    sections = (plan.sections, plan.chunks_per_section)
-    calls = (
-        (pointers[0], workspace, rows, M, x_outer, x_row, N, *sections),
-        (*arguments, workspace, *sections, plan.parts),
+    plan = choose_plan(problem, device)
+    functions = tuple(load(stage) for stage in plan.stages)
+    pointers = BACKWARD if problem.backward else FORWARD if problem.has("x") else COLUMNS
+    constants = _constants(problem, plan)
+    names = [ENTRIES[stage.kernel].names for stage in plan.stages]
+    moving = (*pointers, "eps", *(name for name, _ in plan.workspace))
+    fixed = tuple(dict.fromkeys(n for entry in names for n in entry if n not in moving))
+    numbers = pack(constants[name] for name in fixed)
+    place = {name: i for i, name in enumerate((*moving, *fixed))}
+    alone, first = None, names[0]
+    if len(names) == 1 and first[: len(pointers)] == pointers and "eps" in first:
+        at, head = first.index("eps") - len(pointers), plan.stages[0]
+        shape = (functions[0], head.grid, head.block, head.shared_bytes)
+        alone = (*shape, numbers[:at], numbers[at:])
+    return Ready(
+        plan,
+        functions,
+        tuple(name for name, _ in problem.copies),
+        plan.workspace_bytes,
+        numbers,
+        tuple(operator.itemgetter(*(place[name] for name in entry)) for entry in names),
+        alone,
     )
-    for stage, function, call in zip(plan.stages, ready.functions, calls, strict=True):
-        function(stage.grid, stage.block, call, stage.shared_bytes, stream)
 
 
-def launch_bwd(
-    ready: ReadyBackward, pointers: Sequence[int], workspace: int = 0, stream: Any = None
-) -> None:
-    """Launch a backward.
+def _constants(problem: Problem, plan: Plan) -> dict[str, int]:
+    """Every number that an entry may be given, by the name that it has in the table."""
+    found = {
+        "rows": problem.rows,
+        "M": problem.M,
+        "N": problem.N,
+        "stats_outer": problem.stats_strides[0],
+        "stats_row": problem.stats_strides[1],
+        "sections": plan.sections,
+        "chunks_per_section": plan.chunks_per_section,
+        "parts": plan.parts,
+        "panel": plan.panel,
+        "slots": plan.slots,
+        "count": plan.partials,
+        "pitch": plan.pitch,
+    }
+    # Where dx is not wanted its strides are those of x: no kernel looks at them.
+    strides = {"dx": problem.strides[0][1], **dict(problem.strides)}
+    for array, steps in strides.items():
+        for axis, step in zip(("outer", "row", "col"), steps, strict=True):
+            found[f"{array}_{axis}"] = step
+    return found
 
-    Parameters
-    ----------
-    ready : ReadyBackward
-        The plan, for the device that is current.
-    pointers : sequence of int
-        Addresses of dy, x, mean, rstd, weight, dx, dweight and dbias; 0 for what is absent.
-    workspace : int
-        Address of ``ready.workspace_bytes`` bytes, aligned to 16, that nothing else on the stream
-        writes.
-    stream : object with ``ptr``, optional
-        Where to launch; CuPy's current stream by default.
-    """
-    plan = ready.plan
-    rows, N = ready.tail[0], ready.tail[-1]
-    *inputs, dweight, dbias = pointers
-    common = (*inputs, workspace, *ready.tail)
-    sums, gradients = workspace + plan.sums_at, workspace + plan.gradients_at
-    for stage, function in zip(plan.stages, ready.functions, strict=True):
-        call: tuple[int, ...] = common
-        if stage.kernel == "column_totals":
-            call = (workspace, plan.partials, plan.pitch, N, dweight, dbias)
-        elif stage.kernel == "layer_norm_bwd_split_sums":
-            call = (*common, sums, plan.sections, plan.chunks_per_section)
-        elif stage.kernel == "layer_norm_bwd_split_merge":
-            call = (sums, gradients, rows, plan.sections, N)
-        elif stage.kernel == "layer_norm_bwd_split_apply":
-            call = (*common, gradients, plan.partials)
-        function(stage.grid, stage.block, call, stage.shared_bytes, stream)
+
+def column_table(columns: Iterable[tuple[int, int, int, str]]) -> np.ndarray[Any, Any]:
+    """Where K7 finds its columns: address, address of the validity or 0, stride, dtype's name."""
+    rows_of_table = [
+        (values, validity, stride, COLUMN_TYPES.index(dtype))
+        for values, validity, stride, dtype in columns
+    ]
+    return np.array(rows_of_table, dtype=np.int64)

@@ -1,80 +1,70 @@
-"""Decides which kernel runs a problem and with what launch; pure Python, the same anywhere."""
+"""What a plan is, and what all of them share; pure Python, the same anywhere."""
 
-import functools
 from dataclasses import dataclass
-from typing import ClassVar
 
-from cupynorm._cuda.chunk import CHUNK_PARTIALS, CHUNK_THREADS, CHUNK_VECS, VEC_BYTES
-from cupynorm._cuda.device import Device
-from cupynorm._cuda.plan_cluster import (
-    CLUSTER_SPLIT_MIN_VECS,
-    ClusterRow,
-    cluster_bytes,
-    cluster_row,
-)
-from cupynorm._cuda.staging import LABELS, STAGE_REGISTERS, copied_bytes, staging_of
-from cupynorm._problem import ITEMSIZE, Problem
+from cupynorm._layout import Problem
+from cupynorm._rules import ITEMSIZE, stats_dtype
 
-__all__ = [
-    "CHUNK_THREADS",
-    "CHUNK_VECS",
-    "CODES",
-    "MAX_GRID_X",
-    "MAX_SECTIONS",
-    "TABLE",
-    "VEC_BYTES",
-    "Device",
-    "Plan",
-    "Stage",
-    "TableRow",
-    "choose_plan",
-    "table_row",
-]
-
-# One section per chunk up to this many, so that every row K3 and K4 can hold has the tree of K5.
-MAX_SECTIONS = 512
+PREDICTED = "predicted, bench/results/model.md"
+CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 MAX_GRID_X = 2**31 - 1
+TOTALS_THREADS = 1024
+
+# The unit of K3, K4 and K5, as `kernels/chunk.cuh` has it.
+VEC_BYTES = 16
+CHUNK_VECS = 1024  # 256 threads of 4 vectors, 16 KiB
+CHUNK_THREADS = 256
+CHUNK_PARTIALS = 25
+
+# How a row comes into shared memory (`kernels/stage.cuh`).
+STAGE_REGISTERS = 0
+STAGE_ASYNC = 1  # cp.async, which every thread issues
+STAGE_BULK = 2  # bulk copies, which one thread issues
+STAGE_LABELS = ("", "_async", "_bulk")  # in an entry's name
+_ARRIVAL_BYTES = 8
+
+KEPT = 1024  # bytes of each block's shared memory that the system takes, from sm_80 on
 
 
 @dataclass(frozen=True, slots=True)
-class TableRow:
-    """One row of the plan table: rows of x of up to `max_vecs` 16-byte vectors."""
+class Device:
+    """What a plan needs to know of a GPU.
 
-    cluster: ClassVar[int] = 1
+    Attributes
+    ----------
+    compute_capability : int
+        90 for sm_90.
+    sm_count : int
+        Streaming multiprocessors.
+    shared_bytes : int
+        Shared memory a block may have after opting in, in bytes.
+    max_cluster : int
+        Blocks of a cluster at most, without meaning before sm_90; 1 plans without clusters.
+    """
 
-    family: str
-    max_vecs: int
-    threads_per_row: int
-    threads: int  # of a block
-    rows_per_group: int  # rows that one group of lanes holds at a time
-    blocks_per_sm: int  # occupancy that the registers must allow
-    blocks_per_sm_f64: int  # the same for float64, which needs twice the registers for its sums
-    source: str
+    compute_capability: int
+    sm_count: int
+    shared_bytes: int
+    max_cluster: int = 8
 
+    @property
+    def clusters(self) -> int:
+        """Blocks of a cluster at most; 1 where there are none."""
+        return self.max_cluster if self.compute_capability >= 90 else 1
 
-_PREDICTED = "predicted, bench/results/model.md"
+    @property
+    def staging(self) -> int:
+        """How rows come into shared memory: what asks least of the threads.
 
-# K3's limit is the device's shared memory, so its last row ends where the largest GPU's does.
-TABLE = (
-    TableRow("warp", 8, 8, 128, 2, 8, 8, _PREDICTED),
-    TableRow("warp", 16, 16, 128, 2, 8, 8, _PREDICTED),
-    TableRow("warp", 32, 32, 128, 2, 8, 8, _PREDICTED),
-    TableRow("warp", 64, 32, 128, 2, 6, 5, _PREDICTED),
-    TableRow("warp", 128, 32, 128, 1, 8, 8, _PREDICTED),
-    TableRow("warp", 256, 32, 128, 1, 6, 4, _PREDICTED),
-    TableRow("block", 512, 64, 128, 1, 6, 4, _PREDICTED),
-    TableRow("block", 1024, 128, 128, 1, 6, 4, _PREDICTED),
-    TableRow("block", 2048, 256, 256, 1, 3, 2, _PREDICTED),
-    TableRow("shared", 7 * CHUNK_VECS, 512, 512, 1, 1, 1, _PREDICTED),
-    # Not 1024 threads: those leave 64 registers each, and float64 spills.
-    TableRow("shared", 15 * CHUNK_VECS, 768, 768, 1, 1, 1, _PREDICTED),
-    TableRow("split", 2**60, CHUNK_THREADS, CHUNK_THREADS, 1, 3, 3, _PREDICTED),
-)
+        Predicted: bench/results/PENDING.md.
+        """
+        if self.compute_capability < 80:
+            return STAGE_REGISTERS
+        return STAGE_ASYNC if self.compute_capability < 90 else STAGE_BULK
 
-# Few rows leave most multiprocessors idle under K3; K5 costs a second launch and a read from L2.
-SPLIT_MIN_VECS = 8 * CHUNK_VECS  # 128 KiB
-SPLIT_ROWS_PER_SM = 0.5
-SPLIT_BLOCKS_PER_SM = 3  # of the normalizing kernel, over all rows
+    def holds(self, block_bytes: int, blocks: int) -> bool:
+        """Whether a multiprocessor has shared memory for so many blocks."""
+        return blocks * (block_bytes + KEPT) <= self.shared_bytes + KEPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,186 +92,127 @@ class Plan:
     family: str
     stages: tuple[Stage, ...]
     threads_per_row: int
-    vecs_per_thread: int
     rows_per_block: int
     source: str  # of the thresholds
+    vecs_per_thread: int = 0
     sections: int = 0  # per row (K5)
     chunks_per_section: int = 0
-    parts: int = 0  # blocks per row that normalize (K5)
+    parts: int = 0  # blocks per row that normalize, per column that differentiate (K5)
+    panel: int = 0  # columns of a tile; 0: no tile, or of a backward one that holds the whole row
+    panels: int = 1  # tiles of a row: from two on, all but the last are read twice
+    partials: int = 0  # blocks (K4: clusters) that leave sums for dweight and dbias
+    pitch: int = 0  # columns of one partial
+    slots: int = 0  # places in shared memory for each of dweight and dbias (K6)
+    passes: int = 2  # over memory: of x, y, dy and dx, of which each has one at least
+    workspace: tuple[tuple[str, int], ...] = ()  # what lies there, and where it begins, in bytes
     workspace_bytes: int = 0
 
+    def at(self, name: str) -> int:
+        """Bytes into the workspace where something begins."""
+        return dict(self.workspace)[name]
 
-def table_row(vecs: int) -> TableRow:
-    """Find the table's row for rows of `vecs` 16-byte vectors."""
-    return next(row for row in TABLE if vecs <= row.max_vecs)
+
+def accumulator_bytes(problem: Problem) -> int:
+    """Of one number of the statistics and sums."""
+    return ITEMSIZE[stats_dtype(str(problem.dtype("x")))]
 
 
-@functools.lru_cache(maxsize=4096)
-def choose_plan(problem: Problem, device: Device) -> Plan:
-    """Choose kernel and launch.
+def wanted(problem: Problem) -> tuple[bool, bool, bool]:
+    """Which of dx, dweight and dbias a backward is to give."""
+    return problem.has("dx"), bool(problem.dtype("dweight")), bool(problem.dtype("dbias"))
 
-    The choice looks at N, the dtypes and the device; at the number of rows only between K5 and K3
-    or K4, whose bits are the same.
 
-    Parameters
-    ----------
-    problem : Problem
-        A problem whose columns have unit stride and which is not empty.
-    device : Device
-        The GPU.
+def copied_bytes(vecs: int, rows: int, arrivals: int) -> int:
+    """Bytes for `rows` rows of `vecs` vectors and for mbarriers.
 
-    Returns
-    -------
-    Plan
+    A row that begins at no 16-byte boundary takes a granule more.
+    """
+    return rows * VEC_BYTES * (vecs + 1) + arrivals * _ARRIVAL_BYTES
+
+
+def next_row_bytes(vecs: int) -> int:
+    """Bytes for the next row of a backward: of x, of dy, its mean and rstd, and an mbarrier."""
+    return copied_bytes(vecs, rows=2, arrivals=1) + VEC_BYTES
+
+
+def make_stage(
+    problem: Problem,
+    kind: str,
+    constants: tuple[int, ...] = (),
+    label: str = "",
+    *,
+    family: str,
+    grid: int,
+    threads: int,
+    blocks_per_sm: int,
+    shared_bytes: int = 0,
+    cluster: int = 1,
+) -> Stage:
+    """Make the stage of a kernel of `kernels/layer_norm_*.cuh`.
 
     Raises
     ------
     ValueError
         If the launch would need more than 2**31 - 1 blocks.
     """
-    vecs = -(-problem.N * ITEMSIZE[problem.x_dtype] // VEC_BYTES)
-    row: TableRow | ClusterRow = table_row(vecs)
-    if row.family in ("shared", "split"):
-        row = _long_row(problem, row, vecs, device)
-    if row.family == "split":
-        return _split_plan(problem, row, device)
-    return _row_plan(problem, row, vecs, device)
-
-
-def _long_row(
-    problem: Problem, row: TableRow | ClusterRow, vecs: int, device: Device
-) -> TableRow | ClusterRow:
-    """Let K4, K3 or K5 have a row that fits no block's registers."""
-    size, least = _accumulator_bytes(problem), SPLIT_MIN_VECS
-    wide = cluster_row(vecs, ITEMSIZE[problem.x_dtype], size, device)
-    if wide:
-        row, least = wide, CLUSTER_SPLIT_MIN_VECS
-    elif _staged_bytes(problem, vecs, device) > device.shared_bytes:
-        return TABLE[-1]
-    few = problem.rows * row.cluster <= SPLIT_ROWS_PER_SM * device.sm_count
-    return TABLE[-1] if few and vecs >= least else row
-
-
-def _staged_bytes(problem: Problem, vecs: int, device: Device) -> int:
-    chunks = -(-vecs // CHUNK_VECS)
-    copied = staging_of(device.compute_capability) != STAGE_REGISTERS
-    row = copied_bytes(vecs, rows=1, arrivals=chunks) if copied else VEC_BYTES * vecs
-    return row + CHUNK_PARTIALS * chunks * _accumulator_bytes(problem)
-
-
-def _accumulator_bytes(problem: Problem) -> int:
-    return 8 if problem.x_dtype == "float64" else 4
-
-
-def _row_plan(problem: Problem, row: TableRow | ClusterRow, vecs: int, device: Device) -> Plan:
-    """K1 to K4: a row stays with one block or one cluster."""
-    rows_per_block = 1
-    if isinstance(row, ClusterRow):
-        vecs_per_thread = 4
-        constants: tuple[int, ...] = (row.cluster, row.threads)
-        shared = cluster_bytes(row, vecs, _accumulator_bytes(problem))
-        label = f"c{row.cluster}_t{row.threads}"
-    elif row.family == "shared":
-        vecs_per_thread = 4
-        staging = staging_of(device.compute_capability)
-        constants = (row.threads, staging)
-        shared = _staged_bytes(problem, vecs, device)
-        label = f"t{row.threads}{LABELS[staging]}"
-    else:
-        rows_per_block = row.threads // row.threads_per_row * row.rows_per_group
-        vecs_per_thread = -(-vecs // row.threads_per_row)
-        constants = (row.threads, row.threads_per_row, vecs_per_thread)
-        shared = 0
-        label = f"t{row.threads_per_row}_v{vecs_per_thread}"
-        if row.family == "warp":
-            constants += (row.rows_per_group,)
-            label += f"_r{row.rows_per_group}"
-        else:
-            shared = 3 * row.threads // 32 * _accumulator_bytes(problem)
-    grid = row.cluster * -(-problem.rows // rows_per_block)
-    stage = _stage(problem, row, f"layer_norm_fwd_{row.family}", constants, label, grid, shared)
-    return Plan(
-        family=row.family,
-        stages=(stage,),
-        threads_per_row=row.threads_per_row,
-        vecs_per_thread=vecs_per_thread,
-        rows_per_block=rows_per_block,
-        source=row.source,
-    )
-
-
-def _split_plan(problem: Problem, row: TableRow | ClusterRow, device: Device) -> Plan:
-    """K5: the sections depend on N alone, so that a row's bits do not depend on the other rows."""
-    vecs = -(-problem.N * ITEMSIZE[problem.x_dtype] // VEC_BYTES)
-    chunks = -(-vecs // CHUNK_VECS)
-    per_section = -(-chunks // MAX_SECTIONS)
-    sections = -(-chunks // per_section)
-    # Every part merges all sections of its row again, so no more parts than keep the device busy.
-    parts = max(-(-SPLIT_BLOCKS_PER_SM * device.sm_count // problem.rows), -(-chunks // 64))
-    parts = -(-chunks // -(-chunks // min(chunks, parts)))
-    size = _accumulator_bytes(problem)
-    stats = _stage(
-        problem,
-        row,
-        "layer_norm_fwd_split_stats",
-        (),
-        "",
-        problem.rows * sections,
-        24 * size,
-    )
-    normalize = _stage(
-        problem, row, "layer_norm_fwd_split_normalize", (), "", problem.rows * parts, 24 * size
-    )
-    return Plan(
-        family=row.family,
-        stages=(stats, normalize),
-        threads_per_row=row.threads_per_row,
-        vecs_per_thread=4,
-        rows_per_block=1,
-        sections=sections,
-        chunks_per_section=per_section,
-        parts=parts,
-        workspace_bytes=3 * size * problem.rows * sections,
-        source=row.source,
-    )
-
-
-CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
-
-
-def _stage(
-    problem: Problem,
-    row: TableRow | ClusterRow,
-    kernel: str,
-    constants: tuple[int, ...],
-    label: str,
-    grid: int,
-    shared: int,
-) -> Stage:
     if grid > MAX_GRID_X:
+        verb = "Differentiate" if problem.backward else "Normalize"
         msg = (
             f"x has {problem.rows} rows of {problem.N} columns, which needs {grid} blocks; "
-            f"a launch takes at most {MAX_GRID_X}. Normalize x in slices along its first axis"
+            f"a launch takes at most {MAX_GRID_X}. {verb} x in slices along its first axis"
         )
         raise ValueError(msg)
-    affine = kernel != "layer_norm_fwd_split_stats"  # which sees neither weight nor bias
-    weight = problem.weight_dtype if affine else None
-    bias = problem.bias_dtype if affine else None
-    double = problem.x_dtype == "float64"
-    parts = [kernel, CODES[problem.x_dtype], label]
-    parts += [f"w_{CODES[weight]}"] if weight else []
-    parts += [f"b_{CODES[bias]}"] if bias else []
+    dtype, weight, bias = (problem.dtype(array) for array in ("x", "weight", "bias"))
+    dtype = str(dtype)
+    if kind == "split_merge":  # which sees sums alone
+        dtype = stats_dtype(dtype)
+    if kind in ("split_stats", "split_merge"):
+        weight = bias = None
+    results = ""
+    if problem.backward and kind not in ("split_sums", "split_merge"):
+        flags = wanted(problem)
+        constants = (*constants, *map(int, flags))
+        results = "_".join(n for n, want in zip(("dx", "dw", "db"), flags, strict=True) if want)
+    kernel = f"{problem.op.name}_{'bwd' if problem.backward else 'fwd'}_{kind}"
     return Stage(
         kernel=kernel,
-        family=row.family,
+        family=f"{family}_bwd" if problem.backward else family,
         constants=constants,
-        name="_".join(p for p in parts if p),
-        x_dtype=problem.x_dtype,
+        name=_entry_name(kernel, CODES[dtype], label, results, w=weight, b=bias),
+        x_dtype=dtype,
         weight_dtype=weight,
         bias_dtype=bias,
         grid=(grid, 1, 1),
-        block=(row.threads, 1, 1),
-        shared_bytes=shared,
-        blocks_per_sm=row.blocks_per_sm_f64 if double else row.blocks_per_sm,
-        cluster=row.cluster,
+        block=(threads, 1, 1),
+        shared_bytes=shared_bytes,
+        blocks_per_sm=blocks_per_sm,
+        cluster=cluster,
     )
+
+
+def _entry_name(*parts: str, **dtypes: str | None) -> str:
+    """Join what tells an entry from all others; two entries of one name would be one kernel."""
+    named = [f"{label}_{CODES[dtype]}" for label, dtype in dtypes.items() if dtype]
+    return "_".join([*(part for part in parts if part), *named])
+
+
+def totals_stages(problem: Problem) -> tuple[Stage, ...]:
+    """Add up the partials of a backward; nothing where neither dweight nor dbias is wanted."""
+    dweight, dbias = problem.dtype("dweight"), problem.dtype("dbias")
+    if dweight is None and dbias is None:
+        return ()
+    kind = stats_dtype(str(problem.dtype("x")))  # of the partials
+    stage = Stage(
+        kernel="column_totals",
+        family="totals_bwd",
+        constants=(),
+        name=_entry_name("column_totals", CODES[kind], dw=dweight, db=dbias),
+        x_dtype=kind,
+        weight_dtype=dweight,
+        bias_dtype=dbias,
+        grid=(((dweight is not None) + (dbias is not None)) * -(-problem.N // 32), 1, 1),
+        block=(TOTALS_THREADS, 1, 1),
+        shared_bytes=32 * 33 * ITEMSIZE[kind],
+        blocks_per_sm=1,
+    )
+    return (stage,)

@@ -1,15 +1,25 @@
 """What is installed, which GPUs are seen, and which paths can run or why they cannot."""
 
 import os
+import platform
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
 
-from cupynorm._cpu import results as _results
+import numpy as np
+
 from cupynorm._cpu import threads as _threads
 from cupynorm._display import Sections, Table
-from cupynorm._report import probe as _probe
 
-__all__ = ["Config", "Gpu", "PathStatus", "show_config"]
+# CuPy is one module but many distributions; two of them installed together break each other.
+_CUPY_NAMES = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
+_OTHERS = ("torch", "jax", "numba", "ml_dtypes", "array-api-strict")
+_CUPY_WAY_OUT = "pip install 'cupynorm[cuda12]' (with a driver for CUDA 13: 'cupynorm[cuda13]')"
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+Fault = tuple[str, str]  # why a path cannot run, and the way out
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +57,7 @@ class PathStatus:
     detail : str
         What it serves, or why it is not available.
     way_out : str
-        What to do about it; empty where it is available.
+        What to do about it; empty where all is well.
     """
 
     name: str
@@ -96,11 +106,6 @@ class Config(Table):
         PathStatus
             Whether it can run, and why not.
 
-        Raises
-        ------
-        KeyError
-            If there is none of that name.
-
         Examples
         --------
         >>> import cupynorm as cn
@@ -145,58 +150,157 @@ def show_config() -> Config:
     >>> cn.show_config().path("cpu-numpy").available
     True
     """
-    versions = _probe.versions()
-    cuda = _probe.Cuda(versions["cupy"])
-    return Config(
-        versions=versions,
-        driver=cuda.driver,
-        nvrtc=cuda.nvrtc,
-        cuda_headers=cuda.headers,
-        gpus=tuple(Gpu(*gpu) for gpu in cuda.gpus),
-        paths=(
-            _cuda_status(cuda),
-            _numba_status(versions["numba"]),
-            PathStatus("cpu-numpy", True, f"NumPy arrays where numba is not, {_thread_count()}"),
-            _reference_status(versions),
-        ),
+    from cupynorm import __version__
+
+    cupys = {name: v for name in _CUPY_NAMES if (v := _installed(name))}
+    versions = {
+        "cupynorm": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "array-api-compat": _installed("array-api-compat"),
+        "cupy": ", ".join(f"{v} ({name})" for name, v in cupys.items()) or None,
+        **{name: _installed(name) for name in _OTHERS},
+    }
+    cuda: dict[str, Any] = {"driver": _driver_version(), "nvrtc": None, "headers": None, "gpus": ()}
+    paths = (
+        _cuda_status(versions["cupy"], cuda),
+        _numba_status(versions["numba"]),
+        PathStatus("cpu-numpy", True, f"NumPy arrays where numba is not, {_thread_count()}"),
+        _reference_status(versions),
     )
+    return Config(versions, cuda["driver"], cuda["nvrtc"], cuda["headers"], cuda["gpus"], paths)
 
 
-def _cuda_status(cuda: _probe.Cuda) -> PathStatus:
-    if not cuda.faults:
-        return PathStatus("cuda", True, f"CuPy arrays, {len(cuda.gpus)} GPU(s)")
-    ways_out = dict.fromkeys(fault.way_out for fault in cuda.faults)  # each once, in order
-    why = "; ".join(fault.why for fault in cuda.faults)
-    return PathStatus("cuda", False, why, "; ".join(ways_out))
+def _installed(name: str) -> str | None:
+    """Version of a distribution, None if it is absent; a damaged one counts as '(unknown)'."""
+    try:
+        return metadata.version(name) or "(unknown)"
+    except metadata.PackageNotFoundError:
+        return None
+    except Exception:  # metadata without a Version field raises KeyError, and others
+        return "(unknown)"
+
+
+def short(error: BaseException) -> str:
+    """First line of an error: CuPy's import error alone is twenty lines long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" =\t")]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def import_fault(name: str, installed: str | None, way_out: str) -> Fault | None:
+    """Tell a package that is absent from one that is there but broken; None if it does import."""
+    try:
+        import_module(name.replace("-", "_"))
+    except Exception as error:
+        if installed is None and isinstance(error, ModuleNotFoundError):
+            return f"{name} is not installed", way_out
+        found = f"{name} {installed}" if installed else name
+        return f"{found} is installed but does not import ({short(error)})", way_out
+    return None
 
 
 def _numba_status(installed: str | None) -> PathStatus:
     if os.environ.get("CUPYNORM_NUMBA", "").strip() == "0":
         return PathStatus("cpu-numba", False, "CUPYNORM_NUMBA=0 is set", "unset CUPYNORM_NUMBA")
-    try:
-        import_module("numba")
-    except Exception as error:
-        fault = _probe.import_fault("numba", error, installed, "pip install 'cupynorm[cpu]'")
+    fault = import_fault("numba", installed, "pip install 'cupynorm[cpu]'")
+    if fault:
         return PathStatus("cpu-numba", False, *fault)
-    return PathStatus("cpu-numba", True, f"NumPy arrays, {_thread_count()}")
+    told, way_out = f"NumPy arrays, {_thread_count()}", ""
+    if not _is_kept(_thread_count):
+        told += "; no folder for compiled code can be written, so each process compiles anew"
+        told += " (its first call takes 6 to 8 s)"
+        way_out = "set NUMBA_CACHE_DIR to a folder that can be written"
+    return PathStatus("cpu-numba", True, told, way_out)
+
+
+def _is_kept(function: Any) -> bool:
+    """Whether numba finds a folder to keep compiled code in; nothing is compiled to know that."""
+    try:
+        import_module("numba").njit(cache=True)(function)
+    except (RuntimeError, OSError):
+        return False
+    return True
 
 
 def _thread_count() -> str:
     try:
-        kept = _results.limit() >> 20
-        return f"{_threads.num_threads()} thread(s), {kept} MiB of earlier results kept at most"
+        return f"{_threads.num_threads()} thread(s)"
     except ValueError as error:  # of an environment variable: the sentence says what to do
         return str(error)
 
 
 def _reference_status(versions: dict[str, str | None]) -> PathStatus:
-    try:
-        import_module("array_api_compat")
-    except Exception as error:
-        way_out = "pip install 'array-api-compat>=1.11'"
-        installed = versions["array-api-compat"]
-        fault = _probe.import_fault("array_api_compat", error, installed, way_out)
+    name, way_out = "array_api_compat", "pip install 'array-api-compat>=1.11'"
+    fault = import_fault(name, versions["array-api-compat"], way_out)
+    if fault:
         return PathStatus("reference", False, *fault)
     there = [name for name in ("torch", "jax", "array-api-strict") if versions[name]]
     others = f"; installed here: {', '.join(there)}" if there else ""
     return PathStatus("reference", True, f"arrays of every other array-API library{others}")
+
+
+def _cuda_status(installed: str | None, found: dict[str, Any]) -> PathStatus:
+    """Put what CuPy tells of compiler, headers and GPUs in `found`; one failure hides no other."""
+    faults: list[Fault] = []
+    if installed is not None and "," in installed:
+        why = f"two CuPy distributions overwrite each other: {installed}"
+        faults.append((why, f"pip uninstall {' '.join(_CUPY_NAMES)}; then {_CUPY_WAY_OUT}"))
+    if fault := import_fault("cupy", installed, _CUPY_WAY_OUT):
+        faults.append(fault)
+    else:
+        cuda = import_module("cupy").cuda
+        for why, look, way_out in _CUDA_NEEDS:
+            try:
+                look(cuda, found)
+            except Exception as error:
+                faults.append((f"{why} ({short(error)})", way_out))
+    if not faults:
+        return PathStatus("cuda", True, f"CuPy arrays, {len(found['gpus'])} GPU(s)")
+    why, way_out = ("; ".join(dict.fromkeys(said)) for said in zip(*faults, strict=True))
+    return PathStatus("cuda", False, why, way_out)
+
+
+def _find_nvrtc(cuda: Any, found: dict[str, Any]) -> None:
+    found["nvrtc"] = ".".join(map(str, cuda.nvrtc.getVersion()))
+
+
+def _find_headers(cuda: Any, found: dict[str, Any]) -> None:
+    found["headers"] = import_module("cuda.pathfinder").find_nvidia_header_directory("cudart")
+    if found["headers"] is None:
+        msg = "CuPy compiles nothing without them"
+        raise FileNotFoundError(msg)
+
+
+def _find_gpus(cuda: Any, found: dict[str, Any]) -> None:
+    version = cuda.runtime.driverGetVersion()  # 0 without a driver
+    if version:
+        newest = f"runs CUDA up to {version // 1000}.{version % 1000 // 10}"
+        found["driver"] = f"{found['driver']}, {newest}" if found["driver"] else newest
+    properties = map(cuda.runtime.getDeviceProperties, range(cuda.runtime.getDeviceCount()))
+    found["gpus"] = tuple(
+        Gpu(p["name"].decode(), f"{p['major']}{p['minor']}", int(p["totalGlobalMem"]))
+        for p in properties
+    )
+    if not found["gpus"]:
+        msg = "the driver lists none"
+        raise RuntimeError(msg)
+
+
+_CUDA_NEEDS: tuple[tuple[str, Callable[[Any, dict[str, Any]], None], str], ...] = (
+    ("NVRTC cannot be loaded", _find_nvrtc, _CUPY_WAY_OUT),
+    ("CUDA's headers cannot be found", _find_headers, _CUPY_WAY_OUT),
+    (
+        "no GPU can be used",
+        _find_gpus,
+        "an NVIDIA GPU with a driver for CUDA 12 or newer is needed",
+    ),
+)
+
+
+def _driver_version() -> str | None:
+    """Version of NVIDIA's kernel driver, as Linux shows it without any library."""
+    try:
+        words = _DRIVER_FILE.read_text(encoding="utf-8").split()
+    except OSError:
+        return None
+    return next((w for w in words if "." in w and w.replace(".", "").isdigit()), None)

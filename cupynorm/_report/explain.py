@@ -1,24 +1,18 @@
-"""What a call would run, without running it."""
+"""What a call would run, without running it: the rules, the folded memory and the plan."""
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
-from cupynorm import _problem
-from cupynorm._arguments import check_arguments, is_launchable
-from cupynorm._arrays import element_strides, library_of
-from cupynorm._cuda.plan import Device, choose_plan
-from cupynorm._cuda.plan_bwd import choose_plan_bwd
-from cupynorm._cuda.plan_column import ColumnPlan, choose_plan_column
-from cupynorm._cuda.plan_column_bwd import bytes_beyond_floor, choose_plan_column_bwd
-from cupynorm._layout import (
-    column_gradient_problem_of,
-    column_problem_of,
-    gradient_layout_of,
-    layout_of,
-    result_strides,
-)
-from cupynorm._report.explanation import Explanation, Facts
-
-__all__ = ["Explanation", "explain"]
+from cupynorm import _calls
+from cupynorm._cuda.launch import choose_plan
+from cupynorm._cuda.plan import Device, Plan, Stage
+from cupynorm._cuda.tiles import bytes_beyond_floor
+from cupynorm._display import Sections, Table
+from cupynorm._layout import Facts, Problem, kernel_problem_of, result_strides
+from cupynorm._libraries import library_of
+from cupynorm._ops import LAYER_NORM
+from cupynorm._rules import ITEMSIZE, stats_dtype
 
 # One example per compute capability, for asking what a GPU would run that is not at hand:
 # multiprocessors, and shared memory that a block may opt in to, from the CUDA programming guide's
@@ -40,6 +34,8 @@ _FAMILIES = {
     "shared": "K3 shared: a block stages its row in shared memory",
     "cluster": "K4 cluster: the blocks of a cluster stage parts of a row in shared memory",
     "split": "K5 split row: chunk statistics, then merge and normalize",
+    "lanes": "K6 lanes: a thread holds the few columns of its rows in registers, one sweep",
+    "column": "K6 column: a tile of neighbouring rows in shared memory, one sweep",
 }
 _BACKWARD = {
     "warp": "K1 warp backward: rows, dweight and dbias in registers; 3 passes",
@@ -50,6 +46,78 @@ _BACKWARD = {
     "panels": "K6 column backward: rows longer than two tiles, so two sweeps over panels; 5 passes",
     "split": "K5 split backward: sums fit no block, so x and dy are read twice; 5 passes",
 }
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Explanation(Table):
+    """What `layer_norm` or its backward would run; prints as aligned text, a table in a notebook.
+
+    Attributes
+    ----------
+    path : str
+        'cuda', 'cpu' or 'reference'.
+    kernel : str
+        What does the work.
+    rows, cols : int
+        Rows that are normalized and elements in each.
+    dtype, stats_dtype : str
+        Of x and y, and of the statistics.
+    launches : tuple of str
+        Each kernel launch: entry, grid (and cluster), block, shared memory; empty off the GPU.
+    threads_per_row, rows_per_block : int or None
+        Of the plan; None off the GPU.
+    bytes_floor : int
+        x read once and y written once (of a backward: x and dy read, dx written), with weight,
+        bias, statistics and sums, in bytes of memory.
+    bytes_moved : int or None
+        What this plan moves; None where a library decides.
+    copies : tuple of str
+        Every copy of x, y, dy or dx that the call makes, with its reason.
+    source : str
+        What set the plan's thresholds.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> plan = cn.explain(np.ones((64, 1000), np.float32), device="sm_90")
+    >>> plan.kernel
+    'K1 warp: lanes of one warp hold a row in registers'
+    >>> plan.bytes_moved == plan.bytes_floor == 2 * 64 * 1000 * 4
+    True
+    """
+
+    path: str
+    kernel: str
+    rows: int
+    cols: int
+    dtype: str
+    stats_dtype: str
+    launches: tuple[str, ...]
+    threads_per_row: int | None
+    rows_per_block: int | None
+    bytes_floor: int
+    bytes_moved: int | None
+    copies: tuple[str, ...]
+    source: str
+
+    def _sections(self) -> Sections:
+        moved = "decided by the library" if self.bytes_moved is None else _bytes(self.bytes_moved)
+        if self.bytes_moved:
+            moved += f", {self.bytes_moved / self.bytes_floor:.2f} of the floor"
+        rows = [
+            ("path", self.path),
+            ("kernel", self.kernel),
+            ("problem", f"{self.rows} rows of {self.cols}, {self.dtype}"),
+            ("statistics", f"{self.stats_dtype}, corrected two-pass"),
+        ]
+        rows += [("launch", text) for text in self.launches]
+        if self.threads_per_row is not None:
+            rows.append(("threads per row", str(self.threads_per_row)))
+            rows.append(("rows per block", str(self.rows_per_block)))
+        rows += [("floor", _bytes(self.bytes_floor)), ("moved", moved)]
+        rows += [("copy", text) for text in self.copies or ("none",)]
+        return [("", rows + ([("plan from", self.source)] if self.source else []))]
 
 
 def explain(
@@ -74,20 +142,8 @@ def explain(
     ----------
     x : array
         As for `layer_norm`: any array that it takes; only shape, strides and dtype are looked at.
-    normalized_shape : int or tuple of int, optional
-        As for `layer_norm`.
-    weight, bias : array, optional
-        As for `layer_norm`.
-    eps : float, default 1e-5
-        As for `layer_norm`.
-    axis : int or tuple of int, optional
-        As for `layer_norm`.
-    order : {'K', 'C', 'F'}, default 'K'
-        As for `layer_norm`.
-    out : array, optional
-        As for `layer_norm`; nothing is written to it.
-    return_stats : bool, default False
-        As for `layer_norm`: whether mean and rstd are written, too.
+    normalized_shape, weight, bias, eps, axis, order, out, return_stats : optional
+        As for `layer_norm`; nothing is written to `out`.
     device : str, optional
         A GPU to plan for, such as 'sm_90', when x is not on one: what would run were x and the
         others CuPy arrays of the same shape, strides and dtype there.
@@ -111,48 +167,64 @@ def explain(
     >>> cn.explain(np.ones((64, 1000), np.float32), device="sm_90").threads_per_row
     32
     """
-    call = check_arguments(x, normalized_shape, weight, bias, eps, axis, order, out)
-    shape = tuple(call.x.shape)
-    rows, cols = _problem.rows_and_cols(shape, call.axes)
-    dtypes = tuple(
-        None if a is None else _problem.dtype_name(a.dtype)
-        for a in (call.x, call.weight, call.bias)
-    )
-    facts = Facts(shape, call.axes, rows, cols, dtypes, return_stats, backward)
-    launchable = is_launchable(call.x)
-    if device is not None or call.path == "cupy" or (launchable and call.x.device.type == "cuda"):
-        gpu = _gpu(call.x, device)
-        strides = _element_strides(call.x)
-        if strides is None:
-            msg = (
-                f"device={device!r} needs an x with strides, not a {library_of(x)} array; pass a "
-                "NumPy or CuPy array, or a torch tensor, of that shape"
-            )
-            raise TypeError(msg)
-        to = _element_strides(out) or result_strides(shape, strides, order)
-        explained = _explain_bwd if backward else _explain_fwd
-        return explained(facts, strides, to, gpu)
-    if call.path == "numpy" or launchable:
-        from cupynorm._cpu import arrays as _cpu
-        from cupynorm._cpu import threads as _threads
-
-        kernel = f"{_cpu.describe()}, up to {_threads.num_threads()} thread(s) over blocks of rows"
-        return facts.explanation("cpu", kernel, facts.floor())
-    kernel = f"array-API calls of {library_of(x)}"
-    return facts.explanation("reference", kernel, None)
+    how = normalized_shape, axis, eps, order, return_stats
+    checked = _calls.check(LAYER_NORM, x, weight, bias, out, how)
+    facts, path = checked.facts, _path(checked)
+    if backward:
+        facts = of_backward(facts)
+    if device is None and path != "cuda":
+        moved = _floor(facts) if path == "cpu" else None
+        return _explanation(facts, path, _in_words(checked, path), moved)
+    if None in facts.strides.values():
+        msg = (
+            f"device={device!r} needs an x with strides, not a {library_of(checked.x)} array; pass "
+            "a NumPy or CuPy array, or a torch tensor, of that shape"
+        )
+        raise TypeError(msg)
+    gpu = _gpu(facts, device)
+    if not facts.size:
+        return _explanation(facts, "cuda", "none: x is empty", 0)
+    problem = kernel_problem_of(facts)
+    plan = choose_plan(problem, gpu)
+    kernel, moved = _kernel(facts, problem, plan)
+    moved += _floor(facts) + 2 * _x_bytes(facts) * len(problem.copies)
+    copies = tuple(f"of {label}: {reason}" for label, reason in problem.copies)
+    return _explanation(facts, "cuda", kernel, moved, plan, copies)
 
 
-def _element_strides(x: Any) -> tuple[int, ...] | None:
-    if library_of(x) == "torch":
-        return tuple(x.stride())
-    return element_strides(x) if hasattr(x, "strides") else None
+def _path(checked: _calls.Checked) -> str:
+    library = library_of(checked.x)
+    if library == "torch" and checked.facts.strides["x"] is not None:
+        library = checked.x.device.type
+    return {"numpy": "cpu", "cpu": "cpu", "cupy": "cuda", "cuda": "cuda"}.get(library, "reference")
 
 
-def _gpu(x: Any, name: str | None) -> Device:
+def _in_words(checked: _calls.Checked, path: str) -> str:
+    """What does the work off a GPU."""
+    if path == "reference":
+        return f"array-API calls of {library_of(checked.x)}"
+    from cupynorm._cpu import arrays as _cpu
+    from cupynorm._cpu import threads as _threads
+
+    return f"{_cpu.describe()}, up to {_threads.num_threads()} thread(s) over blocks of rows"
+
+
+def of_backward(facts: Facts) -> Facts:
+    """Those of a backward for a dy that lies as y does."""
+    dtypes = {name: dtype for name, dtype in facts.dtypes.items() if name != "bias"}
+    if "weight" in dtypes:
+        dtypes["dweight"] = dtypes["weight"]
+    dtypes["dbias"] = dtypes.get("weight") or stats_dtype(dtypes["x"])
+    x, y = facts.strides["x"], facts.strides["y"]
+    dx = None if x is None else result_strides(facts.shape, x, "K")
+    return facts._replace(backward=True, dtypes=dtypes, strides={"x": x, "dy": y, "dx": dx})
+
+
+def _gpu(facts: Facts, name: str | None) -> Device:
     if name is None:
         from cupynorm._cuda import arrays as _cuda
 
-        return _cuda.device_of(x.device.index if library_of(x) == "torch" else x.device.id)
+        return _cuda.device_of(facts.device or 0)
     known = {f"sm_{cc}": device for cc, device in _DEVICES.items()}
     if name not in known:
         msg = f"device={name!r} is not known; choose one of {', '.join(known)}"
@@ -160,62 +232,70 @@ def _gpu(x: Any, name: str | None) -> Device:
     return known[name]
 
 
-def _explain_fwd(
-    facts: Facts, x_strides: tuple[int, ...], y_strides: tuple[int, ...], gpu: Device
+def _kernel(facts: Facts, problem: Problem, plan: Plan) -> tuple[str, int]:
+    """What runs, and the bytes that it moves beyond the floor, without copies."""
+    beyond = 2 * plan.workspace_bytes
+    if facts.backward:
+        if plan.family in ("column", "panels"):
+            beyond = bytes_beyond_floor(problem, plan)
+        else:
+            beyond += _x_bytes(facts) * (plan.passes - 3)
+        return _BACKWARD[plan.family], beyond
+    kernel = _FAMILIES[plan.family]
+    if plan.family == "split":  # reads x a second time, from L2 where it fits
+        beyond += _x_bytes(facts)
+    elif plan.panels > 1:  # the last of which is still on chip
+        kernel = kernel.replace("one sweep", f"two sweeps over {plan.panels} panels")
+        beyond += _x_bytes(facts) * (plan.panels - 1) // plan.panels
+    return kernel, beyond
+
+
+def _x_bytes(facts: Facts) -> int:
+    return facts.size * ITEMSIZE[facts.dtypes["x"]]
+
+
+def _floor(facts: Facts) -> int:
+    """Bytes that any way of doing it moves."""
+    vectors = sum(ITEMSIZE[dtype] for name, dtype in facts.dtypes.items() if name != "x")
+    stats = 2 * ITEMSIZE[stats_dtype(facts.dtypes["x"])] * math.prod(facts.stats_shape)
+    stats *= facts.stats or facts.backward
+    return len(facts.strides) * _x_bytes(facts) + facts.N * vectors + stats
+
+
+def _explanation(
+    facts: Facts,
+    path: str,
+    kernel: str,
+    moved: int | None,
+    plan: Plan | None = None,
+    copies: tuple[str, ...] = (),
 ) -> Explanation:
-    if not facts.rows * facts.cols:
-        return facts.explanation("cuda", "none: x is empty", 0)
-    x_dtype, weight_dtype, bias_dtype = facts.dtypes
-    layout = layout_of(
-        facts.shape,
-        facts.axes,
-        x_strides,
-        y_strides,
-        (str(x_dtype), weight_dtype, bias_dtype),
-        facts.stats,
+    return Explanation(
+        path=path,
+        kernel=kernel,
+        rows=math.prod(facts.stats_shape),
+        cols=facts.N,
+        dtype=facts.dtypes["x"],
+        stats_dtype=stats_dtype(facts.dtypes["x"]),
+        launches=tuple(map(_launch, plan.stages)) if plan else (),
+        threads_per_row=plan.threads_per_row if plan else None,
+        rows_per_block=plan.rows_per_block if plan else None,
+        bytes_floor=_floor(facts),
+        bytes_moved=moved,
+        copies=copies,
+        source=plan.source if plan else "",
     )
-    if layout.copy_x or layout.copy_y:
-        dtypes = (str(x_dtype), weight_dtype, bias_dtype)
-        column = column_problem_of(facts.shape, facts.axes, x_strides, y_strides, dtypes)
-        if column is not None:
-            return _explain_column(facts, choose_plan_column(column, gpu))
-    plan = choose_plan(layout.problem, gpu)
-    moved = facts.floor() + plan.workspace_bytes * 2
-    moved += facts.x_bytes * (plan.family == "split")  # the second read, from L2 where it fits
-    reasons = (("x", layout.copy_x), ("y", layout.copy_y))
-    copies = tuple(f"of {label}: {reason}" for label, reason in reasons if reason)
-    moved += 2 * facts.x_bytes * len(copies)
-    return facts.explanation("cuda", _FAMILIES[plan.family], moved, plan, copies)
 
 
-def _explain_column(facts: Facts, plan: ColumnPlan) -> Explanation:
-    if plan.family == "lanes":
-        kernel = "K6 lanes: a thread holds the few columns of its rows in registers, one sweep"
-        return facts.explanation("cuda", kernel, facts.floor(), plan)
-    again = facts.x_bytes * (plan.panels - 1) // plan.panels  # the last panel is still on chip
-    sweeps = "one sweep" if plan.panels == 1 else f"two sweeps over {plan.panels} panels"
-    kernel = f"K6 column: a tile of neighbouring rows in shared memory, {sweeps}"
-    return facts.explanation("cuda", kernel, facts.floor() + again, plan)
+def _launch(stage: Stage) -> str:
+    grid = f"grid {stage.grid[0]}"
+    if stage.cluster > 1:
+        grid += f" in clusters of {stage.cluster}"
+    return f"{stage.name}, {grid}, block {stage.block[0]}, shared {stage.shared_bytes} bytes"
 
 
-def _explain_bwd(
-    facts: Facts, x_strides: tuple[int, ...], dy_strides: tuple[int, ...], gpu: Device
-) -> Explanation:
-    if not facts.rows * facts.cols:
-        return facts.explanation("cuda", "none: x is empty", 0)
-    dtypes = (str(facts.dtypes[0]), facts.dtypes[1], *facts.totals)
-    to = result_strides(facts.shape, x_strides, "K")
-    layout = gradient_layout_of(facts.shape, facts.axes, dy_strides, x_strides, to, dtypes)
-    if layout.copies:
-        column = column_gradient_problem_of(
-            facts.shape, facts.axes, dy_strides, x_strides, to, dtypes
-        )
-        if column is not None:
-            tiled, _ = choose_plan_column_bwd(column, gpu)
-            moved = facts.floor() + bytes_beyond_floor(column, tiled)
-            return facts.explanation("cuda", _BACKWARD[tiled.family], moved, tiled)
-    plan = choose_plan_bwd(layout.problem, gpu)
-    copies = tuple(f"of {label}: {reason}" for label, reason in layout.copies)
-    moved = facts.floor() + plan.workspace_bytes * 2
-    moved += facts.x_bytes * (plan.passes - 3 + 2 * len(copies))
-    return facts.explanation("cuda", _BACKWARD[plan.family], moved, plan, copies)
+def _bytes(n: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n} bytes"

@@ -8,9 +8,6 @@ import numpy as np
 from cupynorm import plot
 from cupynorm._report.selfcheck import EPS, Data
 from cupynorm.functional import layer_norm
-from cupynorm.plot._data import spread_rows
-
-__all__ = ["draw"]
 
 _SHOWN = 8
 
@@ -24,18 +21,23 @@ def draw(table: Data, path: Path) -> Path:
     from matplotlib.figure import Figure
 
     x = table.x.astype(np.float32)
-    y = layer_norm(x, x.shape[1], eps=EPS)
-    picked = spread_rows(table.x, _SHOWN)
+    m, n = x.shape
+    y = layer_norm(x, n, eps=EPS)
+    by_std = np.argsort(table.x.std(axis=1), kind="stable")
+    picked = by_std[np.linspace(0, m - 1, _SHOWN).astype(int)].tolist()
     figure: Any = Figure(figsize=(11, 9), layout="constrained")
     FigureCanvasAgg(figure)
     images, plots, batch = figure.subfigures(3, 1, height_ratios=(1.0, 1.1, 0.8))
-    m, n = x.shape
     figure.suptitle(
         f"cupynorm.layer_norm on {table.name}, {m} × {n} float32: "
         "every row to mean 0 and variance 1",
         fontsize=14,
     )
-    _images(images, x[picked], y[picked])
+    before, after = images.subplots(2, _SHOWN)
+    reach = float(np.abs(y).max())
+    grey = {"cmap": "gray_r", "vmin": float(x.min()), "vmax": float(x.max())}
+    _images(images, before, x[picked], "before", grey)
+    _images(images, after, y[picked], "after", {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach})
     plot.distributions(x, n, eps=EPS, rows=picked, ax=plots.subplots(1, 2, sharey=True))
     batch.suptitle(f"all {m} rows before", fontsize=12)
     plot.moments(x, n, ax=batch.subplots(1, 2))
@@ -45,21 +47,14 @@ def draw(table: Data, path: Path) -> Path:
     return path
 
 
-def _images(figure: Any, x: Any, y: Any) -> None:
-    """Show rows as 8 × 8 images: before in grey, after with 0 in white."""
-    axes = figure.subplots(2, len(x))
-    reach = float(np.abs(y).max())
-    looks: tuple[tuple[str, Any, dict[str, Any]], ...] = (
-        ("before", x, {"cmap": "gray_r", "vmin": float(x.min()), "vmax": float(x.max())}),
-        ("after", y, {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach}),
-    )
-    for row, (label, values, look) in zip(axes, looks, strict=True):
-        for ax, image in zip(row, values, strict=True):
-            shown = ax.imshow(image.reshape(8, -1), **look)
-            mean, std = float(image.mean()), float(image.std())
-            # + 0.0 turns a rounded -0.0 into 0.0
-            ax.set_title(f"mean {round(mean, 2) + 0.0:.2f}\nstd {std:.2f}", fontsize=9)
-            ax.set_xticks([])
-            ax.set_yticks([])
-        row[0].set_ylabel(label, fontsize=12)
-        figure.colorbar(shown, ax=list(row), shrink=0.85, pad=0.01)
+def _images(figure: Any, axes: Any, rows: Any, label: str, look: dict[str, Any]) -> None:
+    """Show rows as 8 × 8 images."""
+    for ax, image in zip(axes, rows, strict=True):
+        shown = ax.imshow(image.reshape(8, -1), **look)
+        mean, std = float(image.mean()), float(image.std())
+        # + 0.0 turns a rounded -0.0 into 0.0
+        ax.set_title(f"mean {round(mean, 2) + 0.0:.2f}\nstd {std:.2f}", fontsize=9)
+        ax.set_xticks([])
+        ax.set_yticks([])
+    axes[0].set_ylabel(label, fontsize=12)
+    figure.colorbar(shown, ax=list(axes), shrink=0.85, pad=0.01)

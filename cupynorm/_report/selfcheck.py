@@ -1,69 +1,78 @@
 """The self-check of `python -m cupynorm`: each path on real data against a long-double two-pass."""
 
+import contextlib
 import math
+import os
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _problem
-from cupynorm._report import backends as _backends
-from cupynorm._report import probe as _probe
+from cupynorm import _rules
+from cupynorm._report.config import Config, import_fault, short
 from cupynorm.functional import layer_norm
 
-__all__ = ["Check", "Data", "check_backend", "datasets", "exact"]
-
 EPS = 1e-5
-_ROUNDS = (3, 200)  # of interleaved timing, least and most
-_SECONDS = 0.04  # at most this long for a turn of timing, the least rounds apart
+_REPEATS = 50  # calls that are timed
+_MANTISSA = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}  # explicit bits
+_NARROW, _STANDARD = ("float16", "bfloat16"), ("float32", "float64")
+
+Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(NamedTuple):
     """A named table of real numbers."""
 
     name: str
     x: np.ndarray[Any, np.dtype[np.float64]]  # (M, N)
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One path on one table in one dtype.
-
-    Attributes
-    ----------
-    path, library : str
-        Which code ran, and whose arrays it was given.
-    data, shape, dtype
-        What was normalized.
-    error, allowed : float or None
-        Largest error of y, in units of epsilon(dtype) * max(1, abs(y)), and the most that passes.
-    seconds : float or None
-        Median time of a call; None where it failed.
-    torch_ratio : float or None
-        Its fastest call over the fastest of torch's layer_norm on the same machine, which has its
-        own number of threads or one, whichever is faster; None without torch.
-    ok : bool
-        Whether y, mean and rstd are right.
-    note : str
-        What is wrong, if anything.
-    """
+class Unavailable(NamedTuple):
+    """A path that cannot be checked here, and why."""
 
     path: str
     library: str
+    why: str
+
+
+class Backend(NamedTuple):
+    """One path with the arrays of one library."""
+
+    path: str
+    library: str
+    dtypes: tuple[str, ...]
+    put: Callable[[Array], Any] = np.asarray  # into this library
+    wait: Callable[[Any], Any] = id  # until y is computed; NumPy and torch on the CPU have done so
+    device: str = "cpu"
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context calls take this path."""
+        if self.path != "cpu-numpy":
+            return contextlib.nullcontext()
+        from cupynorm._cpu import arrays as _cpu
+
+        return _cpu.without_numba()
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One path on one table in one dtype; numbers are None where it failed."""
+
+    path: str
+    library: str  # whose arrays it was given
     data: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
-    error: float | None
-    allowed: float | None
-    seconds: float | None
-    torch_ratio: float | None
-    ok: bool
-    note: str
+    error: float | None = None  # largest of y, in units of epsilon(dtype) * max(1, abs(y))
+    allowed: float | None = None
+    seconds: float | None = None  # median of a call
+    torch_ratio: float | None = None  # fastest call over torch's fastest; None without torch
+    ok: bool = False  # y, mean and rstd are right
+    note: str = ""  # what is wrong
 
 
 def datasets() -> tuple[list[Data], str]:
@@ -74,149 +83,207 @@ def datasets() -> tuple[list[Data], str]:
     except Exception as error:
         x = np.random.default_rng(0).gamma(2.0, 3.0, size=(1797, 64))
         remark = (
-            f"scikit-learn's data are not there ({_probe.short(error)}): a seeded random table "
+            f"scikit-learn's data are not there ({short(error)}): a seeded random table "
             "stands in; pip install 'cupynorm[demo]'"
         )
         return [Data("random", x)], remark
     return [Data("digits", digits), Data("breast-cancer", cancer)], ""
 
 
-def exact(
-    x: Any, weight: Any, bias: Any, eps: float = EPS
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Two passes over rows of x in long double, at least as wide as float64: y, mean, rstd."""
-    x, weight, bias = (np.asarray(a).astype(np.longdouble) for a in (x, weight, bias))
-    mean = x.mean(axis=-1, keepdims=True)
-    d = x - mean
-    rstd = 1.0 / np.sqrt((d * d).mean(axis=-1, keepdims=True) + np.longdouble(eps))
-    return d * rstd * weight + bias, mean, rstd
+# ---- what can be checked ----
 
 
-def check_backend(backend: _backends.Backend, data: list[Data]) -> Iterator[Check]:
+def find(config: Config) -> tuple[list[Backend], list[Unavailable]]:
+    """List every path that can be checked here, and every other with the reason."""
+    narrow = _NARROW[: 1 if import_fault("ml_dtypes", None, "") else 2]
+    every = (*narrow, *_STANDARD)
+    there, absent = [], []
+    for path, library in (("cuda", "cupy"), ("cpu-numba", "numpy"), ("cpu-numpy", "numpy")):
+        status = config.path(path)
+        if not status.available:
+            absent.append(Unavailable(path, library, f"{status.detail} -> {status.way_out}"))
+        elif path == "cuda":
+            there.append(Backend(path, library, every, _to_cupy, _synchronize, "cuda"))
+        else:
+            there.append(Backend(path, library, every))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the GPU to the others
+    for path, library in (
+        ("torch", "torch"),
+        ("reference", "jax"),
+        ("reference", "array-api-strict"),
+    ):
+        fault = import_fault(library, config.versions[library], f"pip install {library}")
+        if fault:
+            absent.append(Unavailable(path, library, " -> ".join(fault)))
+            continue
+        xp = import_module(library.replace("-", "_"))
+        if library == "torch":
+            there.append(Backend(path, library, every, _to_torch))
+        elif library == "jax":
+            dtypes = every if xp.config.jax_enable_x64 else (*narrow, "float32")
+            there.append(Backend(path, library, dtypes, xp.numpy.asarray, xp.block_until_ready))
+        else:
+            there.append(Backend(path, library, _STANDARD, xp.asarray))
+    return there, absent
+
+
+def _to_cupy(a: Array) -> Any:
+    there = import_module("cupy").empty(a.shape, a.dtype)
+    there.set(a)  # by bytes: bfloat16 is foreign to CuPy
+    return there
+
+
+def _synchronize(y: Any) -> None:
+    import_module("cupy").cuda.get_current_stream().synchronize()
+
+
+def _to_torch(a: Array) -> Any:
+    torch = import_module("torch")
+    if a.dtype.name == "bfloat16":
+        return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(a)
+
+
+def _to_numpy(a: Any) -> Array:
+    if hasattr(a, "get"):  # CuPy
+        a = a.get()
+    elif str(a.dtype) == "torch.bfloat16":
+        bits = a.view(import_module("torch").int16).numpy()
+        return np.asarray(bits).view(_rules.numpy_dtype("bfloat16"))
+    return np.asarray(a)
+
+
+# ---- whether it is right ----
+
+
+def check_backend(backend: Backend, data: list[Data]) -> Iterator[Check]:
     """Check one path on every table and dtype that it takes; an exception is a failed check."""
     for table in data:
         for dtype in backend.dtypes:
+            facts = backend.path, backend.library, table.name, table.x.shape, dtype
             try:
                 with backend.active():
-                    yield _check(backend, table, dtype)
+                    yield Check(*facts, **_check(backend, table.x, dtype))
             except Exception as error:
-                yield Check(
-                    backend.path,
-                    backend.library,
-                    table.name,
-                    _shape(table),
-                    dtype,
-                    error=None,
-                    allowed=None,
-                    seconds=None,
-                    torch_ratio=None,
-                    ok=False,
-                    note=_probe.short(error),
-                )
+                yield Check(*facts, note=short(error))
 
 
-def _shape(table: Data) -> tuple[int, int]:
-    m, n = table.x.shape
-    return m, n
-
-
-def _check(backend: _backends.Backend, table: Data, dtype: str) -> Check:
+def _check(backend: Backend, table: Array, dtype: str) -> dict[str, Any]:
     rng = np.random.default_rng(1)
-    n = table.x.shape[1]
+    n = table.shape[1]
     host = [
-        a.astype(_problem.numpy_dtype(dtype))
-        for a in (table.x, 1.0 + 0.1 * rng.standard_normal(n), 0.1 * rng.standard_normal(n))
+        a.astype(_rules.numpy_dtype(dtype))
+        for a in (table, 1.0 + 0.1 * rng.standard_normal(n), 0.1 * rng.standard_normal(n))
     ]
-    x, weight, bias = (backend.put(a) for a in host)
+    x, weight, bias = map(backend.put, host)
 
     def call() -> Any:
         y = layer_norm(x, n, weight, bias, EPS)
         backend.wait(y)
         return y
 
-    y = backend.get(call())
-    stats = layer_norm(x, n, weight, bias, EPS, return_stats=True)
-    error, allowed, note = _judge(y, backend.get(stats.mean), backend.get(stats.rstd), host, dtype)
-    seconds, ratio = _time(call, _backends.torch_call(backend.device, host, EPS))
-    return Check(
-        backend.path,
-        backend.library,
-        table.name,
-        _shape(table),
-        dtype,
-        error=error if math.isfinite(error) else None,
-        allowed=allowed,
-        seconds=seconds,
-        torch_ratio=ratio,
-        ok=not note,
-        note=note,
-    )
+    y, stats = call(), layer_norm(x, n, weight, bias, EPS, return_stats=True)
+    got = [_to_numpy(a) for a in (y, stats.mean, stats.rstd)]
+    error, allowed, note = _judge(got, exact(*host), dtype)
+    times = timeit.repeat(call, number=1, repeat=_REPEATS)
+    beside = _torch_seconds(backend.device, host)
+    return {
+        "error": error if math.isfinite(error) else None,
+        "allowed": allowed,
+        "seconds": statistics.median(times),
+        "torch_ratio": beside and min(times) / beside,
+        "ok": not note,
+        "note": note,
+    }
 
 
-def _judge(
-    y: Any, mean: Any, rstd: Any, host: list[np.ndarray[Any, Any]], dtype: str
-) -> tuple[float, float, str]:
+def exact(x: Any, weight: Any, bias: Any, *, eps: float = EPS) -> list[Array]:
+    """Two passes over rows of x in long double, at least as wide as float64: y, mean, rstd."""
+    x, weight, bias = (np.asarray(a).astype(np.longdouble) for a in (x, weight, bias))
+    mean = x.mean(axis=-1, keepdims=True)
+    d = x - mean
+    rstd = 1.0 / np.sqrt((d * d).mean(axis=-1, keepdims=True) + np.longdouble(eps))
+    return [d * rstd * weight + bias, mean, rstd]
+
+
+def _judge(got: list[Array], want: list[Array], dtype: str) -> tuple[float, float, str]:
     """Error of y, what is allowed, and a sentence where something is wrong."""
-    x, weight, bias = host
-    want_y, want_mean, want_rstd = exact(x, weight, bias)
-    unit = _backends.epsilon(dtype)
-    stats_unit = _backends.epsilon("float64" if dtype == "float64" else "float32")
+    unit = 2.0 ** -_MANTISSA[dtype]  # from 1 to the next number; NumPy's finfo lacks bfloat16
+    stats_unit = 2.0 ** -_MANTISSA["float64" if dtype == "float64" else "float32"]
     # One rounding to y's dtype, and in the dtype of the statistics a few operations per element
     # and as many roundings as a tree of N terms is deep.
-    allowed = 1.0 + (4.0 + math.log2(want_y.shape[1])) * stats_unit / unit
-    error = _worst(y, want_y, unit)
-    stats_allowed = 4.0 + math.log2(want_y.shape[1])
-    parts = {
-        "y": (y, want_y, error, allowed),
-        "mean": (mean, want_mean, _worst(mean, want_mean, stats_unit), stats_allowed),
-        "rstd": (rstd, want_rstd, _worst(rstd, want_rstd, stats_unit), stats_allowed),
-    }
-    faults = [
-        f"{name} has shape {got.shape}, not {want.shape}"
-        if got.shape != want.shape
-        else f"{name} is off by {off:.3g} epsilon, {most:.3g} is allowed"
-        for name, (got, want, off, most) in parts.items()
-        if not off <= most  # so that NaN is wrong
-    ]
-    if str(y.dtype) != dtype:
-        faults.append(f"y has dtype {y.dtype}, not {dtype}")
-    return error, allowed, "; ".join(faults)
+    stats_allowed = 4.0 + math.log2(want[0].shape[1])
+    allowed = 1.0 + stats_allowed * stats_unit / unit
+    faults, errors = [], []
+    for name, mine, its in zip(("y", "mean", "rstd"), got, want, strict=True):
+        one, most = (unit, allowed) if name == "y" else (stats_unit, stats_allowed)
+        if mine.shape != its.shape:
+            errors.append(math.nan)
+            faults.append(f"{name} has shape {mine.shape}, not {its.shape}")
+            continue
+        worst = np.max(np.abs(mine.astype(np.longdouble) - its) / np.maximum(1, np.abs(its)))
+        errors.append(float(worst) / one)
+        if not errors[-1] <= most:  # so that NaN is wrong
+            faults.append(f"{name} is off by {errors[-1]:.3g} epsilon, {most:.3g} is allowed")
+    if str(got[0].dtype) != dtype:
+        faults.append(f"y has dtype {got[0].dtype}, not {dtype}")
+    return errors[0], allowed, "; ".join(faults)
 
 
-def _worst(got: Any, want: np.ndarray[Any, Any], unit: float) -> float:
-    """Largest error in units of epsilon * max(1, abs(want)); NaN where the shapes differ."""
-    if got.shape != want.shape:
-        return math.nan
-    return (
-        float(np.max(np.abs(got.astype(np.longdouble) - want) / np.maximum(1, np.abs(want)))) / unit
-    )
+def _torch_seconds(device: str, host: list[Array]) -> float | None:
+    """Fastest call of torch's own layer_norm on the same numbers; None without torch.
 
-
-def _time(ours: Callable[[], Any], torchs: Callable[[], Any] | None) -> tuple[float, float | None]:
-    """Median seconds of a call, and its fastest over torch's fastest.
-
-    Torch has its own number of threads and then one, and the better counts: on a busy machine its
-    threads wait for each other for milliseconds, and a ratio to that would be flattery.
+    Torch has its own number of threads and then one: on a busy machine its threads wait for each
+    other for milliseconds, and a ratio to that would be flattery.
     """
-    if torchs is None:
-        return statistics.median(_take_turns(ours)[0]), None
-    own = _take_turns(ours, torchs)
-    with _backends.torch_on_one_thread():
-        alone = _take_turns(ours, torchs)
-    fastest = [min(a + b) for a, b in zip(own, alone, strict=True)]
-    return min(map(statistics.median, (own[0], alone[0]))), fastest[0] / fastest[1]
+    try:
+        torch = import_module("torch")
+        x, weight, bias = (_to_torch(a).to(device) for a in host)
+    except Exception:
+        return None
+
+    def call() -> None:
+        torch.nn.functional.layer_norm(x, weight.shape, weight, bias, EPS)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    threads = torch.get_num_threads()
+    call()
+    try:
+        times = timeit.repeat(call, number=1, repeat=_REPEATS)
+        torch.set_num_threads(1)
+        return min(times + timeit.repeat(call, number=1, repeat=_REPEATS))
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _take_turns(*calls: Callable[[], Any]) -> list[list[float]]:
-    """Seconds of each call, many times over, the calls taking turns."""
-    for call in calls:
-        call()
-    times: list[list[float]] = [[] for _ in calls]
-    least, most = _ROUNDS
-    stop = time.perf_counter() + _SECONDS
-    while len(times[0]) < least or (len(times[0]) < most and time.perf_counter() < stop):
-        for call, taken in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return times
+# ---- as text ----
+
+
+def as_text(checks: list[Check], absent: list[Unavailable], remark: str) -> str:
+    """Checks as an aligned table, then what could not be checked."""
+    rows: list[tuple[str, ...]] = [
+        ("path", "arrays", "data", "shape", "dtype", "error", "allowed", "time", "x torch", "")
+    ]
+    for c in checks:
+        numbers = (
+            (c.error, "{:.2f}"),
+            (c.allowed, "{:.2f}"),
+            (c.seconds and c.seconds * 1e3, "{:.3f} ms"),
+            (c.torch_ratio, "{:.2f}"),
+        )
+        told = ["-" if value is None else form.format(value) for value, form in numbers]
+        shape = f"{c.shape[0]}x{c.shape[1]}"
+        verdict = "ok" if c.ok else f"WRONG: {c.note}"
+        rows.append((c.path, c.library, c.data, shape, c.dtype, *told, verdict))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["self-check against float64 or wider, two passes", *([remark] if remark else [])]
+    for row in rows:
+        left = [f"{cell:{w}}" for cell, w in zip(row[:5], widths[:5], strict=True)]
+        right = [f"{cell:>{w}}" for cell, w in zip(row[5:9], widths[5:9], strict=True)]
+        lines.append("  " + "  ".join([*left, *right, row[9]]).rstrip())
+    lines.append("  error: largest |y - exact| in units of epsilon(dtype) * max(1, |exact|)")
+    lines.append("  time: median of a call; x torch: fastest call over that of torch's layer_norm")
+    lines += [f"not checked: {a.path} with {a.library}: {a.why}" for a in absent]
+    lines.append(f"{sum(c.ok for c in checks)} of {len(checks)} checks right")
+    return "\n".join(lines)

@@ -1,14 +1,15 @@
 """Compiling ahead what later calls will need."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from cupynorm import _problem
-from cupynorm._progress import steps
-
-__all__ = ["warmup"]
+from cupynorm import _rules
+from cupynorm._layout import Facts, kernel_problem_of
+from cupynorm._ops import LAYER_NORM
+from cupynorm._report.explain import of_backward
+from cupynorm.functional import layer_norm, layer_norm_backward
 
 
 def warmup(
@@ -58,25 +59,24 @@ def warmup(
     On a GPU: ``cn.warmup(768, ["float16"], backward=True)`` before a training's first step.
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    _problem.resolve_axes((1, *shape), shape, None)
+    _rules.resolve_axes((1, *shape), shape, None)
     for name in dtypes:
-        _problem.check_x_dtype(name)
-    if device == "cuda":
-        return _of_gpu(math.prod(shape), dtypes, affine, backward, progress)
-    if device == "cpu":
-        names = steps(dtypes, "compiling loops", progress)
-        return [_of_cpu(shape, name, affine, backward) for name in names]
-    msg = f"device={device!r} is not 'cuda' or 'cpu'; pass one of them"
-    raise ValueError(msg)
+        _rules.check_x_dtype(name)
+    if device not in ("cuda", "cpu"):
+        msg = f"device={device!r} is not 'cuda' or 'cpu'; pass one of them"
+        raise ValueError(msg)
+    compiled, label = (_of_gpu, "kernels") if device == "cuda" else (_of_cpu, "loops")
+    made: list[str] = []
+    for name in _behind_a_bar(dtypes, f"compiling {label}", progress):
+        made += compiled(shape, name, affine, backward)
+    return list(dict.fromkeys(made))
 
 
-def _of_cpu(shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> str:
+def _of_cpu(shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> list[str]:
     """Make the calls that later ones will be like: of one row, and of as many as threads share."""
     from cupynorm._cpu import arrays as _cpu
-    from cupynorm.functional import layer_norm
-    from cupynorm.gradient import layer_norm_backward
 
-    dtype = _problem.numpy_dtype(name)
+    dtype = _rules.numpy_dtype(name)
     weight = np.ones(shape, dtype) if affine else None
     for rows in (1, -(-_cpu.shared_from() // max(1, math.prod(shape)))):
         x = np.zeros((rows, *shape), dtype)
@@ -84,28 +84,39 @@ def _of_cpu(shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> 
         _, mean, rstd = layer_norm(x, shape, weight, weight, return_stats=True)
         if backward:
             layer_norm_backward(x, x, shape, mean, rstd, weight)
-    return f"{_cpu.describe()}: {name}"
+    return [f"{_cpu.describe()}: {name}"]
 
 
-def _of_gpu(
-    N: int, dtypes: Sequence[str], affine: bool, backward: bool, progress: bool | None
-) -> list[str]:
-    """Compile and load, on the current device, what row-major x of these dtypes needs."""
+def _of_gpu(shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> list[str]:
+    """Compile and load, on the current device, what row-major x of a dtype needs."""
     from cupynorm._cuda import arrays as _cuda
 
-    index, strides = _cuda.get_device(), (N, 1)
-    names: list[str] = []
-    for name in steps(dtypes, "compiling kernels", progress):
-        affine_dtype = name if affine else None
-        dtypes_of_call = (name, affine_dtype, affine_dtype)
-        for rows in (1, 2**20):  # few rows may take K5
-            forward = _cuda.prepared_fwd(
-                index, (rows, N), (1,), strides, strides, dtypes_of_call, False
-            )
-            names += [stage.name for stage in forward.plan.stages]
-        if backward:
-            totals = (affine_dtype, affine_dtype or _problem.stats_dtype(name))
-            layouts = ((2**20, N), (1,), strides, strides, strides)
-            ready = _cuda.prepared_bwd(index, *layouts, (name, affine_dtype, *totals))
-            names += [stage.name for stage in ready.plan.stages]
-    return list(dict.fromkeys(names))
+    N, index = math.prod(shape), _cuda.get_device()
+    dtypes = dict.fromkeys(("x", "weight", "bias") if affine else ("x",), name)
+    few, many = (  # few rows may take K5
+        Facts(LAYER_NORM, False, (rows, N), (1,), dtypes, {"x": (N, 1), "y": (N, 1)})
+        for rows in (1, 2**20)
+    )
+    calls = (few, many, of_backward(many)) if backward else (few, many)
+    plans = [_cuda.ready_on(index, kernel_problem_of(facts)).plan for facts in calls]
+    return [stage.name for plan in plans for stage in plan.stages]
+
+
+def _behind_a_bar(dtypes: Sequence[str], label: str, progress: bool | None) -> Iterable[str]:
+    """Count dtypes behind tqdm's bar; unasked, only several of them, and where someone looks on."""
+    if progress is False:
+        return dtypes
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        if progress is None:
+            return dtypes
+        msg = (
+            f"progress=True draws a bar with tqdm, which cannot be imported ({error}); "
+            "pip install 'cupynorm[notebook]', or leave progress out"
+        )
+        raise ImportError(msg) from error
+    # None: tqdm draws in a notebook and a terminal, not into a file.
+    hidden = False if progress else len(dtypes) < 2 or None
+    counted: Iterable[str] = tqdm(dtypes, desc=label, leave=False, disable=hidden)
+    return counted

@@ -1,16 +1,16 @@
-"""Torch tensors on a GPU: launches on torch's current stream, scratch from torch's allocator."""
+"""Tensors on a GPU: launches on torch's current stream, scratch from torch's allocator."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from cupynorm._cuda import arrays as _cuda
-from cupynorm._cuda.prelaunch import launch_into, ready_from
-from cupynorm._layout import rows_last
-from cupynorm._problem import dtype_name
+from cupynorm._cuda.arrays import ready_on
+from cupynorm._cuda.launch import BACKWARD, FORWARD
+from cupynorm._layout import Facts, kernel_problem_of, rows_last
+from cupynorm._torch.tensors import Machine, Run, address_of, bytes_of
 
-__all__ = ["layer_norm_bwd", "layer_norm_fwd", "prepared"]
+_RESULTS = ("y", "dx", "dweight", "dbias", "mean", "rstd")
 
 
 class _Stream:
@@ -30,162 +30,67 @@ def _stream(index: int) -> _Stream:
     return _Stream(torch.cuda.current_stream(index).cuda_stream if raw is None else raw(index))
 
 
-def _index(x: Any) -> int:
-    index: int = x.device.index
-    return index
+class Kernels(Machine):
+    """What computes on one GPU."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def forward(self, facts: Facts) -> Run:
+        """``run(x, y, weight, bias, mean, rstd)``, where all but x and y may be None."""
+        return self._settled(facts, FORWARD)
+
+    def backward(self, facts: Facts) -> Run:
+        """``run(dy, x, mean, rstd, weight, dx, dweight, dbias)``; None: absent, not wanted."""
+        return self._settled(facts, BACKWARD)
+
+    def _settled(self, facts: Facts, names: tuple[str, ...]) -> Run:
+        index, problem = self._index, kernel_problem_of(facts)
+        meets = [_meeting(name, facts, problem.copies) for name in names]
+        order = rows_last(len(facts.shape), facts.axes)
+        written = [i for i, name in enumerate(names) if name in _RESULTS and name in problem.copies]
+        ready: Any = None
+
+        def run(*arrays: Any) -> None:
+            nonlocal ready
+            if torch.cuda.current_device() != index:
+                with torch.cuda.device(index):
+                    run(*arrays)
+                return
+            if ready is None:
+                ready = ready_on(index, problem)
+            # The names keep copies alive until they are on the stream; torch's allocator orders
+            # reuse by stream, so they may be dropped before they are read.
+            met = [None if a is None else meet(a) for meet, a in zip(meets, arrays, strict=True)]
+            nbytes, workspace = ready.workspace_bytes, 0
+            if nbytes:
+                scratch = torch.empty(nbytes, dtype=torch.uint8, device=arrays[0].device)
+                workspace = scratch.data_ptr()
+            pointers = [0 if a is None else a.data_ptr() for a in met]
+            ready.run(pointers, facts.eps, workspace, _stream(index))
+            for i in written:
+                if arrays[i] is not None:
+                    arrays[i].permute(order).copy_(met[i])
+
+        return run
 
 
-def _is_current(index: int) -> bool:
-    current: bool = torch.cuda.current_device() == index
-    return current
+def _meeting(name: str, facts: Facts, copies: tuple[tuple[str, str], ...]) -> Callable[..., Any]:
+    """How the kernels meet a tensor: as it lies, or as memory of its own with the rows last."""
+    order = rows_last(len(facts.shape), facts.axes)
+    copied = name in dict(copies)
+    if name in _RESULTS and name not in ("mean", "rstd"):
+        if copied:
+            return lambda a: torch.empty(a.permute(order).shape, dtype=a.dtype, device=a.device)
+        if name != "y" or not facts.out:
+            return lambda a: a
+    nbytes = 1 if name in ("mean", "rstd") else bytes_of(facts, name)
 
+    def meet(a: Any) -> Any:
+        address_of(name, a, nbytes)
+        if copied:
+            return a.permute(order).contiguous()
+        # The small ones have N or rows elements, and unit stride.
+        return a if name in ("x", "dy", "y") else a.resolve_neg().contiguous()
 
-def _name(dtype: Any) -> str | None:
-    return None if dtype is None else dtype_name(dtype)
-
-
-# Looked up by torch's own objects: names cost more than a look. As in `_cuda`, a few thousand kept.
-_MOST = 4096
-_prepared: dict[Any, Any] = {}
-
-
-def _prepared_fwd(
-    index: int, axes: tuple[int, ...], x: Any, y: Any, weight: Any, bias: Any, stats: bool
-) -> Any:
-    dtypes = (
-        x.dtype,
-        None if weight is None else weight.dtype,
-        None if bias is None else bias.dtype,
-    )
-    key = (index, x.shape, axes, x.stride(), y.stride(), dtypes, stats)
-    ready = _prepared.get(key)
-    if ready is None:
-        if len(_prepared) >= _MOST:
-            _prepared.clear()
-        names = (str(_name(dtypes[0])), _name(dtypes[1]), _name(dtypes[2]))
-        ready = _prepared[key] = _cuda.prepared_fwd(*key[:5], names, stats)
-    return ready
-
-
-def _prepared_bwd(
-    index: int, axes: tuple[int, ...], dy: Any, x: Any, weight: Any, dx: Any, sums: tuple[Any, Any]
-) -> Any:
-    dtypes = (x.dtype, *(None if a is None else a.dtype for a in (weight, *sums)))
-    dx_strides = None if dx is None else dx.stride()
-    key = (index, x.shape, axes, dy.stride(), x.stride(), dx_strides, dtypes)
-    ready = _prepared.get(key)
-    if ready is None:
-        if len(_prepared) >= _MOST:
-            _prepared.clear()
-        names = tuple(map(_name, dtypes))
-        ready = _prepared[key] = _cuda.prepared_bwd(*key[:6], names)
-    return ready
-
-
-def prepared(
-    x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float, y: Any
-) -> Callable[[int, int], bool] | None:
-    """What writes to the address of a y like this one from that of an x like this one.
-
-    One launch on torch's current stream; None where there is more to do. False, and nothing done,
-    where the two overlap in part, y overlaps weight or bias, or another device is current. Weight
-    and bias are read where they are now. A kernel that is not there yet is compiled.
-    """
-    index = _index(x)
-    if not _is_current(index):
-        with torch.cuda.device(index):
-            return prepared(x, axes, weight, bias, eps, y)
-    found = _prepared_fwd(index, axes, x, y, weight, bias, False)
-    affine = [t for t in (weight, bias) if t is not None]
-    if any(t.is_neg() or not t.is_contiguous() for t in affine) or not x.is_contiguous():
-        return None
-    names = tuple(_name(None if t is None else t.dtype) for t in (x, weight, bias))
-    ready = ready_from(found, tuple(x.shape), axes, x.stride(), y.stride(), names, eps)
-    if ready is None or x.numel() == 1:  # a negated view may be contiguous
-        return None
-    w, b = _pointer(weight), _pointer(bias)
-
-    def run(source: int, target: int) -> bool:
-        if not _is_current(index):
-            return False
-        return launch_into(ready, source, target, w, b, _stream(index))
-
-    return run
-
-
-def _pointer(tensor: Any) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _workspace(nbytes: int, x: Any) -> Any:
-    """Scratch memory; torch's allocator orders its reuse by stream, so it may be dropped early."""
-    return torch.empty(nbytes, dtype=torch.uint8, device=x.device) if nbytes else None
-
-
-def layer_norm_fwd(
-    x: Any,
-    axes: tuple[int, ...],
-    weight: Any,
-    bias: Any,
-    eps: float,
-    y: Any,
-    mean: Any,
-    rstd: Any,
-) -> None:
-    """Normalize x into y; mean and rstd may be None, nothing is empty."""
-    index = _index(x)
-    if not _is_current(index):
-        with torch.cuda.device(index):
-            layer_norm_fwd(x, axes, weight, bias, eps, y, mean, rstd)
-        return
-    # The names keep copies alive until they are on the stream.
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    stats = mean is not None
-    ready, target = _prepared_fwd(index, axes, x, y, weight, bias, stats), y
-    if ready.copies:
-        order = rows_last(x.ndim, axes)
-        x, y = x.permute(order), y.permute(order)  # the plan is for the copies already
-        x = x.contiguous() if "x" in ready.copies else x
-        target = torch.empty(y.shape, dtype=y.dtype, device=y.device) if "y" in ready.copies else y
-    workspace = _workspace(ready.workspace_bytes, x)
-    pointers = tuple(map(_pointer, (x, target, weight, bias, mean, rstd)))
-    _cuda.launch_fwd(ready, pointers, eps, _pointer(workspace), _stream(index))
-    if target is not y:
-        y.copy_(target)
-
-
-def layer_norm_bwd(
-    dy: Any,
-    x: Any,
-    axes: tuple[int, ...],
-    mean: Any,
-    rstd: Any,
-    weight: Any,
-    dx: Any,
-    dweight: Any,
-    dbias: Any,
-) -> None:
-    """Gradients into dx, dweight and dbias, each of which may be None; nothing is empty."""
-    index = _index(x)
-    if not _is_current(index):
-        with torch.cuda.device(index):
-            layer_norm_bwd(dy, x, axes, mean, rstd, weight, dx, dweight, dbias)
-        return
-    weight = None if weight is None else weight.contiguous()
-    sums = dweight, dbias
-    ready, target = _prepared_bwd(index, axes, dy, x, weight, dx, sums), dx
-    if ready.copies:
-        order = rows_last(x.ndim, axes)
-        dy, x = dy.permute(order), x.permute(order)
-        dx = None if dx is None else dx.permute(order)
-        dy = dy.contiguous() if "dy" in ready.copies else dy
-        x = x.contiguous() if "x" in ready.copies else x
-        target = dx
-        if dx is not None and "dx" in ready.copies:
-            target = torch.empty(dx.shape, dtype=dx.dtype, device=dx.device)
-    workspace = _workspace(ready.workspace_bytes, x)
-    pointers = tuple(map(_pointer, (dy, x, mean, rstd, weight, target, dweight, dbias)))
-    _cuda.launch_bwd(ready, pointers, _pointer(workspace), _stream(index))
-    if target is not dx:
-        dx.copy_(target)
+    return meet

@@ -4,11 +4,8 @@ from typing import Any
 
 import torch
 
-from cupynorm._problem import check_affine_shape
-from cupynorm._torch import formula as _torch_formula
-from cupynorm._torch import tensors as _torch_launch
-
-__all__ = ["layer_norm_bwd", "layer_norm_fwd"]
+from cupynorm._rules import check_affine_shape
+from cupynorm._torch import tensors
 
 _library = torch.library.Library("cupynorm", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -24,13 +21,16 @@ _library.define(
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     tags=_tags,
 )
+# Of which each argument is one of a schema, so that more than six are named by position.
+layer_norm_fwd = torch.ops.cupynorm.layer_norm_fwd.default
+_layer_norm_bwd = torch.ops.cupynorm.layer_norm_bwd.default
 
 
 def _fwd(
     x: Any, axes: list[int], weight: Any, bias: Any, eps: float, keep: bool
 ) -> tuple[Any, Any, Any]:
     _check_shapes(x, axes, weight, bias)
-    return _torch_launch.forward(x, tuple(axes), weight, bias, eps, True, keep)
+    return tensors.forward(x, weight, bias, (tuple(axes), eps, keep))
 
 
 def _check_shapes(x: Any, axes: list[int], *values: Any) -> None:
@@ -41,20 +41,11 @@ def _check_shapes(x: Any, axes: list[int], *values: Any) -> None:
             check_affine_shape(label, tuple(value.shape), shape)
 
 
-def _bwd(
-    dy: Any,
-    x: Any,
-    axes: list[int],
-    mean: Any,
-    rstd: Any,
-    weight: Any,
-    wanted: list[bool],
-    *dtypes: Any,
-) -> tuple[Any, ...]:
+def _bwd(dy: Any, x: Any, axes: list[int], mean: Any, rstd: Any, *rest: Any) -> tuple[Any, ...]:
+    weight, wanted, *dtypes = rest
     _check_shapes(x, axes, weight)
-    grads = _torch_launch.backward(
-        dy, x, tuple(axes), mean, rstd, weight, (wanted[0], wanted[1], wanted[2]), dtypes
-    )
+    call = tuple(axes), tuple(wanted), tuple(dtypes)
+    grads = tensors.backward(dy, x, (mean, rstd), weight, call)
     # A schema has no optional results: what is not wanted is an empty tensor.
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -63,32 +54,20 @@ for _device in ("CPU", "CUDA"):
     _library.impl("layer_norm_fwd", _fwd, _device)
     _library.impl("layer_norm_bwd", _bwd, _device)
 
-layer_norm_fwd = torch.ops.cupynorm.layer_norm_fwd.default
-_layer_norm_bwd = torch.ops.cupynorm.layer_norm_bwd.default
-
 
 @torch.library.register_fake("cupynorm::layer_norm_fwd", lib=_library)  # type: ignore[untyped-decorator]
 def _fwd_fake(
     x: Any, axes: list[int], weight: Any, bias: Any, eps: float, keep: bool
 ) -> tuple[Any, Any, Any]:
-    form = torch.preserve_format if keep else torch.contiguous_format
     shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
-    dtype = _torch_formula.stats_dtype(x.dtype)
+    dtype = tensors.stats_dtype(x.dtype)
     mean, rstd = x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
-    return torch.empty_like(x, memory_format=form), mean, rstd
+    return tensors.new_y(x, keep), mean, rstd
 
 
 @torch.library.register_fake("cupynorm::layer_norm_bwd", lib=_library)  # type: ignore[untyped-decorator]
-def _bwd_fake(
-    dy: Any,
-    x: Any,
-    axes: list[int],
-    mean: Any,
-    rstd: Any,
-    weight: Any,
-    wanted: list[bool],
-    *dtypes: Any,
-) -> tuple[Any, ...]:
+def _bwd_fake(dy: Any, x: Any, axes: list[int], *rest: Any) -> tuple[Any, ...]:
+    _, _, _, wanted, *dtypes = rest
     shape = [x.shape[a] for a in axes]
     dx = torch.empty_like(x) if wanted[0] else x.new_empty(0)
     sums = (
@@ -99,15 +78,9 @@ def _bwd_fake(
 
 
 def layer_norm_bwd(
-    dy: Any,
-    x: Any,
-    axes: tuple[int, ...],
-    mean: Any,
-    rstd: Any,
-    weight: Any,
-    wanted: tuple[bool, bool, bool],
-    dtypes: tuple[Any, Any],
+    dy: Any, x: Any, stats: tuple[Any, Any], weight: Any, call: tuple[Any, Any, Any]
 ) -> tuple[Any, ...]:
-    """dx, dweight and dbias by the operator, None where not wanted."""
-    grads = _layer_norm_bwd(dy, x, axes, mean, rstd, weight, wanted, *dtypes)
+    """dx, dweight and dbias by the operator, None where not wanted; as `tensors.backward`."""
+    axes, wanted, dtypes = call
+    grads = _layer_norm_bwd(dy, x, axes, *stats, weight, wanted, *dtypes)
     return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))

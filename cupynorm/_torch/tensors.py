@@ -1,140 +1,321 @@
-"""Torch tensors to the paths that do the work: who computes, and into what memory."""
+"""Plain tensors that nobody watches: what they look like, memory for results, calls by address."""
 
-from typing import Any
+import importlib.util
+import math
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NoReturn
 
 import torch
 
-__all__ = ["backward", "forward", "into", "path_of"]
+from cupynorm import _memo
+from cupynorm._layout import Facts, row_major_strides
+from cupynorm._libraries import check_overlap
+from cupynorm._ops import LAYER_NORM
+from cupynorm._rules import ITEMSIZE, dtype_name
+
+Three = tuple[Any, Any, Any]
+Run = Callable[..., None]
 
 
-def _path(device_type: str) -> Any:
-    """Import the path of a device when its first tensor arrives."""
-    if device_type == "cpu":
-        from cupynorm._torch import cpu as _torch_cpu
-
-        _paths["cpu"] = _torch_cpu
-        return _torch_cpu
-    if device_type == "cuda":
-        try:
-            from cupynorm._torch import cuda as _torch_cuda
-        except ImportError as error:
-            msg = (
-                "x is on a GPU, and CuPy, which compiles and launches the kernels, cannot be "
-                f"imported ({error}); pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
-            )
-            raise ImportError(msg) from error
-        _paths["cuda"] = _torch_cuda
-        return _torch_cuda
-    msg = (
-        f"x is on device type {device_type}, which has no layer_norm here; move it to 'cpu' or "
-        "'cuda', or call torch.nn.functional.layer_norm"
-    )
-    raise ValueError(msg)
+def stats_dtype(dtype: Any) -> Any:
+    """Torch dtype in which statistics are computed and returned."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-_paths: dict[str, Any] = {}
-
-
-def path_of(x: Any) -> Any:
-    """Module of x's device that does the work."""
-    # x.device.type would cost as much as all the rest of this.
-    device_type = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
-    return _paths.get(device_type) or _path(device_type)
-
-
-def forward(
-    x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float, stats: bool, keep: bool
-) -> tuple[Any, Any, Any]:
-    """y, and with ``stats`` mean and rstd.
-
-    Parameters
-    ----------
-    x, weight, bias : tensor
-        Checked; plain strided memory, no autograd or other transform to be heeded.
-    axes : tuple of int
-        Ascending.
-    eps : float
-        Added to the variance.
-    stats : bool
-        Whether mean and rstd are wanted; None otherwise.
-    keep : bool
-        Whether y keeps x's strides; row-major otherwise.
-    """
+def new_y(x: Any, keep: bool) -> Any:
+    """Memory for a result, with x's strides or row-major."""
     if keep or x.is_contiguous():
-        y = torch.empty_like(x)
-    else:
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, *into(x, axes, weight, bias, eps, y, stats)
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def into(
-    x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float, y: Any, stats: bool
-) -> tuple[Any, Any]:
-    """As `forward`, into memory that is there, of any strides; it gives mean and rstd."""
-    mean: Any = None
-    rstd: Any = None
-    if stats:
-        mean, rstd = _two_for_rows(x, axes)
-    if x.is_meta:  # shape and dtype are all there is
-        return mean, rstd
-    if y.numel():
-        do = path_of(x)
-        if x.is_neg() or _negated(weight) or _negated(bias):
-            x, weight, bias = (None if t is None else t.resolve_neg() for t in (x, weight, bias))
-        do.layer_norm_fwd(x, axes, weight, bias, eps, y, mean, rstd)
-    elif stats:  # the mean of nothing
-        mean.fill_(torch.nan)
-        rstd.fill_(torch.nan)
-    return mean, rstd
+class Machine:
+    """What computes on one kind of device, from tensors into tensors; nothing is empty.
+
+    This one is for the meta device, where shape and dtype are all there is.
+    """
+
+    def forward(self, facts: Facts) -> Run:
+        """``run(x, y, weight, bias, mean, rstd)``, where all but x and y may be None."""
+        return _nothing
+
+    def backward(self, facts: Facts) -> Run:
+        """``run(dy, x, mean, rstd, weight, dx, dweight, dbias)``; None: absent, not wanted."""
+        return _nothing
 
 
-def _negated(tensor: Any) -> bool:
-    """Whether memory holds the negative of what the tensor does, as that of conj().imag."""
-    return tensor is not None and tensor.is_neg()
+class _OfNothing(Machine):
+    """Of an empty x: the mean of nothing is NaN, the sum over no rows zero."""
+
+    def forward(self, facts: Facts) -> Run:
+        return lambda *arrays: _fill(arrays[4:], math.nan)
+
+    def backward(self, facts: Facts) -> Run:
+        return lambda *arrays: _fill(arrays[6:], 0.0)
 
 
-def _two_for_rows(x: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
-    """Memory for mean and rstd."""
-    n, first = len(axes), axes[0]
-    if first + n == x.ndim:
-        shape = x.shape[:first] + (1,) * n
-    else:
-        shape = [1 if a in axes else length for a, length in enumerate(x.shape)]
-    if x.dtype is torch.float32 or x.dtype is torch.float64:
-        return x.new_empty(*shape), x.new_empty(*shape)  # half of what torch.empty costs
-    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+def _fill(totals: tuple[Any, ...], value: float) -> None:
+    for total in totals:
+        if total is not None:
+            total.fill_(value)
 
 
-def backward(
-    dy: Any,
-    x: Any,
-    axes: tuple[int, ...],
-    mean: Any,
-    rstd: Any,
-    weight: Any,
-    wanted: tuple[bool, bool, bool],
-    dtypes: tuple[Any, Any],
-) -> tuple[Any, Any, Any]:
-    """dx, dweight and dbias, None where not wanted; ``dtypes`` are those of the latter two."""
-    dx = torch.empty_like(x) if wanted[0] else None
-    dweight = _for_sum(x, axes, weight, dtypes[0]) if wanted[1] else None
-    dbias = _for_sum(x, axes, weight, dtypes[1]) if wanted[2] else None
-    if x.is_meta:
-        return dx, dweight, dbias
-    if x.numel():
-        do = path_of(x)
-        if dy.is_neg() or x.is_neg() or _negated(weight):
-            dy, x, weight = (None if t is None else t.resolve_neg() for t in (dy, x, weight))
-        do.layer_norm_bwd(dy, x, axes, mean, rstd, weight, dx, dweight, dbias)
-    else:  # the sum over no rows
-        for grad in (dweight, dbias):
-            if grad is not None:
-                grad.zero_()
-    return dx, dweight, dbias
+def _nothing(*_: Any) -> None:
+    """Compute nothing, and make no memory for it."""
 
 
-def _for_sum(x: Any, axes: tuple[int, ...], weight: Any, dtype: Any) -> Any:
-    """Memory for dweight or dbias, row-major."""
-    if weight is not None and weight.dtype is dtype and weight.is_contiguous():
-        return torch.empty_like(weight)
-    return x.new_empty([x.shape[a] for a in axes], dtype=dtype)
+_machines: dict[Any, Machine] = {}  # by device
+
+
+def machine_on(device: Any) -> Machine:
+    """What computes on a device, imported when its first tensor arrives."""
+    return _machines.get(device) or _machines.setdefault(device, _machine(device))
+
+
+def _machine(device: Any) -> Machine:
+    if device.type == "meta":
+        return Machine()
+    from cupynorm._torch import cpu
+
+    if device.type == "cpu":
+        return cpu.Loops()
+    if device.type != "cuda" or importlib.util.find_spec("cupy") is None:
+        return cpu.Functions()
+    try:
+        from cupynorm._torch.cuda import Kernels
+    except ImportError as error:
+        _refuse_without_cupy(error)
+    return Kernels(device.index)
+
+
+def check_device(device: Any) -> None:
+    """Refuse a device on which neither loops nor kernels compute."""
+    if device.type == "cuda":
+        try:
+            import_module("cupynorm._cuda.arrays")
+        except ImportError as error:
+            _refuse_without_cupy(error)
+    elif device.type not in ("cpu", "meta"):
+        msg = (
+            f"x is on device type {device.type}, which has no layer_norm here; move it to 'cpu' or "
+            "'cuda', or call torch.nn.functional.layer_norm"
+        )
+        raise ValueError(msg)
+
+
+def _refuse_without_cupy(error: ImportError) -> NoReturn:
+    msg = (
+        "x is on a GPU, and CuPy, which compiles and launches the kernels, cannot be "
+        f"imported ({error}); pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
+    )
+    raise ImportError(msg) from error
+
+
+class Tensors:
+    """The door of plain tensors that nobody watches.
+
+    What is settled for a look is settled for one device, which is a part of it; which machine that
+    is shows at the first call.
+    """
+
+    select: Any = None
+    types = (torch.Tensor, torch.nn.Parameter)
+    refuses_prepared = ""
+
+    @staticmethod
+    def look(a: Any) -> Any:
+        """All of one tensor that a settled call may depend on; a Parameter is a tensor."""
+        return a.shape, a.dtype, a.is_contiguous() or a.stride(), a.is_cpu or a.device
+
+    @staticmethod
+    def strides(a: Any) -> tuple[int, ...]:
+        """Element strides."""
+        return tuple(a.stride())
+
+    @staticmethod
+    def device(a: Any) -> int | None:
+        """Index of a GPU."""
+        return a.device.index if a.is_cuda else None
+
+    def normalizer(self, facts: Facts) -> Callable[..., Any]:
+        """The settled forward."""
+        run: Any = None if facts.size else _OfNothing().forward(facts)
+        new, shape, stats = _maker(facts, "y"), facts.stats_shape, facts.stats
+        clash = _overlap(facts) if facts.out and facts.size else None
+
+        def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:
+            nonlocal run
+            if run is None:
+                run = machine_on(x.device).forward(facts)
+            if out is None:
+                y = new(x)
+            else:
+                if clash is not None:
+                    clash(x, weight, bias, out)
+                y = out
+            if not stats:
+                run(x, y, weight, bias, None, None)
+                return y
+            kind = stats_dtype(x.dtype)
+            mean, rstd = x.new_empty(shape, dtype=kind), x.new_empty(shape, dtype=kind)
+            run(x, y, weight, bias, mean, rstd)
+            return y, mean, rstd
+
+        if not _negatable(facts):
+            return call
+
+        def resolving(x: Any, weight: Any, bias: Any, out: Any) -> Any:
+            if out is not None and out.is_neg():
+                fresh = torch.empty_strided(out.shape, out.stride(), dtype=x.dtype, device=x.device)
+                found = call(x, weight, bias, fresh)
+                out.copy_(fresh)
+                return (out, *found[1:]) if stats else out
+            if not x.is_neg():
+                return call(x, weight, bias, out)
+            x = x.resolve_neg()
+            given = facts._replace(strides={**facts.strides, "x": self.strides(x)})
+            return self.normalizer(given)(x, weight, bias, out)
+
+        return resolving
+
+    def differentiator(self, facts: Facts) -> Callable[..., Any]:
+        """The settled backward."""
+        run: Any = None if facts.size else _OfNothing().backward(facts)
+        new, shape = _maker(facts, "dx"), facts.affine_shape
+        to_weight, to_bias = (
+            getattr(torch, facts.dtypes[k]) if k in facts.dtypes else None
+            for k in ("dweight", "dbias")
+        )
+        negatable = _negatable(facts)
+
+        def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> Three:
+            nonlocal run
+            if negatable and (dy.is_neg() or x.is_neg()):
+                dy, x = dy.resolve_neg(), x.resolve_neg()
+                met = {**facts.strides, "dy": self.strides(dy), "x": self.strides(x)}
+                again = self.differentiator(facts._replace(strides=met))
+                found: Three = again(dy, x, mean, rstd, weight)
+                return found
+            if run is None:
+                run = machine_on(x.device).backward(facts)
+            dx = new(x)
+            dweight = None if to_weight is None else x.new_empty(shape, dtype=to_weight)
+            dbias = None if to_bias is None else x.new_empty(shape, dtype=to_bias)
+            run(dy, x, mean, rstd, weight, dx, dweight, dbias)
+            return dx, dweight, dbias
+
+        return call
+
+
+def _negatable(facts: Facts) -> bool:
+    """Whether a tensor of x's shape may be one whose memory holds the negative of what it does.
+
+    z.conj().imag is one: a view by steps of 2, which is not row-major unless it has one element.
+    """
+    dense = row_major_strides(facts.shape, ())
+    return facts.size == 1 or any(strides != dense for strides in facts.strides.values())
+
+
+def _maker(facts: Facts, name: str) -> Callable[[Any], Any]:
+    """What makes memory for a result of x's shape; nothing, if that is not wanted."""
+    strides = facts.strides.get(name)
+    if strides is None:
+        return _nothing
+    if strides == facts.strides["x"] == row_major_strides(facts.shape, ()):
+        return torch.empty_like  # type: ignore[no-any-return]
+    return lambda x: torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+
+
+def _overlap(facts: Facts) -> Callable[..., None]:
+    """A look by address whether `out` shares memory with an input; where it may, the exact rule."""
+    x_reach, y_reach = bytes_of(facts, "x"), bytes_of(facts, "y")
+    same = facts.strides["x"] == facts.strides["y"]
+
+    def look(x: Any, weight: Any, bias: Any, out: Any) -> None:
+        at, to = x.data_ptr(), out.data_ptr()
+        if not (same and at == to) and at < to + y_reach and to < at + x_reach:
+            check_overlap("x", x, out, same_allowed=True)
+        for label, row in (("weight", weight), ("bias", bias)):
+            if row is not None:
+                at = row.data_ptr()
+                if not row.is_contiguous() or (at < to + y_reach and to < at + row.nbytes):
+                    check_overlap(label, row, out, same_allowed=False)
+
+    return look
+
+
+def bytes_of(facts: Facts, name: str) -> int:
+    """Bytes that an array takes from its first element on; the small ones may take more."""
+    strides = facts.strides.get(name)
+    if strides is None:
+        return ITEMSIZE[facts.dtypes.get(name, "float16")] * facts.N
+    steps = zip(strides, facts.shape, strict=True)
+    return ITEMSIZE[facts.dtypes["x"]] * (1 + sum(s * (n - 1) for s, n in steps))
+
+
+def address_of(label: str, tensor: Any, nbytes: int) -> int:
+    """Where a tensor begins, if there is as much memory behind it as it takes."""
+    if tensor.untyped_storage().nbytes() < nbytes:
+        msg = (
+            f"{label} takes {nbytes} bytes, but its storage holds "
+            f"{tensor.untyped_storage().nbytes()}: it was resized or released, as FSDP does outside "
+            "of forward. Restore its memory before the call"
+        )
+        raise ValueError(msg)
+    at: int = tensor.data_ptr()
+    return at
+
+
+# --- settled by what is there, for autograd and the operators -------------------------------------
+
+_PLAIN = Tensors()
+
+
+def forward(x: Any, weight: Any, bias: Any, call: Three) -> Three:
+    """y, mean and rstd of arguments that fit; `call` is axes, eps and whether y keeps x's strides.
+
+    Nobody watches, or whoever does has been told.
+    """
+    axes, eps, keep = call
+    y = new_y(x, keep)
+    rows = {"weight": weight, "bias": bias}
+    key = ("tensors forward", axes, eps, *(_look(t) for t in (x, y, weight, bias)))
+    settled = _memo.settled.get(key)
+    if settled is None:
+        dtypes = _names({"x": x, **rows})
+        strides = {"x": _PLAIN.strides(x), "y": _PLAIN.strides(y)}
+        facts = Facts(LAYER_NORM, False, tuple(x.shape), axes, dtypes, strides, eps)
+        settled = _memo.keep(key, _PLAIN.normalizer(facts._replace(out=True, stats=True)))
+    found: Three = settled(x, weight, bias, y)
+    return found
+
+
+def backward(dy: Any, x: Any, stats: Any, weight: Any, call: Three) -> Three:
+    """dx, dweight and dbias of arguments that fit, None where not wanted.
+
+    `stats` are mean and rstd, `call` is axes, what is wanted, and the dtypes of dweight and dbias.
+    """
+    axes, wanted, dtypes = call
+    key = ("tensors backward", call, *(_look(t) for t in (dy, x, *stats, weight)))
+    settled = _memo.settled.get(key)
+    if settled is None:
+        names = _names({"x": x, "weight": weight})
+        for name, want, dtype in zip(("dweight", "dbias"), wanted[1:], dtypes, strict=True):
+            if want:
+                names[name] = dtype_name(dtype)
+        strides: dict[str, Any] = {"x": _PLAIN.strides(x), "dy": _PLAIN.strides(dy)}
+        if wanted[0]:
+            strides["dx"] = tuple(torch.empty_like(x, device="meta").stride())
+        facts = Facts(LAYER_NORM, True, tuple(x.shape), axes, names, strides)
+        settled = _memo.keep(key, _PLAIN.differentiator(facts))
+    found: Three = settled(dy, x, *stats, weight)
+    return found
+
+
+def _look(tensor: Any) -> Any:
+    return None if tensor is None else Tensors.look(tensor)
+
+
+def _names(tensors: dict[str, Any]) -> dict[str, str]:
+    return {name: dtype_name(t.dtype) for name, t in tensors.items() if t is not None}

@@ -1,11 +1,14 @@
-"""Layer norm of Dask arrays and DataFrames, lazily; needs the extra ``dask``."""
+"""Layer norm of Dask arrays and DataFrames, lazily; needs the extra ``dask``.
+
+Lays graphs out and runs nothing: each task calls `_calls` on a block, `cupynorm.frames` on a
+partition, or `_reference`'s moments. Dask itself is imported when a collection has come.
+"""
 
 from typing import Any
 
-from dask.base import is_dask_collection
-
-from cupynorm import functional
-from cupynorm.dask import _blocks as _dask_blocks
+from cupynorm._calls import How
+from cupynorm._libraries import library_of
+from cupynorm._ops import LAYER_NORM, LayerNormResult, Op
 
 __all__ = ["layer_norm"]
 
@@ -31,15 +34,14 @@ def layer_norm(
         DataFrame of pandas or cuDF partitions, whose rows are normalized over its columns. Chunks
         may have unknown sizes, but not along the normalized axes.
     normalized_shape : int or tuple of int, optional
-        Trailing dimensions of x to normalize over.
+        As for `cupynorm.layer_norm`.
     weight, bias : array, optional
-        Scale and shift, of shape `normalized_shape`, or ``tuple(x.shape[a] for a in axis)``, in
-        any of the four dtypes: an array of the blocks' library, which goes into the graph once, or
-        a Dask array, which is chunked as x is. A DataFrame takes no Dask arrays here.
+        As for `cupynorm.layer_norm`, of the blocks' library, each once in the graph; or Dask
+        arrays, which are chunked as x is. A DataFrame takes no Dask arrays here.
     eps : float, default 1e-5
-        Added to the variance; any finite real number.
+        As for `cupynorm.layer_norm`.
     axis : int or tuple of int, optional
-        The axes to normalize over, the other way to say it. With neither: the last axis.
+        As for `cupynorm.layer_norm`.
     return_stats : bool, default False
         Give mean and rstd as well; arrays only.
 
@@ -84,22 +86,26 @@ def layer_norm(
     array([[-1.225,  0.   ,  1.225],
            [-1.225,  0.   ,  1.225]])
     """
+    from dask.base import is_dask_collection
+
     if not is_dask_collection(x):
         msg = (
             f"x is a {type(x).__module__}.{type(x).__qualname__}, no Dask collection; call "
             "cupynorm.layer_norm(x), or make it one, e.g. dask.array.from_array(x)"
         )
         raise TypeError(msg)
-    y, mean, rstd = _dask_blocks.layer_norm(
-        functional.layer_norm,
-        x,
-        normalized_shape,
-        weight,
-        bias,
-        eps,
-        axis,
-        "K",
-        None,
-        return_stats,
-    )
-    return functional.LayerNormResult(y, mean, rstd) if return_stats else y
+    how = normalized_shape, axis, eps, "K", return_stats
+    found = normalize(LAYER_NORM, x, weight, bias, None, how)
+    return LayerNormResult(*found) if return_stats else found
+
+
+def is_collection(x: Any) -> bool:
+    """Whether x is one of Dask's collections; asked of its type."""
+    return library_of(x).startswith("dask")
+
+
+def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any:
+    """Serve `layer_norm(x, ...)`: y, or (y, mean, rstd) where `how` asks for them."""
+    from cupynorm.dask import _blocks
+
+    return _blocks.normalize(op, x, weight, bias, out, how)

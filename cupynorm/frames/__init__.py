@@ -1,12 +1,15 @@
-"""Layer norm of tables: rows over columns, with index and column names kept."""
+"""Tables of pandas, polars and cuDF: rows over columns, with index and column names kept.
+
+Imports columns' rules and calls from `columns`, one adapter a library from the files beside it, and
+from outside of this folder only what lies below it: no table library before a table has come.
+"""
 
 from typing import Any
 
-from cupynorm import _problem
-from cupynorm._cpu.columns import as_matrix
-from cupynorm.frames import _tables
-from cupynorm.frames._arguments import gather, result_dtype
-from cupynorm.frames.columns import normalize
+from cupynorm import _rules
+from cupynorm._calls import How
+from cupynorm._ops import LAYER_NORM, Op
+from cupynorm.frames import columns
 
 __all__ = ["layer_norm"]
 
@@ -33,7 +36,7 @@ def layer_norm(
     weight, bias : array, optional
         Scale and shift of shape (N,), NumPy (CuPy for cuDF), in the order of the columns.
     eps : float, default 1e-5
-        Added to the variance; any finite real number.
+        As for `cupynorm.layer_norm`.
     dtype : dtype, optional
         Of every column of the result: float16, float32 or float64. By default float32, and float64
         where a column is float64.
@@ -41,8 +44,7 @@ def layer_norm(
         Layout of the result's one block of memory: row-major where df is one row-major matrix,
         else column-major; row-major; column-major.
     nulls : {'propagate', 'omit'}, default 'propagate'
-        What a null, or NaN, does to its row: all of the row becomes NaN; or the statistics are
-        those of the others and it alone stays NaN.
+        As for `cupynorm.layer_norm_columns`: what a null, or NaN, does to its row.
 
     Returns
     -------
@@ -60,9 +62,9 @@ def layer_norm(
 
     Notes
     -----
-    ``y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` over each row, with the biased
-    variance: the formula of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450.
-    See `layer_norm_columns` for the algorithm, and for the same table as one row-major matrix.
+    Over each row the formula of Ba, Kiros and Hinton (2016), "Layer Normalization",
+    arXiv:1607.06450, with the algorithm of `cupynorm.layer_norm_columns`, which gives the same
+    table as one row-major matrix.
 
     Examples
     --------
@@ -74,41 +76,49 @@ def layer_norm(
     x -1.225  0.0  1.225
     y -1.000  NaN  1.000
     """
-    if _tables.library(df) is None:
+    if not is_table(df):
         msg = (
             f"df is a {type(df).__module__}.{type(df).__qualname__}, not a DataFrame of pandas, "
             "polars or cuDF; pass arrays to cupynorm.layer_norm"
         )
         raise TypeError(msg)
-    _problem.check_order(order)
-    path, columns = gather(_tables.read(df))
+    return _layer_norm(LAYER_NORM, df, weight, bias, eps, dtype=dtype, order=order, nulls=nulls)
+
+
+def _layer_norm(
+    op: Op, df: Any, weight: Any, bias: Any, eps: Any, *, dtype: Any, order: str, nulls: str
+) -> Any:
+    _rules.check_order(order)
+    ready = columns.gather(columns.read(df))
     if order == "K":
-        row_major = path == "numpy" and as_matrix(columns) is not None
-        order = "C" if row_major else "F"
-    name = result_dtype(columns, dtype, None)
+        x = columns.as_matrix(ready)
+        by_row = x is not None and x.strides[1] == x.itemsize <= x.strides[0] // x.shape[1]
+        order = "C" if by_row else "F"
+    name = columns.result_dtype(ready, dtype)
     if name == "bfloat16":
         msg = (
             f"dtype={dtype!r}: tables have no bfloat16 columns; call layer_norm_columns, which "
             "gives a matrix"
         )
         raise TypeError(msg)
-    y = normalize(path, columns, weight, bias, eps, name, order, None, nulls)
-    return _tables.build(df, y)
+    named = {"dtype": name, "order": order, "nulls": nulls}
+    return build(df, columns.normalize(op, ready, weight, bias, eps, **named))
 
 
-def from_call(
-    df: Any,
-    normalized_shape: Any,
-    weight: Any,
-    bias: Any,
-    eps: Any,
-    axis: Any,
-    order: str,
-    out: Any,
-    return_stats: bool,
-) -> Any:
+def is_table(x: Any) -> bool:
+    """Whether x is a DataFrame of a library known here; asked of its type."""
+    return bool(columns.library(x))
+
+
+def build(table: Any, y: Any) -> Any:
+    """Give y (M, N) as a table with the index, names and class of `table`, sharing y's memory."""
+    return columns.adapter(table).build(table, y)
+
+
+def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any:
     """Serve `layer_norm(df, ...)`, of whose arguments a table takes those that it can mean."""
-    axes = _problem.resolve_axes(tuple(df.shape), normalized_shape, axis)
+    normalized_shape, axis, eps, order, return_stats = how
+    axes = _rules.resolve_axes(tuple(x.shape), normalized_shape, axis)
     if axes != (1,):
         msg = (
             f"a table is normalized over its columns, axis=1, not axes {axes}; "
@@ -119,4 +129,4 @@ def from_call(
         name = "out=" if out is not None else "return_stats=True"
         msg = f"{name} is for arrays, not for tables; pass df.to_numpy(), or use layer_norm_columns"
         raise TypeError(msg)
-    return layer_norm(df, weight, bias, eps, order=order)
+    return _layer_norm(op, x, weight, bias, eps, dtype=None, order=order, nulls="propagate")

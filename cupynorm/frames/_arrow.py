@@ -1,10 +1,9 @@
 """Arrow's arrays as columns: NumPy views of their buffers and bitmaps."""
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
-
-__all__ = ["DTYPES", "read"]
 
 # By the names that Arrow gives its types.
 DTYPES = {"bool": "bool", "halffloat": "float16", "float": "float32", "double": "float64"}
@@ -20,7 +19,8 @@ def read(data: Any) -> tuple[Any, ...]:
         chunks = [chunk for chunk in data.chunks if len(chunk)]
         if not chunks:
             return (np.empty(0, DTYPES[str(data.type)]),)
-        data = chunks[0] if len(chunks) == 1 else _joined(chunks)
+        join = import_module("pyarrow").concat_arrays
+        data = chunks[0] if len(chunks) == 1 else join(chunks)
     validity, buffer = data.buffers()
     first, size = data.offset, len(data)
     if str(data.type) == "bool":
@@ -32,9 +32,3 @@ def read(data: Any) -> tuple[Any, ...]:
     if validity is None or data.null_count == 0:
         return (values,)
     return values, np.frombuffer(validity, np.uint8), first
-
-
-def _joined(chunks: list[Any]) -> Any:
-    from importlib import import_module
-
-    return import_module("pyarrow").concat_arrays(chunks)

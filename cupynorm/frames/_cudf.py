@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["NUMERIC", "build", "not_numeric", "read"]
-
 NUMERIC = "df.select_dtypes(['number', 'bool'])"
 
 

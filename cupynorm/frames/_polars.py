@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm.frames import _arrow as _frames_arrow
-
-__all__ = ["NUMERIC", "build", "not_numeric", "read"]
+from cupynorm.frames import _arrow
 
 NUMERIC = "df.select(polars.selectors.numeric() | polars.selectors.boolean())"
 _NAMES = {"Boolean", "Float16", "Float32", "Float64"}
@@ -22,14 +20,13 @@ def not_numeric(df: Any) -> list[tuple[str, Any]]:
 
 def read(df: Any) -> list[tuple[Any, ...]]:
     """Columns as arrays over the frame's own memory; without pyarrow some are copied."""
+    columns = df.get_columns()
     if find_spec("pyarrow") is not None:
-        return [_frames_arrow.read(series.rechunk().to_arrow()) for series in df.get_columns()]
+        return [_arrow.read(series.rechunk().to_arrow()) for series in columns]
+    byte = import_module("polars").UInt8
+    plain = [s.cast(byte) if str(s.dtype) == "Boolean" else s for s in columns]
     # Nulls become NaN there, in float64 where they stand among integers.
-    return [(np.asarray(series.to_numpy()),) for series in map(_plain, df.get_columns())]
-
-
-def _plain(series: Any) -> Any:
-    return series.cast(import_module("polars").UInt8) if str(series.dtype) == "Boolean" else series
+    return [(np.asarray(series.to_numpy()),) for series in plain]
 
 
 def build(df: Any, y: np.ndarray[Any, Any]) -> Any:

@@ -1,16 +1,27 @@
-"""Columns of different dtypes in separate memory to one normalized matrix, in one pass."""
+"""Columns, also those of a table, to one normalized matrix: their rules, and the two calls."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _problem
-from cupynorm._arguments import path_of
-from cupynorm._cpu.columns import Column
-from cupynorm.frames import _tables
-from cupynorm.frames._arguments import checked_affine, checked_out, gather, result_dtype
+from cupynorm import _calls, _libraries, _rules
+from cupynorm._ops import LAYER_NORM, Op
 
 __all__ = ["layer_norm_columns"]
+
+_TABLES = ("pandas", "polars", "cudf")
+_NUMBERS = frozenset(_rules.ITEMSIZE) | {"bool"}
+_NUMBERS |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
+
+class Column(NamedTuple):
+    """One column of a table."""
+
+    values: Any  # (M,)
+    validity: Any = None  # Arrow's bitmap: 1 is valid, least significant bit first; None: all are
+    offset: int = 0  # its bit that row 0 has
 
 
 def layer_norm_columns(
@@ -38,9 +49,9 @@ def layer_norm_columns(
         offset)``, whose row i has bit ``i + offset``. A pandas, polars or cuDF DataFrame stands
         for its columns.
     weight, bias : array, optional
-        Scale and shift of shape (N,), in any floating dtype, in the columns' library.
+        Of shape (N,); as for `layer_norm`.
     eps : float, default 1e-5
-        Added to the variance; any finite real number.
+        As for `layer_norm`.
     dtype : dtype, optional
         Of the result: float16, bfloat16, float32 or float64. By default float32, and float64 where
         a column is float64.
@@ -68,11 +79,10 @@ def layer_norm_columns(
     -----
     A column is rounded to the dtype of the statistics as it is read: float32, or float64 where the
     result is float64. Integers beyond 2^24 (2^53) lose digits there; ask for ``dtype="float64"``
-    where differences between such columns matter. The formula is that of Ba, Kiros and Hinton
-    (2016), "Layer Normalization", arXiv:1607.06450; the algorithm is that of `layer_norm`,
-    corrected two-pass; a row's result depends on that row alone, bit for bit.
-    On a GPU each call uploads a table of the columns' addresses, so it cannot be replayed from a
-    CUDA graph.
+    where differences between such columns matter. Formula and algorithm are those of `layer_norm`
+    (Ba, Kiros and Hinton, 2016, arXiv:1607.06450); a row's result depends on that row alone, bit
+    for bit. On a GPU each call uploads a table of the columns' addresses, so it cannot be replayed
+    from a CUDA graph.
 
     Examples
     --------
@@ -85,26 +95,24 @@ def layer_norm_columns(
     array([[ 1.414, -0.689, -0.725],
            [ 1.413, -0.653, -0.759]], dtype=float32)
     """
-    table = _tables.library(columns)
-    if table is not None:
-        columns = _tables.read(columns)
-    path, ready = gather(columns)
-    return normalize(path, ready, weight, bias, eps, dtype, "C", out, nulls)
+    ready = gather(read(columns) if library(columns) else columns)
+    return normalize(LAYER_NORM, ready, weight, bias, eps, dtype=dtype, out=out, nulls=nulls)
 
 
 def normalize(
-    path: str,
+    op: Op,
     columns: list[Column],
     weight: Any,
     bias: Any,
     eps: Any,
-    dtype: Any,
-    order: str,
-    out: Any,
-    nulls: str,
+    *,
+    dtype: Any = None,
+    order: str = "C",
+    out: Any = None,
+    nulls: str = "propagate",
 ) -> Any:
-    """Apply the rules that are left, then normalize checked columns into `out` or a new matrix."""
-    eps = _problem.check_eps(eps)
+    """Apply the rules that are left, then normalize gathered columns into `out` or a new matrix."""
+    eps = _rules.check_eps(eps)
     if nulls not in ("propagate", "omit"):
         msg = (
             f"nulls={nulls!r} is not one of 'propagate' (NaN for the row) and 'omit'; pass one of "
@@ -113,55 +121,214 @@ def normalize(
         raise ValueError(msg)
     x, N = columns[0].values, len(columns)
     weight, bias = (
-        None if value is None else checked_affine(label, value, x, N)
+        None if value is None else _calls.checked_affine(label, value, x, (N,))
         for label, value in (("weight", weight), ("bias", bias))
     )
-    shape = (x.shape[0], N)
     name = result_dtype(columns, dtype, out)
     if out is not None:
-        out = checked_out(out, shape, name, columns, weight, bias)
-    if path == "cupy":
-        return _on_gpu(columns, weight, bias, eps, (shape, name, order), out, nulls == "omit")
-    y = np.empty(shape, _problem.numpy_dtype(name), order) if out is None else out  # type: ignore[call-overload]
-    if y.size:
-        from cupynorm._cpu import columns as _cpu_columns
+        out = _checked_out(out, (x.shape[0], N), name, columns, (weight, bias))
+    omit, new = nulls == "omit", ((x.shape[0], N), _rules.numpy_dtype(name), order)
+    matrix = None if omit else as_matrix(columns)
+    if matrix is not None and matrix.dtype == (new[1] if out is None else out.dtype):
+        how = None, 1, eps, order if out is None else "K", False
+        return _calls.normalize(op, matrix, weight, bias, out, how)
+    if isinstance(x, np.ndarray):
+        y = np.empty(*new) if out is None else out  # type: ignore[call-overload]
+        if y.size:
+            from cupynorm._cpu import columns as loops
 
-        _cpu_columns.layer_norm_fwd(columns, weight, bias, eps, y, nulls == "omit")
+            loops.layer_norm_fwd(columns, weight, bias, eps, y, omit)  # type: ignore[arg-type]
+        return y
+    from cupynorm._cuda import arrays
+
+    with arrays.device(x.data.device_id):  # or y would be another GPU's, and the launch as well
+        y = arrays.empty(*new) if out is None else out
+        if y.size:
+            parts = [column.values for column in columns], _whole_bytes(columns)
+            arrays.layer_norm_columns(*parts, weight, bias, eps, y, omit=omit)
     return y
 
 
-def _on_gpu(
-    columns: list[Column],
-    weight: Any,
-    bias: Any,
-    eps: float,
-    result: tuple[tuple[int, int], str, str],
-    out: Any,
-    omit: bool,
-) -> Any:
-    do, x = path_of("cupy"), columns[0].values
-    if not do.is_current(x):
-        with x.device:  # or y would be allocated, and the kernel launched, on another GPU
-            return _on_gpu(columns, weight, bias, eps, result, out, omit)
-    shape, name, order = result
-    y = do.empty(shape, dtype=_problem.numpy_dtype(name), order=order) if out is None else out
-    if y.size:
-        bitmaps = [_from_byte(j, column) for j, column in enumerate(columns)]
-        from cupynorm._cuda import columns as _cuda_columns
-
-        values = [c.values for c in columns]
-        _cuda_columns.layer_norm_fwd(do, values, bitmaps, weight, bias, eps, y, omit)
-    return y
+def _whole_bytes(columns: Sequence[Column]) -> list[Any]:
+    """Bitmaps, each from the byte on that holds row 0, whose bit must be the first there."""
+    bitmaps = []
+    for j, (_, validity, bit) in enumerate(columns):
+        if bit % 8:
+            msg = (
+                f"the validity of columns[{j}] has its first row at bit {bit}; on a GPU that "
+                "must be a multiple of 8: copy the column, or cut it elsewhere"
+            )
+            raise ValueError(msg)
+        bitmaps.append(None if validity is None else validity[bit // 8 :])
+    return bitmaps
 
 
-def _from_byte(j: int, column: Column) -> Any:
-    """The bitmap from the byte on that holds row 0, whose bit must be the first there."""
-    if column.validity is None:
-        return None
-    if column.offset % 8:
+# --- tables -------------------------------------------------------------------------------------
+
+
+def library(x: Any) -> str:
+    """'pandas', 'polars' or 'cudf' if x is a DataFrame, or of a subclass, of that library."""
+    for base in type(x).__mro__:
+        origin = base.__module__.partition(".")[0]
+        if base.__name__ == "DataFrame" and origin in _TABLES:
+            return origin
+    return ""
+
+
+def adapter(table: Any) -> Any:
+    """What reads and builds tables of that library."""
+    return import_module(f"cupynorm.frames._{library(table)}")
+
+
+def read(table: Any) -> list[tuple[Any, ...]]:
+    """Columns as `layer_norm_columns` takes them, sharing the table's memory where possible."""
+    refused = adapter(table).not_numeric(table)
+    if refused:
+        named = ", ".join(f"{name!r} ({dtype})" for name, dtype in refused[:5])
+        named += f" and {len(refused) - 5} more" if len(refused) > 5 else ""
+        msg = f"columns {named} are not numeric; leave them out: {adapter(table).NUMERIC}"
+        raise TypeError(msg)
+    columns: list[tuple[Any, ...]] = adapter(table).read(table)
+    if not columns:
         msg = (
-            f"the validity of columns[{j}] has its first row at bit {column.offset}; on a GPU that "
-            "must be a multiple of 8: copy the column, or cut it elsewhere"
+            f"the table has shape {tuple(table.shape)}: no column, so no row to normalize; pass "
+            "one with at least one column"
         )
         raise ValueError(msg)
-    return column.validity[column.offset // 8 :]
+    return columns
+
+
+def as_matrix(columns: Sequence[Column]) -> np.ndarray[Any, Any] | None:
+    """View NumPy columns of one dtype at equal distances in memory as one matrix."""
+    first, N = columns[0].values, len(columns)
+    if not isinstance(first, np.ndarray) or first.size < 2:
+        return None
+    at, pitch, size = first.ctypes.data, first.strides[0], first.itemsize
+    step = columns[1].values.ctypes.data - at if N > 1 else size
+    if pitch % size or step % size:
+        return None
+    for j, (x, validity, _) in enumerate(columns):
+        here = x.dtype == first.dtype and x.strides[0] == pitch and x.ctypes.data == at + j * step
+        if validity is not None or not here:
+            return None
+    return np.lib.stride_tricks.as_strided(first, (first.size, N), (pitch, step), writeable=False)
+
+
+# --- rules --------------------------------------------------------------------------------------
+
+
+def gather(columns: Any) -> list[Column]:
+    """Check the columns, NumPy's or CuPy's, and give all of them in one form."""
+    if isinstance(columns, (str, Mapping)) or not isinstance(columns, Sequence):
+        hint = "list(columns.T)" if getattr(columns, "ndim", 0) == 2 else "a list"
+        hint = "list(columns.values())" if isinstance(columns, Mapping) else hint
+        msg = f"columns is a {type(columns).__name__}, not a sequence of 1-D arrays; pass {hint}"
+        raise TypeError(msg)
+    if not columns:
+        msg = "columns is empty, so there is no row to normalize; pass at least one column"
+        raise ValueError(msg)
+    ready: list[Column] = []
+    for j, item in enumerate(columns):
+        label, parts = f"columns[{j}]", item if isinstance(item, tuple) else (item,)
+        if not 1 <= len(parts) <= 3:
+            msg = f"{label} is a tuple of {len(parts)}; pass (values, validity) or values alone"
+            raise ValueError(msg)
+        if not ready:  # the column that says whose arrays the others are
+            values = first = _calls.take_in(label, parts[0])
+        else:
+            values = _calls.companion_of(label, parts[0], first)
+        _check_values(label, values, first)
+        ready.append(_with_validity(label, values, *parts[1:]))
+    return ready
+
+
+def _check_values(label: str, x: Any, first: Any) -> None:
+    if _libraries.library_of(x) not in ("numpy", "cupy"):
+        msg = (
+            f"{label} is a {type(x).__module__}.{type(x).__qualname__}; columns are NumPy or CuPy "
+            f"arrays. Pass numpy.from_dlpack({label}) (cupy.from_dlpack on a GPU), which shares "
+            "its memory"
+        )
+        raise TypeError(msg)
+    name = _rules.dtype_name(x.dtype)
+    if name not in _NUMBERS:
+        msg = f"{label} has dtype {name}; a column is bool, integer, or a float of 16 to 64 bits. "
+        ways = {
+            "M": f"Say what number a date is, e.g. {label}.astype('int64')",
+            "m": f"Say in which unit, e.g. {label} / numpy.timedelta64(1, 's')",
+            "c": f"Take its parts, {label}.real and {label}.imag, or numpy.abs({label})",
+            "O": f"Cast it first: {label}.astype('float64'), or leave it out",
+            "f": f"Cast it first: {label}.astype('float64')",
+        }
+        other = f"Encode {label} as numbers, or leave it out"
+        raise TypeError(msg + ways.get(getattr(x.dtype, "kind", ""), other))
+    if x.ndim != 1:
+        msg = f"{label} has shape {tuple(x.shape)}; a column is 1-D: pass {label}.reshape(-1)"
+        raise ValueError(msg)
+    if x.shape != first.shape:
+        msg = (
+            f"{label} has {x.shape[0]} elements, but columns[0] has {first.shape[0]}; pass "
+            "columns of one length"
+        )
+        raise ValueError(msg)
+
+
+def _with_validity(label: str, values: Any, validity: Any = None, offset: Any = 0) -> Column:
+    if validity is None:
+        return Column(values)
+    (bit,) = _rules.integers(offset, f"the offset of {label}") or (0,)
+    bits = _calls.companion_of(f"the validity of {label}", validity, values)
+    if _rules.dtype_name(bits.dtype) != "uint8" or bits.ndim != 1:
+        msg = (
+            f"the validity of {label} has dtype {bits.dtype} and shape {tuple(bits.shape)}; pass "
+            "a bitmap of uint8: numpy.packbits(valid, bitorder='little')"
+        )
+        raise TypeError(msg)
+    need = -(-(bit + values.shape[0]) // 8)
+    if bit < 0 or bits.shape[0] < need:
+        msg = (
+            f"the validity of {label} has {bits.shape[0]} bytes, but {values.shape[0]} rows from "
+            f"bit {bit} on need {max(need, 0)}; pass numpy.packbits(valid, bitorder='little')"
+        )
+        raise ValueError(msg)
+    return Column(values, bits if bits.strides[0] == 1 else bits.copy(), bit)
+
+
+def result_dtype(columns: Sequence[Column], dtype: Any, out: Any = None) -> str:
+    """Name of the result's dtype: the one asked for, or out's, or what the columns say."""
+    names = {_rules.dtype_name(column.values.dtype) for column in columns}
+    name = "float64" if "float64" in names else "float32"
+    if dtype is None:
+        return name if out is None else _rules.dtype_name(getattr(out, "dtype", name))
+    try:
+        named = isinstance(dtype, str) and dtype in _rules.ITEMSIZE
+        name = dtype if named else _rules.dtype_name(np.dtype(dtype))
+    except TypeError:
+        name = _rules.dtype_name(dtype)  # of another library, or no dtype at all
+    if name not in _rules.ITEMSIZE:
+        choices = ", ".join(_rules.ITEMSIZE)
+        msg = f"dtype={dtype!r} is no float of 16 to 64 bits; pass one of {choices}"
+        raise TypeError(msg)
+    return name
+
+
+def _checked_out(
+    out: Any, shape: tuple[int, int], name: str, columns: list[Column], affine: tuple[Any, Any]
+) -> Any:
+    """Check `out` whole before anything is written to it."""
+    y = _calls.companion_of("out", out, columns[0].values)
+    if tuple(y.shape) != shape:
+        msg = f"out has shape {tuple(y.shape)}, but the result has shape {shape}; make it that"
+        raise ValueError(msg)
+    if _rules.dtype_name(y.dtype) != name or name not in _rules.ITEMSIZE:
+        wanted = name if name in _rules.ITEMSIZE else "a float of 16 to 64 bits"
+        msg = f"out has dtype {y.dtype}, but the result is {wanted}; drop dtype=, or make it that"
+        raise ValueError(msg)
+    _libraries.check_writable(y)
+    others = list(zip(("weight", "bias"), affine, strict=True))
+    for j, column in enumerate(columns):
+        others += [(f"columns[{j}]", part) for part in column[:2]]
+    for label, other in others:
+        if other is not None:
+            _libraries.check_overlap(label, other, y, same_allowed=False)
+    return y

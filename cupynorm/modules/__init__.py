@@ -1,10 +1,12 @@
-"""A layer that keeps its parameters: forward, backward, files, and the way from and to torch."""
+"""A layer that keeps its parameters: forward, backward, files, and the way from and to torch.
+
+It calls the public functions and knows arrays; it imports no other adapter, nor a path.
+"""
 
 from typing import Any, Self
 
-from cupynorm import _problem
-from cupynorm.functional import layer_norm
-from cupynorm.gradient import layer_norm_backward
+from cupynorm import _rules
+from cupynorm.functional import layer_norm, layer_norm_backward
 from cupynorm.modules import _parameters
 from cupynorm.modules._state import Stateful
 
@@ -52,12 +54,8 @@ class LayerNorm(Stateful):
 
     Raises
     ------
-    TypeError
-        If `normalized_shape` is not made of integers, `eps` is no number, or `dtype` is not one
-        of the four.
-    ValueError
-        If a length is negative, `normalized_shape` is empty, `eps` is not finite, or `device` is
-        unknown.
+    TypeError, ValueError
+        If `normalized_shape`, `eps`, `dtype` or `device` is none of what is said above.
     ImportError
         If `device` is a GPU and CuPy is not installed.
 
@@ -100,15 +98,15 @@ class LayerNorm(Stateful):
         dtype: Any = None,
     ) -> None:
         self.normalized_shape = _read_shape(normalized_shape)
-        _problem.check_eps(eps)
+        _rules.check_eps(eps)
         self.eps = eps  # as it was given: torch prints 1 for 1
         self.elementwise_affine = elementwise_affine
-        kind, index = _parameters.read_dtype(dtype), _parameters.read_device(device)
+        kind, where = _parameters.read_dtype(dtype), _parameters.read_device(device)
         self.weight = self.bias = None
         if elementwise_affine:
-            self.weight = _parameters.new_array(self.normalized_shape, kind, index, 1.0)
+            self.weight = _parameters.new_array(self.normalized_shape, kind, where, 1.0)
         if elementwise_affine and bias:
-            self.bias = _parameters.new_array(self.normalized_shape, kind, index, 0.0)
+            self.bias = _parameters.new_array(self.normalized_shape, kind, where, 0.0)
         self._kept = None
         self.zero_grad()
 
@@ -131,8 +129,8 @@ class LayerNorm(Stateful):
         Parameters
         ----------
         x : array of shape ``(..., *normalized_shape)``
-            Any array that `layer_norm` takes, in the library of the parameters and on their
-            device; without parameters, of any library.
+            As for `layer_norm`, in the library of the parameters and on their device; without
+            parameters, of any library.
         keep : bool, default True
             Hold x, mean and rstd until `backward`, or until the next `forward`. With False
             nothing is held, what an earlier call kept included, and mean and rstd are not stored.
@@ -141,11 +139,6 @@ class LayerNorm(Stateful):
         -------
         array
             y, in x's shape, dtype, library and device.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `layer_norm` for x, weight and bias.
 
         Examples
         --------
@@ -179,8 +172,7 @@ class LayerNorm(Stateful):
         Raises
         ------
         RuntimeError
-            If nothing is kept: `forward` was not called, or with ``keep=False``, or `backward`
-            has been called for it already.
+            If nothing is kept.
         TypeError, ValueError
             As `layer_norm_backward` for dy. What is kept stays, so the call can be mended.
 
@@ -231,10 +223,9 @@ class LayerNorm(Stateful):
 
         Raises
         ------
-        TypeError
-            If it is no ``torch.nn.LayerNorm``, or of another than the four floating dtypes.
-        ValueError
-            If it is on a device that neither NumPy nor CuPy reaches.
+        TypeError, ValueError
+            If it is no ``torch.nn.LayerNorm``, of another than the four floating dtypes, or on a
+            device that neither NumPy nor CuPy reaches.
 
         Examples
         --------
@@ -291,7 +282,7 @@ class LayerNorm(Stateful):
 
 
 def _read_shape(normalized_shape: Any) -> tuple[int, ...]:
-    shape = _problem.integers(normalized_shape, "normalized_shape")
+    shape = _rules.integers(normalized_shape, "normalized_shape")
     if not shape or min(shape) < 0:
         msg = (
             f"normalized_shape={normalized_shape!r} is no shape to normalize over; pass the "

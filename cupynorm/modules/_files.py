@@ -6,30 +6,24 @@ import os
 import secrets
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from cupynorm import _problem
-
-__all__ = ["Arrays", "read", "write"]
+from cupynorm import _rules
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+Path = str | os.PathLike[str]
+Encode = Callable[[Arrays], bytes]
+Decode = Callable[[str, set[str]], tuple[list[str], Arrays]]
 
 
-def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def write(path: Path, arrays: Arrays) -> None:
     """Write arrays under their names to a file whose ending says the format.
 
-    A reader meets the old file or the new one, never a part: the bytes go to a file beside it,
-    which takes its name at the end.
-
-    Raises
-    ------
-    ValueError
-        If the name ends in neither .safetensors nor .npz.
-    ImportError
-        If the package that the format needs is not installed.
+    The bytes go to a file beside it, which takes its name at the end: a reader meets the old file
+    or the new one, never a part.
     """
     encode, _ = _format(path)
     data = encode({name: np.ascontiguousarray(a) for name, a in arrays.items()})
@@ -49,30 +43,13 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray[Any, Any
         raise
 
 
-def read(path: str | os.PathLike[str], wanted: set[str]) -> tuple[list[str], Arrays]:
-    """Names of all arrays in a file, and those of `wanted` that it holds.
-
-    Other arrays are not read, so a layer comes out of a large model's file at no cost.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the name ends in neither .safetensors nor .npz, or the file is not of that format.
-    TypeError
-        If a wanted array has a dtype other than the four floating ones.
-    ImportError
-        If the package that the format needs is not installed.
-    """
+def read(path: Path, wanted: set[str]) -> tuple[list[str], Arrays]:
+    """Names of all arrays in a file, and those of `wanted` that it holds; no others are read."""
     _, decode = _format(path)
     return decode(os.fspath(path), wanted)
 
 
-_Format = tuple[Callable[[Arrays], bytes], Callable[[str, set[str]], tuple[list[str], Arrays]]]
-
-
-def _format(path: str | os.PathLike[str]) -> _Format:
+def _format(path: Path) -> tuple[Encode, Decode]:
     ending = os.path.splitext(path)[1]
     if ending not in _FORMATS:
         msg = f"{os.fspath(path)!r} does not say its format; end it in {' or '.join(_FORMATS)}"
@@ -92,17 +69,11 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _encode_safetensors(arrays: Arrays) -> bytes:
-    data: bytes = _safetensors().numpy.save(arrays)
-    return data
-
-
 _SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def _decode_safetensors(path: str, wanted: set[str]) -> tuple[list[str], Arrays]:
-    package = _safetensors()
-    found = {}
+    package, found = _safetensors(), {}
     try:
         with package.safe_open(path, framework="np") as file:
             names = sorted(file.keys())
@@ -120,13 +91,13 @@ def _decode_safetensors(path: str, wanted: set[str]) -> tuple[list[str], Arrays]
 
 
 def _encode_npz(arrays: Arrays) -> bytes:
-    buffer = io.BytesIO()
     # NumPy would store bfloat16 as nameless pairs of bytes. As float32 every value is exact, and
     # whoever opens the file reads numbers; loading rounds back to the same bits.
     widened: Any = {
-        name: a.astype(np.float32) if _problem.dtype_name(a.dtype) == "bfloat16" else a
+        name: a.astype(np.float32) if _rules.dtype_name(a.dtype) == "bfloat16" else a
         for name, a in arrays.items()
     }
+    buffer = io.BytesIO()
     np.savez(buffer, **widened)
     return buffer.getvalue()
 
@@ -145,22 +116,22 @@ def _decode_npz(path: str, wanted: set[str]) -> tuple[list[str], Arrays]:
         )
         raise ValueError(msg) from error
     for name, array in found.items():
-        _check_dtype(name, _problem.dtype_name(array.dtype), path)
+        _check_dtype(name, _rules.dtype_name(array.dtype), path)
     return names, found
 
 
 def _check_dtype(name: str, dtype: str, path: str) -> None:
     if dtype == "bfloat16":
-        _problem.numpy_dtype(dtype)  # says that ml_dtypes is missing, where it is
-    if dtype not in _problem.ITEMSIZE:
+        _rules.numpy_dtype(dtype)  # says that ml_dtypes is missing, where it is
+    if dtype not in _rules.ITEMSIZE:
         msg = (
             f"{name} has dtype {dtype} in {path}; "
-            f"cast it to one of {', '.join(_problem.ITEMSIZE)} before it is saved"
+            f"cast it to one of {', '.join(_rules.ITEMSIZE)} before it is saved"
         )
         raise TypeError(msg)
 
 
-_FORMATS: dict[str, _Format] = {
-    ".safetensors": (_encode_safetensors, _decode_safetensors),
+_FORMATS: dict[str, tuple[Encode, Decode]] = {
+    ".safetensors": (lambda arrays: _safetensors().numpy.save(arrays), _decode_safetensors),
     ".npz": (_encode_npz, _decode_npz),
 }

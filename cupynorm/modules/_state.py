@@ -5,10 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cupynorm._display import Sections, Table
-from cupynorm.modules import _files as _checkpoint
-from cupynorm.modules import _parameters
-
-__all__ = ["IncompatibleKeys", "Stateful"]
+from cupynorm.modules import _files, _parameters
 
 
 class IncompatibleKeys(NamedTuple):
@@ -74,6 +71,8 @@ class Stateful(Table):
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Copy values into the parameters, which stay where they are and keep their dtype.
 
+        Nothing is changed where anything is wrong. Gradients and what `forward` kept stay.
+
         Parameters
         ----------
         state : mapping of str to array
@@ -94,10 +93,6 @@ class Stateful(Table):
         TypeError
             If a value is no array or has another than the four floating dtypes.
 
-        Notes
-        -----
-        Nothing is changed where anything is wrong. Gradients and what `forward` kept stay.
-
         Examples
         --------
         >>> import numpy as np
@@ -105,8 +100,6 @@ class Stateful(Table):
         >>> layer = cn.LayerNorm(2)
         >>> layer.load_state_dict({"weight": np.array([2.0, 3.0])}, strict=False)
         IncompatibleKeys(missing_keys=['bias'], unexpected_keys=[])
-        >>> layer.weight
-        array([2., 3.], dtype=float32)
         """
         return self._load(state, strict, "state", "")
 
@@ -146,14 +139,12 @@ class Stateful(Table):
             Ends in '.safetensors' (needs the package safetensors) or '.npz'. A file that is there
             is replaced at the end, so no reader meets half of one.
         prefix : str, default ''
-            Put before each name, to match a layer of a model: 'encoder.norm1.'.
+            As for `state_dict`, to match a layer of a model.
 
         Raises
         ------
-        ValueError
-            If the name has another ending.
-        ImportError
-            If safetensors is needed and not installed.
+        ValueError, ImportError
+            If the name has another ending; if safetensors is needed and not installed.
 
         Notes
         -----
@@ -172,7 +163,7 @@ class Stateful(Table):
         IncompatibleKeys(missing_keys=[], unexpected_keys=[])
         """
         state = self.state_dict(prefix)
-        _checkpoint.write(path, {n: _parameters.to_host(n, a) for n, a in state.items()})
+        _files.write(path, {n: _parameters.to_host(n, a) for n, a in state.items()})
 
     def load(
         self, path: str | os.PathLike[str], *, prefix: str = "", strict: bool = True
@@ -196,13 +187,9 @@ class Stateful(Table):
 
         Raises
         ------
-        FileNotFoundError, ImportError
-            If there is no such file; if safetensors is needed and not installed.
-        ValueError
-            If the name has another ending, the file is not of that format, shapes do not fit, or
-            under `strict` names.
-        TypeError
-            If an array has another than the four floating dtypes.
+        FileNotFoundError, ValueError, TypeError, ImportError
+            As for `save` and `load_state_dict`; if there is no such file, or it is not of the
+            format that its ending says.
 
         Examples
         --------
@@ -217,7 +204,7 @@ class Stateful(Table):
         >>> layer.weight
         array([2., 3.], dtype=float32)
         """
-        names, arrays = _checkpoint.read(path, set(self.state_dict(prefix)))
+        names, arrays = _files.read(path, set(self.state_dict(prefix)))
         state = {name: arrays.get(name) for name in names if name.startswith(prefix)}
         return self._load(state, strict, os.fspath(path), prefix)
 

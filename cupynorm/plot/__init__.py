@@ -1,4 +1,8 @@
-"""Pictures of layer norm: rows before and after, their statistics, what weight and bias do."""
+"""Pictures of layer norm: rows before and after, their statistics, what weight and bias do.
+
+Of the library it imports the public function and its rules, no other adapter; of others,
+matplotlib alone, when something is drawn.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from cupynorm.functional import layer_norm
-from cupynorm.plot import _data as data
-from cupynorm.plot import _drawing
+from cupynorm.plot import _data, _drawing
 
 __all__ = ["affine", "distributions", "moments"]
 
@@ -34,14 +37,8 @@ def distributions(
     x : array
         Any array that `cupynorm.layer_norm` takes. A picture is for eyes: x and y are copied to
         the host, wherever they are, which the norm itself never does. Of a large x pass a part.
-    normalized_shape : int or sequence of int, optional
-        Trailing dimensions to normalize, as in `cupynorm.layer_norm`.
-    weight, bias : array, optional
-        Scale and shift, as in `cupynorm.layer_norm`.
-    eps : float, default 1e-5
-        Added to the variance.
-    axis : int or sequence of int, optional
-        Axes to normalize, instead of `normalized_shape`.
+    normalized_shape, weight, bias, eps, axis : optional
+        As for `cupynorm.layer_norm`.
     rows : int or sequence of int, default 8
         Which rows to draw, counted along the axes that are not normalized: so many, evenly spread
         from the smallest standard deviation to the largest; or exactly these.
@@ -75,10 +72,12 @@ def distributions(
     >>> [label.get_text() for label in before.get_yticklabels()]
     ['row 0', 'row 1']
     """
-    call = data.checked(x, normalized_shape, weight, bias, eps, axis)
-    table = data.rows_of(call, call.x)
-    picked = data.picked_rows(table, rows)
-    y = data.rows_of(call, layer_norm(call.x, normalized_shape, weight, bias, eps, axis=axis))
+    call = _data.checked(x, normalized_shape, weight, bias, eps, axis)
+    table = _data.rows_of(call.facts, call.x)
+    picked = _data.picked_rows(table, rows)
+    y = _data.rows_of(
+        call.facts, layer_norm(call.x, normalized_shape, weight, bias, eps, axis=axis)
+    )
     axes = _drawing.two_axes(ax, (9.0, 1.2 + 0.42 * len(picked)), sharey=True)
     labels = [f"row {i}" for i in picked]
     _drawing.ridges(axes[0], table[picked], labels, _drawing.BEFORE)
@@ -107,14 +106,12 @@ def moments(
     ----------
     x : array
         Any array that `cupynorm.layer_norm` takes; copied to the host, as in `distributions`.
-    normalized_shape : int or sequence of int, optional
-        Trailing dimensions to normalize, as in `cupynorm.layer_norm`.
-    axis : int or sequence of int, optional
-        Axes to normalize, instead of `normalized_shape`.
+    normalized_shape, axis : int or sequence of int, optional
+        As for `cupynorm.layer_norm`.
     images : int, default 8
         Where there are three axes and more to draw, how many images are shown.
     ax : two Axes, optional
-        Where to draw; a new figure of ``matplotlib.pyplot`` where left out.
+        As for `distributions`.
 
     Returns
     -------
@@ -123,11 +120,8 @@ def moments(
 
     Raises
     ------
-    TypeError, ValueError
-        As `cupynorm.layer_norm` for its arguments; for an x without elements, `images` below 1,
-        and an `ax` that is not two Axes.
-    ImportError
-        If matplotlib is not installed and `ax` is left out.
+    TypeError, ValueError, ImportError
+        As `distributions`; for `images` below 1.
 
     Examples
     --------
@@ -141,9 +135,9 @@ def moments(
     if images < 1:
         msg = f"images={images} leaves nothing to draw; pass 1 or more"
         raise ValueError(msg)
-    call = data.checked(x, normalized_shape, None, None, 1e-5, axis)
-    table = data.rows_of(call, call.x)
-    kept = [i for i in range(call.x.ndim) if i not in call.axes]
+    call = _data.checked(x, normalized_shape, None, None, 1e-5, axis)
+    table = _data.rows_of(call.facts, call.x)
+    kept = [i for i in range(call.x.ndim) if i not in call.facts.axes]
     shape = [call.x.shape[i] for i in kept]
     with np.errstate(invalid="ignore"):  # of rows with infinities; they are left out
         statistics = table.mean(axis=1).reshape(shape), table.var(axis=1).reshape(shape)
@@ -158,7 +152,7 @@ def moments(
         else:
             tiles = statistic.reshape(-1, *statistic.shape[-2:])[:images]
             labels = f"axis {kept[-1]} of x, {len(tiles)} images", f"axis {kept[-2]} of x"
-            _drawing.map_of(one, data.side_by_side(tiles), *labels, square=True)
+            _drawing.map_of(one, _data.side_by_side(tiles), *labels, square=True)
             one.set_xticks([])
             one.set_yticks([])
     axes[0].set_title("mean")
@@ -187,16 +181,10 @@ def affine(
     ----------
     x : array
         Any array that `cupynorm.layer_norm` takes; copied to the host, as in `distributions`.
-    normalized_shape : int or sequence of int, optional
-        Trailing dimensions to normalize, as in `cupynorm.layer_norm`.
-    weight, bias : array, optional
-        Scale and shift, as in `cupynorm.layer_norm`; at least one of them.
-    eps : float, default 1e-5
-        Added to the variance.
-    axis : int or sequence of int, optional
-        Axes to normalize, instead of `normalized_shape`.
+    normalized_shape, weight, bias, eps, axis : optional
+        As for `cupynorm.layer_norm`; weight or bias must be given.
     ax : two Axes, optional
-        Where to draw; a new figure of ``matplotlib.pyplot`` where left out.
+        As for `distributions`.
 
     Returns
     -------
@@ -205,11 +193,8 @@ def affine(
 
     Raises
     ------
-    TypeError, ValueError
-        As `cupynorm.layer_norm` for its arguments; if there is neither weight nor bias, for an x
-        without elements, and for an `ax` that is not two Axes.
-    ImportError
-        If matplotlib is not installed and `ax` is left out.
+    TypeError, ValueError, ImportError
+        As `distributions`; if there is neither weight nor bias.
 
     Examples
     --------
@@ -224,15 +209,15 @@ def affine(
     if not given:
         msg = "neither weight nor bias is given, so there is no effect to draw; pass one or both"
         raise ValueError(msg)
-    call = data.checked(x, normalized_shape, weight, bias, eps, axis)
+    call = _data.checked(x, normalized_shape, weight, bias, eps, axis)
     axes = _drawing.two_axes(ax, (9.0, 3.4), sharey=True)
     looks = ((None, None, _drawing.BEFORE), (weight, bias, _drawing.AFTER))
     for one, (w, b, color) in zip(axes, looks, strict=True):
-        y = data.rows_of(call, layer_norm(call.x, normalized_shape, w, b, eps, axis=axis))
-        _drawing.band(one, *data.mean_and_std_of_columns(y), color)
+        y = _data.rows_of(call.facts, layer_norm(call.x, normalized_shape, w, b, eps, axis=axis))
+        _drawing.band(one, *_data.mean_and_std_of_columns(y), color)
     n = y.shape[1]
-    stretch = np.ones(n) if weight is None else data.column("weight", call.weight)
-    shift = np.zeros(n) if bias is None else data.column("bias", call.bias)
+    stretch = np.ones(n) if weight is None else _data.column(call.turn, call.arrays[1])
+    shift = np.zeros(n) if bias is None else _data.column(call.turn, call.arrays[2])
     label = f"{'0' if bias is None else 'bias'} ± {'1' if weight is None else 'abs(weight)'}"
     _drawing.outline(axes[1], shift, np.abs(stretch), label)
     axes[0].set_title("layer_norm alone")

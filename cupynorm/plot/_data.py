@@ -1,48 +1,49 @@
 """What a picture shows of an array of any library: its rows on the host, and which of them."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from cupynorm import _problem
-from cupynorm._arguments import Call, check_arguments
-from cupynorm.modules._parameters import to_host
-
-__all__ = [
-    "checked",
-    "column",
-    "mean_and_std_of_columns",
-    "picked_rows",
-    "rows_of",
-    "side_by_side",
-    "spread_rows",
-]
+from cupynorm import _calls
+from cupynorm._layout import Facts
+from cupynorm._libraries import library_of
+from cupynorm._ops import LAYER_NORM
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def checked(x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float, axis: Any) -> Call:
+def checked(
+    x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float, axis: Any
+) -> _calls.Checked:
     """Apply the rules of `layer_norm`, and refuse an x without elements."""
-    call = check_arguments(x, normalized_shape, weight, bias, eps, axis, "K", None)
-    if not math.prod(call.x.shape):
-        msg = f"x with shape {tuple(call.x.shape)} has no elements to draw; pass one that has"
+    how = normalized_shape, axis, eps, "K", False
+    call = _calls.check(LAYER_NORM, x, weight, bias, None, how)
+    if not call.facts.size:
+        msg = f"x with shape {call.facts.shape} has no elements to draw; pass one that has"
         raise ValueError(msg)
     return call
 
 
-def rows_of(call: Call, array: Any) -> Array:
-    """Contents of x or y on the host, the normalized axes as the columns, (M, N)."""
-    host = to_host("x", array).astype(np.float64)
-    last = tuple(range(host.ndim - len(call.axes), host.ndim))
-    _, n = _problem.rows_and_cols(tuple(host.shape), call.axes)
-    return np.moveaxis(host, call.axes, last).reshape(-1, n)
+def on_host(array: Any) -> Array:
+    """Values of an array of any library, as NumPy's float64."""
+    if hasattr(array, "detach"):  # torch
+        array = array.detach().cpu().double()
+    elif library_of(array) == "cupy":
+        array = array.get()
+    return np.asarray(array).astype(np.float64)
 
 
-def column(label: str, value: Any) -> Array:
-    """Weight or bias on the host, one number per column, (N,)."""
-    return to_host(label, value).astype(np.float64).ravel()
+def rows_of(facts: Facts, array: Any) -> Array:
+    """Values of x or y, the normalized axes as the columns, (M, N)."""
+    last = range(-len(facts.axes), 0)
+    return np.moveaxis(on_host(array), facts.axes, last).reshape(-1, facts.N)
+
+
+def column(turn: tuple[int, ...] | None, value: Any) -> Array:
+    """Values of weight or bias, one per column, (N,)."""
+    values = on_host(value)
+    return (values if turn is None else values.transpose(turn)).ravel()
 
 
 def mean_and_std_of_columns(table: Array) -> tuple[Array, Array]:
@@ -56,19 +57,15 @@ def mean_and_std_of_columns(table: Array) -> tuple[Array, Array]:
     return finite.mean(axis=0), finite.std(axis=0)
 
 
-def spread_rows(table: Array, count: int) -> list[int]:
-    """Rows evenly spread from the smallest standard deviation to the largest."""
-    by_std = np.argsort(table.std(axis=1), kind="stable")
-    return [int(i) for i in by_std[np.linspace(0, len(by_std) - 1, count).astype(int)]]
-
-
 def picked_rows(table: Array, rows: int | Sequence[int]) -> list[int]:
-    """Read the parameter `rows`: a number of rows, or the rows themselves."""
+    """Read the parameter `rows`: the rows themselves, or so many from the narrowest to the widest.
+
+    Those are evenly spread over the order of standard deviations.
+    """
     m = len(table)
     if not isinstance(rows, int):
         wanted = [int(i) for i in rows]
-        missing = [i for i in wanted if not -m <= i < m]
-        if missing or not wanted:
+        if not wanted or not all(-m <= i < m for i in wanted):
             msg = f"rows={wanted} is not among the {m} rows of x; pass indices from 0 to {m - 1}"
             raise ValueError(msg)
         return [i % m for i in wanted]
@@ -76,7 +73,8 @@ def picked_rows(table: Array, rows: int | Sequence[int]) -> list[int]:
         msg = f"rows={rows} leaves nothing to draw; pass 1 or more, or a list of indices"
         raise ValueError(msg)
     with np.errstate(invalid="ignore"):  # a row with infinities has no standard deviation
-        return spread_rows(table, min(rows, m))
+        by_std = np.argsort(table.std(axis=1), kind="stable")
+    return [int(i) for i in by_std[np.linspace(0, m - 1, min(rows, m)).astype(int)]]
 
 
 def side_by_side(tiles: Array) -> Array:

@@ -4,8 +4,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["AFTER", "BEFORE", "band", "line", "map_of", "outline", "ridges", "two_axes"]
-
 # Vermilion and blue of Okabe and Ito, which color-blind readers tell apart. Both stand out from
 # white and from black by a contrast of 3.8 and more, so they do under any style of matplotlib.
 BEFORE = "#d55e00"
@@ -22,7 +20,15 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 def two_axes(ax: Any, size: tuple[float, float], **shared: bool) -> tuple[Any, Any]:
     """Make a figure with two axes side by side, or check those that the caller has."""
     if ax is None:
-        _, pair = _pyplot().subplots(1, 2, figsize=size, layout="constrained", **shared)
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError as error:
+            msg = (
+                f"cupynorm.plot draws with matplotlib, which cannot be imported ({error}); "
+                "pip install 'cupynorm[notebook]'"
+            )
+            raise ImportError(msg) from error
+        _, pair = plt.subplots(1, 2, figsize=size, layout="constrained", **shared)
         return pair[0], pair[1]
     given = list(np.ravel(np.asarray(ax, dtype=object)))
     if len(given) != 2 or not all(hasattr(one, "stairs") for one in given):
@@ -33,18 +39,6 @@ def two_axes(ax: Any, size: tuple[float, float], **shared: bool) -> tuple[Any, A
         )
         raise ValueError(msg)
     return given[0], given[1]
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        msg = (
-            f"cupynorm.plot draws with matplotlib, which cannot be imported ({error}); "
-            "pip install 'cupynorm[notebook]'"
-        )
-        raise ImportError(msg) from error
-    return plt
 
 
 def ridges(ax: Any, rows: Array, labels: list[str], color: str) -> None:

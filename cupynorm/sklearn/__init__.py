@@ -1,4 +1,8 @@
-"""Layer norm as a scikit-learn transformer; needs the extra ``sklearn``."""
+"""Layer norm as a scikit-learn transformer; needs the extra ``sklearn``.
+
+`LayerNormalizer` with scikit-learn's conventions; what it is given and gives back is in `_data`.
+Imports `functional` and the tables of `frames`; no other adapter.
+"""
 
 from numbers import Real
 from typing import Any
@@ -9,9 +13,10 @@ from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import validate_data
 
 from cupynorm import functional
-from cupynorm._arrays import library_of
-from cupynorm._problem import check_eps
-from cupynorm.frames.columns import normalize
+from cupynorm._libraries import library_of
+from cupynorm._ops import LAYER_NORM
+from cupynorm._rules import check_eps
+from cupynorm.frames import columns
 from cupynorm.sklearn import _data as data
 
 __all__ = ["LayerNormalizer"]
@@ -31,8 +36,8 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
     Parameters
     ----------
     eps : float, default 1e-5
-        Added to the variance, in units of X squared; at least 0. With 0 a sample whose features
-        are all equal becomes NaN; with the default it becomes zeros.
+        As for `cupynorm.layer_norm`, but at least 0. With 0 a sample whose features are all equal
+        becomes NaN; with the default it becomes zeros.
     copy : bool, default True
         False writes the result into X where X is a NumPy, CuPy or torch array of floats. Anything
         else, tables among it, is never written to.
@@ -59,10 +64,9 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
     Notes
     -----
     The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450.
-
     The estimator is stateless: `transform` needs no `fit`, which checks X and remembers the number
-    and the names of its features. There is no `inverse_transform`, as mean and variance of each
-    sample are gone.
+    and the names of its features. There is no `inverse_transform`, as each sample's mean and
+    variance are gone.
 
     float16, float32 and float64 keep their dtype, bfloat16 as well; integers and bool become
     float64 (float32 on a device that has no float64). A table takes the dtype that NumPy's
@@ -71,16 +75,14 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
 
     NaN, infinities and nulls are refused, as one would make all of its row NaN. Impute them, or,
     inside ``sklearn.config_context(assume_finite=True)``, skip that check, which is a pass over X.
-    `cupynorm.frames.layer_norm` can leave them out of a row's statistics (``nulls='omit'``).
+    `cupynorm.frames.layer_norm` can leave them out of a row's statistics (``nulls='omit'``). Sparse
+    X is refused, as subtracting the mean makes it dense; so are Dask's collections, as scikit-learn
+    would compute them: `cupynorm.layer_norm` takes them.
 
-    Sparse X is refused, as subtracting the mean makes it dense. Dask's collections are refused, as
-    scikit-learn would compute them; `cupynorm.layer_norm` takes them.
-
-    Arrays of CuPy, torch, JAX or another array-API library stay what they are and where they are,
-    whether scikit-learn's ``array_api_dispatch`` is on or not; torch's autograd goes through. While
-    it is on, `transform` refuses arrays of another library than `fit` has seen, as scikit-learn's
-    own estimators do. ``set_output`` makes tables from data on the host only: for data on a GPU
-    give ``output_type='numpy'`` as well.
+    Arrays of CuPy, torch, JAX or another array-API library stay what and where they are, whether
+    ``array_api_dispatch`` is on or not; torch's autograd goes through. While it is on, `transform`
+    refuses another library than `fit` has seen, as scikit-learn's own estimators do. ``set_output``
+    makes tables from data on the host only: for a GPU's give ``output_type='numpy'`` as well.
 
     Examples
     --------
@@ -135,7 +137,7 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
         Parameters
         ----------
         X : array-like or DataFrame of shape (n_samples, n_features)
-            Samples in rows.
+            As for `fit`.
 
         Returns
         -------
@@ -144,10 +146,8 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
 
         Raises
         ------
-        TypeError
-            As `fit` does.
-        ValueError
-            As `fit` does, or if number or names of the features are not those of `fit`.
+        TypeError, ValueError
+            As `fit` does; ValueError if number or names of the features are not those of `fit`.
 
         Examples
         --------
@@ -159,12 +159,12 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
         """
         eps = self._check_parameters()
         checked = self._check(X, reset=False)
-        if isinstance(checked, tuple):
-            path, columns = checked
+        if isinstance(checked, list):
+            on_host = isinstance(checked[0].values, np.ndarray)
             # cuDF transposes a row-major matrix, at the cost of a copy.
-            order = "F" if path == "cupy" and self.output_type in (None, "input", "cudf") else "C"
-            dtype = data.floats_of(columns)
-            y = normalize(path, columns, None, None, eps, dtype, order, None, "propagate")
+            order = "C" if on_host or self.output_type not in (None, "input", "cudf") else "F"
+            dtype = data.floats_of(checked)
+            y = columns.normalize(LAYER_NORM, checked, None, None, eps, dtype=dtype, order=order)
         else:
             given = isinstance(X, np.ndarray) or data.is_foreign(X)  # not made here of a table
             out = checked if given and not self.copy and data.may_overwrite(checked) else None
@@ -196,26 +196,26 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
         return eps
 
     def _check(self, X: Any, reset: bool) -> Any:
-        """Check X, its features' number and names; give an array of floats, or path and columns."""
+        """Check X, its features' number and names; give an array of floats, or columns."""
         data.check_kind(X)
         foreign, what = data.is_foreign(X), type(self).__name__
         self._check_library(library_of(X) if foreign else "numpy", reset)
         any_value = get_config()["assume_finite"]
+        table = None
         if foreign:
             X = data.as_floats(X, what)
             if not any_value:
                 data.refuse_not_finite(X, what)
-            return validate_data(self, X, reset=reset, skip_check_array=True)
-        table = data.columns_of(X, what)
-        if table is not None:
+        elif table := data.columns_of(X, what):
             if not any_value:
-                data.refuse_bad_columns(X, table[1], what)
-            validate_data(self, X, reset=reset, skip_check_array=True)
-            return table
-        # X is written to only where it is an array; a read-only one is copied then.
-        in_place = not self.copy and isinstance(X, np.ndarray)
-        floats = [np.dtype(name) for name in _FLOATS]
-        return validate_data(self, X, reset=reset, dtype=floats, force_writeable=in_place)
+                data.refuse_bad_columns(X, table, what)
+        else:
+            # X is written to only where it is an array; a read-only one is copied then.
+            in_place = not self.copy and isinstance(X, np.ndarray)
+            floats = [np.dtype(name) for name in _FLOATS]
+            return validate_data(self, X, reset=reset, dtype=floats, force_writeable=in_place)
+        X = validate_data(self, X, reset=reset, skip_check_array=True)
+        return X if table is None else table
 
     def _check_library(self, library: str, reset: bool) -> None:
         """Hold `transform` to `fit`'s library as scikit-learn does while it dispatches."""

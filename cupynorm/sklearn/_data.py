@@ -5,37 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm import _problem
-from cupynorm._arguments import path_of
-from cupynorm._arrays import classify, library_of
-from cupynorm._cpu.columns import Column, as_matrix
-from cupynorm.frames import _tables
-from cupynorm.frames._arguments import gather
-
-__all__ = [
-    "as_floats",
-    "check_kind",
-    "columns_of",
-    "convert",
-    "floats_of",
-    "is_foreign",
-    "may_overwrite",
-    "refuse_bad_columns",
-    "refuse_not_finite",
-]
+from cupynorm import _calls, _rules, dask, frames
+from cupynorm._libraries import classify, library_of
+from cupynorm.frames import columns as _columns
+from cupynorm.frames.columns import Column
 
 
 def check_kind(X: Any) -> None:
-    """Refuse what would have to be computed, made dense or filled in first: lazy, sparse, masked.
-
-    Raises
-    ------
-    TypeError
-        With the way out.
-    """
+    """Refuse what would first have to be computed, made dense or filled in."""
     if isinstance(X, np.ma.MaskedArray):
         classify(X, "X")
-    if library_of(X).startswith("dask"):
+    if dask.is_collection(X):
         msg = (
             f"X is a {type(X).__module__}.{type(X).__qualname__}, and scikit-learn's checks would "
             "compute it; call cupynorm.layer_norm(X), which is lazy, or X.compute() first"
@@ -52,8 +32,8 @@ def check_kind(X: Any) -> None:
 
 
 def _is_sparse(X: Any) -> bool:
-    library = _tables.library(X)
-    if library is not None:  # scikit-learn makes a frame dense if only some of its columns are
+    if library := _columns.library(X):
+        # scikit-learn makes a frame dense if only some of its columns are sparse
         kinds = {type(dtype).__name__ for dtype in X.dtypes} if library == "pandas" else set()
         return kinds == {"SparseDtype"}
     # SciPy and CuPy; PyData and JAX; torch, whose dense layout is torch.strided.
@@ -65,45 +45,37 @@ def is_foreign(X: Any) -> bool:
     """Whether X is an array that scikit-learn would turn into one of NumPy, or refuse."""
     if isinstance(X, np.ndarray):
         return bool(X.dtype.name == "bfloat16")  # which would become float64
-    if isinstance(X, np.generic) or _tables.library(X) is not None:
+    if isinstance(X, np.generic) or frames.is_table(X):
         return False
     from array_api_compat import is_array_api_obj
 
     return bool(is_array_api_obj(X)) or hasattr(X, "__cuda_array_interface__")
 
 
-def columns_of(X: Any, what: str) -> tuple[str, list[Column]] | None:
-    """Path and columns of a table of numbers; None if X is none that can be read as it lies."""
-    library = _tables.library(X)
-    if library is None:
+def columns_of(X: Any, what: str) -> list[Column] | None:
+    """Columns of a table of numbers; None if X is none that can be read as it lies."""
+    library = _columns.library(X)
+    if not library:
         return None
     _check_shape(X, what)
     try:
-        columns = _tables.read(X)
+        return _columns.gather(_columns.read(X))
     except TypeError:  # objects, strings: scikit-learn converts them or says why not
         if library == "cudf":
             raise
         return None
-    return gather(columns)
 
 
 def floats_of(columns: list[Column]) -> str:
     """Name of the float that holds all columns, by NumPy's promotion; no float gives float64."""
-    dtypes = {column.values.dtype for column in columns}
-    name = np.result_type(*dtypes).name
-    return name if name in _problem.ITEMSIZE else "float64"
+    name = np.result_type(*{column.values.dtype for column in columns}).name
+    return name if name in _rules.ITEMSIZE else "float64"
 
 
 def as_floats(X: Any, what: str) -> Any:
-    """Check the shape of an array and bring it to a float dtype, in its library and on its device.
-
-    Raises
-    ------
-    ValueError
-        If it is not 2-D, has no sample or no feature, or is complex.
-    """
+    """Check an array's shape and bring it to a float dtype, in its library, on its device."""
     if not hasattr(X, "dtype"):  # a mere exporter on a GPU
-        X = path_of("cupy").from_exporter(X)
+        X = _calls.take_in("X", X)
     if X.ndim != 2:
         msg = (
             f"Expected 2D array, got {X.ndim}D array instead (shape {tuple(X.shape)}). Reshape "
@@ -111,8 +83,8 @@ def as_floats(X: Any, what: str) -> Any:
         )
         raise ValueError(msg)
     _check_shape(X, what)
-    dtype = _problem.dtype_name(X.dtype)
-    if dtype in _problem.ITEMSIZE:
+    dtype = _rules.dtype_name(X.dtype)
+    if dtype in _rules.ITEMSIZE:
         return X
     if dtype.startswith("complex"):
         msg = f"Complex data not supported: X has dtype {X.dtype}; pass X.real and X.imag, or abs"
@@ -126,13 +98,19 @@ def as_floats(X: Any, what: str) -> Any:
 
 
 def _check_shape(X: Any, what: str) -> None:
-    for axis, name in ((0, "sample"), (1, "feature")):
-        if not X.shape[axis]:
+    for n, name in zip(X.shape, ("sample", "feature"), strict=True):
+        if not n:
             msg = (
                 f"Found array with 0 {name}(s) (shape={tuple(X.shape)}) while a minimum of 1 is "
                 f"required by {what}. Pass at least one {name}"
             )
             raise ValueError(msg)
+
+
+_WAY_OUT = (
+    "{what} does not accept missing values, as one would make all of its row NaN: impute them, "
+    "e.g. by sklearn.impute.SimpleImputer, or drop such rows"
+)
 
 
 def refuse_not_finite(X: Any, what: str) -> None:
@@ -144,7 +122,7 @@ def refuse_not_finite(X: Any, what: str) -> None:
 
 def refuse_bad_columns(X: Any, columns: list[Column], what: str) -> None:
     """Refuse a table that holds NaN, infinities or nulls, and name such columns."""
-    matrix = as_matrix(columns) if isinstance(columns[0].values, np.ndarray) else None
+    matrix = _columns.as_matrix(columns)
     if matrix is not None and _is_finite(matrix):  # columns of a matrix are slow to run down
         return
     bad = [name for name, c in zip(X.columns, columns, strict=True) if not _is_finite(*c)]
@@ -158,24 +136,16 @@ def refuse_bad_columns(X: Any, columns: list[Column], what: str) -> None:
         raise ValueError(msg)
 
 
-_WAY_OUT = (
-    "{what} does not accept missing values, as one would make all of its row NaN: impute them, "
-    "e.g. by sklearn.impute.SimpleImputer, or drop such rows"
-)
-
-
 def _is_finite(values: Any, validity: Any = None, offset: int = 0) -> bool:
     """Whether no NaN, infinity or null is among the values."""
-    if validity is None and _problem.dtype_name(values.dtype) not in _problem.ITEMSIZE:
+    if validity is None and _rules.dtype_name(values.dtype) not in _rules.ITEMSIZE:
         return True
     from array_api_compat import array_namespace
 
     xp = array_namespace(values)
     if validity is not None:
         bits = xp.unpackbits(validity, bitorder="little")[offset : offset + values.shape[0]]
-        if not bool(xp.all(bits)):
-            return False
-        return _is_finite(values)
+        return bool(xp.all(bits)) and _is_finite(values)
     with np.errstate(over="ignore", invalid="ignore"):
         if bool(xp.isfinite(xp.sum(values))):  # needs no array of bools to be written and read
             return True
@@ -190,36 +160,26 @@ def may_overwrite(X: Any) -> bool:
 
 
 def convert(y: Any, kind: str | None, X: Any, names: Any) -> Any:
-    """Give y as the `output_type` that is asked for.
+    """Give y (M, N), the result in the library that computed it, as the `output_type` asked for.
 
-    Parameters
-    ----------
-    y : array of shape (M, N)
-        The result, in the library that computed it.
-    kind : {None, 'input', 'numpy', 'cupy', 'pandas', 'cudf'}
-        None is 'input' for cuDF, whose users expect it, and else y as it is.
-    X : array-like or DataFrame
-        What was normalized: its index, and its column names if it is a table.
-    names : sequence of str, optional
-        Column names for a table made from an array.
+    None stands for 'input' if X is a table of cuDF, whose users expect it, and else for y as it is.
+    A table takes index and names of X if that is one, else `names`.
     """
-    table = _tables.library(X)
+    table = _columns.library(X)
     if kind is None and table != "cudf":
         return y
-    if table is not None and kind in (None, "input", table):
-        return _tables.build(X, y)
+    if table and kind in (None, "input", table):
+        return frames.build(X, y)
     if kind == "numpy":
         return _to_numpy(y)
     if kind == "cupy":
         return _to_cupy(y)
-    return y if kind == "input" else _frame(str(kind), y, X, names)
-
-
-def _frame(library: str, y: Any, X: Any, names: Any) -> Any:
-    frame = import_module(library).DataFrame
-    index: Any = getattr(X, "index", None) if _tables.library(X) else None
-    names = list(X.columns) if _tables.library(X) else names
-    if library == "cudf":  # which by default makes nulls of NaN, at the cost of another pass
+    if kind == "input":
+        return y
+    frame = import_module(str(kind)).DataFrame
+    index: Any = getattr(X, "index", None) if table else None  # polars has none
+    names = list(X.columns) if table else names
+    if kind == "cudf":  # which by default makes nulls of NaN, at the cost of another pass
         return frame(_to_cupy(y), index=index, columns=names, nan_as_null=False)
     index = index.to_pandas() if hasattr(index, "to_pandas") else index
     return frame(_to_numpy(y), index=index, columns=names, copy=False)
@@ -228,18 +188,17 @@ def _frame(library: str, y: Any, X: Any, names: Any) -> Any:
 def _to_numpy(y: Any) -> Any:
     if library_of(y) == "cupy":
         return y.get(order="A")
-    if library_of(y) == "torch":
-        y = y.detach().cpu()
-    return np.asarray(y)
+    return np.asarray(y.detach().cpu() if library_of(y) == "torch" else y)
 
 
 def _to_cupy(y: Any) -> Any:
     if library_of(y) == "cupy":
         return y
-    do = path_of("cupy")
+    from cupynorm._cuda import arrays
+
     if library_of(y) == "torch" and y.is_cuda:
-        return do.from_exporter(y.detach())
+        return arrays.from_exporter(y.detach())
     y = np.ascontiguousarray(_to_numpy(y))
-    made = do.empty(y.shape, dtype=y.dtype)
+    made = arrays.empty(y.shape, dtype=y.dtype)
     made.set(y)
     return made

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from cupynorm._cuda.plan import TABLE, Plan
+from cupynorm._cuda.plan import Plan
+from cupynorm._cuda.rows import FORWARD
 from cupynorm._report.explain import _FAMILIES
 from docs._generate import chunk_pictures, row_pictures, tile_pictures
 from docs._generate.plans import column_plan, columns_plan, row_plan
@@ -63,8 +64,9 @@ def _k7() -> Drawing:
 def _families() -> str:
     """The plan's table, as far as it concerns a reader."""
     lines = ["| family | row of x | threads per row |", "|---|---|---|"]
-    for family in dict.fromkeys(row.family for row in TABLE):
-        rows = [row for row in TABLE if row.family == family]
+    alone = [row for row in FORWARD if row.cluster == 1]
+    for family in dict.fromkeys(row.family for row in alone):
+        rows = [row for row in alone if row.family == family]
         limit = rows[-1].max_vecs * 16
         to = f"up to {limit // 1024} KiB" if limit < 2**30 else "any length"
         to += ", as shared memory allows" if family == "shared" else ""

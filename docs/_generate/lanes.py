@@ -6,8 +6,7 @@
 from dataclasses import dataclass
 
 from cupynorm._cuda.plan import CHUNK_THREADS, CHUNK_VECS, VEC_BYTES, Plan
-from cupynorm._cuda.plan_column import ColumnPlan
-from cupynorm._problem import ITEMSIZE
+from cupynorm._rules import ITEMSIZE
 
 __all__ = ["Holder", "columns_per_vec", "holder", "tile_holder"]
 
@@ -89,7 +88,7 @@ def _split(plan: Plan, row: int, vec: int, vecs: int) -> Holder:
     return Holder(row * plan.sections + section, thread, 4 * turn + k)
 
 
-def tile_holder(plan: ColumnPlan, row: int, col: int) -> Holder:
+def tile_holder(plan: Plan, row: int, col: int) -> Holder:
     """Who loads an element whose neighbours in memory are those of the next rows (K6, K7)."""
     threads, rows = plan.stages[0].constants[:2]
     lanes = threads // plan.threads_per_row  # words along the rows; the rest share the columns

@@ -1,16 +1,11 @@
 """The problems whose plans are drawn: one of each family, as the library would launch it."""
 
-from cupynorm._cuda.plan import Device, Plan, choose_plan
-from cupynorm._cuda.plan_column import (
-    ColumnPlan,
-    ColumnProblem,
-    ColumnsProblem,
-    choose_plan_column,
-    choose_plan_columns,
-)
-from cupynorm._problem import Problem
+from cupynorm._cuda.launch import choose_plan
+from cupynorm._cuda.plan import Device, Plan
+from cupynorm._layout import Problem
+from cupynorm._ops import LAYER_NORM
 
-__all__ = ["A100", "H100", "ROWS", "T4", "column_plan", "columns_plan", "row_plan"]
+__all__ = ["A100", "H100", "ROWS", "T4", "column_plan", "columns_plan", "problem_of", "row_plan"]
 
 T4 = Device(75, 40, 64 * 1024)
 A100 = Device(80, 108, 163 * 1024)
@@ -26,22 +21,29 @@ ROWS = {
 }
 
 
+Steps = tuple[int, int, int]
+
+
+def problem_of(rows: int, N: int, dtype: str, **strides: Steps) -> Problem:
+    """A forward of (1, rows, N) without weight, bias and statistics."""
+    steps = tuple(strides.items())
+    return Problem(LAYER_NORM, False, (("x", dtype),), 1, rows, N, steps, (rows, 1))
+
+
 def row_plan(family: str) -> tuple[Plan, int] | None:
     """Plan and columns of a family's problem; None where no device takes that family."""
     rows, N, dtype, device = ROWS[family]
     strides = (rows * N, N, 1)
-    problem = Problem("layer_norm_fwd", dtype, None, None, 1, rows, N, strides, strides, False)
-    plan = choose_plan(problem, device)
+    plan = choose_plan(problem_of(rows, N, dtype, x=strides, y=strides), device)
     return (plan, N) if plan.family == family else None
 
 
-def column_plan(rows: int, N: int) -> ColumnPlan:
+def column_plan(rows: int, N: int) -> Plan:
     """What a column-major float32 x takes whose y is to be row-major."""
     far, near = (rows * N, 1, rows), (rows * N, N, 1)
-    problem = ColumnProblem("float32", None, None, 1, rows, N, far, near, (rows, 1))
-    return choose_plan_column(problem, H100)
+    return choose_plan(problem_of(rows, N, "float32", x=far, y=near), H100)
 
 
-def columns_plan(rows: int, N: int) -> ColumnPlan:
+def columns_plan(rows: int, N: int) -> Plan:
     """What columns of their own take, for a float32 matrix."""
-    return choose_plan_columns(ColumnsProblem("float32", None, None, rows, N, (N, 1), False), H100)
+    return choose_plan(problem_of(rows, N, "float32", y=(0, N, 1)), H100)

@@ -1,6 +1,6 @@
 """Pictures of K6 and K7, which turn columns into rows in a tile, and of the layouts."""
 
-from cupynorm._cuda.plan_column import ColumnPlan
+from cupynorm._cuda.plan import Plan
 from docs._generate.lanes import tile_holder
 from docs._generate.row_pictures import WIDTH
 from docs._generate.svg import Drawing, tint
@@ -10,7 +10,7 @@ __all__ = ["layouts", "tile"]
 SHOWN = 14  # rows of y
 
 
-def tile(plan: ColumnPlan, names: list[str], text: str) -> Drawing:
+def tile(plan: Plan, names: list[str], text: str) -> Drawing:
     """From columns in memory to a tile in shared memory to rows in memory."""
     rows, N, warps = plan.rows_per_block, len(names), plan.stages[0].block[0] // 32
     d = Drawing(WIDTH, text.partition(",")[0] + ": one tile", text)

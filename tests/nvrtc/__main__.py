@@ -26,7 +26,7 @@ def _commit() -> str:
         done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    compiled = ("kernels", "cupynorm/_cuda/plan.py", "cupynorm/_cuda/source.py")
+    compiled = ("kernels", "cupynorm/_cuda")
     changed = git("status", "--porcelain", "--", *compiled)
     return git("rev-parse", "--short", "HEAD") + (" with changes on top" if changed else "")
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from cupynorm._cuda.plan import Stage
-from cupynorm._cuda.staging import STAGE_ASYNC, STAGE_BULK, STAGE_REGISTERS
+from cupynorm._cuda.plan import STAGE_ASYNC, STAGE_BULK, STAGE_REGISTERS, Stage
 from tests.nvrtc.build import Facts
 from tests.simt.limits import DeviceLimits
 

@@ -6,17 +6,21 @@ import hashlib
 from collections.abc import Iterator
 from functools import cache
 
-from cupynorm._cuda.plan import CHUNK_VECS, TABLE, VEC_BYTES, Device, Stage, choose_plan, table_row
-from cupynorm._cuda.plan_cluster import CLUSTER_TABLE
+from cupynorm._cuda.launch import choose_plan
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device, Stage
+from cupynorm._cuda.rows import FORWARD as TABLE
+from cupynorm._cuda.rows import Row
 from cupynorm._cuda.source import source_of
-from cupynorm._problem import ITEMSIZE, Problem
+from cupynorm._layout import Problem
+from cupynorm._ops import LAYER_NORM
+from cupynorm._rules import ITEMSIZE
 from tests.nvrtc import grid_bwd, grid_column
 from tests.nvrtc.build import CUPY_OPTIONS, without_comments
 from tests.simt.limits import DeviceLimits
 
 ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 DTYPES = tuple(ITEMSIZE)
-FORWARD = (*dict.fromkeys(row.family for row in TABLE), "cluster")
+FORWARD = ("warp", "block", "shared", "split", "cluster")
 FAMILIES = (*FORWARD, *grid_bwd.FAMILIES, *grid_column.FAMILIES)
 FULL = "90"  # the architecture whose every entry is compiled in each test run
 # Of K4, whose every entry the kept table has, each run compiles the longest, and all of these.
@@ -26,7 +30,8 @@ Flags = tuple[str | None, str | None]  # dtypes of weight and bias
 FEW, MANY = 1, 2**20  # rows
 _HELD = max(row.max_vecs for row in TABLE if row.family in ("warp", "block"))
 _LONGEST = max(row.max_vecs for row in TABLE if row.family == "shared")
-_MOST_CHUNKS = max(row.max_chunks for row in CLUSTER_TABLE)
+_MOST_CHUNKS = max(row.max_vecs for row in TABLE if row.cluster > 1) // CHUNK_VECS
+_ALONE = [row for row in TABLE if row.cluster == 1]
 
 
 def stages(
@@ -34,12 +39,19 @@ def stages(
 ) -> tuple[Stage, ...]:
     """What launches rows of `vecs` whole vectors."""
     N = vecs * VEC_BYTES // ITEMSIZE[x_dtype]
+    dtypes = zip(("x", "weight", "bias"), (x_dtype, *flags), strict=True)
     problem = Problem(
-        "layer_norm_fwd", x_dtype, *flags, 1, rows, N, (0, N, 1), (0, N, 1), stats=True
-    )
+        LAYER_NORM, False, tuple((a, d) for a, d in dtypes if d), 1, rows, N,
+        (("x", (0, N, 1)), ("y", (0, N, 1))), (rows, 1), stats=True,
+    )  # fmt: skip
     limits = DeviceLimits.of(arch)
     device = Device(int(arch), 100, limits.opt_in_shared, max_cluster)
     return choose_plan(problem, device).stages
+
+
+def table_row(vecs: int) -> Row:
+    """The table's row for rows of `vecs` vectors on a device without clusters."""
+    return next(row for row in _ALONE if vecs <= row.max_vecs)
 
 
 def sampled_vecs() -> Iterator[tuple[int, int]]:
@@ -79,7 +91,7 @@ def _longest(
     for name, (vecs, rows) in sorted(every.items(), key=lambda item: item[1]):
         for stage in stages(arch, x_dtype, vecs, rows, (None, None), max_cluster):
             if stage.name == name:
-                last[stage.kernel, table_row(vecs) if by_table_row else None] = name
+                last[stage.kernel, table_row(vecs).max_vecs if by_table_row else None] = name
     return {name: every[name] for name in last.values()}
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
+from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device, Stage
-from cupynorm._cuda.plan_bwd import BWD_TABLE, choose_plan_bwd
-from cupynorm._cuda.plan_cluster import CLUSTER_BWD_TABLE
-from cupynorm._problem import ITEMSIZE, GradientProblem, stats_dtype
+from cupynorm._cuda.rows import BACKWARD
+from cupynorm._layout import Problem
+from cupynorm._ops import LAYER_NORM
+from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests.simt.limits import DeviceLimits
 
-_KINDS = (*dict.fromkeys(row.family for row in BWD_TABLE), "cluster", "totals")
+_KINDS = ("warp", "block", "shared", "split", "cluster", "totals")
 FAMILIES = tuple(f"{kind}_bwd" for kind in _KINDS)
 
 Wanted = tuple[bool, bool, bool]  # dx, dweight, dbias
@@ -19,10 +21,11 @@ ALL: Wanted = (True, True, True)
 # Tried on the longest row of each kernel only.
 RARELY: tuple[Wanted, ...] = ((True, False, False), (False, True, True), (True, True, False))
 ROWS = 2**20
-_MOST_CHUNKS = max(row.cluster * row.slots for row in CLUSTER_BWD_TABLE)
+_MOST_CHUNKS = max(row.cluster * row.slots for row in BACKWARD)
 # Of K4, whose every entry the kept table has, each run compiles the longest, and all of these.
 CLUSTERED = ("float32",)
-_LAST = next(row.max_vecs for row in BWD_TABLE if row.family == "shared")
+_ALONE = [row for row in BACKWARD if row.cluster == 1]
+_LAST = max(row.max_vecs for row in BACKWARD if row.family == "shared")
 
 
 def stages(
@@ -36,27 +39,20 @@ def stages(
     """What launches rows of `vecs` whole vectors."""
     N = vecs * VEC_BYTES // ITEMSIZE[x_dtype]
     totals = weight or stats_dtype(x_dtype)
-    strides = (0, N, 1)
-    problem = GradientProblem(
-        x_dtype,
-        weight,
-        totals if wanted[1] else None,
-        totals if wanted[2] else None,
-        wanted[0],
-        1,
-        ROWS,
-        N,
-        strides,
-        strides,
-        strides,
-    )
+    named = zip(("x", "weight", "dweight", "dbias"), (x_dtype, weight, totals, totals), strict=True)
+    kept = (True, weight, *wanted[1:])
+    strides = [(a, (0, N, 1)) for a in ("x", "dy", "dx") if a != "dx" or wanted[0]]
+    problem = Problem(
+        LAYER_NORM, True, tuple(pair for pair, keep in zip(named, kept, strict=True) if keep),
+        1, ROWS, N, tuple(strides), (ROWS, 1),
+    )  # fmt: skip
     device = Device(int(arch), 100, DeviceLimits.of(arch).opt_in_shared, max_cluster)
-    return choose_plan_bwd(problem, device).stages
+    return choose_plan(problem, device).stages
 
 
 def sampled_vecs() -> Iterator[int]:
     """Each table row's longest, each number of vectors per thread of K3, and beyond."""
-    for row in BWD_TABLE[:-1]:
+    for row in _ALONE[:-1]:
         yield from range(row.threads_per_row, row.max_vecs + 1, row.threads_per_row)
     yield from range(2 * CHUNK_VECS, _MOST_CHUNKS * CHUNK_VECS + 1, CHUNK_VECS // 4)
     yield from (_LAST + 1, 2**20)

@@ -5,15 +5,11 @@ from __future__ import annotations
 import itertools
 from functools import cache
 
+from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import Device, Stage
-from cupynorm._cuda.plan_column import (
-    ColumnProblem,
-    ColumnsProblem,
-    choose_plan_column,
-    choose_plan_columns,
-)
-from cupynorm._cuda.plan_column_bwd import ColumnGradientProblem, choose_plan_column_bwd
-from cupynorm._problem import stats_dtype
+from cupynorm._layout import Problem
+from cupynorm._ops import LAYER_NORM
+from cupynorm._rules import stats_dtype
 from tests.simt.limits import DeviceLimits
 
 FAMILIES = ("column", "lanes", "columns", "column_bwd", "panels_bwd")
@@ -44,19 +40,23 @@ def stages(
     """What launches a matrix that lies as `way` says, x first."""
     M, N, way = shape
     device = Device(int(arch), 100, DeviceLimits.of(arch).opt_in_shared)
-    if way.endswith("d"):
-        lies = [(0, 1, M) if letter == "F" else (0, N, 1) for letter in way[:2]]
-        totals = (flags[0] or stats_dtype(x_dtype),) * 2
-        sizes = (True, 1, M, N, lies[1], lies[0], lies[0], (M, 1))
-        problem = ColumnGradientProblem(x_dtype, flags[0], *totals, *sizes)
-        return choose_plan_column_bwd(problem, device)[0].stages[:1]
-    if len(way) != 2:
-        strides = (1, M) if way[0] == "F" else (N, 1)
-        columns = ColumnsProblem(x_dtype, *flags, M, N, strides, way.endswith("omit"))
-        return choose_plan_columns(columns, device).stages
-    steps = [(0, 1, M) if letter == "F" else (0, N, 1) for letter in way]
-    forward = ColumnProblem(x_dtype, *flags, 1, M, N, steps[0], steps[1], (M, 1))
-    return choose_plan_column(forward, device).stages
+    backward, letters = way.endswith("d"), way.removesuffix("_omit").rstrip("d")
+    dtypes = {"x": x_dtype, "weight": flags[0], "bias": flags[1]}
+    names: tuple[str, ...] = ("x", "y")[-len(letters) :]
+    if backward:
+        totals = flags[0] or stats_dtype(x_dtype)
+        dtypes = {"x": x_dtype, "weight": flags[0], "dweight": totals, "dbias": totals}
+        names, letters = ("x", "dy", "dx"), letters + letters[0]
+    problem = Problem(
+        LAYER_NORM, backward, tuple((a, d) for a, d in dtypes.items() if d), 1, M, N,
+        tuple(
+            (a, (0, 1, M) if letter == "F" else (0, N, 1))
+            for a, letter in zip(names, letters, strict=True)
+        ),
+        (M, 1), omit=way.endswith("omit"),
+    )  # fmt: skip
+    plan = choose_plan(problem, device).stages
+    return plan[:1] if backward else plan
 
 
 def entries(arch: str, x_dtype: str, family: str, full: bool, everything: bool) -> list[Stage]:

@@ -1,0 +1,274 @@
+"""The one memo: from the arguments of a call to a settled call, forward and backward.
+
+All that a rule may ask of arguments is known from what they look like: of each array its type,
+dtype, shape, strides and device, and the plain values beside them. So every rule is applied once
+for each look, and the call that comes of it is kept; only overlap needs addresses, at each call.
+
+A door is what a library's arrays come in by: an object with ``look(array)``, ``strides(array)``,
+``device(array)``, ``select`` (None, or a function of a call's arrays that gives another door),
+``types`` (those that are plain arrays), ``normalizer(facts)``, ``differentiator(facts)`` and
+``describe(facts)``. A door whose ``look`` is None has nothing kept for it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupynorm import _libraries, _reference, _rules
+from cupynorm._layout import Facts, result_strides
+from cupynorm._memo import keep, settled
+from cupynorm._ops import Op
+
+# By exact type of x; filled on first sight.
+doors: dict[type, Any] = {}
+
+# How a call is to be done, besides its arrays: (normalized_shape, axis, eps, order, return_stats).
+How = tuple[Any, Any, Any, Any, Any]
+
+
+class Checked(NamedTuple):
+    """A call whose arguments have passed every rule."""
+
+    door: Any
+    facts: Facts
+    turn: tuple[int, ...] | None  # permutes weight's dimensions to ascending axes
+    arrays: tuple[Any, ...]  # as the call takes them
+
+    @property
+    def x(self) -> Any:
+        """The array that is normalized, or was."""
+        return self.arrays[self.facts.backward]
+
+
+def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any:
+    """Forward: y, or (y, mean, rstd) where `how` asks for statistics."""
+    door = doors.get(type(x))
+    if door is not None:
+        if door.select is not None:
+            door = door.select(x, weight, bias, out)
+        look = door.look
+        if look is not None:
+            try:
+                call = settled.get(
+                    (
+                        door,
+                        op,
+                        how,
+                        look(x),
+                        weight if weight is None else look(weight),
+                        bias if bias is None else look(bias),
+                        out if out is None else look(out),
+                    )
+                )
+            except (AttributeError, TypeError):  # no array, or a shape that is a list
+                call = None
+            if call is not None and (
+                type(how[2]) is float
+                and (type(how[0]) is int or _rules.exact(how[0]))
+                and (how[1] is None or _rules.exact(how[1]))
+            ):
+                return call(x, weight, bias, out)
+    checked = check(op, x, weight, bias, out, how)
+    result = _settle(checked, how, type(how[2]) is float)(*checked.arrays)
+    if out is None or checked.arrays[3] is out:
+        return result
+    return (out, *result[1:]) if checked.facts.stats else out  # the caller's own object
+
+
+def differentiate(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) -> tuple[Any, ...]:
+    """Backward: (dx, dweight, dbias), None for what is not wanted.
+
+    `arrays` are dy, x, mean, rstd and weight; `how` is (normalized_shape, axis, output_mask).
+    """
+    mask = how[2]
+    plain = mask is None or (type(mask) is tuple and {*map(type, mask)} == {bool})
+    door, call = doors.get(type(arrays[1])), None
+    if door is not None and plain and _rules.exact(how[0]) and _rules.exact(how[1]):
+        if door.select is not None:
+            door = door.select(arrays[1], arrays[0], *arrays[2:])
+        try:
+            call = settled.get(_key(door, op, how, arrays)) if door.look is not None else None
+        except (AttributeError, TypeError):
+            pass  # no arrays
+    if call is None:
+        checked = _check_backward(op, arrays, how)
+        call, arrays = _settle(checked, how, plain), checked.arrays
+    return call(*arrays)  # type: ignore[no-any-return]
+
+
+def _key(door: Any, op: Op, how: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All that a settled call may depend on."""
+    return door, op, how, *(None if a is None else door.look(a) for a in arrays)
+
+
+def _settle(checked: Checked, how: Any, plain: bool) -> Callable[..., Any]:
+    """The call for arrays that look like these, kept if `how` equals nothing but itself.
+
+    `plain` says so of the values that are no shapes or axes.
+    """
+    door, facts, turn, arrays = checked
+    call = call_of(door, facts, turn)
+    if plain and door.look is not None and _rules.exact(how[0]) and _rules.exact(how[1]):
+        keep(_key(door, facts.op, how, arrays), call)
+    return call
+
+
+def call_of(door: Any, facts: Facts, turn: tuple[int, ...] | None) -> Callable[..., Any]:
+    """The door's call; weight, bias and their gradients have the caller's order of dimensions."""
+    call: Callable[..., Any]
+    call = door.differentiator(facts) if facts.backward else door.normalizer(facts)
+    if turn is None:
+        return call
+    turned, back = _libraries.turned, tuple(int(i) for i in np.argsort(turn))
+
+    def forward(x: Any, weight: Any, bias: Any, out: Any) -> Any:
+        return call(x, turned(weight, turn), turned(bias, turn), out)
+
+    def backward(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> Any:
+        dx, *sums = call(dy, x, mean, rstd, turned(weight, turn))
+        return dx, *(turned(total, back) for total in sums)
+
+    return backward if facts.backward else forward
+
+
+def check(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Checked:
+    """Apply every rule that a forward call has, but for what needs addresses; nothing is run."""
+    normalized_shape, axis, eps, order, stats = how
+    eps = _rules.check_eps(eps)
+    _rules.check_order(order)
+    x, axes, turn = _check_x(x, normalized_shape, axis)
+    shape = tuple(x.shape)
+    affine = tuple(shape[a] for a in axes)
+    if weight is not None:
+        weight = checked_affine("weight", weight, x, affine)
+    if bias is not None:
+        bias = checked_affine("bias", bias, x, affine)
+    if out is not None:
+        out = companion_of("out", out, x)
+        _rules.check_out(tuple(out.shape), out.dtype, shape, x.dtype, order)
+        _libraries.check_writable(out)
+    door = door_of(x, weight, bias, out)
+    strides = {"x": door.strides(x)}
+    strides["y"] = _made(shape, strides["x"], order) if out is None else door.strides(out)
+    given = {"x": x, "weight": weight, "bias": bias}
+    dtypes = {k: _rules.dtype_name(a.dtype) for k, a in given.items() if a is not None}
+    asked = eps, order, out is not None, bool(stats), door.device(x)
+    facts = Facts(op, False, shape, tuple(sorted(axes)), dtypes, strides, *asked)
+    return Checked(door, facts, turn, (x, weight, bias, out))
+
+
+def _check_backward(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) -> Checked:
+    """Apply every rule that a backward call has; nothing is run."""
+    dy, x, mean, rstd, weight = arrays
+    x, axes, turn = _check_x(x, *how[:2])
+    shape, dtype = tuple(x.shape), _rules.dtype_name(x.dtype)
+    if weight is not None:
+        weight = checked_affine("weight", weight, x, tuple(shape[a] for a in axes))
+    mask = _rules.check_mask(how[2], weight is not None)
+    axes = tuple(sorted(axes))
+    sums = _rules.stats_dtype(dtype)
+    of_rows = tuple(1 if a in axes else n for a, n in enumerate(shape))
+    dy = _beside("dy", dy, x, shape, dtype)
+    mean, rstd = (_beside(k, a, x, of_rows, sums) for k, a in (("mean", mean), ("rstd", rstd)))
+    dtypes = {"x": dtype}
+    if weight is not None:
+        dtypes["weight"] = sums = _rules.dtype_name(weight.dtype)
+    dtypes |= {k: sums for k, wanted in zip(("dweight", "dbias"), mask[1:], strict=True) if wanted}
+    door = door_of(x, dy, mean, rstd, weight)
+    strides = {"x": door.strides(x), "dy": door.strides(dy)}
+    if mask[0]:
+        strides["dx"] = _made(shape, strides["x"], "K")
+    facts = Facts(op, True, shape, axes, dtypes, strides, device=door.device(x))
+    return Checked(door, facts, turn, (dy, x, mean, rstd, weight))
+
+
+def _made(shape: tuple[int, ...], strides: tuple[int, ...] | None, order: str) -> Any:
+    """Strides of a result that is made for an x like this."""
+    return None if strides is None else result_strides(shape, strides, order)
+
+
+# --- arrays ---------------------------------------------------------------------------------------
+
+
+def _check_x(
+    x: Any, normalized_shape: Any, axis: Any
+) -> tuple[Any, tuple[int, ...], tuple[int, ...] | None]:
+    """x as an array of a library, the axes as they were named, weight's permutation."""
+    x = take_in("x", x)
+    dtype = _rules.dtype_name(x.dtype)
+    if dtype not in _rules.ITEMSIZE:
+        _rules.check_x_dtype(dtype, _libraries.cast_of("x", x))
+    axes = _rules.resolve_axes(tuple(x.shape), normalized_shape, axis)
+    return x, axes, _rules.axis_order(axes)
+
+
+def checked_affine(label: str, value: Any, x: Any, expected: tuple[int, ...]) -> Any:
+    """A weight or bias that has passed every rule."""
+    value = companion_of(label, value, x)
+    dtype = _rules.dtype_name(value.dtype)
+    if dtype not in _rules.ITEMSIZE:
+        _rules.check_affine_dtype(label, dtype, _libraries.cast_of(label, value))
+    _rules.check_affine_shape(label, tuple(value.shape), expected)
+    return value
+
+
+def _beside(label: str, value: Any, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """An array that lives with x and has the shape and dtype that go with it."""
+    value = companion_of(label, value, x)
+    _rules.check_beside_x(label, tuple(value.shape), shape, tuple(x.shape))
+    name = _rules.dtype_name(value.dtype)
+    if name != dtype:
+        _rules.refuse_dtype_beside_x(label, name, dtype, _rules.dtype_name(x.dtype))
+    return value
+
+
+def companion_of(label: str, value: Any, x: Any) -> Any:
+    """Take in a subclass or a mere exporter; refuse what lives elsewhere than x."""
+    value = take_in(label, value)
+    _libraries.check_companion(label, value, x)
+    return value
+
+
+def take_in(label: str, x: Any) -> Any:
+    """Look at an array; a mere exporter becomes an array of NumPy or CuPy over its memory."""
+    x, path = _libraries.classify(x, label)
+    if path != "gpu-exporter":
+        return x
+    try:
+        from cupynorm._cuda import arrays
+    except ImportError as error:
+        msg = (
+            f"{label} is on a GPU, and CuPy, which would take it, cannot be imported ({error}); "
+            "pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
+        )
+        raise ImportError(msg) from error
+    return arrays.from_exporter(x)
+
+
+def door_of(x: Any, *others: Any) -> Any:
+    """By which door an array of a library comes in, beside these."""
+    door = doors.get(type(x))
+    if door is None:
+        door = doors[type(x)] = _find(x)
+    return door if door.select is None else door.select(x, *others)
+
+
+def _find(x: Any) -> Any:
+    library = _libraries.library_of(x)
+    if library == "cupy":
+        from cupynorm._cuda.arrays import DOOR
+
+        return DOOR
+    if library == "torch":
+        from cupynorm._torch.doors import DOOR as of_tensors
+
+        return of_tensors
+    if library == "numpy":
+        from cupynorm._cpu.arrays import DOOR as of_numpy
+
+        return of_numpy
+    return _OF_OTHERS
+
+
+_OF_OTHERS = _reference.Door()

@@ -1,0 +1,48 @@
+"""Compiles the loops once: kept on disk, and compiled again when a file of this folder changes."""
+
+import functools
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+
+# Compiled functions by what defines them and for which dtype; loaded code, no call's settings.
+_ready: dict[tuple[Any, str], Any] = {}
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """Compile for use inside other loops. Without fastmath: no sum is reordered, no fma fused."""
+    return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+@functools.cache
+def checksum() -> int:
+    """Checksum of the files that compiled functions are made of.
+
+    Each entry closes over it, because numba's cache looks at the time stamp of one file alone, and
+    at the values of such variables: a change of the files below must not go unseen.
+    """
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return zlib.crc32(b"".join(file.read_bytes() for file in files)) | 1
+
+
+def entry(define: Callable[..., Any], kind: str) -> Any:
+    """Compile for a dtype, or load, what ``define(checksum, kind)`` gives with its signature.
+
+    Where numba finds no folder to keep code in, or a full one, it is compiled all the same.
+    """
+    found = _ready.get((define, kind))
+    if found is None:
+        try:
+            found = _compile(define, kind, checksum(), True)
+        except (RuntimeError, OSError):
+            found = _compile(define, kind, 1, False)
+        _ready[define, kind] = found
+    return found
+
+
+def _compile(define: Callable[..., Any], kind: str, number: int, keep: bool) -> Any:
+    signature, function = define(number, kind)
+    return numba.njit(signature, nogil=True, error_model="numpy", cache=keep)(function)

@@ -1,0 +1,323 @@
+"""The arithmetic of layer norm's forward: rows in registers, long rows in chunks.
+
+Rows are pointers, so that nothing here knows whether they lie in an array or in a tile; 16-bit
+values are widened and narrowed on the way. A row's bits go by its values and N alone.
+"""
+
+import math
+
+from cupynorm._cpu.compiled import inner
+from cupynorm._cpu.vectors import (
+    add,
+    address,
+    advance,
+    fma,
+    fold,
+    item,
+    keep_last,
+    lanes,
+    like,
+    load,
+    mul,
+    pointer,
+    put,
+    size_of,
+    splat,
+    store,
+    store_past,
+    sub,
+)
+
+# Elements of a row whose moments are taken together: 16 KiB of float32.
+CHUNK = 4096
+# Elements of a group of short rows. Twice as many cost 4096x768 40 % (x, y, weight and bias of a
+# group leave the L1). Half as many lose 15 % where x is in a cache, but gain 10 to 15 % where it
+# comes from memory, as nothing is read ahead while a group is written: 16384x1024 7.7 and 6.5 ms.
+GROUP = 2048
+# Elements of x from which it comes from memory.
+FROM_MEMORY = 1 << 21
+# Squares of values on a coarse grid (a large common offset) end in 00 or 01, so that float32 sums
+# of many of them round down more often than up: pieces of 16 terms a lane meet in float64.
+_PIECE = 1024
+# Elements whose mean is the pivot s. Any s gives the moments of x - s; what it costs is a factor
+# E[(x-s)^2] / var in their rounding, which is held below 2. A sum of all would read the row twice,
+# and while the second reading goes on in the L1, nothing comes from memory.
+_SAMPLE = 256
+LINE = 64  # bytes of a cache line, and of a vector
+SPARE = 32  # elements of two lines of float32
+_REPAYS = 4  # rows for which a copy of weight and bias is worth its time
+# Elements of a row whose results are written from a line on: every vector across two lines costs
+# two accesses, of x, y, weight and bias alike. A shorter row loses more to the vector before it.
+PEELED = 256
+
+
+@inner
+def _sum(x, n):  # type: ignore[no-untyped-def]
+    """Sum of the n elements at x, in an order that depends on n alone."""
+    step = lanes(x)
+    if n < step:
+        total = like(x, 0)
+        for i in range(n):
+            total += item(x, i)
+        return total
+    a = b = c = d = splat(x, like(x, 0))
+    i = 0
+    while i + 4 * step <= n:
+        a = add(a, load(x, i))
+        b = add(b, load(x, i + step))
+        c = add(c, load(x, i + 2 * step))
+        d = add(d, load(x, i + 3 * step))
+        i += 4 * step
+    while i + step <= n:
+        a = add(a, load(x, i))
+        i += step
+    if i < n:
+        b = add(b, keep_last(load(x, n - step), n - i))
+    return fold(add(add(a, b), add(c, d)))
+
+
+@inner
+def _sums(x, n, s):  # type: ignore[no-untyped-def]
+    """Sum x - s and its square."""
+    step = lanes(x)
+    if n < step:
+        first = second = like(x, 0)
+        for i in range(n):
+            t = item(x, i) - s
+            first += t
+            second += t * t
+        return first, second
+    shift = splat(x, s)
+    a = b = aa = bb = cc = dd = splat(x, like(x, 0))
+    i = 0
+    while i + 4 * step <= n:
+        t = sub(load(x, i), shift)
+        u = sub(load(x, i + step), shift)
+        a, aa = add(a, t), fma(t, t, aa)
+        b, bb = add(b, u), fma(u, u, bb)
+        t = sub(load(x, i + 2 * step), shift)
+        u = sub(load(x, i + 3 * step), shift)
+        a, cc = add(a, t), fma(t, t, cc)
+        b, dd = add(b, u), fma(u, u, dd)
+        i += 4 * step
+    while i + step <= n:
+        t = sub(load(x, i), shift)
+        a, aa = add(a, t), fma(t, t, aa)
+        i += step
+    if i < n:
+        t = keep_last(sub(load(x, n - step), shift), n - i)
+        b, bb = add(b, t), fma(t, t, bb)
+    return fold(add(a, b)), fold(add(add(aa, bb), add(cc, dd)))
+
+
+@inner
+def _wide_sums(x, n, s):  # type: ignore[no-untyped-def]
+    # float64, terms scaled by 1/n: a row near the maximum must not overflow its own sum
+    share = 1.0 / n
+    first = 0.0
+    second = 0.0
+    for i in range(n):
+        d = float(item(x, i)) - s
+        first += d * share
+        second += (d * share) * d
+    return first, second
+
+
+@inner
+def _about(x, n, s):  # type: ignore[no-untyped-def]
+    """Mean of x - s and of its square, in float64."""
+    m = 0.0
+    v = 0.0
+    for lo in range(0, n, _PIECE):
+        first, second = _sums(advance(x, lo), min(_PIECE, n - lo), s)
+        m += first
+        v += second
+    return m / n, v / n
+
+
+@inner
+def pivot(x, n):  # type: ignore[no-untyped-def]
+    """A value near the mean of the n elements at x."""
+    sample = min(n, _SAMPLE)
+    return _sum(x, sample) / sample
+
+
+@inner
+def moments(x, n, near, low, high):  # type: ignore[no-untyped-def]
+    """Return s, mean(x - s) and the variance, with s = near if that is near enough."""
+    s = like(x, near)
+    m, v = _about(x, n, s)
+    if m * m > 0.5 * v:  # the pivot is farther from the mean than the values are
+        s = like(x, s + m)
+        m, v = _about(x, n, s)
+    if low < v < high:
+        return float(s), m, v - m * m
+    mean, _ = _wide_sums(x, n, 0.0)  # float32 sums overflow, or vanish beside eps
+    s = like(x, mean)
+    m, v = _wide_sums(x, n, float(s))
+    return float(s), m, v - m * m
+
+
+@inner
+def _scaled(x, w, b, i, s, m, r, has_w, has_b):  # type: ignore[no-untyped-def]
+    """Compute the vector ((x - s) - m) * r * w + b at i; s, m and r are vectors."""
+    t = mul(sub(sub(load(x, i), s), m), r)
+    if has_w and has_b:
+        return fma(t, load(w, i), load(b, i))
+    if has_w:
+        return mul(t, load(w, i))
+    return add(t, load(b, i)) if has_b else t
+
+
+@inner
+def before_line(y, n):  # type: ignore[no-untyped-def]
+    """Elements of y before the first whole vector of a cache line, or of half of one."""
+    bytes_of_vector = lanes(y) * size_of(y)
+    return (-address(y) & (bytes_of_vector - 1)) // size_of(y) if n >= PEELED else 0
+
+
+@inner
+def apply_row(x, y, n, w, b, wide_s, wide_m, wide_r, has_w, has_b, past):  # type: ignore[no-untyped-def]
+    """Write ((x - s) - m) * r * w + b to y, n elements, past the caches or not; y may be x."""
+    step = lanes(x)
+    s = like(x, wide_s + wide_m)  # the mean to x's precision, and what that leaves over
+    m, r = like(x, (wide_s - float(s)) + wide_m), like(x, wide_r)
+    if n < step:
+        for i in range(n):
+            t = ((item(x, i) - s) - m) * r
+            if has_w:
+                t *= w[i]
+            if has_b:
+                t += b[i]
+            put(y, i, t)
+        return
+    vs, vm, vr = splat(x, s), splat(x, m), splat(x, r)
+    # The last vector overlaps the one before it, so it is computed first, for the case y is x; the
+    # first one too where the others begin on a line of y.
+    last = _scaled(x, w, b, n - step, vs, vm, vr, has_w, has_b)
+    head = before_line(y, n)
+    first = last
+    if head:
+        first = _scaled(x, w, b, 0, vs, vm, vr, has_w, has_b)
+    if past and n >= PEELED:
+        for i in range(head, n - step + 1, step):
+            store_past(y, i, _scaled(x, w, b, i, vs, vm, vr, has_w, has_b))
+    else:
+        for i in range(head, n - step + 1, step):
+            store(y, i, _scaled(x, w, b, i, vs, vm, vr, has_w, has_b))
+    if head:
+        store(y, 0, first)
+    store(y, n - step, last)
+
+
+@inner
+def merge(parts, N):  # type: ignore[no-untyped-def]
+    """Merge s, mean - s and variance of the chunks in their order; the tree goes by N alone."""
+    s = parts[0, 0]
+    m = 0.0
+    for c in range(parts.shape[0]):
+        share = min(CHUNK, N - c * CHUNK) / N
+        m += share * ((parts[c, 0] - s) + parts[c, 1])
+    v = 0.0
+    for c in range(parts.shape[0]):
+        share = min(CHUNK, N - c * CHUNK) / N
+        away = ((parts[c, 0] - s) + parts[c, 1]) - m
+        v += share * (parts[c, 2] + away * away)
+    return s, m, v
+
+
+@inner
+def _normalize_group(p, xp, q, yp, M, N, w, b, limits, s, m, r):  # type: ignore[no-untyped-def]
+    # Phase by phase over a group of rows: alone, each row would wait for its own divisions and
+    # square root, which take longer than 64 elements.
+    eps, low, high = limits
+    for k in range(M):
+        s[k] = pivot(advance(p, k * xp), N)
+    for k in range(M):
+        s[k], m[k], r[k] = moments(advance(p, k * xp), N, s[k], low, high)
+    for k in range(M):
+        r[k] = 1.0 / math.sqrt(r[k] + eps)
+    has_w, has_b = address(w) != 0, address(b) != 0
+    for k in range(M):
+        to = advance(q, k * yp)
+        apply_row(advance(p, k * xp), to, N, w, b, s[k], m[k], r[k], has_w, has_b, False)
+
+
+@inner
+def short_rows(p, xp, q, yp, M, N, w, b, limits, told, stats, group):  # type: ignore[no-untyped-def]
+    """Normalize M rows of at most CHUNK elements at p, pitch xp, into those at q, pitch yp.
+
+    w, b and the pointers in ``told`` may be null: mean and rstd, the index there of the first row,
+    and the step to the next. ``stats`` points to three numbers for each row of a group.
+    """
+    mean, rstd, at, step = told
+    s, m, r = stats, advance(stats, group), advance(stats, 2 * group)
+    for row in range(0, M, group):
+        n = min(group, M - row)
+        source, target = advance(p, row * xp), advance(q, row * yp)
+        _normalize_group(source, xp, target, yp, n, N, w, b, limits, s, m, r)
+        if address(mean) != 0:
+            for k in range(n):
+                put(mean, at + (row + k) * step, like(mean, s[k] + m[k]))
+        if address(rstd) != 0:
+            for k in range(n):
+                put(rstd, at + (row + k) * step, like(rstd, r[k]))
+
+
+@inner
+def row_moments(p, n, limits, parts):  # type: ignore[no-untyped-def]
+    """Moments of the chunks of n elements at p, into parts (chunks, 3)."""
+    for c in range(parts.shape[0]):
+        size, x = min(CHUNK, n - c * CHUNK), advance(p, c * CHUNK)
+        s, m, v = moments(x, size, pivot(x, size), limits[1], limits[2])
+        parts[c, 0], parts[c, 1], parts[c, 2] = s, m, v
+
+
+@inner
+def row_results(p, q, n, w, b, s, m, r, past):  # type: ignore[no-untyped-def]
+    """Write n elements of one row, chunk by chunk."""
+    has_w, has_b = address(w) != 0, address(b) != 0
+    for c in range(0, n, CHUNK):
+        size = min(CHUNK, n - c)
+        x, y, wc, bc = advance(p, c), advance(q, c), advance(w, c), advance(b, c)
+        apply_row(x, y, size, wc, bc, s, m, r, has_w, has_b, past)
+
+
+@inner
+def finish_row(parts, N, eps, told, row):  # type: ignore[no-untyped-def]
+    """Merge the chunks of a row: s, mean - s and rstd, which are told where that is wanted."""
+    mean, rstd, at, step = told
+    s, m, v = merge(parts, N)
+    r = 1.0 / math.sqrt(v + eps)
+    if address(mean) != 0:
+        put(mean, at + row * step, like(mean, s + m))
+    if address(rstd) != 0:
+        put(rstd, at + row * step, like(rstd, r))
+    return s, m, r
+
+
+@inner
+def long_rows(p, xp, q, yp, M, N, w, b, limits, told, parts):  # type: ignore[no-untyped-def]
+    """As `short_rows`, for more than CHUNK elements; parts (chunks, 3)."""
+    for row in range(M):
+        row_moments(advance(p, row * xp), N, limits, parts)
+        s, m, r = finish_row(parts, N, limits[0], told, row)
+        row_results(advance(p, row * xp), advance(q, row * yp), N, w, b, s, m, r, False)
+
+
+@inner
+def in_step(a, q, M, room):  # type: ignore[no-untyped-def]
+    """Give weight or bias as it is, or where M rows pay for it a copy that meets lines as q does.
+
+    NumPy's arrays begin 16 bytes past a line, so that every vector of them lies across two: see
+    apply_row, which begins on a line of y. ``room`` has space for it and SPARE more.
+    """
+    N = room.size - SPARE
+    phase = -before_line(q, N) * size_of(a) & (LINE - 1)
+    if M < _REPAYS or address(a) == 0 or address(a) & (LINE - 1) == phase:
+        return a
+    here = pointer(room, 0)
+    copy = advance(here, ((phase - address(here)) & (LINE - 1)) // size_of(a))
+    for i in range(N):
+        copy[i] = a[i]
+    return copy

@@ -1,0 +1,162 @@
+"""How rows come and go: in place where they lie row by row, else turned into a tile and back.
+
+Rows of a table come from its columns, each of any dtype, with validity bitmaps or without.
+"""
+
+import numpy as np
+
+from cupynorm._cpu.compiled import inner
+from cupynorm._cpu.vectors import (
+    F16C,
+    advance,
+    at,
+    item,
+    like,
+    move,
+    pointer,
+    raw,
+    typed,
+)
+
+# A strip is read along whichever of its strides is 1 and turned in registers, so that the
+# arithmetic of contiguous rows does the rest and a row's bits are the same in every layout.
+
+# Elements between rows of a tile, or rows of a power of two would share few sets of the L1.
+GAP = 16
+# Elements of a strip. Half as many read shorter pieces of each column, twice as many leave the L2.
+_STRIP = 1 << 16
+# Rows of a strip at least: a line of float32 of each column, and the line that comes with it.
+_LEAST, _MOST = 32, 512
+
+
+def rows_of_strip(N: int) -> int:
+    """How many rows of N elements are brought together."""
+    return min(_MOST, max(_LEAST, _STRIP // N // _LEAST * _LEAST))
+
+
+@inner
+def bring(p, row, col, tile, n, N):  # type: ignore[no-untyped-def]
+    """Give n rows at p, with these strides, as contiguous ones: a pointer, and their pitch."""
+    if col == 1:
+        return p, row
+    pitch = N + GAP
+    here = pointer(tile, 0)
+    move(raw(p), row, col, here, pitch, 1, n, N)
+    return typed(here, p), pitch
+
+
+@inner
+def place(q, row, col, tile, N):  # type: ignore[no-untyped-def]
+    """Give where to write rows that `put_back` brings to q, and their pitch."""
+    if col == 1:
+        return q, row
+    return typed(pointer(tile, 0), q), N + GAP
+
+
+@inner
+def put_back(q, row, col, tile, n, N):  # type: ignore[no-untyped-def]
+    """Bring n rows from where `place` had them written to q."""
+    if col != 1:
+        move(typed(pointer(tile, 0), raw(q)), N + GAP, 1, raw(q), row, col, n, N)
+
+
+# --- columns ------------------------------------------------------------------------------------
+
+# Dtypes of columns: the number of each is what `_load` is told.
+COLUMN_DTYPES = (
+    *("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
+    *("float16", "bfloat16", "float32", "float64"),
+)
+TOGETHER = 16  # columns that are turned together: a line of float32 of each row
+
+
+@inner
+def _cast(p, step, n, q):  # type: ignore[no-untyped-def]
+    if step == 1:  # which the compiler turns into vectors
+        for i in range(n):
+            q[i] = like(q, item(p, i))
+    else:
+        for i in range(n):
+            q[i] = like(q, item(p, i * step))
+
+
+@inner
+def _load(kind, x, step, n, q):  # type: ignore[no-untyped-def]
+    """Read n elements of a column at address x, ``step`` apart, in the dtype of q."""
+    if kind == 0:
+        p = at(x, "uint8")
+        for i in range(n):
+            q[i] = like(q, p[i * step] != 0)
+    elif kind == 1:
+        _cast(at(x, "int8"), step, n, q)
+    elif kind == 2:
+        _cast(at(x, "uint8"), step, n, q)
+    elif kind == 3:
+        _cast(at(x, "int16"), step, n, q)
+    elif kind == 4:
+        _cast(at(x, "uint16"), step, n, q)
+    elif kind == 5:
+        _cast(at(x, "int32"), step, n, q)
+    elif kind == 6:
+        _cast(at(x, "uint32"), step, n, q)
+    elif kind == 7:
+        _cast(at(x, "int64"), step, n, q)
+    elif kind == 8:
+        _cast(at(x, "uint64"), step, n, q)
+    elif kind == 9:
+        if F16C:  # else Python has widened the column
+            _cast(at(x, "float16"), step, n, q)
+    elif kind == 10:
+        _cast(at(x, "bfloat16"), step, n, q)
+    elif kind == 11:
+        _cast(at(x, "float32"), step, n, q)
+    else:
+        _cast(at(x, "float64"), step, n, q)
+
+
+@inner
+def _forget(t, n, mask, bit):  # type: ignore[no-untyped-def]
+    """Put NaN where the bitmap has a 0; Arrow's order, least significant bit first."""
+    i = 0
+    while i < n:
+        here = bit + i
+        byte = mask[here >> 3]
+        if here & 7 == 0 and n - i >= 8:
+            if byte != 255:
+                for k in range(8):
+                    if (byte >> k) & 1 == 0:
+                        t[i + k] = like(t, np.nan)
+            i += 8
+        else:
+            if (byte >> (here & 7)) & 1 == 0:
+                t[i] = like(t, np.nan)
+            i += 1
+
+
+@inner
+def bring_columns(columns, N, first, n, tile, room):  # type: ignore[no-untyped-def]
+    """Bring n rows from ``first`` on into the tile.
+
+    columns (6, N): number of the dtype, address, elements from row to row, address of the bitmap
+    or 0, the bit of row 0, and the bytes of an element. ``room`` holds TOGETHER columns.
+    """
+    t, pitch = pointer(room, 0), room.size // TOGETHER
+    for left in range(0, N, TOGETHER):
+        count = min(TOGETHER, N - left)
+        for c in range(count):
+            j, q = left + c, advance(t, c * pitch)
+            kind, x, step = columns[j], columns[N + j], columns[2 * N + j]
+            _load(kind, x + first * step * columns[5 * N + j], step, n, q)
+            if columns[3 * N + j] != 0:
+                _forget(q, n, at(columns[3 * N + j], "uint8"), columns[4 * N + j] + first)
+        move(t, 1, pitch, pointer(tile, left), N + GAP, 1, n, count)
+
+
+@inner
+def keep_known(p, n, q):  # type: ignore[no-untyped-def]
+    """Copy those of n values that are not NaN; how many these are."""
+    count = 0
+    for i in range(n):
+        q[count] = p[i]
+        count += 1 if p[i] == p[i] else 0
+    return count

@@ -1,0 +1,478 @@
+"""What numba lacks: pointers, vectors of 64 bytes, 16-bit floats, and squares turned in registers.
+
+LLVM would vectorize a flagged scalar loop too, but in an order that changes with the CPU and its
+version, with a scalar remainder of up to 63 elements, and in a scalar loop where x and y overlap.
+Here the order of every sum is written down: sixteen float32 lanes everywhere, which are one AVX-512
+register, two of AVX2, four of SSE or NEON.
+"""
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import binding, ir  # type: ignore[import-untyped]
+from numba import config
+from numba.core import types
+from numba.extending import intrinsic, models, register_model
+
+from cupynorm._cpu.compiled import inner
+
+_BYTES = 64  # of a vector, and of a cache line
+_SIDE = 32  # bytes of a side of a square: a register of AVX2
+_WORD, _SHORT, _LONG = ir.IntType(32), ir.IntType(16), ir.IntType(64)
+
+
+def _has_instruction() -> bool:
+    if config.CPU_NAME or config.CPU_FEATURES:  # code for another CPU than this one
+        return False
+    if platform.machine() in ("aarch64", "arm64"):
+        return True
+    return bool(binding.get_host_cpu_features().get("f16c", False))
+
+
+# LLVM's own conversion of float16 may be a call per element where the CPU has none.
+F16C = _has_instruction()
+
+
+# --- types --------------------------------------------------------------------------------------
+
+
+class Narrow(types.Type):
+    """The address of 16-bit floats, which are read and written as float32, in registers."""
+
+    dtype = types.float32
+
+    def __init__(self, kind: str) -> None:
+        self.bfloat16 = kind == "bfloat16"
+        super().__init__(name=f"Narrow({kind})")
+
+
+class Lanes(types.Type):
+    """A vector of 64 bytes of one floating type."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        self.count = _BYTES * 8 // dtype.bitwidth
+        super().__init__(name=f"Lanes({dtype}x{self.count})")
+
+    @property
+    def vector(self) -> ir.VectorType:
+        """The LLVM type."""
+        lane = ir.FloatType() if self.dtype.bitwidth == 32 else ir.DoubleType()
+        return ir.VectorType(lane, self.count)
+
+
+@register_model(Narrow)
+class _NarrowModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, fe_type: Narrow) -> None:
+        super().__init__(manager, fe_type, _SHORT.as_pointer())
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, fe_type: Lanes) -> None:
+        super().__init__(manager, fe_type, fe_type.vector)
+
+
+def _many(kind: Any, count: int) -> Any:
+    return ir.VectorType(kind, count) if count > 1 else kind
+
+
+def _all(n: int, kind: Any) -> Any:
+    return ir.Constant(kind, [n] * kind.count if isinstance(kind, ir.VectorType) else n)
+
+
+def _itemsize(p: Any) -> int:
+    return 2 if isinstance(p, Narrow) else int(p.dtype.bitwidth) // 8
+
+
+def _vector_at(builder: Any, vector: ir.VectorType, p: Any, i: Any) -> Any:
+    return builder.bitcast(builder.gep(p, [i]), vector.as_pointer())
+
+
+def _broadcast(builder: Any, scalar: Any, vector: ir.VectorType) -> Any:
+    none = ir.Constant(vector, ir.Undefined)
+    one = builder.insert_element(none, scalar, ir.Constant(_WORD, 0))
+    return builder.shuffle_vector(one, none, _all(0, ir.VectorType(_WORD, vector.count)))
+
+
+def _llvm(builder: Any, name: str, vector: ir.VectorType, result: Any, args: list[Any]) -> Any:
+    """Call LLVM's own function of that name for vectors of this type."""
+    letter = {_SHORT: "i16", ir.FloatType(): "f32", ir.DoubleType(): "f64"}[vector.element]
+    full = f"llvm.{name}.v{vector.count}{letter}"
+    full += ".p0" if name.startswith("masked") else ""
+    kind = ir.FunctionType(result, [a.type for a in args])
+    function = builder.module.globals.get(full) or ir.Function(builder.module, kind, full)
+    return builder.call(function, args)
+
+
+def _first(builder: Any, lanes: int, count: Any) -> Any:
+    """Mask of the first ``count`` lanes."""
+    index = ir.VectorType(_WORD, lanes)
+    count = _broadcast(builder, builder.trunc(count, _WORD), index)
+    return builder.icmp_signed("<", ir.Constant(index, list(range(lanes))), count)
+
+
+# --- 16-bit floats ------------------------------------------------------------------------------
+
+
+def _wide(builder: Any, p: Narrow, bits: Any) -> Any:
+    """16 bits, one or a vector of them, as float32."""
+    count = getattr(bits.type, "count", 1)
+    wide, words = _many(ir.FloatType(), count), _many(_WORD, count)
+    if not p.bfloat16:
+        return builder.fpext(builder.bitcast(bits, _many(ir.HalfType(), count)), wide)
+    return builder.bitcast(builder.shl(builder.zext(bits, words), _all(16, words)), wide)
+
+
+def _narrow(builder: Any, p: Narrow, value: Any) -> Any:
+    """float32 as 16 bits, rounded to nearest, ties to even."""
+    count = getattr(value.type, "count", 1)
+    words, shorts = _many(_WORD, count), _many(_SHORT, count)
+    if not p.bfloat16:
+        return builder.bitcast(builder.fptrunc(value, _many(ir.HalfType(), count)), shorts)
+    bits, up = builder.bitcast(value, words), _all(16, words)
+    odd = builder.and_(builder.lshr(bits, up), _all(1, words))
+    bits = builder.lshr(builder.add(builder.add(bits, _all(0x7FFF, words)), odd), up)
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.select(is_nan, _all(0x7FC0, words), bits), shorts)
+
+
+# --- pointers: a view of an array would be counted, with atomics, per row -----------------------
+
+
+def _kind_of(name: str) -> Any:
+    if name in ("float16", "bfloat16"):
+        return Narrow(name)
+    return types.CPointer(getattr(types, name))  # type: ignore[attr-defined]
+
+
+@intrinsic(prefer_literal=True)
+def at(typingctx, address, kind):  # type: ignore[no-untyped-def]
+    """Take an integer for the address of elements of the dtype that a constant names."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return _kind_of(kind.literal_value)(types.int64, kind), codegen
+
+
+def record_at(dtype: Any) -> Any:
+    """Make what takes an integer for the address of a record of this NumPy dtype."""
+    from numba import from_dtype
+
+    record = from_dtype(dtype)
+
+    @intrinsic
+    def at_record(typingctx, address):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return builder.inttoptr(args[0], context.get_value_type(record))
+
+        return record(types.int64), codegen
+
+    return at_record
+
+
+@intrinsic
+def pointer(typingctx, x, i):  # type: ignore[no-untyped-def]
+    """Address of x[i], of a contiguous x, counted in memory."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.gep(data, [args[1]])
+
+    return types.CPointer(x.dtype)(x, types.intp), codegen  # type: ignore[attr-defined]
+
+
+@intrinsic
+def typed(typingctx, q, p):  # type: ignore[no-untyped-def]
+    """Take the pointer q for one to what p points to."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], args[1].type)
+
+    return p(q, p), codegen
+
+
+@intrinsic
+def raw(typingctx, p):  # type: ignore[no-untyped-def]
+    """Take a pointer to 16-bit floats for one to their bits; others stay as they are."""
+    result = _kind_of("uint16") if isinstance(p, Narrow) else p
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return args[0]
+
+    return result(p), codegen
+
+
+@intrinsic
+def address(typingctx, p):  # type: ignore[no-untyped-def]
+    """Tell the integer that a pointer is."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.ptrtoint(args[0], _LONG)
+
+    return types.int64(p), codegen
+
+
+@intrinsic
+def advance(typingctx, p, i):  # type: ignore[no-untyped-def]
+    """Move the pointer p by i elements."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.gep(args[0], [args[1]])
+
+    return p(p, types.intp), codegen
+
+
+@intrinsic
+def item(typingctx, p, i):  # type: ignore[no-untyped-def]
+    """Read p[i]."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value = builder.load(builder.gep(args[0], [args[1]]))
+        return _wide(builder, p, value) if isinstance(p, Narrow) else value
+
+    return p.dtype(p, types.intp), codegen
+
+
+@intrinsic
+def put(typingctx, p, i, value):  # type: ignore[no-untyped-def]
+    """Write p[i]."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value = _narrow(builder, p, args[2]) if isinstance(p, Narrow) else args[2]
+        builder.store(value, builder.gep(args[0], [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp, p.dtype), codegen
+
+
+def _constant_of(number: Callable[[Any], int], meaning: str) -> Any:
+    @intrinsic
+    def constant(typingctx, p):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return context.get_constant(types.intp, number(p))
+
+        return types.intp(p), codegen
+
+    constant.__doc__ = meaning
+    return constant
+
+
+size_of = _constant_of(_itemsize, "Bytes from one element of p to the next.")
+lanes = _constant_of(lambda p: Lanes(p.dtype).count, "Elements of p in one vector.")
+square = _constant_of(lambda p: _SIDE // _itemsize(p), "Elements of p on a side of a square.")
+
+
+@intrinsic
+def like(typingctx, p, value):  # type: ignore[no-untyped-def]
+    """Cast a scalar to the type of p's values."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return context.cast(builder, args[1], value, p.dtype)
+
+    return p.dtype(p, value), codegen
+
+
+# --- vectors ------------------------------------------------------------------------------------
+
+
+@intrinsic
+def load(typingctx, p, i):  # type: ignore[no-untyped-def]
+    """Read the vector that begins at p[i], at any alignment."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vector = signature.return_type.vector
+        if isinstance(p, Narrow):
+            shorts = ir.VectorType(_SHORT, vector.count)
+            here = _vector_at(builder, shorts, *args)
+            return _wide(builder, p, builder.load(here, align=2, typ=shorts))
+        return builder.load(_vector_at(builder, vector, *args), align=_itemsize(p), typ=vector)
+
+    return Lanes(p.dtype)(p, types.intp), codegen
+
+
+def _storing(past: bool) -> Any:
+    @intrinsic
+    def store(typingctx, p, i, v):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            wide = not isinstance(p, Narrow)
+            value = args[2] if wide else _narrow(builder, p, args[2])
+            here = _vector_at(builder, value.type, args[0], args[1])
+            aligned = past and wide  # 16-bit vectors are half a line
+            written = builder.store(value, here, align=_BYTES if aligned else _itemsize(p))
+            if aligned:
+                one = builder.module.add_metadata([ir.Constant(_WORD, 1)])
+                written.set_metadata("nontemporal", one)
+            return context.get_dummy_value()
+
+        return types.void(p, types.intp, v), codegen
+
+    return store
+
+
+store = _storing(past=False)  # the vector v to p[i] and after
+store_past = _storing(past=True)  # to p[i], which is on a cache line, past the caches
+
+
+@intrinsic
+def load_first(typingctx, p, i, count, rest):  # type: ignore[no-untyped-def]
+    """Read ``count`` lanes from p[i] on and touch no memory after; the others come from rest."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        wide = not isinstance(p, Narrow)
+        vector = rest.vector if wide else ir.VectorType(_SHORT, rest.count)
+        here, mask = _vector_at(builder, vector, *args[:2]), _first(builder, rest.count, args[2])
+        align = ir.Constant(_WORD, _itemsize(p))
+        other = args[3] if wide else ir.Constant(vector, None)
+        found = _llvm(builder, "masked.load", vector, vector, [here, align, mask, other])
+        return found if wide else builder.select(mask, _wide(builder, p, found), args[3])
+
+    return rest(p, types.intp, types.intp, rest), codegen
+
+
+@intrinsic
+def store_first(typingctx, p, i, count, v):  # type: ignore[no-untyped-def]
+    """Write the first ``count`` lanes of v to p[i] and after, and nothing else."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value = _narrow(builder, p, args[3]) if isinstance(p, Narrow) else args[3]
+        here = _vector_at(builder, value.type, *args[:2])
+        align, mask = ir.Constant(_WORD, _itemsize(p)), _first(builder, v.count, args[2])
+        _llvm(builder, "masked.store", value.type, ir.VoidType(), [value, here, align, mask])
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp, types.intp, v), codegen
+
+
+@intrinsic
+def splat(typingctx, p, value):  # type: ignore[no-untyped-def]
+    """Make a vector of p's lanes that all hold the scalar value."""
+    result = Lanes(p.dtype)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _broadcast(builder, args[1], result.vector)
+
+    return result(p, p.dtype), codegen
+
+
+def _lanewise(operation: str) -> Any:
+    @intrinsic
+    def lanewise(typingctx, a, b):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return getattr(builder, operation)(*args)
+
+        return a(a, b), codegen
+
+    return lanewise
+
+
+add, sub, mul = _lanewise("fadd"), _lanewise("fsub"), _lanewise("fmul")
+
+
+@intrinsic
+def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """Compute a * b + c, rounded once: the same bits on every CPU, as no compiler chooses."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _llvm(builder, "fma", a.vector, a.vector, list(args))
+
+    return a(a, b, c), codegen
+
+
+@intrinsic
+def keep_last(typingctx, v, count):  # type: ignore[no-untyped-def]
+    """Keep the last ``count`` lanes of v, with zero in those before."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        before = builder.sub(ir.Constant(_LONG, v.count), args[1])
+        dropped = _first(builder, v.count, before)
+        return builder.select(dropped, ir.Constant(v.vector, None), args[0])
+
+    return v(v, types.int64), codegen
+
+
+@intrinsic
+def fold(typingctx, v):  # type: ignore[no-untyped-def]
+    """Sum the lanes: halves are added until one lane is left."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        part, count = args[0], v.count
+        while count > 1:
+            count //= 2
+            index = ir.VectorType(_WORD, count)
+            low, high = (
+                builder.shuffle_vector(part, part, ir.Constant(index, list(range(k, k + count))))
+                for k in (0, count)
+            )
+            part = builder.fadd(low, high)
+        return builder.extract_element(part, ir.Constant(_WORD, 0))
+
+    return v.dtype(v), codegen
+
+
+# --- squares ------------------------------------------------------------------------------------
+
+
+def _interleaved(builder: Any, a: Any, b: Any, start: int) -> Any:
+    """The elements of a and b in turn, half of them, from ``start`` on."""
+    side = a.type.count
+    index = [i // 2 + start + side * (i % 2) for i in range(side)]
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_WORD, side), index))
+
+
+@intrinsic
+def _turn(typingctx, p, pitch, q, qp):  # type: ignore[no-untyped-def]
+    """Write a square at p to q, transposed; each has its elements from line to line."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        align, element = _itemsize(p), context.get_value_type(p.dtype)
+        vector = ir.VectorType(element, _SIDE // align)
+
+        def line_at(base: Any, step: Any, line: int) -> Any:
+            return _vector_at(builder, vector, base, builder.mul(step, ir.Constant(_LONG, line)))
+
+        lines = [
+            builder.load(line_at(args[0], args[1], k), align=align, typ=vector)
+            for k in range(vector.count)
+        ]
+        half = vector.count // 2
+        for _ in range(vector.count.bit_length() - 1):  # each doubles what stands together
+            pairs = zip(lines[:half], lines[half:], strict=True)
+            lines = [_interleaved(builder, a, b, start) for a, b in pairs for start in (0, half)]
+        for k, line in enumerate(lines):
+            builder.store(line, line_at(args[2], args[3], k), align=align)
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp, q, types.intp), codegen
+
+
+@inner
+def _turned(p, pitch, q, qp, rows, cols):  # type: ignore[no-untyped-def]
+    """Copy columns at p, ``pitch`` apart, to rows at q, ``qp`` apart."""
+    side = square(p)
+    tall, wide = rows // side * side, cols // side * side
+    for j in range(0, wide, side):
+        for i in range(0, tall, side):
+            _turn(advance(p, j * pitch + i), pitch, advance(q, i * qp + j), qp)
+    for j in range(cols):
+        for i in range(tall if j < wide else 0, rows):
+            q[i * qp + j] = p[j * pitch + i]
+
+
+@inner
+def move(p, p_row, p_col, q, q_row, q_col, rows, cols):  # type: ignore[no-untyped-def]
+    """Copy a table from p to q, which do not overlap; strides in elements."""
+    if p_row == 1 and q_col == 1:
+        _turned(p, p_col, q, q_row, rows, cols)
+    elif p_col == 1 and q_row == 1:
+        _turned(p, p_row, q, q_col, cols, rows)
+    elif abs(p_row) + abs(q_row) < abs(p_col) + abs(q_col):
+        for j in range(cols):
+            for i in range(rows):
+                q[i * q_row + j * q_col] = p[i * p_row + j * p_col]
+    else:
+        for i in range(rows):
+            for j in range(cols):
+                q[i * q_row + j * q_col] = p[i * p_row + j * p_col]

@@ -1,0 +1,467 @@
+"""Decides how rows whose columns are neighbours in memory run (K1 to K5), forward and backward.
+
+Which family runs depends on N, the dtypes and the device; on the number of rows only between K5 and
+K3 or K4, whose bits are the same: a row has them in every batch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cupynorm._cuda.plan import (
+    CHUNK_PARTIALS,
+    CHUNK_THREADS,
+    CHUNK_VECS,
+    PREDICTED,
+    STAGE_LABELS,
+    STAGE_REGISTERS,
+    VEC_BYTES,
+    Device,
+    Plan,
+    Stage,
+    accumulator_bytes,
+    copied_bytes,
+    make_stage,
+    next_row_bytes,
+    totals_stages,
+    wanted,
+)
+from cupynorm._layout import Problem
+from cupynorm._rules import ITEMSIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a table: rows of x of up to `max_vecs` 16-byte vectors."""
+
+    family: str
+    max_vecs: int
+    threads_per_row: int  # of all blocks of a cluster
+    threads: int  # of a block
+    rows_per_group: int  # rows that one group of lanes holds at a time
+    blocks_per_sm: int  # occupancy that registers and shared memory must allow
+    blocks_per_sm_f64: int  # the same for float64, which needs twice the registers for its sums
+    source: str = PREDICTED
+    cluster: int = 1  # blocks per row
+    max_vecs_16bit: int = 0  # of 16-bit types, where that is another number
+    chunks: int = 0  # that each 256 threads of a block hold in registers, of x and of dy
+    ahead: bool = False  # whether the next row is fetched while this one is summed
+    ahead_f64: bool = False
+
+    @property
+    def slots(self) -> int:
+        """Chunks that a block of a cluster holds of x and dy."""
+        return self.threads // CHUNK_THREADS * self.chunks
+
+
+def cluster_row(
+    cluster: int, threads: int, max_chunks: int, max_chunks_16bit: int, blocks_per_sm: int
+) -> Row:
+    """K4's forward: rows of up to so many chunks of 16 KiB."""
+    return Row(
+        *("cluster", max_chunks * CHUNK_VECS, cluster * threads, threads, 1),
+        *(blocks_per_sm, blocks_per_sm),
+        cluster=cluster,
+        max_vecs_16bit=max_chunks_16bit * CHUNK_VECS,
+    )
+
+
+def cluster_bwd_row(cluster: int, threads: int, chunks: int, ahead: bool, ahead_f64: bool) -> Row:
+    """K4's backward: rows that its threads hold."""
+    held = cluster * threads // CHUNK_THREADS * chunks * CHUNK_VECS
+    return Row(
+        *("cluster", held, cluster * threads, threads, 1, 1, 1),
+        cluster=cluster,
+        chunks=chunks,
+        ahead=ahead,
+        ahead_f64=ahead_f64,
+    )
+
+
+# In the order of preference: the first row runs that holds a row of x and that the device has room
+# for. K3's limit is the device's shared memory, so its last row ends where the largest GPU's does.
+FORWARD = (
+    Row("warp", 8, 8, 128, 2, 8, 8),
+    Row("warp", 16, 16, 128, 2, 8, 8),
+    Row("warp", 32, 32, 128, 2, 8, 8),
+    Row("warp", 64, 32, 128, 2, 6, 5),
+    Row("warp", 128, 32, 128, 1, 8, 8),
+    Row("warp", 256, 32, 128, 1, 6, 4),
+    Row("block", 512, 64, 128, 1, 6, 4),
+    Row("block", 1024, 128, 128, 1, 6, 4),
+    Row("block", 2048, 256, 256, 1, 3, 2),
+    # K4 follows K2: K3's one block on a multiprocessor cannot load while it stores. Quack's limits
+    # for 16-bit types (32, 64, 128 KiB), which leave a block two chunks; for wider types twice
+    # theirs: more than four chunks a block (64 KiB) would leave too few blocks on a multiprocessor
+    # to load while another one stores. A row is skipped where the device's shared memory does not
+    # hold `blocks_per_sm` blocks; the fourth is for devices that are short of it. The blocks of the
+    # last row stand alone: with fewer threads they would have less than 48 KiB in flight, and with
+    # 1024 float64 would spill, as K3's does.
+    cluster_row(2, 256, 8, 4, 3),
+    cluster_row(4, 256, 16, 8, 3),
+    cluster_row(8, 256, 32, 32, 3),
+    cluster_row(8, 512, 32, 32, 1),
+    cluster_row(8, 768, 112, 112, 1),
+    Row("shared", 7 * CHUNK_VECS, 512, 512, 1, 1, 1),
+    # Not 1024 threads: those leave 64 registers each, and float64 spills.
+    Row("shared", 15 * CHUNK_VECS, 768, 768, 1, 1, 1),
+    Row("split", 2**60, CHUNK_THREADS, CHUNK_THREADS, 1, 3, 3),
+)
+# Under K1 and K2 a thread holds at most two vectors of x and two of dy, and as many of the row that
+# comes next, beside up to 32 registers of dweight and dbias. K3's limit is the device's shared
+# memory; its last row ends where 512 threads can hold x and dy no longer.
+BACKWARD = (
+    Row("warp", 8, 8, 128, 1, 4, 4),
+    Row("warp", 16, 16, 128, 1, 4, 4),
+    Row("warp", 32, 32, 128, 1, 4, 4),
+    Row("warp", 64, 32, 128, 1, 3, 3),
+    Row("block", 128, 64, 64, 1, 6, 6),
+    Row("block", 256, 128, 128, 1, 3, 3),
+    Row("block", 512, 256, 256, 1, 2, 2),
+    Row("block", 1024, 512, 512, 1, 1, 1),
+    # From 32 KiB on K3's threads hold no second row, and what it loads and what it computes take
+    # turns: it comes after K4 there. With two chunks a block of K4 the next row fits the registers
+    # beside this one; its last three rows are for devices whose shared memory does not hold the
+    # sums of two chunks.
+    Row("shared", 2 * CHUNK_VECS, 512, 512, 1, 1, 1),
+    cluster_bwd_row(2, 512, 1, True, False),
+    cluster_bwd_row(4, 512, 1, True, False),
+    cluster_bwd_row(8, 512, 1, True, False),
+    cluster_bwd_row(8, 768, 1, False, False),
+    cluster_bwd_row(8, 512, 2, False, False),
+    cluster_bwd_row(2, 256, 1, True, True),
+    cluster_bwd_row(4, 256, 1, True, True),
+    cluster_bwd_row(8, 256, 1, True, True),
+    Row("shared", 4 * CHUNK_VECS, 512, 512, 1, 1, 1),
+    Row("split", 2**60, CHUNK_THREADS, CHUNK_THREADS, 1, 2, 2),
+)
+
+# One section per chunk up to this many, so that every row K3 and K4 can hold has the tree of K5.
+MAX_SECTIONS = 512
+# Few rows leave most multiprocessors idle under K3; K5 costs a second launch and a read from L2.
+SPLIT_MIN_VECS = 8 * CHUNK_VECS  # 128 KiB
+SPLIT_ROWS_PER_SM = 0.5
+SPLIT_BLOCKS_PER_SM = 3  # of the normalizing kernel, over all rows
+# Few rows leave multiprocessors idle under K4 too, but a shorter row than this is done before K5's
+# second launch.
+CLUSTER_SPLIT_MIN_VECS = 64 * CHUNK_VECS  # 1 MiB
+# The backward goes from K4 to K5 where it would fill fewer multiprocessors than this share; dx has
+# the same bits there.
+SPLIT_BLOCKS_PER_SM_BWD = 0.25
+
+# Rows that a block adds up before it leaves a partial sum: that costs 16 bytes a column, written
+# and read again, where a row of float32 moves 12.
+ROWS_PER_PARTIAL = 4
+# kernels/layer_norm_shared_bwd.cuh: up to so many vectors a thread, the next row is copied to
+# shared memory where that has room. One more of float64, and sm_100 spills.
+COPIED_VECS = {"float16": 8, "bfloat16": 8, "float32": 8, "float64": 7}
+# Where it has none, it is fetched into registers. One more of float64, and sm_120 spills.
+AHEAD_VECS = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 3}
+APPLY_VECS = 2  # kernels/layer_norm_split_bwd.cuh
+APPLY_BLOCKS_PER_SM = 2
+MERGE_THREADS = 128
+# The share of the multiprocessors that surely take part, by cluster size: they come in groups
+# (GPCs), a cluster stays in one, and what is left over in each holds none. By Quack's published
+# counts the 170 of an RTX 5090 hold 85, 41 and 19 clusters of 2, 4 and 8. One cluster more than run
+# at once would begin when the others end, and double the time.
+RESIDENT_SHARE = {2: 1.0, 4: 0.95, 8: 0.9}
+
+
+class _Call:
+    """What the choices look at: a problem and a device, in numbers."""
+
+    def __init__(self, problem: Problem, device: Device) -> None:
+        self.problem, self.device = problem, device
+        self.backward = problem.backward
+        self.dtype = str(problem.dtype("x"))
+        self.size = accumulator_bytes(problem)
+        self.vecs = -(-problem.N * ITEMSIZE[self.dtype] // VEC_BYTES)
+        self.chunks = -(-self.vecs // CHUNK_VECS)
+        self.vec_cols = VEC_BYTES // ITEMSIZE[self.dtype]
+        self.totals = sum(wanted(problem)[1:])  # how many of dweight and dbias
+        # Bytes of the sums that belong to one vector of x, of all that is wanted.
+        self.vec_totals = self.totals * self.vec_cols * self.size
+
+    def per_thread(self, row: Row) -> int:
+        """Vectors of x that a thread holds at a time."""
+        if row.family == "split":
+            return APPLY_VECS if self.backward else 4
+        if self.backward and row.family == "cluster":
+            return 4 * row.chunks
+        if not self.backward and row.family in ("shared", "cluster"):
+            return 4
+        return -(-self.vecs // row.threads_per_row)
+
+    def blocks_per_sm(self, row: Row) -> int:
+        """Occupancy that the registers must allow."""
+        return row.blocks_per_sm_f64 if self.dtype == "float64" else row.blocks_per_sm
+
+    def shared_bytes(self, row: Row) -> int:
+        """Shared memory of a block, without a place for the next row."""
+        sums = 3 * row.threads // 32 * self.size
+        if row.family == "split":
+            return 24 * self.size
+        if self.backward:
+            if row.family == "warp":
+                return 2 * row.threads_per_row * self.per_thread(row) * self.vec_cols * self.size
+            if row.family == "block":
+                return 2 * sums
+            if row.family == "shared":
+                return 2 * sums + self.per_thread(row) * row.threads * self.vec_totals
+            merged = (row.slots * CHUNK_THREADS // 32 + 2 * self.chunks) * 3 * self.size
+            return row.slots * CHUNK_VECS * self.vec_totals + merged
+        if row.family == "warp":
+            return 0
+        if row.family == "block":
+            return sums
+        if row.family == "shared":
+            copied = self.device.staging != STAGE_REGISTERS
+            staged = VEC_BYTES * self.vecs
+            if copied:
+                staged = copied_bytes(self.vecs, rows=1, arrivals=self.chunks)
+            return staged + CHUNK_PARTIALS * self.chunks * self.size
+        most = -(-self.chunks // row.cluster)
+        staged = copied_bytes(most * CHUNK_VECS, rows=1, arrivals=most)
+        return staged + (most * CHUNK_PARTIALS + 3 * self.chunks) * self.size
+
+    def takes(self, row: Row) -> bool:
+        """Whether a row of the table holds a row of x on this device."""
+        narrow = ITEMSIZE[self.dtype] == 2 and row.max_vecs_16bit
+        if self.vecs > (row.max_vecs_16bit if narrow else row.max_vecs):
+            return False
+        if row.family == "shared":
+            return self.shared_bytes(row) <= self.device.shared_bytes
+        if row.family == "cluster":
+            fits = self.device.holds(self.shared_bytes(row), row.blocks_per_sm)
+            return row.cluster <= self.device.clusters and fits
+        return True
+
+    def too_few_rows(self, row: Row) -> bool:
+        """Whether K5 shares rows better among the multiprocessors than K3 or K4."""
+        rows, sm_count = self.problem.rows, self.device.sm_count
+        if self.backward:
+            blocks = row.cluster * -(-rows // (ROWS_PER_PARTIAL if self.totals else 1))
+            few = blocks < SPLIT_BLOCKS_PER_SM_BWD * sm_count
+            return row.family == "cluster" and self.vecs >= SPLIT_MIN_VECS and few
+        if row.family not in ("shared", "cluster"):
+            return False
+        least = CLUSTER_SPLIT_MIN_VECS if row.family == "cluster" else SPLIT_MIN_VECS
+        return self.vecs >= least and rows * row.cluster <= SPLIT_ROWS_PER_SM * sm_count
+
+
+def choose_row(problem: Problem, device: Device) -> Row:
+    """Find the row of the table that a problem takes."""
+    call = _Call(problem, device)
+    table = BACKWARD if problem.backward else FORWARD
+    row = next(row for row in table if call.takes(row))
+    return table[-1] if call.too_few_rows(row) else row
+
+
+def plan_of(
+    problem: Problem,
+    device: Device,
+    row: Row | None = None,
+    *,
+    rows_per_partial: int | None = None,
+    copies: bool = True,
+) -> Plan:
+    """Plan a problem that is not empty and whose columns have unit stride.
+
+    Parameters
+    ----------
+    problem : Problem
+    device : Device
+    row : Row, optional
+        Of a table, or one that is being tried; by default the one that the problem takes.
+    rows_per_partial : int, optional
+        Another number than the table's, to try.
+    copies : bool, default True
+        Whether K3's backward may copy the next row to shared memory.
+
+    Raises
+    ------
+    ValueError
+        If a launch would need more than 2**31 - 1 blocks.
+    """
+    row = row or choose_row(problem, device)
+    call = _Call(problem, device)
+    per_partial = (rows_per_partial or ROWS_PER_PARTIAL) if call.totals else 1
+    if row.family != "split":
+        return _row_plan(call, row, per_partial, copies)
+    return _split_plan_bwd(call, row, per_partial) if call.backward else _split_plan(call, row)
+
+
+def _row_plan(call: _Call, row: Row, rows_per_partial: int, copies: bool) -> Plan:
+    """K1 to K4: a row stays with one block or one cluster.
+
+    Of a backward there are as many as the device holds; block b takes rows b, b + grid, ....
+    """
+    problem, device, per_thread = call.problem, call.device, call.per_thread(row)
+    rows_per_block = row.cluster * row.threads // row.threads_per_row * row.rows_per_group
+    groups = -(-problem.rows // rows_per_block)
+    about: dict[str, Any] = {}
+    if call.backward:
+        resident = call.blocks_per_sm(row) * device.sm_count
+        if row.cluster > 1:
+            resident = resident_clusters(row.cluster, call.blocks_per_sm(row), device.sm_count)
+        groups = min(resident, -(-problem.rows // (rows_per_block * rows_per_partial)))
+        about = _about_partials(call, groups, {"partials": 0}, 2)
+    constants, label, more = _specialize(call, row, per_thread, copies)
+    main = _stage(
+        call, row, row.family, constants, label,
+        grid=row.cluster * groups, shared_bytes=call.shared_bytes(row) + more,
+    )  # fmt: skip
+    return Plan(
+        family=row.family,
+        stages=(main, *(totals_stages(problem) if call.backward else ())),
+        threads_per_row=row.threads_per_row,
+        rows_per_block=rows_per_block,
+        source=row.source,
+        vecs_per_thread=per_thread,
+        **about,
+    )
+
+
+def _specialize(
+    call: _Call, row: Row, per_thread: int, copies: bool
+) -> tuple[tuple[int, ...], str, int]:
+    """Template arguments of K1 to K4, how the entry's name states them, further shared memory."""
+    label = f"t{row.threads_per_row}_v{per_thread}"
+    if row.family == "cluster":
+        label = f"c{row.cluster}_t{row.threads}"
+        if not call.backward:
+            return (row.cluster, row.threads), label, 0
+        ahead = row.ahead_f64 if call.dtype == "float64" else row.ahead
+        held = (row.cluster, row.threads, row.chunks, int(ahead))
+        return held, f"{label}_v{per_thread}", 0
+    if row.family == "warp":
+        constants = (row.threads, row.threads_per_row, per_thread)
+        if call.backward:
+            return constants, label, 0
+        return (*constants, row.rows_per_group), f"{label}_r{row.rows_per_group}", 0
+    if row.family == "block":
+        lanes = () if call.backward else (row.threads_per_row,)
+        return (row.threads, *lanes, per_thread), label, 0
+    staging = call.device.staging
+    if not call.backward:
+        return (row.threads, staging), f"t{row.threads}{STAGE_LABELS[staging]}", 0
+    # The same for all rows of so many vectors a thread: one entry for them.
+    longest = next_row_bytes(per_thread * row.threads_per_row)
+    few = copies and per_thread <= COPIED_VECS[call.dtype]
+    if not few or call.shared_bytes(row) + longest > call.device.shared_bytes:
+        staging = STAGE_REGISTERS
+    ahead = staging == STAGE_REGISTERS and per_thread <= AHEAD_VECS[call.dtype]
+    next_row = next_row_bytes(call.vecs) if staging != STAGE_REGISTERS else 0
+    return (
+        (row.threads, per_thread, staging, int(ahead)),
+        label + STAGE_LABELS[staging],
+        next_row,
+    )
+
+
+def _split_plan(call: _Call, row: Row) -> Plan:
+    """K5: the sections depend on N alone, so that a row's bits do not depend on the other rows."""
+    rows, chunks = call.problem.rows, call.chunks
+    sections = _sections(call)
+    # Every part merges all sections of its row again, so no more parts than keep the device busy.
+    parts = max(-(-SPLIT_BLOCKS_PER_SM * call.device.sm_count // rows), -(-chunks // 64))
+    parts = -(-chunks // -(-chunks // min(chunks, parts)))
+    shared = call.shared_bytes(row)
+    return Plan(
+        family=row.family,
+        stages=(
+            _stage(call, row, "split_stats", grid=rows * sections[0], shared_bytes=shared),
+            _stage(call, row, "split_normalize", grid=rows * parts, shared_bytes=shared),
+        ),
+        threads_per_row=row.threads_per_row,
+        rows_per_block=1,
+        source=row.source,
+        vecs_per_thread=call.per_thread(row),
+        sections=sections[0],
+        chunks_per_section=sections[1],
+        parts=parts,
+        workspace=(("moments", 0),),
+        workspace_bytes=3 * call.size * rows * sections[0],
+    )
+
+
+def _split_plan_bwd(call: _Call, row: Row, rows_per_partial: int) -> Plan:
+    """K5: the sums of sections, their merge, then dx with the sums over rows, by columns."""
+    rows = call.problem.rows
+    sections = _sections(call)
+    runs = -(-call.vecs // (CHUNK_THREADS * APPLY_VECS))  # blocks that stand side by side
+    parts = -(-APPLY_BLOCKS_PER_SM * call.device.sm_count // runs)
+    parts = min(max(parts, 1), -(-rows // rows_per_partial))
+    merging = -(-rows // (MERGE_THREADS // 32))
+    lasts = {"partials": 0, "sums": 3 * call.size * rows * sections[0]}
+    about = _about_partials(call, parts, {**lasts, "gradients": 3 * call.size * rows}, 4)
+    shared = call.shared_bytes(row)
+    return Plan(
+        family=row.family,
+        stages=(
+            _stage(call, row, "split_sums", grid=rows * sections[0], shared_bytes=shared),
+            _stage(call, row, "split_merge", (MERGE_THREADS,), grid=merging),
+            _stage(call, row, "split_apply", grid=runs * parts),
+            *totals_stages(call.problem),
+        ),
+        threads_per_row=row.threads_per_row,
+        rows_per_block=1,
+        source=row.source,
+        vecs_per_thread=call.per_thread(row),
+        sections=sections[0],
+        chunks_per_section=sections[1],
+        parts=parts,
+        **about,
+    )
+
+
+def _sections(call: _Call) -> tuple[int, int]:
+    """Sections of a row under K5, and the chunks of each."""
+    per_section = -(-call.chunks // MAX_SECTIONS)
+    return -(-call.chunks // per_section), per_section
+
+
+def _about_partials(
+    call: _Call, partials: int, places: dict[str, int], passes: int
+) -> dict[str, Any]:
+    """What a backward's plan states beside its launches; `places` follow each other, by bytes."""
+    sizes = {**places, "partials": partials * call.vecs * call.vec_totals}
+    begins, end = [], 0
+    for name, nbytes in sizes.items():
+        begins.append((name, end))
+        end += nbytes
+    return {
+        "partials": partials,
+        "pitch": call.vecs * call.vec_cols,
+        "workspace": tuple(begins),
+        "workspace_bytes": end,
+        "passes": passes + call.problem.has("dx"),
+    }
+
+
+def _stage(
+    call: _Call,
+    row: Row,
+    kind: str,
+    constants: tuple[int, ...] = (),
+    label: str = "",
+    *,
+    grid: int,
+    shared_bytes: int = 0,
+) -> Stage:
+    return make_stage(
+        call.problem,
+        kind,
+        constants,
+        label,
+        family=row.family,
+        grid=grid,
+        threads=MERGE_THREADS if kind == "split_merge" else row.threads,
+        blocks_per_sm=call.blocks_per_sm(row),
+        shared_bytes=shared_bytes,
+        cluster=row.cluster,
+    )
+
+
+def resident_clusters(cluster: int, blocks_per_sm: int, sm_count: int) -> int:
+    """Clusters that surely run at once."""
+    return max(1, int(RESIDENT_SHARE[cluster] * sm_count * blocks_per_sm) // cluster)

@@ -1,0 +1,265 @@
+"""Which library an array belongs to, and whether two arrays live together."""
+
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+
+# Tables have no single dtype or axis to speak of; guessing a conversion would lose names or nulls.
+_TABLES = {"pandas": "to_numpy()", "cudf": "to_cupy()", "polars": "to_numpy()"}
+_ON_CPU, _ON_GPU = (1, 3), (2, 13)  # DLPack's device types; 3: pinned, 13: managed memory
+_TABLE_TYPES = ("DataFrame", "Series", "LazyFrame", "Index")
+
+
+class Strided(Protocol):
+    """What NumPy and CuPy arrays have in common here."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+    ndim: int
+    size: int
+    itemsize: int
+
+
+def library_of(x: Any) -> str:
+    """Name of the package that x's type comes from, or of which it is a kind of tensor."""
+    kind = type(x)
+    name: str = kind.__module__.partition(".")[0]
+    if name == "jaxlib":
+        return "jax"
+    return "torch" if any(base.__module__ == "torch" for base in kind.__mro__) else name
+
+
+def classify(x: Any, label: str = "x") -> tuple[Any, str]:
+    """Tell the path of an array.
+
+    Parameters
+    ----------
+    x : array
+        An object of any array library, or one that only exports `__dlpack__` or
+        `__cuda_array_interface__`.
+    label : str
+        What the caller calls it, for the error sentences.
+
+    Returns
+    -------
+    x : array
+        The same object; for a mere exporter on the CPU a NumPy array that shares its memory.
+    path : str
+        'numpy', 'cupy', 'namespace' (any other array-API library), or 'gpu-exporter', which CuPy
+        has yet to take in.
+
+    Raises
+    ------
+    TypeError
+        If it is no array.
+    """
+    if isinstance(x, np.ndarray):
+        return _plain_numpy(x, label), "numpy"
+    library = library_of(x)
+    # Asked of the type: an array would build its interface, a dict, and look for its stream.
+    if library == "cupy" and hasattr(type(x), "__cuda_array_interface__"):
+        return x, "cupy"
+    if library == "torch" and hasattr(x, "stride"):
+        return x, "namespace"  # said without array_api_compat, whose caches torch.compile warns of
+    for base in type(x).__mro__:
+        origin = base.__module__.partition(".")[0]
+        if origin in _TABLES and base.__name__ in _TABLE_TYPES:
+            _refuse(f"{label} is a {origin} {base.__name__}", f"pass {label}.{_TABLES[origin]}")
+    from array_api_compat import is_array_api_obj
+
+    if not isinstance(x, np.generic) and is_array_api_obj(x):
+        return x, "namespace"
+    device = _dlpack_device(x)
+    if hasattr(x, "__cuda_array_interface__") or device in _ON_GPU:
+        return x, "gpu-exporter"
+    if device in _ON_CPU:
+        return _from_dlpack(x, label), "numpy"
+    _refuse(
+        f"{label} is a {type(x).__module__}.{type(x).__qualname__}, which is no array",
+        f"pass an array, e.g. numpy.asarray({label}, dtype='float32')",
+    )
+
+
+def _plain_numpy(x: np.ndarray[Any, Any], label: str) -> np.ndarray[Any, Any]:
+    if isinstance(x, np.ma.MaskedArray):
+        _refuse(
+            f"{label} is a masked array, whose mask would be ignored",
+            f"pass {label}.filled(numpy.nan)",
+        )
+    if isinstance(x, np.matrix):
+        _refuse(f"{label} is a numpy.matrix, which is always 2-D", f"pass numpy.asarray({label})")
+    return x if type(x) is np.ndarray else x.view(np.ndarray)
+
+
+def _from_dlpack(x: Any, label: str) -> np.ndarray[Any, Any]:
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError) as error:
+        msg = (
+            f"{label} exports an array that NumPy cannot take ({error}); NumPy's DLPack knows no "
+            f"bfloat16, for example. Pass {label} in its own library, or cast to float32 first"
+        )
+        raise TypeError(msg) from error
+
+
+def _dlpack_device(x: Any) -> int:
+    """DLPack's device type, 0 if x does not speak DLPack."""
+    if not (hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")):
+        return 0
+    return int(x.__dlpack_device__()[0])
+
+
+def _refuse(fault: str, way_out: str) -> NoReturn:
+    msg = f"{fault}; {way_out}"
+    raise TypeError(msg)
+
+
+_MOVES = {
+    "numpy": "cupy.asnumpy({0}) or numpy.asarray({0})",
+    "cupy": "cupy.asarray({0})",
+    "torch": "torch.as_tensor({0}, device=x.device)",
+    "jax": "jax.numpy.asarray({0})",
+}
+
+
+def check_companion(label: str, other: Any, x: Any) -> None:
+    """Refuse a weight, bias or out of another library or on another device than x."""
+    mine, its = library_of(x), library_of(other)
+    if its != mine:
+        if not (hasattr(other, "shape") and hasattr(other, "dtype")):
+            _refuse(
+                f"{label} is a {type(other).__name__}, which is no array",
+                f"pass an array of x's library, {mine}",
+            )
+        move = _MOVES.get(mine, f"{mine}.asarray({{0}})").format(label)
+        msg = (
+            f"{label} is a {its} array but x is a {mine} array; nothing is copied between "
+            f"libraries or devices in silence. Move it first: {move}"
+        )
+        raise ValueError(msg)
+    if mine == "numpy":
+        return
+    ours, theirs = _device(x), _device(other)
+    if ours is not None and theirs is not None and ours != theirs:
+        msg = (
+            f"{label} is on {theirs} but x is on {ours}; nothing is copied between devices in "
+            f"silence. Move it first: {_to_device(mine, label)}"
+        )
+        raise ValueError(msg)
+
+
+def cast_of(label: str, x: Any) -> str:
+    """How x's own library spells the cast to float32."""
+    library = library_of(x)
+    if library == "torch":
+        return f"{label}.to(torch.float32)"
+    if library in ("numpy", "cupy", "jax"):
+        return f"{label}.astype('float32')"
+    return f"{library}.astype({label}, {library}.float32)"
+
+
+def turned(value: Any, order: tuple[int, ...] | None) -> Any:
+    """Permute the dimensions of an array of any library; None for either leaves it as it is."""
+    if value is None or order is None:
+        return value
+    if library_of(value) in ("numpy", "cupy"):
+        return value.transpose(order)
+    from array_api_compat import array_namespace
+
+    return array_namespace(value).permute_dims(value, order)
+
+
+def _device(x: Any) -> Any:
+    try:
+        return x.device
+    except Exception:  # a JAX tracer has none until it is compiled, Dask arrays never have one
+        return None
+
+
+def _to_device(library: str, label: str) -> str:
+    if library == "cupy":
+        return f"with x.device: {label} = cupy.asarray({label})"
+    if library == "jax":
+        return f"jax.device_put({label}, x.device)"
+    return f"{label}.to(x.device)" if library == "torch" else f"{label}.to_device(x.device)"
+
+
+def element_strides(x: Strided) -> tuple[int, ...]:
+    """Strides in elements; a stride that is no multiple of the item size cannot occur here."""
+    return tuple(s // x.itemsize for s in x.strides)
+
+
+def check_writable(out: Any) -> None:
+    """Refuse an `out` that cannot be written, or whose elements share memory with each other."""
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        msg = "out is read-only; pass a writable array, e.g. numpy.empty_like(x)"
+        raise ValueError(msg)
+    if 0 in out.shape or (hasattr(out, "flags") and out.flags.c_contiguous):
+        return
+    torch = hasattr(out, "data_ptr")
+    strides = tuple(s * out.itemsize for s in out.stride()) if torch else out.strides
+    reach = out.itemsize  # bytes that all smaller steps together cover
+    for stride, n in sorted((abs(s), n) for s, n in zip(strides, out.shape, strict=True)):
+        if n > 1 and stride < reach:
+            msg = (
+                f"out with shape {tuple(out.shape)} and strides {tuple(strides)} may hold two "
+                "elements at one address; pass an array of its own, e.g. empty_like(x)"
+            )
+            raise ValueError(msg)
+        reach += stride * (n - 1)
+
+
+def check_overlap(label: str, other: Any, out: Any, *, same_allowed: bool) -> None:
+    """Refuse an `out` that shares some but not all of its memory with an input.
+
+    Writing there would change elements that are still to be read.
+    """
+    if isinstance(out, np.ndarray) and not np.may_share_memory(other, out):
+        return
+    a, b = _Span(other), _Span(out)
+    if same_allowed and a.key == b.key:
+        return
+    if a.touches(b):
+        msg = (
+            f"out shares memory with {label} in part; pass {label} itself where that is meant "
+            "to be overwritten (only x may be), or a separate array"
+            if same_allowed
+            else f"out shares memory with {label}; pass a separate array"
+        )
+        raise ValueError(msg)
+
+
+class _Span:
+    """The addresses of an array, without touching its memory (it may be a GPU's)."""
+
+    def __init__(self, x: Any) -> None:
+        if hasattr(x, "data_ptr"):  # torch
+            ptr, strides = x.data_ptr(), tuple(s * x.itemsize for s in x.stride())
+        else:
+            ptr = x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
+            strides = tuple(x.strides)
+        self.key = (ptr, tuple(x.shape), strides)
+        self.itemsize = x.itemsize
+
+    def _address_only(self) -> np.ndarray[Any, Any]:
+        # A zero-filled dtype of the right width: only addresses are ever looked at.
+        ptr, shape, strides = self.key
+        self.__array_interface__ = {
+            "data": (ptr, True),
+            "shape": shape,
+            "strides": strides,
+            "typestr": f"|V{self.itemsize}",
+            "version": 3,
+        }
+        return np.asarray(self)
+
+    def touches(self, other: "_Span") -> bool:
+        mine, its = self._address_only(), other._address_only()
+        most: Any = 100_000  # steps; NumPy's stub knows only its two named values
+        if not np.may_share_memory(mine, its):
+            return False
+        try:
+            return np.shares_memory(mine, its, max_work=most)
+        except np.exceptions.TooHardError:
+            return True

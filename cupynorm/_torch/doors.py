@@ -1,0 +1,144 @@
+"""Which way a call on torch tensors takes, by who watches it and where the tensors are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cupynorm import _reference
+from cupynorm._layout import Facts
+from cupynorm._torch import autograd, operators
+from cupynorm._torch.tensors import Tensors
+from cupynorm._torch.watch import (
+    COMPILED,
+    GRADIENT,
+    WATCHED,
+    functionalized,
+    has_own_dispatch,
+    transformed,
+    watch_on,
+)
+
+
+def select(x: Any, a: Any = None, b: Any = None, c: Any = None, d: Any = None) -> Any:
+    """The door of a call on x beside these, of which each may be None."""
+    return _BY_WATCH[watch_on(x, a, b, c, d)]
+
+
+class Door(Tensors):
+    """The door that tensors come to, which is that of plain ones."""
+
+    select = staticmethod(select)
+
+    @staticmethod
+    def describe(facts: Facts) -> str:
+        """What would run, in words."""
+        return "compiled loops" if facts.device is None else "kernels on torch's current stream"
+
+
+class Differentiable(Tensors):
+    """The door of calls that reverse-mode autograd alone is to hear of."""
+
+    refuses_prepared = (
+        "x, weight or bias requires grad, and autograd cannot follow a prepared call; call "
+        "it inside torch.no_grad(), prepare it with detached tensors, or call "
+        "cupynorm.torch.layer_norm"
+    )
+
+    def normalizer(self, facts: Facts) -> Callable[..., Any]:
+        """The settled forward, which autograd remembers."""
+        if facts.out:
+            _refuse_out()
+        if facts.stats:  # which are differentiable too
+            return SHOWN.normalizer(facts)
+        plain = super().normalizer(facts._replace(stats=True))
+        how, apply = (plain, facts.axes, facts.eps), autograd.apply_eagerly
+
+        def call(x: Any, weight: Any, bias: Any, out: None) -> Any:
+            return apply(x, weight, bias, how)
+
+        return call
+
+    def differentiator(self, facts: Facts) -> Callable[..., Any]:
+        """The backward in torch's own functions, which it can differentiate in turn."""
+        return SHOWN.differentiator(facts)
+
+
+class Shown:
+    """The door of calls that something watches which must see operators or torch's functions."""
+
+    look = None
+    select = None
+    refuses_prepared = (
+        "torch.compile, torch.func, a tracer, a mode or a tensor subclass watches the "
+        "call, and a prepared call has addresses alone to show them; call "
+        "cupynorm.torch.layer_norm there"
+    )
+
+    @staticmethod
+    def strides(_: Any) -> None:
+        """None: there may be no memory behind what a tracer shows."""
+
+    @staticmethod
+    def device(_: Any) -> None:
+        """None: nothing here depends on it."""
+
+    def normalizer(self, facts: Facts) -> Callable[..., Any]:
+        """The forward, with nothing settled but the arguments."""
+        order, stats = facts.order, facts.stats
+
+        def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:
+            tensors = [t for t in (x, weight, bias, out) if t is not None]
+            if out is not None and torch.is_grad_enabled():
+                if any(t.requires_grad for t in tensors):
+                    _refuse_out()
+            y, mean, rstd = self._forward(x, weight, bias, (facts.axes, facts.eps, order != "C"))
+            if out is not None:
+                out[...] = y
+                y = out
+            elif order != "K":
+                y = _ordered(y, order)
+            return (y, mean, rstd) if stats else y
+
+        return call
+
+    def _forward(self, x: Any, weight: Any, bias: Any, call: autograd.Three) -> autograd.Three:
+        own = any(has_own_dispatch(t) for t in (x, weight, bias)) or not _has_operators(x)
+        watch = watch_on(x, weight, bias)
+        if own or (watch == COMPILED and transformed()):
+            return autograd.formula(x, weight, bias, call)
+        if watch < WATCHED or (watch == WATCHED and transformed() and not functionalized()):
+            return autograd.apply_transformably(x, weight, bias, call)
+        axes, eps, keep = call
+        y, mean, rstd = operators.layer_norm_fwd(x, axes, weight, bias, eps, keep)
+        return y, mean, rstd
+
+    @staticmethod
+    def differentiator(facts: Facts) -> Callable[..., Any]:
+        """The backward in torch's own functions."""
+        return _reference.Door.differentiator(facts)
+
+
+def _has_operators(x: Any) -> bool:
+    """Whether our operators know x's device and layout."""
+    return x.layout is torch.strided and x.device.type in ("cpu", "cuda", "meta")
+
+
+def _ordered(y: Any, order: str) -> Any:
+    """Give y the layout asked for."""
+    if order == "C":
+        return y.contiguous()
+    back = tuple(range(y.ndim))[::-1]
+    return y.permute(back).contiguous().permute(back)
+
+
+def _refuse_out() -> None:
+    msg = (
+        "out= is given but an argument requires grad, and autograd cannot follow a write "
+        "to out; call without out=, or inside torch.no_grad() on detached tensors"
+    )
+    raise ValueError(msg)
+
+
+DOOR, DIFFERENTIABLE, SHOWN = Door(), Differentiable(), Shown()
+_BY_WATCH = (DOOR, DIFFERENTIABLE, SHOWN, SHOWN)  # in the order of watch_on's answers

@@ -1,0 +1,65 @@
+"""The table of arguments beside the kernel texts: structs, signatures, and what a launch passes."""
+
+import re
+
+import pytest
+
+from cupynorm._cuda.arguments import ENTRIES
+from cupynorm._cuda.launch import COLUMN_TYPES
+from cupynorm._cuda.source import _FAMILIES, kernels_folder
+
+TEXT = "\n".join(
+    (kernels_folder() / f"{name}.cuh").read_text(encoding="utf-8")
+    for name in sorted({name for family in _FAMILIES.values() for name in family})
+)
+KERNELS = sorted(ENTRIES)
+
+
+def declared(text):
+    """(type, name) of each C declaration; several may share a type."""
+    found = []
+    for line in re.sub(r"//.*", "", text).replace(",\n", ", ").split(";"):
+        kind, names = re.fullmatch(r"\s*((?:const )?\w+\*?)\s+([\w, ]+?)\s*", line).groups()
+        found += [(kind, name) for name in names.split(", ")]
+    return found
+
+
+def parameters(entry):
+    return [tuple(p.replace("{", "").replace("}", "").rsplit(" ", 1)) for p in entry.split(", ")]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_fields_and_parameters_are_those_of_the_kernel(kernel):
+    """By name, order and type: the struct's, and what the kernel takes beside it or without one."""
+    entry = ENTRIES[kernel]
+    mine = parameters(entry.parameters)
+    signature = re.search(rf"void {kernel}\(([^)]*)\)", TEXT)[1]
+    taken = [tuple(p.rsplit(" ", 1)) for p in re.split(r",\s+(?![^<]*>)", signature.strip())]
+    if entry.struct:
+        body = re.search(
+            rf"struct {entry.struct} {{\n(?:    typedef[^\n]*\n)?(.*?)\n}};", TEXT, re.S
+        )[1]
+        fields = declared(body.rstrip().removesuffix(";"))
+        assert mine[: len(fields)] == fields
+        types = ", ".join(entry.types.split())
+        assert taken[0] == (f"const {entry.struct}<{types}>&", "a")
+        mine, taken = mine[len(fields) :], taken[1:]
+    assert len(mine) == len(taken)
+    for (kind, name), (theirs, called) in zip(mine, taken, strict=True):
+        there = theirs.replace(" __restrict__", "").replace("Y*", "X*")  # K7 calls y's type Y
+        assert there in (kind, f"const {kind}"), name  # what is written to is not const
+        assert name == called or "*" in kind  # an address may have a name of its own there
+
+
+def test_every_kernel_has_an_entry():
+    found = set(re.findall(r"void (layer_norm_(?:fwd|bwd)_\w+|column_totals)\(", TEXT))
+    assert found == set(ENTRIES)
+
+
+def test_types_of_columns_have_their_numbers():
+    told = re.search(
+        r"enum \{\s*(.*?),?\s*\};",
+        (kernels_folder() / "layer_norm_columns.cuh").read_text(encoding="utf-8"),
+        re.S,
+    )[1]
+    assert tuple(re.split(r",\s*", told.lower())) == COLUMN_TYPES

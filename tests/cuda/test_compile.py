@@ -1,0 +1,329 @@
+"""Every entry of the plan table compiles clean for every architecture, as CuPy compiles it."""
+
+import dataclasses
+import re
+import struct
+
+import pytest
+
+from cupynorm._cuda.plan import CHUNK_VECS, STAGE_ASYNC, STAGE_BULK
+from cupynorm._cuda.rows import BACKWARD, FORWARD
+from cupynorm._cuda.source import source_of
+from tests.nvrtc import build, grid, grid_bwd, grid_column, report
+from tests.nvrtc.check import blocks_by_registers, faults
+from tests.report import put_table
+from tests.simt.limits import DeviceLimits
+
+pytest.importorskip("cupy", reason="cupy brings the way to NVRTC")
+
+
+@pytest.mark.parametrize("x_dtype", grid.DTYPES)
+@pytest.mark.parametrize("arch", grid.ARCHS)
+def test_entries_keep_what_the_plan_states(arch, x_dtype, pytestconfig):
+    found, records = {}, []
+    for family in grid.FAMILIES:
+        stages = grid.entries(arch, x_dtype, family)
+        assert stages or not is_there(arch, x_dtype, family)
+        for stage in stages:
+            facts = build.build(source_of(stage), stage.name, arch)
+            records.append(report.record_of(arch, stage, facts))
+            found[stage.name] = faults(stage, facts, arch)
+    put_table(pytestconfig, report.title(), [report.line(arch, x_dtype, records)])
+    assert not {name: what for name, what in found.items() if what}
+
+
+def is_there(arch, x_dtype, family):
+    """Whether the plans of an architecture use a family."""
+    if "cluster" in family:
+        return int(arch) >= 90
+    if arch != grid.FULL and grid_column.is_left_out(x_dtype, family):
+        return False
+    # Sums over rows of 16-bit types fit no block of sm_75 beside K3's rows: K5 takes those.
+    return (arch, x_dtype[-2:], family) != ("75", "16", "shared_bwd")
+
+
+def lengths(on_one_block, chunks):
+    """Every length up to a limit, then the ends of every chunk, in vectors."""
+    far = range(on_one_block, chunks * CHUNK_VECS + 1, CHUNK_VECS // 2)
+    return (*range(1, on_one_block), *far, *(v + 1 for v in far))
+
+
+def test_sampled_lengths_miss_no_entry():
+    x_dtype = "bfloat16"
+    every = {
+        stage.name
+        for vecs in lengths(3 * CHUNK_VECS, 114)
+        for rows in (grid.FEW, 64, grid.MANY)
+        for stage in grid.stages(grid.FULL, x_dtype, vecs, rows, (None, None))
+    }
+    assert every == set(grid.shapes(grid.FULL, x_dtype))
+
+
+def test_sampled_lengths_miss_no_backward_entry():
+    for x_dtype in ("bfloat16", "float64"):
+        every = {
+            stage.name
+            for vecs in lengths(BACKWARD[-2].max_vecs + 2, 34)
+            for stage in grid_bwd.stages(grid.FULL, x_dtype, vecs, x_dtype)
+        }
+        assert every == set(grid_bwd.shapes(grid.FULL, x_dtype))
+
+
+def test_each_run_compiles_every_row_of_the_backward_table():
+    for arch in grid.ARCHS:
+        names = " ".join(s.name for f in grid.FAMILIES for s in grid.entries(arch, "float32", f))
+        for row in BACKWARD:
+            if row.cluster > 1 and int(arch) < 90:
+                continue
+            assert f"layer_norm_bwd_{row.family}_" in names
+        for part in ("split_sums", "split_merge", "split_apply"):
+            assert f"layer_norm_bwd_{part}_" in names
+        assert "column_totals_" in names
+
+
+def test_each_run_compiles_every_row_of_the_plan_table():
+    for arch in grid.ARCHS:
+        reachable = [row for row in FORWARD if row.family in ("warp", "block")]
+        names = " ".join(s.name for f in grid.FAMILIES for s in grid.entries(arch, "float32", f))
+        for row in reachable:
+            most = -(-row.max_vecs // row.threads_per_row)
+            assert f"_{row.family}_f32_t{row.threads_per_row}_v{most}" in names
+        assert "split_stats" in names and "split_normalize" in names
+        assert "fwd_shared" in names
+        assert ("fwd_cluster" in names) == (int(arch) >= 90)
+
+
+# ---- the compiler is called as CuPy calls it -----------------------------------------------------
+
+
+class _Captured(Exception):
+    """Carries the cubin out of CuPy, which has no device to load it."""
+
+
+def compile_with_cupy(monkeypatch, source: str, arch: str) -> tuple[tuple[str, ...], bytes]:
+    """The options that CuPy passes for a RawKernel, and the cubin that it would load."""
+    import cupy._core.raw as raw
+    from cupy.cuda import compiler
+
+    seen = []
+
+    class Nvrtc:
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def compileProgram(self, program, chosen):
+            seen.append(tuple(chosen))
+            return real.compileProgram(program, chosen)
+
+    class Cache:
+        def load(self, name):
+            return None
+
+        def save(self, name, cubin, source):
+            raise _Captured(cubin)
+
+    real = compiler.nvrtc
+    by_arch = compiler._get_arch_for_options_for_nvrtc.__wrapped__
+    monkeypatch.setattr(compiler, "nvrtc", Nvrtc())
+    monkeypatch.setattr(compiler, "_kernel_cache_backend", Cache())
+    monkeypatch.setattr(compiler, "_get_arch", lambda: arch)
+    # Memoized per device, and there is none.
+    monkeypatch.setattr(
+        compiler, "_get_arch_for_options_for_nvrtc", lambda arch=None: by_arch(arch)
+    )
+    with pytest.raises(_Captured) as caught:
+        # code, path, options, backend, translate_cucomplex, cooperative, jitify, names, log
+        raw._get_raw_module.__wrapped__(source, None, (), "nvrtc", False, False, False, None, None)
+    return seen[-1], caught.value.args[0]
+
+
+def elf_sections(cubin: bytes) -> dict[str, bytes]:
+    at, size, count, names = struct.unpack_from("<Q10xHHH", cubin, 40)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, at + i * size) for i in range(count)]
+    held = [cubin[offset : offset + length] for *_, offset, length in headers]
+    ends = [held[names].index(b"\0", header[0]) for header in headers]
+    return {
+        held[names][header[0] : end].decode(): content
+        for header, end, content in zip(headers, ends, held, strict=True)
+    }
+
+
+def short_stage(arch: str):
+    return grid.stages(arch, "float16", 30, grid.MANY, ("float16", "float16"))[0]
+
+
+@pytest.mark.parametrize("arch", grid.ARCHS)
+def test_cupy_passes_these_options(monkeypatch, arch):
+    source = source_of(short_stage(arch))
+    theirs, cubin = compile_with_cupy(monkeypatch, source, arch)
+    assert not re.search(r"^\s*#\s*include", source, re.M)  # or its -I would matter
+    assert tuple(o for o in theirs if not o.startswith("-I")) == build.options(arch)
+    assert build.compile_text(source, build.options(arch))[1] == cubin
+    _, verbose, _ = build.compile_text(source, (*build.options(arch), build.VERBOSE))
+    # From sm_100 on a note in the cubin holds ptxas's command line; the rest is the same.
+    here, there = elf_sections(verbose), elf_sections(cubin)
+    assert any(name.startswith(".text.layer_norm_fwd") for name in there)
+    assert {name for name in there if here.get(name) != there[name]} <= {".note.nv.tkinfo"}
+
+
+@pytest.mark.parametrize("arch", grid.ARCHS)
+def test_the_wheels_ptxas_agrees(arch):
+    if build.ptxas() is None:
+        pytest.skip("nvidia-cuda-nvcc-cu12 is not installed")
+    stage = grid.stages(arch, "bfloat16", 2048, grid.MANY, ("bfloat16", "bfloat16"))[0]
+    ptx, _, log = build.compile_text(source_of(stage), (*build.options(arch), build.VERBOSE))
+    facts = build.facts_of(ptx, log, stage.name)
+    assert facts.registers > 0
+    assert build.facts_of(ptx, build.run_ptxas(ptx, arch), stage.name) == facts
+
+
+# ---- the cache and the kept table ----------------------------------------------------------------
+
+
+def test_cache_is_asked_by_all_that_goes_in(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "CACHE", tmp_path / "cache")
+    calls = []
+    compile_text = build.compile_text
+    monkeypatch.setattr(build, "compile_text", lambda *a: calls.append(a) or compile_text(*a))
+    source = """extern "C" __global__ void entry(float4* y) {
+        y[threadIdx.x].x /= 3;  // a comment
+    }"""
+    first = build.build(source, "entry", "90")
+    assert build.build(source.replace("a comment", "another"), "entry", "90") == first
+    assert len(calls) == 1
+    build.build(source, "entry", "80")
+    build.build(source.replace("3;", "5;"), "entry", "90")
+    assert len(calls) == 3
+
+
+def test_kept_table_is_of_the_current_kernels():
+    text = report.TABLE_PAGE.read_text(encoding="utf-8") if report.TABLE_PAGE.exists() else ""
+    state = re.search(r"state of the compiled text: `(\w+)`", text)
+    assert state and state[1] == grid.state_of_the_text(), (
+        f"{report.TABLE_PAGE.name} is of other kernels or plans; run `{report.COMMAND}`"
+    )
+    names = report.TABLE_ROWS.read_text(encoding="utf-8")
+    for stage in grid.all_entries("90"):
+        assert f"\n{stage.name}," in names
+
+
+# ---- what the matrix must not let pass: each kind of fault, in an entry made to have it ----------
+
+
+def entry_source(body: str, bounds: str = "128, 1") -> str:
+    return (
+        f'extern "C" __global__ void __launch_bounds__({bounds})\n'
+        f"entry(const float4* x, float4* y, long long n) {{\n{body}\n}}\n"
+    )
+
+
+COPY = """
+    const int i = threadIdx.x;
+    float4 v = x[i];
+    v.x = v.x / v.y;
+    y[i] = v;
+"""
+# 64 registers are all that 1024 threads leave each other.
+SPILLING = """
+    float4 v[64];
+    for (int k = 0; k < 64; ++k) v[k] = x[k * 1024 + threadIdx.x];
+    __syncthreads();
+    for (int k = 0; k < 64; ++k) y[k * 1024 + threadIdx.x] = v[63 - k];
+"""
+NARROW = """
+    const float* from = (const float*)x;
+    float* to = (float*)y;
+    for (int k = threadIdx.x; k < n; k += 128) to[k] = from[k] / 3;
+"""
+LOCAL = """
+    float v[32];
+    for (int k = 0; k < 32; ++k) v[k] = x[k].x / x[k].y;
+    y[threadIdx.x] = make_float4(v[n & 31], v[n + 1 & 31], 0, 0);
+"""
+APPROXIMATE = COPY.replace("v.x / v.y", "__fdividef(v.x, v.y)")
+KEEPING = COPY + '    asm volatile("add.f32 %0, %0, %0;" : "+f"(v.x)); y[n].x = v.x;'
+
+
+def stage_like(**changes):
+    """A stage of one vector per thread, for the entries above."""
+    stage = grid.stages("90", "float32", 8, grid.MANY, (None, None))[0]
+    return dataclasses.replace(
+        stage, name="entry", constants=(128, 8, 1, 1), blocks_per_sm=1, **changes
+    )
+
+
+FAULTY = {
+    "spills": (entry_source(SPILLING, "1024, 1"), {}, "spill stores"),
+    "narrow": (entry_source(NARROW), {}, "0 global loads of 128 bits, 1 vectors to load"),
+    "narrow-stores": (entry_source(NARROW), {}, "0 global stores of 128 bits, 1 vectors to store"),
+    "local": (entry_source(LOCAL), {}, "variables in local memory"),
+    "approximate": (entry_source(APPROXIMATE), {}, "not IEEE"),
+    "subnormals": (entry_source(KEEPING), {}, "1 float32 instructions keep subnormals"),
+    "warning": (entry_source(COPY + "    int unused;"), {}, "NVRTC says"),
+    "error": (entry_source(COPY + "    undeclared = 1;"), {}, "NVRTC says"),
+    "name": (entry_source(COPY).replace("entry(", "other("), {}, "no entry entry was compiled"),
+    "occupancy": (
+        entry_source(COPY),
+        {"block": (1024, 1, 1), "blocks_per_sm": 3},
+        "threads allow 2",
+    ),
+    "shared": (entry_source(COPY), {"shared_bytes": 228 * 1024}, "takes 232448 per block"),
+    "shared-occupancy": (
+        entry_source(COPY),
+        {"shared_bytes": 100 * 1024, "blocks_per_sm": 3},
+        "shared memory allow 2",
+    ),
+    "static": (
+        entry_source("    __shared__ float s[8]; s[threadIdx.x & 7] = n; __syncthreads();" + COPY
+                     + "    y[n].x = s[n & 7];"),
+        {"shared_bytes": 232448},
+        "32 of static shared memory",
+    ),
+}  # fmt: skip
+
+
+def test_missing_copies_and_wide_vectors_are_found():
+    facts = build.build(entry_source(COPY), "entry", "100")
+    shared = {"family": "shared", "kernel": "layer_norm_fwd_shared"}
+    for constants in ((512, STAGE_ASYNC), (512, STAGE_BULK)):
+        stage = dataclasses.replace(stage_like(**shared), constants=constants)
+        assert any("copies by" in found for found in faults(stage, facts, "100"))
+    stage = dataclasses.replace(stage_like(), constants=(128, 32, 2, 1))
+    found = " ".join(faults(stage, facts, "100"))
+    assert "0 global loads of 256 bits, 1 pairs" in found
+    assert "0 global stores of 256 bits, 1 pairs" in found
+    assert "256 bits" not in " ".join(faults(stage, facts, "90"))
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_faults_are_found(fault):
+    source, changes, sentence = FAULTY[fault]
+    stage = dataclasses.replace(stage_like(), **changes)
+    facts = build.build(source, "entry", "90")
+    assert any(sentence in found for found in faults(stage, facts, "90")), (
+        faults(stage, facts, "90"),
+        facts,
+    )
+
+
+def test_a_clean_entry_has_no_fault():
+    facts = build.build(entry_source(COPY), "entry", "90")
+    assert faults(stage_like(), facts, "90") == []
+    assert facts.loads128 == facts.stores128 == 1
+
+
+@pytest.mark.parametrize(
+    "registers,threads,blocks",
+    [
+        (64, 128, 8),
+        (65, 128, 7),
+        (72, 128, 7),
+        (80, 128, 6),
+        (80, 256, 3),
+        (128, 512, 1),
+        (255, 128, 2),
+    ],
+)
+def test_registers_bound_the_blocks(registers, threads, blocks):
+    # Figures of NVIDIA's occupancy calculator.
+    assert blocks_by_registers(DeviceLimits.of("90"), registers, threads) == blocks

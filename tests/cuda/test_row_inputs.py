@@ -1,0 +1,343 @@
+"""The row kernels on inputs that break careless ones: offsets, scales, constants, NaN, huge."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from cupynorm._cuda import rows as _rows
+from cupynorm._cuda.launch import choose_plan
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
+from tests import oracle
+from tests.conftest import np_dtype
+from tests.cuda.rows import (
+    DX_ALONE,
+    EACH,
+    FAMILIES,
+    At,
+    case,
+    check,
+    device_for,
+    far_rows,
+    length,
+    problem_of,
+    run,
+    run_plan,
+    statistics,
+    vector_at,
+)
+from tests.gpu_backend import ON_EACH_MACHINE
+
+pytestmark = ON_EACH_MACHINE
+EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+def plain(rows, N, dtype="float32", **x):
+    """A forward without weight and bias."""
+    return case("forward", rows, N, dtype, None, None, **x)
+
+
+def kernel_error(result, data):
+    """Largest error of y over the largest |y| of its row, in float32 epsilons."""
+    y = oracle.layer_norm(data.x, (1,), None, None, 1e-5)[0]
+    worst = np.abs(result.arrays[0].astype(np.float64) - y).max(1) / np.abs(y).max(1)
+    return worst.max() / 2.0**-23
+
+
+# --- hard inputs --------------------------------------------------------------------------------
+
+
+@EACH
+@EACH_FAMILY
+def test_lanes_past_N_stay_out_of_the_sums(machine, direction, family):
+    """Registers past the last column hold zeros, and (0 - mean)^2 and (0 - mean) * rstd do not.
+
+    One lane that counts would move a variance of 1 around a mean of 1000 by a thousandth or more.
+    """
+    widest = length(family, "float32", direction)
+    fewer = (0, 1, 2, 100) if direction == "forward" else (0, 102)
+    for N in (widest - n for n in fewer):
+        data = case(direction, 2, N, bias=None, scale=1.0, offset=1000.0)
+        result = run(machine, data, family)
+        if direction == "forward":
+            rstd = oracle.layer_norm(data.x, (1,), None, None, 1e-5)[2][:, 0]
+            np.testing.assert_allclose(result.arrays[2], rstd, rtol=1e-6)
+        else:
+            check(result, data)
+
+
+@EACH_FAMILY
+@pytest.mark.parametrize("offset", [1e2, 1e4, -1e6])
+def test_a_common_offset_costs_no_digit(machine, family, offset):
+    """The float32 values near 1e6 are coarse, but the kernel normalizes exactly those."""
+    data = plain(2, length(family, "float32"), scale=1.0, offset=offset)
+    assert kernel_error(run(machine, data, family), data) < 4
+
+
+@EACH_FAMILY
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e6, 1e18])
+def test_scales(machine, family, scale):
+    data = plain(2, length(family, "float32"), scale=scale, offset=0.0)
+    assert kernel_error(run(machine, data, family), data) < 6
+
+
+@EACH_FAMILY
+def test_an_outlier_whose_square_overflows(machine, family):
+    """1e20 squared is beyond float32, the variance of a row that holds one such value is not."""
+    data = plain(2, length(family, "float32"))
+    data.x[0, 0], data.x[1, -1] = 1e20, -1e20
+    result = run(machine, data, family)
+    assert np.isfinite(result.arrays[2]).all()
+    assert kernel_error(result, data) < 6
+
+
+@EACH_FAMILY
+def test_offsets_scales_and_outliers_backward(machine, family):
+    """A row for each. At 1e6 float32's mean is off by 0.03, which the kernels must repair."""
+    data = case("backward", 9, length(family, "float32", "backward"), scale=1.0, offset=0.0)
+    data.x[...] += np.array([[0], [1e2], [1e4], [1e6], [-1e6], [0], [0], [0], [0]], np.float32)
+    data.x[...] *= np.array([[1], [1], [1], [1], [1], [1e-3], [1e6], [1e18], [1]], np.float32)
+    data.x[8, 0] = 1e20  # whose square is beyond float32
+    result = run(machine, data, family)
+    check(result, data)
+    assert np.isfinite(result.arrays[0]).all()
+
+
+@EACH_FAMILY
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_constant_rows(machine, family, dtype):
+    """Variance 0 exactly: y is the bias, and no rounding of the mean shows through rstd."""
+    N = length(family, dtype)
+    constants = np.array([0.0, 0.1, -3e4, 65504.0]).astype(np_dtype(dtype))
+    x, bias = np.repeat(constants[:, None], N, axis=1), case("forward", 1, N).bias
+    data = dataclasses.replace(plain(1, 1), x=x, weight=np.ones(N, np.float32), bias=bias)
+    y, mean, rstd = run(machine, data, family).arrays
+    np.testing.assert_array_equal(mean, constants.astype(np.float32))
+    np.testing.assert_allclose(rstd, 1e-5**-0.5, rtol=1e-6)
+    want = np.broadcast_to(bias.astype(x.dtype), x.shape).astype(np.float64)
+    np.testing.assert_allclose(y.astype(np.float64), want, atol=2e-6, rtol=0)
+
+
+@EACH_FAMILY
+def test_constant_rows_backward(machine, family):
+    """x_hat is exactly zero, so dweight is, and dx is dy less its mean, times eps**-1/2."""
+    N = length(family, "float32", "backward")
+    x = np.repeat(np.float32([[0.0], [0.1], [-3e4]]), N, axis=1)
+    data = dataclasses.replace(case("backward", 3, N), x=x, weight=np.ones(N, np.float32))
+    result = run(machine, data, family)
+    assert (result.arrays[1] == 0).all()
+    check(result, data)
+
+
+@pytest.mark.parametrize(
+    ("direction", "family", "second"),
+    [*(("forward", f, 65472.0) for f in FAMILIES), ("backward", "warp", 6e4)],
+)
+def test_float16_near_its_maximum(machine, direction, family, second):
+    N = length(family, "float16", direction)
+    weight = None if direction == "forward" else "float32"
+    data = case(direction, 3, N, "float16", weight, None)
+    high = np.random.default_rng(N).random((3, N)) < 0.5
+    data.x[...] = np.where(high, 65504.0, [[-65504.0], [second], [0.0]])
+    check(run(machine, data, family), data)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e15])
+def test_scales_of_dy(machine, scale):
+    """The gradient is linear in dy: its size changes no relative error."""
+    data = case("backward", 40, length("warp", "float32"))
+    data.dy[...] *= np.float32(scale)
+    check(run(machine, data, "warp"), data)
+
+
+# --- NaN and infinity -----------------------------------------------------------------------------
+
+SPOILERS = [
+    *(("forward", f, s) for f in (*FAMILIES, "cluster") for s in (np.nan, np.inf, -np.inf)),
+    ("backward", "warp", np.nan),
+    ("backward", "warp", np.inf),
+    ("backward", "block", np.inf),
+    ("backward", "shared", np.nan),
+    ("backward", "split", np.nan),
+]
+
+
+@pytest.mark.parametrize(("direction", "family", "spoiler"), SPOILERS)
+def test_nan_and_inf_of_x_spoil_their_row_only(machine, direction, family, spoiler):
+    """Of a backward their x_hat is NaN, so dweight is lost, and dbias does not see x."""
+    weight = None if direction == "forward" else "float32"
+    rows = 3 if family == "cluster" else 9
+    data = case(direction, rows, length(family, "float32", direction), "float32", weight, None)
+    options = {"sm_count": 1} if direction == "backward" else {}
+    clean = run(machine, data, family, **options)
+    spoilt = (1,) if rows == 3 else (4, 7)
+    for row, col in zip(spoilt, (-1, 0), strict=False):
+        data.x[row, col] = spoiler
+    result = run(machine, data, family, **options)
+    assert np.isnan(result.arrays[0][list(spoilt)]).all()
+    if direction == "forward":
+        assert np.isnan(result.arrays[2][list(spoilt)]).all()
+    else:
+        assert np.isnan(result.arrays[1]).all()
+        assert result.bits()[2] == clean.bits()[2]
+    others = [i for i in range(rows) if i not in spoilt]
+    assert [result.rows()[i] for i in others] == [clean.rows()[i] for i in others]
+
+
+@pytest.mark.parametrize(
+    ("family", "spoiler"),
+    [
+        ("warp", np.nan),
+        ("warp", -np.inf),
+        ("block", np.nan),
+        ("shared", -np.inf),
+        ("split", np.nan),
+    ],
+)
+def test_nan_and_inf_of_dy_spoil_their_row_and_column_only(machine, family, spoiler):
+    data = case("backward", 9, length(family, "float32", "backward"))
+    clean = run(machine, data, family, sm_count=1)
+    data.dy[4, 1] = spoiler
+    result = run(machine, data, family, sm_count=1)
+    assert not np.isfinite(result.arrays[0][4]).any()
+    others = [i for i in range(9) if i != 4]
+    assert [result.rows()[i] for i in others] == [clean.rows()[i] for i in others]
+    for mine, was in zip(result.arrays[1:], clean.arrays[1:], strict=True):
+        assert not np.isfinite(mine[1])
+        np.testing.assert_array_equal(np.delete(mine, 1), np.delete(was, 1))
+
+
+# --- huge ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("direction", "limit", "chunks"),
+    [("forward", 4, (4, 5, 9, 11)), ("backward", 2, (3, 5))],
+)
+def test_sections_of_several_chunks(machine, monkeypatch, direction, limit, chunks):
+    """What a row of more than 512 chunks takes, with a lower limit instead."""
+    monkeypatch.setattr(_rows, "MAX_SECTIONS", limit)
+    options = {} if direction == "forward" else {"wanted": DX_ALONE}
+    for n in chunks:
+        N = (n * CHUNK_VECS - 1) * VEC_BYTES // 4 + 1
+        data = case(direction, 2, N, offset=1e5, scale=1.0)
+        at = dict.fromkeys(data.shaped[:-1], At(1)) | {data.shaped[-1]: At(3, 2)}
+        result = run(machine, data, "split", at=at, **options)
+        assert result.plan.chunks_per_section == -(-n // limit)
+        check(result, data)
+
+
+@pytest.mark.parametrize(("direction", "chunks"), [("forward", 300), ("backward", 33)])
+def test_more_sections_than_threads_that_merge_them(machine, direction, chunks):
+    """A thread of the next kernel, or a lane, then takes several sections before the tree."""
+    rows, offset = (1, 5.0) if direction == "forward" else (2, 100.0)
+    data = case(direction, rows, chunks * CHUNK_VECS * 4 + 5, scale=1.0, offset=offset)
+    options = {} if direction == "forward" else {"wanted": DX_ALONE}
+    result = run(machine, data, "split", at={"x": At(1)}, **options)
+    assert result.plan.sections == chunks + 1
+    check(result, data)
+
+
+FAR = [
+    *(("forward", family, outer) for family in (*FAMILIES, "cluster") for outer in (1, 2)),
+    *(("backward", family, 1) for family in ("warp", "block", "shared", "cluster")),
+    ("backward", "warp", 2),
+    ("backward", "split", 2),
+]
+
+
+@pytest.mark.parametrize(("direction", "family", "outer"), FAR)
+def test_rows_more_than_2_to_31_elements_apart(machine, direction, family, outer):
+    """Offsets of rows are 64-bit: two rows of each array, with a hole of addresses between.
+
+    (A row of more than 2**31 columns would need its memory; K5's column offsets are 64-bit too.)
+    """
+    N, size = length(family, "float16", direction), 2
+    data = case(direction, 2, N, "float16")
+    options = {"wanted": DX_ALONE} if data.backward else {}
+    expected = run(machine, data, family, **options).arrays[0]
+    far = {name: far_rows(machine, name, N * size) for name in data.shaped}
+    strides = {}
+    for name, (first, second) in far.items():
+        step = (second.ptr - first.ptr) // size
+        assert abs(step) > 2**31
+        strides[name] = (step, 0) if outer == 2 else (0, step)
+    for name, given in (("x", data.x), ("dy", data.dy)):
+        for memory, row in zip(far.get(name, ()), () if given is None else given, strict=True):
+            machine.put(memory, row)
+    small = {"weight": data.weight, "bias": data.bias}
+    if data.backward:
+        small |= dict(zip(("mean", "rstd"), statistics(data.x), strict=True))
+    held = {name: vector_at(machine, name, a, 0) for name, a in small.items()}
+    dtypes = {"x": "float16", "weight": "float32", "bias": data.bias is not None and "float32"}
+    sizes = (outer, 2 // outer, N)
+    problem = problem_of(dtypes, sizes, strides, data.backward)
+    plan = choose_plan(problem, device_for(machine, family, direction))
+    order = (*data.shaped, "weight", "bias", "", "")
+    if data.backward:
+        order = ("dy", "x", "mean", "rstd", "weight", "dx", "", "")
+    at = {name: pieces[0].ptr for name, pieces in far.items()}
+    at |= {name: 0 if rows is None else rows.ptr for name, rows in held.items()}
+    memories = [m for pieces in far.values() for m in pieces]
+    memories += [rows.memory for rows in held.values() if rows is not None]
+    run_plan(machine, plan, problem, [at.get(name, 0) for name in order], memories)
+    got = [machine.get(memory).view(np.float16) for memory in far[data.shaped[-1]]]
+    np.testing.assert_array_equal(got, expected)
+
+
+# --- the sums of the partials -------------------------------------------------------------------
+
+
+def totals_of(machine, partials, dtypes, N):
+    """column_totals over partials of shape (which, count, pitch), as a plan would launch it."""
+    kind = partials.dtype.name
+    named = {"x": kind, "dweight": dtypes[0], "dbias": dtypes[1]}
+    problem = problem_of(named, (1, 1, N), {"x": (N, N), "dy": (N, N)}, backward=True)
+    stage = choose_plan(problem, machine.device).stages[-1]
+    assert stage.kernel == "column_totals"
+    _, count, pitch = partials.shape
+    workspace = vector_at(machine, "workspace", partials.ravel(), 0)
+    targets = [
+        vector_at(machine, "total", np.zeros(N, np_dtype(d)), 0) if d else None for d in dtypes
+    ]
+    memories = [workspace.memory]
+    for target in targets:
+        if target is not None:
+            target.memory.writable = True
+            memories.append(target.memory)
+    pointers = [0 if t is None else t.ptr for t in targets]
+    machine.run(stage, (workspace.ptr, count, pitch, N, *pointers), memories, 1)
+    assert sum(d is not None for d in dtypes) == len(partials)
+    return [None if t is None else t.get()[0] for t in targets]
+
+
+@pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 65, 528])
+def test_totals_of_any_number_of_partials(machine, count):
+    """Padded columns are not read, and the order of the sum is not one long chain."""
+    rng = np.random.default_rng(count)
+    N, pitch = 37, 40
+    partials = rng.standard_normal((2, count, pitch)).astype(np.float32)
+    partials[0] += 1
+    partials[:, :, N:] = np.nan
+    got = totals_of(machine, partials, ("float32", "float32"), N)
+    exact = partials[:, :, :N].astype(np.float64)
+    want = exact.sum(1)
+    scale = np.sqrt((exact**2).sum(1)) + np.abs(want)
+    bound = 2.0**-23 * np.abs(want) + oracle.gradient_tolerance("float32", count) * scale
+    assert (np.abs(np.stack(got) - want) <= bound / 2).all()
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("float16", "bfloat16"), ("bfloat16", None), (None, "float16"), ("float64", None)]
+)
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_totals_are_rounded_once(machine, kind, dtypes):
+    """From sums that are exact: whole numbers, of which most lie between two results."""
+    count, N = 5, 33
+    wanted = [d for d in dtypes if d]
+    rng = np.random.default_rng(3)
+    partials = rng.integers(-9000, 9000, (len(wanted), count, 36)).astype(kind)
+    sums = iter(partials.sum(1)[:, :N])
+    for total, dtype in zip(totals_of(machine, partials, dtypes, N), dtypes, strict=True):
+        if dtype is not None:
+            np.testing.assert_array_equal(total, next(sums).astype(np_dtype(dtype)))

@@ -1,0 +1,482 @@
+"""The row kernels, executed: every row of the plan tables, alignments, batches, dtypes."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
+from cupynorm._cuda.rows import BACKWARD, FORWARD
+from cupynorm._rules import ITEMSIZE
+from tests.conftest import ALL_DTYPES
+from tests.cuda.rows import (
+    DX_ALONE,
+    EACH,
+    FAMILIES,
+    SHAPED,
+    At,
+    case,
+    check,
+    cols,
+    device_for,
+    length,
+    need_the_memory_of_sm_90,
+    run,
+    spread,
+)
+from tests.gpu_backend import ON_EACH_MACHINE
+
+pytestmark = ON_EACH_MACHINE
+FLOATS = ("float16", "float32", "float64")
+REGISTERS = ("warp", "block")
+
+
+def laid(direction, *places):
+    return dict(zip(SHAPED[direction], places, strict=False))
+
+
+def alone(direction, family):
+    """Options without dweight and dbias, whose sums take most of the time of long rows."""
+    return {"wanted": DX_ALONE} if direction == "backward" and family not in REGISTERS else {}
+
+
+# --- every row of the plan tables, at its edges ---------------------------------------------------
+
+# Rows up to so many vectors, so that groups and blocks end with rows that do not exist.
+EDGE_ROWS = {"forward": ((64, 37), (2048, 9)), "backward": ((64, 19), (256, 5))}
+
+
+def edges():
+    for dtype in ALL_DTYPES:
+        for row in FORWARD[:-1]:
+            if row.cluster == 1:  # of K3 the last that sm_90 holds
+                yield "forward", dtype, min(row.max_vecs, 227 * 1024 // VEC_BYTES - 60)
+        for row in BACKWARD:
+            half = dtype == "bfloat16" and row.max_vecs not in (32, 128)
+            if row.family in REGISTERS and not half:  # float16's kernels but for the conversions
+                yield "backward", dtype, row.max_vecs
+
+
+@pytest.mark.parametrize(("direction", "dtype", "vecs"), list(edges()))
+def test_edges_of_the_table(machine, direction, dtype, vecs):
+    """The last lengths of a row of the table and the first of the next one.
+
+    An odd pitch brings every row to another alignment.
+    """
+    limit = vecs * VEC_BYTES // ITEMSIZE[dtype]
+    device = device_for(machine, "shared", direction)
+    few = direction == "backward" and vecs >= 512  # which take seconds
+    for N in (limit - 1, limit, limit + 1)[: 2 if few else 3]:
+        rows = next((n for most, n in EDGE_ROWS[direction] if vecs <= most), 2)
+        data = case(direction, rows, N, dtype)
+        at = laid(direction, At(1, 1 + N % 2), At(2, 3 + N % 2), At(0, N % 2))
+        check(run(machine, data, device=device, at=at), data)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_beyond_shared_memory(machine, dtype):
+    N = (machine.device.shared_bytes + VEC_BYTES) // ITEMSIZE[dtype] + 1
+    data, device = case("forward", 2, N, dtype), device_for(machine, "shared")
+    result = run(machine, data, device=device, at={"x": At(1, 1)})
+    assert result.plan.family == "split"
+    check(result, data)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vecs", "shared"),
+    [("float16", 2060, 227), ("float32", 4096, 227), ("float64", 1600, 99)],
+)
+def test_long_rows_in_shared_memory(machine, dtype, vecs, shared):
+    """More vectors than leave room for the next row's; float32's is the longest row of K3."""
+    data = case("backward", 2, vecs * VEC_BYTES // ITEMSIZE[dtype] - 1, dtype)
+    room = min(shared * 1024, machine.device.shared_bytes)
+    device = dataclasses.replace(machine.device, shared_bytes=room, max_cluster=1)
+    result = run(machine, data, at={"x": At(1, 1)}, device=device)
+    assert (result.plan.family, result.plan.stages[0].constants[2:4]) == ("shared", (0, 0))
+    check(result, data)
+
+
+def test_a_device_with_less_shared_memory_splits_the_row(machine):
+    device = dataclasses.replace(machine.device, shared_bytes=64 * 1024, max_cluster=1)
+    for N, family in ((6143, "shared"), (6145, "split")):
+        data = case("backward", 2, N)
+        result = run(machine, data, at={"dx": At(1, 1)}, device=device)
+        assert result.plan.family == family
+        check(result, data)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_length_coarsely(machine, dtype):
+    most = 600 * 4 // ITEMSIZE[dtype]
+    for N in range(1, most, most // 30):
+        data = case("backward", 5, N, dtype)
+        check(run(machine, data, at={"x": At(0, 1)}), data)
+
+
+SHORT = [
+    *itertools.product(("forward",), ALL_DTYPES, (1, 2, 3, 7, 33)),
+    *itertools.product(("backward",), FLOATS, (1, 3, 33)),
+]
+
+
+@pytest.mark.parametrize(("direction", "dtype", "N"), SHORT)
+def test_short_rows_at_every_pair_of_alignments(machine, direction, dtype, N):
+    """Of x and y, or of dy and x; that of dx goes through all of them meanwhile."""
+    data = case(direction, 5, N, dtype)
+    expected = run(machine, data)
+    check(expected, data)
+    steps = range(16 // ITEMSIZE[dtype])
+    for i, j in itertools.product(steps, steps):
+        at = laid(direction, At(i, (i + j) % 3), At(j, i % 2), At(i + 3 * j, j % 2))
+        assert run(machine, data, at=at).bits() == expected.bits(), (i, j)
+
+
+# --- the same bits ------------------------------------------------------------------------------
+
+# None: each alignment. K3 and K5 backward take half a second a case: they share what moves columns
+# with K1 and K2.
+SKEWS = [
+    *itertools.product(("forward",), FAMILIES, ALL_DTYPES, [None]),
+    *itertools.product(("forward", "backward"), ("cluster",), ("float16", "float32"), [None]),
+    *itertools.product(("backward",), ("warp",), FLOATS, [None]),
+    *itertools.product(("backward",), ("block",), ("float32", "float64"), [None]),
+    *itertools.product(("backward",), REGISTERS, ("bfloat16",), [(3, 6)]),
+    *itertools.product(("backward",), ("block",), ("float16",), [(1, 4, 7, 8)]),
+    *itertools.product(("backward",), ("shared", "split"), ("float16", "float64"), [(1,)]),
+    *itertools.product(("backward",), ("shared", "split"), ("float32",), [(1, 3)]),
+]
+
+
+@pytest.mark.parametrize(("direction", "family", "dtype", "skews"), SKEWS)
+def test_bits_do_not_depend_on_alignment(machine, direction, family, dtype, skews):
+    """Of all results; and of a cluster each byte is read once and written once."""
+    cluster = family == "cluster"
+    data = case(direction, 2 if cluster else 3, length(family, dtype, direction), dtype)
+    options = alone(direction, family) if cluster else {}
+    expected = run(machine, data, family, **options)
+    check(expected, data)
+    if cluster and direction == "forward":
+        assert run(machine, data, "shared").bits() == expected.bits()
+    for i in skews or range(16 // ITEMSIZE[dtype] + 1):  # the last is a vector's whole length
+        at = spread(data, i)
+        result = run(machine, data, family, affine_offset=i % 2, at=at, **options)
+        assert result.bits() == expected.bits(), i
+        for traffic in result.traffic if cluster else ():
+            *read, written = (traffic[name] for name in data.shaped)
+            assert {b.read_bytes for b in read} == {written.written_bytes} == {data.x.nbytes}
+            assert {b.written_bytes for b in read} == {written.read_bytes} == {0}
+
+
+BATCHES = [
+    *itertools.product(("forward",), FAMILIES, ("float16", "float32")),
+    ("forward", "cluster", "float16"),
+    *itertools.product(("backward",), REGISTERS, ("float16",)),
+    *itertools.product(("backward",), (*FAMILIES, "cluster"), ("float32",)),
+]
+
+
+@pytest.mark.parametrize(("direction", "family", "dtype"), BATCHES)
+def test_bits_of_a_row_do_not_depend_on_the_batch(machine, direction, family, dtype):
+    """Alone, among others, in another order, in outer steps, whatever thread runs first.
+
+    Of a backward on a device of any size, too.
+    """
+    data = case(direction, 6, length(family, dtype, direction), dtype)
+
+    def rows_of(data, **options):
+        result = run(machine, data, family, **options, **alone(direction, family))
+        check(result, data)
+        return result.rows()
+
+    expected = rows_of(data)
+    for i in (0, 1, 2) if direction == "forward" else (2,):
+        assert rows_of(data.rows([i])) == expected[i : i + 1]
+    assert rows_of(data.rows(slice(None, None, -1))) == expected[::-1]
+    places = At(0, 3, outer_gap=5), At(1, 0, outer_gap=2), At(2, 1, outer_gap=1)
+    assert rows_of(data, outer=3, at=laid(direction, *places)) == expected
+    if direction == "backward":
+        for sm_count in (1, 3):  # blocks of several rows end elsewhere
+            assert rows_of(data.many(3), sm_count=sm_count) == expected * 3
+    elif family != "cluster":
+        assert rows_of(data.many(7)) == expected * 7
+    for seed in (None, 1, 2) if direction == "forward" or family == "cluster" else ():
+        assert rows_of(data, seed=seed) == expected
+
+
+SEEDED = [
+    ("warp", "float32", 97, 2, (None, 1, 2)),
+    ("block", "float32", 23, 2, (None, 1, 2)),
+    ("shared", "float32", 5, 2, (None, 1, 2)),
+    ("split", "float32", 9, None, (None, 1)),
+    ("cluster", "float64", 13, 7, (None, 1)),  # three clusters
+]
+
+
+@pytest.mark.parametrize(("family", "dtype", "rows", "sm_count", "seeds"), SEEDED)
+def test_seeded_orders_give_the_same_bits(machine, family, dtype, rows, sm_count, seeds):
+    """Of all three gradients, though whichever thread may run first: no atomics, no race."""
+    data = case("backward", rows, length(family, dtype, "backward"), dtype)
+    expected = run(machine, data, family, sm_count=sm_count)
+    check(expected, data)
+    if family == "cluster":
+        assert (expected.plan.partials, expected.plan.stages[0].grid) == (3, (6, 1, 1))
+    assert expected.plan.partials > 1
+    for seed in seeds:
+        result = run(machine, data, family, sm_count=sm_count, seed=seed)
+        assert result.bits() == expected.bits()
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("chunks", [2, 5, 13])
+def test_shared_and_split_give_the_same_bits(machine, dtype, chunks):
+    """What lets the number of rows choose between K3 and K5."""
+    N = (chunks * CHUNK_VECS + 77) * VEC_BYTES // ITEMSIZE[dtype] + 1
+    data = case("forward", 2, N, dtype, offset=1000.0)
+    shared = run(machine, data, "shared")
+    split = run(machine, data, "split", at={"x": At(1, 2), "y": At(1)})
+    check(shared, data)
+    assert shared.bits() == split.bits()
+
+
+def test_the_number_of_rows_chooses_between_them(machine):
+    device = dataclasses.replace(machine.device, sm_count=4, max_cluster=1)
+    data = case("forward", 3, 9 * CHUNK_VECS * 4 + 1)
+    few, more = (run(machine, d, device=device) for d in (data.rows([0, 1]), data))
+    assert (few.plan.family, more.plan.family) == ("split", "shared")
+    assert few.rows() == more.rows()[:2]
+
+
+# --- clusters ------------------------------------------------------------------------------------
+
+# The first length of each row of the table, and the longest that sm_90 holds; dweight and dbias
+# take column_totals seconds for many columns: they are wanted where there are few.
+CLUSTERS = [
+    ("forward", "float16", 2, 1, {}, (2, 256)),
+    ("forward", "float64", 2, 1, {}, (2, 256)),
+    ("forward", "float32", 8, 1, {}, (4, 256)),
+    ("forward", "bfloat16", 8, 9, {}, (8, 256)),
+    ("forward", "float64", 32, 1, {}, (8, 768)),
+    ("forward", "float16", 112, 0, {}, (8, 768)),
+    ("backward", "float64", 2, 1, {}, (2, 512, 1, 0)),
+    ("backward", "float16", 2, 1, {"wanted": DX_ALONE}, (2, 512, 1, 1)),
+    ("backward", "float16", 4, 1, {"wanted": DX_ALONE}, (4, 512, 1, 1)),
+    ("backward", "float32", 8, 1, {"wanted": DX_ALONE}, (8, 512, 1, 1)),
+    ("backward", "bfloat16", 16, 1, {"wanted": DX_ALONE}, (8, 768, 1, 0)),
+    ("backward", "float64", 24, 1, {"wanted": (True, False, True)}, (8, 512, 2, 0)),
+]
+
+
+@pytest.mark.parametrize(("direction", "dtype", "chunks", "more", "options", "constants"), CLUSTERS)
+def test_every_cluster_of_the_table_has_the_bits_of_split(
+    machine, direction, dtype, chunks, more, options, constants
+):
+    need_the_memory_of_sm_90(machine)
+    rows = (2 if chunks < 9 else 1) if direction == "forward" else (3 if chunks < 16 else 2)
+    offset = 1000.0 if direction == "forward" else 5.0
+    data = case(direction, rows, cols(chunks, dtype, more), dtype, offset=offset)
+    places = laid(direction, At(1, 2), At(3, 1), At(3, 1))
+    result = run(machine, data, "cluster", at=places, sm_count=1, **options)
+    assert result.plan.stages[0].constants[: len(constants)] == constants
+    check(result, data)
+    split = run(machine, data, "split", **alone(direction, "split"))
+    assert result.rows() == split.rows()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_device_short_of_shared_memory_has_wider_clusters(machine, dtype):
+    """As sm_120: the same row, other blocks, the same bits."""
+    need_the_memory_of_sm_90(machine)
+    data = case("forward", 2, cols(5, dtype, 100), dtype)
+    device = device_for(machine, "cluster")
+    small = dataclasses.replace(device, shared_bytes=99 * 1024)
+    wide, usual = run(machine, data, device=small), run(machine, data, device=device)
+    assert wide.plan.stages[0].cluster > usual.plan.stages[0].cluster
+    check(wide, data)
+    for family in ("shared", "cluster"):
+        assert wide.bits() == run(machine, data, family).bits()
+
+
+def test_a_device_short_of_shared_memory_differentiates(machine):
+    """As sm_120, where a block holds the sums of one chunk of a 16-bit type, and K3 no such row."""
+    device = device_for(machine, "cluster", "backward", 1)
+    device = dataclasses.replace(device, shared_bytes=99 * 1024)
+    data = case("backward", 2, cols(1, "float16", 600), "float16")
+    result = run(machine, data, device=device)
+    assert result.plan.stages[0].constants[:4] == (2, 256, 1, 1)
+    check(result, data)
+    assert result.rows() == run(machine, data, "split", wanted=DX_ALONE).rows()
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_a_block_may_have_a_few_elements(machine, offset):
+    """Fewer than a granule, which the row shares with its neighbours on both sides; or no chunk."""
+    small = dataclasses.replace(device_for(machine, "cluster"), shared_bytes=64 * 1024)
+    for dtype in ("float16", "float32"):
+        data = case("forward", 2, cols(5, dtype) + 2, dtype, None, None)
+        result = run(machine, data, device=small, at={"x": At(offset, 1)})
+        assert result.plan.stages[0].cluster == 8  # of which two have no chunk, and one an element
+        assert result.bits() == run(machine, data, "split").bits()
+
+
+# --- weight, bias, statistics, out ----------------------------------------------------------------
+
+MIXED = [
+    ("float16", "float64", "bfloat16"),
+    ("float16", None, "float16"),
+    ("bfloat16", "bfloat16", "bfloat16"),
+    ("bfloat16", "float16", None),
+    ("float32", "float16", "float64"),
+    ("float32", None, None),
+    ("float64", "float64", "float64"),
+    ("float64", "bfloat16", "float32"),
+]
+AFFINE = [
+    *(("forward", family, *mixed) for family in FAMILIES for mixed in MIXED),
+    ("forward", "cluster", "float16", "float64", "bfloat16"),
+    ("forward", "cluster", "float32", None, None),
+    ("forward", "cluster", "float64", "float64", None),
+    ("backward", "warp", "float16", "float64", None),
+    ("backward", "warp", "float16", None, None),
+    ("backward", "warp", "bfloat16", "bfloat16", None),
+    ("backward", "warp", "float32", "float16", None),
+    ("backward", "warp", "float64", "bfloat16", None),
+    ("backward", "block", "float16", "float16", None),
+    ("backward", "block", "float32", None, None),
+    ("backward", "shared", "float32", "bfloat16", None),
+    ("backward", "split", "float32", None, None),
+    ("backward", "cluster", "float64", None, None),
+    ("backward", "cluster", "float64", "bfloat16", None),
+]
+
+
+@pytest.mark.parametrize(("direction", "family", "dtype", "weight", "bias"), AFFINE)
+def test_weight_and_bias(machine, direction, family, dtype, weight, bias):
+    """Of any dtype, present or not, and at addresses where no vector load is allowed."""
+    N = length(family, dtype, direction)
+    data = case(direction, 2 if family == "cluster" else 3, N, dtype, weight, bias)
+    expected = run(machine, data, family)
+    check(expected, data)
+    if direction == "backward":
+        totals = weight or ("float64" if dtype == "float64" else "float32")
+        assert [a.dtype.name for a in expected.arrays] == [dtype, totals, totals]
+    if weight or bias:
+        assert run(machine, data, family, affine_offset=1).bits() == expected.bits()
+
+
+FULL = {"warp": 64, "block": 512, "shared": 3072, "split": 3072, "cluster": 4096}
+
+
+@pytest.mark.parametrize("family", FULL)
+def test_in_place(machine, family):
+    """Also where rows, or blocks of a cluster, end full and a skewed one spills behind."""
+    for N in (length(family, "float16"), FULL[family] * 8 - (family == "cluster")):
+        data = case("forward", 3 if family == "cluster" else 9, N, "float16")
+        expected = run(machine, data, family)
+        for at in (At(), At(3, 1)):
+            result = run(machine, data, family, in_place=True, at={"x": at})
+            assert result.bits() == expected.bits()
+
+
+@pytest.mark.parametrize("family", FULL)
+def test_without_statistics(machine, family):
+    data = case("forward", 3, length(family, "float32"))
+    result = run(machine, data, family, stats=False)
+    assert result.arrays[1:] == (None, None)
+    assert result.bits()[0] == run(machine, data, family).bits()[0]
+
+
+@EACH
+@pytest.mark.parametrize("eps", [0.0, 1.0, 1e-300, -0.5, -1e9])
+def test_eps(machine, direction, eps):
+    """Any real number; var + eps below zero gives NaN, as sqrt does.
+
+    It reaches the backward's kernels through rstd alone.
+    """
+    data = case(direction, 5, 77)
+    result = run(machine, data, eps=eps)
+    check(result, data, eps=eps)
+    assert np.isnan(result.arrays[0]).all() == (eps == -1e9)
+
+
+# --- more rows than the device holds at a time ----------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [20, 50, 100, 255])
+def test_any_number_of_rows_goes_round_the_groups(machine, N):
+    """Groups of 8, 16 and 32 lanes, several rows a block, on one multiprocessor.
+
+    Each number of rows leaves another number of groups without a row in the last round.
+    """
+    for rows in (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 65, 129, 200, 401):
+        data = case("backward", rows, N)
+        result = run(machine, data, "warp", sm_count=1)
+        assert result.plan.partials <= 4
+        check(result, data)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "rows"),
+    [
+        ("block", "float16", 47),
+        ("block", "float32", 47),
+        ("block", "float64", 47),
+        ("shared", "float32", 7),
+        ("split", "float64", 13),
+    ],
+)
+def test_blocks_go_round_the_rows(machine, family, dtype, rows):
+    data = case("backward", rows, length(family, dtype, "backward"), dtype)
+    result = run(machine, data, family, sm_count=1)
+    assert result.plan.partials < rows
+    check(result, data)
+
+
+def test_every_partial_is_added_once(machine):
+    """Whole numbers, whose sums are exact in float32 and in any order, over many blocks."""
+    rows, N = 1100, 33
+    rng = np.random.default_rng(1)
+    dy = rng.integers(-8, 9, (rows, N)).astype(np.float32)
+    x = np.where(np.arange(N) % 2 == np.arange(rows)[:, None] % 2, 1, -1).astype(np.float32)
+    x[:, -1] = 0  # so that the mean is 0, and rstd 1 with eps = 1 - var
+    data = dataclasses.replace(case("backward", rows, N), x=x, dy=dy, weight=None)
+    for sm_count in (1, 2, 5, 132):
+        result = run(machine, data, "warp", eps=1 - 32 / 33, sm_count=sm_count)
+        np.testing.assert_array_equal(result.arrays[2], dy.sum(0))
+        np.testing.assert_array_equal(result.arrays[1], (dy * x).sum(0))
+    assert result.plan.partials > 32  # a thread of column_totals adds several
+
+
+# --- what is wanted -------------------------------------------------------------------------------
+
+WANTED = [
+    *(("warp", w) for w in itertools.product((True, False), repeat=3) if any(w) and not all(w)),
+    *itertools.product(("block", "shared", "split"), [DX_ALONE, (False, True, True)]),
+    ("shared", (True, False, True)),
+    *itertools.product(("cluster",), [(True, False, True), (False, True, False)]),
+]
+
+
+@pytest.mark.parametrize(("family", "wanted"), WANTED)
+def test_what_is_not_wanted_changes_no_bit_of_the_rest(machine, family, wanted):
+    dtype = "float64" if family == "cluster" else "float32"
+    data = case("backward", 7, length(family, dtype, "backward"), dtype)
+    expected = run(machine, data, family, sm_count=1)
+    got = run(machine, data, family, sm_count=1, wanted=wanted)
+    assert [a is not None for a in got.arrays] == list(wanted)
+    check(got, data)
+    same_sums = got.plan.partials == expected.plan.partials  # dx alone takes other blocks
+    for mine, theirs, rows in zip(got.bits(), expected.bits(), DX_ALONE, strict=True):
+        assert mine is None or mine == theirs or not (rows or same_sums)
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "float64"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_dtypes_of_dweight_and_dbias(machine, dtype, dtypes):
+    """Each has its own, rounded once from the sum of float32, or of float64 for a float64 x."""
+    data = case("backward", 40, length("warp", dtype), dtype)
+    plain = run(machine, data, totals=(dtype, dtype))
+    got = run(machine, data, totals=dtypes)
+    assert [a.dtype.name for a in got.arrays[1:]] == list(dtypes)
+    for mine, sums in zip(got.arrays[1:], plain.arrays[1:], strict=True):
+        np.testing.assert_array_equal(mine, sums.astype(mine.dtype))

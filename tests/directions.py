@@ -1,0 +1,109 @@
+"""Forward and backward seen as one thing: called alike, compared with the oracle alike."""
+
+import math
+
+import numpy as np
+import pytest
+
+import cupynorm as cn
+from tests import oracle
+
+EVERY = (True, True, True)
+each_direction = pytest.mark.parametrize("direction", ["forward", "backward"])
+
+
+def stats_dtype(dtype):
+    return "float64" if dtype == "float64" else "float32"
+
+
+def axes_of(ndim, normalized_shape=None, axis=None):
+    """In the caller's order, as NumPy counts them."""
+    if axis is not None:
+        return tuple(int(a) % ndim for a in (axis if isinstance(axis, (tuple, list)) else [axis]))
+    return tuple(range(ndim))[-(1 if normalized_shape is None else np.size(normalized_shape)) :]
+
+
+def backward(dy, x, normalized_shape=None, weight=None, *, axis=None, eps=1e-5, output_mask=None):
+    """The gradients with the statistics that the forward returns."""
+    named = {"axis": axis, "eps": eps, "return_stats": True}
+    _, mean, rstd = cn.layer_norm(x, normalized_shape, weight, **named)
+    return cn.layer_norm_backward(
+        dy, x, normalized_shape, mean, rstd, weight, axis=axis, output_mask=output_mask
+    )
+
+
+def run(direction, dy, x, weight=None, bias=None, eps=1e-5, **how):
+    """(y, mean, rstd), or (dx, dweight, dbias)."""
+    if direction == "backward":
+        return backward(dy, x, weight=weight, eps=eps, output_mask=EVERY, **how)
+    return cn.layer_norm(x, weight=weight, bias=bias, eps=eps, return_stats=True, **how)
+
+
+def check(lib, found, dy, x, weight=None, bias=None, eps=1e-5, **how):
+    """Compare with the definition, which takes ascending axes; None is not computed."""
+    named = axes_of(x.ndim, **how)
+    axes, turn = tuple(sorted(named)), np.argsort(named)
+    host = [None if a is None else np.asarray(lib.to_numpy(a)) for a in (dy, x, weight, bias)]
+    dy, x, *affine = host
+    weight, bias = (None if a is None else a.transpose(turn) for a in affine)
+    got = [None if a is None else np.asarray(lib.to_numpy(a)) for a in found]
+    if isinstance(found, cn.LayerNormGradients):
+        sums = (None if a is None else a.transpose(turn) for a in got[1:])
+        oracle.assert_gradients([got[0], *sums], dy, x, axes, weight, float(eps))
+        return
+    n = math.prod(x.shape[a] for a in axes)
+    wanted = oracle.layer_norm(x, axes, weight, bias, float(eps))
+    for a, want in zip(got, wanted, strict=True):
+        assert a.shape == want.shape
+        bound = oracle.tolerance(a.dtype, n)
+        np.testing.assert_allclose(a.astype(np.float64), want, rtol=bound, atol=bound)
+
+
+def laid_out(lib, values, layout):
+    """The same values in memory of another order."""
+    if layout == "sliced":
+        return lib.array(np.repeat(values, 2, axis=2))[:, :, ::2]
+    if layout == "turned":
+        turned = lib.array(np.ascontiguousarray(values.transpose(1, 2, 0)))
+        return turned.permute(2, 0, 1) if hasattr(turned, "permute") else turned.transpose(2, 0, 1)
+    return lib.array(np.asarray(values, order=layout))
+
+
+# --- NumPy arrays of every kind -----------------------------------------------------------------
+
+
+def _read_only(values, _):
+    values.flags.writeable = False
+    return values
+
+
+def _memmapped(values, path):
+    file = path / f"{len(list(path.iterdir()))}.bin"
+    values.tofile(file)
+    return np.memmap(file, dtype=values.dtype, mode="r", shape=values.shape)
+
+
+def _unaligned(values, _):
+    view = np.frombuffer(bytearray(values.nbytes + 1), values.dtype, offset=1)
+    view = view.reshape(values.shape)
+    view[...] = values
+    return view
+
+
+def _field_of_records(values, _):
+    records = np.zeros(values.shape, dtype=[("flag", "u1"), ("value", values.dtype)])
+    records["value"] = values
+    return records["value"]  # strides that are no multiple of the item size
+
+
+KINDS = {
+    "big-endian": lambda v, _: v.astype(v.dtype.newbyteorder(">")),
+    "read-only": _read_only,
+    "memmapped": _memmapped,
+    "unaligned": _unaligned,
+    "field of records": _field_of_records,
+    "negative strides": lambda v, _: np.flip(np.flip(v).copy()),
+    "every second column": lambda v, _: np.repeat(v, 2, axis=-1)[..., ::2],
+    "column-major": lambda v, _: np.asfortranarray(v),
+    "window": lambda v, _: np.pad(v, 3)[(slice(3, -3),) * v.ndim],
+}

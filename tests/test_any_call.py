@@ -1,0 +1,83 @@
+"""Arrays of any shape and any strides, drawn, against the oracle."""
+
+import math
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cupynorm as cn
+from tests import oracle
+from tests.directions import stats_dtype
+
+
+@st.composite
+def calls(draw, dtypes=("float16", "float32", "float64"), max_side=9):
+    """A NumPy array with drawn shape and strides, and axes in drawn order."""
+    ndim = draw(st.integers(1, 4))
+    shape = tuple(draw(st.integers(0 if ndim > 1 else 1, max_side)) for _ in range(ndim))
+    steps = [draw(st.sampled_from([1, 1, 1, 2, 3, -1, -2])) for _ in shape]
+    turned = draw(st.permutations(range(ndim)))
+    whole = [max(shape[axis] * abs(steps[axis]), 1) for axis in turned]
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scale, offset = draw(st.sampled_from([1.0, 1e-3, 30.0])), draw(st.sampled_from([0.0, 2.0]))
+    base = (rng.standard_normal(whole) * scale + offset).astype(draw(st.sampled_from(dtypes)))
+    x = base.transpose(np.argsort(turned))[tuple(slice(None, None, step) for step in steps)]
+    x = x[tuple(slice(0, n) for n in shape)]
+    axes = draw(st.permutations(range(ndim)))[: draw(st.integers(1, ndim))]
+    axes = tuple(a - ndim if draw(st.booleans()) else a for a in axes)
+    length = [x.shape[a] for a in axes]
+    affine = [
+        rng.standard_normal(length).astype(draw(st.sampled_from(dtypes)))
+        if draw(st.booleans())
+        else None
+        for _ in range(2)
+    ]
+    eps, order = draw(st.sampled_from([1e-5, 1e-12, 0.1])), draw(st.sampled_from("KCF"))
+    return types.SimpleNamespace(x=x, axis=axes, affine=affine, eps=eps, order=order)
+
+
+def check_against_oracle(call, found):
+    """Compare a drawn call with the oracle; error is measured against the largest term of a row."""
+    named = tuple(a % call.x.ndim for a in call.axis)
+    weight, bias = (None if a is None else a.transpose(np.argsort(named)) for a in call.affine)
+    if not call.x.size:
+        assert found[0].shape == call.x.shape
+        return
+    n = math.prod(call.x.shape[a] for a in named)
+    want = oracle.layer_norm(call.x, tuple(sorted(named)), weight, bias, call.eps)
+    sums = stats_dtype(str(call.x.dtype))
+    for got, value, kind in zip(found, want, (call.x.dtype, sums, sums), strict=True):
+        assert got.dtype == kind
+        bound = oracle.tolerance(kind, n)
+        atol = bound * max(1, np.abs(value).max())
+        np.testing.assert_allclose(got.astype(np.float64), value, rtol=bound, atol=atol)
+
+
+@pytest.mark.needs("numpy")
+@given(call=calls())
+@settings(max_examples=150)
+def test_any_numpy_call_agrees_with_the_oracle(lib, call):
+    before = call.x.copy()
+    given = (None, *call.affine, call.eps)
+    result = cn.layer_norm(call.x, *given, axis=call.axis, order=call.order, return_stats=True)
+    check_against_oracle(call, result)
+    np.testing.assert_array_equal(call.x, before)
+    assert result.y.strides == np.empty_like(call.x, order=call.order).strides
+    inplace = before.copy(order="K")
+    cn.layer_norm(inplace, *given, axis=call.axis, out=inplace)
+    np.testing.assert_array_equal(inplace, result.y)
+
+
+@given(data=st.data())
+@settings(max_examples=15)
+def test_any_call_agrees_with_the_oracle(lib, data):
+    some = [d for d in lib.backend.dtypes if d != "bfloat16"]
+    narrow = {"dtypes": ["float32"], "max_side": 5} if lib.backend.compiles else {"dtypes": some}
+    call = data.draw(calls(**narrow))
+    call.x = call.x.copy()  # of positive strides, as torch wants them
+    x, *affine = (None if a is None else lib.from_numpy(a.copy()) for a in (call.x, *call.affine))
+    result = cn.layer_norm(x, None, *affine, call.eps, axis=call.axis, return_stats=True)
+    check_against_oracle(call, [lib.to_numpy(a) for a in result])

@@ -1,0 +1,360 @@
+"""The one memo: a warm call gives, refuses and writes what a cold one does, and applies no rule."""
+
+import contextlib
+
+import numpy as np
+import pytest
+
+import cupynorm as cn
+from cupynorm import _calls, _memo, _rules
+from tests import oracle
+from tests.conftest import Backend, np_dtype
+
+# Those whose calls are settled.
+BACKENDS = (
+    Backend.NUMPY,
+    Backend.NUMPY_PLAIN,
+    Backend.CUPY_SIMULATED,
+    Backend.CUPY,
+    Backend.TORCH,
+    Backend.TORCH_CUDA,
+)
+RNG = np.random.default_rng(20261130)
+
+# Memory, the view of it that is x, how it is normalized.
+LAYOUTS = {
+    "one row": ((77,), np.s_[:], {}),
+    "rows": ((5, 77), np.s_[:], {"normalized_shape": 77}),
+    "two axes": ((2, 5, 7), np.s_[:], {"normalized_shape": (5, 7)}),
+    "axes turned": ((2, 5, 7), np.s_[:], {"axis": (2, 1)}),
+    "strided axis": ((6, 5), np.s_[:], {"axis": 0}),
+    "order F": ((6, 77), np.s_[:], {"order": "F", "eps": 0.0}),
+    "column-major": ((77, 6), "turned", {}),
+    "every other row": ((6, 90), np.s_[::2], {}),
+    "padded": ((6, 90), np.s_[:, 3:80], {}),
+    "backwards": ((6, 30), np.s_[::-1], {}),
+    "no rows": ((0, 7), np.s_[:], {}),
+    "empty rows": ((4, 0), np.s_[:], {}),
+    "long rows": ((3, 36_001), np.s_[:], {}),
+    "shared rows": ((700, 768), np.s_[:], {}),
+    "shared chunks": ((2, 300_001), np.s_[:], {}),
+}
+
+
+def numbers(*shape, dtype="float32"):
+    return (RNG.standard_normal(shape) * 2 + 1).astype(np_dtype(dtype))
+
+
+def laid_out(lib, dtype, layout):
+    """An array of the layout, never seen before; how it is normalized, for forward and backward."""
+    shape, cut, how = LAYOUTS[layout]
+    if lib.name.startswith("torch") and layout == "backwards":
+        pytest.skip("torch has no negative strides")
+    if lib.backend.compiles and (layout.startswith("shared") or (dtype != "float32" and how)):
+        pytest.skip("simulated in minutes, or compiled once more for nothing")
+    memory = lib.from_numpy(numbers(*shape, dtype=dtype))
+    x = memory.T if cut == "turned" else memory[cut]
+    axes = how.get("axis", -1)
+    if "normalized_shape" in how:
+        axes = tuple(range(-np.size(how["normalized_shape"]), 0))
+    return x, how, tuple(a % x.ndim for a in (axes if isinstance(axes, tuple) else (axes,)))
+
+
+def affine(lib, dtype, x, axes, kind):
+    shape = [x.shape[a] for a in axes]
+    return {
+        name: lib.from_numpy(RNG.standard_normal(shape).astype(np_dtype(dtype)))
+        for name in ("weight", "bias")
+        if name in kind
+    }
+
+
+def told(lib, found):
+    """All that can be told of a result: type, strides and bits of each array."""
+    arrays = found if isinstance(found, tuple) else (found,)
+    said = []
+    for a in arrays:
+        host = None if a is None else np.ascontiguousarray(lib.to_numpy(a))
+        said.append(a if a is None else (type(a), str(a.dtype), lib.strides(a), host.tobytes()))
+    return type(found).__name__ if isinstance(found, tuple) else "", *said
+
+
+@contextlib.contextmanager
+def no_rule():
+    """Whatever is called in here is settled already."""
+
+    def applied(*_):
+        pytest.fail("a settled call applied its rules again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_rules, "resolve_axes", applied)
+        yield
+
+
+def cold(call, *arguments, **named):
+    _memo.settled.clear()
+    return call(*arguments, **named)
+
+
+def check(lib, found, x, axes, weight=None, bias=None, eps=1e-5):
+    """Compare a forward with the definition."""
+    x, weight, bias = (None if a is None else lib.to_numpy(a) for a in (x, weight, bias))
+    if not x.size:
+        assert tuple(found[0].shape) == x.shape
+        assert np.isnan(lib.to_numpy(found[1])).all()
+        return
+    weight, bias = (None if a is None else a.transpose(np.argsort(axes)) for a in (weight, bias))
+    want = oracle.layer_norm(x, axes, weight, bias, eps)
+    for got, exact in zip(map(lib.to_numpy, found), want, strict=True):
+        bound = oracle.tolerance(got.dtype, x.size // want[1].size)
+        np.testing.assert_allclose(got.astype(np.float64), exact, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forward(lib, dtype, layout):
+    """Settled with arrays that are gone by then; and prepared, and into `out`."""
+    kinds = ["weight bias"] if lib.backend.compiles else ["", "weight", "bias", "weight bias"]
+    for kind in kinds:
+        first, how, axes = laid_out(lib, dtype, layout)
+        for stats in (False, True):
+            named = how | {"return_stats": stats}
+            cn.layer_norm(first, **named, **affine(lib, dtype, first, axes, kind))
+            x, _, _ = laid_out(lib, dtype, layout)
+            given = named | affine(lib, dtype, x, axes, kind)
+            f = cn.prepare(first, **given)
+            with no_rule():
+                warm, prepared = cn.layer_norm(x, **given), f(x)
+            want = cold(cn.layer_norm, x, **given)
+            assert told(lib, warm) == told(lib, prepared) == told(lib, want)
+        parts = {k: v for k, v in given.items() if k in ("weight", "bias", "eps")}
+        check(lib, want, x, axes, **parts)
+        if "order" not in how:
+            into(lib, first, x, given | {"return_stats": False}, want.y)
+
+
+def into(lib, first, x, given, want):
+    """`out=`: settled with another out, then of the same layout, of another, and x itself."""
+    bits = told(lib, want)[1][3]
+    outs = [lib.from_numpy(np.empty_like(lib.to_numpy(want))) for _ in range(3)]
+    cn.layer_norm(first, **given, out=outs[0])
+    f = cn.prepare(first, **given)
+    with no_rule():
+        assert cn.layer_norm(x, **given, out=outs[1]) is outs[1]
+    assert f(x, out=outs[2]) is outs[2]
+    for out in outs[1:]:
+        assert np.ascontiguousarray(lib.to_numpy(out)).tobytes() == bits
+    assert cn.layer_norm(first, **given, out=first) is first
+    assert cn.layer_norm(x, **given, out=x) is x
+    assert np.ascontiguousarray(lib.to_numpy(x)).tobytes() == bits
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward(lib, dtype, layout):
+    masks = [None, (True, False, False), (False, True, True), (False, False, False)]
+    if layout == "rows" and not lib.backend.compiles:
+        masks = [None, *((bool(m & 4), bool(m & 2), bool(m & 1)) for m in range(8))]
+
+    def arrays(kind):
+        x, how, axes = laid_out(lib, dtype, layout)
+        dy, _, _ = laid_out(lib, dtype, layout)
+        shape, axis = how.get("normalized_shape"), how.get("axis")
+        weight = affine(lib, dtype, x, axes, kind).get("weight")
+        _, mean, rstd = cn.layer_norm(x, shape, axis=axis, return_stats=True)
+        return (dy, x, shape, mean, rstd, weight), axis, axes
+
+    for kind in ("weight", ""):
+        for mask in masks[:: 3 if lib.backend.compiles else 1]:
+            given, axis, axes = arrays(kind)
+            cn.layer_norm_backward(*given, axis=axis, output_mask=mask)
+            given, axis, axes = arrays(kind)
+            with no_rule():
+                warm = cn.layer_norm_backward(*given, axis=axis, output_mask=mask)
+            want = cold(cn.layer_norm_backward, *given, axis=axis, output_mask=mask)
+            assert told(lib, warm) == told(lib, want)
+            assert [a is not None for a in want] == list(mask or (True, kind == "weight", True))
+            dy, x, weight = (None if a is None else lib.to_numpy(a) for a in (*given[:2], given[5]))
+            turn, grads = np.argsort(axes), [None if a is None else lib.to_numpy(a) for a in want]
+            turned = [None if a is None else a.transpose(turn) for a in (*grads[1:], weight)]
+            if x.size:
+                oracle.assert_gradients([grads[0], *turned[:2]], dy, x, axes, turned[2])
+
+
+# --- calls of nearly the same signature ---------------------------------------------------------
+
+
+def outcome(lib, call, given):
+    """What a call gives, or what it raises."""
+    try:
+        return told(lib, call(**given))
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def hold(lib, call, good, changes):
+    """Each change after the good call has the outcome that it has alone, twice; refused: a str."""
+    for refused, change in changes:
+        _memo.settled.clear()
+        want = outcome(lib, call, good | change)
+        assert isinstance(want, str) == refused, (change, want)
+        _memo.settled.clear()
+        before = outcome(lib, call, good)
+        kept = len(_calls.settled)
+        for _ in range(2):
+            assert outcome(lib, call, good | change) == want, change
+        # Of a call that the rules refuse nothing is kept; overlap is looked for at each call.
+        assert not refused or "memory" in want or len(_calls.settled) == kept, want
+        assert outcome(lib, call, good) == before
+
+
+def test_near_forward_calls(lib):
+    def new(*shape, dtype="float32"):
+        return lib.from_numpy(numbers(*shape, dtype=dtype))
+
+    memory = new(9, 12)
+    x, weight, bias = memory[:4], memory[5], new(12)
+    good = {"x": x, "normalized_shape": 12, "weight": weight, "bias": bias, "eps": 1.0}
+    bad = [
+        *({"normalized_shape": n} for n in (12.0, (12.0,), 13, (4, 13), "12")),
+        *({"eps": e} for e in (True, "1", float("nan"))),
+        {"x": lib.from_numpy(np.ones((4, 12), np.int32))},
+        *({k: v} for k in ("weight", "bias") for v in (new(13), new(1, 12), [1.0] * 12)),
+        {"weight": lib.from_numpy(np.ones(12, np.int32))},
+        {"out": new(4, 12, dtype="float64")},
+        {"out": new(12, 4)},
+        {"order": "A"},
+    ]
+    fine = [
+        *({"normalized_shape": n} for n in ([12], (12,), np.int64(12), None)),
+        *({"eps": e} for e in (1, 1e-5, np.float32(1))),
+        *({"weight": new(12, dtype=d)} for d in (("float64",) if lib.backend.compiles else
+          ("float16", "bfloat16", "float64"))),
+        {"x": new(4, 12, dtype="float64")},
+        {"x": new(5, 12)},
+        {"x": new(12, 4).T},
+        {"weight": new(24)[::2]},
+        {"weight": None},
+        {"bias": None},
+        {"order": "F"},
+        {"return_stats": True},
+        {"return_stats": 1},
+    ]  # fmt: skip
+    hold(lib, cn.layer_norm, good, [(True, c) for c in bad] + [(False, c) for c in fine])
+    axis = good | {"normalized_shape": None, "axis": 1}
+    wrong, right = (True, 1.0, (True,), (1.0,), 2, (1, 1)), (-1, [1], (1,), np.int8(1))
+    changes = [(True, {"axis": a}) for a in wrong] + [(False, {"axis": a}) for a in right]
+    hold(lib, cn.layer_norm, axis, [*changes, (True, {"normalized_shape": 12})])
+    one = {"x": new(4, 1), "normalized_shape": 1, "eps": 0.0}
+    changes = [(True, {"normalized_shape": n}) for n in (True, 1.0, (True,))]
+    hold(lib, cn.layer_norm, one, [*changes, (True, {"eps": False}), (False, {"eps": 0})])
+
+
+def test_near_calls_into_out(lib):
+    memory = lib.from_numpy(numbers(9, 12))
+    before = lib.to_numpy(memory).copy()
+    good = {"x": memory[:4], "weight": memory[5], "out": lib.from_numpy(numbers(4, 12))}
+    changes = [{"out": memory[1:5]}, {"out": memory[4:8]}, {"out": memory[2:6]}]
+    if lib.backend.numpy:
+        closed = numbers(4, 12)
+        closed.flags.writeable = False
+        changes.append({"out": closed})
+    hold(lib, cn.layer_norm, good, [(True, change) for change in changes])
+    np.testing.assert_array_equal(lib.to_numpy(memory), before)
+
+
+def test_near_backward_calls(lib):
+    def new(*shape, dtype="float32"):
+        return lib.from_numpy(numbers(*shape, dtype=dtype))
+
+    x = new(5, 12)
+    _, mean, rstd = cn.layer_norm(x, return_stats=True)
+    good = {"dy": new(5, 12), "x": x, "normalized_shape": 12, "mean": mean, "rstd": rstd}
+    good["output_mask"] = (True, True, True)
+    bad = [
+        *({"normalized_shape": n} for n in (12.0, (12.0,), 13)),
+        *({k: new(5)} for k in ("mean", "rstd")),
+        {"rstd": new(5, 1, dtype="float64")},
+        {"dy": new(5, 12, dtype="float64")},
+        {"dy": new(12, 5)},
+        {"weight": new(13)},
+        *({"output_mask": m} for m in ((True, True), (1, 1, 1), (1.0, True, True), True)),
+    ]
+    fine = [{"output_mask": [True, True, True]}, {"output_mask": None}, {"weight": new(12)},
+            {"weight": new(12, dtype="float64")}, {"normalized_shape": [12]},
+            {"dy": new(12, 5).T}]  # fmt: skip
+    changes = [(True, c) for c in bad] + [(False, c) for c in fine]
+    hold(lib, cn.layer_norm_backward, good, changes)
+
+
+@pytest.mark.parametrize("rows", [4, 3000])
+def test_a_warm_call_sees_that_out_overlaps(lib, dtype, rows):
+    """Whatever thread or copy of a weight reads what; nothing is written."""
+    if lib.backend.compiles and (rows > 4 or dtype != "float32"):
+        pytest.skip("simulated in minutes, or compiled once more for nothing")
+    N = 256
+    memory = lib.from_numpy(numbers((rows + 2) * N, dtype=dtype))
+    before = lib.to_numpy(memory).copy()
+    table, beside = memory[: rows * N].reshape(rows, N), memory[rows * N : (rows + 1) * N]
+    x, weight = (lib.from_numpy(numbers(*s, dtype=dtype)) for s in ((rows, N), (N,)))
+    apart = lib.from_numpy(numbers(rows, N, dtype=dtype))
+    cn.layer_norm(x, N, weight, weight, out=apart)
+    parts = memory[:N], memory[(rows - 1) * N + 5 : rows * N + 5]
+    faults = [({"weight": p}, "weight") for p in parts]
+    faults += [({"weight": weight, "bias": p}, "bias") for p in parts]
+    faults += [({"x": memory[N : (rows + 1) * N].reshape(rows, N), "weight": weight}, "x")]
+    for change, label in faults:
+        with pytest.raises(ValueError, match=f"out shares memory with {label}"):
+            cn.layer_norm(**{"x": x, "normalized_shape": N, "out": table} | change)
+    np.testing.assert_array_equal(lib.to_numpy(memory), before)
+    cn.layer_norm(x, N, weight, beside, out=table)  # which begins where out ends
+    want = cn.layer_norm(x, N, weight, lib.from_numpy(lib.to_numpy(beside).copy()))
+    np.testing.assert_array_equal(lib.to_numpy(table), lib.to_numpy(want))
+
+
+# --- the memo itself ----------------------------------------------------------------------------
+
+
+def test_rules_are_applied_once_for_a_signature(lib, monkeypatch):
+    applied, real = [], _rules.resolve_axes
+    monkeypatch.setattr(_rules, "resolve_axes", lambda *a: applied.append(a) or real(*a))
+    _memo.settled.clear()
+    xs = [lib.from_numpy(numbers(4, 12)) for _ in range(3)]
+    for i in range(100):
+        y, mean, rstd = cn.layer_norm(xs[i % 3], 12, return_stats=True)
+        cn.layer_norm_backward(y, xs[i % 3], 12, mean, rstd)
+    assert len(applied) == 2
+
+
+def test_a_full_memo_is_cleared(monkeypatch):
+    monkeypatch.setattr(_memo, "_MOST", 8)
+    _memo.settled.clear()
+    for n in range(1, 30):
+        x = numbers(2, n)
+        y = cn.layer_norm(x)
+        assert 0 < len(_calls.settled) <= 8
+        np.testing.assert_allclose(y, oracle.layer_norm(x, (1,), None, None, 1e-5)[0], atol=1e-5)
+
+
+def test_a_tensor_that_requires_grad_is_not_taken_for_one_that_does_not():
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(numbers(4, 12))
+    plain = cn.layer_norm(x)
+    leaf = x.clone().requires_grad_()
+    y = cn.layer_norm(leaf)
+    (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y).cumsum(1))
+    dy = np.ones((4, 12)).cumsum(1).astype(np.float32)
+    oracle.assert_gradients([slope.numpy(), None, None], dy, x.numpy(), (1,))
+    assert not cn.layer_norm(x).requires_grad
+    assert torch.equal(plain, y.detach())
+
+
+def test_a_call_settled_with_numba_is_not_taken_without_it():
+    pytest.importorskip("numba")
+    from cupynorm._cpu.arrays import without_numba
+
+    x = numbers(5, 4097)
+    before = cn.layer_norm(x)
+    with without_numba():
+        warm = cn.layer_norm(x)
+        assert warm.tobytes() == cold(cn.layer_norm, x).tobytes()
+    assert cn.layer_norm(x).tobytes() == before.tobytes()
+    np.testing.assert_allclose(warm, oracle.layer_norm(x, (1,), None, None, 1e-5)[0], atol=1e-5)
