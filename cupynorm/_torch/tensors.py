@@ -290,7 +290,7 @@ def forward(x: Any, weight: Any, bias: Any, call: Three) -> Three:
     settled = _memo.settled.get(key)
     if settled is None:
         dtypes = _names({"x": x, **rows})
-        strides = {"x": _PLAIN.strides(x), "y": _PLAIN.strides(y)}
+        strides: dict[str, Any] = {"x": _PLAIN.strides(x), "y": _PLAIN.strides(y)}
         facts = Facts(LAYER_NORM, False, tuple(x.shape), axes, dtypes, strides, eps)
         settled = _memo.keep(key, _PLAIN.normalizer(facts._replace(out=True, stats=True)))
     found: Three = settled(x, weight, bias, y)
