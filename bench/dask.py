@@ -6,12 +6,9 @@ Cases: blocks of whole rows, one `layer_norm` each; blocks that split the rows, 
 functions of moments in the loop; and many blocks of 256 bytes, which show what a task costs. Every
 task runs on one thread (CUPYNORM_NUM_THREADS=1) but for "loop, 2 threads". x lies in memory, with a
 cluster in its workers' memory; y stays there as blocks. The timed call makes the graph, runs it and
-waits.
-
-Results are checked against float64 first. Contenders take turns; times are medians, and `over loop`
-is the median of the ratios round by round. `cpu ms` and `cpu over loop` are the same of the
-processor time of this process and of the workers: on a machine that others use too it says more
-than the clock does. Bytes: x read once and y written once (a split x is read twice).
+waits. Checked against float64, then timed in turns: medians; `over loop` is that of the ratios
+round by round; `cpu` is the processor time of this process and the workers. Bytes: x read once, y
+written.
 """
 
 import argparse
@@ -65,11 +62,9 @@ def loop(blocks: list[np.ndarray], w: np.ndarray, b: np.ndarray) -> list[np.ndar
     from cupynorm.dask import _moments
 
     stats = _moments.statistics([_moments.block_moments(block, (1,)) for block in blocks], EPS)
-    columns = [slice(lo, lo + width) for lo in range(0, w.size, width)]
-    return [
-        _moments.normalize_block(block, stats, w[part], b[part], (1,), "K")
-        for block, part in zip(blocks, columns, strict=True)
-    ]
+    parts = [slice(lo, lo + width) for lo in range(0, w.size, width)]
+    given = zip(blocks, parts, strict=True)
+    return [_moments.normalize_block(a, stats, w[p], b[p], (1,), "K") for a, p in given]
 
 
 def contenders(block: Grid, grid: Grid, clusters: dict[str, Any]) -> Calls:
@@ -91,12 +86,10 @@ def contenders(block: Grid, grid: Grid, clusters: dict[str, Any]) -> Calls:
     def here(**scheduler: Any) -> Callable[[], Any]:
         return lambda: dask.persist(cd.layer_norm(local, None, w, b, EPS), **scheduler)
 
-    calls: Calls = {"loop": lambda: loop(blocks, w, b)}
-    if grid[1] == 1:
-        calls["loop, 2 threads"] = two
-    calls["dask sync"] = here(scheduler="sync")
-    for count in (1, 2):
-        calls[f"dask threads, {count} worker"] = here(scheduler="threads", num_workers=count)
+    calls: Calls = {"loop": lambda: loop(blocks, w, b), "dask sync": here(scheduler="sync")}
+    calls |= {"loop, 2 threads": two} if grid[1] == 1 else {}
+    for n in (1, 2):
+        calls[f"dask threads, {n} workers"] = here(scheduler="threads", num_workers=n)
     for name, client in clusters.items():
         there = computed(client, x)
         calls[name] = lambda c=client, t=there: computed(c, cd.layer_norm(t, None, w, b, EPS))
@@ -122,52 +115,45 @@ def check(x: da.Array, blocks: list[np.ndarray], w: np.ndarray, b: np.ndarray) -
             sys.exit(f"{name} is wrong: error {error:.3g}")
 
 
-def processor_time(with_workers: bool) -> float:
-    """Seconds of all threads of this process and, if asked, of the processes it started."""
-    spent = time.process_time()
+def spent(with_workers: bool) -> np.ndarray:
+    """Clock and processor time of this process and, if asked, of the processes it started."""
+    used = time.process_time()
     for child in psutil.Process().children(recursive=True) if with_workers else ():
         with contextlib.suppress(psutil.NoSuchProcess):
-            times = child.cpu_times()
-            spent += times.user + times.system
-    return spent
+            used += sum(child.cpu_times()[:2])
+    return np.array([time.perf_counter(), used])
 
 
-def measure(calls: Calls, rounds: int) -> dict[str, list[Spent]]:
-    """Seconds by rounds; the first round is not kept."""
-    times: dict[str, list[Spent]] = {name: [] for name in calls}
+def measure(calls: Calls, rounds: int) -> dict[str, list[Any]]:
+    """Seconds by the clock and of the processor, by rounds; the first round is not kept."""
+    times: dict[str, list[Any]] = {name: [] for name in calls}
     order = list(calls)
     for turn in range(rounds + 1):
         order.append(order.pop(0))  # nobody always follows the same one
         for name in order:
             gone = name.startswith("cluster")
-            start = time.perf_counter(), processor_time(gone)
+            start = spent(gone)
             result = calls[name]()
-            spent = time.perf_counter() - start[0], processor_time(gone) - start[1]
+            times[name] += [spent(gone) - start] if turn else []
             del result
             time.sleep(RELEASE if gone else PAUSE)
-            if turn:
-                times[name].append(spent)
     return times
 
 
-def rows_of(
-    case: str, block: Grid, grid: Grid, times: dict[str, list[Spent]]
-) -> Iterator[dict[str, Any]]:
-    count = math.prod(grid)
+def rows_of(case: str, block: Grid, grid: Grid, times: dict[str, list[Any]]) -> Iterator[Any]:
+    count, loops = math.prod(grid), np.array(times["loop"])
     moved = math.prod(block) * 4 * count * 2
-    for name, spent in times.items():
-        clock, cpu = zip(*spent, strict=True)
-        pairs = list(zip(spent, times["loop"], strict=True))
-        over, cpu_over = (statistics.median(a[k] / b[k] for a, b in pairs) for k in (0, 1))
-        added = statistics.median(a[1] - b[1] for a, b in pairs) / count
-        low, middle, high = statistics.quantiles(clock, n=4)
+    for name, values in times.items():
+        mine = np.array(values)
+        low, middle, high = statistics.quantiles(mine[:, 0], n=4)
+        (over, cpu_over), cpu = np.median(mine / loops, axis=0), np.median(mine[:, 1])
         row = {"case": case, "contender": name, "block rows": block[0], "block cols": block[1]}
         row |= {"blocks": count, "bytes": moved, "ms": middle * 1e3, "ms q1": low * 1e3}
-        row |= {"ms q3": high * 1e3, "ms least": min(clock) * 1e3, "over loop": over}
-        row |= {"cpu ms": statistics.median(cpu) * 1e3, "cpu over loop": cpu_over}
-        row |= {"cpu us per block over loop": added * 1e6, "GB/s": moved / middle / 1e9}
-        row |= {"rounds": len(spent), "load": os.getloadavg()[0]}
-        yield {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+        row |= {"ms q3": high * 1e3, "ms least": mine[:, 0].min() * 1e3, "over loop": over}
+        row |= {"cpu ms": cpu * 1e3, "cpu over loop": cpu_over, "GB/s": moved / middle / 1e9}
+        row["cpu us per block over loop"] = np.median(mine - loops, axis=0)[1] / count * 1e6
+        row |= {"rounds": len(values), "load": os.getloadavg()[0]}
+        yield {k: round(float(v), 4) if isinstance(v, float) else v for k, v in row.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -180,15 +166,13 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     os.environ[THREADS] = "1"
     host = describe() | {"dask": dask.__version__, "distributed": distributed.__version__}
-    found: list[dict[str, Any]] = []
+    found, clusters = [], {}
     with contextlib.ExitStack() as stack:
-        clusters = {}
-        for count in (1, 2):  # worker processes of one thread each
-            about = {"threads_per_worker": 1, "processes": True, "memory_limit": 0}
-            about |= {"n_workers": count, "dashboard_address": "127.0.0.1:0"}
-            cluster = stack.enter_context(distributed.LocalCluster(**about))
+        for n in (1, 2):  # worker processes of one thread each
+            about = {"n_workers": n, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
+            cluster = stack.enter_context(distributed.LocalCluster(**about, memory_limit=0))
             client = distributed.Client(cluster, set_as_default=False)
-            clusters[f"cluster, {count} worker"] = stack.enter_context(client)
+            clusters[f"cluster, {n} workers"] = stack.enter_context(client)
         block, count = (round(given.mb * 1e6 / 4 / COLS), COLS), given.blocks
         every = [("whole rows", block, (count, 1)), ("split rows", block, (1, count)),
                  ("tiny blocks", (1, 64), (1000, 1))]  # fmt: skip

@@ -37,8 +37,8 @@ from bench.table import write
 from cupynorm import frames
 
 N = 100
-KINDS = ("float32", "float64", "int64", "int8", "bool")
-NULLABLE = ("Float32", "Float64", "Int64", "Int8", "boolean")
+KINDS = (("float32", "Float32"), ("float64", "Float64"), ("int64", "Int64"), ("int8", "Int8"),
+         ("bool", "boolean"))  # fmt: skip
 FRAMES = ("mixed", "mixed to float32", "nullable", "arrow", "column-major", "row-major")
 CONTENDERS = ("frame", "matrix", "numpy", "numpy in place", "objects")
 
@@ -52,13 +52,12 @@ def frame(name: str, M: int) -> pd.DataFrame:
         return pd.DataFrame(x, copy=False)
     data: dict[str, Any] = {}
     for j in range(N):
-        values, missing = (rng.standard_normal(M) * 50).astype(KINDS[j % 5]), rng.random(M) < 0.1
+        kind, nullable = KINDS[j % 5]
+        values, missing = (rng.standard_normal(M) * 50).astype(kind), rng.random(M) < 0.1
         if name in ("nullable", "arrow"):
-            values = pd.array(values, dtype=NULLABLE[j % 5])
-            if j % 25 < 5:
-                values[missing] = pd.NA
-        elif values.dtype.kind == "f" and j % 25 < 5:
-            values[missing] = np.nan
+            values = pd.array(values, dtype=nullable)
+        if j % 25 < 5 and (name in ("nullable", "arrow") or kind[0] == "f"):
+            values[missing] = pd.NA if name in ("nullable", "arrow") else np.nan
         data[f"c{j}"] = values
     df = pd.DataFrame(data)
     return df.convert_dtypes(dtype_backend="pyarrow") if name == "arrow" else df
@@ -112,19 +111,19 @@ def _resident(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) * 1024
 
 
-def give_back() -> None:
-    """Free what making the frame has left, in Python and in the allocators."""
+def give_back() -> int:
+    """Free what making the frame has left; resident bytes then."""
     gc.collect()
     pa.default_memory_pool().release_unused()
     with contextlib.suppress(AttributeError, OSError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
+    return _resident("VmRSS")
 
 
 def peak(name: str, contender: str, M: int) -> tuple[float, float]:
     """Peak memory of one call over the bytes of frame and result: resident, and as traced."""
     contenders(name, frame(name, 64))[0][contender]()  # compiled code and imports are no part of it
-    give_back()
-    before = _resident("VmRSS")
+    before = give_back()
     tracemalloc.start()
     df = frame(name, M)
     calls, dtype = contenders(name, df)

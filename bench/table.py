@@ -106,8 +106,7 @@ def write(rows: Rows, folder: Path, name: str) -> Path:
 
 def about(case: Case) -> dict[str, Any]:
     """What a row says of its case."""
-    fields = ("op", "group", "dtype", "M", "N", "axis", "layout")
-    found = {name: getattr(case, name) for name in fields}
+    found = {k: getattr(case, k) for k in ("op", "group", "dtype", "M", "N", "axis", "layout")}
     return found | {"weight_dtype": case.affine_dtype or "", "shape": case.label}
 
 

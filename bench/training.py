@@ -184,11 +184,10 @@ def train(
             for row in rows:
                 shown = {k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()}
                 writer.writerow(shown | here)
-    if not rows:
-        return "skipped", "; ".join(said)
-    with contextlib.suppress(ImportError):
-        draw_training(folder / "training.csv", folder)
-    return ("ok" if good else "failed"), "; ".join(said)
+    if rows:
+        with contextlib.suppress(ImportError):
+            draw_training(folder / "training.csv", folder)
+    return ("skipped" if not rows else "ok" if good else "failed"), "; ".join(said)
 
 
 def step(folder: Path, device: Any, machine: dict[str, str]) -> tuple[str, str]:
