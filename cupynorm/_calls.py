@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _libraries, _reference, _rules
+from cupynorm import _libraries, _rules
 from cupynorm._layout import Facts, result_strides
 from cupynorm._memo import keep, settled
 from cupynorm._ops import Op
@@ -267,7 +267,6 @@ def _find(x: Any) -> Any:
         from cupynorm._cpu.arrays import DOOR as of_numpy
 
         return of_numpy
-    return _OF_OTHERS
+    from cupynorm._reference import DOOR as of_others
 
-
-_OF_OTHERS = _reference.Door()
+    return of_others

@@ -255,7 +255,7 @@ def bytes_of(facts: Facts, name: str) -> int:
 
 
 # Where storage was released, its first byte is at 0 and a view lies at its offset. Few live tensors
-# lie as low, so to ask each for its storage, which costs twice what its address does, is seldom due.
+# lie as low, so it is seldom due to ask one for its storage, at twice the cost of its address.
 _LOW = 1 << 32
 
 
