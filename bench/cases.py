@@ -34,8 +34,9 @@ OPS = {
 class Case:
     """One problem that every contender solves.
 
-    Layouts: C; offset, whose base is one element off; pitch, whose rows are 16 bytes apart; F-C,
-    F-F and C-F, where x and y lie by column (F) or by row; NCHW; columns, each an array.
+    Layouts: C; offset, whose bases are one element off, and apart, y's three; pitch, whose rows are
+    16 bytes apart; F-C, F-F and C-F, where x and y lie by column (F) or by row; NCHW; columns, each
+    an array.
     """
 
     op: str
@@ -59,7 +60,7 @@ class Case:
     @property
     def strided(self) -> bool:
         """Whether x or y has strided columns."""
-        return self.layout not in ("C", "offset", "pitch")
+        return self.layout not in ("C", "offset", "apart", "pitch")
 
     @property
     def pitch(self) -> int:

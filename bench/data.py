@@ -65,7 +65,8 @@ class Inputs:
 
 def make_inputs(device: Any, case: Case) -> Inputs:
     """Random numbers, the same in every run; dy has mean zero: its sums stay within float16."""
-    count, length = device.buffers(case), _offset(case) + case.M * case.pitch
+    count, length = device.buffers(case), case.M * case.pitch + (case.layout in ("offset", "apart"))
+    y_length = length + 2 * (case.layout == "apart")
     flat_x = [random_flat(device, case.dtype, length, i) for i in range(count)]
     x_by_column, y_by_column = case.layout[0] in "Fc", case.layout[-1] == "F"
     made = Inputs(device, case, [placed(case, flat, x_by_column) for flat in flat_x])
@@ -77,10 +78,10 @@ def make_inputs(device: Any, case: Case) -> Inputs:
         made.columns = [list(flat.reshape(case.N, case.M)) for flat in flat_x]
     if case.op == FWD:
         made.copy_from = flat_x
-        made.copy_to = [device.lib.empty(length, dtype=flat_x[0].dtype) for _ in range(count)]
+        made.copy_to = [device.lib.empty(y_length, dtype=flat_x[0].dtype) for _ in range(count)]
         made.y = [placed(case, flat, y_by_column) for flat in made.copy_to]
     else:
-        flat_dy = [random_flat(device, case.dtype, length, i + 2, 0.0) for i in range(count)]
+        flat_dy = [random_flat(device, case.dtype, y_length, i + 2, 0.0) for i in range(count)]
         made.dy = [placed(case, flat, y_by_column) for flat in flat_dy]
         half = case.copy_bytes // 2 // case.itemsize  # a copy reads one half, writes the other
         made.copy_from = [random_flat(device, case.dtype, half, i) for i in range(count)]
@@ -99,18 +100,13 @@ def _statistics(inputs: Inputs, x: Any) -> list[Any]:
     return [a.reshape(shape) for a in statistics(device.xp, inputs.rows(device.plain(x)))]
 
 
-def _offset(case: Case) -> int:
-    """Elements before the first row."""
-    return 1 if case.layout == "offset" else 0
-
-
 def placed(case: Case, flat: Any, by_column: bool) -> Any:
-    """An array of the case's shape over flat memory."""
+    """An array of the case's shape over the end of flat memory."""
     if by_column and case.layout != "NCHW":
         return flat.reshape(case.N, case.M).transpose(1, 0)
     if len(case.shape) > 2:
         return flat.reshape(case.shape)
-    return flat[_offset(case) :].reshape(case.M, case.pitch)[:, : case.N]
+    return flat[len(flat) - case.M * case.pitch :].reshape(case.M, case.pitch)[:, : case.N]
 
 
 def poison(arrays: list[Any]) -> None:

@@ -32,8 +32,8 @@ Bytes and launches are those of `cn.explain`. S is what the memory gives. D is w
 blocks draw from an idle memory (Little's law): their bytes on the way over its latency. How many
 blocks are resident say the registers of the compile matrix, shared memory and threads. Instructions
 take no time here, so a prediction is an upper bound, and says what is in the way. Bytes in flight
-are cub::DeviceTransform's (L40S, RTX 5090: from A100's latency), t0 fits to Quack's times on an H100
-and to oink's on a GB300, else assumed.
+are cub::DeviceTransform's (L40S, RTX 5090: from A100's latency), t0 fits to Quack's times on an
+H100 and to oink's on a GB300, else assumed.
 """
 NEXT_LAUNCH = 2.0  # microseconds between two kernels that wait for each other; assumed
 L2_SHARE = 0.5  # of L2 that keeps what will be read again; assumed
@@ -176,9 +176,8 @@ def _tiles(*lengths: int) -> list[Case]:
     return [Case(FWD, LAYOUT, d, (M, N), layout="F-C") for d, M, N in shapes]
 
 
-_FEW = [
-    Case(FWD, FEW, "bfloat16", (M, N << 20), weight_dtype=None) for M in (1, 8) for N in (1, 64)
-]
+_LONG = [(M, N << 20) for M in (1, 8) for N in (1, 64)]
+_FEW = [Case(FWD, FEW, "bfloat16", shape, weight_dtype=None) for shape in _LONG]
 # Number of a claim in PENDING.md, what it says, its aim over the copy, its cases.
 CLAIMS = (
     ("3", "forward at 1 GB, N from 256 to 16384", 0.95, _rows(FWD, 256, 1024, 4096, 16384)),
@@ -215,8 +214,8 @@ def claims() -> str:
 def page() -> str:
     """The whole of model.md."""
     known = [
-        f"- {g.name}, planned as {g.arch}: {g.bandwidth:g} GB/s, {g.reached:.0%} of it reached ({g.source}), "
-        f"{g.in_flight} KiB in flight so {g.latency:.2f} us latency, t0 {g.t0:g} us"
+        f"- {g.name}, planned as {g.arch}: {g.bandwidth:g} GB/s, {g.reached:.0%} of it reached "
+        f"({g.source}), {g.in_flight} KiB in flight so {g.latency:.2f} us latency, t0 {g.t0:g} us"
         for g in GPUS
     ]
     parts = [ABOUT + "\n" + "\n".join(known), "## Claims", claims()]

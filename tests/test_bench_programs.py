@@ -18,7 +18,7 @@ from bench.cases import BIG, BOTH, BWD, FEW, FWD, GROUPS, TINY, Case
 from bench.check import limit
 from bench.contender import Unavailable, load, measure
 from bench.data import make_inputs
-from bench.device import Device, simulated_cupy
+from bench.device import Device, Gpu, simulated_cupy
 from bench.peers import arrays, contenders, tensors
 from bench.table import COLUMNS, TIMED
 from tests import peer_stand_ins
@@ -300,11 +300,12 @@ def test_sanitizer_outcomes(tmp_path, monkeypatch, script, status, word):
 def test_the_short_set_counts_what_is_wrong(monkeypatch):
     lines, tiny = [], sanitize.TINY[1:]
     with simulated_cupy() as cupy:
-        assert sanitize.run(cupy, tiny, lines.append) == 0
-        assert len(lines) == 7 and sum("both ways" in line for line in lines) == 5
-        monkeypatch.setattr(sanitize, "EPS", 1e-3)  # of the call alone
-        assert sanitize.run(cupy, tiny, lines.append) == 7
-    assert all(line.startswith("WRONG") for line in lines[7:])
+        device = Gpu(cupy, simulated=True)
+        assert sanitize.run(device, tiny, lines.append) == 0
+        assert len(lines) == len(sanitize.WAYS) == 11
+        monkeypatch.setattr(peers, "EPS", 1e-3)  # of the call alone
+        assert sanitize.run(device, tiny, lines.append) == 11
+    assert all(line.startswith("WRONG") for line in lines[11:])
 
 
 # --- tune, training, calls, model -----------------------------------------------------------------
