@@ -48,7 +48,8 @@ class Kernels(Machine):
         index, problem = self._index, kernel_problem_of(facts)
         meets = [_meeting(name, facts, problem.copies) for name in names]
         order = rows_last(len(facts.shape), facts.axes)
-        written = [i for i, name in enumerate(names) if name in _RESULTS and name in problem.copies]
+        copied = {name for name, _ in problem.copies if name in _RESULTS}
+        written = [i for i, name in enumerate(names) if name in copied]
         ready: Any = None
 
         def run(*arrays: Any) -> None:
