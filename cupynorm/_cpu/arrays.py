@@ -5,7 +5,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -366,39 +366,8 @@ def _small_gradients(facts: Facts, problem: Problem, compute: np.dtype[Any]) -> 
 # --- columns ------------------------------------------------------------------------------------
 
 
-class Column(NamedTuple):
-    """One column of a table."""
-
-    values: Any  # (M,)
-    validity: Any = None  # Arrow's bitmap: 1 is valid, least significant bit first; None: all are
-    offset: int = 0  # its bit that row 0 has
-
-
-def as_matrix(columns: Sequence[Column]) -> Array | None:
-    """View NumPy columns that are those of one row-major matrix as this matrix."""
-    x = _as_strided(columns)
-    return (
-        x if x is not None and x.strides[1] == x.itemsize <= x.strides[0] // len(columns) else None
-    )
-
-
-def _as_strided(columns: Sequence[Column]) -> Array | None:
-    """View columns of one dtype that lie at equal distances in memory as one matrix."""
-    first, N = columns[0].values, len(columns)
-    at = [column.values.ctypes.data for column in columns]
-    step = at[1] - at[0] if N > 1 else first.itemsize
-    if first.size < 2 or step % first.itemsize or first.strides[0] % first.itemsize:
-        return None
-    for j, (x, validity, _) in enumerate(columns):
-        here = at[j] == at[0] + j * step and x.strides == first.strides
-        if validity is not None or x.dtype != first.dtype or not here:
-            return None
-    strides = first.strides[0], step
-    return np.lib.stride_tricks.as_strided(first, (first.size, N), strides, writeable=False)
-
-
 def normalize_columns(
-    columns: Sequence[Column],
+    columns: Sequence[tuple[Array, Array | None, int]],
     weight: Array | None,
     bias: Array | None,
     eps: float,
@@ -407,13 +376,10 @@ def normalize_columns(
 ) -> None:
     """Normalize the rows of N columns of length M into y (M, N), of any strides.
 
-    A null counts as NaN; with ``omit``, NaN is left out of a row's statistics. Nothing is empty
-    and nothing overlaps y. Statistics and their sums are float32, float64 for float64 y.
+    A column is its values, its bitmap as Arrow has it, and the bit of row 0 there. A null counts as
+    NaN; with ``omit``, NaN is left out of a row's statistics. Nothing is empty and nothing overlaps
+    y. Statistics and their sums are float32, float64 for float64 y.
     """
-    matrix = None if omit else _as_strided(columns)
-    if matrix is not None and matrix.dtype == y.dtype:
-        layer_norm_fwd(matrix, (1,), weight, bias, eps, y, None, None)
-        return
     kind = y.dtype.name
     compute = np.dtype(engine.computed(kind))
     w, b = _affine(weight, compute), _affine(bias, compute)
