@@ -60,6 +60,8 @@ def classify(x: Any, label: str = "x") -> tuple[Any, str]:
     # Asked of the type: an array would build its interface, a dict, and look for its stream.
     if library == "cupy" and hasattr(type(x), "__cuda_array_interface__"):
         return x, "cupy"
+    if library == "torch" and hasattr(x, "stride"):
+        return x, "namespace"  # said without array_api_compat, whose caches torch.compile warns of
     for base in type(x).__mro__:
         origin = base.__module__.partition(".")[0]
         if origin in _TABLES and base.__name__ in _TABLE_TYPES:

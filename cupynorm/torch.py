@@ -10,14 +10,14 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from cupynorm import _calls, _rules
 from cupynorm._ops import LAYER_NORM
-from cupynorm._torch.tensors import Tensors, machine_on
+from cupynorm._torch.tensors import Tensors, check_device
 
 __all__ = ["LayerNorm", "convert", "layer_norm"]
 
 _log = logging.getLogger(__name__)
 
-_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _tracing = torch._C._get_tracing_state  # torch.jit.is_tracing() costs five times as much
+_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 def layer_norm(
@@ -86,24 +86,38 @@ def layer_norm(
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps
         )
-    if not isinstance(input, torch.Tensor):
-        _refuse_no_tensor("input", input, "torch.as_tensor(input), or call cupynorm.layer_norm")
-    if input.layout is not torch.strided or input.is_nested or _tracing() is not None:
-        return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
-    if input.dtype not in _DTYPES:
-        _rules.check_x_dtype(_rules.dtype_name(input.dtype), "input.to(torch.float32)")
+    if type(input) is not torch.Tensor or _tracing() is not None:
+        if not isinstance(input, torch.Tensor):
+            way_out = "torch.as_tensor(input), or call cupynorm.layer_norm"
+            _refuse_no_tensor("input", input, way_out)
+        if _is_for_torch(input):
+            return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
     if weight is not None and not isinstance(weight, torch.Tensor):
         _refuse_no_tensor("weight", weight, "torch.as_tensor(weight)")
     if bias is not None and not isinstance(bias, torch.Tensor):
         _refuse_no_tensor("bias", bias, "torch.as_tensor(bias)")
     if not input.is_cpu:
         if type(input) in Tensors.types and not torch.compiler.is_compiling():
-            machine_on(input.device)  # or the error that says what is missing
+            check_device(input.device)
         input, weight, bias = _autocast(input, weight, bias)
     if type(normalized_shape) is torch.Size:
         normalized_shape = tuple(normalized_shape)
     how = normalized_shape, None, eps, "C", False
-    return _calls.normalize(LAYER_NORM, input, weight, bias, None, how)
+    try:
+        return _calls.normalize(LAYER_NORM, input, weight, bias, None, how)
+    except RuntimeError:  # of a tensor without shape or address
+        if not _is_for_torch(input):
+            raise
+    except TypeError:
+        if input.dtype not in _DTYPES:  # the rules call it x
+            _rules.check_x_dtype(_rules.dtype_name(input.dtype), "input.to(torch.float32)")
+        raise
+    return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _is_for_torch(x: Any) -> bool:
+    """Whether torch's own layer_norm is to be called: x is nested, sparse, or being scripted."""
+    return x.layout is not torch.strided or x.is_nested or _tracing() is not None
 
 
 def _refuse_no_tensor(label: str, value: Any, way_out: str) -> NoReturn:

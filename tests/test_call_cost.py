@@ -11,24 +11,13 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from bench.launch_device import counting_cupy
-from bench.opcodes import opcodes
+from bench.calls import counting_cupy, opcodes, ways
 
 BUDGETS = Path(__file__).parents[1] / "bench" / "budgets.json"
 # The order of the arrays' addresses decides which comparisons run, 8 byte codes of 310; the rest is
 # for small additions that are worth it.
 HEADROOM = 1.1
 VERSION = ".".join(platform.python_version_tuple()[:2])
-
-
-def ways(x, w, b, y):
-    f = cn.prepare(x, 64, w, b)
-    return {
-        "layer_norm(x)": lambda: cn.layer_norm(x, 64, w, b),
-        "layer_norm(x, out=y)": lambda: cn.layer_norm(x, 64, w, b, out=y),
-        "prepared f(x)": lambda: f(x),
-        "prepared f(x, out=y)": lambda: f(x, out=y),
-    }
 
 
 @pytest.fixture(scope="module")

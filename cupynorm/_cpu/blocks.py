@@ -136,7 +136,8 @@ def forward(
     w and b are rows in the dtype of the statistics.
     """
     turn, rows = _turn(x, axes)
-    xt, yt, mean, rstd = (None if a is None else a.transpose(turn) for a in (x, *results))
+    xt, yt = (a.transpose(turn) for a in (x, results[0]))
+    mean, rstd = (None if a is None else a.transpose(turn) for a in results[1:])
     N = math.prod(xt.shape[rows:])
     rooms = _rooms(2, x, N)
     with np.errstate(all="ignore"):

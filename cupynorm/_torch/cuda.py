@@ -8,10 +8,8 @@ import torch
 from cupynorm._cuda.arrays import ready_on
 from cupynorm._cuda.launch import BACKWARD, FORWARD
 from cupynorm._layout import Facts, kernel_problem_of, rows_last
-from cupynorm._rules import ITEMSIZE
-from cupynorm._torch.tensors import Machine, Run, address_of, reach
+from cupynorm._torch.tensors import Machine, Run, address_of, bytes_of
 
-_GIVEN = ("x", "dy")
 _RESULTS = ("y", "dx", "dweight", "dbias", "mean", "rstd")
 
 
@@ -35,8 +33,6 @@ def _stream(index: int) -> _Stream:
 class Kernels(Machine):
     """What computes on one GPU."""
 
-    name = "kernels on torch's current stream"
-
     def __init__(self, index: int) -> None:
         self._index = index
 
@@ -52,7 +48,8 @@ class Kernels(Machine):
         index, problem = self._index, kernel_problem_of(facts)
         meets = [_meeting(name, facts, problem.copies) for name in names]
         order = rows_last(len(facts.shape), facts.axes)
-        written = [i for i, name in enumerate(names) if name in _RESULTS and name in problem.copies]
+        copied = {name for name, _ in problem.copies if name in _RESULTS}
+        written = [i for i, name in enumerate(names) if name in copied]
         ready: Any = None
 
         def run(*arrays: Any) -> None:
@@ -86,17 +83,15 @@ def _meeting(name: str, facts: Facts, copies: tuple[tuple[str, str], ...]) -> Ca
     if name in _RESULTS and name not in ("mean", "rstd"):
         if copied:
             return lambda a: torch.empty(a.permute(order).shape, dtype=a.dtype, device=a.device)
-        return lambda a: a
-    size = ITEMSIZE[facts.dtypes.get("x" if name in _GIVEN else name, "float32")]
-    shaped = name in _GIVEN
-    count = reach(facts.shape, facts.strides[name] or ()) if shaped else 1
-    nbytes = size * (facts.N if name in ("weight", "bias") else count)
+        if name != "y" or not facts.out:
+            return lambda a: a
+    nbytes = 1 if name in ("mean", "rstd") else bytes_of(facts, name)
 
     def meet(a: Any) -> Any:
         address_of(name, a, nbytes)
         if copied:
             return a.permute(order).contiguous()
         # The small ones have N or rows elements, and unit stride.
-        return a if shaped else a.resolve_neg().contiguous()
+        return a if name in ("x", "dy", "y") else a.resolve_neg().contiguous()
 
     return meet

@@ -1,7 +1,5 @@
 """Which way a call on torch tensors takes, by who watches it and where the tensors are."""
 
-import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,6 @@ from cupynorm._torch import autograd, operators
 from cupynorm._torch.tensors import Tensors
 from cupynorm._torch.watch import (
     COMPILED,
-    GRADIENT,
     WATCHED,
     functionalized,
     has_own_dispatch,
@@ -24,24 +21,7 @@ from cupynorm._torch.watch import (
 
 def select(x: Any, a: Any = None, b: Any = None, c: Any = None, d: Any = None) -> Any:
     """The door of a call on x beside these, of which each may be None."""
-    watch = watch_on(x, a, b, c, d)
-    if watch > GRADIENT:
-        return SHOWN if is_launchable(x) else SPELLED_OUT
-    if not is_launchable(x):
-        return SPELLED_OUT
-    return DOOR if watch != GRADIENT else DIFFERENTIABLE
-
-
-def is_launchable(x: Any) -> bool:
-    """Whether our loops, or our kernels where CuPy is there, can take x's memory."""
-    if x.layout is not torch.strided:
-        return False
-    return x.is_cpu or x.is_meta or (x.is_cuda and _has_cupy())
-
-
-@functools.cache
-def _has_cupy() -> bool:
-    return importlib.util.find_spec("cupy") is not None
+    return _BY_WATCH[watch_on(x, a, b, c, d)]
 
 
 class Door(Tensors):
@@ -122,7 +102,7 @@ class Shown:
         return call
 
     def _forward(self, x: Any, weight: Any, bias: Any, call: autograd.Three) -> autograd.Three:
-        own = any(has_own_dispatch(t) for t in (x, weight, bias))
+        own = any(has_own_dispatch(t) for t in (x, weight, bias)) or not _has_operators(x)
         watch = watch_on(x, weight, bias)
         if own or (watch == COMPILED and transformed()):
             return autograd.formula(x, weight, bias, call)
@@ -138,11 +118,9 @@ class Shown:
         return _reference.Door.differentiator(facts)
 
 
-class SpelledOut(Shown):
-    """The door of tensors that neither loops nor kernels can take: torch's functions alone."""
-
-    def _forward(self, x: Any, weight: Any, bias: Any, call: autograd.Three) -> autograd.Three:
-        return autograd.formula(x, weight, bias, call)
+def _has_operators(x: Any) -> bool:
+    """Whether our operators know x's device and layout."""
+    return x.layout is torch.strided and x.device.type in ("cpu", "cuda", "meta")
 
 
 def _ordered(y: Any, order: str) -> Any:
@@ -161,4 +139,5 @@ def _refuse_out() -> None:
     raise ValueError(msg)
 
 
-DOOR, DIFFERENTIABLE, SHOWN, SPELLED_OUT = Door(), Differentiable(), Shown(), SpelledOut()
+DOOR, DIFFERENTIABLE, SHOWN = Door(), Differentiable(), Shown()
+_BY_WATCH = (DOOR, DIFFERENTIABLE, SHOWN, SHOWN)  # in the order of watch_on's answers

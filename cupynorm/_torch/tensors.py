@@ -1,8 +1,10 @@
 """Plain tensors that nobody watches: what they look like, memory for results, calls by address."""
 
+import importlib.util
 import math
 from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import Any, NoReturn
 
 import torch
 
@@ -33,8 +35,6 @@ class Machine:
 
     This one is for the meta device, where shape and dtype are all there is.
     """
-
-    name = "nothing to run: tensors on the meta device have no memory"
 
     def forward(self, facts: Facts) -> Run:
         """``run(x, y, weight, bias, mean, rstd)``, where all but x and y may be None."""
@@ -74,27 +74,42 @@ def machine_on(device: Any) -> Machine:
 
 
 def _machine(device: Any) -> Machine:
-    if device.type == "cpu":
-        from cupynorm._torch.cpu import Loops
-
-        return Loops()
     if device.type == "meta":
         return Machine()
+    from cupynorm._torch import cpu
+
+    if device.type == "cpu":
+        return cpu.Loops()
+    if device.type != "cuda" or importlib.util.find_spec("cupy") is None:
+        return cpu.Functions()
+    try:
+        from cupynorm._torch.cuda import Kernels
+    except ImportError as error:
+        _refuse_without_cupy(error)
+    return Kernels(device.index)
+
+
+def check_device(device: Any) -> None:
+    """Refuse a device on which neither loops nor kernels compute."""
     if device.type == "cuda":
         try:
-            from cupynorm._torch.cuda import Kernels
+            import_module("cupynorm._cuda.arrays")
         except ImportError as error:
-            msg = (
-                "x is on a GPU, and CuPy, which compiles and launches the kernels, cannot be "
-                f"imported ({error}); pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
-            )
-            raise ImportError(msg) from error
-        return Kernels(device.index)
+            _refuse_without_cupy(error)
+    elif device.type not in ("cpu", "meta"):
+        msg = (
+            f"x is on device type {device.type}, which has no layer_norm here; move it to 'cpu' or "
+            "'cuda', or call torch.nn.functional.layer_norm"
+        )
+        raise ValueError(msg)
+
+
+def _refuse_without_cupy(error: ImportError) -> NoReturn:
     msg = (
-        f"x is on device type {device.type}, which has no layer_norm here; move it to 'cpu' or "
-        "'cuda', or call torch.nn.functional.layer_norm"
+        "x is on a GPU, and CuPy, which compiles and launches the kernels, cannot be "
+        f"imported ({error}); pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
     )
-    raise ValueError(msg)
+    raise ImportError(msg) from error
 
 
 class Tensors:
@@ -111,7 +126,7 @@ class Tensors:
     @staticmethod
     def look(a: Any) -> Any:
         """All of one tensor that a settled call may depend on; a Parameter is a tensor."""
-        return torch.Tensor, a.shape, a.dtype, a.stride(), a.is_cpu or a.device
+        return a.shape, a.dtype, a.is_contiguous() or a.stride(), a.is_cpu or a.device
 
     @staticmethod
     def strides(a: Any) -> tuple[int, ...]:
@@ -214,11 +229,8 @@ def _maker(facts: Facts, name: str) -> Callable[[Any], Any]:
 
 def _overlap(facts: Facts) -> Callable[..., None]:
     """A look by address whether `out` shares memory with an input; where it may, the exact rule."""
-    itemsize = ITEMSIZE[facts.dtypes["x"]]
-    (x_reach, y_reach), same = (
-        [itemsize * reach(facts.shape, facts.strides[k] or ()) for k in ("x", "y")],
-        facts.strides["x"] == facts.strides["y"],
-    )
+    x_reach, y_reach = bytes_of(facts, "x"), bytes_of(facts, "y")
+    same = facts.strides["x"] == facts.strides["y"]
 
     def look(x: Any, weight: Any, bias: Any, out: Any) -> None:
         at, to = x.data_ptr(), out.data_ptr()
@@ -233,19 +245,22 @@ def _overlap(facts: Facts) -> Callable[..., None]:
     return look
 
 
-def reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements from the first of a tensor to the one after its last; none is stepped back to."""
-    return 1 + sum(s * (n - 1) for s, n in zip(strides, shape, strict=True))
+def bytes_of(facts: Facts, name: str) -> int:
+    """Bytes that an array takes from its first element on; the small ones may take more."""
+    strides = facts.strides.get(name)
+    if strides is None:
+        return ITEMSIZE[facts.dtypes.get(name, "float16")] * facts.N
+    steps = zip(strides, facts.shape, strict=True)
+    return ITEMSIZE[facts.dtypes["x"]] * (1 + sum(s * (n - 1) for s, n in steps))
 
 
 def address_of(label: str, tensor: Any, nbytes: int) -> int:
-    """Where a tensor begins, if there is as much memory as it takes."""
-    held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
-    if held < nbytes:
+    """Where a tensor begins, if there is as much memory behind it as it takes."""
+    if tensor.untyped_storage().nbytes() < nbytes:
         msg = (
-            f"{label} takes {nbytes} bytes of a storage that holds {max(held, 0)} of them; it was "
-            "resized or released, as FSDP does outside of forward. Restore its memory before the "
-            "call"
+            f"{label} takes {nbytes} bytes, but its storage holds "
+            f"{tensor.untyped_storage().nbytes()}: it was resized or released, as FSDP does outside "
+            "of forward. Restore its memory before the call"
         )
         raise ValueError(msg)
     at: int = tensor.data_ptr()

@@ -11,15 +11,15 @@ GRADIENT = 1  # reverse-mode autograd
 WATCHED = 2  # something that must see an operator, or a function of torch's, not an address
 COMPILED = 3  # torch.compile or torch.export
 
-_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
-_PLAIN = _TENSORS | {type(None)}
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 # Private names of torch, each with a public one that costs ten times as much or none at all.
 _transforms_active = torch._C._are_functorch_transforms_active
 _modes_active = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
 _of_batched_grads = torch._C._functorch.is_legacy_batchedtensor
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling  # what else traces shows by types and modes
+_is_grad_enabled = torch.is_grad_enabled
 
 
 def watch_on(x: Any, a: Any = None, b: Any = None, c: Any = None, d: Any = None) -> int:
@@ -27,17 +27,18 @@ def watch_on(x: Any, a: Any = None, b: Any = None, c: Any = None, d: Any = None)
     if _is_compiling():
         return COMPILED
     if (
-        type(x) not in _TENSORS
-        or type(a) not in _PLAIN
-        or type(b) not in _PLAIN
-        or type(c) not in _PLAIN
-        or type(d) not in _PLAIN
-        or transformed()
+        _transforms_active()
+        or forward_ad._current_level >= 0
         or _modes_active()
         or _tracing() is not None
+        or type(x) not in _PLAIN
+        or (a is not None and type(a) not in _PLAIN)
+        or (b is not None and type(b) not in _PLAIN)
+        or (c is not None and type(c) not in _PLAIN)
+        or (d is not None and type(d) not in _PLAIN)
     ):
         return WATCHED
-    if torch.is_grad_enabled() and (
+    if _is_grad_enabled() and (
         x.requires_grad
         or (a is not None and a.requires_grad)
         or (b is not None and b.requires_grad)

@@ -137,7 +137,7 @@ def normalize(
         if y.size:
             from cupynorm._cpu.arrays import normalize_columns
 
-            normalize_columns(columns, weight, bias, eps, y, omit)
+            normalize_columns(columns, weight, bias, eps, y, omit=omit)
         return y
     from cupynorm._cuda import arrays
 

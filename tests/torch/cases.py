@@ -1,0 +1,88 @@
+"""What the tests of the torch adapter share: tensors, the oracle's answers, torch's own noise."""
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from tests import oracle
+
+# torch warns of its own deprecated parts when forward-mode derivatives or tracing are first used.
+TORCHSCRIPT = "ignore:`torch.jit.*` is deprecated:DeprecationWarning"
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# torch's own samples of layer_norm: shape, how many trailing dimensions.
+SHAPES = (((1, 2, 3), 3), ((2, 2, 3), 2), ((1,), 1), ((1, 2), 1), ((0, 1), 1), ((7, 65), 1))
+
+
+def name_of(dtype):
+    return str(dtype).rpartition(".")[2]
+
+
+def numpy_of(tensor):
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def numbers(*shape, dtype=torch.float32, seed=0, grad=False):
+    """Normal deviates about 3, the same in every run."""
+    generator = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
+    values = torch.randn(*shape, generator=generator, dtype=torch.float64) * 2 + 3
+    return values.to(dtype).requires_grad_(grad)
+
+
+def affine(*shape, dtype=torch.float32, grad=False):
+    """A weight near 1 and a bias near 0."""
+    weight = (numbers(*shape, seed=1) - 2).to(dtype).detach()
+    bias = (numbers(*shape, seed=2) - 3).to(dtype).detach()
+    return weight.requires_grad_(grad), bias.requires_grad_(grad)
+
+
+def expected(x, n, weight=None, bias=None, eps=1e-5):
+    """The oracle's y, mean and rstd, normalized over the last n dimensions."""
+    w, b = (None if a is None else numpy_of(a) for a in (weight, bias))
+    return oracle.layer_norm(numpy_of(x), tuple(range(x.ndim - n, x.ndim)), w, b, eps)
+
+
+def check(y, x, n, weight=None, bias=None, eps=1e-5):
+    """Compare y with the oracle under its one tolerance rule."""
+    want = expected(x, n, weight, bias, eps)[0]
+    assert y.shape == x.shape
+    bound = oracle.tolerance(name_of(y.dtype), int(np.prod(x.shape[x.ndim - n :])))
+    np.testing.assert_allclose(
+        numpy_of(y).astype(np.float64), want, rtol=bound, atol=bound, equal_nan=True
+    )
+
+
+def check_gradients(grads, dy, x, n, weight=None, eps=1e-5):
+    """Compare dx, dweight and dbias, of which some may be None, with the oracle.
+
+    The bound is a few roundings of the result's dtype and, of the dtype computed in, one for each
+    level of a tree over the terms of a sum, times the largest partial sum there can be.
+    """
+    axes = tuple(range(x.ndim - n, x.ndim))
+    w = None if weight is None else numpy_of(weight)
+    want = oracle.layer_norm_backward(numpy_of(dy), numpy_of(x), axes, w, eps)
+    for got, wide in zip(grads, want, strict=True):
+        if got is None:
+            continue
+        assert tuple(got.shape) == wide.shape
+        scale = max(1.0, float(np.abs(wide).max(initial=0)))
+        # Sums over a float32 x are float32's, whatever the dtype they are handed over in.
+        widened = got.dtype == torch.float64 != x.dtype
+        dtype = torch.float32 if widened else got.dtype
+        bound = 4 * oracle.tolerance(name_of(dtype), x.numel()) * scale
+        np.testing.assert_allclose(numpy_of(got).astype(np.float64), wide, rtol=0, atol=bound)
+
+
+LAYOUTS = {
+    "permuted": lambda: numbers(6, 4, 9).permute(1, 0, 2),
+    "transposed": lambda: numbers(9, 7).T,
+    "stepped": lambda: numbers(8, 18)[::2, ::2],
+    "flipped": lambda: numbers(8, 9).flip(0)[1:],
+    "expanded": lambda: numbers(9).expand(4, 9),
+    "padded": lambda: numbers(5, 12)[:, :9],
+    "offset": lambda: numbers(46)[1:].view(5, 9),
+    "channels last": lambda: numbers(2, 3, 4, 9).to(memory_format=torch.channels_last),
+}

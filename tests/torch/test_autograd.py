@@ -1,0 +1,389 @@
+"""Derivatives of `cupynorm.torch.layer_norm`: first, second, forward-mode, and torch.func's."""
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import cupynorm as cn
+import cupynorm.torch as cn_torch
+from cupynorm._torch import tensors
+from tests.torch.cases import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    TORCHSCRIPT,
+    affine,
+    check,
+    check_gradients,
+    name_of,
+    numbers,
+)
+
+pytestmark = pytest.mark.filterwarnings(TORCHSCRIPT)
+
+reference = torch.nn.functional.layer_norm
+double = torch.float64
+
+
+def ours(x, weight=None, bias=None):
+    return cn_torch.layer_norm(x, (x.shape[-1],), weight, bias)
+
+
+def theirs(x, weight=None, bias=None):
+    return reference(x, (x.shape[-1],), weight, bias)
+
+
+def dy_of(shape, dtype=torch.float32):
+    return (numbers(*shape, seed=9) - 3).to(dtype)
+
+
+# --- first derivatives against the oracle -------------------------------------------------------
+
+
+@pytest.mark.parametrize("affine_dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_gradients_for_every_pair_of_dtypes(loops, dtype, affine_dtype):
+    x = numbers(40, 33, dtype=dtype, grad=True)
+    weight, bias = affine(33, dtype=affine_dtype, grad=True)
+    dy = dy_of((40, 33), dtype)
+    ours(x, weight, bias).backward(dy)
+    assert (x.grad.dtype, weight.grad.dtype, bias.grad.dtype) == (dtype, *[affine_dtype] * 2)
+    check_gradients((x.grad, weight.grad, bias.grad), dy, x, 1, weight)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "multi-axis"])
+def test_gradients_for_every_layout(loops, layout):
+    x, n = (numbers(3, 4, 5), 2) if layout == "multi-axis" else (LAYOUTS[layout](), 1)
+    shape = x.shape[x.ndim - n :]
+    weight, bias = affine(*shape, grad=True)
+    x.requires_grad_()
+    for dy in (dy_of(x.shape), dy_of(x.shape[::-1]).permute(*range(x.ndim - 1, -1, -1))):
+        y = cn_torch.layer_norm(x, shape, weight, bias)
+        check_gradients(torch.autograd.grad(y, (x, weight, bias), dy), dy, x, n, weight)
+
+
+def test_a_gradient_that_is_one_number_seen_from_everywhere(loops):
+    x = numbers(6, 50, grad=True)
+    weight, bias = affine(50, grad=True)
+    ours(x, weight, bias).sum().backward()
+    check_gradients((x.grad, weight.grad, bias.grad), torch.ones(6, 50), x, 1, weight)
+
+
+def test_a_transposed_weight(loops):
+    x, dy = numbers(3, 4, 5, grad=True), dy_of((3, 4, 5))
+    weight, bias = (t.detach().T.requires_grad_() for t in affine(5, 4))
+    y = cn_torch.layer_norm(x, (4, 5), weight, bias)
+    check(y, x, 2, weight, bias)
+    check_gradients(torch.autograd.grad(y, (x, weight, bias), dy), dy, x, 2, weight)
+
+
+def test_a_negated_gradient(loops):
+    x, (weight, bias) = numbers(4, 8, grad=True), affine(8, grad=True)
+    dy = torch.complex(dy_of((4, 8)), dy_of((4, 8))).conj().imag
+    assert dy.is_neg()
+    grads = torch.autograd.grad(ours(x, weight, bias), (x, weight, bias), dy)
+    check_gradients(grads, dy.resolve_neg(), x, 1, weight)
+
+
+@pytest.mark.parametrize("wanted", [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)])
+def test_only_what_is_asked_for_is_computed(loops, monkeypatch, wanted):
+    asked = []
+    backward = tensors.backward
+
+    def spy(dy, x, stats, weight, call):
+        asked.append(tuple(call[1]))
+        return backward(dy, x, stats, weight, call)
+
+    monkeypatch.setattr(tensors, "backward", spy)
+    leaves = [
+        t.requires_grad_(bool(w)) for t, w in zip((numbers(4, 9), *affine(9)), wanted, strict=True)
+    ]
+    y = ours(*leaves)
+    assert y.requires_grad == any(wanted)
+    if not any(wanted):
+        return
+    dy = dy_of((4, 9))
+    y.backward(dy)
+    assert asked == [tuple(map(bool, wanted))]
+    check_gradients([t.grad for t in leaves], dy, leaves[0], 1, leaves[1])
+
+
+def test_many_rows(loops):
+    """dweight and dbias of 200000 rows: never further from float64's than torch's."""
+    x, (weight, bias), dy = numbers(200_000, 16), affine(16, grad=True), dy_of((200_000, 16))
+    wide = [t.detach().to(double).requires_grad_() for t in (weight, bias)]
+    exact = torch.autograd.grad(theirs(x.to(double), *wide), wide, dy.to(double))
+    errors = [
+        [(g - e).abs().max() / e.abs().max() for g, e in zip(grads, exact, strict=True)]
+        for grads in (
+            torch.autograd.grad(f(x, weight, bias), (weight, bias), dy) for f in (ours, theirs)
+        )
+    ]
+    for mine, its in zip(*errors, strict=True):
+        assert mine <= max(its, 2e-7)
+
+
+def test_two_runs_give_the_same_bits():
+    x, (weight, bias), dy = numbers(3000, 65), affine(65, grad=True), dy_of((3000, 65))
+    first, second = (
+        torch.autograd.grad(ours(x, weight, bias), (weight, bias), dy) for _ in range(2)
+    )
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("parts", ["y", "y mean", "y rstd", "mean", "y mean rstd"])
+def test_gradients_flow_through_cupynorm_layer_norm_too(parts):
+    x = numbers(4, 6, 5, grad=True)
+    weight, bias = affine(6, grad=True)
+
+    def gradients(y, mean, rstd):
+        values = {"y": y * dy_of(y.shape), "mean": mean**2, "rstd": rstd}
+        loss = sum(values[part].sum() for part in parts.split())
+        return torch.autograd.grad(loss, (x, weight, bias), allow_unused=True)
+
+    got = gradients(*cn.layer_norm(x, weight=weight, bias=bias, axis=1, return_stats=True))
+    swapped = x.transpose(1, 2)
+    mean = swapped.mean(-1, keepdim=True).transpose(1, 2)
+    rstd = (x.var(1, keepdim=True, correction=0) + 1e-5).rsqrt()
+    want = gradients(theirs(swapped, weight, bias).transpose(1, 2), mean, rstd)
+    torch.testing.assert_close(got, want)
+
+
+# --- against finite differences -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("affines", [(0, 0), (1, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize(("shape", "n"), [case for case in SHAPES if 1 < np.prod(case[0]) < 100])
+def test_gradcheck(shape, n, affines):
+    weight, bias = affine(*shape[-n:], dtype=double, grad=True)
+    tensors = [numbers(*shape, dtype=double, grad=True)]
+    tensors += [t if wanted else None for t, wanted in zip((weight, bias), affines, strict=True)]
+
+    def function(x, weight, bias):
+        return cn_torch.layer_norm(x, shape[-n:], weight, bias, 0.5)
+
+    assert gradcheck(
+        function,
+        tensors,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+    )
+    assert gradgradcheck(function, tensors, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+def test_a_graph_of_the_gradient_costs_one_kernel(monkeypatch):
+    calls = []
+    backward = tensors.backward
+    monkeypatch.setattr(tensors, "backward", lambda *a: calls.append(a) or backward(*a))
+    x, (weight, _) = numbers(3, 8, dtype=double, grad=True), affine(8, dtype=double, grad=True)
+
+    def penalty(f):
+        inner = f(x.sin(), weight * x.mean(), None)  # weight depends on x too
+        (first,) = torch.autograd.grad(inner.pow(2).sum(), x, create_graph=True)
+        assert len(calls) == (f is ours)
+        return torch.autograd.grad(first.pow(2).sum(), (x, weight))
+
+    got = penalty(ours)
+    calls.clear()
+    torch.testing.assert_close(got, penalty(theirs))
+
+
+def test_gradcheck_of_the_statistics():
+    x = numbers(3, 5, dtype=double, grad=True)
+
+    def function(x):
+        return cn.layer_norm(x, axis=0, return_stats=True)
+
+    assert gradcheck(function, [x], check_forward_ad=True)
+    assert gradgradcheck(function, [x])
+    assert gradcheck(lambda x: function(x)[1:], [x], check_forward_ad=True)
+
+
+def test_gradcheck_of_the_operator():
+    x, (weight, bias) = numbers(3, 5, dtype=double, grad=True), affine(5, dtype=double, grad=True)
+
+    def function(x, weight, bias):
+        return torch.ops.cupynorm.layer_norm_fwd(x, [1], weight, bias, 1e-5, True)
+
+    assert gradcheck(function, (x, weight, bias))
+    assert gradgradcheck(function, (x, weight, bias))
+
+
+def test_a_large_common_offset():
+    """float32's mean of numbers near 1e6 is off by 0.03; every derivative repairs that."""
+    x, dy = numbers(4, 90) + 1e6, dy_of((4, 90))
+    wide = x.double().requires_grad_()
+    exact = torch.autograd.grad(theirs(wide), wide, dy.double())[0].float()
+    x.requires_grad_()
+    for create in (False, True):  # by the loops, by torch's functions
+        (dx,) = torch.autograd.grad(ours(x), x, dy, create_graph=create)
+        torch.testing.assert_close(dx.detach(), exact, rtol=1e-5, atol=1e-6)
+    tangent = jvp(ours, (x.detach(),), (dy,))[1]
+    torch.testing.assert_close(
+        tangent, jvp(theirs, (x.detach().double(),), (dy.double(),))[1].float()
+    )
+
+
+def test_third_derivative():
+    x = numbers(2, 4, dtype=double, grad=True)
+
+    def third(f):
+        value = f(x).pow(2).sum() + f(x).sin().sum()
+        for _ in range(3):
+            (value,) = torch.autograd.grad(value, x, create_graph=True)
+            value = (value * torch.linspace(-1, 2, 8, dtype=double).view(2, 4)).sum()
+        return value
+
+    def spelled_out(x):  # torch 2.13's layer_norm has a wrong third derivative
+        d = x - x.mean(-1, keepdim=True)
+        return d / (d.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    torch.testing.assert_close(third(ours), third(spelled_out))
+
+
+# --- forward mode and torch.func ----------------------------------------------------------------
+
+
+def test_forward_mode_carries_tangents_of_every_argument():
+    x, (weight, bias) = numbers(3, 8, dtype=double), affine(8, dtype=double)
+    tangents = dy_of((3, 8), double), dy_of((8,), double), dy_of((8,), double) * 2
+    for moving in (0,), (1,), (2,), (0, 1, 2):
+        with forward_ad.dual_level():
+            duals = [
+                forward_ad.make_dual(p, t) if i in moving else p
+                for i, (p, t) in enumerate(zip((x, weight, bias), tangents, strict=True))
+            ]
+            got, want = (forward_ad.unpack_dual(f(*duals)) for f in (ours, theirs))
+            torch.testing.assert_close(got.primal, want.primal)
+            torch.testing.assert_close(got.tangent, want.tangent)
+
+
+def test_jvp_and_vjp():
+    args = numbers(3, 8), *affine(8)
+    tangents = dy_of((3, 8)), dy_of((8,)), dy_of((8,))
+    torch.testing.assert_close(jvp(ours, args, tangents), jvp(theirs, args, tangents))
+    dy = dy_of((3, 8))
+    torch.testing.assert_close(vjp(ours, *args)[1](dy), vjp(theirs, *args)[1](dy))
+
+
+BATCHES = {
+    "x": ((5, 3, 8), (8,), (8,), (0, None, None)),
+    "all": ((5, 3, 8), (5, 8), (5, 8), (0, 0, 0)),
+    "weight": ((3, 8), (5, 8), (8,), (None, 0, None)),
+    "bias": ((3, 8), (8,), (8, 5), (None, None, 1)),
+    "middle": ((3, 5, 8), (8, 5), (8,), (1, 1, None)),
+    "last": ((3, 8, 5), (8,), (8,), (2, None, None)),
+}
+
+
+@pytest.mark.parametrize("dtype", [double, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_vmap(batch, dtype):
+    *shapes, dims = BATCHES[batch]
+    args = [numbers(*s, dtype=dtype, seed=i) for i, s in enumerate(shapes)]
+    got, want = vmap(ours, dims)(*args), vmap(theirs, dims)(*args)
+    assert got.dtype == dtype
+    torch.testing.assert_close(
+        got, want, **({"rtol": 2**-7, "atol": 0.1} if dtype != double else {})
+    )
+    for arguments in (0, 1, 2, (0, 1, 2)):
+        per_sample = [
+            vmap(grad(lambda *a, f=f: f(*a).double().pow(3).mean(), arguments), dims)(*args)
+            for f in (ours, theirs)
+        ]
+        if dtype == double:
+            torch.testing.assert_close(*per_sample)
+
+
+def test_vmap_of_vmap_and_grad_of_vmap():
+    x, (weight, bias) = numbers(2, 3, 4, 8, dtype=double), affine(8, dtype=double)
+    weights = torch.stack([weight, weight + 1])
+
+    def twice(f):
+        return vmap(vmap(f, (0, None, None)), (0, 0, None))(x, weights, bias)
+
+    torch.testing.assert_close(twice(ours), twice(theirs))
+
+    def through(f):
+        return grad(lambda x: vmap(f, (0, None, None))(x, weight, bias).sin().sum())(x[0])
+
+    torch.testing.assert_close(through(ours), through(theirs))
+
+
+def test_functionalize():
+    x, (weight, bias) = numbers(3, 8), affine(8)
+    check(torch.func.functionalize(ours)(x, weight, bias), x, 1, weight, bias)
+
+
+@pytest.mark.parametrize("transform", [jacrev, jacfwd, hessian])
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_jacobians(transform, argument):
+    args = numbers(2, 5, dtype=double), *affine(5, dtype=double)
+    got, want = (
+        transform(lambda *a, f=f: f(*a).pow(2).sum(0), argument)(*args) for f in (ours, theirs)
+    )
+    torch.testing.assert_close(got, want)
+
+
+def test_batched_gradients():
+    x = numbers(3, 8, grad=True)
+    dys = torch.stack([dy_of((3, 8)), dy_of((3, 8)) * 2])
+    for create in (False, True):
+        got, want = (
+            torch.autograd.grad(f(x), x, dys, is_grads_batched=True, create_graph=create)[0]
+            for f in (ours, theirs)
+        )
+        torch.testing.assert_close(got, want)
+
+
+# --- what autograd asks of a good citizen -------------------------------------------------------
+
+
+def test_an_input_changed_in_place_is_an_error():
+    x = numbers(3, 8, grad=True)
+    y = ours(x)
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_checkpointing_and_saved_tensor_hooks():
+    from torch.utils.checkpoint import checkpoint
+
+    x, dy = numbers(3, 8, grad=True), dy_of((3, 8))
+    checkpoint(ours, x, use_reentrant=False).backward(dy)
+    check_gradients((x.grad, None, None), dy, x, 1)
+    x.grad = None
+    with torch.autograd.graph.save_on_cpu():
+        y = ours(x)
+    y.backward(dy)
+    check_gradients((x.grad, None, None), dy, x, 1)
+
+
+def test_a_second_backward_needs_retain_graph():
+    x = numbers(3, 8, grad=True)
+    y = ours(x).sum()
+    y.backward(retain_graph=True)
+    y.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward()
+
+
+def test_gradients_in_many_threads():
+    from concurrent.futures import ThreadPoolExecutor
+
+    def work(seed):
+        x = numbers(50, 65, seed=seed, grad=True)
+        dy = dy_of((50, 65))
+        y = ours(x)
+        y.backward(dy)
+        check(y, x, 1)
+        check_gradients((x.grad, None, None), dy, x, 1)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(12)))

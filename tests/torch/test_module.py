@@ -1,0 +1,235 @@
+"""`cupynorm.torch.LayerNorm` and `convert`: torch's module in all but its arithmetic."""
+
+import copy
+import io
+import logging
+import pickle
+
+import pytest
+import torch
+from torch.nn.utils import parametrize
+
+import cupynorm.torch as cn_torch
+from tests.torch.cases import affine, check, check_gradients, numbers
+
+TorchNorm, Norm = torch.nn.LayerNorm, cn_torch.LayerNorm
+CONSTRUCTIONS = [
+    ((8,), {}),
+    (((4, 8),), {}),
+    (([8],), {"eps": 0.5}),
+    ((8, 1e-3, False), {}),
+    ((8, 1e-3, True, False), {}),
+    ((8,), {"bias": False, "dtype": torch.bfloat16}),
+    ((8,), {"device": "meta"}),
+]
+
+
+def filled(Norm, *args, **kwargs):
+    """A norm whose parameters are not those it begins with."""
+    norm = Norm(*args, **kwargs)
+    with torch.no_grad():
+        for value, parameter in zip(
+            affine(*norm.normalized_shape), norm.parameters(), strict=False
+        ):
+            parameter.copy_(value)
+    return norm
+
+
+# --- the module ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("args", "kwargs"), CONSTRUCTIONS)
+def test_construction_repr_and_state_are_torchs(args, kwargs):
+    ours, theirs = Norm(*args, **kwargs), TorchNorm(*args, **kwargs)
+    assert isinstance(ours, TorchNorm)
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for (name, a), (other, b) in zip(
+        ours.named_parameters(), theirs.named_parameters(), strict=True
+    ):
+        assert (name, a.dtype, a.device, a.shape) == (other, b.dtype, b.device, b.shape)
+    assert vars(ours).keys() == vars(theirs).keys()
+
+
+def test_forward_and_backward():
+    norm, x = filled(Norm, 8), numbers(5, 8, grad=True)
+    y = norm(x)
+    check(y, x, 1, norm.weight, norm.bias)
+    dy = numbers(5, 8, seed=4) - 3
+    y.backward(dy)
+    check_gradients((x.grad, norm.weight.grad, norm.bias.grad), dy, x, 1, norm.weight)
+
+
+def test_state_loads_either_way():
+    ours, theirs = filled(Norm, 8), TorchNorm(8)
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(theirs.weight, ours.weight)
+    again = Norm(8)
+    again.load_state_dict(theirs.state_dict())
+    assert torch.equal(again.bias, ours.bias)
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    theirs.load_state_dict(torch.load(file, weights_only=True))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_copies(copied):
+    norm = filled(Norm, 8, 0.5)
+    norm.eval()
+    other = copied(norm)
+    assert type(other) is Norm
+    assert not other.training
+    assert torch.equal(other(numbers(3, 8)), norm(numbers(3, 8)))
+
+
+def test_parametrized_weight():
+    class Doubled(torch.nn.Module):
+        def forward(self, weight):
+            return weight * 2
+
+    norm = filled(Norm, 8)
+    original = norm.weight
+    parametrize.register_parametrization(norm, "weight", Doubled())
+    x = numbers(3, 8)
+    check(norm(x), x, 1, original * 2, norm.bias)
+    dy = numbers(3, 8, seed=4) - 3
+    norm(x).backward(dy)
+    check_gradients((None, original.grad / 2, norm.bias.grad), dy, x, 1, original)
+    parametrize.remove_parametrizations(norm, "weight", leave_parametrized=False)
+    assert type(norm) is Norm
+
+
+def test_parameters_that_are_views_of_one_flat_parameter():
+    """What FSDP does: the module's weight and bias become slices of a tensor that it owns."""
+    norm = filled(Norm, 8)
+    flat = torch.nn.Parameter(torch.cat([norm.weight, norm.bias]).detach())
+    weight, bias = norm.weight.detach(), norm.bias.detach()
+    del norm.weight, norm.bias
+    norm.weight, norm.bias = flat[:8], flat[8:]
+    x, dy = numbers(3, 8), numbers(3, 8, seed=4) - 3
+    y = norm(x)
+    check(y, x, 1, weight, bias)
+    y.backward(dy)
+    check_gradients((None, flat.grad[:8], flat.grad[8:]), dy, x, 1, weight)
+
+
+def test_functional_call_with_other_parameters():
+    norm = Norm(8)
+    weight, bias = affine(8)
+    y = torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (numbers(3, 8),))
+    check(y, numbers(3, 8), 1, weight, bias)
+
+
+def test_casts_and_moves():
+    norm = filled(Norm, 8).to(torch.float64)
+    assert norm(numbers(3, 8, dtype=torch.float64)).dtype == torch.float64
+    assert norm.half().weight.dtype == torch.float16
+    assert norm.to("meta")(torch.empty(3, 8, device="meta")).shape == (3, 8)
+
+
+# --- convert ------------------------------------------------------------------------------------
+
+
+class OtherNorm(TorchNorm):
+    """A subclass with arithmetic of its own."""
+
+    def forward(self, x):
+        return super().forward(x) * 0
+
+
+def model():
+    shared = filled(TorchNorm, 8)
+    return torch.nn.Sequential(
+        torch.nn.Linear(8, 8),
+        shared,
+        torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+        torch.nn.ModuleDict({"again": shared, "other": OtherNorm(8)})["again"],
+        torch.nn.Sequential(OtherNorm(8)),
+    )
+
+
+def kinds(module):
+    return [type(m) for m in module.modules() if isinstance(m, TorchNorm)]
+
+
+def test_a_model_keeps_everything_but_the_class_of_its_norms(caplog):
+    net = model()
+    net[1].eval()
+    net[1].weight.requires_grad_(False)
+    calls = []
+    net[1].register_forward_hook(lambda *_: calls.append("hook"))
+    before = [dict(net.named_parameters()), [id(m) for m in net.modules()], net(numbers(2, 3, 8))]
+    calls.clear()
+    with caplog.at_level(logging.INFO, "cupynorm.torch"):
+        assert cn_torch.convert(net) is net
+    assert kinds(net) == [Norm, Norm, Norm, OtherNorm]  # one is met twice and counted once
+    assert "converted 3 LayerNorm modules of Sequential" in caplog.text
+    assert "left 1 of a subclass" in caplog.text
+    after = dict(net.named_parameters())
+    assert all(after[name] is before[0][name] for name in before[0])
+    assert [id(m) for m in net.modules()] == before[1]
+    assert net[1] is net[3]
+    assert not net[1].training
+    assert not net[1].weight.requires_grad
+    torch.testing.assert_close(net(numbers(2, 3, 8)), before[2])
+    assert calls == ["hook", "hook"]
+
+
+def test_an_optimizer_made_before_goes_on():
+    net = torch.nn.Sequential(TorchNorm(8), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    cn_torch.convert(net)
+    before = net[0].weight.detach().clone()
+    net(numbers(4, 8)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, net[0].weight)
+
+
+def test_a_root_and_what_is_no_module():
+    root = TorchNorm(8)
+    assert type(cn_torch.convert(root)) is Norm
+    with pytest.raises(TypeError, match=r"not a torch\.nn\.Module"):
+        cn_torch.convert(numbers(2, 2))
+
+
+def test_a_copy_is_converted_and_the_original_is_not():
+    net = model()
+    parametrize.register_parametrization(net[2].norm1, "weight", torch.nn.Identity())
+    before = kinds(net)
+    converted = cn_torch.convert(net, inplace=False)
+    assert kinds(net) == before
+    assert sum(issubclass(k, Norm) for k in kinds(converted)) == 3
+    assert isinstance(converted[2].norm1, Norm)
+    x = numbers(2, 3, 8)
+    torch.testing.assert_close(converted(x), net(x))
+
+
+def test_a_parametrized_norm_stays_parametrized():
+    norm = filled(TorchNorm, 8)
+    parametrize.register_parametrization(norm, "weight", torch.nn.Identity())
+    original = norm.parametrizations.weight.original
+    cn_torch.convert(norm)
+    assert isinstance(norm, Norm)
+    assert parametrize.is_parametrized(norm, "weight")
+    assert norm.parametrizations.weight.original is original
+    check(norm(numbers(3, 8)), numbers(3, 8), 1, norm.weight, norm.bias)
+    copy.deepcopy(norm)
+    parametrize.remove_parametrizations(norm, "weight")
+    assert type(norm) is Norm
+    # one whose class is ours at the root is not converted again
+    assert kinds(cn_torch.convert(norm)) == [Norm]
+
+
+def test_nothing_to_convert_is_said_aloud(caplog):
+    with caplog.at_level(logging.WARNING, "cupynorm.torch"):
+        cn_torch.convert(torch.nn.Sequential(torch.nn.Linear(2, 2), OtherNorm(2)))
+    assert "found no torch.nn.LayerNorm to convert in Sequential; left 1" in caplog.text
+
+
+def test_converting_twice_is_converting_once(caplog):
+    net = cn_torch.convert(cn_torch.convert(model()))
+    assert not caplog.text  # nothing at level WARNING
+    assert kinds(net) == [Norm, Norm, Norm, OtherNorm]

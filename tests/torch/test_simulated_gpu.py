@@ -1,0 +1,266 @@
+"""The GPU branch of the torch adapter: its own launches, run on the simulated device.
+
+Tensors are on the CPU here. Where the door of tensors hands them to what computes on a GPU they are
+copied into memory of the simulator, and what the kernels wrote is handed on as tensors over that
+memory; the rest, autograd and `_torch.cuda` itself, runs as it does on a GPU.
+"""
+
+import contextlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cupynorm as cn
+import cupynorm.torch as cn_torch
+from cupynorm import _memo
+from cupynorm._layout import Facts
+from cupynorm._ops import LAYER_NORM
+from cupynorm._torch import tensors
+from tests.cuda.calls import capability_for
+from tests.simt.cupy_stand_in import simulated_cupy
+from tests.torch.cases import affine, check, check_gradients, expected, name_of, numbers, numpy_of
+
+# One N per kernel: K1 to K4, and K5 with few rows; K3's and K5's are K4's where it is.
+FAMILIES = {"warp": 77, "block": 3001, "shared": 9001, "cluster": 9001, "split": 36_001}
+STREAM = 0x7000  # torch's current stream, as the simulator sees it
+
+
+class _InSimulatedMemory(TorchDispatchMode):
+    """What torch allocates, as its CUDA allocator would: workspaces and contiguous copies."""
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(r.alias_info for r in func._schema.returns):
+            return result
+        self.gpu.allocated.append(str(func))
+        return self.gpu.moved(result, written="empty" not in str(func))
+
+
+class Gpu:
+    """Stands at the seam: `tensors` takes it for what computes on the CPU."""
+
+    def __init__(self, sim, module):
+        self.sim, self.kernels, self.allocated = sim, module.Kernels(1), []
+
+    def moved(self, tensor, *, written=True):
+        """A tensor with the same strides over simulated memory."""
+        if tensor is None:
+            return None
+        storage = tensor.detach()
+        flat = torch.as_strided(
+            storage, (storage.untyped_storage().nbytes() // storage.itemsize,), (1,), 0
+        )
+        with self.sim.cuda.Device(1):
+            if written:
+                placed = self.sim.place(numpy_of(flat))
+            else:
+                placed = self.sim.empty(tuple(flat.shape), numpy_of(flat).dtype)
+        host = placed._host().view(np.uint8).reshape(-1)
+        memory = torch.from_numpy(host).view(tensor.dtype)
+        memory.owner = placed  # keeps the simulator's buffer alive
+        moved = memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        moved.owner = placed
+        return moved
+
+    def forward(self, facts):
+        return self.moving(self.kernels.forward(facts), (1, 4, 5))
+
+    def backward(self, facts):
+        return self.moving(self.kernels.backward(facts), (5, 6, 7))
+
+    def moving(self, launch, written):
+        """What runs on copies of its arguments, of which these are written."""
+
+        def run(*arrays):
+            moved = [self.moved(t, written=i not in written) for i, t in enumerate(arrays)]
+            with _InSimulatedMemory(self):
+                launch(*moved)
+            for i in written:
+                if arrays[i] is not None:
+                    arrays[i].copy_(moved[i])
+
+        return run
+
+    @property
+    def launches(self):
+        return self.sim.simulator.launches
+
+    @property
+    def names(self):
+        return [launch.name for launch in self.launches]
+
+
+@pytest.fixture
+def gpu(monkeypatch, request):
+    """The adapter with a simulated GPU of index 1, of two, in the place of the CPU."""
+    sys.modules.pop("cupynorm._torch.cuda", None)
+    with simulated_cupy(
+        compute_capability=capability_for(request),
+        devices=2,
+        reload=("cupynorm._cuda.arrays", "cupynorm._torch.cuda"),
+    ) as sim:
+        from cupynorm._torch import cuda
+
+        gpu = Gpu(sim, cuda)
+        sim.simulator.current_device = 1
+        sim.simulator.streams[STREAM] = 1
+
+        @contextlib.contextmanager
+        def device(index):
+            with sim.cuda.Device(index):
+                yield
+
+        class Torch:
+            """torch, with the CUDA build's functions that `_torch.cuda` calls."""
+
+            class cuda:
+                current_device = staticmethod(lambda: sim.simulator.current_device)
+
+            def __getattr__(self, name):
+                return getattr(torch, name)
+
+        Torch.cuda.device = staticmethod(device)
+        monkeypatch.setattr(cuda, "torch", Torch())
+        monkeypatch.setattr(cuda, "_stream", lambda index: cuda._Stream(STREAM))
+        monkeypatch.setitem(tensors._machines, torch.device("cpu"), gpu)
+        _memo.settled.clear()  # of calls that are bound to the loops
+        yield gpu
+        _memo.settled.clear()
+        sim.simulator.current_device = 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_kernel_forward_and_backward(gpu, family):
+    N = FAMILIES[family]
+    x, (weight, bias) = numbers(3, N, grad=True), affine(N, grad=True)
+    dy = numbers(3, N, seed=4) - 3
+    y = cn_torch.layer_norm(x, (N,), weight, bias)
+    check(y, x, 1, weight, bias)
+    forward = len(gpu.launches)
+    assert all(name.startswith(f"layer_norm_fwd_{family}") for name in gpu.names)
+    y.backward(dy)
+    check_gradients((x.grad, weight.grad, bias.grad), dy, x, 1, weight)
+    assert any(name.startswith("layer_norm_bwd") for name in gpu.names[forward:])
+
+
+def test_everything_runs_on_torchs_stream_and_on_the_tensors_device(gpu):
+    gpu.sim.simulator.current_device = 0  # as after torch.cuda.set_device(0)
+    x, (weight, bias) = numbers(3, 77, grad=True), affine(77, grad=True)
+    y = cn_torch.layer_norm(x, (77,), weight, bias)
+    y.backward(numbers(3, 77))
+    assert {(launch.stream, launch.device) for launch in gpu.launches} == {(STREAM, 1)}
+    assert gpu.sim.simulator.current_device == 0
+
+
+@pytest.mark.parametrize("family", ["split"])
+def test_nothing_is_allocated_but_through_torch(gpu, family):
+    """The simulator would count memory that CuPy hands out."""
+    x, weight = numbers(2, FAMILIES[family], grad=True), affine(FAMILIES[family], grad=True)[0]
+    dy = numbers(2, FAMILIES[family])
+    cn_torch.layer_norm(x, x.shape[1:], weight).backward(dy)
+    gpu.allocated.clear()
+    allocated = gpu.sim.simulator.allocations
+    compiled = len(gpu.sim.simulator.compilations)
+    cn_torch.layer_norm(x, x.shape[1:], weight).backward(dy)
+    # x, weight, y, mean, rstd; dy, x, mean, rstd, weight, dx, dweight: the test's own copies
+    own = 5 + 7 + len(gpu.allocated)
+    assert gpu.sim.simulator.allocations - allocated == own
+    assert len(gpu.sim.simulator.compilations) == compiled
+    assert set(gpu.allocated) == {"aten.empty.memory_format"}  # K5's and the partials' workspaces
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=name_of)
+def test_dtypes(gpu, dtype):
+    x, (weight, bias) = numbers(3, 77, dtype=dtype, grad=True), affine(77, grad=True)
+    y = cn_torch.layer_norm(x, (77,), weight, bias)
+    check(y, x, 1, weight, bias)
+    dy = (numbers(3, 77, seed=4) - 3).to(dtype)
+    y.backward(dy)
+    check_gradients((x.grad, weight.grad, bias.grad), dy, x, 1, weight)
+
+
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)])
+def test_only_what_is_asked_for_is_written(gpu, wanted):
+    tensors = numbers(4, 77), *affine(77)
+    for tensor, want in zip(tensors, wanted, strict=True):
+        tensor.requires_grad_(bool(want))
+    dy = numbers(4, 77, seed=4) - 3
+    cn_torch.layer_norm(tensors[0], (77,), *tensors[1:]).backward(dy)
+    check_gradients([t.grad for t in tensors], dy, tensors[0], 1, tensors[1])
+
+
+LAYOUTS = {
+    "padded": lambda: numbers(5, 90)[:, :77],
+    "permuted": lambda: numbers(6, 4, 77).permute(1, 0, 2),
+    "transposed": lambda: numbers(77, 5).T,
+    "stepped": lambda: numbers(8, 154)[::2, ::2],
+    "expanded": lambda: numbers(77).expand(4, 77),
+    "offset": lambda: numbers(386)[1:].view(5, 77),
+}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(gpu, layout, keep):
+    """What the kernels cannot walk is copied, by torch."""
+    x, (weight, bias) = LAYOUTS[layout](), affine(154, grad=True)
+    weight, bias = weight[::2], bias[::2]
+    x.requires_grad_()
+    norm = cn.layer_norm if keep else cn_torch.layer_norm
+    y = norm(x, x.shape[-1:], weight, bias)
+    check(y, x, 1, weight, bias)
+    for dy in (numbers(*x.shape, seed=4) - 3, torch.ones(()).expand(x.shape)):
+        grads = torch.autograd.grad(y, (x, weight, bias), dy, retain_graph=True)
+        check_gradients(grads, dy, x, 1, weight)
+
+
+@pytest.mark.parametrize("axes", [(1,), (0, 2), (0, 1)])
+def test_other_axes(gpu, axes):
+    """Also such as fold into no one stride, so that y and dx are copies that are copied back."""
+    x = numbers(4, 30, 5, grad=True)
+    weight, bias = affine(*(x.shape[a] for a in axes), grad=True)
+    y, mean, _ = cn.layer_norm(x, None, weight, bias, axis=axes, return_stats=True)
+    rest = tuple(a for a in range(3) if a not in axes)
+    rows = x.detach().permute(*rest, *axes)
+    n, dy = len(axes), numbers(*x.shape, seed=4) - 3
+    check(y.permute(*rest, *axes), rows, n, weight, bias)
+    want = expected(rows, n)[1]
+    np.testing.assert_allclose(mean.permute(*rest, *axes).detach().numpy(), want, rtol=1e-6)
+    dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), dy)
+    turned = dx.permute(*rest, *axes), dweight, dbias
+    check_gradients(turned, dy.permute(*rest, *axes), rows, n, weight)
+
+
+def test_without_cupy_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    for name in ("cupynorm._cuda.arrays", "cupynorm._torch.cuda"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr("cupynorm._torch.cuda", raising=False)
+    monkeypatch.delattr("cupynorm._cuda.arrays", raising=False)
+    with pytest.raises(ImportError, match=r"cupynorm\[cuda12\]"):
+        tensors._machine(torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="device type xpu"):
+        tensors._machine(torch.device("xpu"))
+
+
+def test_a_settled_call_is_one_launch_on_torchs_stream(gpu):
+    given = [torch.randn(5, 77), torch.randn(77), torch.randn(77)]
+    x, weight, bias = (gpu.moved(t) for t in given)
+    y = gpu.moved(torch.empty(5, 77), written=False)
+    strides = {"x": (77, 1), "y": (77, 1)}
+    dtypes = {"x": "float32", "weight": "float32", "bias": "float32"}
+    run = gpu.kernels.forward(Facts(LAYER_NORM, False, (5, 77), (1,), dtypes, strides, 1e-5))
+    allocations = gpu.sim.simulator.allocations
+    run(x, y, weight, bias, None, None)
+    run(x, x, weight, bias, None, None)  # in place
+    assert [(launch.stream, launch.device) for launch in gpu.launches] == [(STREAM, 1)] * 2
+    assert gpu.sim.simulator.allocations == allocations
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(given[0], (77,), *given[1:]))
+    assert torch.equal(x, y)
