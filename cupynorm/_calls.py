@@ -54,7 +54,7 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any
                 call = settled.get(
                     (
                         door,
-                        op,
+                        op.name,
                         how,
                         look(x),
                         weight if weight is None else look(weight),
@@ -98,7 +98,7 @@ def differentiate(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) ->
 
 def _key(door: Any, op: Op, how: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     """All that a settled call may depend on."""
-    return door, op, how, *(None if a is None else door.look(a) for a in arrays)
+    return door, op.name, how, *(None if a is None else door.look(a) for a in arrays)
 
 
 def _settle(checked: Checked, how: Any, plain: bool) -> Callable[..., Any]:

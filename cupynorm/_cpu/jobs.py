@@ -388,7 +388,7 @@ def long_gradients(checksum: int, kind: str) -> Any:
 
 
 @inner
-def _longshare_gradients(f, arrays, w, stats, sums, lo, hi, spare):  # type: ignore[no-untyped-def]
+def _long_gradients(f, arrays, w, stats, sums, lo, hi, spare):  # type: ignore[no-untyped-def]
     dy, x, dx = arrays
     size, pitch, chunks = block_rows(f.M), sums_pitch(f.N), (f.N + CHUNK - 1) // CHUNK
     has_w, has_dx = address(w) != 0, address(dx) != 0
