@@ -10,12 +10,13 @@ A door is what a library's arrays come in by: an object with ``look(array)``, ``
 ``describe(facts)``. A door whose ``look`` is None has nothing kept for it.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _libraries, _reference, _rules
+from cupynorm import _libraries, _rules
 from cupynorm._layout import Facts, result_strides
 from cupynorm._memo import keep, settled
 from cupynorm._ops import Op
@@ -33,129 +34,47 @@ class Checked(NamedTuple):
     door: Any
     facts: Facts
     turn: tuple[int, ...] | None  # permutes weight's dimensions to ascending axes
-    x: Any
-    weight: Any
-    bias: Any
-    out: Any
+    arrays: tuple[Any, ...]  # as the call takes them
+
+    @property
+    def x(self) -> Any:
+        """The array that is normalized, or was."""
+        return self.arrays[self.facts.backward]
 
 
 def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any:
     """Forward: y, or (y, mean, rstd) where `how` asks for statistics."""
     door = doors.get(type(x))
-    if door is None:
-        return _settle(op, x, weight, bias, out, how)
-    if door.select is not None:
-        door = door.select(x, weight, bias, out)
-    look = door.look
-    if look is None:
-        return _settle(op, x, weight, bias, out, how)
-    try:
-        call = settled.get(
-            (
-                door,
-                op.name,
-                how,
-                look(x),
-                weight if weight is None else look(weight),
-                bias if bias is None else look(bias),
-                out if out is None else look(out),
-            )
-        )
-    except (AttributeError, TypeError):  # no array, or a shape that is a list
-        call = None
-    if (
-        call is None
-        or type(how[2]) is not float
-        or not (type(how[0]) is int or _rules.exact(how[0]))
-        or not (how[1] is None or _rules.exact(how[1]))
-    ):
-        return _settle(op, x, weight, bias, out, how)
-    return call(x, weight, bias, out)
-
-
-def _settle(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any:
-    """Apply the rules, keep the call, do it."""
+    if door is not None:
+        if door.select is not None:
+            door = door.select(x, weight, bias, out)
+        look = door.look
+        if look is not None:
+            try:
+                call = settled.get(
+                    (
+                        door,
+                        op.name,
+                        how,
+                        look(x),
+                        weight if weight is None else look(weight),
+                        bias if bias is None else look(bias),
+                        out if out is None else look(out),
+                    )
+                )
+            except (AttributeError, TypeError):  # no array, or a shape that is a list
+                call = None
+            if call is not None and (
+                type(how[2]) is float
+                and (type(how[0]) is int or _rules.exact(how[0]))
+                and (how[1] is None or _rules.exact(how[1]))
+            ):
+                return call(x, weight, bias, out)
     checked = check(op, x, weight, bias, out, how)
-    result = settle(checked, how)(*checked[3:])
-    if out is None or checked.out is out:
+    result = _settle(checked, how, type(how[2]) is float)(*checked.arrays)
+    if out is None or checked.arrays[3] is out:
         return result
     return (out, *result[1:]) if checked.facts.stats else out  # the caller's own object
-
-
-def settle(checked: Checked, how: How) -> Callable[..., Any]:
-    """``call(x, weight, bias, out)`` for arrays that look like these, from the memo or for it."""
-    door, facts, turn, x, weight, bias, out = checked
-    kept = (
-        door.look is not None
-        and type(how[2]) is float
-        and _rules.exact(how[0])
-        and _rules.exact(how[1])
-    )
-    key: Any = None
-    if kept:
-        looks = (None if a is None else door.look(a) for a in (x, weight, bias, out))
-        key = (door, facts.op.name, how, *looks)
-        if key in settled:
-            return settled[key]
-    call = forward_of(door, facts, turn)
-    if kept:
-        keep(key, call)
-    return call
-
-
-def forward_of(door: Any, facts: Facts, turn: tuple[int, ...] | None) -> Callable[..., Any]:
-    """The door's call, for a weight and bias whose dimensions stand in the caller's order."""
-    call: Callable[..., Any] = door.normalizer(facts)
-    if turn is None:
-        return call
-
-    def turning(x: Any, weight: Any, bias: Any, out: Any) -> Any:
-        return call(x, _libraries.turned(weight, turn), _libraries.turned(bias, turn), out)
-
-    return turning
-
-
-def check(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Checked:
-    """Apply every rule that a forward call has, but for what needs addresses; nothing is run."""
-    normalized_shape, axis, eps, order, return_stats = how
-    eps = _rules.check_eps(eps)
-    _rules.check_order(order)
-    x, dtype, axes, turn = _check_x(x, normalized_shape, axis)
-    shape = tuple(x.shape)
-    affine = tuple(shape[a] for a in axes)
-    dtypes = {"x": dtype}
-    if weight is not None:
-        weight = checked_affine("weight", weight, x, affine)
-        dtypes["weight"] = _rules.dtype_name(weight.dtype)
-    if bias is not None:
-        bias = checked_affine("bias", bias, x, affine)
-        dtypes["bias"] = _rules.dtype_name(bias.dtype)
-    if out is not None:
-        out = companion_of("out", out, x)
-        _rules.check_out(tuple(out.shape), out.dtype, shape, x.dtype, order)
-    door = door_of(x, weight, bias, out)
-    steps = door.strides(x)
-    if out is not None:
-        to = door.strides(out)
-    else:
-        to = None if steps is None else result_strides(shape, steps, order)
-    strides = {"x": steps, "y": to}
-    facts = Facts(
-        op,
-        False,
-        shape,
-        tuple(sorted(axes)),
-        dtypes,
-        strides,
-        eps,
-        order,
-        out is not None,
-        bool(return_stats),
-        door.device(x),
-    )
-    if out is not None:
-        _libraries.check_writable(out)
-    return Checked(door, facts, turn, x, weight, bias, out)
 
 
 def differentiate(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) -> tuple[Any, ...]:
@@ -163,76 +82,109 @@ def differentiate(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) ->
 
     `arrays` are dy, x, mean, rstd and weight; `how` is (normalized_shape, axis, output_mask).
     """
-    door = doors.get(type(arrays[1]))
-    call = None
-    if door is not None:
+    mask = how[2]
+    plain = mask is None or (type(mask) is tuple and {*map(type, mask)} == {bool})
+    door, call = doors.get(type(arrays[1])), None
+    if door is not None and plain and _rules.exact(how[0]) and _rules.exact(how[1]):
         if door.select is not None:
             door = door.select(arrays[1], arrays[0], *arrays[2:])
-        if door.look is not None and _exactly(how):
-            looks = (a if a is None else door.look(a) for a in arrays)
-            try:
-                call = settled.get((door, op.name, how, *looks))
-            except (AttributeError, TypeError):
-                call = None
-    if call is not None:
-        return call(*arrays)  # type: ignore[no-any-return]
-    return _settle_backward(op, arrays, how)
+        with contextlib.suppress(AttributeError, TypeError):  # no arrays
+            call = settled.get(_key(door, op, how, arrays)) if door.look is not None else None
+    if call is None:
+        checked = _check_backward(op, arrays, how)
+        call, arrays = _settle(checked, how, plain), checked.arrays
+    return call(*arrays)  # type: ignore[no-any-return]
 
 
-def _exactly(how: tuple[Any, Any, Any]) -> bool:
-    mask = how[2]
-    told = mask is None or (type(mask) is tuple and {*map(type, mask)} == _BOOL)
-    return told and _rules.exact(how[0]) and _rules.exact(how[1])
+def _key(door: Any, op: Op, how: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All that a settled call may depend on."""
+    return door, op.name, how, *(None if a is None else door.look(a) for a in arrays)
 
 
-_BOOL = {bool}
+def _settle(checked: Checked, how: Any, plain: bool) -> Callable[..., Any]:
+    """The call for arrays that look like these, kept if `how` equals nothing but itself.
+
+    `plain` says so of the values that are no shapes or axes.
+    """
+    door, facts, turn, arrays = checked
+    call = call_of(door, facts, turn)
+    if plain and door.look is not None and _rules.exact(how[0]) and _rules.exact(how[1]):
+        keep(_key(door, facts.op, how, arrays), call)
+    return call
 
 
-def _settle_backward(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) -> tuple[Any, ...]:
-    """Apply the rules, keep the call, do it."""
-    dy, x, mean, rstd, weight = arrays
-    normalized_shape, axis, output_mask = how
-    x, dtype, axes, turn = _check_x(x, normalized_shape, axis)
+def call_of(door: Any, facts: Facts, turn: tuple[int, ...] | None) -> Callable[..., Any]:
+    """The door's call; weight, bias and their gradients have the caller's order of dimensions."""
+    call: Callable[..., Any]
+    call = door.differentiator(facts) if facts.backward else door.normalizer(facts)
+    if turn is None:
+        return call
+    turned, back = _libraries.turned, tuple(int(i) for i in np.argsort(turn))
+
+    def forward(x: Any, weight: Any, bias: Any, out: Any) -> Any:
+        return call(x, turned(weight, turn), turned(bias, turn), out)
+
+    def backward(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> Any:
+        dx, *sums = call(dy, x, mean, rstd, turned(weight, turn))
+        return dx, *(turned(total, back) for total in sums)
+
+    return backward if facts.backward else forward
+
+
+def check(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Checked:
+    """Apply every rule that a forward call has, but for what needs addresses; nothing is run."""
+    normalized_shape, axis, eps, order, stats = how
+    eps = _rules.check_eps(eps)
+    _rules.check_order(order)
+    x, axes, turn = _check_x(x, normalized_shape, axis)
     shape = tuple(x.shape)
+    affine = tuple(shape[a] for a in axes)
+    if weight is not None:
+        weight = checked_affine("weight", weight, x, affine)
+    if bias is not None:
+        bias = checked_affine("bias", bias, x, affine)
+    if out is not None:
+        out = companion_of("out", out, x)
+        _rules.check_out(tuple(out.shape), out.dtype, shape, x.dtype, order)
+        _libraries.check_writable(out)
+    door = door_of(x, weight, bias, out)
+    strides = {"x": door.strides(x)}
+    strides["y"] = _made(shape, strides["x"], order) if out is None else door.strides(out)
+    given = {"x": x, "weight": weight, "bias": bias}
+    dtypes = {k: _rules.dtype_name(a.dtype) for k, a in given.items() if a is not None}
+    asked = eps, order, out is not None, bool(stats), door.device(x)
+    facts = Facts(op, False, shape, tuple(sorted(axes)), dtypes, strides, *asked)
+    return Checked(door, facts, turn, (x, weight, bias, out))
+
+
+def _check_backward(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) -> Checked:
+    """Apply every rule that a backward call has; nothing is run."""
+    dy, x, mean, rstd, weight = arrays
+    x, axes, turn = _check_x(x, *how[:2])
+    shape, dtype = tuple(x.shape), _rules.dtype_name(x.dtype)
     if weight is not None:
         weight = checked_affine("weight", weight, x, tuple(shape[a] for a in axes))
-    mask = _rules.check_mask(output_mask, weight is not None)
-    dy = _beside("dy", dy, x, shape, dtype)
+    mask = _rules.check_mask(how[2], weight is not None)
     axes = tuple(sorted(axes))
-    of_sums = _rules.stats_dtype(dtype)
-    stats_shape = tuple(1 if a in axes else n for a, n in enumerate(shape))
-    mean = _beside("mean", mean, x, stats_shape, of_sums)
-    rstd = _beside("rstd", rstd, x, stats_shape, of_sums)
+    sums = _rules.stats_dtype(dtype)
+    of_rows = tuple(1 if a in axes else n for a, n in enumerate(shape))
+    dy = _beside("dy", dy, x, shape, dtype)
+    mean, rstd = (_beside(k, a, x, of_rows, sums) for k, a in (("mean", mean), ("rstd", rstd)))
     dtypes = {"x": dtype}
     if weight is not None:
-        dtypes["weight"] = of_sums = _rules.dtype_name(weight.dtype)
-    for name, wanted in zip(("dweight", "dbias"), mask[1:], strict=True):
-        if wanted:
-            dtypes[name] = of_sums
-    given = dy, x, mean, rstd, weight
+        dtypes["weight"] = sums = _rules.dtype_name(weight.dtype)
+    dtypes |= {k: sums for k, wanted in zip(("dweight", "dbias"), mask[1:], strict=True) if wanted}
     door = door_of(x, dy, mean, rstd, weight)
     strides = {"x": door.strides(x), "dy": door.strides(dy)}
     if mask[0]:
-        strides["dx"] = None if strides["x"] is None else result_strides(shape, strides["x"], "K")
+        strides["dx"] = _made(shape, strides["x"], "K")
     facts = Facts(op, True, shape, axes, dtypes, strides, device=door.device(x))
-    call = _turning_back(door.differentiator(facts), turn)
-    if door.look is not None and _exactly(how):
-        keep((door, op.name, how, *(None if a is None else door.look(a) for a in given)), call)
-    found: tuple[Any, ...] = call(*given)
-    return found
+    return Checked(door, facts, turn, (dy, x, mean, rstd, weight))
 
 
-def _turning_back(call: Callable[..., Any], turn: tuple[int, ...] | None) -> Callable[..., Any]:
-    """Dimensions of weight and of its gradients stand in the order in which axes were named."""
-    if turn is None:
-        return call
-    back = tuple(int(i) for i in np.argsort(turn))
-
-    def turning(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> Any:
-        dx, *sums = call(dy, x, mean, rstd, _libraries.turned(weight, turn))
-        return dx, *(_libraries.turned(total, back) for total in sums)
-
-    return turning
+def _made(shape: tuple[int, ...], strides: tuple[int, ...] | None, order: str) -> Any:
+    """Strides of a result that is made for an x like this."""
+    return None if strides is None else result_strides(shape, strides, order)
 
 
 # --- arrays ---------------------------------------------------------------------------------------
@@ -240,14 +192,14 @@ def _turning_back(call: Callable[..., Any], turn: tuple[int, ...] | None) -> Cal
 
 def _check_x(
     x: Any, normalized_shape: Any, axis: Any
-) -> tuple[Any, str, tuple[int, ...], tuple[int, ...] | None]:
-    """x as an array of a library, its dtype, the axes as they were named, weight's permutation."""
+) -> tuple[Any, tuple[int, ...], tuple[int, ...] | None]:
+    """x as an array of a library, the axes as they were named, weight's permutation."""
     x = take_in("x", x)
     dtype = _rules.dtype_name(x.dtype)
     if dtype not in _rules.ITEMSIZE:
         _rules.check_x_dtype(dtype, _libraries.cast_of("x", x))
     axes = _rules.resolve_axes(tuple(x.shape), normalized_shape, axis)
-    return x, dtype, axes, _rules.axis_order(axes)
+    return x, axes, _rules.axis_order(axes)
 
 
 def checked_affine(label: str, value: Any, x: Any, expected: tuple[int, ...]) -> Any:
@@ -315,7 +267,6 @@ def _find(x: Any) -> Any:
         from cupynorm._cpu.arrays import DOOR as of_numpy
 
         return of_numpy
-    return _OF_OTHERS
+    from cupynorm._reference import DOOR as of_others
 
-
-_OF_OTHERS = _reference.Door()
+    return of_others

@@ -34,10 +34,10 @@ class PreparedLayerNorm:
     __slots__ = ("_affine", "_call", "_device", "_door", "_facts", "_how", "_looks", "_turn")
 
     def __init__(self, checked: _calls.Checked, how: _calls.How, door: Any) -> None:
-        _, self._facts, self._turn, x, weight, bias, _ = checked
+        _, self._facts, self._turn, (x, weight, bias, _) = checked
         self._door, self._how, self._affine = door, how, (weight, bias)
         self._looks, self._device = self._seen(x), str(x.device)
-        self._call = _calls.forward_of(door, self._facts, self._turn)
+        self._call = _calls.call_of(door, self._facts, self._turn)
 
     def _seen(self, x: Any) -> tuple[Any, ...]:
         look = self._door.look
@@ -46,8 +46,8 @@ class PreparedLayerNorm:
     def __call__(self, x: Any, out: Any = None) -> Any:
         """Normalize x, into `out` if that is given."""
         door, (weight, bias), facts = self._door, self._affine, self._facts
-        if type(x) is not self._looks[0][0]:
-            self._refuse("type", _name(type(x)), _name(self._looks[0][0]))
+        if type(x) not in door.types:
+            self._refuse("type", _name(type(x)), _name(door.types[0]))
         select = door.select
         if (
             out is None
@@ -66,7 +66,7 @@ class PreparedLayerNorm:
         """What it takes."""
         facts, (weight, bias) = self._facts, self._affine
         affine = [n for n, a in (("weight", weight), ("bias", bias)) if a is not None]
-        library = self._looks[0][0].__module__.partition(".")[0]
+        library = self._door.types[0].__module__.partition(".")[0]
         parts = (
             f"<cupynorm.PreparedLayerNorm of {library} {facts.dtypes['x']} {facts.shape} "
             f"on {self._device}",
@@ -112,7 +112,7 @@ def _rebuilt(door: str, state: tuple[Any, ...], affine: tuple[Any, Any]) -> Prep
     call._facts, call._turn, call._how, x_look, call._device = state
     look = call._door.look
     call._looks = x_look, *(None if a is None else look(a) for a in affine)
-    call._call = _calls.forward_of(call._door, call._facts, call._turn)
+    call._call = _calls.call_of(call._door, call._facts, call._turn)
     return call
 
 
@@ -202,7 +202,7 @@ def prepare(
     door = _calls.doors[type(checked.x)]  # whoever may watch this example
     if door.look is None:
         _refuse_kind(x)
-    for label, array in zip(("x", "weight", "bias"), checked[3:6], strict=True):
+    for label, array in zip(("x", "weight", "bias"), checked.arrays[:3], strict=True):
         if array is not None and type(array) not in door.types:
             msg = (
                 f"{label} is a {_name(type(array))}, and prepared calls know plain tensors alone; "

@@ -1,6 +1,9 @@
-"""DLPack as the interchange: results pass between libraries as the same memory, both ways."""
+"""Exchange protocols: results pass between libraries as the same memory, exporters are taken."""
 
 import gc
+import subprocess
+import sys
+import textwrap
 import weakref
 
 import ml_dtypes
@@ -15,13 +18,16 @@ torch = pytest.importorskip("torch")
 
 RNG = np.random.default_rng(20260411)
 NUMPYS = ("float16", "float32", "float64")  # what NumPy's DLPack knows of the four
-ORDERS = ("C", "F")
 NO_GPU = why_not(Backend.TORCH_CUDA) or why_not(Backend.CUPY)
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))]
+each_dtype = pytest.mark.parametrize("dtype", NUMPYS)
+each_dtype_on_gpu = pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=on_gpu) for d in (*NUMPYS, "bfloat16")]
+)
 
 
 class Exporter:
-    """Speaks DLPack and nothing else."""
+    """Speaks DLPack and nothing else: the least that a producer of the standard offers."""
 
     def __init__(self, array):
         self._array = array
@@ -33,55 +39,51 @@ class Exporter:
         return self._array.__dlpack_device__()
 
 
+class CudaExporter:
+    """What numba, cuDF columns and RMM-backed buffers offer."""
+
+    def __init__(self, array):
+        self.__cuda_array_interface__ = array.__cuda_array_interface__
+        self._owner = array
+
+
 def numbers(*shape, dtype="float32"):
     return (RNG.standard_normal(shape) * 2 + 3).astype(np_dtype(dtype))
 
 
-def check(y, x, dtype="float32"):
-    want = oracle.layer_norm(x, (x.ndim - 1,), None, None, 1e-5)[0]
-    bound = oracle.tolerance(dtype, x.shape[-1])
-    np.testing.assert_allclose(np.asarray(y, dtype=np.float64), want, rtol=bound, atol=bound)
+def check(y, x, dtype="float32", weight=None, axis=-1):
+    want = oracle.layer_norm(x, (axis,), weight, None, 1e-5)[0]
+    bound = oracle.tolerance(dtype, x.shape[axis])
+    atol = bound * np.abs(want).max()
+    np.testing.assert_allclose(np.asarray(y, dtype=np.float64), want, rtol=bound, atol=atol)
 
 
 def address(array):
     return array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr()
 
 
-def strides(array):
-    """In elements, of NumPy's arrays and torch's tensors alike."""
-    if isinstance(array, np.ndarray):
-        return tuple(s // array.itemsize for s in array.strides)
-    return tuple(array.stride())
-
-
 def assert_shared(a, b):
     assert address(a) == address(b)
     assert tuple(a.shape) == tuple(b.shape)
-    assert strides(a) == strides(b)
-    a[0, 0] = 17.0
-    assert b[0, 0] == 17.0
-    b[-1, -1] = 19.0
-    assert a[-1, -1] == 19.0
+    for place, value in (((0, 0), 17.0), ((0, -1), 18.0), ((-1, 0), 19.0)):
+        a[place] = value
+        assert b[place] == value
+    b[-1, -1] = 20.0
+    assert a[-1, -1] == 20.0
 
 
 # --- NumPy and torch on the CPU -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", NUMPYS)
-def test_a_numpy_result_is_a_tensor(dtype, order):
+@pytest.mark.parametrize("order", ["C", "F"])
+@each_dtype
+def test_results_pass_between_numpy_and_torch(dtype, order):
     x = numbers(5, 33, dtype=dtype)
     y = cn.layer_norm(x, order=order)
     t = torch.from_dlpack(y)
     assert str(t.dtype) == f"torch.{dtype}"
     check(t, x, dtype)
     assert_shared(y, t)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", NUMPYS)
-def test_a_torch_result_is_a_numpy_array(dtype, order):
-    x = numbers(5, 33, dtype=dtype)
     t = cn.layer_norm(torch.from_dlpack(x), order=order)
     y = np.from_dlpack(t)
     assert y.dtype == dtype
@@ -89,28 +91,20 @@ def test_a_torch_result_is_a_numpy_array(dtype, order):
     assert_shared(y, t)
 
 
-@pytest.mark.parametrize("dtype", NUMPYS)
+@each_dtype
 def test_the_same_bits_under_either_name(dtype):
-    x, w, b = numbers(7, 40, dtype=dtype), numbers(40), numbers(40)
-    as_torch = [torch.from_dlpack(a) for a in (x, w, b)]
-    for mine, its in zip(
-        cn.layer_norm(x, 40, w, b, return_stats=True),
-        cn.layer_norm(as_torch[0], 40, *as_torch[1:], return_stats=True),
-        strict=True,
-    ):
+    """And statistics and gradients pass, too."""
+    arrays = numbers(7, 40, dtype=dtype), numbers(40), numbers(40)
+    x, w, b = (torch.from_dlpack(a) for a in arrays)
+    results = cn.layer_norm(arrays[0], 40, *arrays[1:], return_stats=True)
+    theirs = cn.layer_norm(x, 40, w, b, return_stats=True)
+    for mine, its in zip(results, theirs, strict=True):
         assert mine.tobytes() == np.from_dlpack(its).tobytes()
-        assert address(torch.from_dlpack(mine)) == address(mine)
-
-
-@pytest.mark.parametrize("dtype", NUMPYS)
-def test_gradients_pass_too(dtype):
-    x, dy = numbers(6, 20, dtype=dtype), numbers(6, 20, dtype=dtype)
-    _, mean, rstd = cn.layer_norm(x, return_stats=True)
-    got = cn.layer_norm_backward(dy, x, 20, mean, rstd, numbers(20))
-    for gradient in got:
-        t = torch.from_dlpack(gradient)
-        assert address(t) == address(gradient)
-        assert address(np.from_dlpack(t)) == address(gradient)
+    dy = numbers(7, 40, dtype=dtype)
+    gradients = cn.layer_norm_backward(dy, arrays[0], 40, *results[1:], arrays[1])
+    for array in (*results, *gradients):
+        t = torch.from_dlpack(array)
+        assert address(np.from_dlpack(t)) == address(t) == address(array)
 
 
 def test_bfloat16_passes_as_its_bits():
@@ -167,35 +161,62 @@ def test_jax_to_torch():
 
 
 @pytest.mark.parametrize("of", ["numpy", "torch"])
-@pytest.mark.parametrize("dtype", NUMPYS)
+@each_dtype
 def test_an_exporter_comes_back_as_numpy(dtype, of):
+    """As x, as weight and as bias, beside NumPy's own arrays or not."""
     x, w = numbers(5, 33, dtype=dtype), numbers(33)
     source, weight = (torch.from_dlpack(a) if of == "torch" else a for a in (x, w))
-    y = cn.layer_norm(Exporter(source), weight=Exporter(weight))
-    assert type(y) is np.ndarray
-    assert y.tobytes() == cn.layer_norm(x, weight=w).tobytes()
+    want = cn.layer_norm(x, 33, w, w)
+    pairs = (Exporter(source), w), (x, Exporter(weight)), (Exporter(source), Exporter(weight))
+    for a, affine in pairs:
+        y, mean, rstd = cn.layer_norm(a, 33, affine, affine, return_stats=True)
+        assert all(type(a) is np.ndarray for a in (y, mean, rstd))
+        assert y.tobytes() == want.tobytes()
+    check(cn.layer_norm(Exporter(source), weight=Exporter(weight)), x, dtype, w)
 
 
-@pytest.mark.parametrize("view", [np.s_[1:4], np.s_[:, 3:20], np.s_[::2, ::3]], ids=str)
+@pytest.mark.parametrize("view", [np.s_[1:4], np.s_[:, 3:20], np.s_[::2, ::3], "turned"], ids=str)
 def test_an_exporter_of_a_view(view):
-    t = torch.from_dlpack(numbers(5, 33))[view]
-    y = cn.layer_norm(Exporter(t))
-    check(y, t.numpy())
+    t = torch.from_dlpack(numbers(5, 33))
+    t = t.T if view == "turned" else t[view]
+    for axis in (0, 1):
+        y = cn.layer_norm(Exporter(t), axis=axis)
+        assert type(y) is np.ndarray
+        check(y, t.numpy(), axis=axis)
 
 
-def test_an_exporter_of_bfloat16_is_refused_with_the_way_out():
-    t = torch.ones(2, 8, dtype=torch.bfloat16)
-    with pytest.raises(
-        TypeError, match=r"knows no bfloat16, for example. Pass x in its own library"
-    ):
-        cn.layer_norm(Exporter(t))
-    assert cn.layer_norm(t).dtype is torch.bfloat16
+def test_rules_hold_for_exporters():
+    with pytest.raises(TypeError, match=r"int64.*astype"):
+        cn.layer_norm(Exporter(np.ones((2, 3), dtype=np.int64)))
+    with pytest.raises(ValueError, match="normalized_shape"):
+        cn.layer_norm(Exporter(numbers(5, 8)), 5)
+
+
+def test_an_exporter_of_bfloat16_is_taken_or_refused_with_the_way_out():
+    t = torch.from_dlpack(numbers(2, 8)).bfloat16()
+    try:
+        y = cn.layer_norm(Exporter(t))
+    except TypeError as error:
+        assert "knows no bfloat16, for example. Pass x in its own library" in str(error)
+    else:
+        check(y.astype(np.float64), t.float().numpy(), "bfloat16")
+    check(cn.layer_norm(t).float(), t.float().numpy(), "bfloat16")
+
+
+@pytest.mark.parametrize("device_type", [4, 7, 8, 10, 14])
+def test_dlpack_on_a_device_of_another_kind_is_refused(device_type):
+    class Elsewhere(Exporter):
+        def __dlpack_device__(self):
+            return (device_type, 0)
+
+    with pytest.raises(TypeError, match=r"Elsewhere.*pass an array"):
+        cn.layer_norm(Elsewhere(numbers(5, 8)))
 
 
 # --- out= on memory of another library ----------------------------------------------------------
 
 
-def test_a_numpy_call_writes_into_a_tensor():
+def test_a_call_writes_into_memory_of_another_library():
     x, t = numbers(5, 33), torch.empty(5, 33)
     out = np.from_dlpack(t)
     assert cn.layer_norm(x, out=out) is out
@@ -203,24 +224,14 @@ def test_a_numpy_call_writes_into_a_tensor():
     t.zero_()
     cn.layer_norm(x, out=Exporter(t))
     check(t, x)
-
-
-def test_a_torch_call_writes_into_a_numpy_array():
-    x, a = numbers(5, 33), np.zeros((5, 33), np.float32)
+    a = np.zeros((5, 33), np.float32)
     out = torch.from_dlpack(a)
     assert cn.layer_norm(torch.from_dlpack(x), out=out) is out
     check(a, x)
-
-
-def test_a_tensor_is_no_out_for_numpy():
     with pytest.raises(ValueError, match="out is a torch array but x is a numpy array"):
-        cn.layer_norm(numbers(5, 33), out=torch.empty(5, 33))
-
-
-def test_in_place_through_a_view():
-    x = numbers(5, 33)
+        cn.layer_norm(x, out=torch.empty(5, 33))
     before = x.copy()
-    cn.layer_norm(x, out=np.from_dlpack(torch.from_dlpack(x)))
+    cn.layer_norm(x, out=np.from_dlpack(torch.from_dlpack(x)))  # in place, through a view
     check(x, before)
 
 
@@ -249,23 +260,60 @@ def test_a_cupy_result_keeps_its_memory(cupy_lib):
     check(cupy_lib.to_numpy(y), x)
 
 
-def test_an_exporter_on_a_gpu_comes_back_as_cupy(cupy_lib):
+@pytest.mark.parametrize("exporter", [Exporter, CudaExporter])
+def test_an_exporter_on_a_gpu_comes_back_as_cupy(cupy_lib, exporter):
+    """And nothing is copied between devices in silence."""
     import cupy
 
     x, w = numbers(5, 77), numbers(77)
-    source, out = cupy_lib.from_numpy(x), cupy.empty((5, 77), dtype="float32")
-    y = cn.layer_norm(Exporter(source), weight=Exporter(cupy_lib.from_numpy(w)))
-    assert type(y) is cupy.ndarray
-    plain = cn.layer_norm(source, weight=cupy_lib.from_numpy(w))
+    source, weight = cupy_lib.from_numpy(x), cupy_lib.from_numpy(w)
+    y, mean, rstd = cn.layer_norm(exporter(source), 77, exporter(weight), return_stats=True)
+    assert all(type(a) is cupy.ndarray for a in (y, mean, rstd))
+    check(cupy_lib.to_numpy(y), x, weight=w)
+    plain = cn.layer_norm(source, weight=weight)
     assert cupy_lib.to_numpy(y).tobytes() == cupy_lib.to_numpy(plain).tobytes()
-    cn.layer_norm(source, out=Exporter(out))
+    out = cupy.empty((5, 77), dtype="float32")
+    cn.layer_norm(source, out=exporter(out))
     check(cupy_lib.to_numpy(out), x)
+    with pytest.raises(ValueError, match=r"weight is a cupy array but x is a numpy array"):
+        cn.layer_norm(x, 77, exporter(weight))
+    with pytest.raises(ValueError, match=r"weight is a numpy array but x is a cupy array"):
+        cn.layer_norm(exporter(source), 77, w)
+
+
+def test_a_gpu_exporter_without_cupy_says_what_to_install():
+    program = """
+        import sys
+        import cupynorm as cn
+
+        class NoCupy:
+            @staticmethod
+            def find_spec(name, path=None, target=None):
+                if name.partition(".")[0] == "cupy":
+                    raise ModuleNotFoundError("No module named 'cupy'", name="cupy")
+
+        sys.meta_path.insert(0, NoCupy)
+
+        class Exporter:
+            __cuda_array_interface__ = {
+                "shape": (4,), "typestr": "<f4", "data": (4096, False), "version": 3
+            }
+
+        try:
+            cn.layer_norm(Exporter())
+        except Exception as error:
+            print(type(error).__name__, error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("ImportError")
+    assert "cupynorm[cuda12]" in done.stdout
 
 
 # --- CuPy and torch on a GPU --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(d, marks=on_gpu) for d in (*NUMPYS, "bfloat16")])
+@each_dtype_on_gpu
 def test_a_cupy_result_is_a_cuda_tensor(dtype):
     import cupy
 
@@ -281,29 +329,21 @@ def test_a_cupy_result_is_a_cuda_tensor(dtype):
     assert (y.get().astype(np.float64) == 3.0).all()
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(d, marks=on_gpu) for d in (*NUMPYS, "bfloat16")])
+@each_dtype_on_gpu
 def test_a_cuda_tensor_goes_to_cupy_and_back(dtype):
     import cupy
 
     x = numbers(64, 768, dtype=dtype)
-    bits = torch.from_numpy(x.view(np.uint8))
-    t = bits.cuda().view(getattr(torch, dtype))
+    t = torch.from_numpy(x.view(np.uint8)).cuda().view(getattr(torch, dtype))
+    exported = cn.layer_norm(Exporter(t))
+    assert type(exported) is cupy.ndarray
     c = cupy.from_dlpack(t)
     assert c.data.ptr == t.data_ptr()
     assert c.dtype == x.dtype
     back = torch.from_dlpack(cn.layer_norm(c, out=c))  # in place: torch's memory
     assert back.data_ptr() == t.data_ptr()
-    check(t.double().cpu(), x.astype(np.float64), dtype)
-
-
-@pytest.mark.parametrize("dtype", [pytest.param(d, marks=on_gpu) for d in ("float32", "bfloat16")])
-def test_an_exporter_of_a_cuda_tensor_comes_back_as_cupy(dtype):
-    import cupy
-
-    t = torch.randn(64, 768, device="cuda").to(getattr(torch, dtype))
-    y = cn.layer_norm(Exporter(t))
-    assert type(y) is cupy.ndarray
-    check(torch.from_dlpack(y).double().cpu(), t.double().cpu().numpy(), dtype)
+    for result in (t, torch.from_dlpack(exported)):
+        check(result.double().cpu(), x.astype(np.float64), dtype)
 
 
 @pytest.mark.parametrize("side", [pytest.param(s, marks=on_gpu) for s in (False, True)])

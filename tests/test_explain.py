@@ -1,10 +1,11 @@
 """What `explain` says is what a call does; `warmup` compiles what a later call takes."""
 
-import html.parser
+import io
 import itertools
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("shape", "kw"), SHAPES, ids=str)
-def test_the_launches_are_those_of_the_call(cupy, shape, kw):
+def test_launches_and_bytes_are_those_of_the_call(cupy, shape, kw):
     x = cupy.asarray(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
     told = cn.explain(x, **kw)
     before = len(cupy.simulator.launches)
@@ -50,15 +51,6 @@ def test_the_launches_are_those_of_the_call(cupy, shape, kw):
     for text, one in zip(told.launches, done, strict=True):
         clusters = f" in clusters of {one.cluster}" if one.cluster > 1 else ""
         assert f"grid {one.grid[0]}{clusters}, block {one.block[0]}, " in text
-
-
-@pytest.mark.parametrize(("shape", "kw"), SHAPES, ids=str)
-def test_bytes_moved_are_those_the_kernels_move(cupy, shape, kw):
-    x = cupy.asarray(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
-    told = cn.explain(x, **kw)
-    before = len(cupy.simulator.launches)
-    cn.layer_norm(x, **kw)
-    done = cupy.simulator.launches[before:]
     by_kernels = told.bytes_moved - 2 * x.nbytes * len(told.copies)
     # In distinct bytes per block: K5's workspace is read by many threads of a block.
     counted = sum(
@@ -92,6 +84,7 @@ def test_strided_columns_take_a_tile():
     assert "_FC" in cn.explain(table, order="C", device="sm_90").launches[0]
     few = cn.explain(np.empty((10**6, 9), np.float32, order="F"), device="sm_90")
     assert "registers" in few.kernel and few.bytes_moved == few.bytes_floor
+    assert "K5 split row" in str(cn.explain(np.ones((2, 3_000_000), np.float16), device="sm_90"))
     long = cn.explain(np.ones((100, 8000), np.float32, order="F"), device="sm_90")
     assert "two sweeps" in long.kernel
     assert 1.4 < long.bytes_moved / long.bytes_floor < 1.5
@@ -138,32 +131,6 @@ def test_empty_x_launches_nothing():
     assert "empty" in str(told)
 
 
-class _Cells(html.parser.HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.text, self.open = [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.open.append(tag)
-        assert tag in ("table", "tbody", "tr", "th", "td")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def test_text_and_html_say_the_same():
-    told = cn.explain(np.ones((2, 3_000_000), np.float16), device="sm_90")
-    cells = _Cells()
-    cells.feed(told._repr_html_())
-    assert cells.open == []
-    assert str(told).split() == " ".join(cells.text).split()
-    assert "K5 split row" in str(told)
-    assert repr(told) == str(told)
-
-
 def test_devices_are_those_that_the_harness_knows():
     for cc, device in _DEVICES.items():
         assert device.compute_capability == cc
@@ -181,60 +148,6 @@ def test_result_strides_are_those_of_numpy():
                 got = result_strides(x.shape, tuple(s // 4 for s in x.strides), order)
                 for n, a, b in zip(x.shape, want, got, strict=True):
                     assert n == 1 or a == 4 * b, (x.shape, x.strides, order)
-
-
-def test_warmup_compiles_what_a_call_takes(cupy):
-    names = cn.warmup(100, ["float32", "float16"])
-    assert len(names) == 2
-    compiled = len(cupy.simulator.compilations)
-    assert compiled == 2
-    w = cupy.asarray(np.ones(100, np.float32))
-    cn.layer_norm(cupy.asarray(np.ones((7, 100), np.float32)), weight=w, bias=w)
-    assert len(cupy.simulator.compilations) == compiled
-    assert cupy.simulator.launches[-1].name in names
-
-
-def test_warmup_of_long_rows_covers_few_and_many(cupy):
-    names = cn.warmup((2, 200_000), ["float32"], affine=False)
-    assert [name.split("_f32")[0] for name in names] == [
-        "layer_norm_fwd_split_stats",
-        "layer_norm_fwd_split_normalize",
-        "layer_norm_fwd_cluster",
-    ]
-
-
-def test_warmup_on_the_cpu_names_each_dtype():
-    assert len(cn.warmup(16, ["float32", "float64"], device="cpu")) == 2
-
-
-def test_warmup_on_the_cpu_leaves_nothing_to_compile():
-    """Small and large calls, with statistics and gradients, in a process of its own."""
-    code = """
-        import numpy as np, cupynorm as cn
-        from cupynorm._cpu import kept as _cpu_kept
-        cn.warmup(64, ["float32"], device="cpu")
-        backward = lambda: [d for d, _ in _cpu_kept._ready if "_bwd_" in d.__module__]
-        assert not backward()  # which nobody asked for
-        cn.warmup(64, ["float32"], backward=True, device="cpu")
-        assert backward()
-        ready = dict(_cpu_kept._ready)
-        assert ready
-        w = np.ones(64, np.float32)
-        for rows in (1, 50, 9000):
-            x = np.ones((rows, 64), np.float32)
-            y, mean, rstd = cn.layer_norm(x, 64, w, w, return_stats=True)
-            cn.layer_norm(x, 64, w, w, out=y)
-            cn.layer_norm_backward(x, x, 64, mean, rstd, w)
-        assert _cpu_kept._ready == ready, set(_cpu_kept._ready) - set(ready)
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
-
-
-def test_warmup_refuses_what_layer_norm_refuses():
-    with pytest.raises(TypeError, match="int32"):
-        cn.warmup(16, ["int32"], device="cpu")
-    with pytest.raises(ValueError, match="'tpu'"):
-        cn.warmup(16, device="tpu")
 
 
 # --- backward -----------------------------------------------------------------------------------
@@ -271,3 +184,105 @@ def test_backward_on_the_cpu_and_of_nothing():
     assert cn.explain(np.ones((3, 4)), backward=True).path == "cpu"
     empty = cn.explain(np.ones((0, 4), np.float32), device="sm_90", backward=True)
     assert empty.bytes_moved == 0 and not empty.launches
+
+
+# --- warmup -------------------------------------------------------------------------------------
+
+
+def test_warmup_compiles_what_a_call_takes(cupy):
+    names = cn.warmup(100, ["float32", "float16"])
+    assert len(names) == 2
+    compiled = len(cupy.simulator.compilations)
+    assert compiled == 2
+    w = cupy.asarray(np.ones(100, np.float32))
+    cn.layer_norm(cupy.asarray(np.ones((7, 100), np.float32)), weight=w, bias=w)
+    assert len(cupy.simulator.compilations) == compiled
+    assert cupy.simulator.launches[-1].name in names
+
+
+def test_warmup_of_long_rows_covers_few_and_many(cupy):
+    names = cn.warmup((2, 200_000), ["float32"], affine=False)
+    assert [name.split("_f32")[0] for name in names] == [
+        "layer_norm_fwd_split_stats",
+        "layer_norm_fwd_split_normalize",
+        "layer_norm_fwd_cluster",
+    ]
+
+
+def test_warmup_on_the_cpu_names_each_dtype():
+    assert len(cn.warmup(16, ["float32", "float64"], device="cpu")) == 2
+
+
+def test_warmup_on_the_cpu_leaves_nothing_to_compile():
+    """Small and large calls, with statistics and gradients, in a process of its own.
+
+    What compiles, and what loads compiled code, holds numba's lock for that.
+    """
+    code = """
+        import numpy as np, cupynorm as cn
+        from numba.core import event
+
+        def taken(call):
+            with event.install_recorder("numba:compiler_lock") as record:
+                call()
+            return len(record.buffer)
+
+        def calls():
+            w = np.ones(64, np.float32)
+            for rows in (1, 50, 9000):
+                x = np.ones((rows, 64), np.float32)
+                y, mean, rstd = cn.layer_norm(x, 64, w, w, return_stats=True)
+                cn.layer_norm(x, 64, w, w, out=y)
+                cn.layer_norm_backward(x, x, 64, mean, rstd, w)
+
+        assert taken(lambda: cn.warmup(64, ["float32"], device="cpu"))
+        # The gradient, which nobody asked for before:
+        assert taken(lambda: cn.warmup(64, ["float32"], backward=True, device="cpu"))
+        assert not taken(calls)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
+
+
+def test_warmup_refuses_what_layer_norm_refuses():
+    with pytest.raises(TypeError, match="int32"):
+        cn.warmup(16, ["int32"], device="cpu")
+    with pytest.raises(ValueError, match="'tpu'"):
+        cn.warmup(16, device="tpu")
+
+
+TWO = ["float32", "float64"]
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "progress", "hidden"),
+    [(TWO, None, None), (TWO[:1], None, True), (TWO[:1], True, False), (TWO, False, "no tqdm")],
+)
+def test_when_warmup_draws_a_bar(monkeypatch, dtypes, progress, hidden):
+    """`disable=None` leaves it to tqdm: in a notebook and a terminal, but not into a file."""
+    asked = []
+
+    def tqdm(items, *, desc, leave, disable):
+        asked.append((list(items), desc, disable))
+        return items
+
+    monkeypatch.setitem(sys.modules, "tqdm.auto", SimpleNamespace(tqdm=tqdm))
+    assert len(cn.warmup(16, dtypes, device="cpu", progress=progress)) == len(dtypes)
+    assert asked == ([] if progress is False else [(dtypes, "compiling loops", hidden)])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_tqdm_itself_draws_where_someone_looks_on(monkeypatch, terminal):
+    pytest.importorskip("tqdm")
+    shown = io.StringIO()
+    shown.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", shown)
+    cn.warmup(16, TWO, device="cpu")
+    assert ("compiling loops: " in shown.getvalue()) is terminal
+
+
+def test_without_tqdm_silence_unless_a_bar_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    assert len(cn.warmup(16, TWO, device="cpu")) == 2
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(ImportError, match=r"progress=True .* pip install 'cupynorm\[notebook\]'"):
+        cn.warmup(16, TWO, device="cpu", progress=True)

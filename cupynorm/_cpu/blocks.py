@@ -4,7 +4,6 @@ A block is gathered, its moments are taken in two passes, it is scaled in place 
 """
 
 import math
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -137,7 +136,8 @@ def forward(
     w and b are rows in the dtype of the statistics.
     """
     turn, rows = _turn(x, axes)
-    xt, yt, mean, rstd = (None if a is None else a.transpose(turn) for a in (x, *results))
+    xt, yt = (a.transpose(turn) for a in (x, results[0]))
+    mean, rstd = (None if a is None else a.transpose(turn) for a in results[1:])
     N = math.prod(xt.shape[rows:])
     rooms = _rooms(2, x, N)
     with np.errstate(all="ignore"):
@@ -222,15 +222,3 @@ def backward(
             g *= r
             np.copyto(dxt[block], g.reshape(dxt[block].shape), casting="unsafe")
     return sums
-
-
-# --- ADAPTERS, to be deleted when `dask/_moments` no longer takes them --------------------------
-
-CHUNK = 1 << 18
-
-
-class Scratch(threading.local):
-    """A block of memory per thread: from malloc it would come as fresh pages, call by call."""
-
-    def __init__(self) -> None:
-        self.memory = np.empty(CHUNK, np.float64)

@@ -179,11 +179,12 @@ def differentiator(
     With ``wide_sums`` dweight and dbias are float64, so that the caller can round them once.
     """
     from cupynorm._cpu import jobs
+    from cupynorm._cpu.backward import block_count
 
     kind = problem.dtype("x") or ""
     count, N = problem.outer * problem.M, problem.N
     record, plan = gradient_record(problem)
-    blocks = jobs.block_count.py_func(count)
+    blocks = block_count.py_func(count)
     size, dtype = jobs.sums_size(count, N), computed(kind)
     long = problem.row_major and problem.outer == 1 and N > LONGEST
 
@@ -210,7 +211,7 @@ def differentiator(
 def _long_gradients(problem: Problem, plan: int, workers: int, at: tuple[int, ...]) -> None:
     """Long rows: sums over every chunk of each row, then the gradients of every chunk."""
     from cupynorm._cpu import jobs
-    from cupynorm._cpu.backward import FIELDS
+    from cupynorm._cpu.backward import FIELDS, block_count
     from cupynorm._cpu.forward import CHUNK
 
     kind, M = problem.dtype("x") or "", problem.M
@@ -223,7 +224,7 @@ def _long_gradients(problem: Problem, plan: int, workers: int, at: tuple[int, ..
         lambda lo, hi: take(plan, dy, x, mean, rstd, weight, found, lo, hi), M * chunks, workers
     )
     jobs.long_finish(kind)(plan, found, mean, rstd, told, 0, M)
-    items = jobs.block_count.py_func(M) * chunks
+    items = block_count.py_func(M) * chunks
     threads.run(lambda lo, hi: give(plan, dy, x, weight, told, dx, sums, lo, hi), items, workers)
 
 

@@ -63,8 +63,10 @@ def put_back(q, row, col, tile, n, N):  # type: ignore[no-untyped-def]
 # --- columns ------------------------------------------------------------------------------------
 
 # Dtypes of columns: the number of each is what `_load` is told.
-COLUMN_DTYPES = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
-COLUMN_DTYPES += ("float16", "bfloat16", "float32", "float64")
+COLUMN_DTYPES = (
+    *("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
+    *("float16", "bfloat16", "float32", "float64"),
+)
 TOGETHER = 16  # columns that are turned together: a line of float32 of each row
 
 
@@ -136,7 +138,7 @@ def bring_columns(columns, N, first, n, tile, room):  # type: ignore[no-untyped-
     """Bring n rows from ``first`` on into the tile.
 
     columns (6, N): number of the dtype, address, elements from row to row, address of the bitmap
-    or 0, the bit of row 0, and the bytes of an element. ``room`` holds TOGETHER columns, which it has at this pitch.
+    or 0, the bit of row 0, and the bytes of an element. ``room`` holds TOGETHER columns.
     """
     t, pitch = pointer(room, 0), room.size // TOGETHER
     for left in range(0, N, TOGETHER):

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def run(work: Callable[[int, int], None], count: int, threads: int) -> None:
         return
     shares = min(count, _SHARES * threads)
     edges = [count * i // shares for i in range(shares + 1)]
-    waiting = collections.deque(zip(edges, edges[1:], strict=False))  # popleft() is atomic
+    waiting = collections.deque(itertools.pairwise(edges))  # popleft() is atomic
 
     def help_out() -> None:
         while waiting:
@@ -84,9 +85,14 @@ def run(work: Callable[[int, int], None], count: int, threads: int) -> None:
                 break
         help_out()
     finally:
-        waiting.clear()  # after an interrupt, too, a helper must not write to freed memory
+        waiting.clear()
         begun = [helper for helper in helpers if not helper.cancel()]
-        errors = [helper.exception() for helper in begun]
+        try:
+            errors = [helper.exception() for helper in begun]
+        except BaseException:  # an interrupt: no helper may go on writing to memory that it frees
+            for helper in begun:
+                helper.exception()
+            raise
     for error in errors:
         if error is not None:
             raise error

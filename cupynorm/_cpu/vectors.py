@@ -144,7 +144,7 @@ def _narrow(builder: Any, p: Narrow, value: Any) -> Any:
 def _kind_of(name: str) -> Any:
     if name in ("float16", "bfloat16"):
         return Narrow(name)
-    return types.CPointer(getattr(types, name))
+    return types.CPointer(getattr(types, name))  # type: ignore[attr-defined]
 
 
 @intrinsic(prefer_literal=True)
@@ -197,7 +197,7 @@ def typed(typingctx, q, p):  # type: ignore[no-untyped-def]
 @intrinsic
 def raw(typingctx, p):  # type: ignore[no-untyped-def]
     """Take a pointer to 16-bit floats for one to their bits; others stay as they are."""
-    result = types.CPointer(types.uint16) if isinstance(p, Narrow) else p
+    result = _kind_of("uint16") if isinstance(p, Narrow) else p
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return args[0]

@@ -1,8 +1,9 @@
 """What is installed, which GPUs are seen, and which paths can run or why they cannot."""
 
+import contextlib
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -161,14 +162,10 @@ def show_config() -> Config:
         "cupy": ", ".join(f"{v} ({name})" for name, v in cupys.items()) or None,
         **{name: _installed(name) for name in _OTHERS},
     }
-    cuda: dict[str, Any] = {"driver": _driver_version(), "nvrtc": None, "headers": None, "gpus": ()}
-    paths = (
-        _cuda_status(versions["cupy"], cuda),
-        _numba_status(versions["numba"]),
-        PathStatus("cpu-numpy", True, f"NumPy arrays where numba is not, {_thread_count()}"),
-        _reference_status(versions),
-    )
-    return Config(versions, cuda["driver"], cuda["nvrtc"], cuda["headers"], cuda["gpus"], paths)
+    cuda, found = _look_at_cuda(versions["cupy"])
+    plain = PathStatus("cpu-numpy", True, f"NumPy arrays where numba is not, {_thread_count()}")
+    paths = cuda, _numba_status(versions["numba"]), plain, _reference_status(versions)
+    return Config(versions=versions, paths=paths, **found)
 
 
 def _installed(name: str) -> str | None:
@@ -239,9 +236,19 @@ def _reference_status(versions: dict[str, str | None]) -> PathStatus:
     return PathStatus("reference", True, f"arrays of every other array-API library{others}")
 
 
-def _cuda_status(installed: str | None, found: dict[str, Any]) -> PathStatus:
-    """Put what CuPy tells of compiler, headers and GPUs in `found`; one failure hides no other."""
+def _look_at_cuda(installed: str | None) -> tuple[PathStatus, dict[str, Any]]:
+    """What CuPy tells of driver, compiler, headers and GPUs; one failure hides no other."""
+    driver, nvrtc, headers = _driver_version(), None, None
+    gpus: tuple[Gpu, ...] = ()
     faults: list[Fault] = []
+
+    @contextlib.contextmanager
+    def looking(why: str, way_out: str = _CUPY_WAY_OUT) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            faults.append((f"{why} ({short(error)})", way_out))
+
     if installed is not None and "," in installed:
         why = f"two CuPy distributions overwrite each other: {installed}"
         faults.append((why, f"pip uninstall {' '.join(_CUPY_NAMES)}; then {_CUPY_WAY_OUT}"))
@@ -249,52 +256,33 @@ def _cuda_status(installed: str | None, found: dict[str, Any]) -> PathStatus:
         faults.append(fault)
     else:
         cuda = import_module("cupy").cuda
-        for why, look, way_out in _CUDA_NEEDS:
-            try:
-                look(cuda, found)
-            except Exception as error:
-                faults.append((f"{why} ({short(error)})", way_out))
-    if not faults:
-        return PathStatus("cuda", True, f"CuPy arrays, {len(found['gpus'])} GPU(s)")
-    why, way_out = ("; ".join(dict.fromkeys(said)) for said in zip(*faults, strict=True))
-    return PathStatus("cuda", False, why, way_out)
+        with looking("NVRTC cannot be loaded"):
+            nvrtc = ".".join(map(str, cuda.nvrtc.getVersion()))
+        with looking("CUDA's headers cannot be found"):
+            headers = import_module("cuda.pathfinder").find_nvidia_header_directory("cudart")
+            if headers is None:
+                msg = "CuPy compiles nothing without them"
+                raise FileNotFoundError(msg)
+        needed = "an NVIDIA GPU with a driver for CUDA 12 or newer is needed"
+        with looking("no GPU can be used", needed):
+            version = cuda.runtime.driverGetVersion()  # 0 without a driver
+            newest = f"runs CUDA up to {version // 1000}.{version % 1000 // 10}"
+            driver = ", ".join(filter(None, (driver, newest if version else None))) or None
+            count = cuda.runtime.getDeviceCount()
+            gpus = tuple(map(_gpu, map(cuda.runtime.getDeviceProperties, range(count))))
+            if not gpus:
+                msg = "the driver lists none"
+                raise RuntimeError(msg)
+    status = PathStatus("cuda", True, f"CuPy arrays, {len(gpus)} GPU(s)")
+    if faults:
+        why, way_out = ("; ".join(dict.fromkeys(said)) for said in zip(*faults, strict=True))
+        status = PathStatus("cuda", False, why, way_out)
+    return status, {"driver": driver, "nvrtc": nvrtc, "cuda_headers": headers, "gpus": gpus}
 
 
-def _find_nvrtc(cuda: Any, found: dict[str, Any]) -> None:
-    found["nvrtc"] = ".".join(map(str, cuda.nvrtc.getVersion()))
-
-
-def _find_headers(cuda: Any, found: dict[str, Any]) -> None:
-    found["headers"] = import_module("cuda.pathfinder").find_nvidia_header_directory("cudart")
-    if found["headers"] is None:
-        msg = "CuPy compiles nothing without them"
-        raise FileNotFoundError(msg)
-
-
-def _find_gpus(cuda: Any, found: dict[str, Any]) -> None:
-    version = cuda.runtime.driverGetVersion()  # 0 without a driver
-    if version:
-        newest = f"runs CUDA up to {version // 1000}.{version % 1000 // 10}"
-        found["driver"] = f"{found['driver']}, {newest}" if found["driver"] else newest
-    properties = map(cuda.runtime.getDeviceProperties, range(cuda.runtime.getDeviceCount()))
-    found["gpus"] = tuple(
-        Gpu(p["name"].decode(), f"{p['major']}{p['minor']}", int(p["totalGlobalMem"]))
-        for p in properties
-    )
-    if not found["gpus"]:
-        msg = "the driver lists none"
-        raise RuntimeError(msg)
-
-
-_CUDA_NEEDS: tuple[tuple[str, Callable[[Any, dict[str, Any]], None], str], ...] = (
-    ("NVRTC cannot be loaded", _find_nvrtc, _CUPY_WAY_OUT),
-    ("CUDA's headers cannot be found", _find_headers, _CUPY_WAY_OUT),
-    (
-        "no GPU can be used",
-        _find_gpus,
-        "an NVIDIA GPU with a driver for CUDA 12 or newer is needed",
-    ),
-)
+def _gpu(found: dict[str, Any]) -> Gpu:
+    capability = f"{found['major']}{found['minor']}"
+    return Gpu(found["name"].decode(), capability, int(found["totalGlobalMem"]))
 
 
 def _driver_version() -> str | None:

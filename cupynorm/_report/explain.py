@@ -172,24 +172,40 @@ def explain(
     facts, path = checked.facts, _path(checked)
     if backward:
         facts = of_backward(facts)
+    plan: Plan | None = None
+    copies: tuple[tuple[str, str], ...] = ()
+    moved: int | None = _floor(facts)
     if device is None and path != "cuda":
-        moved = _floor(facts) if path == "cpu" else None
-        return _explanation(facts, path, _in_words(checked, path), moved)
-    if None in facts.strides.values():
-        msg = (
-            f"device={device!r} needs an x with strides, not a {library_of(checked.x)} array; pass "
-            "a NumPy or CuPy array, or a torch tensor, of that shape"
-        )
-        raise TypeError(msg)
-    gpu = _gpu(facts, device)
-    if not facts.size:
-        return _explanation(facts, "cuda", "none: x is empty", 0)
-    problem = kernel_problem_of(facts)
-    plan = choose_plan(problem, gpu)
-    kernel, moved = _kernel(facts, problem, plan)
-    moved += _floor(facts) + 2 * _x_bytes(facts) * len(problem.copies)
-    copies = tuple(f"of {label}: {reason}" for label, reason in problem.copies)
-    return _explanation(facts, "cuda", kernel, moved, plan, copies)
+        kernel = _in_words(checked, path)
+        moved = moved if path == "cpu" else None
+    else:
+        if None in facts.strides.values():
+            msg = (
+                f"device={device!r} needs an x with strides, not a {library_of(checked.x)} array; "
+                "pass a NumPy or CuPy array, or a torch tensor, of that shape"
+            )
+            raise TypeError(msg)
+        path, gpu, kernel, moved = "cuda", _gpu(facts, device), "none: x is empty", 0
+        if facts.size:
+            problem = kernel_problem_of(facts)
+            plan, copies = choose_plan(problem, gpu), problem.copies
+            kernel, beyond = _kernel(facts, problem, plan)
+            moved = _floor(facts) + beyond + 2 * _x_bytes(facts) * len(copies)
+    return Explanation(
+        path=path,
+        kernel=kernel,
+        rows=math.prod(facts.stats_shape),
+        cols=facts.N,
+        dtype=facts.dtypes["x"],
+        stats_dtype=stats_dtype(facts.dtypes["x"]),
+        launches=tuple(map(_launch, plan.stages)) if plan else (),
+        threads_per_row=plan.threads_per_row if plan else None,
+        rows_per_block=plan.rows_per_block if plan else None,
+        bytes_floor=_floor(facts),
+        bytes_moved=moved,
+        copies=tuple(f"of {label}: {reason}" for label, reason in copies),
+        source=plan.source if plan else "",
+    )
 
 
 def _path(checked: _calls.Checked) -> str:
@@ -260,31 +276,6 @@ def _floor(facts: Facts) -> int:
     stats = 2 * ITEMSIZE[stats_dtype(facts.dtypes["x"])] * math.prod(facts.stats_shape)
     stats *= facts.stats or facts.backward
     return len(facts.strides) * _x_bytes(facts) + facts.N * vectors + stats
-
-
-def _explanation(
-    facts: Facts,
-    path: str,
-    kernel: str,
-    moved: int | None,
-    plan: Plan | None = None,
-    copies: tuple[str, ...] = (),
-) -> Explanation:
-    return Explanation(
-        path=path,
-        kernel=kernel,
-        rows=math.prod(facts.stats_shape),
-        cols=facts.N,
-        dtype=facts.dtypes["x"],
-        stats_dtype=stats_dtype(facts.dtypes["x"]),
-        launches=tuple(map(_launch, plan.stages)) if plan else (),
-        threads_per_row=plan.threads_per_row if plan else None,
-        rows_per_block=plan.rows_per_block if plan else None,
-        bytes_floor=_floor(facts),
-        bytes_moved=moved,
-        copies=copies,
-        source=plan.source if plan else "",
-    )
 
 
 def _launch(stage: Stage) -> str:

@@ -5,7 +5,7 @@ import math
 import os
 import statistics
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -20,6 +20,14 @@ EPS = 1e-5
 _REPEATS = 50  # calls that are timed
 _MANTISSA = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}  # explicit bits
 _NARROW, _STANDARD = ("float16", "bfloat16"), ("float32", "float64")
+_PATHS = (
+    ("cuda", "cupy"),
+    ("cpu-numba", "numpy"),
+    ("cpu-numpy", "numpy"),
+    ("torch", "torch"),
+    ("reference", "jax"),
+    ("reference", "array-api-strict"),
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -45,9 +53,24 @@ class Backend(NamedTuple):
     path: str
     library: str
     dtypes: tuple[str, ...]
-    put: Callable[[Array], Any] = np.asarray  # into this library
-    wait: Callable[[Any], Any] = id  # until y is computed; NumPy and torch on the CPU have done so
-    device: str = "cpu"
+
+    def put(self, a: Array) -> Any:
+        """Array of this library with a's values."""
+        if self.library == "cupy":
+            there = import_module("cupy").empty(a.shape, a.dtype)
+            there.set(a)  # by bytes: bfloat16 is foreign to CuPy
+            return there
+        if self.library == "torch":
+            return _to_torch(a)
+        names = {"jax": "jax.numpy", "array-api-strict": "array_api_strict"}
+        return import_module(names.get(self.library, "numpy")).asarray(a)
+
+    def wait(self, y: Any) -> None:
+        """Return when y is computed."""
+        if self.library == "cupy":
+            import_module("cupy").cuda.get_current_stream().synchronize()
+        elif self.library == "jax":
+            y.block_until_ready()
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """Within this context calls take this path."""
@@ -96,45 +119,24 @@ def datasets() -> tuple[list[Data], str]:
 def find(config: Config) -> tuple[list[Backend], list[Unavailable]]:
     """List every path that can be checked here, and every other with the reason."""
     narrow = _NARROW[: 1 if import_fault("ml_dtypes", None, "") else 2]
-    every = (*narrow, *_STANDARD)
-    there, absent = [], []
-    for path, library in (("cuda", "cupy"), ("cpu-numba", "numpy"), ("cpu-numpy", "numpy")):
-        status = config.path(path)
-        if not status.available:
-            absent.append(Unavailable(path, library, f"{status.detail} -> {status.way_out}"))
-        elif path == "cuda":
-            there.append(Backend(path, library, every, _to_cupy, _synchronize, "cuda"))
-        else:
-            there.append(Backend(path, library, every))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the GPU to the others
-    for path, library in (
-        ("torch", "torch"),
-        ("reference", "jax"),
-        ("reference", "array-api-strict"),
-    ):
-        fault = import_fault(library, config.versions[library], f"pip install {library}")
+    there, absent = [], []
+    for path, library in _PATHS:
+        if path.startswith(("cpu", "cuda")):
+            status = config.path(path)
+            fault = None if status.available else (status.detail, status.way_out)
+        else:
+            fault = import_fault(library, config.versions[library], f"pip install {library}")
         if fault:
             absent.append(Unavailable(path, library, " -> ".join(fault)))
             continue
-        xp = import_module(library.replace("-", "_"))
-        if library == "torch":
-            there.append(Backend(path, library, every, _to_torch))
-        elif library == "jax":
-            dtypes = every if xp.config.jax_enable_x64 else (*narrow, "float32")
-            there.append(Backend(path, library, dtypes, xp.numpy.asarray, xp.block_until_ready))
-        else:
-            there.append(Backend(path, library, _STANDARD, xp.asarray))
+        dtypes = (*narrow, *_STANDARD)
+        if library == "array-api-strict":
+            dtypes = _STANDARD
+        elif library == "jax" and not import_module("jax").config.jax_enable_x64:
+            dtypes = dtypes[:-1]
+        there.append(Backend(path, library, dtypes))
     return there, absent
-
-
-def _to_cupy(a: Array) -> Any:
-    there = import_module("cupy").empty(a.shape, a.dtype)
-    there.set(a)  # by bytes: bfloat16 is foreign to CuPy
-    return there
-
-
-def _synchronize(y: Any) -> None:
-    import_module("cupy").cuda.get_current_stream().synchronize()
 
 
 def _to_torch(a: Array) -> Any:
@@ -186,7 +188,7 @@ def _check(backend: Backend, table: Array, dtype: str) -> dict[str, Any]:
     got = [_to_numpy(a) for a in (y, stats.mean, stats.rstd)]
     error, allowed, note = _judge(got, exact(*host), dtype)
     times = timeit.repeat(call, number=1, repeat=_REPEATS)
-    beside = _torch_seconds(backend.device, host)
+    beside = _torch_seconds("cuda" if backend.path == "cuda" else "cpu", host)
     return {
         "error": error if math.isfinite(error) else None,
         "allowed": allowed,

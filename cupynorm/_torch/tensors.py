@@ -255,7 +255,7 @@ def bytes_of(facts: Facts, name: str) -> int:
 
 
 # Where storage was released, its first byte is at 0 and a view lies at its offset. Few live tensors
-# lie as low, so to ask each for its storage, which costs twice what its address does, is seldom due.
+# lie as low, so it is seldom due to ask one for its storage, at twice the cost of its address.
 _LOW = 1 << 32
 
 
@@ -290,7 +290,7 @@ def forward(x: Any, weight: Any, bias: Any, call: Three) -> Three:
     settled = _memo.settled.get(key)
     if settled is None:
         dtypes = _names({"x": x, **rows})
-        strides = {"x": _PLAIN.strides(x), "y": _PLAIN.strides(y)}
+        strides: dict[str, Any] = {"x": _PLAIN.strides(x), "y": _PLAIN.strides(y)}
         facts = Facts(LAYER_NORM, False, tuple(x.shape), axes, dtypes, strides, eps)
         settled = _memo.keep(key, _PLAIN.normalizer(facts._replace(out=True, stats=True)))
     found: Three = settled(x, weight, bias, y)

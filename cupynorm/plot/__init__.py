@@ -216,8 +216,8 @@ def affine(
         y = _data.rows_of(call.facts, layer_norm(call.x, normalized_shape, w, b, eps, axis=axis))
         _drawing.band(one, *_data.mean_and_std_of_columns(y), color)
     n = y.shape[1]
-    stretch = np.ones(n) if weight is None else _data.column(call.turn, call.weight)
-    shift = np.zeros(n) if bias is None else _data.column(call.turn, call.bias)
+    stretch = np.ones(n) if weight is None else _data.column(call.turn, call.arrays[1])
+    shift = np.zeros(n) if bias is None else _data.column(call.turn, call.arrays[2])
     label = f"{'0' if bias is None else 'bias'} ± {'1' if weight is None else 'abs(weight)'}"
     _drawing.outline(axes[1], shift, np.abs(stretch), label)
     axes[0].set_title("layer_norm alone")

@@ -23,8 +23,7 @@ INTERNAL = {
     ("_cpu.rows", "_step"): "a stand-in for what Numba compiles",
     ("_cpu.rows", "_group"): "a stand-in for what Numba compiles",
     ("_prepared", "__call__: NotImplementedError"): "of a base: each library's class has its own",
-    ("_report.config", "_find_headers"): "show_config catches it and reports it",
-    ("_report.config", "_find_gpus"): "show_config catches it and reports it",
+    ("_report.config", "_look_at_cuda"): "show_config catches it and reports it",
     ("_problem", "integers: TypeError"): "caught three lines below, where the sentence is",
     ("_cpu.threads", "run"): "passes on a worker thread's own error",
 }

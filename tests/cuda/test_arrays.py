@@ -1,5 +1,6 @@
 """`layer_norm` and its backward of CuPy arrays, end to end: simulated, and on a GPU."""
 
+import sys
 import threading
 
 import numpy as np
@@ -211,6 +212,18 @@ def test_warmup_compiles_what_the_call_then_needs(sim):
         cn.layer_norm(sim.asarray(numbers(2, 9001)), 9001, weight, bias)
     assert spent.compilations == 0
     assert spent.names == names
+
+
+def test_numbers_that_stay_are_made_once(monkeypatch):
+    """As objects that the real CuPy takes as they are; where it has none, as they are."""
+    pytest.importorskip("cupy")
+    from cupynorm._cuda import arrays
+
+    given = (5, 2**40, 1e-5)
+    made = arrays.packed(given)
+    assert tuple(n if type(n) in (int, float) else n.value for n in made) == given
+    monkeypatch.setitem(sys.modules, "cupy._core._scalar", None)  # a CuPy that has moved it
+    assert arrays.packed(given) == given
 
 
 # --- streams and devices --------------------------------------------------------------------------

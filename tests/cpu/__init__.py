@@ -1,0 +1,1 @@
+"""Tests of the CPU path, which may name its private files."""

@@ -1,0 +1,55 @@
+"""Arrays of any layout, and their bits."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+def values(shape, dtype, seed=0, offset=0.0, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return (offset + scale * rng.standard_normal(shape)).astype(dtype)
+
+
+def bits(a):
+    a = np.ascontiguousarray(a.astype(a.dtype.newbyteorder("=")))
+    return a.view(f"u{a.dtype.itemsize}")
+
+
+def same_bits(a, b):
+    return np.array_equal(bits(a), bits(b))
+
+
+def unaligned(x):
+    view = np.ndarray(x.shape, x.dtype, np.empty(x.nbytes + 1, np.uint8)[1:])
+    view[...] = x
+    assert not view.flags.aligned
+    return view
+
+
+def read_only(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+def as_memmap(x):
+    path = Path(os.environ["PYTEST_MEMMAP"])
+    x.tofile(path)
+    return np.memmap(path, x.dtype, "r", shape=x.shape)
+
+
+LAYOUTS = {
+    "C": lambda x: x,
+    "F": np.asfortranarray,
+    "reversed": lambda x: x[::-1, ..., ::-1].copy()[::-1, ..., ::-1],
+    "sliced rows": lambda x: np.concatenate([x, x], axis=-1)[..., : x.shape[-1]],
+    "stepped": lambda x: np.repeat(x, 3, axis=-1)[..., ::3],
+    "every other row": lambda x: np.repeat(x, 2, axis=0)[::2],
+    "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
+    "swapped axes": lambda x: np.ascontiguousarray(x.swapaxes(0, -1)).swapaxes(0, -1),
+    "unaligned": unaligned,
+    "read-only": read_only,
+    "memmap": as_memmap,
+}
+WRITABLE = [name for name in LAYOUTS if name not in ("read-only", "memmap")]

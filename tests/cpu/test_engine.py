@@ -1,0 +1,103 @@
+"""Calls by address: the bits of the door, nothing beside the targets, threads as is said."""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cupynorm._cpu import engine, threads
+from cupynorm._layout import problem_of
+from tests.cpu import door
+from tests.cpu.layouts import same_bits, values
+
+KINDS = ["float16", np.dtype(ml_dtypes.bfloat16), "float32", "float64"]
+WIDTHS = [1, 3, 15, 16, 17, 64, 100, 768, 4096, 4097, 9000, 33000]
+
+
+def guarded(shape, dtype, order="C"):
+    """Array with a marked element before and after it, and a check that they still stand."""
+    memory = np.full(int(np.prod(shape)) + 2, 77, dtype)
+
+    def check():
+        assert memory[0] == 77 and memory[-1] == 77
+
+    return memory[1:-1].reshape(shape, order=order), check
+
+
+def address(a):
+    return 0 if a is None else a.ctypes.data
+
+
+def forward(x, weight, bias, *, stats=True, order="C", in_place=False):
+    """y, mean and rstd through addresses; nothing beside them is written."""
+    compute = engine.computed(x.dtype.name)
+    y, unharmed = guarded(x.shape, x.dtype, order)
+    source = x
+    if in_place:
+        y[...] = x
+        source = y
+    problem = problem_of(door.facts_of(source, (1,), weight, bias, out=y))
+    (mean, first), (rstd, second) = (guarded((len(x), 1), compute) for _ in range(2))
+    told = (mean, rstd) if stats else (None, None)
+    call = engine.normalizer(problem, 1e-5)
+    call(*map(address, (source, y, weight, bias, *told)))
+    for check in (unharmed, first, second):
+        check()
+    return y, mean, rstd
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_forward_has_the_bits_of_the_door(dtype):
+    for N in WIDTHS:
+        x = values((5, N), dtype, N)
+        weight, bias = (values((N,), engine.computed(x.dtype.name), seed) for seed in (1, 2))
+        for w, b in itertools.product((weight, None), (bias, None)):
+            want = door.forward(x, (1,), w, b)
+            for how in ({}, {"order": "F"}, {"in_place": True}):
+                assert all(map(same_bits, forward(x, w, b, **how), want))
+            assert same_bits(forward(x, w, b, stats=False)[0], want[0])
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_backward_has_the_bits_of_the_door(dtype):
+    for N, order in itertools.product(WIDTHS, "CF"):
+        if order == "F" and N > 9000:
+            continue
+        x, dy = values((9, N), dtype, N), values((9, N), dtype, N + 1)
+        weight = values((N,), engine.computed(x.dtype.name), 1)
+        _, mean, rstd = door.forward(x, (1,))
+        want = door.backward(dy, x, (1,), mean, rstd, weight, dtype=mean.dtype)
+        for mask in itertools.product((True, False), repeat=3):
+            facts = door.gradient_facts(dy, x, (1,), weight, mask)
+            dx, unharmed = guarded(x.shape, x.dtype, order)
+            if mask[0]:
+                dx[...] = dy
+                facts.strides["dx"] = facts.strides["dy"] = tuple(
+                    s // x.itemsize for s in dx.strides
+                )
+            source = dx if mask[0] else dy  # dx may be dy
+            sums = [guarded((N,), mean.dtype) for _ in range(2)]
+            given = [a if wanted else None for (a, _), wanted in zip(sums, mask[1:], strict=True)]
+            call = engine.differentiator(problem_of(facts))
+            call(*map(address, (source, x, mean, rstd, weight, dx if mask[0] else None, *given)))
+            for check in (unharmed, *(check for _, check in sums)):
+                check()
+            for got, exact, wanted in zip((dx, *given), want, mask, strict=True):
+                assert not wanted or same_bits(got, exact), (N, order, mask)
+
+
+def test_threads_are_as_many_as_the_caller_says(monkeypatch):
+    asked, run = [], threads.run
+    monkeypatch.setattr(threads, "run", lambda *a: (asked.append(a[2]), run(*a)))
+    for shape, most in (((600, 1000), 2), ((3000, 1000), 5), ((2, 1500000), 5)):
+        x = values(shape, "float32")
+        y = np.empty_like(x)
+        _, mean, rstd = door.forward(x, (1,))
+        asked.clear()
+        problem = problem_of(door.facts_of(x, (1,), out=y))
+        engine.normalizer(problem, 1e-5, lambda: 5)(x.ctypes.data, y.ctypes.data, 0, 0, 0, 0)
+        problem = problem_of(door.gradient_facts(x, x, (1,)))
+        call = engine.differentiator(problem, lambda: 5)
+        call(*map(address, (x, x, mean, rstd, None, y, None, None)))
+        assert set(asked) == {most}, shape
