@@ -74,17 +74,17 @@ def warmup(
 
 def _of_cpu(shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> list[str]:
     """Make the calls that later ones will be like: of one row, and of as many as threads share."""
-    from cupynorm._cpu import arrays as _cpu
+    from cupynorm._cpu import arrays, engine
 
     dtype = _rules.numpy_dtype(name)
     weight = np.ones(shape, dtype) if affine else None
-    for rows in (1, -(-_cpu.shared_from() // max(1, math.prod(shape)))):
+    for rows in (1, -(-engine.ALONE // max(1, math.prod(shape)))):
         x = np.zeros((rows, *shape), dtype)
         layer_norm(x, shape, weight, weight)
         _, mean, rstd = layer_norm(x, shape, weight, weight, return_stats=True)
         if backward:
             layer_norm_backward(x, x, shape, mean, rstd, weight)
-    return [f"{_cpu.describe()}: {name}"]
+    return [f"{arrays.describe()}: {name}"]
 
 
 def _of_gpu(shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> list[str]:
