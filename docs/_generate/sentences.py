@@ -17,15 +17,9 @@ PACKAGE = Path(__file__).resolve().parents[2] / "cupynorm"
 
 # What no caller ever sees, and why. A `raise` alone passes on what was caught, and says nothing.
 INTERNAL = {
-    ("_cpu.bits", "take"): "a stand-in for what Numba compiles",
-    ("_cpu.bits", "place"): "a stand-in for what Numba compiles",
-    ("_cpu.bits", "give"): "a stand-in for what Numba compiles",
-    ("_cpu.rows", "_step"): "a stand-in for what Numba compiles",
-    ("_cpu.rows", "_group"): "a stand-in for what Numba compiles",
-    ("_prepared", "__call__: NotImplementedError"): "of a base: each library's class has its own",
     ("_report.config", "_look_at_cuda"): "show_config catches it and reports it",
-    ("_problem", "integers: TypeError"): "caught three lines below, where the sentence is",
-    ("_cpu.threads", "run"): "passes on a worker thread's own error",
+    ("_rules", "integers: TypeError"): "caught three lines below, where the sentence is",
+    ("_cpu.threads", "run: error"): "passes on a worker thread's own error",
 }
 
 # A sentence says what to do, or where to look: one of these begins a part of it.
@@ -189,7 +183,7 @@ def _short(node: ast.expr) -> str:
     if re.search(r"__(qualname|name|module)__", text):
         return "module" if "__module__" in text else "type"
     text = re.sub(r"\b(?:tuple|str|repr|os\.fspath)\((.*)\)$", r"\1", text)
-    return re.sub(r"\b(?:self|problem|_problem|tile)\.", "", text)
+    return re.sub(r"\b(?:self|problem|_rules|tile)\.", "", text)
 
 
 def _dotted(path: Path) -> str:
