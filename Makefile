@@ -30,7 +30,7 @@ help:
 	@echo "make notebooks         run docs/notebooks/*.py and store what they show in the .ipynb"
 	@echo "make instructions      instructions of small calls against their budgets, by valgrind"
 	@echo "make docs              the documentation site, into build/docs; warnings and broken links are errors"
-	@echo "make gpu OUT=folder    on a machine with a CUDA GPU: tests, sanitizer, benchmark; no network (ten minutes; GPU_ARGS='--seconds 1800' for all)"
+	@echo "make gpu OUT=folder    on a machine with a CUDA GPU: tests, sanitizer, benchmark; no network (ten minutes; GPU_ARGS='--only forward' for a step)"
 	@echo "make bench OUT=folder  CPU times against torch, onnxruntime, JAX and others (ten minutes at most; BENCH_ARGS='--groups shapes')"
 	@echo "make clean             remove what the others made"
 
@@ -80,7 +80,7 @@ notebooks: $(VENV)/.installed
 
 # The Python of small calls up to the launch, counted by callgrind against bench/budgets.json.
 instructions: $(VENV)/.installed
-	$(VENV)/bin/python bench/instructions.py
+	$(VENV)/bin/python -m bench.calls --instructions
 
 # -- docs: a warning is an error, and so is a link within the site that leads nowhere
 
@@ -106,9 +106,9 @@ $(VENV)/.bench: pyproject.toml constraints.txt | python-check
 bench: $(VENV)/.bench
 	@mkdir -p "$(OUT)"
 	$(VENV)/bin/python -m bench.cpu --out "$(OUT)" --plots $(BENCH_ARGS)
-	$(VENV)/bin/python bench/launch_cost.py --to "$(OUT)"
-	$(VENV)/bin/python bench/frames.py --to "$(OUT)" $(FRAMES_ARGS)
-	$(VENV)/bin/python bench/dask_overhead.py --to "$(OUT)" $(DASK_ARGS)
+	$(VENV)/bin/python -m bench.calls --to "$(OUT)"
+	$(VENV)/bin/python -m bench.frames --to "$(OUT)" $(FRAMES_ARGS)
+	$(VENV)/bin/python -m bench.dask --to "$(OUT)" $(DASK_ARGS)
 
 clean:
 	rm -rf $(VENV) .venvs out build dist docs/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis .simt_cache .nvrtc_cache

@@ -1,11 +1,10 @@
 """Layer norm of pandas frames against `to_numpy` and scaling in NumPy: times and peak memory.
 
-    python bench/frames.py [--seconds 4] [--rows 200000] [--to bench/results]
+    python -m bench.frames [--seconds 4] [--rows 200000] [--to bench/results]
 
-Every contender is checked against float64 on its first rows before any is timed. Times are medians
-over rounds in which each contender has its turn, so that a slow spell hits all alike. The frames
-hold 100 columns: the mixed one's `to_numpy()` by itself gives Python objects, because it has bools
-(the contender "objects"), so the others ask for the result's dtype, as a careful user would.
+Everybody is checked against float64 on the first rows, then takes turns. The frames hold 100
+columns: the mixed one's `to_numpy()` by itself gives Python objects, because it has bools (the
+contender "objects"), so the others ask for the result's dtype, as a careful user would.
 
 Memory is that of a process of its own: the highest resident memory while the call runs, less what
 was resident before the frame was made; against the bytes of the frame and of the result.
@@ -15,36 +14,31 @@ import argparse
 import contextlib
 import ctypes
 import gc
-import importlib.metadata
 import os
 import re
-import statistics
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("CUPYNORM_NUM_THREADS", "2")
-
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import cupynorm as cn
+from bench.cases import EPS
+from bench.check import Given, limit
+from bench.clock import host_batch, host_rounds, host_turn, interleave
+from bench.machine import ROOT, describe, threads, version
+from bench.sweep import progress, say
+from bench.table import write
+from cupynorm import frames
 
-from bench.cpu_machine import machine, write  # noqa: E402
-from bench.progress import progress, say  # noqa: E402
-from cupynorm import frames  # noqa: E402
-from cupynorm.frames import columns  # noqa: E402
-from tests import oracle  # noqa: E402
-
-N, EPS = 100, 1e-5
-KINDS = ("float32", "float64", "int64", "int8", "bool")
-NULLABLE = ("Float32", "Float64", "Int64", "Int8", "boolean")
+N = 100
+KINDS = (("float32", "Float32"), ("float64", "Float64"), ("int64", "Int64"), ("int8", "Int8"),
+         ("bool", "boolean"))  # fmt: skip
 FRAMES = ("mixed", "mixed to float32", "nullable", "arrow", "column-major", "row-major")
 CONTENDERS = ("frame", "matrix", "numpy", "numpy in place", "objects")
 
@@ -53,28 +47,23 @@ def frame(name: str, M: int) -> pd.DataFrame:
     """100 columns; a tenth of the values of every fifth column is missing where it can be."""
     rng = np.random.default_rng(0)
     if name in ("column-major", "row-major"):
-        order = "F" if name == "column-major" else "C"
-        x = np.empty((M, N), np.float32, order=order)
+        x = np.empty((M, N), np.float32, order="F" if name == "column-major" else "C")
         x[...] = rng.standard_normal((M, N), np.float32)
         return pd.DataFrame(x, copy=False)
     data: dict[str, Any] = {}
     for j in range(N):
-        values = (rng.standard_normal(M) * 50).astype(KINDS[j % 5])
-        missing = rng.random(M) < 0.1
+        kind, nullable = KINDS[j % 5]
+        values, missing = (rng.standard_normal(M) * 50).astype(kind), rng.random(M) < 0.1
         if name in ("nullable", "arrow"):
-            array = pd.array(values, dtype=NULLABLE[j % 5])
-            if j % 25 < 5:
-                array[missing] = pd.NA
-            data[f"c{j}"] = array
-        else:
-            if values.dtype.kind == "f" and j % 25 < 5:
-                values[missing] = np.nan
-            data[f"c{j}"] = values
+            values = pd.array(values, dtype=nullable)
+        if j % 25 < 5 and (name in ("nullable", "arrow") or kind[0] == "f"):
+            values[missing] = pd.NA if name in ("nullable", "arrow") else np.nan
+        data[f"c{j}"] = values
     df = pd.DataFrame(data)
     return df.convert_dtypes(dtype_backend="pyarrow") if name == "arrow" else df
 
 
-def contenders(name: str, df: pd.DataFrame) -> tuple[dict[str, Callable[[], Any]], type]:
+def contenders(name: str, df: pd.DataFrame) -> tuple[dict[str, Callable[[], Any]], Any]:
     dtype = np.float64 if name in ("mixed", "nullable", "arrow") else np.float32
 
     def matrix() -> np.ndarray:
@@ -95,35 +84,26 @@ def contenders(name: str, df: pd.DataFrame) -> tuple[dict[str, Callable[[], Any]
 
     calls = {
         "frame": lambda: frames.layer_norm(df, dtype=dtype),
-        "matrix": lambda: columns.layer_norm_columns(df, dtype=dtype),
+        "matrix": lambda: cn.layer_norm_columns(df, dtype=dtype),
         "numpy": lambda: scaled(matrix()),
         "numpy in place": in_place,
     }
     if name == "mixed":
         calls["objects"] = lambda: scaled(df.to_numpy().astype(dtype))
-    return calls, dtype
+    return calls, np.dtype(dtype)
 
 
-def check(calls: dict[str, Callable[[], Any]], df: pd.DataFrame, dtype: type) -> None:
-    """Refuse to time what is wrong: the first rows against float64."""
-    rows = df.iloc[:64].to_numpy(dtype=np.float64, na_value=np.nan)
-    exact = oracle.layer_norm(rows.astype(dtype), (1,), None, None, EPS)[0]
-    bound = 4 * oracle.tolerance(dtype, N)
+def check(calls: dict[str, Callable[[], Any]], df: pd.DataFrame, dtype: Any) -> None:
+    """Refuse to time what is wrong: rows against float64; a missing value spoils its row."""
+    x = df.iloc[:64].to_numpy(dtype=np.float64, na_value=np.nan).astype(dtype)
+    spoilt = np.isnan(x).any(axis=1)
     for name, call in calls.items():
-        y = np.asarray(call()[:64], np.float64)
-        np.testing.assert_allclose(y, exact, rtol=bound, atol=bound, err_msg=name)
-
-
-def measure(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median seconds of each call, over rounds in which each has its turn."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["frame"]) < 5:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+        y = np.asarray(call()[:64], dtype)
+        if not (np.isnan(y).all(axis=1) == spoilt).all():
+            sys.exit(f"{name}: other rows are NaN than those with a missing value")
+        error = Given(np, x[~spoilt]).error_of_y(y[~spoilt])
+        if not error <= limit(dtype.name, N, ours=False):
+            sys.exit(f"{name} is wrong: error {error:.3g}")
 
 
 def _resident(field: str) -> int:
@@ -131,83 +111,77 @@ def _resident(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) * 1024
 
 
-def give_back() -> None:
-    """Free what making the frame has left, in Python and in the allocators."""
+def give_back() -> int:
+    """Free what making the frame has left; resident bytes then."""
     gc.collect()
     pa.default_memory_pool().release_unused()
     with contextlib.suppress(AttributeError, OSError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
+    return _resident("VmRSS")
 
 
 def peak(name: str, contender: str, M: int) -> tuple[float, float]:
     """Peak memory of one call over the bytes of frame and result: resident, and as traced."""
-    calls, _ = contenders(name, frame(name, 64))
-    calls[contender]()  # compiled code and imports are no part of it
-    del calls
-    give_back()
-    before = _resident("VmRSS")
+    contenders(name, frame(name, 64))[0][contender]()  # compiled code and imports are no part of it
+    before = give_back()
     tracemalloc.start()
     df = frame(name, M)
     calls, dtype = contenders(name, df)
-    needed = int(df.memory_usage(index=False).sum()) + M * N * np.dtype(dtype).itemsize
+    needed = int(df.memory_usage(index=False).sum()) + M * N * dtype.itemsize
     give_back()
     tracemalloc.reset_peak()
     Path("/proc/self/clear_refs").write_text("5")  # resets the highest resident memory
     result = calls[contender]()
-    resident = _resident("VmHWM") - before
-    traced = tracemalloc.get_traced_memory()[1]
+    resident, traced = _resident("VmHWM") - before, tracemalloc.get_traced_memory()[1]
     del result
     return resident / needed, traced / needed
 
 
-def peak_of_a_process(name: str, contender: str, M: int) -> tuple[float, float]:
-    args = [sys.executable, __file__, "--rows", str(M), "--peak", name, contender]
-    done = subprocess.run(args, capture_output=True, text=True, check=True)
-    resident, traced = done.stdout.split()
-    return float(resident), float(traced)
+def row_of(name: str, M: int, seconds: float) -> dict[str, Any]:
+    """Times of a frame, and peaks of processes of their own."""
+    df = frame(name, M)
+    calls, dtype = contenders(name, df)
+    check(calls, df, dtype)
+    batches = {c: host_batch(call) for c, call in calls.items()}
+    times = interleave(batches, host_turn, host_rounds, seconds)
+    row = {"frame": name, "M": M, "N": N, "dtype": dtype.name}
+    row |= {f"{c} ms": round(times[c].median / 1e3, 2) if c in times else "" for c in CONTENDERS}
+    row |= {
+        f"{c}/frame": round(times[c].median / times["frame"].median, 2) for c in CONTENDERS[2:4]
+    }
+    row |= {"load": round(os.getloadavg()[0], 1)}  # more than `cpus`: others had a share
+    for contender in ("frame", "numpy"):
+        args = [sys.executable, "-m", "bench.frames", "--rows", str(M), "--peak", name, contender]
+        done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=True)
+        for kind, value in zip(("peak", "peak traced"), done.stdout.split(), strict=True):
+            row[f"{contender} {kind}"] = round(float(value), 3)
+    return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.frames", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--seconds", type=float, default=4.0, help="per frame")
     parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--frames", default=",".join(FRAMES))
     parser.add_argument("--to", type=Path, help="folder for the CSV; none is written without it")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.peak:
-        print(*peak(*args.peak, args.rows))
-        return
-    host = machine() | {lib: importlib.metadata.version(lib) for lib in ("pandas", "pyarrow")}
-    print(", ".join(f"{k} {v}" for k, v in host.items()))
-    print("times are medians in ms; ratios: both numpy ways over frame; peaks over frame + result")
-    heads = (*CONTENDERS, "ratio", "ratio in place", "peak frame", "peak numpy")
-    print(f"{'frame':18}" + "".join(f"{head:>15}" for head in heads))
+    given = parser.parse_args(argv)
+    threads()
+    if given.peak:
+        print(*peak(*given.peak, given.rows))
+        return 0
+    host = describe() | {lib: version(lib) for lib in ("pandas", "pyarrow")}
+    print("medians in ms; over the frame's time; peak memory over frame and result")
     rows = []
-    for name in progress(FRAMES, "bench.frames"):
-        df = frame(name, args.rows)
-        calls, dtype = contenders(name, df)
-        check(calls, df, dtype)
-        times = measure(calls, args.seconds)
-        del calls, df
-        row = {"frame": name, "M": args.rows, "N": N, "dtype": np.dtype(dtype).name}
-        row |= {f"{c} ms": round(times.get(c, np.nan) * 1e3, 2) for c in CONTENDERS}
-        for c in ("numpy", "numpy in place"):
-            row |= {f"{c}/frame": round(times[c] / times["frame"], 2)}
-        row |= {"load": round(os.getloadavg()[0], 1)}  # more than `cpus`: others had a share
-        for contender in ("frame", "numpy"):
-            resident, traced = peak_of_a_process(name, contender, args.rows)
-            row |= {f"{contender} peak": round(resident, 3)}
-            row |= {f"{contender} peak traced": round(traced, 3)}
-        shown = [row[f"{c} ms"] for c in CONTENDERS] + [
-            row["numpy/frame"],
-            row["numpy in place/frame"],
-        ]
-        shown += [row["frame peak"], row["numpy peak"]]
-        say(f"{name:18}" + "".join(f"{value:15.2f}" for value in shown))
+    for name in progress(given.frames.split(","), "bench.frames"):
+        row = row_of(name, given.rows, given.seconds)
+        say(", ".join(f"{k} {v}" for k, v in row.items() if v != ""))
         rows.append(row | host)
-    if args.to:
-        print(write(rows, args.to, "frames"))
+    if given.to:
+        print(write(rows, given.to, "frames"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

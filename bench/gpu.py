@@ -1,62 +1,157 @@
 """One command for a machine with a CUDA GPU: prove, then measure, into a folder; no network.
 
-    python -m bench.gpu --out folder           environment, GPU tests, sanitizer, benchmarks, plots
-    python -m bench.gpu --steps backward,plots --out folder    some of it, with all of the time
-    python -m bench.gpu --tune --out folder    candidates for each row of the plan tables
-    python -m bench.gpu --simulate --out folder  the same logic without a GPU, and without a time
+    python -m bench.gpu --out folder                    tests, sanitizer, benchmarks, plots
+    python -m bench.gpu --only backward --out folder    one step, with all of the time
+    python -m bench.gpu --only tune --out folder        candidates for each row of the plan tables
+    python -m bench.gpu --simulate --out folder         the same logic without a GPU and a time
 
 Nothing that is missing ends the run: summary.md says what each step did. Exit status 1 if a check
-failed, 2 if there was nothing to run on.
+failed or nothing was done, 2 if there was nothing to run on.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-from bench import gpu_proofs, gpu_training
-from bench.gpu_backward import backward
-from bench.gpu_calls import calls, first_call
-from bench.gpu_forward import forward
-from bench.gpu_grid import GRIDS
-from bench.gpu_grid_backward import BACKWARD_GRIDS
-from bench.gpu_grid_layouts import LAYOUT_GRIDS
-from bench.gpu_layouts import layouts
-from bench.gpu_machine import ROOT, describe
-from bench.gpu_proofs import Outcome
-from bench.gpu_session import Session
-from bench.gpu_summary import verdict, write_summary
-from bench.gpu_table import Table
-from bench.gpu_tune import tune
-from bench.gpu_tune_backward import tune_backward
-from bench.peers import PEERS
-from bench.peers_backward import BACKWARD_PEERS
-from bench.peers_layouts import LAYOUT_PEERS
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of the GPU
 
-__all__ = ["main"]
+from bench import calls, training, tune
+from bench.cases import Case, gpu_cases
+from bench.data import make_inputs
+from bench.device import Gpu, ahead, simulated_cupy
+from bench.machine import ROOT, describe
+from bench.peers import contenders, names, ours
+from bench.plots import draw, read
+from bench.sweep import sweep
+from bench.table import Table, claims, faults, markdown, summary
 
-# What has a deadline gets this share of the time that is left, against those that still come.
-SHARES = {"calls": 0.05, "training": 0.1, "forward": 0.3, "backward": 0.35, "layouts": 0.2}
-# The proofs get half of the time, or all of it if nothing is measured, by these weights.
-PROOFS = {"short set": 1, "GPU tests": 5, "sanitizer": 4}
-STEPS = ("tests", "sanitizer", *SHARES, "plots")
-ALL_PEERS = tuple(dict.fromkeys(PEERS + BACKWARD_PEERS + LAYOUT_PEERS))
+Outcome = tuple[str, str]  # ok, failed or skipped; one sentence
+# A step has this share of the time that is left, against those that still come.
+SHARES = {"tests": 0.3, "sanitize": 0.15, "calls": 0.03, "forward": 0.17, "backward": 0.2,
+          "layouts": 0.1, "training": 0.05}  # fmt: skip
+STEPS = (*SHARES, "tune")  # the last only where it is asked for
+SECONDS = 560.0  # of a run: a machine that is lent for ten minutes leaves a little for its start
+TEST_NEEDS = ("pytest", "hypothesis", "ml_dtypes")
+TEST_OPTIONS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o",
+                "addopts=--strict-markers --import-mode=importlib")  # fmt: skip
+PROCESSES = 8  # that the tests are spread over: most of their time is compilation
+TOOLS = ("memcheck", "racecheck", "initcheck")
+NO_DEVICE = ("Device not supported", "Unable to find", "No CUDA-capable device")
+LOG_CHARACTERS = 200_000
+COMPILED_ROWS = 2000  # of a case that is compiled ahead: enough for every family but K5
 
 
-@dataclass
+# -- proofs ---------------------------------------------------------------------------------------
+
+
+def logged(command: Sequence[str], log: Path, seconds: float) -> tuple[int | None, str]:
+    """Run from the repository's root, append what it says to the log; None: out of time."""
+    about = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    child = subprocess.Popen(command, **about, errors="replace", start_new_session=True)
+    try:
+        text, _ = child.communicate(timeout=max(1.0, seconds))
+        code: int | None = child.returncode
+    except subprocess.TimeoutExpired:
+        # The sanitizer's own child too: left alone, it would share the GPU with what is timed next.
+        os.killpg(child.pid, signal.SIGKILL)
+        (text, _), code = child.communicate(), None
+    shown = " ".join("python" if c == sys.executable else c for c in command)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {shown[:500]}\n{text[-LOG_CHARACTERS:]}\n[exit status {code}]\n\n")
+    return code, text
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip("= \t") for line in text.splitlines() if line.strip("= \t")]
+    return lines[-1] if lines else ""
+
+
+def run_tests(
+    log: Path, seconds: float, files: Sequence[str] = (), processes: int = PROCESSES
+) -> Outcome:
+    """Run the marked tests, whose bodies are the simulator's, through `RawKernel`."""
+    if missing := [name for name in TEST_NEEDS if importlib.util.find_spec(name) is None]:
+        return "skipped", f"not installed: {', '.join(missing)}"
+    every = files or sorted(map(str, (ROOT / "tests").rglob("test_*.py")))
+    processes = min(processes, len(every), os.cpu_count() or 1)
+    command = [sys.executable, *TEST_OPTIONS, *([] if files else ["-m", "gpu"])]
+    with ThreadPoolExecutor(processes) as pool:
+        parts = [[*command, *every[k::processes]] for k in range(processes)]
+        done = list(pool.map(lambda part: logged(part, log, seconds), parts))
+    counts = {"passed": 0, "failed": 0, "error": 0, "skipped": 0}
+    for _, text in done:
+        for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", _last_line(text)):
+            counts[word] += int(number)
+    told = ", ".join(f"{n} {word}" for word, n in counts.items() if n)
+    if late := sum(code is None for code, _ in done):
+        return "failed", f"{late} of {processes} processes out of time ({seconds:.0f} s); {told}"
+    if not counts["passed"]:
+        return "failed", f"no test passed, so nothing was proven: {told or _last_line(done[0][1])}"
+    bad = any(code not in (0, 5) for code, _ in done)  # 5: a process had no test of the mark
+    return ("failed" if bad else "ok"), told
+
+
+def run_short_set(log: Path, seconds: float, simulate: bool = False) -> Outcome:
+    """Run `bench.sanitize` alone: each family, checked; it needs no pytest, and compiles ahead."""
+    command = [sys.executable, "-m", "bench.sanitize", *(["--simulate"] if simulate else [])]
+    code, text = logged(command, log, seconds)
+    said = "out of time" if code is None else _last_line(text)
+    return ("ok" if code == 0 else "failed"), said
+
+
+def run_sanitizer(tool: str, log: Path, seconds: float) -> Outcome:
+    """Run `bench.sanitize` under compute-sanitizer."""
+    beside = str(Path(shutil.which("nvcc") or "nvcc").resolve().parent)  # where CUDA's toolkit is
+    places = os.pathsep.join((os.environ.get("PATH", ""), beside))
+    path = shutil.which("compute-sanitizer", path=places)
+    if path is None:
+        return "skipped", "compute-sanitizer is not on the PATH"
+    options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+    if tool == "memcheck":
+        options += ["--padding", "64"]  # an overrun must not land in the next array
+    code, text = logged([path, *options, sys.executable, "-m", "bench.sanitize"], log, seconds)
+    if code is None:
+        return "failed", f"out of time after {seconds:.0f} s"
+    refused = [s.strip("= ") for s in text.splitlines() if any(n in s for n in NO_DEVICE)]
+    if code and refused:
+        return "skipped", f"{tool} refuses this device: {refused[0]}"
+    found = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
+    if code == 0 and not found:
+        return "failed", f"{tool} printed no summary"
+    return ("ok" if code == 0 else "failed"), (found or [_last_line(text)])[-1]
+
+
+# -- the run --------------------------------------------------------------------------------------
+
+
 class Run:
     """What the steps share, and what became of each."""
 
-    folder: Path
-    session: Session
-    given: argparse.Namespace
-    outcomes: list[tuple[str, str, str]] = field(default_factory=list)
-    tables: dict[str, Table] = field(default_factory=dict)
+    def __init__(self, given: argparse.Namespace, device: Gpu, machine: dict[str, str]) -> None:
+        self.given, self.device, self.machine = given, device, machine
+        self.folder, self.log = given.out, given.out / "checks.txt"
+        self.outcomes: list[tuple[str, str, str]] = []
+        self.tables: dict[str, Table] = {}
+
+    def table(self, name: str) -> Table:
+        """The table of that name, begun once."""
+        if name not in self.tables:
+            path = self.folder / f"{name}.csv"
+            self.tables[name] = Table(path, self.machine, self.device.simulated)
+        return self.tables[name]
 
     def step(self, name: str, do: Callable[[], Outcome]) -> None:
         """Run a step; whatever it raises is its outcome, and the run goes on."""
@@ -66,177 +161,119 @@ class Run:
         except Exception as error:
             traceback.print_exc()
             status, sentence = "failed", f"{type(error).__name__}: {error}"
-        took = f"{time.monotonic() - begin:.0f} s"
-        self.outcomes.append((name, status, f"{sentence} ({took})"))
-        print(f"{name}: {status}: {sentence} ({took})", flush=True)
-        write_summary(self.folder, self.session, self.outcomes)
+        self.outcomes.append((name, status, f"{sentence} ({time.monotonic() - begin:.0f} s)"))
+        print(": ".join(self.outcomes[-1]), flush=True)
+        self.write_summary()
 
-    def measure(self, name: str, table: Table, do: Callable[[], str]) -> None:
-        """Run a step that adds rows to a table, and judge those rows."""
+    def measured(self, name: str, table: Table, do: Callable[[], str]) -> None:
+        """Run a step that adds rows to a table: failed if one of ours is wrong or missing."""
 
         def judged() -> Outcome:
-            before = len(table.rows)
-            sentence = do()
-            return verdict(table.rows[before:], sentence)
+            before, sentence = len(table.rows), do()
+            rows = table.rows[before:]
+            if bad := faults(rows):
+                what = " ".join(str(bad[0][k]) for k in ("peer", "op", "dtype", "shape", "note"))
+                return "failed", f"{len(bad)} wrong or in error, the first: {what}. {sentence}"
+            return "ok", "; ".join([sentence, *claims(rows)])
 
         self.step(name, judged)
 
+    def write_summary(self) -> None:
+        """Write it anew after every step, so that a run that is cut short leaves one."""
+        cells = [
+            " | ".join(" ".join(c.split()).replace("|", "\\|") for c in o) for o in self.outcomes
+        ]
+        lines = ["# GPU run", ""]
+        if self.device.simulated:
+            lines += ["**Simulated: this proves the benchmark's logic, and no time.**", ""]
+        lines += [f"- {name}: {value}" for name, value in self.machine.items() if value]
+        lines += [
+            "",
+            "| step | status | |",
+            "|---|---|---|",
+            *(f"| {cell} |" for cell in cells),
+            "",
+        ]
+        lines += [f"- {note}" for note in dict.fromkeys(self.device.notes)]
+        if found := [line for t in self.tables.values() for line in summary(t.rows)]:
+            lines += ["", markdown(found)]
+        (self.folder / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def tests(self) -> None:
+        left, simulate = self.device.time_left(), self.device.simulated
+        self.step("short set", lambda: run_short_set(self.log, left / 3, simulate))
+        if not simulate:
+            self.step("GPU tests", lambda: run_tests(self.log, self.device.time_left()))
+
+    def sanitize(self) -> None:
+        if self.device.simulated:
+            return self.step("sanitizer", lambda: ("skipped", "it needs a GPU"))
+        with ThreadPoolExecutor(len(TOOLS)) as pool:  # side by side: each is slow, and none timed
+            left = self.device.time_left()
+            found = {t: pool.submit(run_sanitizer, t, self.log, left) for t in TOOLS}
+            for tool, future in found.items():
+                self.step(tool, future.result)
+        return None
+
+    def calls(self) -> None:
+        table, peers = self.table("forward"), self.given.peers
+        self.measured("Python cost", table, lambda: calls.on_gpu(self.device, table, peers))
+        self.measured("first call", table, lambda: calls.first_call(self.device, table))
+
+    def training(self) -> None:
+        self.step("training", lambda: training.step(self.folder, self.device, self.machine))
+
+    def tune(self) -> None:
+        table, report = self.table("tune"), self.folder / "tune.md"
+        self.measured("tune", table, lambda: tune.tune(self.device, table, report))
+
+    def cases(self, name: str) -> None:
+        """Forward, backward or layouts: a table each, and its figures where matplotlib is."""
+        table, chosen = self.table(name), gpu_cases(name, self.device.simulated)
+
+        def do() -> str:
+            ahead(self.device, [lambda c=c: compiled(self.device, c) for c in chosen])
+            return sweep(self.device, table, chosen, lambda i: contenders(i, self.given.peers))
+
+        self.measured(name, table, do)
+        if not self.device.simulated and importlib.util.find_spec("matplotlib"):
+            drawn = lambda: ", ".join(p.name for p in draw(read(table.path), self.folder))  # noqa: E731
+            self.step(f"plots of {name}", lambda: ("ok", drawn()))
+
+
+def compiled(device: Gpu, case: Case) -> None:
+    """Call ours once on few rows, so that its kernels are in CuPy's cache."""
+    most = COMPILED_ROWS if len(case.shape) == 2 else 2  # images
+    case = replace(case, shape=(min(case.shape[0], most), *case.shape[1:]))
+    ours(make_inputs(device, case)).call(0)
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-    )  # fmt: skip
-    parser.add_argument("folder", nargs="?", type=Path)
-    parser.add_argument("--out", type=Path, help="folder for the results")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="the short grids (default)")
-    size.add_argument("--full", action="store_true", help="every point")
-    parser.add_argument("--tune", action="store_true", help="measure candidates for the plan table")
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    everybody = names("cuda")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results")
+    parser.add_argument("--only", default=",".join(SHARES), help=f"of {','.join(STEPS)}")
     parser.add_argument("--simulate", action="store_true", help="on the simulated device, tiny")
-    parser.add_argument("--steps", default=",".join(STEPS), help=f"of {','.join(STEPS)}")
-    parser.add_argument("--seconds", type=float, help="for the whole run; quick: 560")
-    parser.add_argument("--peers", default=",".join(ALL_PEERS), help=f"of {','.join(ALL_PEERS)}")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of the whole run")
+    parser.add_argument("--peers", default=",".join(everybody), help=f"of {','.join(everybody)}")
     given = parser.parse_args(argv)
-    given.folder = given.out or given.folder or Path("out")
-    given.steps = [s for s in given.steps.split(",") if s]
-    given.peers = tuple(p for p in given.peers.split(",") if p)
-    for option, allowed in (("steps", STEPS), ("peers", ALL_PEERS)):
-        unknown = set(getattr(given, option)) - set(allowed)
-        if unknown:
+    for option, allowed in (("only", STEPS), ("peers", everybody)):
+        setattr(given, option, [p for p in getattr(given, option).split(",") if p])
+        if unknown := set(getattr(given, option)) - set(allowed):
             parser.error(f"--{option}: {', '.join(sorted(unknown))} is not one of {allowed}")
-    if given.simulate and given.folder.resolve().is_relative_to(ROOT / "bench" / "results"):
-        parser.error(f"a simulated run measures nothing; {given.folder} is for measured results")
+    if given.simulate and given.out.resolve().is_relative_to(ROOT / "bench" / "results"):
+        parser.error(f"a simulated run measures nothing; {given.out} is for measured results")
     return given
 
 
-def proofs(run: Run) -> None:
-    """Tests and sanitizer; their output goes to one log, and they leave most of the time."""
-    log, simulate, steps = run.folder / "checks.txt", run.given.simulate, run.given.steps
-    if not {"tests", "sanitizer"} & set(steps):
-        return
-    wanted = [n for n in PROOFS if ("sanitizer" if n == "sanitizer" else "tests") in steps]
-    total = min(run.session.time_left(), 3600.0) * (0.5 if set(SHARES) & set(steps) else 0.97)
-    seconds = {n: total * PROOFS[n] / sum(PROOFS[w] for w in wanted) for n in wanted}
-    log.write_text("", encoding="utf-8")
-    if "tests" in steps:
-        short = seconds["short set"]
-        run.step("short set", lambda: gpu_proofs.run_short_set(log, short, simulate))
-        if simulate:
-            run.step("GPU tests", lambda: ("skipped", "they need a GPU"))
-        else:
-            run.step("GPU tests", lambda: gpu_proofs.run_tests(log, seconds["GPU tests"]))
-    if "sanitizer" in steps:
-        each = seconds["sanitizer"] / len(gpu_proofs.TOOLS)
-        for tool in gpu_proofs.TOOLS:
-            if simulate:
-                run.step(tool, lambda: ("skipped", "it needs a GPU"))
-            else:
-                run.step(tool, lambda t=tool: gpu_proofs.run_sanitizer(t, log, each))
-
-
-def measurements(run: Run) -> None:
-    """Python cost and forward in one CSV, backward and layouts in others; a training beside."""
-    waiting = [name for name in SHARES if name in run.given.steps]
-    while waiting:
-        share = SHARES[waiting[0]] / sum(SHARES[name] for name in waiting)
-        with run.session.until(share * run.session.time_left()):
-            {
-                "calls": python_cost,
-                "training": training,
-                "forward": forwards,
-                "backward": backwards,
-                "layouts": strided,
-            }[waiting.pop(0)](run)
-
-
-def table_of(run: Run, name: str) -> Table:
-    """The table of that name, begun once."""
-    if name not in run.tables:
-        path = run.folder / f"{name}.csv"
-        run.tables[name] = Table(path, run.session.machine, run.session.simulated)
-    return run.tables[name]
-
-
-def size_of(run: Run) -> str:
-    return "tiny" if run.session.simulated else "full" if run.given.full else "quick"
-
-
-def python_cost(run: Run) -> None:
-    """Calls on small arrays."""
-    table = table_of(run, "forward")
-    run.measure("Python cost", table, lambda: calls(run.session, table))
-    run.measure("first call", table, lambda: first_call(run.session, table))
-
-
-def training(run: Run) -> None:
-    """A transformer with torch's norms and with ours."""
-    run.step("training", lambda: gpu_training.step(run.folder, run.session))
-
-
-def forwards(run: Run) -> None:
-    """Forward table and its figures."""
-    table, grid = table_of(run, "forward"), GRIDS[size_of(run)]()
-    run.measure("forward", table, lambda: forward(run.session, table, grid, run.given.peers))
-    figures(run, table)
-
-
-def backwards(run: Run) -> None:
-    """Backward table, forward and backward together in it, and its figures."""
-    table, grid = table_of(run, "backward"), BACKWARD_GRIDS[size_of(run)]()
-    run.measure("backward", table, lambda: backward(run.session, table, grid, run.given.peers))
-    figures(run, table)
-
-
-def strided(run: Run) -> None:
-    """Table of layouts: strided columns, channels first, columns of their own."""
-    table, grid = table_of(run, "layouts"), LAYOUT_GRIDS[size_of(run)]()
-    run.measure("layouts", table, lambda: layouts(run.session, table, grid, run.given.peers))
-
-
-def figures(run: Run, table: Table) -> None:
-    """Draw a table if that was asked for."""
-    if "plots" in run.given.steps:
-        run.step("plots", lambda: plots(table.path, run.session.simulated))
-
-
-def plots(table: Path, simulated: bool) -> Outcome:
-    """Draw where matplotlib is; elsewhere say how to draw from the table."""
-    if simulated:
-        return "skipped", "a simulated run has no time to draw"
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return "skipped", f"no matplotlib here: python -m bench.plots {table.name} --out folder"
-    from bench.plots import draw, read
-
-    return "ok", ", ".join(p.name for p in draw(read(table), table.parent))
-
-
-def tuning(run: Run) -> None:
-    """Candidates, in a table of their own; of the forward, the backward, or both by halves."""
-    table, most = table_of(run, "tune"), 1 if run.session.simulated else None
-    wanted = [(n, do) for n, do in (("forward", tune), ("backward", tune_backward))
-              if n in run.given.steps]  # fmt: skip
-    for k, (name, do) in enumerate(wanted):
-        with run.session.until(run.session.time_left() / (len(wanted) - k)):
-            report = run.folder / f"tune-{name}.md"
-            run.measure(
-                f"tune {name}", table, lambda d=do, r=report: d(run.session, table, r, most)
-            )
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Command line; 0, 1 if a check failed, 2 if there is no device."""
+    """Command line; 0, 1 if a check failed or nothing was done, 2 if there is no device."""
     given = parse(argv)
-    given.folder.mkdir(parents=True, exist_ok=True)
-    seconds = given.seconds or (float("inf") if given.full else 560.0)
     with contextlib.ExitStack() as stack:
         try:
             if given.simulate:
-                from bench.gpu_simulated import simulated_session_cupy
-
-                stack.enter_context(simulated_session_cupy())
+                stack.enter_context(simulated_cupy())
             import cupy
 
             cupy.cuda.runtime.getDeviceProperties(0)
@@ -244,17 +281,20 @@ def main(argv: list[str] | None = None) -> int:
             print(f"no GPU to run on: {type(error).__name__}: {error}", file=sys.stderr)
             print("the benchmark's own logic runs anywhere with --simulate", file=sys.stderr)
             return 2
+        given.out.mkdir(parents=True, exist_ok=True)
         machine = describe(cupy, given.simulate)
-        session = Session(cupy, machine, given.simulate, time.monotonic() + seconds)
-        (given.folder / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
-        run = Run(given.folder, session, given)
-        if given.tune:
-            tuning(run)
-        else:
-            proofs(run)
-            measurements(run)
-    print(f"results in {given.folder}")
-    return int(any(status == "failed" for _, status, _ in run.outcomes))
+        (given.out / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
+        run = Run(given, Gpu(cupy, given.seconds, given.simulate), machine)
+        waiting = {name: SHARES.get(name, 1.0) for name in STEPS if name in given.only}
+        while waiting:
+            share = next(iter(waiting.values())) / sum(waiting.values())
+            name = next(iter(waiting))
+            del waiting[name]
+            with run.device.until(share * min(run.device.time_left(), 86400.0)):
+                getattr(run, name, lambda name=name: run.cases(name))()
+    print(f"results in {given.out}")
+    statuses = [status for _, status, _ in run.outcomes]
+    return int("failed" in statuses or "ok" not in statuses)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ A door is what a library's arrays come in by: an object with ``look(array)``, ``
 ``describe(facts)``. A door whose ``look`` is None has nothing kept for it.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _libraries, _reference, _rules
+from cupynorm import _libraries, _rules
 from cupynorm._layout import Facts, result_strides
 from cupynorm._memo import keep, settled
 from cupynorm._ops import Op
@@ -53,7 +54,7 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any
                 call = settled.get(
                     (
                         door,
-                        op,
+                        op.name,
                         how,
                         look(x),
                         weight if weight is None else look(weight),
@@ -87,10 +88,8 @@ def differentiate(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) ->
     if door is not None and plain and _rules.exact(how[0]) and _rules.exact(how[1]):
         if door.select is not None:
             door = door.select(arrays[1], arrays[0], *arrays[2:])
-        try:
+        with contextlib.suppress(AttributeError, TypeError):  # no arrays
             call = settled.get(_key(door, op, how, arrays)) if door.look is not None else None
-        except (AttributeError, TypeError):
-            pass  # no arrays
     if call is None:
         checked = _check_backward(op, arrays, how)
         call, arrays = _settle(checked, how, plain), checked.arrays
@@ -99,7 +98,7 @@ def differentiate(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) ->
 
 def _key(door: Any, op: Op, how: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     """All that a settled call may depend on."""
-    return door, op, how, *(None if a is None else door.look(a) for a in arrays)
+    return door, op.name, how, *(None if a is None else door.look(a) for a in arrays)
 
 
 def _settle(checked: Checked, how: Any, plain: bool) -> Callable[..., Any]:
@@ -268,7 +267,6 @@ def _find(x: Any) -> Any:
         from cupynorm._cpu.arrays import DOOR as of_numpy
 
         return of_numpy
-    return _OF_OTHERS
+    from cupynorm._reference import DOOR as of_others
 
-
-_OF_OTHERS = _reference.Door()
+    return of_others

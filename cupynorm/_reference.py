@@ -348,6 +348,9 @@ class Door:
         return call
 
 
+DOOR = Door()
+
+
 def _check_memory(x: Any, order: str, out: Any) -> None:
     """Refuse an `out` or a layout that x's library does not offer."""
     library = library_of(x)

@@ -46,8 +46,8 @@ class PreparedLayerNorm:
     def __call__(self, x: Any, out: Any = None) -> Any:
         """Normalize x, into `out` if that is given."""
         door, (weight, bias), facts = self._door, self._affine, self._facts
-        if type(x) is not self._looks[0][0]:
-            self._refuse("type", _name(type(x)), _name(self._looks[0][0]))
+        if type(x) not in door.types:
+            self._refuse("type", _name(type(x)), _name(door.types[0]))
         select = door.select
         if (
             out is None
@@ -66,7 +66,7 @@ class PreparedLayerNorm:
         """What it takes."""
         facts, (weight, bias) = self._facts, self._affine
         affine = [n for n, a in (("weight", weight), ("bias", bias)) if a is not None]
-        library = self._looks[0][0].__module__.partition(".")[0]
+        library = self._door.types[0].__module__.partition(".")[0]
         parts = (
             f"<cupynorm.PreparedLayerNorm of {library} {facts.dtypes['x']} {facts.shape} "
             f"on {self._device}",

@@ -1,16 +1,13 @@
 """Small stand-ins for GPU libraries, with the signatures that they document, computing with torch.
 
-They let the adapters of `bench/peers*.py` run where the libraries cannot. `scale_error` makes all
+They let the adapters of `bench/peers/` run where the libraries cannot. `scale_error` makes all
 of them wrong by that factor.
 """
 
-import contextlib
 import sys
-import time
 import types
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 
@@ -186,44 +183,4 @@ def _cudnn(norm):
         data_type=SimpleNamespace(FLOAT="float"),
         norm_forward_phase=SimpleNamespace(INFERENCE="inference"),
         heur_mode=SimpleNamespace(A="a", FALLBACK="fallback"),
-    )
-
-
-# -- a session whose device is the host
-
-
-class _Event:
-    def record(self, stream=None):
-        self.at = time.perf_counter()
-
-    def synchronize(self):
-        """Everything is over when it returns."""
-
-
-class HostCupy:
-    """NumPy, and of CuPy what NumPy lacks."""
-
-    cuda = SimpleNamespace(
-        Event=_Event, get_elapsed_time=lambda a, b: 1e3 * max(1e-6, b.at - a.at), runtime=None
-    )
-
-    def __getattr__(self, name):
-        return getattr(np, name)
-
-    @staticmethod
-    def fuse(kernel_name):
-        return lambda function: function
-
-
-def host_session():
-    """What `bench.gpu_contender.measure` needs of a session."""
-    return SimpleNamespace(
-        cupy=HostCupy(),
-        xp=np,
-        simulated=False,
-        stream=contextlib.nullcontext(),
-        plain=lambda a: a,
-        synchronize=lambda: None,
-        l2_bytes=1024,
-        notes=[],
     )

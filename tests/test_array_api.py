@@ -107,25 +107,13 @@ def torch():
     return pytest.importorskip("torch")
 
 
-def test_torch_gradients_equal_torchs(torch):
-    leaves = [torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (X, WEIGHT, BIAS)]
-    dy = torch.tensor(RNG.standard_normal(X.shape))
-    ours = torch.autograd.grad(cn.layer_norm(leaves[0], (3, 8), *leaves[1:]), leaves, dy)
-    native = torch.nn.functional.layer_norm(leaves[0], (3, 8), *leaves[1:])
-    for got, want in zip(ours, torch.autograd.grad(native, leaves, dy), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
-
-
-def test_torch_derivatives(torch):
-    """Through unsorted axes and statistics, and the second."""
+def test_torch_gradients_through_unsorted_axes(torch):
     x = torch.tensor(X[:2, :, :3], dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda x, weight: cn.layer_norm(x, weight=weight, axis=(2, 0), return_stats=True),
         (x, weight),
     )
-    x = torch.tensor(X[0], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x: cn.layer_norm(x), x)
 
 
 def test_torch_parameters_and_modes(torch):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm import _calls, _memo, _rules
+from cupynorm import _memo as memo
+from cupynorm import _rules
 from tests import oracle
 from tests.conftest import Backend, np_dtype
+from tests.directions import axes_of, check
 
 # Those whose calls are settled.
 BACKENDS = (
@@ -46,22 +48,19 @@ def numbers(*shape, dtype="float32"):
 
 
 def laid_out(lib, dtype, layout):
-    """An array of the layout, never seen before; how it is normalized, for forward and backward."""
+    """An array of the layout, never seen before, and how it is normalized."""
     shape, cut, how = LAYOUTS[layout]
     if lib.name.startswith("torch") and layout == "backwards":
         pytest.skip("torch has no negative strides")
     if lib.backend.compiles and (layout.startswith("shared") or (dtype != "float32" and how)):
         pytest.skip("simulated in minutes, or compiled once more for nothing")
     memory = lib.from_numpy(numbers(*shape, dtype=dtype))
-    x = memory.T if cut == "turned" else memory[cut]
-    axes = how.get("axis", -1)
-    if "normalized_shape" in how:
-        axes = tuple(range(-np.size(how["normalized_shape"]), 0))
-    return x, how, tuple(a % x.ndim for a in (axes if isinstance(axes, tuple) else (axes,)))
+    return memory.T if cut == "turned" else memory[cut], how
 
 
-def affine(lib, dtype, x, axes, kind):
-    shape = [x.shape[a] for a in axes]
+def affine(lib, dtype, x, how, kind):
+    where = {k: v for k, v in how.items() if k in ("axis", "normalized_shape")}
+    shape = [x.shape[a] for a in axes_of(x.ndim, **where)]
     return {
         name: lib.from_numpy(RNG.standard_normal(shape).astype(np_dtype(dtype)))
         for name in ("weight", "bias")
@@ -92,22 +91,8 @@ def no_rule():
 
 
 def cold(call, *arguments, **named):
-    _memo.settled.clear()
+    memo.settled.clear()
     return call(*arguments, **named)
-
-
-def check(lib, found, x, axes, weight=None, bias=None, eps=1e-5):
-    """Compare a forward with the definition."""
-    x, weight, bias = (None if a is None else lib.to_numpy(a) for a in (x, weight, bias))
-    if not x.size:
-        assert tuple(found[0].shape) == x.shape
-        assert np.isnan(lib.to_numpy(found[1])).all()
-        return
-    weight, bias = (None if a is None else a.transpose(np.argsort(axes)) for a in (weight, bias))
-    want = oracle.layer_norm(x, axes, weight, bias, eps)
-    for got, exact in zip(map(lib.to_numpy, found), want, strict=True):
-        bound = oracle.tolerance(got.dtype, x.size // want[1].size)
-        np.testing.assert_allclose(got.astype(np.float64), exact, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -115,19 +100,22 @@ def test_forward(lib, dtype, layout):
     """Settled with arrays that are gone by then; and prepared, and into `out`."""
     kinds = ["weight bias"] if lib.backend.compiles else ["", "weight", "bias", "weight bias"]
     for kind in kinds:
-        first, how, axes = laid_out(lib, dtype, layout)
+        first, how = laid_out(lib, dtype, layout)
         for stats in (False, True):
             named = how | {"return_stats": stats}
-            cn.layer_norm(first, **named, **affine(lib, dtype, first, axes, kind))
-            x, _, _ = laid_out(lib, dtype, layout)
-            given = named | affine(lib, dtype, x, axes, kind)
+            cn.layer_norm(first, **named, **affine(lib, dtype, first, how, kind))
+            x, _ = laid_out(lib, dtype, layout)
+            given = named | affine(lib, dtype, x, how, kind)
             f = cn.prepare(first, **given)
             with no_rule():
                 warm, prepared = cn.layer_norm(x, **given), f(x)
             want = cold(cn.layer_norm, x, **given)
             assert told(lib, warm) == told(lib, prepared) == told(lib, want)
-        parts = {k: v for k, v in given.items() if k in ("weight", "bias", "eps")}
-        check(lib, want, x, axes, **parts)
+        if 0 in x.shape:
+            assert np.isnan(lib.to_numpy(want.mean)).all()
+        else:
+            given = {k: v for k, v in given.items() if k not in ("order", "return_stats")}
+            check(lib, want, None, x, **given)
         if "order" not in how:
             into(lib, first, x, given | {"return_stats": False}, want.y)
 
@@ -155,28 +143,26 @@ def test_backward(lib, dtype, layout):
         masks = [None, *((bool(m & 4), bool(m & 2), bool(m & 1)) for m in range(8))]
 
     def arrays(kind):
-        x, how, axes = laid_out(lib, dtype, layout)
-        dy, _, _ = laid_out(lib, dtype, layout)
-        shape, axis = how.get("normalized_shape"), how.get("axis")
-        weight = affine(lib, dtype, x, axes, kind).get("weight")
-        _, mean, rstd = cn.layer_norm(x, shape, axis=axis, return_stats=True)
-        return (dy, x, shape, mean, rstd, weight), axis, axes
+        (x, how), (dy, _) = laid_out(lib, dtype, layout), laid_out(lib, dtype, layout)
+        where = {"normalized_shape": None} | {
+            k: v for k, v in how.items() if k not in ("eps", "order")
+        }
+        weight = affine(lib, dtype, x, how, kind).get("weight")
+        _, mean, rstd = cn.layer_norm(x, **where, return_stats=True)
+        return {"dy": dy, "x": x, "weight": weight, **where}, {"mean": mean, "rstd": rstd}
 
     for kind in ("weight", ""):
         for mask in masks[:: 3 if lib.backend.compiles else 1]:
-            given, axis, axes = arrays(kind)
-            cn.layer_norm_backward(*given, axis=axis, output_mask=mask)
-            given, axis, axes = arrays(kind)
+            given, stats = arrays(kind)
+            cn.layer_norm_backward(**given, **stats, output_mask=mask)
+            given, stats = arrays(kind)
             with no_rule():
-                warm = cn.layer_norm_backward(*given, axis=axis, output_mask=mask)
-            want = cold(cn.layer_norm_backward, *given, axis=axis, output_mask=mask)
+                warm = cn.layer_norm_backward(**given, **stats, output_mask=mask)
+            want = cold(cn.layer_norm_backward, **given, **stats, output_mask=mask)
             assert told(lib, warm) == told(lib, want)
             assert [a is not None for a in want] == list(mask or (True, kind == "weight", True))
-            dy, x, weight = (None if a is None else lib.to_numpy(a) for a in (*given[:2], given[5]))
-            turn, grads = np.argsort(axes), [None if a is None else lib.to_numpy(a) for a in want]
-            turned = [None if a is None else a.transpose(turn) for a in (*grads[1:], weight)]
-            if x.size:
-                oracle.assert_gradients([grads[0], *turned[:2]], dy, x, axes, turned[2])
+            if 0 not in given["x"].shape:
+                check(lib, want, **given)
 
 
 # --- calls of nearly the same signature ---------------------------------------------------------
@@ -193,16 +179,16 @@ def outcome(lib, call, given):
 def hold(lib, call, good, changes):
     """Each change after the good call has the outcome that it has alone, twice; refused: a str."""
     for refused, change in changes:
-        _memo.settled.clear()
+        memo.settled.clear()
         want = outcome(lib, call, good | change)
         assert isinstance(want, str) == refused, (change, want)
-        _memo.settled.clear()
+        memo.settled.clear()
         before = outcome(lib, call, good)
-        kept = len(_calls.settled)
+        kept = len(memo.settled)
         for _ in range(2):
             assert outcome(lib, call, good | change) == want, change
         # Of a call that the rules refuse nothing is kept; overlap is looked for at each call.
-        assert not refused or "memory" in want or len(_calls.settled) == kept, want
+        assert not refused or "memory" in want or len(memo.settled) == kept, want
         assert outcome(lib, call, good) == before
 
 
@@ -316,7 +302,7 @@ def test_a_warm_call_sees_that_out_overlaps(lib, dtype, rows):
 def test_rules_are_applied_once_for_a_signature(lib, monkeypatch):
     applied, real = [], _rules.resolve_axes
     monkeypatch.setattr(_rules, "resolve_axes", lambda *a: applied.append(a) or real(*a))
-    _memo.settled.clear()
+    memo.settled.clear()
     xs = [lib.from_numpy(numbers(4, 12)) for _ in range(3)]
     for i in range(100):
         y, mean, rstd = cn.layer_norm(xs[i % 3], 12, return_stats=True)
@@ -325,12 +311,12 @@ def test_rules_are_applied_once_for_a_signature(lib, monkeypatch):
 
 
 def test_a_full_memo_is_cleared(monkeypatch):
-    monkeypatch.setattr(_memo, "_MOST", 8)
-    _memo.settled.clear()
+    monkeypatch.setattr(memo, "_MOST", 8)
+    memo.settled.clear()
     for n in range(1, 30):
         x = numbers(2, n)
         y = cn.layer_norm(x)
-        assert 0 < len(_calls.settled) <= 8
+        assert 0 < len(memo.settled) <= 8
         np.testing.assert_allclose(y, oracle.layer_norm(x, (1,), None, None, 1e-5)[0], atol=1e-5)
 
 

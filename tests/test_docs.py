@@ -1,6 +1,7 @@
 """The documentation: what it shows runs, and what it points to is there."""
 
 import ast
+import operator
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,8 @@ def test_blocks_run_on_a_gpu(page, capsys):
     run(page, gpu=True)
 
 
-def test_a_failing_block_names_its_line(tmp_path, monkeypatch):
+def test_faults_of_blocks_are_found(tmp_path, monkeypatch):
+    """Each names its line; blocks for a GPU see the others' names, but not the reverse."""
     monkeypatch.setattr("tests.test_docs.ROOT", tmp_path)
     page = tmp_path / "page.md"
     page.write_text("text\n\n- item\n\n  ```python\n  a = 1\n\n  1 / (a - 1)\n  ```\n")
@@ -115,11 +117,6 @@ def test_a_failing_block_names_its_line(tmp_path, monkeypatch):
         run(page, gpu=False)
     last = caught.traceback[-1]
     assert (str(last.path), last.lineno + 1) == ("page.md", 8)
-
-
-def test_gpu_blocks_see_the_others_but_not_the_reverse(tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.test_docs.ROOT", tmp_path)
-    page = tmp_path / "page.md"
     page.write_text(
         "```python\nx = 1\n```\n```python gpu\nx = x + 1\n```\n```python\nassert x == 1\n```\n"
         "```python gpu\nassert x == 2\n```\n```python gpu\ntorch.nowhere\n```\n"
@@ -140,11 +137,8 @@ def test_names_exist(page):
     import cupynorm.torch
 
     text = page.read_text(encoding="utf-8")
-    for name in sorted(set(re.findall(r"\b(?:cn|cupynorm)\.([a-zA-Z_.]*\w)", text))):
-        found = cupynorm
-        for part in name.split("."):
-            found = getattr(found, part, None)
-            assert found is not None, f"{page.name} speaks of cupynorm.{name}"
+    for name in set(re.findall(r"\b(?:cn|cupynorm)\.([a-zA-Z_.]*\w)", text)):
+        assert operator.attrgetter(name)(cupynorm) is not None
 
 
 def anchors(page):

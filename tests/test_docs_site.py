@@ -86,7 +86,7 @@ def test_numbers_on_the_pages_are_those_of_the_files():
     text = results.parts()["performance.md"]
     for name in re.findall(r"\]\(\.\./(bench/results/[^)]+)\)", text):
         assert (ROOT / name).is_file()
-    rows = results._rows("frames-2026-11-22-d788fd9.csv")
+    rows = results._rows("frames-2026-11-25-de2f0d3.csv")
     for row in rows:
         assert f"| {row['frame']} | {row['M']}×{row['N']} |" in text
         assert f"| {row['frame ms']} | {row['numpy ms']} |" in text

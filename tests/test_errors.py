@@ -1,9 +1,6 @@
 """Every argument rule, of both directions: the type of the error, what offends, the way out."""
 
 import re
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -175,13 +172,11 @@ def test_dtype_that_is_not_floating(direction, name, kind):
         error, way_out = ValueError, f"float32 goes with x of dtype float32; cast {name}"
     bad = {name: ones(name).astype(kind)}
     refused(error, f"{name} has dtype {kind}", way_out, direction=direction, **bad)
-
-
-@each_affine
-def test_torch_affine_dtype_names_torchs_cast(name):
-    torch = pytest.importorskip("torch")
-    words = f"{name} has dtype int64", f"{name}.to(torch.float32)"
-    refused(TypeError, *words, x=torch.ones(2, 4), **{name: torch.ones(4, dtype=torch.int64)})
+    if kind == "int64" and error is TypeError:  # in the words of x's library
+        torch = pytest.importorskip("torch")
+        bad, make = {name: torch.ones(SHAPES[name], dtype=torch.int64)}, torch.from_numpy
+        words = f"{name} has dtype int64", f"{name}.to(torch.float32)"
+        refused(TypeError, *words, direction=direction, make=make, **bad)
 
 
 def test_dy_dtype(lib):
@@ -379,34 +374,3 @@ def test_refused_calls_leave_out_untouched():
     for bad in ({"normalized_shape": 3}, {"eps": float("nan")}, {"weight": np.ones(3)}):
         refused(ValueError, out=out, **bad)
     np.testing.assert_array_equal(out, 7)
-
-
-# --- without assert statements ------------------------------------------------------------------
-
-
-def test_python_without_asserts_keeps_the_errors():
-    program = """
-        import numpy as np, cupynorm as cn
-        x = np.ones((2, 4), np.float32)
-        calls = [
-            dict(normalized_shape=4, axis=0), dict(normalized_shape=3), dict(axis=2),
-            dict(axis=(0, 0)), dict(weight=np.ones(3)), dict(weight=np.ones(4, int)),
-            dict(eps=float("nan")), dict(eps="1"), dict(order="A"), dict(out=np.ones(3)),
-            dict(out=x[::-1]), dict(x=x.astype(int)), dict(x=[1.0]), dict(x=np.ma.ones((2, 4))),
-        ]
-        for call in calls:
-            try:
-                cn.layer_norm(call.pop("x", x), **call)
-            except (TypeError, ValueError) as error:
-                print(type(error).__name__)
-            else:
-                print("taken", call)
-    """
-    done = subprocess.run(
-        [sys.executable, "-O", "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    t, v = "TypeError", "ValueError"
-    assert done.stdout.split() == [t, v, v, v, v, t, v, t, v, v, v, t, t, t]

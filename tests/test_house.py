@@ -23,24 +23,27 @@ FLOORS = (
     {"_report"},
     {"modules", "plot", "sklearn", "torch"},  # adapters: none imports another
     {"functional", "prepared"},
-    {"dask", "frames"},  # containers, which `functional` hands over
+    {"dask"},  # containers, which `functional` hands over
+    {"frames"},
     {"_calls"},  # the one memo
     {"_torch"},  # tensors: who watches, then addresses
     {"_cpu", "_cuda"},  # do
-    {"_layout", "_reference"},
+    {"_reference"},
+    {"_layout"},
     {"_rules"},
-    {"_display", "_libraries", "_ops"},
+    {"_display", "_libraries", "_memo", "_ops"},
 )
 # The files of a folder that others may name; of the rest its `__init__`, which is public.
 DOORS = {
-    "_cpu": {"arrays", "engine"},
+    "_cpu": {"arrays", "engine", "threads"},
     "_cuda": {"arrays", "launch"},
-    "_torch": {"autograd", "tensors"},
+    "_torch": {"doors", "tensors"},
     "frames": {"columns"},
 }
 # Files behind a door that one room alone may name.
 BY_NAME = {
     ("_report", "_cuda.plan"),
+    ("_report", "_cuda.tiles"),
     ("torch", "_torch.watch"),
     *((top, f"_report.{p.stem}") for top in FLOORS[0] for p in (PACKAGE / "_report").glob("*.py")),
 }

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPENDENCIES = sysconfig.get_paths()["purelib"]  # numpy and the build backend, for every context
+PIP = "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"
 
 # Prints where the package came from and what it reads as kernels.
 PROBE = """
@@ -37,21 +38,18 @@ def run(*command, cwd="/", path=()):
 
 
 def probe(*path, python=sys.executable):
-    return json.loads(run(python, "-c", PROBE, path=path))
+    """Where the package is found, and its version; its kernels are those of the checkout."""
+    found = json.loads(run(python, "-c", PROBE, path=path))
+    texts = sorted((ROOT / "kernels").glob("*.cuh"))
+    assert texts, "the checkout has no kernels"
+    assert found["kernels"] == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in texts}
+    return Path(found["file"]), found["version"]
 
 
 def build(source, outdir, kind):
     run(sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "-o", outdir, source)
     (built,) = outdir.iterdir()
     return built
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    """Digest of each kernel text in the checkout."""
-    texts = sorted((ROOT / "kernels").glob("*.cuh"))
-    assert texts, "the checkout has no kernels"
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in texts}
 
 
 @pytest.fixture(scope="module")
@@ -65,36 +63,26 @@ def sdist(tmp_path_factory):
 
 
 def install(wheel, target):
-    run(
-        *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
-        *("--no-deps", "--no-index", "--ignore-installed", "--target", target, wheel),
-    )
+    run(sys.executable, *PIP, "--ignore-installed", "--target", target, wheel)
     return target
 
 
-def test_wheel_installed(wheel, kernels, tmp_path):
+def test_wheel(wheel, tmp_path):
+    """Installed, and imported as a zip."""
     site = install(wheel, tmp_path / "site")
-    found = probe(site)
-    assert Path(found["file"]).is_relative_to(site)
-    assert found["kernels"] == kernels
+    assert probe(site)[0].is_relative_to(site)
+    assert wheel.name in str(probe(wheel)[0])
 
 
-def test_wheel_imported_as_zip(wheel, kernels):
-    found = probe(wheel)
-    assert wheel.name in found["file"]
-    assert found["kernels"] == kernels
-
-
-def test_sdist_gives_the_same_wheel(sdist, wheel, kernels, tmp_path):
+def test_sdist_gives_the_same_wheel(sdist, wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
     again = build(source, tmp_path / "dist", "wheel")
     with zipfile.ZipFile(wheel) as a, zipfile.ZipFile(again) as b:
-        assert {i.filename: i.CRC for i in a.infolist()} == {
-            i.filename: i.CRC for i in b.infolist()
-        }
-    assert probe(install(again, tmp_path / "site"))["kernels"] == kernels
+        sums = ({i.filename: i.CRC for i in archive.infolist()} for archive in (a, b))
+        assert next(sums) == next(sums)
+    probe(install(again, tmp_path / "site"))
 
 
 def test_sdist_holds_what_a_packager_needs(sdist):
@@ -106,47 +94,35 @@ def test_sdist_holds_what_a_packager_needs(sdist):
         *("bench/results/PENDING.md", "cupynorm/py.typed"),
     }
     assert wanted <= names, f"not in the sdist: {sorted(wanted - names)}"
-    strangers = {n for n in names if n.startswith((".venv", "out/", "dist/", "build/"))}
-    assert not strangers
+    assert not {n for n in names if n.startswith((".venv", "out/", "dist/", "build/"))}
 
 
-def test_editable_install(kernels, tmp_path):
+def test_editable_install_and_bare_checkout(tmp_path):
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    run(
-        *(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"),
-        *("--no-index", "--ignore-installed", "--no-build-isolation", "-e", ROOT),
-    )
-    found = probe(python=python)
-    assert Path(found["file"]) == ROOT / "cupynorm" / "__init__.py"
-    assert found["kernels"] == kernels
+    run(python, *PIP, "--ignore-installed", "--no-build-isolation", "-e", ROOT)
+    here = ROOT / "cupynorm" / "__init__.py"
+    assert probe(python=python)[0] == probe(ROOT)[0] == here
 
 
-def test_bare_checkout(kernels):
-    found = probe(ROOT)
-    assert Path(found["file"]) == ROOT / "cupynorm" / "__init__.py"
-    assert found["kernels"] == kernels
-
-
-def test_wheel_brings_one_top_level_name(wheel, kernels):
+def test_wheel_brings_one_top_level_name(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     tops = {name.partition("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"cupynorm"}
     assert "cupynorm/py.typed" in names
     shipped = {name for name in names if name.startswith("cupynorm/kernels/")}
-    assert shipped == {f"cupynorm/kernels/{name}" for name in kernels}
+    assert shipped == {f"cupynorm/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.cuh")}
     assert not [name for name in names if name.endswith((".pyc", ".so"))]
 
 
 def test_kernels_folder_shadows_no_package_of_that_name(tmp_path):
     """Hugging Face's package `kernels` must win even when Python runs from our root."""
-    other = tmp_path / "kernels"
-    other.mkdir()
-    (other / "__init__.py").write_text("")
+    other = tmp_path / "kernels" / "__init__.py"
+    other.parent.mkdir()
+    other.write_text("")
     code = "import kernels; print(kernels.__file__)"
-    out = run(sys.executable, "-c", code, cwd=ROOT, path=(ROOT, tmp_path))
-    assert Path(out.strip()) == other / "__init__.py"
+    assert Path(run(sys.executable, "-c", code, cwd=ROOT, path=(ROOT, tmp_path)).strip()) == other
 
 
 def test_metadata(wheel):
@@ -154,13 +130,11 @@ def test_metadata(wheel):
         (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         data = email.message_from_string(archive.read(name).decode())
         assert name.replace("METADATA", "licenses/LICENSE") in archive.namelist()
-    assert data["Name"] == "cupynorm"
-    assert data["Version"] == probe(ROOT)["version"]
+    assert (data["Name"], data["Version"]) == ("cupynorm", probe(ROOT)[1])
     assert data["Requires-Python"] == ">=3.11"
     assert data["License-Expression"] == "Apache-2.0"
     extras = {"cuda12", "cuda13", "cpu", "torch", "sklearn", "dask", "notebook", "demo", "test"}
-    extras |= {"bench", "docs", "safetensors"}
-    assert set(data.get_all("Provides-Extra")) == extras
+    assert set(data.get_all("Provides-Extra")) == extras | {"bench", "docs", "safetensors"}
     required = [r for r in data.get_all("Requires-Dist") if "extra ==" not in r]
     assert sorted(r.partition(">")[0] for r in required) == ["array-api-compat", "numpy"]
     # cupynorm[cuda12] must not bring cuBLAS and the like: gigabytes that nothing here uses

@@ -5,15 +5,14 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from cupynorm import _problem
-from cupynorm._arrays import check_overlap
+from cupynorm import _rules
 from cupynorm._cpu import blocks, engine
 from cupynorm._layout import Facts, Problem, problem_of, row_major_strides
-from cupynorm._ops import LAYER_NORM
+from cupynorm._libraries import check_overlap
 
 Array = np.ndarray[Any, Any]
 Call = Callable[..., Any]
@@ -59,11 +58,9 @@ class Door:
         """Give ``call(x, weight, bias, out)``: y, or (y, mean, rstd) if these are wanted."""
         new, shape, stats = _maker(facts), facts.stats_shape, facts.stats
         compute = np.dtype(engine.computed(facts.dtypes["x"]))
-        run, small = _forward(facts, self._plain), None
-        if not self._plain:
-            small = _small(facts, compute)
+        run, small = _forward(facts, self._plain), None if self._plain else _small(facts, compute)
 
-        def call(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Any:
+        def ordinary(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Any:
             nonlocal small
             y = new(x) if out is None else out
             mean = rstd = None
@@ -80,13 +77,14 @@ class Door:
             run(x, weight, bias, y, mean, rstd)
             return (y, mean, rstd) if stats else y
 
-        return call
+        direct = None if small is None else _direct(facts, compute, ordinary)
+        return direct or ordinary
 
     def differentiator(self, facts: Facts) -> Call:
         """Give ``call(dy, x, mean, rstd, weight)``: dx, dweight and dbias, None if not wanted."""
         dtypes, shape = facts.dtypes, facts.affine_shape
         to_weight, to_bias = (
-            _problem.numpy_dtype(dtypes[k]) if k in dtypes else None for k in ("dweight", "dbias")
+            _rules.numpy_dtype(dtypes[k]) if k in dtypes else None for k in ("dweight", "dbias")
         )
         run, to_x = _backward(facts, self._plain), "dx" in facts.strides
 
@@ -157,45 +155,67 @@ def _small(facts: Facts, compute: np.dtype[Any]) -> Call | None:
     None where it takes more than one table of short contiguous rows and one thread.
     """
     kind, N = facts.dtypes["x"], facts.N
-    dense = row_major_strides(facts.shape, ())
-    trailing = facts.axes == tuple(range(len(facts.shape)))[-len(facts.axes) :]
-    if not (trailing and 0 < facts.size < engine.ALONE and engine.available(kind)):
+    if not (0 < facts.size < engine.ALONE and engine.available(kind) and _dense(facts)):
         return None
-    if any(strides != dense for strides in facts.strides.values()):
-        return None
-    from cupynorm._cpu import jobs
     from cupynorm._cpu.forward import CHUNK
+    from cupynorm._cpu.small import small, small_with_stats
 
     if N > CHUNK:
         return None
-    do, none = jobs.small(kind), np.empty(0, compute)
+    do, none = (small_with_stats if facts.stats else small)(kind), np.empty(0, compute)
     limits = facts.eps, *engine.safe_range(compute.name, facts.eps)
-    table = None if len(facts.shape) == 2 and len(facts.axes) == 1 else (facts.size // N, N)
-    bits = np.dtype(np.uint16) if compute.itemsize > 2 and kind.endswith("16") else None
-    rows = [facts.dtypes.get(name, compute.name) == compute.name for name in ("weight", "bias")]
-    as_it_is = table is None and bits is None and all(rows) and not facts.stats
+    table, stored = (facts.size // N, N), _stored(kind)
 
-    def small(x: Any, w: Any, b: Any, y: Any, mean: Any, rstd: Any) -> bool:
-        w, b = none if w is None else w, none if b is None else b
-        if as_it_is:
-            return do(x, y, w, b, none, none, *limits)
-        if w.dtype != compute:
-            if facts.out and np.may_share_memory(w, y):  # of a copy the loops could not tell
-                return True
-            w = _affine(w, compute)
-        if b.dtype != compute:
-            if facts.out and np.may_share_memory(b, y):
-                return True
-            b = _affine(b, compute)
-        if bits is not None:
-            x, y = x.view(bits), y.view(bits)
-        if table is not None:
-            x, y, w, b = x.reshape(table), y.reshape(table), w.ravel(), b.ravel()
-        if mean is None:
-            return do(x, y, w, b, none, none, *limits)
-        return do(x, y, w, b, mean.ravel(), rstd.ravel(), *limits)
+    def on_arrays(x: Any, w: Any, b: Any, y: Any, *stats: Any) -> Any:
+        rows = []
+        for row in (w, b):
+            if row is not None and row.dtype != compute:
+                if facts.out and np.may_share_memory(row, y):  # of a copy loops could not tell
+                    return True
+                row = _affine(row, compute)
+            rows.append(none if row is None else row.reshape(-1))
+        told = [a.reshape(-1) for a in stats if a is not None]
+        tables = [a.reshape(table).view(stored) for a in (x, y)]
+        return do(*tables, *rows, *told, *limits)
 
-    return small
+    return on_arrays
+
+
+def _direct(facts: Facts, compute: np.dtype[Any], ordinary: Call) -> Call | None:
+    """The call with the least Python around the loops, where arrays are as `small` takes them."""
+    kind = facts.dtypes["x"]
+    rows = [facts.dtypes.get(name, compute.name) for name in ("weight", "bias")]
+    alike = kind == compute.name and rows == [kind, kind]
+    if facts.stats or not alike or len(facts.shape) != 2 or len(facts.axes) != 1:
+        return None
+    from cupynorm._cpu.small import small
+
+    do, none, empty, shape = small(kind), np.empty(0, compute), np.empty, facts.shape
+    eps, (low, high) = facts.eps, engine.safe_range(compute.name, facts.eps)
+
+    def direct(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Any:
+        y = empty(shape, compute) if out is None else out
+        w, b = none if weight is None else weight, none if bias is None else bias
+        try:
+            if not do(x, y, w, b, eps, low, high):
+                return y
+        except TypeError:  # as in `ordinary`
+            pass
+        return ordinary(x, weight, bias, out)
+
+    return direct
+
+
+def _dense(facts: Facts) -> bool:
+    """Whether all arrays are one C-ordered table of rows."""
+    dense, ndim = row_major_strides(facts.shape, ()), len(facts.shape)
+    trailing = facts.axes == tuple(range(ndim - len(facts.axes), ndim))
+    return trailing and all(strides == dense for strides in facts.strides.values())
+
+
+def _stored(kind: str) -> np.dtype[Any]:
+    """What compiled code sees in the memory of x."""
+    return np.dtype(np.uint16 if kind.endswith("16") else kind)
 
 
 def _address(a: Array | None) -> int:
@@ -341,18 +361,14 @@ def _sums_of_nothing(*arrays: Any) -> None:
 
 def _small_gradients(facts: Facts, problem: Problem, compute: np.dtype[Any]) -> Call | None:
     """As `_small`, of the backward."""
-    dense = row_major_strides(facts.shape, ())
-    trailing = facts.axes == tuple(range(len(facts.shape)))[-len(facts.axes) :]
     same = all(facts.dtypes.get(k, compute.name) == compute.name for k in ("dweight", "dbias"))
-    if not (trailing and same and facts.size < engine.ALONE and problem.N <= engine.LONGEST):
+    if not (same and _dense(facts) and facts.size < engine.ALONE and problem.N <= engine.LONGEST):
         return None
-    if any(strides != dense for strides in facts.strides.values()):
-        return None
-    from cupynorm._cpu import jobs
+    from cupynorm._cpu.small import small_gradients
 
     record, plan = engine.gradient_record(problem)
-    do, table = jobs.small_gradients(facts.dtypes["x"]), (problem.M, problem.N)
-    stored = np.dtype(np.uint16) if facts.dtypes["x"].endswith("16") else compute
+    kind, table = facts.dtypes["x"], (problem.M, problem.N)
+    do, stored = small_gradients(kind), _stored(kind)
     none, row = np.empty((0, 0), stored), np.empty(0, compute)
 
     def small(*arrays: Any, record: Any = record) -> None:
@@ -367,54 +383,21 @@ def _small_gradients(facts: Facts, problem: Problem, compute: np.dtype[Any]) -> 
 # --- columns ------------------------------------------------------------------------------------
 
 
-class Column(NamedTuple):
-    """One column of a table."""
-
-    values: Any  # (M,)
-    validity: Any = None  # Arrow's bitmap: 1 is valid, least significant bit first; None: all are
-    offset: int = 0  # its bit that row 0 has
-
-
-def as_matrix(columns: Sequence[Column]) -> Array | None:
-    """View NumPy columns that are those of one row-major matrix as this matrix."""
-    x = _as_strided(columns)
-    return (
-        x if x is not None and x.strides[1] == x.itemsize <= x.strides[0] // len(columns) else None
-    )
-
-
-def _as_strided(columns: Sequence[Column]) -> Array | None:
-    """View columns of one dtype that lie at equal distances in memory as one matrix."""
-    first, N = columns[0].values, len(columns)
-    at = [column.values.ctypes.data for column in columns]
-    step = at[1] - at[0] if N > 1 else first.itemsize
-    if first.size < 2 or step % first.itemsize or first.strides[0] % first.itemsize:
-        return None
-    for j, (x, validity, _) in enumerate(columns):
-        here = at[j] == at[0] + j * step and x.strides == first.strides
-        if validity is not None or x.dtype != first.dtype or not here:
-            return None
-    strides = first.strides[0], step
-    return np.lib.stride_tricks.as_strided(first, (first.size, N), strides, writeable=False)
-
-
 def normalize_columns(
-    columns: Sequence[Column],
+    columns: Sequence[tuple[Array, Array | None, int]],
     weight: Array | None,
     bias: Array | None,
     eps: float,
     y: Array,
+    *,
     omit: bool,
 ) -> None:
     """Normalize the rows of N columns of length M into y (M, N), of any strides.
 
-    A null counts as NaN; with ``omit``, NaN is left out of a row's statistics. Nothing is empty
-    and nothing overlaps y. Statistics and their sums are float32, float64 for float64 y.
+    A column is its values, Arrow's bitmap of what is valid, or None, and the bit of it that row 0
+    has. A null counts as NaN; with ``omit``, NaN is left out of a row's statistics. Nothing is
+    empty and nothing overlaps y. Statistics and their sums are float32, float64 for float64 y.
     """
-    matrix = None if omit else _as_strided(columns)
-    if matrix is not None and matrix.dtype == y.dtype:
-        layer_norm_fwd(matrix, (1,), weight, bias, eps, y, None, None)
-        return
     kind = y.dtype.name
     compute = np.dtype(engine.computed(kind))
     w, b = _affine(weight, compute), _affine(bias, compute)
@@ -433,50 +416,3 @@ def _readable(x: Array) -> Array:
     if x.dtype.name == "float16" and not engine.available("float16"):
         return x.astype(np.float32)
     return x if Door.strides(x) else x.astype(x.dtype.newbyteorder("="), order="C", copy=True)
-
-
-# --- ADAPTERS, to be deleted when `_calls` calls the door ----------------------------------------
-
-
-def shared_from() -> int:
-    """Elements from which a call takes more than one thread."""
-    return engine.ALONE
-
-
-def layer_norm_fwd(
-    x: Array,
-    axes: tuple[int, ...],
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    y: Array,
-    mean: Array | None,
-    rstd: Array | None,
-) -> None:
-    """Normalize x over ``axes`` into y, mean and rstd."""
-    dtypes = {"x": _problem.dtype_name(x.dtype)}
-    strides = {"x": Door.strides(x), "y": Door.strides(y)}
-    facts = Facts(LAYER_NORM, False, x.shape, axes, dtypes, strides, eps)
-    _forward(facts, _plain.get())(x, weight, bias, y, mean, rstd)
-
-
-def layer_norm_bwd(
-    dy: Array,
-    x: Array,
-    axes: tuple[int, ...],
-    mean: Array,
-    rstd: Array,
-    weight: Array | None,
-    dx: Array | None,
-    dweight: Array | None,
-    dbias: Array | None,
-) -> None:
-    """Write the gradients that are not None."""
-    wanted = {"dweight": dweight, "dbias": dbias}
-    dtypes = {k: _problem.dtype_name(a.dtype) for k, a in wanted.items() if a is not None}
-    arrays = {"dy": dy, "x": x} | ({} if dx is None else {"dx": dx})
-    strides = {k: Door.strides(a) for k, a in arrays.items()}
-    dtypes |= {"x": _problem.dtype_name(x.dtype)}
-    facts = Facts(LAYER_NORM, True, x.shape, axes, dtypes, strides)
-    run = _backward(facts, _plain.get())
-    run(dy, x, mean, rstd, weight, dx, dweight, dbias)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba import types
 
 # Compiled functions by what defines them and for which dtype; loaded code, no call's settings.
 _ready: dict[tuple[Any, str], Any] = {}
@@ -21,28 +22,37 @@ def inner(function: Callable[..., Any]) -> Any:
 def checksum() -> int:
     """Checksum of the files that compiled functions are made of.
 
-    Each entry closes over it, because numba's cache looks at the time stamp of one file alone, and
+    Each job closes over it, because numba's cache looks at the time stamp of one file alone, and
     at the values of such variables: a change of the files below must not go unseen.
     """
     files = sorted(Path(__file__).parent.glob("*.py"))
     return zlib.crc32(b"".join(file.read_bytes() for file in files)) | 1
 
 
-def entry(define: Callable[..., Any], kind: str) -> Any:
-    """Compile for a dtype, or load, what ``define(checksum, kind)`` gives with its signature.
+def job(define: Callable[..., Any]) -> Callable[[str], Any]:
+    """Make what Python calls: for a dtype compiled, or loaded, when it is first asked for.
 
+    ``define(checksum, kind)`` gives a function of integers, or its signature and the function.
     Where numba finds no folder to keep code in, or a full one, it is compiled all the same.
     """
-    found = _ready.get((define, kind))
-    if found is None:
-        try:
-            found = _compile(define, kind, checksum(), True)
-        except (RuntimeError, OSError):
-            found = _compile(define, kind, 1, False)
-        _ready[define, kind] = found
-    return found
+
+    @functools.wraps(define)
+    def ready(kind: str) -> Any:
+        found = _ready.get((define, kind))
+        if found is None:
+            try:
+                found = _compile(define, kind, checksum(), True)
+            except (RuntimeError, OSError):
+                found = _compile(define, kind, 1, False)
+            _ready[define, kind] = found
+        return found
+
+    return ready
 
 
 def _compile(define: Callable[..., Any], kind: str, number: int, keep: bool) -> Any:
-    signature, function = define(number, kind)
+    made = define(number, kind)
+    signature, function = made if isinstance(made, tuple) else (None, made)
+    if signature is None:
+        signature = types.void(*[types.int64] * function.__code__.co_argcount)
     return numba.njit(signature, nogil=True, error_model="numpy", cache=keep)(function)

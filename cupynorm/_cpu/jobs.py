@@ -4,11 +4,10 @@ Each function takes the address of a record that says all of a problem, addresse
 absent), and which items of the work to do, so that threads do not have to agree on anything else.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray, from_dtype, types
+from numba import carray
 
 from cupynorm._cpu.backward import (
     FIELDS,
@@ -22,8 +21,8 @@ from cupynorm._cpu.backward import (
     sums_pitch,
 )
 from cupynorm._cpu.backward import finish_row as finish_gradient_row
-from cupynorm._cpu.backward import short_rows as short_rows_back
-from cupynorm._cpu.compiled import entry, inner
+from cupynorm._cpu.backward import short_rows as gradients_of_rows
+from cupynorm._cpu.compiled import inner, job
 from cupynorm._cpu.forward import (
     CHUNK,
     FROM_MEMORY,
@@ -55,13 +54,9 @@ FORWARD = np.dtype(
 _forward_at = record_at(FORWARD)
 
 
-def _dtypes(kind: str) -> tuple[str, Any, Any]:
+def dtypes_of(kind: str) -> tuple[str, Any, Any]:
     computed = _COMPUTED.get(kind, "float32")
     return computed, np.dtype(_STORED[kind]).type, np.dtype(computed).type
-
-
-def _signature(arrays: int) -> Any:
-    return types.void(*[types.int64] * (1 + arrays + 2))
 
 
 @inner
@@ -77,10 +72,8 @@ def _rows(f, x, y, w, b, mean, rstd, lo, hi, tile, stats, parts, rooms):  # type
     for block in range(lo, hi):
         o, first = block // strips, block % strips * f.rows
         n = min(f.rows, f.M - first)
-        source, target = (
-            _start(x, f.x_outer, f.x_row, o, first),
-            _start(y, f.y_outer, f.y_row, o, first),
-        )
+        source = _start(x, f.x_outer, f.x_row, o, first)
+        target = _start(y, f.y_outer, f.y_row, o, first)
         q, qp = place(target, f.y_row, f.y_col, tile, f.N)
         if block == lo:
             repeats = n * (hi - lo)
@@ -95,39 +88,43 @@ def _rows(f, x, y, w, b, mean, rstd, lo, hi, tile, stats, parts, rooms):  # type
 
 
 @inner
-def _group(total, most, N):  # type: ignore[no-untyped-def]
+def group_of(total, most, N):  # type: ignore[no-untyped-def]
     """Rows whose phases go together."""
     group = max(1, min(most, GROUP // N))
     return group if total < FROM_MEMORY else max(1, group // 2)
 
 
-def _define_rows(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
-    computed, stored, wide = _dtypes(kind)
+@job
+def rows(checksum: int, kind: str) -> Any:
+    """``rows(plan, x, y, w, b, mean, rstd, lo, hi)``: normalize the strips lo to hi."""
+    computed, stored, wide = dtypes_of(kind)
 
     def rows(plan, x, y, w, b, mean, rstd, lo, hi):  # type: ignore[no-untyped-def]
         f = _forward_at(plan)
         N = f.N * (checksum != 0)
         in_place = f.x_col == 1 and f.y_col == 1
         tile = np.empty(0 if in_place else f.rows * (N + GAP), stored)
-        stats = np.empty(3 * _group(f.outer * f.M * N, f.rows, N))
+        stats = np.empty(3 * group_of(f.outer * f.M * N, f.rows, N))
         parts = np.empty(((N + CHUNK - 1) // CHUNK, 3))
         rooms = np.empty(N + SPARE, wide), np.empty(N + SPARE, wide)
         p, q, m, r = at(x, kind), at(y, kind), at(mean, computed), at(rstd, computed)
         wp, bp = at(w, computed), at(b, computed)
         _rows(f, p, q, wp, bp, m, r, lo, hi, tile, stats, parts, rooms)
 
-    return _signature(6), rows
+    return rows
 
 
-def _define_moments(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
-    _, stored, _ = _dtypes(kind)
+@job
+def chunk_moments(checksum: int, kind: str) -> Any:
+    """``chunk_moments(plan, x, parts, lo, hi)``: of chunks of long rows."""
+    _, stored, _ = dtypes_of(kind)
 
     def chunk_moments(plan, x, parts, lo, hi):  # type: ignore[no-untyped-def]
         f = _forward_at(plan)
         tile = np.empty(f.rows * (CHUNK + GAP) * (checksum != 0) * (f.x_col != 1), stored)
         _moments(f, at(x, kind), at(parts, "float64"), lo, hi, tile)
 
-    return _signature(2), chunk_moments
+    return chunk_moments
 
 
 @inner
@@ -147,8 +144,10 @@ def _moments(f, x, parts, lo, hi, tile):  # type: ignore[no-untyped-def]
             parts[i], parts[i + 1], parts[i + 2] = s, m, v
 
 
-def _define_finish(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
-    computed = _dtypes(kind)[0]
+@job
+def finish(checksum: int, kind: str) -> Any:
+    """``finish(plan, parts, mean, rstd, stats, lo, hi)``: merge the chunks of the rows lo to hi."""
+    computed = dtypes_of(kind)[0]
 
     def finish(plan, parts, mean, rstd, stats, lo, hi):  # type: ignore[no-untyped-def]
         f, to = _forward_at(plan), at(stats, "float64")
@@ -160,11 +159,13 @@ def _define_finish(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
             told = at(mean, computed), at(rstd, computed), at_row, 0
             to[3 * i], to[3 * i + 1], to[3 * i + 2] = finish_row(found[i], f.N, f.eps, told, 0)
 
-    return _signature(4), finish
+    return finish
 
 
-def _define_results(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
-    computed, stored, _ = _dtypes(kind)
+@job
+def chunk_results(checksum: int, kind: str) -> Any:
+    """``chunk_results(plan, x, y, w, b, stats, lo, hi)``: normalize chunks of long rows."""
+    computed, stored, _ = dtypes_of(kind)
 
     def chunk_results(plan, x, y, w, b, stats, lo, hi):  # type: ignore[no-untyped-def]
         f = _forward_at(plan)
@@ -173,7 +174,7 @@ def _define_results(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]
         wp, bp = at(w, computed), at(b, computed)
         _results(f, at(x, kind), at(y, kind), wp, bp, at(stats, "float64"), lo, hi, tile)
 
-    return _signature(5), chunk_results
+    return chunk_results
 
 
 @inner
@@ -200,26 +201,6 @@ def _results(f, x, y, w, b, stats, lo, hi, tile):  # type: ignore[no-untyped-def
         put_back(target, f.y_row, f.y_col, tile, n, size)
 
 
-def rows(kind: str) -> Callable[..., None]:
-    """``rows(plan, x, y, w, b, mean, rstd, lo, hi)``: normalize the strips lo to hi."""
-    return entry(_define_rows, kind)  # type: ignore[no-any-return]
-
-
-def chunk_moments(kind: str) -> Callable[..., None]:
-    """``chunk_moments(plan, x, parts, lo, hi)``: of chunks of long rows."""
-    return entry(_define_moments, kind)  # type: ignore[no-any-return]
-
-
-def finish(kind: str) -> Callable[..., None]:
-    """``finish(plan, parts, mean, rstd, stats, lo, hi)``: merge the chunks of the rows lo to hi."""
-    return entry(_define_finish, kind)  # type: ignore[no-any-return]
-
-
-def chunk_results(kind: str) -> Callable[..., None]:
-    """``chunk_results(plan, x, y, w, b, stats, lo, hi)``: normalize chunks of long rows."""
-    return entry(_define_results, kind)  # type: ignore[no-any-return]
-
-
 # --- rows of a table that is given as columns -----------------------------------------------------
 
 TABLE = np.dtype(
@@ -229,21 +210,23 @@ TABLE = np.dtype(
 _table_at = record_at(TABLE)
 
 
-def _define_table(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
-    computed, _, wide = _dtypes(kind)
+@job
+def table(checksum: int, kind: str) -> Any:
+    """``table(plan, columns, y, w, b, lo, hi)``: normalize the strips lo to hi of a table."""
+    computed, _, wide = dtypes_of(kind)
 
     def table(plan, columns, y, w, b, lo, hi):  # type: ignore[no-untyped-def]
         f = _table_at(plan)
         N = f.N * (checksum != 0)
         tile = np.empty(f.rows * (N + GAP), wide)
-        stats = np.empty(3 * _group(f.M * N, f.rows, N))
+        stats = np.empty(3 * group_of(f.M * N, f.rows, N))
         parts = np.empty(((N + CHUNK - 1) // CHUNK, 3))
         room = np.empty(max(N, TOGETHER * (f.rows + GAP)), wide)
         none = at(0, computed)
         wb, found = (at(w, computed), at(b, computed)), at(columns, "int64")
         _table(f, found, at(y, kind), wb, none, lo, hi, tile, stats, parts, room)
 
-    return _signature(4), table
+    return table
 
 
 @inner
@@ -280,11 +263,6 @@ def _known_moments(x, N, limits, told, parts, room):  # type: ignore[no-untyped-
     return finish_row(part, count, limits[0], told, 0)
 
 
-def table(kind: str) -> Callable[..., None]:
-    """``table(plan, columns, y, w, b, lo, hi)``: normalize the strips lo to hi of a table."""
-    return entry(_define_table, kind)  # type: ignore[no-any-return]
-
-
 # --- backward ------------------------------------------------------------------------------------
 
 BACKWARD = np.dtype(
@@ -292,14 +270,16 @@ BACKWARD = np.dtype(
     + [(f"{array}_{way}", "i8") for array in ("dy", "x", "dx") for way in ("outer", "row", "col")]
     + [("stats_outer", "i8"), ("stats_row", "i8")]
 )
-_backward_at = record_at(BACKWARD)
+backward_at = record_at(BACKWARD)
 
 
-def _define_gradients(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
-    computed, stored, wide = _dtypes(kind)
+@job
+def gradients(checksum: int, kind: str) -> Any:
+    """``gradients(plan, dy, x, mean, rstd, w, dx, sums, lo, hi)``: of blocks of rows."""
+    computed, stored, wide = dtypes_of(kind)
 
     def gradients(plan, dy, x, mean, rstd, w, dx, sums, lo, hi):  # type: ignore[no-untyped-def]
-        f = _backward_at(plan)
+        f = backward_at(plan)
         pitch, total = f.N + GAP, f.outer * f.M
         group = min(f.rows, group_size(total, f.N)) * (checksum != 0)
         x_tile = np.empty(f.rows * pitch * (f.x_col != 1), stored)
@@ -309,13 +289,15 @@ def _define_gradients(checksum: int, kind: str) -> tuple[Any, Callable[..., None
         arrays = at(dy, kind), at(x, kind), at(dx, kind)
         stats = at(mean, computed), at(rstd, computed)
         to = at(sums, computed)
-        _gradients(f, arrays, stats, at(w, computed), to, lo, hi, (x_tile, g_tile), room, spare)
+        share_gradients(
+            f, arrays, stats, at(w, computed), to, lo, hi, (x_tile, g_tile), room, spare
+        )
 
-    return _signature(7), gradients
+    return gradients
 
 
 @inner
-def _gradients(f, arrays, stats, w, sums, lo, hi, tiles, room, spare):  # type: ignore[no-untyped-def]
+def share_gradients(f, arrays, stats, w, sums, lo, hi, tiles, room, spare):  # type: ignore[no-untyped-def]
     dy, x, dx = arrays
     total, wide = f.outer * f.M, sums_pitch(f.N)
     size, group, has_dx = block_rows(total), room.size // FIELDS, address(dx) != 0
@@ -342,33 +324,23 @@ def _gradients(f, arrays, stats, w, sums, lo, hi, tiles, room, spare):  # type: 
             i = o * f.stats_outer + first * f.stats_row
             for k in range(0, n, group):
                 told = stats[0], stats[1], i + k * f.stats_row, f.stats_row
-                most, v = min(group, n - k), t
+                size_of_group, u = min(group, n - k), t
                 if has_dx:
-                    v = advance(t, k * tp)
-                short_rows_back(
-                    advance(q, k * qp),
-                    qp,
-                    advance(p, k * pp),
-                    pp,
-                    v,
-                    tp,
-                    most,
-                    f.N,
-                    w,
-                    told,
-                    to,
-                    here,
-                )
+                    u = advance(t, k * tp)
+                qk, pk = advance(q, k * qp), advance(p, k * pp)
+                gradients_of_rows(qk, qp, pk, pp, u, tp, size_of_group, f.N, w, told, to, here)
             if has_dx:
                 put_back(target, f.dx_row, f.dx_col, tiles[1], n, f.N)
             row += n
 
 
-def _define_long_sums(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
-    computed = _dtypes(kind)[0]
+@job
+def long_sums(checksum: int, kind: str) -> Any:
+    """``long_sums(plan, dy, x, mean, rstd, w, parts, lo, hi)``: of chunks of rows."""
+    computed = dtypes_of(kind)[0]
 
     def long_sums(plan, dy, x, mean, rstd, w, parts, lo, hi):  # type: ignore[no-untyped-def]
-        f = _backward_at(plan)
+        f = backward_at(plan)
         chunks = (f.N + CHUNK - 1) // CHUNK * (checksum != 0)
         to, m, r = at(parts, "float64"), at(mean, computed), at(rstd, computed)
         for item in range(lo, hi):
@@ -379,14 +351,16 @@ def _define_long_sums(checksum: int, kind: str) -> tuple[Any, Callable[..., None
             h, gh, g = row_sums(p, q, wp, n, m[row], r[row], w != 0)
             to[3 * item], to[3 * item + 1], to[3 * item + 2] = h, gh, g
 
-    return _signature(6), long_sums
+    return long_sums
 
 
-def _define_long_finish(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
-    computed = _dtypes(kind)[0]
+@job
+def long_finish(checksum: int, kind: str) -> Any:
+    """``long_finish(plan, parts, mean, rstd, stats, lo, hi)``: merge the chunks of rows."""
+    computed = dtypes_of(kind)[0]
 
     def long_finish(plan, parts, mean, rstd, stats, lo, hi):  # type: ignore[no-untyped-def]
-        f, part = _backward_at(plan), at(parts, "float64")
+        f, part = backward_at(plan), at(parts, "float64")
         m, r, to = at(mean, computed), at(rstd, computed), at(stats, computed)
         chunks = (f.N + CHUNK - 1) // CHUNK * (checksum != 0)
         for row in range(lo, hi):
@@ -396,19 +370,21 @@ def _define_long_finish(checksum: int, kind: str) -> tuple[Any, Callable[..., No
                 h, gh, g = h + part[i], gh + part[i + 1], g + part[i + 2]
             finish_gradient_row(to, row, m[row], r[row], h, gh, g, f.N)
 
-    return _signature(4), long_finish
+    return long_finish
 
 
-def _define_long_gradients(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
-    computed, _, wide = _dtypes(kind)
+@job
+def long_gradients(checksum: int, kind: str) -> Any:
+    """``long_gradients(plan, dy, x, w, stats, dx, sums, lo, hi)``: of chunks of blocks of rows."""
+    computed, _, wide = dtypes_of(kind)
 
     def long_gradients(plan, dy, x, w, stats, dx, sums, lo, hi):  # type: ignore[no-untyped-def]
         spare = np.empty(0 if sums else 2 * CHUNK * (checksum != 0), wide)
         arrays = at(dy, kind), at(x, kind), at(dx, kind)
         wp, s, to = at(w, computed), at(stats, computed), at(sums, computed)
-        _long_gradients(_backward_at(plan), arrays, wp, s, to, lo, hi, spare)
+        _long_gradients(backward_at(plan), arrays, wp, s, to, lo, hi, spare)
 
-    return _signature(6), long_gradients
+    return long_gradients
 
 
 @inner
@@ -438,7 +414,7 @@ def _long_gradients(f, arrays, w, stats, sums, lo, hi, spare):  # type: ignore[n
 
 
 @inner
-def _merge(sums, M, N, dweight, dbias, totals, kept):  # type: ignore[no-untyped-def]
+def merge_into(sums, M, N, dweight, dbias, totals, kept):  # type: ignore[no-untyped-def]
     # ``kept`` is the array that sums may be in.
     to = pointer(totals, 0)
     merge_sums(sums, M, N, to)
@@ -448,140 +424,26 @@ def _merge(sums, M, N, dweight, dbias, totals, kept):  # type: ignore[no-untyped
         dbias[i] = like(dbias, to[N + i])
 
 
-def _define_merge(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
-    computed = _dtypes(kind)[0]
-
-    def merge(plan, sums, dweight, dbias, wide, none):  # type: ignore[no-untyped-def]
-        f = _backward_at(plan)
-        M, part, totals = f.outer * f.M * (checksum != 0), at(sums, computed), np.empty(2 * f.N)
-        if wide:
-            _merge(part, M, f.N, at(dweight, "float64"), at(dbias, "float64"), totals, 0)
-        else:
-            _merge(part, M, f.N, at(dweight, computed), at(dbias, computed), totals, 0)
-
-    return _signature(3), merge
-
-
-def gradients(kind: str) -> Callable[..., None]:
-    """``gradients(plan, dy, x, mean, rstd, w, dx, sums, lo, hi)``: of blocks of rows."""
-    return entry(_define_gradients, kind)  # type: ignore[no-any-return]
-
-
-def long_sums(kind: str) -> Callable[..., None]:
-    """``long_sums(plan, dy, x, mean, rstd, w, parts, lo, hi)``: of chunks of rows."""
-    return entry(_define_long_sums, kind)  # type: ignore[no-any-return]
-
-
-def long_finish(kind: str) -> Callable[..., None]:
-    """``long_finish(plan, parts, mean, rstd, stats, lo, hi)``: merge the chunks of rows."""
-    return entry(_define_long_finish, kind)  # type: ignore[no-any-return]
-
-
-def long_gradients(kind: str) -> Callable[..., None]:
-    """``long_gradients(plan, dy, x, w, stats, dx, sums, lo, hi)``: of chunks of blocks of rows."""
-    return entry(_define_long_gradients, kind)  # type: ignore[no-any-return]
-
-
-def merge(kind: str) -> Callable[..., None]:
+@job
+def merge(checksum: int, kind: str) -> Any:
     """``merge(plan, sums, dweight, dbias, wide, 0)``: the column sums of all blocks.
 
     dweight and dbias hold float64 where ``wide``, else what loops compute in.
     """
-    return entry(_define_merge, kind)  # type: ignore[no-any-return]
+    computed = dtypes_of(kind)[0]
+
+    def merge(plan, sums, dweight, dbias, wide, none):  # type: ignore[no-untyped-def]
+        f = backward_at(plan)
+        M, part, totals = f.outer * f.M * (checksum != 0), at(sums, computed), np.empty(2 * f.N)
+        if wide:
+            merge_into(part, M, f.N, at(dweight, "float64"), at(dbias, "float64"), totals, 0)
+        else:
+            merge_into(part, M, f.N, at(dweight, computed), at(dbias, computed), totals, 0)
+
+    return merge
 
 
 def sums_size(rows: int, N: int) -> int:
     """Elements of the column sums of all blocks of rows."""
     size: int = 2 * block_count.py_func(rows) * sums_pitch.py_func(N)
     return size
-
-
-# --- small calls on NumPy arrays: four arrays cost less than their addresses ---------------------
-
-
-@inner
-def _meet(other, y):  # type: ignore[no-untyped-def]
-    first, to = other.ctypes.data, y.ctypes.data
-    end, last = first + other.size * other.itemsize, to + y.size * y.itemsize
-    return other.size > 0 and first < last and to < end
-
-
-@inner
-def _clash(x, y, w, b):  # type: ignore[no-untyped-def]
-    if x.ctypes.data != y.ctypes.data and _meet(x, y):
-        return True
-    return _meet(w, y) or _meet(b, y)
-
-
-@inner
-def _of(a):  # type: ignore[no-untyped-def]
-    return a.ctypes.data if a.size else 0
-
-
-def _arrays(kind: str) -> tuple[Any, Any]:
-    """Tables in x's memory, and rows of what loops compute in."""
-    _, stored, wide = _dtypes(kind)
-    table = types.Array(from_dtype(np.dtype(stored)), 2, "C")
-    return table, types.Array(from_dtype(np.dtype(wide)), 1, "C")
-
-
-def _define_small(checksum: int, kind: str) -> tuple[Any, Callable[..., bool]]:
-    (computed, _, wide), (table, row) = _dtypes(kind), _arrays(kind)
-
-    def small(x, y, w, b, mean, rstd, eps, low, high):  # type: ignore[no-untyped-def]
-        if _clash(x, y, w, b):
-            return True
-        M, N = x.shape
-        stats = np.empty(3 * _group(M * N, M, N) * (checksum != 0))
-        rooms = np.empty(N + SPARE, wide), np.empty(N + SPARE, wide)
-        wp, bp = at(_of(w), computed), at(_of(b), computed)
-        told = at(_of(mean), computed), at(_of(rstd), computed), 0, 1
-        p, q = at(x.ctypes.data, kind), at(y.ctypes.data, kind)
-        _small(p, q, M, N, wp, bp, (eps, low, high), told, stats, rooms)
-        return False
-
-    return types.bool_(table, table, row, row, row, row, *[types.float64] * 3), small
-
-
-@inner
-def _small(p, q, M, N, w, b, limits, told, stats, rooms):  # type: ignore[no-untyped-def]
-    w, b = in_step(w, q, M, rooms[0]), in_step(b, q, M, rooms[1])
-    group = stats.size // 3
-    short_rows(p, N, q, N, M, N, w, b, limits, told, pointer(stats, 0), group)
-
-
-def small(kind: str) -> Callable[..., bool]:
-    """``small(x, y, w, b, mean, rstd, eps, low, high)``: contiguous rows of at most CHUNK elements.
-
-    x and y (M, N) hold 16-bit kinds as uint16; an absent row is empty. True, and nothing has been
-    done, where y shares memory with w, b or a part of x.
-    """
-    return entry(_define_small, kind)  # type: ignore[no-any-return]
-
-
-def _define_small_gradients(checksum: int, kind: str) -> tuple[Any, Callable[..., None]]:
-    (computed, _, wide), (table, row) = _dtypes(kind), _arrays(kind)
-
-    def small_gradients(plan, dy, x, mean, rstd, w, dx, dweight, dbias):  # type: ignore[no-untyped-def]
-        f = _backward_at(plan)
-        total, N = f.M * (checksum != 0), f.N
-        summed = dweight.size > 0 or dbias.size > 0
-        sums = np.empty(2 * sums_pitch(N) * (block_count(total) if summed else 1), wide)
-        room = np.empty(FIELDS * min(total, group_size(total, N)), wide)
-        arrays = at(dy.ctypes.data, kind), at(x.ctypes.data, kind), at(_of(dx), kind)
-        stats = at(mean.ctypes.data, computed), at(rstd.ctypes.data, computed)
-        to, wp, tiles = at(sums.ctypes.data * summed, computed), at(_of(w), computed), (sums, sums)
-        _gradients(f, arrays, stats, wp, to, 0, block_count(total), tiles, room, sums)
-        if summed:
-            dw, db = at(_of(dweight), computed), at(_of(dbias), computed)
-            _merge(to, total, N, dw, db, np.empty(2 * N), sums)
-
-    return types.void(types.int64, table, table, row, row, row, table, row, row), small_gradients
-
-
-def small_gradients(kind: str) -> Callable[..., None]:
-    """``small_gradients(plan, dy, x, mean, rstd, w, dx, dweight, dbias)`` of one table.
-
-    dy, x and dx (M, N) hold 16-bit kinds as uint16; what is absent is empty.
-    """
-    return entry(_define_small_gradients, kind)  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ Three = tuple[Any, Any, Any]
 
 
 def formula(x: Any, weight: Any, bias: Any, call: Three) -> Three:
-    """y, mean and rstd; `call` is axes, eps and whether y keeps x's strides, as the library does."""
+    """y, mean and rstd; `call` is axes, eps and whether y keeps x's strides."""
     axes, eps, _ = call
     return _reference.normalize(Rows(xp, x, axes), weight, bias, eps)
 

@@ -11,7 +11,6 @@ from cupynorm._torch import autograd, operators
 from cupynorm._torch.tensors import Tensors
 from cupynorm._torch.watch import (
     COMPILED,
-    GRADIENT,
     WATCHED,
     functionalized,
     has_own_dispatch,
@@ -89,9 +88,9 @@ class Shown:
 
         def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:
             tensors = [t for t in (x, weight, bias, out) if t is not None]
-            if out is not None and torch.is_grad_enabled():
-                if any(t.requires_grad for t in tensors):
-                    _refuse_out()
+            watched = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+            if out is not None and watched:
+                _refuse_out()
             y, mean, rstd = self._forward(x, weight, bias, (facts.axes, facts.eps, order != "C"))
             if out is not None:
                 out[...] = y

@@ -135,9 +135,9 @@ def normalize(
     if isinstance(x, np.ndarray):
         y = np.empty(*new) if out is None else out  # type: ignore[call-overload]
         if y.size:
-            from cupynorm._cpu import columns as loops
+            from cupynorm._cpu.arrays import normalize_columns
 
-            loops.layer_norm_fwd(columns, weight, bias, eps, y, omit)  # type: ignore[arg-type]
+            normalize_columns(columns, weight, bias, eps, y, omit=omit)
         return y
     from cupynorm._cuda import arrays
 

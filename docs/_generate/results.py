@@ -21,6 +21,12 @@ SHOWN = (
     "float64|1e+06|1e+00|1000",
 )
 
+OPS = {
+    "layer_norm_fwd": "forward",
+    "layer_norm_bwd": "backward",
+    "layer_norm_fwd_bwd": "both",
+}
+
 
 def parts() -> dict[str, str]:
     """File name to contents."""
@@ -49,7 +55,11 @@ def _rows(name: str) -> list[dict[str, str]]:
 
 def _performance() -> str:
     """A section per kind of result file; a kind of which there is no file has none."""
-    sections = [_numpy_arrays(), _torch_tensors(), _frames()]
+    sections = [
+        _beside_torch("NumPy arrays", "cupynorm"),
+        _beside_torch("torch tensors on the CPU", "cupynorm.torch"),
+        _frames(),
+    ]
     return "\n".join(section for section in sections if section)
 
 
@@ -68,48 +78,28 @@ def _sources(names: list[str]) -> str:
     return ", ".join(f"[{name}](../bench/results/{name})" for name in names)
 
 
-def _numpy_arrays() -> str:
-    files = _files("cpu-*-run*.csv", "numba/torch")
+def _beside_torch(title: str, peer: str) -> str:
+    """Time of a way of ours over torch's, by shape and direction, in every run that is kept."""
+    files = _files("cpu-*.csv", "over_torch")
     if not files:
         return ""
-    lines = []
-    first = next(iter(files.values()))
-    for i, row in enumerate(first):
-        for column, label in (("numba/torch", "Numba"), ("numpy/torch", "plain NumPy")):
-            values = [float(rows[i][column]) for rows in files.values()]
-            lines.append((f"{row['M']}×{row['N']}", label, values))
+    lines: dict[tuple[str, str], list[float]] = {}
+    for rows in files.values():
+        for row in rows:
+            if (row["peer"], row["group"]) == (peer, "shapes") and row["over_torch"]:
+                key = f"{row['M']}×{row['N']}", OPS[row["op"]]
+                lines.setdefault(key, []).append(float(row["over_torch"]))
     drawing = bars(
-        "NumPy arrays, float32",
-        "Time over torch's CPU layer_norm in the same run, for each shape; below 1 is faster than "
-        f"torch. A mark is a run of {len(files)}, a bar goes to the worst. {_machine(first[0])}.",
-        lines,
+        f"{title}, float32",
+        f"Time of {peer} over torch's own in the same run, medians; below 1 is faster than torch. "
+        f"A mark is a run of {len(files)}, a bar goes to the worst. "
+        f"{_machine(next(iter(files.values()))[0])}.",
+        [(*key, values) for key, values in lines.items()],
     )
     return (
-        f"## NumPy arrays beside torch\n\n```{{raw}} html\n{drawing.figure()}```\n\n"
-        f"From {_sources(list(files))}. torch's small cases stalled in most of these runs, which "
-        "flatters the ratios; what to make of that: [notes](generated/bench-notes.md).\n"
-    )
-
-
-def _torch_tensors() -> str:
-    files = _files("torch-cpu-*-run[0-9].csv", "cupynorm/torch")
-    if not files:
-        return ""
-    first = next(iter(files.values()))
-    lines = []
-    for i, row in enumerate(first):
-        values = [float(rows[i]["cupynorm/torch"]) for rows in files.values() if i < len(rows)]
-        lines.append((f"{row['M']}×{row['N']}", row["op"], values))
-    drawing = bars(
-        "torch tensors on the CPU, float32",
-        "Time of cupynorm.torch over torch's own, medians of each run; below 1 is faster than "
-        f"torch. A mark is a run of {len(files)}, a bar goes to the worst. {_machine(first[0])}.",
-        lines,
-    )
-    return (
-        f"## torch tensors on the CPU\n\n```{{raw}} html\n{drawing.figure()}```\n\n"
-        f"From {_sources(list(files))}. The last is the quietest, and the one to hold against us: "
-        "in the others torch stalled ([notes](generated/bench-notes.md)).\n"
+        f"## {title} beside torch\n\n```{{raw}} html\n{drawing.figure()}```\n\n"
+        f"From {_sources(list(files))}. torch's small cases stalled in these runs, which flatters "
+        "the ratios; what to make of that: [notes](generated/bench-notes.md).\n"
     )
 
 

@@ -1,0 +1,190 @@
+"""What Dask adds to the same blocks in a plain loop, and what a second core or worker gains.
+
+    python -m bench.dask [--rounds 9] [--mb 100] [--blocks 4] [--to bench/results]
+
+Cases: blocks of whole rows, one `layer_norm` each; blocks that split the rows, with the same
+functions of moments in the loop; and many blocks of 256 bytes, which show what a task costs. Every
+task runs on one thread (CUPYNORM_NUM_THREADS=1) but for "loop, 2 threads". x lies in memory, with a
+cluster in its workers' memory; y stays there as blocks. The timed call makes the graph, runs it and
+waits. Checked against float64, then timed in turns: medians; `over loop` is that of the ratios
+round by round; `cpu` is the processor time of this process and the workers. Bytes: x read once, y
+written.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.array as da
+import distributed
+import numpy as np
+import psutil
+
+import cupynorm as cn
+import cupynorm.dask as cd
+from bench.cases import EPS
+from bench.check import Given, limit
+from bench.machine import THREADS, describe
+from bench.sweep import progress, say
+from bench.table import write
+
+COLS = 1000
+PAUSE, RELEASE = 0.05, 0.5  # seconds; in the latter a cluster's workers free what a turn left
+Grid = tuple[int, int]
+Calls = dict[str, Callable[[], Any]]
+Spent = tuple[float, float]  # seconds by the clock and of the processor
+
+
+def source(block: Grid, grid: Grid) -> da.Array:
+    """x whose blocks are made where they are wanted."""
+
+    def make(block_info: Any = None) -> np.ndarray:
+        seed = block_info[None]["chunk-location"]
+        return np.random.default_rng(seed).standard_normal(block, np.float32)
+
+    chunks = tuple((n,) * count for n, count in zip(block, grid, strict=True))
+    return da.map_blocks(make, chunks=chunks, dtype=np.float32, meta=np.empty((0, 0), np.float32))
+
+
+def loop(blocks: list[np.ndarray], w: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
+    """One after the other, what Dask's tasks do."""
+    width = blocks[0].shape[1]
+    if w.size == width:
+        return [cn.layer_norm(block, width, w, b, EPS) for block in blocks]
+    from cupynorm.dask import _moments
+
+    stats = _moments.statistics([_moments.block_moments(block, (1,)) for block in blocks], EPS)
+    parts = [slice(lo, lo + width) for lo in range(0, w.size, width)]
+    given = zip(blocks, parts, strict=True)
+    return [_moments.normalize_block(a, stats, w[p], b[p], (1,), "K") for a, p in given]
+
+
+def contenders(block: Grid, grid: Grid, clusters: dict[str, Any]) -> Calls:
+    rng = np.random.default_rng(1)
+    w, b = (rng.standard_normal(block[1] * grid[1], np.float32) for _ in "wb")
+    x = source(block, grid)
+    (local,) = dask.persist(x, scheduler="sync")
+    keys, graph = dask.core.flatten(local.__dask_keys__()), dict(local.__dask_graph__())
+    blocks = [getattr(graph[key], "value", graph[key]) for key in keys]
+    check(local, blocks, w, b)
+
+    def two() -> Any:
+        os.environ[THREADS] = "2"
+        try:
+            return loop(blocks, w, b)
+        finally:
+            os.environ[THREADS] = "1"
+
+    def here(**scheduler: Any) -> Callable[[], Any]:
+        return lambda: dask.persist(cd.layer_norm(local, None, w, b, EPS), **scheduler)
+
+    calls: Calls = {"loop": lambda: loop(blocks, w, b), "dask sync": here(scheduler="sync")}
+    calls |= {"loop, 2 threads": two} if grid[1] == 1 else {}
+    for n in (1, 2):
+        calls[f"dask threads, {n} workers"] = here(scheduler="threads", num_workers=n)
+    for name, client in clusters.items():
+        there = computed(client, x)
+        calls[name] = lambda c=client, t=there: computed(c, cd.layer_norm(t, None, w, b, EPS))
+    return calls
+
+
+def computed(client: Any, x: da.Array) -> da.Array:
+    """x in the memory of the client's workers, when it is there."""
+    with client.as_current():
+        distributed.wait(there := client.persist(x))
+        return there
+
+
+def check(x: da.Array, blocks: list[np.ndarray], w: np.ndarray, b: np.ndarray) -> None:
+    """Refuse to time what is wrong: the first rows against float64."""
+    whole = blocks[:1] if blocks[0].shape[1] == w.size else blocks
+    rows = np.concatenate([block[:16] for block in whole], axis=1)
+    lazily = cd.layer_norm(x, None, w, b, EPS)[: rows.shape[0]].compute(scheduler="sync")
+    looped = np.concatenate([y[:16] for y in loop(blocks, w, b)[: len(whole)]], axis=1)
+    for name, y in (("Dask", lazily), ("the loop", looped)):
+        error = Given(np, rows, None, w, b).error_of_y(y)
+        if not error <= limit("float32", w.size, ours=True):
+            sys.exit(f"{name} is wrong: error {error:.3g}")
+
+
+def spent(with_workers: bool) -> np.ndarray:
+    """Clock and processor time of this process and, if asked, of the processes it started."""
+    used = time.process_time()
+    for child in psutil.Process().children(recursive=True) if with_workers else ():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            used += sum(child.cpu_times()[:2])
+    return np.array([time.perf_counter(), used])
+
+
+def measure(calls: Calls, rounds: int) -> dict[str, list[Any]]:
+    """Seconds by the clock and of the processor, by rounds; the first round is not kept."""
+    times: dict[str, list[Any]] = {name: [] for name in calls}
+    order = list(calls)
+    for turn in range(rounds + 1):
+        order.append(order.pop(0))  # nobody always follows the same one
+        for name in order:
+            gone = name.startswith("cluster")
+            start = spent(gone)
+            result = calls[name]()
+            times[name] += [spent(gone) - start] if turn else []
+            del result
+            time.sleep(RELEASE if gone else PAUSE)
+    return times
+
+
+def rows_of(case: str, block: Grid, grid: Grid, times: dict[str, list[Any]]) -> Iterator[Any]:
+    count, loops = math.prod(grid), np.array(times["loop"])
+    moved = math.prod(block) * 4 * count * 2
+    for name, values in times.items():
+        mine = np.array(values)
+        low, middle, high = statistics.quantiles(mine[:, 0], n=4)
+        (over, cpu_over), cpu = np.median(mine / loops, axis=0), np.median(mine[:, 1])
+        row = {"case": case, "contender": name, "block rows": block[0], "block cols": block[1]}
+        row |= {"blocks": count, "bytes": moved, "ms": middle * 1e3, "ms q1": low * 1e3}
+        row |= {"ms q3": high * 1e3, "ms least": mine[:, 0].min() * 1e3, "over loop": over}
+        row |= {"cpu ms": cpu * 1e3, "cpu over loop": cpu_over, "GB/s": moved / middle / 1e9}
+        row["cpu us per block over loop"] = np.median(mine - loops, axis=0)[1] / count * 1e6
+        row |= {"rounds": len(values), "load": os.getloadavg()[0]}
+        yield {k: round(float(v), 4) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.dask", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--mb", type=float, default=100, help="of a block, 10^6 bytes")
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--to", type=Path, help="folder for the CSV; none is written without it")
+    given = parser.parse_args(argv)
+    os.environ[THREADS] = "1"
+    host = describe() | {"dask": dask.__version__, "distributed": distributed.__version__}
+    found, clusters = [], {}
+    with contextlib.ExitStack() as stack:
+        for n in (1, 2):  # worker processes of one thread each
+            about = {"n_workers": n, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
+            cluster = stack.enter_context(distributed.LocalCluster(**about, memory_limit=0))
+            client = distributed.Client(cluster, set_as_default=False)
+            clusters[f"cluster, {n} workers"] = stack.enter_context(client)
+        block, count = (round(given.mb * 1e6 / 4 / COLS), COLS), given.blocks
+        every = [("whole rows", block, (count, 1)), ("split rows", block, (1, count)),
+                 ("tiny blocks", (1, 64), (1000, 1))]  # fmt: skip
+        for case, block, grid in progress(every, "bench.dask"):
+            times = measure(contenders(block, grid, clusters), given.rounds)
+            for row in rows_of(case, block, grid, times):
+                found.append(row | host)
+                say(", ".join(f"{k} {v}" for k, v in row.items() if k not in ("bytes", "load")))
+    if given.to:
+        print(write(found, given.to, "dask-overhead"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""What a run works on: the host, a GPU, or the simulated device of a run without one."""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from bench.cases import Case
+from bench.clock import Batch, host_batch, host_rounds, host_turn
+from bench.contender import Contender
+from bench.data import poison
+
+SAMPLE, SAMPLED = 16, 2**24  # rows at each end and between that a check on the host looks at
+MOST_BUFFERS = 64
+L2_MULTIPLE = 4  # what is rotated is at least this many times the L2 cache
+TARGET_SECONDS = 2e-3  # of one batch: a thousand times the resolution of an event
+ROUNDS, SLOW_SECONDS = 15, 0.4  # a contender gets fewer rounds if all of them would take longer
+
+
+class Device:
+    """One run on one device."""
+
+    kind = "cpu"
+    simulated = False
+    fresh = True  # results are memory that was not there before; a graph's own pool was
+    lib: Any = np  # whose arrays are normalized
+    xp: Any = np  # in which the check computes
+
+    def __init__(self, seconds: float = math.inf) -> None:
+        self.deadline = time.monotonic() + seconds
+        self.notes: list[str] = []
+
+    def time_left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    @contextlib.contextmanager
+    def until(self, seconds: float) -> Iterator[None]:
+        """Move the deadline for a while."""
+        before, self.deadline = self.deadline, min(self.deadline, time.monotonic() + seconds)
+        try:
+            yield
+        finally:
+            self.deadline = before
+
+    def plain(self, a: Any) -> Any:
+        """The array where `xp` can compute with it."""
+        return a
+
+    def buffers(self, case: Case) -> int:
+        """How many sets of inputs to rotate through."""
+        return 1
+
+    def sample(self, case: Case) -> Any:
+        """Rows of y and dx that are compared: both ends, and some between."""
+        M, N = case.M, case.N
+        some = np.random.default_rng(3).integers(0, M, SAMPLE)
+        ends = np.r_[: min(M, SAMPLE), max(0, M - SAMPLE) : M]
+        return np.unique(np.r_[ends, some])[: max(1, SAMPLED // N)]
+
+    def synchronize(self) -> None:
+        """Wait for everything on the device."""
+
+    def recover(self) -> None:
+        """After a failure."""
+
+    def batch(self, contender: Contender, inputs: Any) -> Batch:
+        """A turn of a contender."""
+
+        def left() -> dict[int, Any]:
+            inputs.poison()
+            with contender.scope():
+                return {0: contender.call(0)}
+
+        batch = host_batch(lambda: contender.call(0), contender.scope)
+        batch.left = left
+        return batch
+
+    def turn(self, batch: Batch) -> float:
+        """Seconds of a batch."""
+        return host_turn(batch)
+
+    def rounds(self, once: float, share: float) -> int:
+        """How many turns of so many seconds."""
+        return host_rounds(once, share)
+
+
+class Gpu(Device):
+    """A CUDA GPU through CuPy; calls are captured in graphs and timed between events."""
+
+    kind, fresh = "cuda", False
+
+    def __init__(self, cupy: Any, seconds: float = math.inf, simulated: bool = False) -> None:
+        super().__init__(seconds)
+        self.lib, self.simulated = cupy, simulated
+        # The reference is computed by plain array operations, which the simulated device has not.
+        self.xp = np if simulated else cupy
+        # Graphs are captured from a stream that is not the null stream.
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        attributes = cupy.cuda.Device().attributes
+        self.l2_bytes = attributes["L2CacheSize"]
+        self.sm_count = attributes["MultiProcessorCount"]
+
+    def plain(self, a: Any) -> Any:
+        return self.lib.asnumpy(a) if self.simulated else a
+
+    def buffers(self, case: Case) -> int:
+        if self.simulated:
+            return 2
+        return min(MOST_BUFFERS, max(2, -(-L2_MULTIPLE * self.l2_bytes // case.copy_bytes)))
+
+    def sample(self, case: Case) -> Any:
+        return slice(None)
+
+    def synchronize(self) -> None:
+        self.lib.cuda.runtime.deviceSynchronize()
+
+    def recover(self) -> None:
+        """Give memory back and see whether the device still answers."""
+        with contextlib.suppress(AttributeError):  # the simulated device has no pool
+            self.lib.get_default_memory_pool().free_all_blocks()
+        self.synchronize()
+
+    def batch(self, contender: Contender, inputs: Any) -> Batch:
+        """Calls over all buffers, as often as makes a batch long enough; the same for everybody."""
+        count = len(inputs)
+        guess = count * (3e-6 + inputs.case.moved_bytes / 3e12)
+        passes = 1 if self.simulated else max(1, math.ceil(TARGET_SECONDS / guess))
+        kept: list[Any] = [None] * count  # no result may be reused while its batch runs
+
+        def body() -> None:
+            for _ in range(passes):
+                for i in range(count):
+                    kept[i] = contender.call(i)
+
+        def left() -> dict[int, Any]:
+            inputs.poison()
+            for made in map(contender.arrays, kept):  # of which views are the inputs' own
+                arrays = made if isinstance(made, tuple) else (made,)
+                poison([a for a in arrays if a is not None and a.flags.c_contiguous])
+            self.synchronize()
+            batch.replay()
+            self.synchronize()
+            return {i: kept[i] for i in (0, count - 1)}
+
+        self.synchronize()
+        with self.stream, contender.scope():
+            contender.call(0)  # compiles
+        self.synchronize()
+        batch = (contender.capture or captured)(self, body, passes * count)
+        batch.keep += [contender, kept]  # a graph knows addresses, and does not hold the memory
+        batch.left = left
+        return batch
+
+    def turn(self, batch: Batch) -> float:
+        cuda = self.lib.cuda
+        begin, end = cuda.Event(), cuda.Event()
+        begin.record(self.stream)
+        batch.replay()
+        end.record(self.stream)
+        end.synchronize()
+        return cuda.get_elapsed_time(begin, end) / 1e3
+
+    def rounds(self, once: float, share: float) -> int:
+        return 1 if self.simulated else max(3, min(ROUNDS, int(SLOW_SECONDS / once)))
+
+
+def captured(device: Gpu, body: Callable[[], None], calls: int) -> Batch:
+    """Graph of what `body` launches through CuPy; plain launches where it cannot be captured."""
+    cuda, stream = device.lib.cuda, device.stream
+    # A pool of its own: memory that a captured call frees is written again by every replay.
+    pool = cuda.MemoryPool()
+    with stream, cuda.using_allocator(pool.malloc):
+        stream.begin_capture()
+        try:
+            body()
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                stream.end_capture()
+            device.notes.append(f"not captured, timed as launches: {error}")
+            batch = launched(device, body, calls)
+            batch.keep.append(pool)
+            return batch
+        graph = stream.end_capture()
+    return Batch(lambda: graph.launch(stream), calls, "graph", [pool, graph])
+
+
+def launched(device: Any, body: Callable[[], None], calls: int) -> Batch:
+    """Plain launches, of what a graph cannot hold: host time may show."""
+
+    def replay() -> None:
+        with device.stream:
+            body()
+
+    replay()  # so that there are results to look at
+    return Batch(replay, calls, "launches")
+
+
+def blocking(device: Any, body: Callable[[], None], calls: int) -> Batch:
+    """For libraries with streams of their own: their work is over when the device is idle."""
+
+    def replay() -> None:
+        body()
+        device.synchronize()
+
+    replay()
+    return Batch(replay, calls, "blocking")
+
+
+def ahead(device: Device, calls: Iterable[Callable[[], Any]]) -> None:
+    """Run calls in threads, for what they compile: NVRTC holds no lock. Failures show later."""
+
+    def quiet(call: Callable[[], Any]) -> None:
+        with contextlib.suppress(Exception):
+            call()
+
+    if device.kind == "cuda" and not device.simulated:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(quiet, calls))
+        device.synchronize()
+
+
+# -- without a GPU: tests/simt's stand-in, with events and graphs that record ----------------------
+
+SECONDS_PER_LAUNCH = 1e-5
+
+
+class _Graph:
+    """Launches that a stream captured: they run when the graph does, as on a GPU."""
+
+    def __init__(self) -> None:
+        self.launches: list[Callable[[], None]] = []
+
+    def launch(self, stream: Any = None) -> None:
+        for launch in self.launches:
+            launch()
+
+
+class _Pool(list):
+    """Keeps what was allocated through it alive, as CuPy's pool keeps device memory."""
+
+    def malloc(self, nbytes: int) -> Any:
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def simulated_cupy() -> Iterator[Any]:
+    """`import cupy` and the package's own CuPy file speak of a simulated device inside."""
+    from tests.simt import cupy_stand_in
+    from tests.simt.simulated_kernel import Function
+
+    with cupy_stand_in.simulated_cupy(reload=("cupynorm._cuda.arrays",), count=False) as cupy:
+        sim, cuda, launch = cupy.simulator, cupy.cuda, Function.__call__
+        capturing: list[_Graph] = []
+
+        def call(function: Any, *args: Any, **kwargs: Any) -> None:
+            if capturing:
+                capturing[0].launches.append(lambda: launch(function, *args, **kwargs))
+            else:
+                launch(function, *args, **kwargs)
+
+        class Event:
+            """Its time is the number of launches before it."""
+
+            def record(self, stream: Any = None) -> None:
+                self.launches = len(sim.launches)
+
+            def synchronize(self) -> None:
+                """Launches have ended when they return."""
+
+        @contextlib.contextmanager
+        def using_allocator(malloc: Any) -> Iterator[None]:
+            plain = sim.alloc
+
+            def alloc(*args: Any, **kwargs: Any) -> Any:
+                malloc.__self__.append(plain(*args, **kwargs))
+                return malloc.__self__[-1]
+
+            sim.alloc = alloc
+            try:
+                yield
+            finally:
+                del sim.alloc
+
+        cuda.Event, cuda.MemoryPool, cuda.using_allocator = Event, _Pool, using_allocator
+        cuda.Stream.begin_capture = lambda stream, mode=None: capturing.append(_Graph())
+        cuda.Stream.end_capture = lambda stream: capturing.pop()
+        elapsed = lambda a, b: 1e3 * SECONDS_PER_LAUNCH * max(1, b.launches - a.launches)  # noqa: E731
+        cuda.get_elapsed_time, cuda.set_allocator = elapsed, lambda allocator=None: None
+        Function.__call__ = call
+        try:
+            yield cupy
+        finally:
+            Function.__call__ = launch

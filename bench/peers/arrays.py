@@ -1,0 +1,237 @@
+"""Peers that work on arrays: the formula as users write it, `scale`, JAX, onnxruntime."""
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from bench.cases import EPS, FEW, Case
+from bench.contender import Contender, load, refuse
+from bench.data import Inputs, numpy_dtype
+from bench.device import blocking
+
+OPSET, IR = 17, 10  # LayerNormalization came with 17; an IR version that older runtimes read
+
+
+def along(case: Case, a: Any) -> Any:
+    """Weight or bias with the axes of x."""
+    shape = [1] * len(case.shape)
+    shape[case.axis] = case.N
+    return a.reshape(shape)
+
+
+# -- the formula, one array operation after the other ----------------------------------------------
+
+
+def layer_norm(xp: Any, x: Any, weight: Any, bias: Any, axis: int) -> Any:
+    """Layer norm as a NumPy user writes it, statistics in float32 or float64."""
+    wide = x.astype("float64" if x.dtype == "float64" else "float32", copy=False)
+    d = wide - wide.mean(axis=axis, keepdims=True)
+    y = d / xp.sqrt((d * d).mean(axis=axis, keepdims=True) + wide.dtype.type(EPS))
+    if weight is not None:
+        y = y * weight.astype(wide.dtype, copy=False) + bias.astype(wide.dtype, copy=False)
+    return y.astype(x.dtype, copy=False)
+
+
+def formula(inputs: Inputs, fused: bool = False) -> Contender:
+    """In NumPy or CuPy; `fused`: two reductions, then `cupy.fuse` for all the rest."""
+    device, case = inputs.device, inputs.case
+    if device.simulated:
+        refuse("the simulated device has no array arithmetic")
+    if case.direction != "forward" or (fused and not case.affine_dtype):
+        refuse("it is written for a forward, with weight and bias if fused")
+    if device.kind == "cuda" and case.group == FEW:
+        refuse("CuPy reduces each row with one block: minutes for a few long rows")
+    xp, w, b = device.lib, inputs.weight, inputs.bias
+    w, b = (None if a is None else along(case, a) for a in (w, b))
+    run = _fused(xp) if fused else functools.partial(layer_norm, xp)
+    return Contender(lambda i: run(inputs.x[i], w, b, case.axis), "formula", fresh=device.fresh)
+
+
+def _fused(xp: Any) -> Callable[..., Any]:
+    @xp.fuse(kernel_name="layer_norm_apply")
+    def apply(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
+        return (x - mean) / xp.sqrt(var + EPS) * weight + bias
+
+    def run(x: Any, weight: Any, bias: Any, axis: int) -> Any:
+        wide = x.astype("float64" if x.dtype == "float64" else "float32", copy=False)
+        mean, var = (f(axis=axis, keepdims=True) for f in (wide.mean, wide.var))
+        weight, bias = (a.astype(wide.dtype, copy=False) for a in (weight, bias))
+        return apply(wide, mean, var, weight, bias).astype(x.dtype, copy=False)
+
+    return run
+
+
+# -- `scale(axis=1)`: rows to mean 0 and variance 1, and no more -----------------------------------
+
+
+def scale(inputs: Inputs, library: str = "sklearn") -> Contender:
+    """Of scikit-learn or cuML, judged by what it computes: without eps."""
+    case, x = inputs.case, inputs.x
+    if case.affine_dtype or case.direction != "forward" or len(case.shape) > 2 or inputs.columns:
+        refuse("scale(axis=1) takes a matrix, and has neither weight nor bias nor gradients")
+    function = load(f"{library}.preprocessing").scale
+
+    def call(i: int) -> Any:
+        with warnings.catch_warnings():  # that means of float32 rows were centered a second time
+            warnings.simplefilter("ignore", UserWarning)
+            return function(x[i], axis=1)
+
+    about = {"fresh": inputs.device.fresh, "capture": blocking, "eps": 0.0}
+    return Contender(call, "preprocessing.scale, eps 0", **about)
+
+
+# -- JAX: under jit; arrays come and go through DLPack, on streams of its own ----------------------
+
+
+def jax_peer(inputs: Inputs) -> Contender:
+    """A compiled function per case; a call ends when its result is there."""
+    device, case = inputs.device, inputs.case
+    if device.simulated:
+        refuse("JAX cannot see simulated memory")
+    if case.layout not in ("C", "NCHW"):
+        refuse("JAX arrays are row-major, aligned and have no gaps: it would take a copy")
+    jax = _jax(device)
+    if case.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)  # else DLPack's float64 becomes float32
+    device.synchronize()  # the inputs were made on another stream
+    taken = [[_taken(jax, a) for a in arrays] for arrays in (inputs.x, inputs.dy)]
+    affine = [_taken(jax, a) for a in (inputs.weight, inputs.bias) if a is not None]
+    call = _jax_call(jax, case, *taken, affine)
+    if device.kind == "cpu":
+        wait = jax.block_until_ready
+        return Contender(
+            lambda i: wait(call(i)), "jit", fresh=True, arrays=lambda m: _given(device, jax, m)
+        )
+    return Contender(call, "jit", capture=blocking, arrays=lambda m: _given(device, jax, m))
+
+
+def _jax(device: Any) -> Any:
+    """JAX, whose pool on a CPU gets a thread for each CPU that is there when it starts."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or it takes most of a GPU
+    if device.kind == "cuda":
+        jax = load("jax")
+        try:
+            jax.devices("gpu")
+        except RuntimeError as error:
+            refuse(f"JAX has no GPU: {error}")
+        return jax
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    jax, threads = load("jax"), int(os.environ["CUPYNORM_NUM_THREADS"])
+    if hasattr(os, "sched_setaffinity"):
+        everywhere = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, sorted(everywhere)[:threads])
+        try:
+            jax.devices("cpu")
+        finally:
+            os.sched_setaffinity(0, everywhere)
+    return jax
+
+
+def _jax_call(
+    jax: Any, case: Case, x: list[Any], dy: list[Any], affine: list[Any]
+) -> Callable[[int], Any]:
+    xp = jax.numpy
+
+    def norm(x: Any, *affine: Any) -> Any:
+        wide = x.astype(xp.float64 if x.dtype == xp.float64 else xp.float32)
+        d = wide - wide.mean(case.axis, keepdims=True)
+        y = d * jax.lax.rsqrt((d * d).mean(case.axis, keepdims=True) + EPS)
+        if affine:
+            weight, bias = (along(case, a.astype(wide.dtype)) for a in affine)
+            y = y * weight + bias
+        return y.astype(x.dtype)
+
+    def padded(grads: Any) -> tuple[Any, ...]:
+        return tuple(grads) if affine else (grads[0], None, None)
+
+    if case.direction == "forward":
+        run = jax.jit(norm)
+        return lambda i: run(x[i], *affine)
+    if case.direction == "backward":  # what the forward left is given, as others are statistics
+        pull = jax.jit(lambda f, dy: f(dy))
+        left = [jax.vjp(norm, a, *affine)[1] for a in x]
+        return lambda i: padded(pull(left[i], dy[i]))
+
+    @jax.jit
+    def both(x: Any, dy: Any, *affine: Any) -> tuple[Any, ...]:
+        y, f = jax.vjp(norm, x, *affine)
+        return y, f(dy)
+
+    def call(i: int) -> tuple[Any, ...]:
+        y, grads = both(x[i], dy[i], *affine)
+        return y, *padded(grads)
+
+    return call
+
+
+def _taken(jax: Any, a: Any) -> Any:
+    """JAX array over the same memory; of bfloat16, which DLPack does not always know, a copy."""
+    if str(a.dtype) != "bfloat16":
+        return jax.numpy.from_dlpack(a)
+    bits = jax.numpy.from_dlpack(a.view("int16"))
+    return jax.lax.bitcast_convert_type(bits, jax.numpy.bfloat16)
+
+
+def _given(device: Any, jax: Any, made: Any) -> Any:
+    """Arrays of the device's library of what JAX made."""
+    if isinstance(made, tuple):
+        return tuple(_given(device, jax, a) for a in made)
+    if made is None:
+        return None
+    made = jax.block_until_ready(made)
+    if made.dtype != jax.numpy.bfloat16:
+        return device.lib.from_dlpack(made)
+    bits = jax.lax.bitcast_convert_type(made, jax.numpy.int16)
+    return device.lib.from_dlpack(bits).view(numpy_dtype("bfloat16"))
+
+
+# -- onnxruntime: as a session is run, whose arena keeps results mapped; into bound memory ---------
+
+
+def onnx_peer(inputs: Inputs, bound: bool = False) -> Contender:
+    """One node with weight and bias as constants."""
+    case, x = inputs.case, inputs.x[0]
+    if case.direction != "forward":
+        refuse("onnxruntime's wheel has no gradients")
+    if inputs.weight is None:
+        refuse("the operator needs a scale")
+    onnx, onnxruntime = load("onnx"), load("onnxruntime")
+    helper, constant = onnx.helper, load("onnx.numpy_helper").from_array
+    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+    node = helper.make_node(
+        "LayerNormalization", ["x", "weight", "bias"], ["y"], axis=-1, epsilon=EPS
+    )
+    ends = [[helper.make_tensor_value_info(n, kind, case.shape)] for n in "xy"]
+    constants = [constant(inputs.weight, "weight"), constant(inputs.bias, "bias")]
+    graph = helper.make_graph([node], "layer_norm", *ends, constants)
+    opset = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=IR)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(os.environ["CUPYNORM_NUM_THREADS"])
+    options.log_severity_level = 3
+    text, providers = model.SerializeToString(), ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(text, options, providers=providers)
+    if not bound:
+        return Contender(lambda i: session.run(None, {"x": x})[0], fresh=True)
+    binding, out = session.io_binding(), inputs.y[0]
+    binding.bind_cpu_input("x", x)
+    binding.bind_output("y", "cpu", 0, x.dtype, out.shape, out.ctypes.data)
+
+    def call(i: int) -> Any:
+        session.run_with_iobinding(binding)
+        return out
+
+    return Contender(call)
+
+
+MAKERS: dict[str, Callable[[Inputs], Contender]] = {
+    "onnxruntime": onnx_peer,
+    "onnxruntime out=": lambda inputs: onnx_peer(inputs, bound=True),
+    "jax": jax_peer,
+    "scikit-learn": scale,
+    "cuml": lambda inputs: scale(inputs, "cuml"),
+    "formula": formula,
+    "cupy-fuse": lambda inputs: formula(inputs, fused=True),
+}

@@ -1,0 +1,358 @@
+"""Other libraries' norms as functions of torch tensors, on a CPU or a GPU.
+
+Each follows the signature that its library documents. What it cannot do it refuses with the reason;
+autograd goes through all of them but Quack's and cuDNN's.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from bench.cases import EPS, OPS
+from bench.clock import Batch
+from bench.contender import Contender, load, refuse
+from bench.data import Inputs, numpy_dtype
+
+BITS = {2: "int16", 4: "int32", 8: "int64"}
+LONGEST = 65536  # elements of a row in Liger's block, bytes of one in flash-attn's
+Function = Callable[[Any, Any, Any], Any]  # of x (..., N), weight and bias
+
+# -- a library a line of FUNCTIONS, which gives its function for rows of N -------------------------
+
+
+def _eager(torch: Any, N: int) -> Function:
+    return lambda x, w, b: torch.nn.functional.layer_norm(x, (N,), w, b, EPS)
+
+
+def compiled(torch: Any, function: Any) -> Any:
+    """Compile for the very shapes, with nothing left of another case."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def _cupynorm(torch: Any, N: int) -> Function:
+    function = load("cupynorm.torch").layer_norm
+    return lambda x, w, b: function(x, (N,), w, b, EPS)
+
+
+def _liger(torch: Any, N: int) -> Function:
+    if N > LONGEST:
+        refuse(f"Liger takes rows of at most {LONGEST} elements, not {N}")
+    function = load("liger_kernel.ops.layer_norm").LigerLayerNormFunction
+    return lambda x, w, b: function.apply(x, w, b, EPS)
+
+
+def _quack(torch: Any, N: int) -> Function:
+    function = load("quack.rmsnorm").layernorm_fwd
+
+    def run(x: Any, w: Any, b: Any) -> Any:
+        w, b = (None if a is None else a.float() for a in (w, b))  # as it wants them
+        y = function(x, w, bias=b, eps=EPS)
+        return y[0] if isinstance(y, tuple) else y
+
+    return run
+
+
+def _flash(torch: Any, N: int) -> Function:
+    function = load("flash_attn.ops.triton.layer_norm").layer_norm_fn
+
+    def run(x: Any, w: Any, b: Any) -> Any:
+        if w is None:
+            refuse("flash-attn's layer_norm_fn needs a weight")
+        if N * x.element_size() > LONGEST:
+            refuse(f"flash-attn takes rows of at most {LONGEST} bytes, not {N} elements")
+        return function(x, w, b, eps=EPS)
+
+    return run
+
+
+def _apex(torch: Any, N: int) -> Function:
+    norms = load("apex.normalization.fused_layer_norm")
+
+    def run(x: Any, w: Any, b: Any) -> Any:
+        if w is None:
+            return norms.fused_layer_norm(x, (N,), EPS)
+        mixed, same = norms.mixed_dtype_fused_layer_norm_affine, norms.fused_layer_norm_affine
+        return (same if w.dtype == x.dtype else mixed)(x, w, b, (N,), EPS)
+
+    return run
+
+
+def _apex_fast(torch: Any, N: int) -> Function:
+    made = load("apex.contrib.layer_norm").FastLayerNorm
+    return _of_module("Apex's FastLayerNorm", lambda like: made(N, eps=EPS).to(like))
+
+
+def _transformer_engine(torch: Any, N: int) -> Function:
+    made = load("transformer_engine.pytorch").LayerNorm
+    make = lambda like: made(N, eps=EPS, dtype=like.dtype, device=like.device)  # noqa: E731
+    return _of_module("TransformerEngine", make)
+
+
+def _of_module(name: str, make: Callable[[Any], Any]) -> Function:
+    """A module whose parameters are the very tensors that the others are given."""
+    modules: list[Any] = []
+
+    def run(x: Any, w: Any, b: Any) -> Any:
+        if w is None:
+            refuse(f"{name} always has a weight")
+        if w.dtype != x.dtype:
+            refuse(f"{name} computes in its parameters' dtype {w.dtype}, not x's {x.dtype}")
+        if not modules:
+            modules.append(make(w))
+        # torch.func.functional_call does the same, for 20 us of the host's time at each call.
+        modules[0]._parameters.update(weight=w, bias=b)
+        return modules[0](x)
+
+    return run
+
+
+def _cudnn(torch: Any, N: int) -> Function:
+    """The inference phase: no statistics are kept."""
+    g = _Graph(torch)
+
+    def run(x: Any, w: Any, b: Any) -> Any:
+        if w is None:
+            refuse("cuDNN's layer norm needs scale and bias")
+        given = dict(zip(("input", "scale", "bias"), _lifted(x, w, b), strict=True))
+        if not g.nodes:
+            eps = torch.full((1, 1, 1), EPS, dtype=torch.float32)
+            phase = g.cudnn.norm_forward_phase.INFERENCE
+            nodes = g.tensors(given) | g.tensors({"epsilon": eps}, is_pass_by_value=True)
+            y, *_ = g.graph.layernorm(name="layer_norm", norm_forward_phase=phase, **nodes)
+            g.build(x, nodes | {"y": y}, {y: x.dtype})
+            g.eps = eps
+        y = torch.empty_like(given["input"])
+        g.run(given | {"epsilon": g.eps, "y": y})
+        return y.squeeze(0)
+
+    return run
+
+
+FUNCTIONS: dict[str, dict[str, Callable[[Any, int], Function]]] = {
+    "layer_norm": {
+        "torch": _eager,
+        "torch-compile": lambda torch, N: compiled(torch, _eager(torch, N)),
+        "cupynorm.torch": _cupynorm,
+        "liger": _liger,
+        "quack": _quack,
+        "flash-attn": _flash,
+        "apex": _apex,
+        "apex-fast": _apex_fast,
+        "transformer-engine": _transformer_engine,
+        "cudnn": _cudnn,
+    }
+}
+# Why no backward can be timed, by itself or after a forward.
+REFUSED = {
+    ("quack", "backward"): "its layer norm has no backward",
+    ("quack", "both"): "its layer norm has no backward",
+    ("transformer-engine", "backward"): "its backward frees what its forward saved, so it cannot "
+    "be repeated: see forward and backward together",
+    ("cudnn", "both"): "its graphs are timed one by one: see forward and backward",
+}
+
+# -- from a function to a contender ---------------------------------------------------------------
+
+
+def tensors_of(torch: Any, inputs: Inputs) -> Any:
+    """The inputs of a case as torch sees them, over the same memory; which gradients are wanted."""
+    t = SimpleNamespace(**{n: as_torch(torch, getattr(inputs, n)) for n in ("weight", "bias")})
+    for name in ("x", "dy", "mean", "rstd"):
+        setattr(t, name, [as_torch(torch, a) for a in getattr(inputs, name)])
+    t.wanted = [True, t.weight is not None, t.bias is not None]
+    return t
+
+
+def as_torch(torch: Any, a: Any) -> Any:
+    """Tensor over an array's memory; as integers, which DLPack always knows."""
+    if a is None:
+        return None
+    return torch.from_dlpack(a.view(BITS[a.dtype.itemsize])).view(getattr(torch, str(a.dtype)))
+
+
+def from_torch(device: Any, result: Any) -> Any:
+    """Arrays over the memory of a tensor, or of a tuple of tensors and None."""
+    if isinstance(result, tuple):
+        return tuple(None if t is None else from_torch(device, t) for t in result)
+    torch, dtype = load("torch"), numpy_dtype(str(result.dtype).removeprefix("torch."))
+    bits = result.detach().view(getattr(torch, BITS[dtype.itemsize]))
+    return device.lib.from_dlpack(bits).view(dtype)
+
+
+Call = Callable[[int], Any]
+
+
+def on_torch(inputs: Inputs, make: Callable[[Any], Call], kernel: str = "") -> Contender:
+    """Contender of a function of torch, which `make` gives; on a GPU on the run's own stream."""
+    device = inputs.device
+    if device.simulated:
+        refuse("torch cannot see simulated memory")
+    torch = load("torch")
+    # What a user has under no_grad or inference: nothing asks for gradients.
+    grads = torch.enable_grad if inputs.case.direction == "both" else torch.no_grad
+    made = Contender(lambda i: None, kernel, scope=grads, arrays=lambda r: from_torch(device, r))
+    if device.kind == "cpu":
+        made.fresh = True
+    else:
+        if not torch.cuda.is_available():
+            refuse("torch sees no CUDA device")
+        made.scope, made.capture = _on_stream(torch, device, grads)
+        device.synchronize()  # the inputs were made on another stream
+    with made.scope():  # what a forward leaves for its backward is remembered with its stream
+        made.call = make(torch)
+    return made
+
+
+def _on_stream(torch: Any, device: Any, grads: Any) -> tuple[Any, Any]:
+    """Scope and capture of torch on a GPU."""
+    side = torch.cuda.ExternalStream(device.stream.ptr)
+
+    @contextlib.contextmanager
+    def scope() -> Iterator[None]:
+        with grads(), torch.cuda.stream(side):
+            yield
+
+    def capture(device: Any, body: Callable[[], None], calls: int) -> Batch:
+        graph = torch.cuda.CUDAGraph()
+        # torch's own capture gives the graph a private pool: nobody else is handed its memory.
+        with grads(), torch.cuda.graph(graph, stream=side, capture_error_mode="relaxed"):
+            body()
+
+        def replay() -> None:
+            with torch.cuda.stream(side):
+                graph.replay()
+
+        return Batch(replay, calls, "graph", [graph])
+
+    return scope, capture
+
+
+def contender(inputs: Inputs, name: str) -> Contender:
+    """A library's norm on the rows of a case: forward, backward or both."""
+    case, direction = inputs.case, inputs.case.direction
+    if (name, direction) in REFUSED:
+        refuse(REFUSED[name, direction])
+
+    def make(torch: Any) -> Call:
+        t = tensors_of(torch, inputs)
+        if direction == "backward" and name in ("torch", "torch-compile", "cudnn"):
+            pull = cudnn_backward(torch) if name == "cudnn" else operator(torch, t)
+            pull = compiled(torch, pull) if name == "torch-compile" else pull
+            return lambda i: pull(t.dy[i], t.x[i], t.mean[i], t.rstd[i], t.weight)
+        known = FUNCTIONS[OPS[case.op].norm]
+        if name not in known:
+            refuse(f"{name} has no {OPS[case.op].norm}")
+        function = known[name](torch, case.N)
+        if direction == "forward":
+            return lambda i: function(t.x[i], t.weight, t.bias)
+        return _through_autograd(torch, t, function, direction == "both")
+
+    made = on_torch(inputs, make, name)
+    made.ours = name.startswith("cupynorm")
+    return made
+
+
+def operator(torch: Any, t: Any) -> Callable[..., Any]:
+    """What autograd calls, on given statistics: of dy, x, mean, rstd and weight."""
+
+    def run(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> tuple[Any, ...]:
+        backward = torch.ops.aten.native_layer_norm_backward
+        made = backward(dy, x, x.shape[-1:], mean, rstd, weight, t.bias, t.wanted)
+        # What is not wanted comes back as None or as an empty tensor, as the version has it.
+        return tuple(g if want else None for g, want in zip(made, t.wanted, strict=True))
+
+    return run
+
+
+def _through_autograd(torch: Any, t: Any, function: Function, both: bool) -> Call:
+    """Both passes; or the backward alone, whose forward ran before and whose graph is kept."""
+    leaves = [[a.requires_grad_() for a in (x, t.weight, t.bias) if a is not None] for x in t.x]
+    with torch.enable_grad():
+        kept = [] if both else [function(x, t.weight, t.bias) for x in t.x]
+
+    def padded(grads: tuple[Any, ...]) -> tuple[Any, ...]:
+        given = iter(grads)
+        return tuple(next(given) if want else None for want in t.wanted)
+
+    def backward(i: int) -> tuple[Any, ...]:
+        return padded(torch.autograd.grad(kept[i], leaves[i], t.dy[i], retain_graph=True))
+
+    def forward_and_backward(i: int) -> tuple[Any, ...]:
+        y = function(t.x[i], t.weight, t.bias)
+        return y.detach(), *padded(torch.autograd.grad(y, leaves[i], t.dy[i]))
+
+    return forward_and_backward if both else backward
+
+
+# -- cuDNN through its Python frontend: a graph per shape, built at the first call -----------------
+
+
+class _Graph:
+    """One operation on tensors of fixed shapes; runs on torch's current stream."""
+
+    def __init__(self, torch: Any) -> None:
+        self.torch, self.cudnn = torch, load("cudnn")
+        wide, self.handle = self.cudnn.data_type.FLOAT, self.cudnn.create_handle()
+        about = {"intermediate_data_type": wide, "compute_data_type": wide}
+        self.graph = self.cudnn.pygraph(**about, handle=self.handle)
+        self.nodes: dict[str, Any] = {}
+        self.workspace = self.eps = None
+
+    def tensors(self, given: dict[str, Any], **options: Any) -> dict[str, Any]:
+        """Nodes by name of tensors by name."""
+        made = {}
+        for name, like in given.items():
+            about = {"dim": like.size(), "stride": like.stride(), "data_type": like.dtype}
+            made[name] = self.graph.tensor(name=name, **about, **options)
+        return made
+
+    def build(self, x: Any, nodes: dict[str, Any], results: dict[Any, Any]) -> None:
+        """Results: what the graph gives, and its dtype."""
+        for result, dtype in results.items():
+            result.set_output(True).set_data_type(dtype)
+        self.graph.validate()
+        self.graph.build_operation_graph()
+        modes = self.cudnn.heur_mode
+        try:
+            self.graph.create_execution_plans([modes.A, modes.FALLBACK])
+        except self.cudnn.cudnnGraphNotSupportedError as error:
+            refuse(f"cuDNN has no plan: {error}")
+        self.graph.check_support()
+        self.graph.build_plans()
+        size, about = self.graph.get_workspace_size(), {"device": x.device}
+        self.workspace = self.torch.empty(size, dtype=self.torch.uint8, **about)
+        self.nodes = nodes
+
+    def run(self, given: dict[str, Any]) -> None:
+        stream = self.torch.cuda.current_stream().cuda_stream
+        self.cudnn.set_stream(handle=self.handle, stream=stream)
+        pack = {self.nodes[name]: tensor for name, tensor in given.items()}
+        self.graph.execute(pack, self.workspace, handle=self.handle)
+
+
+def _lifted(*tensors: Any) -> list[Any]:
+    """Rows as (1, M, N) and vectors as (1, 1, N): the last dimension is normalized."""
+    return [t.view(1, -1, t.shape[-1]) if t.ndim == 1 else t.unsqueeze(0) for t in tensors]
+
+
+def cudnn_backward(torch: Any) -> Callable[..., Any]:
+    """Function of dy, x (M, N), mean, rstd (M, 1) and weight: dx, dweight and dbias."""
+    g, names = _Graph(torch), ("grad", "input", "mean", "inv_variance", "scale")
+
+    def run(dy: Any, x: Any, mean: Any, rstd: Any, w: Any) -> tuple[Any, ...]:
+        if w is None:
+            refuse("cuDNN's layer norm needs a scale")
+        given = dict(zip(names, _lifted(dy, x, mean, rstd, w), strict=True))
+        if not g.nodes:
+            nodes = g.tensors(given)
+            results = tuple(g.graph.layernorm_backward(name="layer_norm_backward", **nodes))
+            dtypes = dict(zip(results, (x.dtype, w.dtype, w.dtype), strict=True))
+            g.build(x, nodes | dict(zip(("dx", "dw", "db"), results, strict=True)), dtypes)
+        like = (given["input"], given["scale"], given["scale"])
+        dx, dw, db = (torch.empty_like(a) for a in like)
+        g.run(given | {"dx": dx, "dw": dw, "db": db})
+        return dx.squeeze(0), dw.view(-1), db.view(-1)
+
+    return run

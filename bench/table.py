@@ -1,0 +1,223 @@
+"""The CSV: its columns, how a result becomes a row, and what rows say together."""
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.cases import BWD, FWD, Case
+from bench.contender import Result
+from bench.machine import GPU_FACTS, LIBRARIES
+
+# Column, then its meaning; bench/README.md prints the same list, and a test compares the two.
+COLUMNS = {
+    "op": "layer_norm_fwd, _bwd or _fwd_bwd, empty_kernel, first_call",
+    "group": "why the case is there: cases.py",
+    "dtype": "of x, y, dy and dx",
+    "weight_dtype": "of weight, bias and their gradients; empty: none",
+    "shape": "of x",
+    "M": "rows",
+    "N": "columns, the normalized axis",
+    "axis": "that is normalized",
+    "layout": "C; offset: base one element off; pitch: rows 16 bytes apart; F-C, F-F, C-F: x and y "
+    "by column (F) or by row; NCHW: N is C; columns: each an array of its own, y by row",
+    "peer": "cupynorm, a copy, or another library",
+    "kernel": "name of the specialization that ran",
+    "method": "calls; on a GPU graph (CUDA graph of many calls), launches, or blocking (the host "
+    "waits at the end of a batch); host for Python time",
+    "status": "ok, wrong (no number), error, skipped, simulated (no number)",
+    "error": "largest distance from float64, in units of the dtype's epsilon and the terms' size, "
+    "of the result that comes nearest to its limit",
+    "median_us": "microseconds per call, median over turns",
+    "p10_us": "10th percentile over turns",
+    "p90_us": "90th percentile over turns",
+    "best_us": "fastest turn",
+    "rounds": "how many turns",
+    "bytes": "the floor of the op: see 5 above; a copy is charged its own bytes",
+    "gb_per_s": "bytes / median_us, 1 GB = 1e9 bytes",
+    "fraction_of_copy": "gb_per_s over that of the fastest copy of the same case; on a CPU of the "
+    "one into kept memory, or into fresh memory for whoever allocates",
+    "over_torch": "median_us over that of the fastest of torch's own ways in the same case",
+    "best_over_torch": "the same of best_us",
+    "ratio_to_peer": "cupynorm's median_us over this row's; below 1, cupynorm is faster",
+    "load": "of the machine over the last minute: beyond `cpus`, others had a share",
+    "note": "why skipped, wrong or in error",
+    "cpu": "name",
+    "cpus": "that the process may use",
+    "threads": "that everybody is given on a CPU",
+    **{name: "name of the device" if name == "gpu" else "version" for name in GPU_FACTS},
+    **dict.fromkeys(("python", *LIBRARIES), "version"),
+    "commit": "of the measured tree",
+    "tree": "hash of the package's text, for trees without git",
+    "date": "of the run",
+}
+TIMED = ("median_us", "p10_us", "p90_us", "best_us", "rounds", "gb_per_s", "fraction_of_copy",
+         "over_torch", "best_over_torch", "ratio_to_peer")  # fmt: skip
+Rows = list[dict[str, Any]]
+
+
+class Table:
+    """Rows that reach the disk as they come, so that a run that is cut short leaves what it has."""
+
+    def __init__(self, path: Path | None, machine: dict[str, str], simulated: bool = False) -> None:
+        self.path, self.machine, self.simulated = path, machine, simulated
+        self.rows: Rows = []
+        self._write("w", [dict(zip(COLUMNS, COLUMNS, strict=True))])
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Append rows; a simulated run says nothing about time and leaves those cells empty."""
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else ""
+        added = []
+        for given in rows:
+            row = dict.fromkeys(COLUMNS, "") | {"load": load} | self.machine | given
+            if self.simulated:
+                row |= dict.fromkeys(TIMED, "")
+                row["status"] = "simulated" if row["status"] == "ok" else row["status"]
+            added.append({k: _cell(row[k]) for k in COLUMNS})
+        self.rows += added
+        self._write("a", added)
+
+    def _write(self, mode: str, rows: Rows) -> None:
+        if self.path:
+            with self.path.open(mode, newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, COLUMNS).writerows(rows)
+
+
+def _cell(value: Any) -> Any:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return " ".join(value.split())[:300] if isinstance(value, str) else value
+
+
+def write(rows: Rows, folder: Path, name: str) -> Path:
+    """Save rows of columns of their own as a CSV that says in its name when and of which commit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{rows[0]['date']}-{rows[0]['commit']}.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def about(case: Case) -> dict[str, Any]:
+    """What a row says of its case."""
+    found = {k: getattr(case, k) for k in ("op", "group", "dtype", "M", "N", "axis", "layout")}
+    return found | {"weight_dtype": case.affine_dtype or "", "shape": case.label}
+
+
+def rows_of(case: Case, results: list[Result]) -> Rows:
+    """Rows of one case: bandwidths, and the ratios within the same run."""
+    timed = [r for r in results if r.times]
+    roofs: dict[bool, float] = {}
+    for r in timed:
+        if r.name.startswith("copy"):
+            roofs[r.fresh] = max(roofs.get(r.fresh, 0.0), case.copy_bytes / r.times.median)
+    torch = [r.times for r in timed if r.name.startswith("torch")]
+    ours = next((r.times.median for r in timed if r.name == "cupynorm"), None)
+    rows = []
+    for r in results:
+        row = about(case) | {"peer": r.name, "kernel": r.kernel, "method": r.method}
+        row |= {"status": r.status, "error": r.error, "note": r.note}
+        row["bytes"] = case.copy_bytes if r.name.startswith("copy") else case.moved_bytes
+        if t := r.times:
+            rate, roof = row["bytes"] / t.median, roofs.get(r.fresh)
+            row |= {"median_us": t.median, "p10_us": t.p10, "p90_us": t.p90, "best_us": t.best}
+            row |= {"rounds": t.rounds, "gb_per_s": rate / 1e3}
+            row["fraction_of_copy"] = rate / roof if roof else None
+            row["ratio_to_peer"] = ours / t.median if ours else None
+            if torch:
+                row["over_torch"] = t.median / min(t.median for t in torch)
+                row["best_over_torch"] = t.best / min(t.best for t in torch)
+        rows.append(row)
+    return rows
+
+
+# -- what rows say together -----------------------------------------------------------------------
+
+OURS = ("cupynorm", "cupynorm out=", "cupynorm.torch")
+ABOUT_RATIOS = """Time over time within the same run: below 1, the first is faster. Against a
+copy: for as many bytes, so 1.25 is 80 % of its bandwidth."""
+HEADS = ("op", "group", "dtype", "time of", "over that of", "cases", "geometric mean",
+         "of fastest turns", "worst", "worst case")  # fmt: skip
+# Of the fastest copy, from which N up: a forward, a backward, a change of layout at 1 GB moved.
+TARGETS = (
+    ("forward", lambda r: r["op"] == FWD and r["group"] == "1GB" and r["N"] >= 256, 0.95),
+    ("few rows", lambda r: r["op"] == FWD and r["group"] == "few rows", 0.85),
+    ("backward", lambda r: r["op"] == BWD and r["group"] == "1GB" and 64 <= r["N"] <= 16384, 0.90),
+    ("K5 backward", lambda r: r["op"] == BWD and "split" in r["kernel"], 0.50),
+    ("column-major to rows", lambda r: r["layout"] in ("F-C", "columns"), 0.85),
+)
+
+
+def summary(rows: Rows) -> list[tuple[str, ...]]:
+    """A line for each op, group, dtype and pair of which both were timed; below 1, ours is faster.
+
+    "torch" is the fastest of torch's ways in each case. Against a copy it is the time for as many
+    bytes as the copy moved: 1.25 is 80 % of its bandwidth.
+    """
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in (r for r in rows if r["median_us"] != ""):
+        key = tuple(row[k] for k in ("op", "group", "dtype", "shape", "layout"))
+        peers = cases.setdefault(key, {})
+        name = "torch" if row["peer"].startswith("torch") else row["peer"]
+        peers[name] = min(row, peers.get(name, row), key=lambda r: r["median_us"])
+    found: dict[tuple[str, ...], dict[str, tuple[float, float]]] = {}
+    for (*group, shape, layout), peers in cases.items():
+        for ours in (p for p in OURS if p in peers):
+            for theirs in (p for p in peers if p not in OURS and _comparable(ours, p)):
+                a, b = peers[ours], peers[theirs]
+                part = a["bytes"] / b["bytes"]
+                ratios = tuple(a[k] / b[k] / part for k in ("median_us", "best_us"))
+                where = shape if layout == "C" else f"{shape} {layout}"
+                found.setdefault((*group, ours, theirs), {})[where] = ratios
+    return [(*key, *_figures(ratios)) for key, ratios in found.items()]
+
+
+def _comparable(ours: str, theirs: str) -> bool:
+    """Tensors with torch; who allocates with a copy that does, who does not with the other."""
+    if ours == "cupynorm.torch":
+        return theirs == "torch"
+    return theirs != ("copyto fresh" if ours.endswith("out=") else "copyto")
+
+
+def _figures(found: dict[str, tuple[float, float]]) -> tuple[str, ...]:
+    worst = max(found, key=lambda where: found[where][0])
+    means = (geometric_mean(r[k] for r in found.values()) for k in (0, 1))
+    return str(len(found)), *(f"{m:.2f}" for m in means), f"{found[worst][0]:.2f}", worst
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    logs = [math.log(r) for r in ratios]
+    return math.exp(sum(logs) / len(logs))
+
+
+def claims(rows: Rows) -> Iterator[str]:
+    """Sentences on the targets; none where nothing was timed."""
+    shares = [r for r in rows if r["peer"] == "cupynorm" and r["fraction_of_copy"] != ""]
+    for name, fits, aim in TARGETS:
+        if cases := [r for r in shares if fits(r) and r["dtype"] != "float64" and r["kernel"]]:
+            least = min(cases, key=lambda r: r["fraction_of_copy"])
+            reached = sum(r["fraction_of_copy"] >= aim for r in cases)
+            where = f"{least['fraction_of_copy']:.1%} ({least['dtype']}, {least['shape']})"
+            yield f"{name}: {reached} of {len(cases)} reach {aim:.0%} of the copy, least {where}"
+
+
+def faults(rows: Rows) -> Rows:
+    """Rows of ours that are wrong or in error; a candidate may be refused, but never be wrong."""
+
+    def is_fault(r: dict[str, Any]) -> bool:
+        ours, candidate = r["peer"].startswith("cupynorm"), "/" in r["peer"]
+        return (r["status"] == "wrong" and (ours or candidate)) or (r["status"] == "error" and ours)
+
+    return [r for r in rows if is_fault(r)]
+
+
+def markdown(lines: list[tuple[str, ...]]) -> str:
+    """A summary as a table of a page."""
+    rows = ("| " + " | ".join(row) + " |" for row in (HEADS, ("---",) * len(HEADS), *lines))
+    return ABOUT_RATIOS + "\n\n" + "\n".join(rows) + "\n"

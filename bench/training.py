@@ -1,0 +1,230 @@
+"""Trains a small GPT on characters with torch's LayerNorm and with ours: the losses side by side.
+
+    python -m bench.training --out folder [--device cpu] [--steps 60]
+
+The text is the repository's LICENSE. All models start from the same parameters and see the same
+batches, a step of each in turn. How far two runs may part says a third model: torch's norms too,
+but each parameter moved by one unit in the last place, up or down by chance, before the first step.
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.machine import ROOT, commit, tree_hash
+from bench.plots import draw_training
+
+MODES = {"cuda": ("float32", "bfloat16", "autocast"), "cpu": ("float32", "bfloat16")}
+MODELS = ("torch", "cupynorm", "nudged")
+# Losses of about 3 may part by this much whatever the nudged model does: rounding of the dtype.
+FLOOR = {"float32": 1e-4, "bfloat16": 2e-2, "autocast": 2e-2}
+TIMES_NUDGED = 4.0
+LEARNT = 0.85  # the mean loss of the last steps over the first loss, at most
+WARM_STEPS = 5  # which compile; not in the times
+MACHINE = ("gpu", "driver", "cuda", "torch", "commit", "tree", "date")
+COLUMNS = ("mode", "step", *(f"loss_{m}" for m in MODELS), *(f"ms_{m}" for m in MODELS), *MACHINE)
+Rows = list[dict[str, Any]]
+
+
+class Size(NamedTuple):
+    """Of the model and of its training."""
+
+    layers: int
+    heads: int
+    width: int
+    context: int
+    batch: int
+    steps: int
+    rate: float
+
+
+SIZES = {"cuda": Size(4, 4, 256, 128, 32, 60, 1e-3), "cpu": Size(1, 2, 32, 32, 8, 12, 1e-2)}
+
+
+def gpt(torch: Any, size: Size, characters: int) -> Any:
+    """A decoder: embeddings, causal blocks, a last norm, and the embedding again as the head."""
+    nn = torch.nn
+
+    class GPT(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Embedding(characters, size.width)
+            self.place = nn.Parameter(0.02 * torch.randn(size.context, size.width))
+            shape = (size.width, size.heads, 4 * size.width, 0.0, "gelu")
+            about = {"batch_first": True, "norm_first": True}
+            layers = (nn.TransformerEncoderLayer(*shape, **about) for _ in range(size.layers))
+            self.blocks, self.norm = nn.ModuleList(layers), nn.LayerNorm(size.width)
+            nn.init.normal_(self.token.weight, std=0.02)
+
+        def forward(self, tokens: Any) -> Any:
+            h = self.token(tokens) + self.place
+            make = nn.Transformer.generate_square_subsequent_mask
+            mask = make(size.context, device=h.device, dtype=h.dtype)
+            for block in self.blocks:
+                h = block(h, src_mask=mask, is_causal=True)
+            return self.norm(h) @ self.token.weight.T.to(h.dtype)
+
+    return GPT()
+
+
+def models(torch: Any, size: Size, characters: int, mode: str, device: str) -> dict[str, Any]:
+    """Three models with the same parameters, but for the last bits of the third's."""
+    import cupynorm.torch
+
+    torch.manual_seed(1)
+    model = gpt(torch, size, characters).to(device)
+    model = model.to(torch.bfloat16) if mode == "bfloat16" else model
+    ours = cupynorm.torch.convert(copy.deepcopy(model))
+    if plain := [m for m in ours.modules() if type(m) is torch.nn.LayerNorm]:
+        msg = f"convert left {len(plain)} of torch's norms in the model"
+        raise RuntimeError(msg)
+    nudged = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in nudged.parameters():
+            ulp = torch.finfo(p.dtype).eps * p.abs()
+            p += ulp * (2 * torch.randint(0, 2, p.shape, device=device) - 1)
+    return dict(zip(MODELS, (model, ours, nudged), strict=True))
+
+
+def batches(torch: Any, size: Size, device: str) -> tuple[int, Iterator[Any]]:
+    """How many characters there are, and windows of the text without end, the same in every run."""
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    alphabet = sorted(set(text))
+    data = torch.tensor([alphabet.index(c) for c in text])
+    draw = torch.Generator().manual_seed(2)
+
+    def windows() -> Iterator[Any]:
+        while True:
+            begins = torch.randint(0, len(data) - size.context - 1, (size.batch,), generator=draw)
+            yield torch.stack([data[b : b + size.context + 1] for b in begins]).to(device)
+
+    return len(alphabet), windows()
+
+
+def run_mode(torch: Any, size: Size, mode: str, device: str, deadline: float) -> Rows:
+    """Train the models a step in turn, starting with another one each time; a row per step."""
+    characters, windows = batches(torch, size, device)
+    made = models(torch, size, characters, mode, device)
+    optimizers = {n: torch.optim.AdamW(m.parameters(), lr=size.rate) for n, m in made.items()}
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    half, rows = mode == "autocast", []
+    for number in range(size.steps):
+        if time.monotonic() > deadline:
+            break
+        window, row = next(windows), {"mode": mode, "step": number}
+        for name in MODELS[number % 3 :] + MODELS[: number % 3]:
+            wait()
+            begin = time.perf_counter()
+            with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
+                logits = made[name](window[:, :-1]).float().flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, window[:, 1:].flatten())
+            optimizers[name].zero_grad()
+            loss.backward()
+            optimizers[name].step()
+            wait()
+            row[f"ms_{name}"] = 1e3 * (time.perf_counter() - begin)
+            row[f"loss_{name}"] = loss.item()
+        rows.append(row)
+    return rows
+
+
+def verdict(rows: Rows) -> tuple[bool, str]:
+    """Whether ours parts from torch's no more than rounding explains, and both have learnt."""
+    losses = {m: [r[f"loss_{m}"] for r in rows] for m in MODELS}
+
+    def parted(name: str) -> float:
+        return max(abs(a - b) for a, b in zip(losses[name], losses["torch"], strict=True))
+
+    tail = max(1, len(rows) // 8)
+    learnt = [statistics.fmean(values[-tail:]) / values[0] for values in losses.values()]
+    finite = all(abs(v) < float("inf") for values in losses.values() for v in values)
+    allowed = max(FLOOR[rows[0]["mode"]], TIMES_NUDGED * parted("nudged"))
+    good = finite and parted("cupynorm") <= allowed and max(learnt) <= LEARNT
+    warm = rows[WARM_STEPS:] or rows
+    torchs, ours = (statistics.median(r[f"ms_{m}"] for r in warm) for m in MODELS[:2])
+    return good, (
+        f"{rows[0]['mode']}: {len(rows)} steps, loss {losses['torch'][0]:.3f} to "
+        f"{losses['torch'][-1]:.3f}, ours apart by {parted('cupynorm'):.2g} at most, the nudged by "
+        f"{parted('nudged'):.2g}; ms per step {torchs:.2f} with torch's norms, {ours:.2f} with ours"
+    )
+
+
+def train(
+    folder: Path,
+    size: Size,
+    device: str,
+    machine: dict[str, str],
+    modes: Any = (),
+    deadline: float = math.inf,
+) -> tuple[str, str]:
+    """Run the modes, all by default, write training.csv after each; ok if all of them are."""
+    import torch
+
+    good, said, rows = True, [], []
+    here = {name: machine.get(name, "") for name in MACHINE}
+    for mode in modes or MODES[device]:
+        made = run_mode(torch, size, mode, device, deadline)
+        if len(made) < size.steps:
+            said.append(f"{mode}: left out at the deadline")
+            continue
+        right, sentence = verdict(made)
+        good, rows = good and right, rows + made
+        said.append(sentence)
+        with (folder / "training.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            for row in rows:
+                shown = {k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()}
+                writer.writerow(shown | here)
+    if rows:
+        with contextlib.suppress(ImportError):
+            draw_training(folder / "training.csv", folder)
+    return ("skipped" if not rows else "ok" if good else "failed"), "; ".join(said)
+
+
+def step(folder: Path, device: Any, machine: dict[str, str]) -> tuple[str, str]:
+    """The step of `bench.gpu`; a simulated run trains on the CPU, whose times say nothing."""
+    try:
+        import torch
+    except ImportError:
+        return "skipped", "torch is not installed"
+    if device.simulated:
+        return train(folder, SIZES["cpu"], "cpu", machine, ("float32",), device.deadline)
+    if not torch.cuda.is_available():
+        return "skipped", "torch sees no CUDA device"
+    return train(folder, SIZES["cuda"], "cuda", machine, deadline=device.deadline)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; exit status 1 if the losses part or do not fall."""
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", choices=tuple(SIZES), default="cuda")
+    parser.add_argument("--steps", type=int)
+    given = parser.parse_args(argv)
+    given.out.mkdir(parents=True, exist_ok=True)
+    size = SIZES[given.device]
+    size = size._replace(steps=given.steps or size.steps)
+    import torch
+
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("torch sees no CUDA device; --device cpu trains a smaller model", file=sys.stderr)
+        return 2
+    machine = {"torch": torch.__version__, "commit": commit(), "tree": tree_hash()}
+    if given.device == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    status, sentence = train(given.out, size, given.device, machine)
+    print(f"{status}: {sentence}")
+    return int(status == "failed")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Compiled calls on contiguous NumPy arrays, one thread: four arrays cost less than addresses."""
+
+from typing import Any
+
+import numpy as np
+from numba import from_dtype, types
+
+from cupynorm._cpu.backward import FIELDS, block_count, group_size, sums_pitch
+from cupynorm._cpu.compiled import inner, job
+from cupynorm._cpu.forward import SPARE, in_step, short_rows
+from cupynorm._cpu.jobs import backward_at, dtypes_of, group_of, merge_into, share_gradients
+from cupynorm._cpu.vectors import at, pointer
+
+_LIMITS = [types.float64] * 3
+
+
+def _arrays(kind: str) -> tuple[Any, Any]:
+    """Tables in x's memory, and rows of what loops compute in."""
+    _, stored, wide = dtypes_of(kind)
+    table = types.Array(from_dtype(np.dtype(stored)), 2, "C")
+    return table, types.Array(from_dtype(np.dtype(wide)), 1, "C")
+
+
+@inner
+def _meet(other, y):  # type: ignore[no-untyped-def]
+    first, to = other.ctypes.data, y.ctypes.data
+    end, last = first + other.size * other.itemsize, to + y.size * y.itemsize
+    return other.size > 0 and first < last and to < end
+
+
+@inner
+def _clash(x, y, w, b):  # type: ignore[no-untyped-def]
+    """Whether y shares memory with w, with b, or with x but is not x."""
+    if x.ctypes.data != y.ctypes.data and _meet(x, y):
+        return True
+    return _meet(w, y) or _meet(b, y)
+
+
+@inner
+def _of(a):  # type: ignore[no-untyped-def]
+    return a.ctypes.data if a.size else 0
+
+
+@inner
+def _rows(p, q, M, N, w, b, limits, told, stats, rooms):  # type: ignore[no-untyped-def]
+    w, b = in_step(w, q, M, rooms[0]), in_step(b, q, M, rooms[1])
+    group = stats.size // 3
+    short_rows(p, N, q, N, M, N, w, b, limits, told, pointer(stats, 0), group)
+
+
+@job
+def small(checksum: int, kind: str) -> Any:
+    """``small(x, y, w, b, eps, low, high)``: contiguous rows of at most CHUNK elements.
+
+    x and y (M, N) hold 16-bit kinds as uint16; an absent w or b is empty. True, and nothing has
+    been done, where y shares memory with w, b or a part of x.
+    """
+    (computed, _, wide), (table, row) = dtypes_of(kind), _arrays(kind)
+
+    def small(x, y, w, b, eps, low, high):  # type: ignore[no-untyped-def]
+        if _clash(x, y, w, b):
+            return True
+        M, N = x.shape
+        stats = np.empty(3 * group_of(M * N, M, N) * (checksum != 0))
+        rooms = np.empty(N + SPARE, wide), np.empty(N + SPARE, wide)
+        wp, bp, none = at(_of(w), computed), at(_of(b), computed), at(0, computed)
+        p, q = at(x.ctypes.data, kind), at(y.ctypes.data, kind)
+        _rows(p, q, M, N, wp, bp, (eps, low, high), (none, none, 0, 0), stats, rooms)
+        return False
+
+    return types.bool_(table, table, row, row, *_LIMITS), small
+
+
+@job
+def small_with_stats(checksum: int, kind: str) -> Any:
+    """``small_with_stats(x, y, w, b, mean, rstd, eps, low, high)``: the same.
+
+    Two arrays more cost a call 100 ns, a twentieth of it.
+    """
+    (computed, _, wide), (table, row) = dtypes_of(kind), _arrays(kind)
+
+    def small_with_stats(x, y, w, b, mean, rstd, eps, low, high):  # type: ignore[no-untyped-def]
+        if _clash(x, y, w, b):
+            return True
+        M, N = x.shape
+        stats = np.empty(3 * group_of(M * N, M, N) * (checksum != 0))
+        rooms = np.empty(N + SPARE, wide), np.empty(N + SPARE, wide)
+        wp, bp = at(_of(w), computed), at(_of(b), computed)
+        told = at(mean.ctypes.data, computed), at(rstd.ctypes.data, computed), 0, 1
+        p, q = at(x.ctypes.data, kind), at(y.ctypes.data, kind)
+        _rows(p, q, M, N, wp, bp, (eps, low, high), told, stats, rooms)
+        return False
+
+    return types.bool_(table, table, row, row, row, row, *_LIMITS), small_with_stats
+
+
+@job
+def small_gradients(checksum: int, kind: str) -> Any:
+    """``small_gradients(plan, dy, x, mean, rstd, w, dx, dweight, dbias)``: of contiguous rows.
+
+    dy, x and dx (M, N) hold 16-bit kinds as uint16; what is absent is empty. ``plan``: as for
+    `jobs.gradients`.
+    """
+    (computed, _, wide), (table, row) = dtypes_of(kind), _arrays(kind)
+
+    def small_gradients(plan, dy, x, mean, rstd, w, dx, dweight, dbias):  # type: ignore[no-untyped-def]
+        f = backward_at(plan)
+        total, N = f.M * (checksum != 0), f.N
+        summed = dweight.size > 0 or dbias.size > 0
+        sums = np.empty(2 * sums_pitch(N) * (block_count(total) if summed else 1), wide)
+        room = np.empty(FIELDS * min(total, group_size(total, N)), wide)
+        arrays = at(dy.ctypes.data, kind), at(x.ctypes.data, kind), at(_of(dx), kind)
+        stats = at(mean.ctypes.data, computed), at(rstd.ctypes.data, computed)
+        to, wp, tiles = at(sums.ctypes.data * summed, computed), at(_of(w), computed), (sums, sums)
+        share_gradients(f, arrays, stats, wp, to, 0, block_count(total), tiles, room, sums)
+        if summed:
+            dw, db = at(_of(dweight), computed), at(_of(dbias), computed)
+            merge_into(to, total, N, dw, db, np.empty(2 * N), sums)
+
+    return types.void(types.int64, table, table, row, row, row, table, row, row), small_gradients
