@@ -111,8 +111,9 @@ def test_forward(lib, dtype, layout):
                 warm, prepared = cn.layer_norm(x, **given), f(x)
             want = cold(cn.layer_norm, x, **given)
             assert told(lib, warm) == told(lib, prepared) == told(lib, want)
-        assert x.size or np.isnan(lib.to_numpy(want.mean)).all()
-        if x.size:
+        if 0 in x.shape:
+            assert np.isnan(lib.to_numpy(want.mean)).all()
+        else:
             given = {k: v for k, v in given.items() if k not in ("order", "return_stats")}
             check(lib, want, None, x, **given)
         if "order" not in how:
@@ -160,7 +161,7 @@ def test_backward(lib, dtype, layout):
             want = cold(cn.layer_norm_backward, **given, **stats, output_mask=mask)
             assert told(lib, warm) == told(lib, want)
             assert [a is not None for a in want] == list(mask or (True, kind == "weight", True))
-            if given["x"].shape[0] and given["x"].shape[-1]:
+            if 0 not in given["x"].shape:
                 check(lib, want, **given)
 
 

@@ -4,7 +4,6 @@ A block is gathered, its moments are taken in two passes, it is scaled in place 
 """
 
 import math
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -223,15 +222,3 @@ def backward(
             g *= r
             np.copyto(dxt[block], g.reshape(dxt[block].shape), casting="unsafe")
     return sums
-
-
-# --- ADAPTERS, to be deleted when `dask/_moments` no longer takes them --------------------------
-
-CHUNK = 1 << 18
-
-
-class Scratch(threading.local):
-    """A block of memory per thread: from malloc it would come as fresh pages, call by call."""
-
-    def __init__(self) -> None:
-        self.memory = np.empty(CHUNK, np.float64)

@@ -6,9 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import Device
-from cupynorm._cuda.tiles import TILE_CHUNK
+from cupynorm._cuda.tiles import TILE_CHUNK, plan_of
 from cupynorm._layout import Facts, kernel_problem_of
 from cupynorm._ops import LAYER_NORM
 from cupynorm._rules import stats_dtype
@@ -77,7 +76,7 @@ def normalize(machine, x, ways, weight=None, bias=None, *, device=SM90, seed=0, 
     named = {"x": x, "weight": weight, "bias": bias}
     dtypes = {name: None if a is None else a.dtype.name for name, a in named.items()}
     problem = problem_of(dtypes, x.shape, dict(zip("xy", strides, strict=True)))
-    plan = choose_plan(problem, device)
+    plan = plan_of(problem, device)  # of one row, too, whose columns are neighbours
     arrays = [source, target, *vectors, *stats]
     pointers = [0 if a is None else a.ptr for a in arrays]
     memories = list({a.ptr: a for a in arrays if a is not None}.values())
@@ -281,7 +280,7 @@ def test_the_plan_stays_within_the_device(machine):
         device = dataclasses.replace(SM90, shared_bytes=shared * 1024)
         strides = dict.fromkeys("xy", (0, 1, M))
         dtypes = dict.fromkeys(("x", "weight", "bias"), dtype)
-        plan = choose_plan(problem_of(dtypes, (1, M, N), strides), device)
+        plan = plan_of(problem_of(dtypes, (1, M, N), strides), device)
         (stage,) = plan.stages
         assert stage.shared_bytes <= device.shared_bytes
         assert stage.grid[0] * plan.rows_per_block >= M
