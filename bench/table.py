@@ -140,6 +140,8 @@ def rows_of(case: Case, results: list[Result]) -> Rows:
 # -- what rows say together -----------------------------------------------------------------------
 
 OURS = ("cupynorm", "cupynorm out=", "cupynorm.torch")
+ABOUT_RATIOS = """Time over time within the same run: below 1, the first is faster. Against a
+copy: for as many bytes, so 1.25 is 80 % of its bandwidth."""
 HEADS = ("op", "group", "dtype", "time of", "over that of", "cases", "geometric mean",
          "of fastest turns", "worst", "worst case")  # fmt: skip
 # Of the fastest copy, from which N up: a forward, a backward, a change of layout at 1 GB moved.
@@ -159,21 +161,21 @@ def summary(rows: Rows) -> list[tuple[str, ...]]:
     bytes as the copy moved: 1.25 is 80 % of its bandwidth.
     """
     cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        if row["median_us"] != "":
-            key = tuple(row[k] for k in ("op", "group", "dtype", "shape", "layout"))
-            cases.setdefault(key, {})[row["peer"]] = row
-    made = []
-    for op, group, dtype in dict.fromkeys(key[:3] for key in cases):
-        mine = {k[3:]: peers for k, peers in cases.items() if k[:3] == (op, group, dtype)}
-        everybody = dict.fromkeys(p for peers in mine.values() for p in peers if p not in OURS)
-        others = dict.fromkeys("torch" if p.startswith("torch") else p for p in everybody)
-        for ours in OURS:
-            for theirs in (t for t in others if _comparable(ours, t)):
-                found = {s: r for s, peers in mine.items() if (r := _ratios(peers, ours, theirs))}
-                if found:
-                    made.append((op, group, dtype, ours, theirs, *_figures(found)))
-    return made
+    for row in (r for r in rows if r["median_us"] != ""):
+        key = tuple(row[k] for k in ("op", "group", "dtype", "shape", "layout"))
+        peers = cases.setdefault(key, {})
+        name = "torch" if row["peer"].startswith("torch") else row["peer"]
+        peers[name] = min(row, peers.get(name, row), key=lambda r: r["median_us"])
+    found: dict[tuple[str, ...], dict[str, tuple[float, float]]] = {}
+    for (*group, shape, layout), peers in cases.items():
+        for ours in (p for p in OURS if p in peers):
+            for theirs in (p for p in peers if p not in OURS and _comparable(ours, p)):
+                a, b = peers[ours], peers[theirs]
+                part = a["bytes"] / b["bytes"]
+                ratios = tuple(a[k] / b[k] / part for k in ("median_us", "best_us"))
+                where = shape if layout == "C" else f"{shape} {layout}"
+                found.setdefault((*group, ours, theirs), {})[where] = ratios
+    return [(*key, *_figures(ratios)) for key, ratios in found.items()]
 
 
 def _comparable(ours: str, theirs: str) -> bool:
@@ -183,31 +185,15 @@ def _comparable(ours: str, theirs: str) -> bool:
     return theirs != ("copyto fresh" if ours.endswith("out=") else "copyto")
 
 
-def _figures(found: dict[tuple[str, ...], tuple[float, float]]) -> tuple[str, ...]:
+def _figures(found: dict[str, tuple[float, float]]) -> tuple[str, ...]:
     worst = max(found, key=lambda where: found[where][0])
     means = (geometric_mean(r[k] for r in found.values()) for k in (0, 1))
-    where = " ".join(w for w in worst if w != "C")
-    return str(len(found)), *(f"{m:.2f}" for m in means), f"{found[worst][0]:.2f}", where
+    return str(len(found)), *(f"{m:.2f}" for m in means), f"{found[worst][0]:.2f}", worst
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:
     logs = [math.log(r) for r in ratios]
     return math.exp(sum(logs) / len(logs))
-
-
-def _ratios(peers: dict[str, Any], ours: str, theirs: str) -> tuple[float, float] | None:
-    """Of medians and of fastest turns."""
-    if ours not in peers:
-        return None
-    row = peers[ours]
-    if theirs == "torch":
-        known = row["over_torch"] != ""
-        return (row["over_torch"], row["best_over_torch"]) if known else None
-    if theirs not in peers:
-        return None
-    other = peers[theirs]
-    part = row["bytes"] / other["bytes"]
-    return row["median_us"] / other["median_us"] / part, row["best_us"] / other["best_us"] / part
 
 
 def claims(rows: Rows) -> Iterator[str]:
@@ -233,10 +219,5 @@ def faults(rows: Rows) -> Rows:
 
 def markdown(lines: list[tuple[str, ...]]) -> str:
     """A summary as a table of a page."""
-    head = (
-        "Time over time within the same run: below 1, the first is faster. Against a copy: for as"
-    )
-    body = "\n".join(
-        "| " + " | ".join(row) + " |" for row in (HEADS, ("---",) * len(HEADS), *lines)
-    )
-    return f"{head} many bytes, so 1.25 is 80 % of its bandwidth.\n\n{body}\n"
+    rows = ("| " + " | ".join(row) + " |" for row in (HEADS, ("---",) * len(HEADS), *lines))
+    return ABOUT_RATIOS + "\n\n" + "\n".join(rows) + "\n"

@@ -22,12 +22,11 @@ class Strided(Protocol):
 
 
 def library_of(x: Any) -> str:
-    """Name of the package that x's type comes from, or of which it is a kind of tensor."""
-    kind = type(x)
-    name: str = kind.__module__.partition(".")[0]
-    if name == "jaxlib":
-        return "jax"
-    return "torch" if any(base.__module__ == "torch" for base in kind.__mro__) else name
+    """Name of the package that x's type comes from, 'jax' for every JAX array."""
+    if hasattr(x, "untyped_storage"):
+        return "torch"  # a subclass too; torch.compile cannot trace where a type comes from
+    name = type(x).__module__.partition(".")[0]
+    return "jax" if name == "jaxlib" else name
 
 
 def classify(x: Any, label: str = "x") -> tuple[Any, str]:
@@ -60,7 +59,7 @@ def classify(x: Any, label: str = "x") -> tuple[Any, str]:
     # Asked of the type: an array would build its interface, a dict, and look for its stream.
     if library == "cupy" and hasattr(type(x), "__cuda_array_interface__"):
         return x, "cupy"
-    if library == "torch" and hasattr(x, "stride"):
+    if library == "torch" and hasattr(x, "untyped_storage"):
         return x, "namespace"  # said without array_api_compat, whose caches torch.compile warns of
     for base in type(x).__mro__:
         origin = base.__module__.partition(".")[0]

@@ -190,7 +190,7 @@ def check_eps(eps: Any) -> float:
         value = float(eps)
     except OverflowError:  # an int beyond float64
         value = math.inf
-    if not math.isfinite(value):
+    if value - value != 0.0:  # math.isfinite, in what torch.compile can trace
         msg = f"eps={value} is not finite; pass a finite number such as 1e-5"
         raise ValueError(msg)
     return value

@@ -10,11 +10,14 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from cupynorm import _calls, _rules
 from cupynorm._ops import LAYER_NORM
-from cupynorm._torch.tensors import Tensors, check_device
+from cupynorm._torch.doors import DOOR
+from cupynorm._torch.tensors import check_device
 
 __all__ = ["LayerNorm", "convert", "layer_norm"]
 
 _log = logging.getLogger(__name__)
+
+_calls.doors |= dict.fromkeys(DOOR.types, DOOR)  # not first within torch.compile
 
 _tracing = torch._C._get_tracing_state  # torch.jit.is_tracing() costs five times as much
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -97,7 +100,7 @@ def layer_norm(
     if bias is not None and not isinstance(bias, torch.Tensor):
         _refuse_no_tensor("bias", bias, "torch.as_tensor(bias)")
     if not input.is_cpu:
-        if type(input) in Tensors.types and not torch.compiler.is_compiling():
+        if type(input) in DOOR.types and not torch.compiler.is_compiling():
             check_device(input.device)
         input, weight, bias = _autocast(input, weight, bias)
     if type(normalized_shape) is torch.Size:

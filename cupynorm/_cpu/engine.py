@@ -115,8 +115,14 @@ def normalizer(
         chunked = _by_chunks(problem, rows, limits)
     elif chunks >= _LONG:
         chunked = _by_chunks(problem, 1, limits)
+    alone, found = size < ALONE and chunked is None, None
 
     def call(x: int, y: int, weight: int, bias: int, mean: int, rstd: int) -> None:
+        nonlocal found
+        if alone:  # a small call, which counts each look-up
+            found = found or jobs.rows(kind)
+            found(plan, x, y, weight, bias, mean, rstd, 0, strips)
+            return
         count = _useful(size, num_threads)
         if chunked is not None and (not problem.row_major or (4 * count > outer * M and count > 1)):
             chunked(x, y, weight, bias, mean, rstd, count)

@@ -46,10 +46,10 @@ class Kernels(Machine):
 
     def _settled(self, facts: Facts, names: tuple[str, ...]) -> Run:
         index, problem = self._index, kernel_problem_of(facts)
-        meets = [_meeting(name, facts, problem.copies) for name in names]
+        copies = dict(problem.copies)
+        meets = [_meeting(name, facts, name in copies) for name in names]
         order = rows_last(len(facts.shape), facts.axes)
-        copied = {name for name, _ in problem.copies if name in _RESULTS}
-        written = [i for i, name in enumerate(names) if name in copied]
+        written = [i for i, name in enumerate(names) if name in _RESULTS and name in copies]
         ready: Any = None
 
         def run(*arrays: Any) -> None:
@@ -76,10 +76,9 @@ class Kernels(Machine):
         return run
 
 
-def _meeting(name: str, facts: Facts, copies: tuple[tuple[str, str], ...]) -> Callable[..., Any]:
+def _meeting(name: str, facts: Facts, copied: bool) -> Callable[..., Any]:
     """How the kernels meet a tensor: as it lies, or as memory of its own with the rows last."""
     order = rows_last(len(facts.shape), facts.axes)
-    copied = name in dict(copies)
     if name in _RESULTS and name not in ("mean", "rstd"):
         if copied:
             return lambda a: torch.empty(a.permute(order).shape, dtype=a.dtype, device=a.device)

@@ -148,12 +148,9 @@ class Tensors:
             nonlocal run
             if run is None:
                 run = machine_on(x.device).forward(facts)
-            if out is None:
-                y = new(x)
-            else:
-                if clash is not None:
-                    clash(x, weight, bias, out)
-                y = out
+            if clash is not None:
+                clash(x, weight, bias, out)
+            y = new(x) if out is None else out
             if not stats:
                 run(x, y, weight, bias, None, None)
                 return y

@@ -9,9 +9,9 @@ __all__ = ["TOPICS", "page"]
 
 # Rooms whose sentences belong together; one that is not named here stands under the last.
 TOPICS = {
-    "Shapes, axes, dtypes, eps": ("_problem",),
-    "Arrays, devices, libraries": ("_arguments", "_arrays", "_namespace"),
-    "Gradients and layers": ("gradient", "modules"),
+    "Shapes, axes, dtypes, eps, gradients": ("_rules",),
+    "Arrays, devices, libraries": ("_calls", "_libraries", "_reference"),
+    "Layers and pictures": ("modules", "plot"),
     "Columns and tables": ("frames",),
     "torch": ("torch", "_torch"),
     "scikit-learn": ("sklearn",),

@@ -17,15 +17,10 @@ PACKAGE = Path(__file__).resolve().parents[2] / "cupynorm"
 
 # What no caller ever sees, and why. A `raise` alone passes on what was caught, and says nothing.
 INTERNAL = {
-    ("_cpu.bits", "take"): "a stand-in for what Numba compiles",
-    ("_cpu.bits", "place"): "a stand-in for what Numba compiles",
-    ("_cpu.bits", "give"): "a stand-in for what Numba compiles",
-    ("_cpu.rows", "_step"): "a stand-in for what Numba compiles",
-    ("_cpu.rows", "_group"): "a stand-in for what Numba compiles",
-    ("_prepared", "__call__: NotImplementedError"): "of a base: each library's class has its own",
     ("_report.config", "_look_at_cuda"): "show_config catches it and reports it",
-    ("_problem", "integers: TypeError"): "caught three lines below, where the sentence is",
-    ("_cpu.threads", "run"): "passes on a worker thread's own error",
+    ("prepared", "__call__: why"): "what a door refuses, and says at `refuses_prepared`",
+    ("_rules", "integers: TypeError"): "caught three lines below, where the sentence is",
+    ("_cpu.threads", "run: error"): "passes on a worker thread's own error",
 }
 
 # A sentence says what to do, or where to look: one of these begins a part of it.
@@ -33,7 +28,7 @@ WAY_OUT = re.compile(
     r"(?:[;.:,?] |\bor )("
     r"(?:[Aa]ssign|[Cc]all|[Cc]ast|[Cc]hoose|[Cc]onvert|[Cc]opy|[Cc]ut|[Dd]ifferentiate|[Dd]rop|"
     r"[Ee]ncode|[Ee]nd it|[Ii]mpute|[Ll]eave|[Mm]ake|[Mm]ove|[Nn]ame each|[Nn]ormalize|[Pp]ass|"
-    r"pip install|[Rr]eshape|[Rr]un|[Ss]ay|[Ss]et|[Tt]ake|[Uu]nset|[Uu]se)\b.*)",
+    r"pip install|[Rr]eshape|[Rr]estore|[Rr]un|[Ss]ay|[Ss]et|[Tt]ake|[Uu]nset|[Uu]se)\b.*)",
     re.S,
 )
 
@@ -159,6 +154,10 @@ class _Text:
         function = node.func
         if isinstance(function, ast.Attribute) and function.attr == "format":
             return [re.sub(r"\{(\w+)\}", r"‹\1›", text) for text in self.of(function.value)]
+        if isinstance(function, ast.Attribute) and function.attr == "get":
+            table = self.module.assigned(ast.unparse(function.value), self.at)
+            if table and isinstance(table[0], ast.Dict):  # of texts
+                return [t for v in (*table[0].values, node.args[1]) for t in self.of(v)]
         inner = self.module.functions.get(function.id) if isinstance(function, ast.Name) else None
         if inner is None:
             return [f"‹{_short(node)}›"]
@@ -189,7 +188,7 @@ def _short(node: ast.expr) -> str:
     if re.search(r"__(qualname|name|module)__", text):
         return "module" if "__module__" in text else "type"
     text = re.sub(r"\b(?:tuple|str|repr|os\.fspath)\((.*)\)$", r"\1", text)
-    return re.sub(r"\b(?:self|problem|_problem|tile)\.", "", text)
+    return re.sub(r"\b(?:self|problem|_rules|tile)\.", "", text)
 
 
 def _dotted(path: Path) -> str:
@@ -230,8 +229,9 @@ def _internal(module: _Module, node: ast.Raise) -> bool:
     name = function.name if function else ""
     if node.exc is None:
         return True
-    if isinstance(node.exc, ast.Name):
-        return (module.name, f"{name}: {node.exc.id}") in INTERNAL
+    what = node.exc.args[0] if isinstance(node.exc, ast.Call) and node.exc.args else node.exc
+    if isinstance(what, ast.Name) and (module.name, f"{name}: {what.id}") in INTERNAL:
+        return True
     return (module.name, name) in INTERNAL
 
 

@@ -245,9 +245,9 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch):
     monkeypatch.delattr("cupynorm._torch.cuda", raising=False)
     monkeypatch.delattr("cupynorm._cuda.arrays", raising=False)
     with pytest.raises(ImportError, match=r"cupynorm\[cuda12\]"):
-        tensors._machine(torch.device("cuda", 0))
+        tensors.check_device(torch.device("cuda", 0))
     with pytest.raises(ValueError, match="device type xpu"):
-        tensors._machine(torch.device("xpu"))
+        tensors.check_device(torch.device("xpu"))
 
 
 def test_a_settled_call_is_one_launch_on_torchs_stream(gpu):
