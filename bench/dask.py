@@ -4,18 +4,15 @@
 
 Cases: blocks of whole rows, one `layer_norm` each; blocks that split the rows, with the same
 functions of moments in the loop; and many blocks of 256 bytes, which show what a task costs. Every
-task runs on one thread (CUPYNORM_NUM_THREADS=1) but for "loop, 2 threads". x lies in memory, with a
-cluster in its workers' memory; y stays there as blocks. The timed call makes the graph, runs it and
-waits. Checked against float64, then timed in turns: medians; `over loop` is that of the ratios
-round by round; `cpu` is the processor time of this process and the workers. Bytes: x read once, y
-written.
+task runs on one thread but for "loop, 2 threads". x lies in memory, with a cluster in its workers';
+y stays there as blocks. The timed call makes the graph, runs it and waits. Checked against float64,
+then timed in turns: medians; `cpu` is the processor time of this process and the workers.
 """
 
 import argparse
 import contextlib
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,79 +37,62 @@ COLS = 1000
 PAUSE, RELEASE = 0.05, 0.5  # seconds; in the latter a cluster's workers free what a turn left
 Grid = tuple[int, int]
 Calls = dict[str, Callable[[], Any]]
-Spent = tuple[float, float]  # seconds by the clock and of the processor
 
 
-def source(block: Grid, grid: Grid) -> da.Array:
-    """x whose blocks are made where they are wanted."""
+def loop(blocks: list[np.ndarray], w: np.ndarray, b: np.ndarray, threads: int = 1) -> Any:
+    """One after the other, what Dask's tasks do."""
+    os.environ[THREADS], width = str(threads), blocks[0].shape[1]
+    try:
+        if w.size == width:
+            return [cn.layer_norm(block, width, w, b, EPS) for block in blocks]
+        from cupynorm.dask import _moments
+
+        stats = _moments.statistics([_moments.block_moments(a, (1,)) for a in blocks], EPS)
+        parts = [slice(lo, lo + width) for lo in range(0, w.size, width)]
+        given = zip(blocks, parts, strict=True)
+        return [_moments.normalize_block(a, stats, w[p], b[p], (1,), "K") for a, p in given]
+    finally:
+        os.environ[THREADS] = "1"
+
+
+def contenders(block: Grid, grid: Grid, clusters: dict[str, Any]) -> Calls:
+    """Calls by name, once the loop and Dask are right."""
 
     def make(block_info: Any = None) -> np.ndarray:
         seed = block_info[None]["chunk-location"]
         return np.random.default_rng(seed).standard_normal(block, np.float32)
 
     chunks = tuple((n,) * count for n, count in zip(block, grid, strict=True))
-    return da.map_blocks(make, chunks=chunks, dtype=np.float32, meta=np.empty((0, 0), np.float32))
-
-
-def loop(blocks: list[np.ndarray], w: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
-    """One after the other, what Dask's tasks do."""
-    width = blocks[0].shape[1]
-    if w.size == width:
-        return [cn.layer_norm(block, width, w, b, EPS) for block in blocks]
-    from cupynorm.dask import _moments
-
-    stats = _moments.statistics([_moments.block_moments(block, (1,)) for block in blocks], EPS)
-    parts = [slice(lo, lo + width) for lo in range(0, w.size, width)]
-    given = zip(blocks, parts, strict=True)
-    return [_moments.normalize_block(a, stats, w[p], b[p], (1,), "K") for a, p in given]
-
-
-def contenders(block: Grid, grid: Grid, clusters: dict[str, Any]) -> Calls:
-    rng = np.random.default_rng(1)
-    w, b = (rng.standard_normal(block[1] * grid[1], np.float32) for _ in "wb")
-    x = source(block, grid)
+    x = da.map_blocks(make, chunks=chunks, dtype=np.float32, meta=np.empty((0, 0), np.float32))
     (local,) = dask.persist(x, scheduler="sync")
     keys, graph = dask.core.flatten(local.__dask_keys__()), dict(local.__dask_graph__())
     blocks = [getattr(graph[key], "value", graph[key]) for key in keys]
-    check(local, blocks, w, b)
-
-    def two() -> Any:
-        os.environ[THREADS] = "2"
-        try:
-            return loop(blocks, w, b)
-        finally:
-            os.environ[THREADS] = "1"
-
-    def here(**scheduler: Any) -> Callable[[], Any]:
-        return lambda: dask.persist(cd.layer_norm(local, None, w, b, EPS), **scheduler)
-
-    calls: Calls = {"loop": lambda: loop(blocks, w, b), "dask sync": here(scheduler="sync")}
-    calls |= {"loop, 2 threads": two} if grid[1] == 1 else {}
-    for n in (1, 2):
-        calls[f"dask threads, {n} workers"] = here(scheduler="threads", num_workers=n)
-    for name, client in clusters.items():
-        there = computed(client, x)
-        calls[name] = lambda c=client, t=there: computed(c, cd.layer_norm(t, None, w, b, EPS))
-    return calls
-
-
-def computed(client: Any, x: da.Array) -> da.Array:
-    """x in the memory of the client's workers, when it is there."""
-    with client.as_current():
-        distributed.wait(there := client.persist(x))
-        return there
-
-
-def check(x: da.Array, blocks: list[np.ndarray], w: np.ndarray, b: np.ndarray) -> None:
-    """Refuse to time what is wrong: the first rows against float64."""
-    whole = blocks[:1] if blocks[0].shape[1] == w.size else blocks
-    rows = np.concatenate([block[:16] for block in whole], axis=1)
-    lazily = cd.layer_norm(x, None, w, b, EPS)[: rows.shape[0]].compute(scheduler="sync")
-    looped = np.concatenate([y[:16] for y in loop(blocks, w, b)[: len(whole)]], axis=1)
+    rng = np.random.default_rng(1)
+    w, b = (rng.standard_normal(block[1] * grid[1], np.float32) for _ in "wb")
+    whole = blocks if grid[1] > 1 else blocks[:1]
+    rows, looped = (np.concatenate([a[:16] for a in y], axis=1) for y in (whole, loop(whole, w, b)))
+    lazily = cd.layer_norm(local, None, w, b, EPS)[: len(rows)].compute(scheduler="sync")
     for name, y in (("Dask", lazily), ("the loop", looped)):
         error = Given(np, rows, None, w, b).error_of_y(y)
         if not error <= limit("float32", w.size, ours=True):
             sys.exit(f"{name} is wrong: error {error:.3g}")
+
+    def here(**scheduler: Any) -> Callable[[], Any]:
+        return lambda: dask.persist(cd.layer_norm(local, None, w, b, EPS), **scheduler)
+
+    def there(client: Any, a: da.Array) -> da.Array:  # in the workers' memory, when it is there
+        with client.as_current():
+            distributed.wait(made := client.persist(a))
+            return made
+
+    calls: Calls = {"loop": lambda: loop(blocks, w, b), "dask sync": here(scheduler="sync")}
+    calls |= {"loop, 2 threads": lambda: loop(blocks, w, b, 2)} if grid[1] == 1 else {}
+    for n in (1, 2):
+        calls[f"dask threads, {n} workers"] = here(scheduler="threads", num_workers=n)
+    for name, client in clusters.items():
+        placed = there(client, x)
+        calls[name] = lambda c=client, a=placed: there(c, cd.layer_norm(a, None, w, b, EPS))
+    return calls
 
 
 def spent(with_workers: bool) -> np.ndarray:
@@ -124,7 +104,7 @@ def spent(with_workers: bool) -> np.ndarray:
     return np.array([time.perf_counter(), used])
 
 
-def measure(calls: Calls, rounds: int) -> dict[str, list[Any]]:
+def measure(calls: Calls, rounds: int) -> dict[str, Any]:
     """Seconds by the clock and of the processor, by rounds; the first round is not kept."""
     times: dict[str, list[Any]] = {name: [] for name in calls}
     order = list(calls)
@@ -137,22 +117,21 @@ def measure(calls: Calls, rounds: int) -> dict[str, list[Any]]:
             times[name] += [spent(gone) - start] if turn else []
             del result
             time.sleep(RELEASE if gone else PAUSE)
-    return times
+    return {name: np.array(values) for name, values in times.items()}
 
 
-def rows_of(case: str, block: Grid, grid: Grid, times: dict[str, list[Any]]) -> Iterator[Any]:
-    count, loops = math.prod(grid), np.array(times["loop"])
-    moved = math.prod(block) * 4 * count * 2
-    for name, values in times.items():
-        mine = np.array(values)
-        low, middle, high = statistics.quantiles(mine[:, 0], n=4)
-        (over, cpu_over), cpu = np.median(mine / loops, axis=0), np.median(mine[:, 1])
+def rows_of(case: str, block: Grid, grid: Grid, times: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    count, loops = math.prod(grid), times["loop"]
+    moved = math.prod(block) * 4 * count * 2  # x read once and y written once
+    for name, mine in times.items():
+        (low, middle, high), cpu = np.quantile(mine[:, 0], (0.25, 0.5, 0.75)), np.median(mine[:, 1])
+        over, cpu_over = np.median(mine / loops, axis=0)
         row = {"case": case, "contender": name, "block rows": block[0], "block cols": block[1]}
         row |= {"blocks": count, "bytes": moved, "ms": middle * 1e3, "ms q1": low * 1e3}
         row |= {"ms q3": high * 1e3, "ms least": mine[:, 0].min() * 1e3, "over loop": over}
         row |= {"cpu ms": cpu * 1e3, "cpu over loop": cpu_over, "GB/s": moved / middle / 1e9}
         row["cpu us per block over loop"] = np.median(mine - loops, axis=0)[1] / count * 1e6
-        row |= {"rounds": len(values), "load": os.getloadavg()[0]}
+        row |= {"rounds": len(mine), "load": os.getloadavg()[0]}
         yield {k: round(float(v), 4) if isinstance(v, float) else v for k, v in row.items()}
 
 
@@ -178,9 +157,9 @@ def main(argv: list[str] | None = None) -> int:
                  ("tiny blocks", (1, 64), (1000, 1))]  # fmt: skip
         for case, block, grid in progress(every, "bench.dask"):
             times = measure(contenders(block, grid, clusters), given.rounds)
-            for row in rows_of(case, block, grid, times):
-                found.append(row | host)
-                say(", ".join(f"{k} {v}" for k, v in row.items() if k not in ("bytes", "load")))
+            found += [row | host for row in rows_of(case, block, grid, times)]
+            for row in found[-len(times) :]:
+                say(f"{case}, {row['contender']}: {row['ms']} ms, {row['over loop']} loops")
     if given.to:
         print(write(found, given.to, "dask-overhead"))
     return 0

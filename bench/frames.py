@@ -37,38 +37,36 @@ from bench.table import write
 from cupynorm import frames
 
 N = 100
-KINDS = (("float32", "Float32"), ("float64", "Float64"), ("int64", "Int64"), ("int8", "Int8"),
-         ("bool", "boolean"))  # fmt: skip
+KINDS = ("float32", "float64", "int64", "int8", "bool")
 FRAMES = ("mixed", "mixed to float32", "nullable", "arrow", "column-major", "row-major")
 CONTENDERS = ("frame", "matrix", "numpy", "numpy in place", "objects")
 
 
 def frame(name: str, M: int) -> pd.DataFrame:
     """100 columns; a tenth of the values of every fifth column is missing where it can be."""
-    rng = np.random.default_rng(0)
-    if name in ("column-major", "row-major"):
+    rng, nullable = np.random.default_rng(0), name in ("nullable", "arrow")
+    if name.endswith("-major"):
         x = np.empty((M, N), np.float32, order="F" if name == "column-major" else "C")
         x[...] = rng.standard_normal((M, N), np.float32)
         return pd.DataFrame(x, copy=False)
     data: dict[str, Any] = {}
     for j in range(N):
-        kind, nullable = KINDS[j % 5]
+        kind = KINDS[j % 5]
         values, missing = (rng.standard_normal(M) * 50).astype(kind), rng.random(M) < 0.1
-        if name in ("nullable", "arrow"):
-            values = pd.array(values, dtype=nullable)
-        if j % 25 < 5 and (name in ("nullable", "arrow") or kind[0] == "f"):
-            values[missing] = pd.NA if name in ("nullable", "arrow") else np.nan
+        if nullable:
+            values = pd.array(values, dtype="boolean" if kind == "bool" else kind.capitalize())
+        if j % 25 < 5 and (nullable or kind[0] == "f"):
+            values[missing] = pd.NA if nullable else np.nan
         data[f"c{j}"] = values
     df = pd.DataFrame(data)
     return df.convert_dtypes(dtype_backend="pyarrow") if name == "arrow" else df
 
 
 def contenders(name: str, df: pd.DataFrame) -> tuple[dict[str, Callable[[], Any]], Any]:
-    dtype = np.float64 if name in ("mixed", "nullable", "arrow") else np.float32
-
-    def matrix() -> np.ndarray:
-        missing = {"na_value": np.nan} if name in ("nullable", "arrow") else {}
-        return df.to_numpy(dtype=dtype, **missing)
+    """Calls by name, and the dtype of their results."""
+    dtype = np.dtype("float64" if name in ("mixed", "nullable", "arrow") else "float32")
+    missing = {"na_value": np.nan} if name in ("nullable", "arrow") else {}
+    matrix = lambda: df.to_numpy(dtype=dtype, **missing)  # noqa: E731
 
     def scaled(x: np.ndarray) -> np.ndarray:
         mean, var = x.mean(axis=1, keepdims=True), x.var(axis=1, keepdims=True)
@@ -90,7 +88,7 @@ def contenders(name: str, df: pd.DataFrame) -> tuple[dict[str, Callable[[], Any]
     }
     if name == "mixed":
         calls["objects"] = lambda: scaled(df.to_numpy().astype(dtype))
-    return calls, np.dtype(dtype)
+    return calls, dtype
 
 
 def check(calls: dict[str, Callable[[], Any]], df: pd.DataFrame, dtype: Any) -> None:
@@ -99,42 +97,38 @@ def check(calls: dict[str, Callable[[], Any]], df: pd.DataFrame, dtype: Any) -> 
     spoilt = np.isnan(x).any(axis=1)
     for name, call in calls.items():
         y = np.asarray(call()[:64], dtype)
-        if not (np.isnan(y).all(axis=1) == spoilt).all():
-            sys.exit(f"{name}: other rows are NaN than those with a missing value")
         error = Given(np, x[~spoilt]).error_of_y(y[~spoilt])
-        if not error <= limit(dtype.name, N, ours=False):
-            sys.exit(f"{name} is wrong: error {error:.3g}")
+        same = (np.isnan(y).all(axis=1) == spoilt).all()
+        if not (same and error <= limit(dtype.name, N, ours=False)):
+            sys.exit(f"{name} is wrong: error {error:.3g}, rows with a missing value NaN: {same}")
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes, once Python and the allocators have given back what they can."""
+    if field == "VmRSS":
+        gc.collect()
+        pa.default_memory_pool().release_unused()
+        with contextlib.suppress(AttributeError, OSError):  # no glibc
+            ctypes.CDLL(None).malloc_trim(0)
     text = Path("/proc/self/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) * 1024
-
-
-def give_back() -> int:
-    """Free what making the frame has left; resident bytes then."""
-    gc.collect()
-    pa.default_memory_pool().release_unused()
-    with contextlib.suppress(AttributeError, OSError):  # no glibc
-        ctypes.CDLL(None).malloc_trim(0)
-    return _resident("VmRSS")
 
 
 def peak(name: str, contender: str, M: int) -> tuple[float, float]:
     """Peak memory of one call over the bytes of frame and result: resident, and as traced."""
     contenders(name, frame(name, 64))[0][contender]()  # compiled code and imports are no part of it
-    before = give_back()
+    before = resident("VmRSS")
     tracemalloc.start()
     df = frame(name, M)
     calls, dtype = contenders(name, df)
     needed = int(df.memory_usage(index=False).sum()) + M * N * dtype.itemsize
-    give_back()
+    resident("VmRSS")
     tracemalloc.reset_peak()
     Path("/proc/self/clear_refs").write_text("5")  # resets the highest resident memory
     result = calls[contender]()
-    resident, traced = _resident("VmHWM") - before, tracemalloc.get_traced_memory()[1]
+    highest, traced = resident("VmHWM") - before, tracemalloc.get_traced_memory()[1]
     del result
-    return resident / needed, traced / needed
+    return highest / needed, traced / needed
 
 
 def row_of(name: str, M: int, seconds: float) -> dict[str, Any]:
@@ -171,9 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     if given.peak:
         print(*peak(*given.peak, given.rows))
         return 0
-    host = describe() | {lib: version(lib) for lib in ("pandas", "pyarrow")}
-    print("medians in ms; over the frame's time; peak memory over frame and result")
-    rows = []
+    host, rows = describe() | {lib: version(lib) for lib in ("pandas", "pyarrow")}, []
     for name in progress(given.frames.split(","), "bench.frames"):
         row = row_of(name, given.rows, given.seconds)
         say(", ".join(f"{k} {v}" for k, v in row.items() if v != ""))

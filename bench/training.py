@@ -1,6 +1,6 @@
 """Trains a small GPT on characters with torch's LayerNorm and with ours: the losses side by side.
 
-    python -m bench.training --out folder [--device cpu] [--steps 60]
+    python -m bench.training --out folder [--device cpu]
 
 The text is the repository's LICENSE. All models start from the same parameters and see the same
 batches, a step of each in turn. How far two runs may part says a third model: torch's norms too,
@@ -15,7 +15,6 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,8 +82,8 @@ def models(torch: Any, size: Size, characters: int, mode: str, device: str) -> d
     model = gpt(torch, size, characters).to(device)
     model = model.to(torch.bfloat16) if mode == "bfloat16" else model
     ours = cupynorm.torch.convert(copy.deepcopy(model))
-    if plain := [m for m in ours.modules() if type(m) is torch.nn.LayerNorm]:
-        msg = f"convert left {len(plain)} of torch's norms in the model"
+    if any(type(m) is torch.nn.LayerNorm for m in ours.modules()):
+        msg = "convert left some of torch's norms in the model"
         raise RuntimeError(msg)
     nudged = copy.deepcopy(model)
     with torch.no_grad():
@@ -94,32 +93,20 @@ def models(torch: Any, size: Size, characters: int, mode: str, device: str) -> d
     return dict(zip(MODELS, (model, ours, nudged), strict=True))
 
 
-def batches(torch: Any, size: Size, device: str) -> tuple[int, Iterator[Any]]:
-    """How many characters there are, and windows of the text without end, the same in every run."""
-    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
-    alphabet = sorted(set(text))
-    data = torch.tensor([alphabet.index(c) for c in text])
-    draw = torch.Generator().manual_seed(2)
-
-    def windows() -> Iterator[Any]:
-        while True:
-            begins = torch.randint(0, len(data) - size.context - 1, (size.batch,), generator=draw)
-            yield torch.stack([data[b : b + size.context + 1] for b in begins]).to(device)
-
-    return len(alphabet), windows()
-
-
 def run_mode(torch: Any, size: Size, mode: str, device: str, deadline: float) -> Rows:
     """Train the models a step in turn, starting with another one each time; a row per step."""
-    characters, windows = batches(torch, size, device)
-    made = models(torch, size, characters, mode, device)
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    alphabet, draw = sorted(set(text)), torch.Generator().manual_seed(2)
+    data, last = torch.tensor([alphabet.index(c) for c in text]), len(text) - size.context - 1
+    made = models(torch, size, len(alphabet), mode, device)
     optimizers = {n: torch.optim.AdamW(m.parameters(), lr=size.rate) for n, m in made.items()}
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     half, rows = mode == "autocast", []
     for number in range(size.steps):
         if time.monotonic() > deadline:
             break
-        window, row = next(windows), {"mode": mode, "step": number}
+        begins, row = torch.randint(0, last, (size.batch,), generator=draw), {}
+        window = torch.stack([data[b : b + size.context + 1] for b in begins]).to(device)
         for name in MODELS[number % 3 :] + MODELS[: number % 3]:
             wait()
             begin = time.perf_counter()
@@ -132,39 +119,33 @@ def run_mode(torch: Any, size: Size, mode: str, device: str, deadline: float) ->
             wait()
             row[f"ms_{name}"] = 1e3 * (time.perf_counter() - begin)
             row[f"loss_{name}"] = loss.item()
-        rows.append(row)
+        rows.append({"mode": mode, "step": number} | row)
     return rows
 
 
 def verdict(rows: Rows) -> tuple[bool, str]:
     """Whether ours parts from torch's no more than rounding explains, and both have learnt."""
     losses = {m: [r[f"loss_{m}"] for r in rows] for m in MODELS}
-
-    def parted(name: str) -> float:
-        return max(abs(a - b) for a, b in zip(losses[name], losses["torch"], strict=True))
-
+    ours, nudged = (
+        max(abs(a - b) for a, b in zip(losses[m], losses["torch"], strict=True)) for m in MODELS[1:]
+    )
     tail = max(1, len(rows) // 8)
     learnt = [statistics.fmean(values[-tail:]) / values[0] for values in losses.values()]
-    finite = all(abs(v) < float("inf") for values in losses.values() for v in values)
-    allowed = max(FLOOR[rows[0]["mode"]], TIMES_NUDGED * parted("nudged"))
-    good = finite and parted("cupynorm") <= allowed and max(learnt) <= LEARNT
+    finite = all(abs(v) < math.inf for values in losses.values() for v in values)
+    allowed = max(FLOOR[rows[0]["mode"]], TIMES_NUDGED * nudged)
     warm = rows[WARM_STEPS:] or rows
-    torchs, ours = (statistics.median(r[f"ms_{m}"] for r in warm) for m in MODELS[:2])
-    return good, (
-        f"{rows[0]['mode']}: {len(rows)} steps, loss {losses['torch'][0]:.3f} to "
-        f"{losses['torch'][-1]:.3f}, ours apart by {parted('cupynorm'):.2g} at most, the nudged by "
-        f"{parted('nudged'):.2g}; ms per step {torchs:.2f} with torch's norms, {ours:.2f} with ours"
+    ms = [statistics.median(r[f"ms_{m}"] for r in warm) for m in MODELS[:2]]
+    return finite and ours <= allowed and max(learnt) <= LEARNT, (
+        f"{rows[0]['mode']}: loss {losses['torch'][0]:.3f} to {losses['torch'][-1]:.3f} in "
+        f"{len(rows)} steps, ours apart by {ours:.2g} at most, the nudged by {nudged:.2g}; ms per "
+        f"step {ms[0]:.2f} with torch's norms, {ms[1]:.2f} with ours"
     )
 
 
 def train(
-    folder: Path,
-    size: Size,
-    device: str,
-    machine: dict[str, str],
-    modes: Any = (),
+    folder: Path, size: Size, device: str, machine: dict[str, str], *, modes: Any = (),
     deadline: float = math.inf,
-) -> tuple[str, str]:
+) -> tuple[str, str]:  # fmt: skip
     """Run the modes, all by default, write training.csv after each; ok if all of them are."""
     import torch
 
@@ -176,31 +157,27 @@ def train(
             said.append(f"{mode}: left out at the deadline")
             continue
         right, sentence = verdict(made)
-        good, rows = good and right, rows + made
-        said.append(sentence)
+        good, rows, said = good and right, rows + made, [*said, sentence]
         with (folder / "training.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            for row in rows:
-                shown = {k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()}
-                writer.writerow(shown | here)
+            writer.writerows(row | here for row in rows)
     if rows:
         with contextlib.suppress(ImportError):
             draw_training(folder / "training.csv", folder)
     return ("skipped" if not rows else "ok" if good else "failed"), "; ".join(said)
 
 
-def step(folder: Path, device: Any, machine: dict[str, str]) -> tuple[str, str]:
+def step(folder: Path, run: Any, machine: dict[str, str]) -> tuple[str, str]:
     """The step of `bench.gpu`; a simulated run trains on the CPU, whose times say nothing."""
     try:
         import torch
     except ImportError:
         return "skipped", "torch is not installed"
-    if device.simulated:
-        return train(folder, SIZES["cpu"], "cpu", machine, ("float32",), device.deadline)
-    if not torch.cuda.is_available():
+    if not run.simulated and not torch.cuda.is_available():
         return "skipped", "torch sees no CUDA device"
-    return train(folder, SIZES["cuda"], "cuda", machine, deadline=device.deadline)
+    device, modes = ("cpu", ("float32",)) if run.simulated else ("cuda", ())
+    return train(folder, SIZES[device], device, machine, modes=modes, deadline=run.deadline)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -208,20 +185,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=tuple(SIZES), default="cuda")
-    parser.add_argument("--steps", type=int)
     given = parser.parse_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)
-    size = SIZES[given.device]
-    size = size._replace(steps=given.steps or size.steps)
     import torch
 
-    if given.device == "cuda" and not torch.cuda.is_available():
-        print("torch sees no CUDA device; --device cpu trains a smaller model", file=sys.stderr)
-        return 2
     machine = {"torch": torch.__version__, "commit": commit(), "tree": tree_hash()}
     if given.device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
-    status, sentence = train(given.out, size, given.device, machine)
+    status, sentence = train(given.out, SIZES[given.device], given.device, machine)
     print(f"{status}: {sentence}")
     return int(status == "failed")
 

@@ -55,7 +55,7 @@ class Rows:
 
     def mean(self, terms: Any, factor: Any = None) -> Any:
         """Mean of each row, or of its product with `factor`; length 1 is kept."""
-        scaled = terms * self.unit
+        scaled = terms if self.unit == 1.0 else terms * self.unit
         if factor is not None:
             scaled = scaled * factor
         return _sum(self.xp, scaled, self.axes) / (self.n * self.unit)
@@ -191,6 +191,9 @@ def _sum(xp: Any, terms: Any, axes: tuple[int, ...]) -> Any:
     kept = tuple(1 if a in axes else length for a, length in enumerate(terms.shape))
     rows = xp.permute_dims(terms, (*batch, *axes))
     rows = xp.reshape(rows, (*(terms.shape[a] for a in batch), n))
+    if isinstance(rows, np.ndarray):
+        # NumPy's sums along contiguous rows go by their length, and make no arrays on the way.
+        return np.add.reduce(np.ascontiguousarray(rows), axis=-1).reshape(kept)
     half = 1 << (n.bit_length() - 1)  # the largest power of two within n
     if n > half:
         folded = rows[..., : n - half] + rows[..., half:]
@@ -228,6 +231,8 @@ def moments(xp: Any, x: Any, axes: tuple[int, ...]) -> Moments:
     """Moments of one part, by float64; the bits go by its shape and values, not its strides."""
     rows = Rows(xp, x, axes)
     wide = Rows(xp, xp.astype(x, xp.float64, copy=False), axes)
+    if rows.dtype != xp.float64:
+        wide.unit = 1.0  # sums of narrower values do not overflow there
     if not wide.n:
         shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
         nothing = xp.zeros(shape, dtype=rows.dtype)

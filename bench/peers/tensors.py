@@ -15,14 +15,9 @@ from bench.contender import Contender, load, refuse
 from bench.data import Inputs, numpy_dtype
 
 BITS = {2: "int16", 4: "int32", 8: "int64"}
-LONGEST = 65536  # elements of a row in Liger's block, bytes of one in flash-attn's
 Function = Callable[[Any, Any, Any], Any]  # of x (..., N), weight and bias
 
-# -- a library a line of FUNCTIONS, which gives its function for rows of N -------------------------
-
-
-def _eager(torch: Any, N: int) -> Function:
-    return lambda x, w, b: torch.nn.functional.layer_norm(x, (N,), w, b, EPS)
+# -- a library a line of FUNCTIONS: its module, and from module, torch and N its function ----------
 
 
 def compiled(torch: Any, function: Any) -> Any:
@@ -31,74 +26,34 @@ def compiled(torch: Any, function: Any) -> Any:
     return torch.compile(function, dynamic=False)
 
 
-def _cupynorm(torch: Any, N: int) -> Function:
-    function = load("cupynorm.torch").layer_norm
-    return lambda x, w, b: function(x, (N,), w, b, EPS)
+def _eager(m: Any, torch: Any, N: int) -> Function:
+    return lambda x, w, b: torch.nn.functional.layer_norm(x, (N,), w, b, EPS)
 
 
-def _liger(torch: Any, N: int) -> Function:
-    if N > LONGEST:
-        refuse(f"Liger takes rows of at most {LONGEST} elements, not {N}")
-    function = load("liger_kernel.ops.layer_norm").LigerLayerNormFunction
-    return lambda x, w, b: function.apply(x, w, b, EPS)
-
-
-def _quack(torch: Any, N: int) -> Function:
-    function = load("quack.rmsnorm").layernorm_fwd
-
+def _quack(m: Any, torch: Any, N: int) -> Function:
     def run(x: Any, w: Any, b: Any) -> Any:
         w, b = (None if a is None else a.float() for a in (w, b))  # as it wants them
-        y = function(x, w, bias=b, eps=EPS)
+        y = m.layernorm_fwd(x, w, bias=b, eps=EPS)
         return y[0] if isinstance(y, tuple) else y
 
     return run
 
 
-def _flash(torch: Any, N: int) -> Function:
-    function = load("flash_attn.ops.triton.layer_norm").layer_norm_fn
-
+def _apex(m: Any, torch: Any, N: int) -> Function:
     def run(x: Any, w: Any, b: Any) -> Any:
         if w is None:
-            refuse("flash-attn's layer_norm_fn needs a weight")
-        if N * x.element_size() > LONGEST:
-            refuse(f"flash-attn takes rows of at most {LONGEST} bytes, not {N} elements")
-        return function(x, w, b, eps=EPS)
-
-    return run
-
-
-def _apex(torch: Any, N: int) -> Function:
-    norms = load("apex.normalization.fused_layer_norm")
-
-    def run(x: Any, w: Any, b: Any) -> Any:
-        if w is None:
-            return norms.fused_layer_norm(x, (N,), EPS)
-        mixed, same = norms.mixed_dtype_fused_layer_norm_affine, norms.fused_layer_norm_affine
+            return m.fused_layer_norm(x, (N,), EPS)
+        mixed, same = m.mixed_dtype_fused_layer_norm_affine, m.fused_layer_norm_affine
         return (same if w.dtype == x.dtype else mixed)(x, w, b, (N,), EPS)
 
     return run
 
 
-def _apex_fast(torch: Any, N: int) -> Function:
-    made = load("apex.contrib.layer_norm").FastLayerNorm
-    return _of_module("Apex's FastLayerNorm", lambda like: made(N, eps=EPS).to(like))
-
-
-def _transformer_engine(torch: Any, N: int) -> Function:
-    made = load("transformer_engine.pytorch").LayerNorm
-    make = lambda like: made(N, eps=EPS, dtype=like.dtype, device=like.device)  # noqa: E731
-    return _of_module("TransformerEngine", make)
-
-
-def _of_module(name: str, make: Callable[[Any], Any]) -> Function:
+def _of_module(make: Callable[[Any], Any]) -> Function:
     """A module whose parameters are the very tensors that the others are given."""
     modules: list[Any] = []
 
     def run(x: Any, w: Any, b: Any) -> Any:
-        if w is None:
-            refuse(f"{name} always has a weight")
-        if w.dtype != x.dtype:
-            refuse(f"{name} computes in its parameters' dtype {w.dtype}, not x's {x.dtype}")
         if not modules:
             modules.append(make(w))
         # torch.func.functional_call does the same, for 20 us of the host's time at each call.
@@ -108,21 +63,21 @@ def _of_module(name: str, make: Callable[[Any], Any]) -> Function:
     return run
 
 
-def _cudnn(torch: Any, N: int) -> Function:
+def _te(m: Any, torch: Any, N: int) -> Function:
+    return _of_module(lambda like: m.LayerNorm(N, eps=EPS, dtype=like.dtype, device=like.device))
+
+
+def _cudnn(m: Any, torch: Any, N: int) -> Function:
     """The inference phase: no statistics are kept."""
     g = _Graph(torch)
 
     def run(x: Any, w: Any, b: Any) -> Any:
-        if w is None:
-            refuse("cuDNN's layer norm needs scale and bias")
         given = dict(zip(("input", "scale", "bias"), _lifted(x, w, b), strict=True))
         if not g.nodes:
-            eps = torch.full((1, 1, 1), EPS, dtype=torch.float32)
-            phase = g.cudnn.norm_forward_phase.INFERENCE
-            nodes = g.tensors(given) | g.tensors({"epsilon": eps}, is_pass_by_value=True)
+            g.eps, phase = torch.full((1, 1, 1), EPS), m.norm_forward_phase.INFERENCE
+            nodes = g.tensors(given) | g.tensors({"epsilon": g.eps}, is_pass_by_value=True)
             y, *_ = g.graph.layernorm(name="layer_norm", norm_forward_phase=phase, **nodes)
             g.build(x, nodes | {"y": y}, {y: x.dtype})
-            g.eps = eps
         y = torch.empty_like(given["input"])
         g.run(given | {"epsilon": g.eps, "y": y})
         return y.squeeze(0)
@@ -130,28 +85,56 @@ def _cudnn(torch: Any, N: int) -> Function:
     return run
 
 
-FUNCTIONS: dict[str, dict[str, Callable[[Any, int], Function]]] = {
+Maker = Callable[[Any, Any, int], Function]
+FUNCTIONS: dict[str, dict[str, tuple[str, Maker]]] = {
     "layer_norm": {
-        "torch": _eager,
-        "torch-compile": lambda torch, N: compiled(torch, _eager(torch, N)),
-        "cupynorm.torch": _cupynorm,
-        "liger": _liger,
-        "quack": _quack,
-        "flash-attn": _flash,
-        "apex": _apex,
-        "apex-fast": _apex_fast,
-        "transformer-engine": _transformer_engine,
-        "cudnn": _cudnn,
+        "torch": ("torch", _eager),
+        "torch-compile": ("torch", lambda m, torch, N: compiled(torch, _eager(m, torch, N))),
+        "cupynorm.torch": ("cupynorm.torch",
+            lambda m, torch, N: lambda x, w, b: m.layer_norm(x, (N,), w, b, EPS)),
+        "liger": ("liger_kernel.ops.layer_norm",
+            lambda m, torch, N: lambda x, w, b: m.LigerLayerNormFunction.apply(x, w, b, EPS)),
+        "quack": ("quack.rmsnorm", _quack),
+        "flash-attn": ("flash_attn.ops.triton.layer_norm",
+            lambda m, torch, N: lambda x, w, b: m.layer_norm_fn(x, w, b, eps=EPS)),
+        "apex": ("apex.normalization.fused_layer_norm", _apex),
+        "apex-fast": ("apex.contrib.layer_norm",
+            lambda m, torch, N: _of_module(lambda like: m.FastLayerNorm(N, eps=EPS).to(like))),
+        "transformer-engine": ("transformer_engine.pytorch", _te),
+        "cudnn": ("cudnn", _cudnn),
     }
-}
+}  # fmt: skip
+NEEDS_WEIGHT = ("flash-attn", "apex-fast", "transformer-engine", "cudnn")
+OF_ONE_DTYPE = ("apex-fast", "transformer-engine")  # its parameters' and x's
+LONGEST = {"liger": 65536, "flash-attn": 32768}  # columns (of 16 bits) that a block holds
 # Why no backward can be timed, by itself or after a forward.
 REFUSED = {
     ("quack", "backward"): "its layer norm has no backward",
     ("quack", "both"): "its layer norm has no backward",
-    ("transformer-engine", "backward"): "its backward frees what its forward saved, so it cannot "
-    "be repeated: see forward and backward together",
+    (
+        "transformer-engine",
+        "backward",
+    ): "its backward cannot be repeated: it frees what its forward saved",
     ("cudnn", "both"): "its graphs are timed one by one: see forward and backward",
 }
+
+
+def refuse_case(name: str, case: Any) -> None:
+    """Say what a library cannot do."""
+    if (name, case.direction) in REFUSED:
+        refuse(REFUSED[name, case.direction])
+    if name not in FUNCTIONS[OPS[case.op].norm]:
+        refuse(f"{name} has no {OPS[case.op].norm}")
+    if name in NEEDS_WEIGHT and not case.affine_dtype:
+        refuse(f"{name} needs a weight")
+    if name in OF_ONE_DTYPE and case.affine_dtype != case.dtype:
+        refuse(f"{name} computes in its parameters' dtype {case.affine_dtype}, not {case.dtype}")
+    most = LONGEST.get(name, case.N)
+    if name == "flash-attn":  # which counts bytes
+        most = 2 * most // case.itemsize
+    if most < case.N:
+        refuse(f"{name} takes rows of at most {most} elements, not {case.N}")
+
 
 # -- from a function to a contender ---------------------------------------------------------------
 
@@ -232,8 +215,7 @@ def _on_stream(torch: Any, device: Any, grads: Any) -> tuple[Any, Any]:
 def contender(inputs: Inputs, name: str) -> Contender:
     """A library's norm on the rows of a case: forward, backward or both."""
     case, direction = inputs.case, inputs.case.direction
-    if (name, direction) in REFUSED:
-        refuse(REFUSED[name, direction])
+    refuse_case(name, case)
 
     def make(torch: Any) -> Call:
         t = tensors_of(torch, inputs)
@@ -241,10 +223,8 @@ def contender(inputs: Inputs, name: str) -> Contender:
             pull = cudnn_backward(torch) if name == "cudnn" else operator(torch, t)
             pull = compiled(torch, pull) if name == "torch-compile" else pull
             return lambda i: pull(t.dy[i], t.x[i], t.mean[i], t.rstd[i], t.weight)
-        known = FUNCTIONS[OPS[case.op].norm]
-        if name not in known:
-            refuse(f"{name} has no {OPS[case.op].norm}")
-        function = known[name](torch, case.N)
+        module, maker = FUNCTIONS[OPS[case.op].norm][name]
+        function = maker(load(module), torch, case.N)
         if direction == "forward":
             return lambda i: function(t.x[i], t.weight, t.bias)
         return _through_autograd(torch, t, function, direction == "both")
@@ -342,8 +322,6 @@ def cudnn_backward(torch: Any) -> Callable[..., Any]:
     g, names = _Graph(torch), ("grad", "input", "mean", "inv_variance", "scale")
 
     def run(dy: Any, x: Any, mean: Any, rstd: Any, w: Any) -> tuple[Any, ...]:
-        if w is None:
-            refuse("cuDNN's layer norm needs a scale")
         given = dict(zip(names, _lifted(dy, x, mean, rstd, w), strict=True))
         if not g.nodes:
             nodes = g.tensors(given)
