@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -90,16 +90,8 @@ def layer_norm(
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps
         )
-    if type(input) is not Tensor or _tracing() is not None:
-        if not isinstance(input, Tensor):
-            way_out = "torch.as_tensor(input), or call cupynorm.layer_norm"
-            _refuse_no_tensor("input", input, way_out)
-        if _is_for_torch(input):
-            return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
-    if weight is not None and not isinstance(weight, Tensor):
-        _refuse_no_tensor("weight", weight, "torch.as_tensor(weight)")
-    if bias is not None and not isinstance(bias, Tensor):
-        _refuse_no_tensor("bias", bias, "torch.as_tensor(bias)")
+    if (type(input) is not Tensor or _tracing() is not None) and _is_for_torch(input):
+        return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
     if not input.is_cpu:
         if type(input) in DOOR.types and not torch.compiler.is_compiling():
             check_device(input.device)
@@ -112,7 +104,9 @@ def layer_norm(
     except RuntimeError:  # of a tensor without shape or address
         if not _is_for_torch(input):
             raise
-    except TypeError:
+    except (TypeError, ValueError):
+        _refuse_no_tensor("weight", weight)
+        _refuse_no_tensor("bias", bias)
         if input.dtype not in _DTYPES:  # the rules call it x
             _rules.check_x_dtype(_rules.dtype_name(input.dtype), "input.to(torch.float32)")
         raise
@@ -121,11 +115,16 @@ def layer_norm(
 
 def _is_for_torch(x: Any) -> bool:
     """Whether torch's own layer_norm is to be called: x is nested, sparse, or being scripted."""
+    _refuse_no_tensor("input", x, "torch.as_tensor(input), or call cupynorm.layer_norm")
     return x.layout is not torch.strided or x.is_nested or _tracing() is not None
 
 
-def _refuse_no_tensor(label: str, value: Any, way_out: str) -> NoReturn:
+def _refuse_no_tensor(label: str, value: Any, way_out: str = "") -> None:
+    """Refuse what is neither a tensor nor None."""
+    if (value is None and label != "input") or isinstance(value, Tensor):
+        return
     kind = type(value)
+    way_out = way_out or f"torch.as_tensor({label})"
     msg = f"{label} is a {kind.__module__}.{kind.__qualname__}, not a torch.Tensor; pass {way_out}"
     raise TypeError(msg)
 

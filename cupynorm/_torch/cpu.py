@@ -11,7 +11,15 @@ from cupynorm._cpu import engine, threads
 from cupynorm._cpu.arrays import _plain
 from cupynorm._layout import Facts, problem_of
 from cupynorm._reference import Rows
-from cupynorm._torch.tensors import Machine, Run, address_of, bytes_of, stats_dtype
+from cupynorm._torch.tensors import (
+    LOW,
+    Machine,
+    Run,
+    address_of,
+    bytes_of,
+    check_memory,
+    stats_dtype,
+)
 
 
 class Functions(Machine):
@@ -60,7 +68,6 @@ class Loops(Functions):
         x_bytes, y_bytes = bytes_of(facts, "x"), bytes_of(facts, "y")
         weight_bytes, bias_bytes = bytes_of(facts, "weight"), bytes_of(facts, "bias")
         copied: tuple[bool, bool] | None = None  # of weight and bias; shows at the first call
-        given = facts.out
 
         def run(x: Any, y: Any, weight: Any, bias: Any, mean: Any, rstd: Any) -> None:
             nonlocal copied
@@ -71,19 +78,27 @@ class Loops(Functions):
                 copied = _differs(weight, compute), _differs(bias, compute)
             w = b = m = r = 0
             if weight is not None:
-                w = address_of("weight", weight, weight_bytes)
+                w = weight.data_ptr()
+                if w < LOW:
+                    check_memory("weight", weight, weight_bytes)
                 if copied[0]:
                     weight = _as_row(weight, compute)  # the name keeps the copy for the call
                     w = weight.data_ptr()
             if bias is not None:
-                b = address_of("bias", bias, bias_bytes)
+                b = bias.data_ptr()
+                if b < LOW:
+                    check_memory("bias", bias, bias_bytes)
                 if copied[1]:
                     bias = _as_row(bias, compute)
                     b = bias.data_ptr()
             if mean is not None:
                 m, r = mean.data_ptr(), rstd.data_ptr()
-            to = address_of("out", y, y_bytes) if given else y.data_ptr()
-            loops(address_of("x", x, x_bytes), to, w, b, m, r)
+            source, target = x.data_ptr(), y.data_ptr()
+            if source < LOW:
+                check_memory("x", x, x_bytes)
+            if target < LOW:
+                check_memory("out", y, y_bytes)
+            loops(source, target, w, b, m, r)
 
         return run
 

@@ -185,6 +185,8 @@ class Tensors:
             for k in ("dweight", "dbias")
         )
         negatable = _negatable(facts)
+        if "dx" not in facts.strides and to_weight is None and to_bias is None:
+            run = _nothing
 
         def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> Three:
             nonlocal run
@@ -253,20 +255,25 @@ def bytes_of(facts: Facts, name: str) -> int:
 
 # Where storage was released, its first byte is at 0 and a view lies at its offset. Few live tensors
 # lie as low, so it is seldom due to ask one for its storage, at twice the cost of its address.
-_LOW = 1 << 32
+LOW = 1 << 32
+
+
+def check_memory(label: str, tensor: Any, nbytes: int) -> None:
+    """Refuse a tensor without the memory that it takes; due where its address is below LOW."""
+    held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
+    if held < nbytes:
+        msg = (
+            f"{label} takes {nbytes} bytes, but its storage holds {max(held, 0)} of them: it "
+            "was released, as FSDP does outside of forward. Restore its memory before the call"
+        )
+        raise ValueError(msg)
 
 
 def address_of(label: str, tensor: Any, nbytes: int) -> int:
     """Where a tensor begins, if there is memory behind it."""
     at: int = tensor.data_ptr()
-    if at < _LOW:
-        held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
-        if held < nbytes:
-            msg = (
-                f"{label} takes {nbytes} bytes, but its storage holds {max(held, 0)} of them: it "
-                "was released, as FSDP does outside of forward. Restore its memory before the call"
-            )
-            raise ValueError(msg)
+    if at < LOW:
+        check_memory(label, tensor, nbytes)
     return at
 
 

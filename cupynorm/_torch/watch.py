@@ -1,17 +1,18 @@
 """Who is to hear of a call on torch tensors: autograd, transforms, modes, tracers, compilers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-# What watch_on answers:
+# Who watches:
 ARITHMETIC = 0  # nobody
 GRADIENT = 1  # reverse-mode autograd
 WATCHED = 2  # something that must see an operator, or a function of torch's, not an address
 COMPILED = 3  # torch.compile or torch.export
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 # Private names of torch, each with a public one that costs ten times as much or none at all.
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -22,10 +23,15 @@ _is_compiling = torch.compiler.is_dynamo_compiling  # what else traces shows by 
 _is_grad_enabled = torch.is_grad_enabled
 
 
-def watch_on(x: Any, a: Any = None, b: Any = None, c: Any = None, d: Any = None) -> int:
-    """Who is to hear of a call on these tensors, of which all but x may be None."""
+def answer(
+    answers: Sequence[Any], x: Any, a: Any = None, b: Any = None, c: Any = None, d: Any = None
+) -> Any:
+    """What goes with who is to hear of a call on these tensors, of which all but x may be None.
+
+    `answers` are those for nobody, reverse-mode autograd, other watchers, and the compiler.
+    """
     if _is_compiling():
-        return COMPILED
+        return answers[COMPILED]
     if (
         _transforms_active()
         or forward_ad._current_level >= 0
@@ -37,7 +43,7 @@ def watch_on(x: Any, a: Any = None, b: Any = None, c: Any = None, d: Any = None)
         or (c is not None and type(c) not in _PLAIN)
         or (d is not None and type(d) not in _PLAIN)
     ):
-        return WATCHED
+        return answers[WATCHED]
     if _is_grad_enabled() and (
         x.requires_grad
         or (a is not None and a.requires_grad)
@@ -45,8 +51,14 @@ def watch_on(x: Any, a: Any = None, b: Any = None, c: Any = None, d: Any = None)
         or (c is not None and c.requires_grad)
         or (d is not None and d.requires_grad)
     ):
-        return GRADIENT
-    return ARITHMETIC
+        return answers[GRADIENT]
+    return answers[ARITHMETIC]
+
+
+def watch_on(x: Any, a: Any = None, b: Any = None) -> int:
+    """Who is to hear of a call on these tensors, of which all but x may be None."""
+    watch: int = answer((ARITHMETIC, GRADIENT, WATCHED, COMPILED), x, a, b)
+    return watch
 
 
 def transformed() -> bool:
@@ -66,7 +78,7 @@ def has_own_dispatch(tensor: Any) -> bool:
     Torch's own fake and functional tensors know any operator that has a fake.
     """
     kind = type(tensor)
-    if kind in _PLAIN:
+    if tensor is None or kind in _PLAIN:
         return False
     own = getattr(kind, "__torch_dispatch__", None)
     inherited = own is None or own is torch.Tensor.__torch_dispatch__
