@@ -1,9 +1,6 @@
 """Layer norm over separate columns of NumPy arrays: values, nulls, layouts, refusals."""
 
 import contextlib
-import os
-import subprocess
-import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -317,28 +314,6 @@ def test_no_row_and_inputs_kept(engine):
     layer_norm_columns(columns)
     np.testing.assert_array_equal(columns[0], np.arange(5))
     np.testing.assert_array_equal(columns[1], np.arange(5))
-
-
-def test_loaded_code_is_used_again_by_the_next_process(tmp_path):
-    program = (
-        "import numpy as np, time\n"
-        "from cupynorm.frames.columns import layer_norm_columns\n"
-        "columns = [np.arange(9).astype('int8'), np.ones(9, 'float32')]\n"
-        "print(layer_norm_columns(columns, eps=0.0)[3].tolist())\n"
-        "from cupynorm import _cpu_columns_loops as loops\n"
-        "from cupynorm import _cpu_kept\n"
-        "ready = {d: f for (d, _), f in _cpu_kept._ready.items()}\n"
-        "print(ready[loops._define_normalize].cache_hits)\n"
-    )
-    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    said = [
-        subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env
-        ).stdout.split("\n")
-        for _ in range(2)
-    ]
-    assert said[0][0] == said[1][0] == "[1.0, -1.0]"
-    assert (said[0][1], said[1][1]) == ("0", "1")
 
 
 # --- refusals -----------------------------------------------------------------------------------

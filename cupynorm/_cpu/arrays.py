@@ -18,7 +18,6 @@ from cupynorm._ops import LAYER_NORM
 Array = np.ndarray[Any, Any]
 Call = Callable[..., Any]
 
-
 _plain: ContextVar[bool] = ContextVar("cupynorm_plain_numpy", default=False)
 
 
@@ -159,7 +158,7 @@ def _small(facts: Facts, compute: np.dtype[Any]) -> Call | None:
     def on_arrays(x: Any, w: Any, b: Any, y: Any, *stats: Any) -> Any:
         rows = []
         for row in (w, b):
-            if row is not None and row.dtype != compute:
+            if row is not None and not (row.dtype == compute and row.flags.c_contiguous):
                 if facts.out and np.may_share_memory(row, y):  # of a copy loops could not tell
                     return True
                 row = _affine(row, compute)
@@ -387,9 +386,9 @@ class Column(NamedTuple):
 def as_matrix(columns: Sequence[Column]) -> Array | None:
     """View NumPy columns that are those of one row-major matrix as this matrix."""
     x = _as_strided(columns)
-    return (
-        x if x is not None and x.strides[1] == x.itemsize <= x.strides[0] // len(columns) else None
-    )
+    if x is None or x.strides[1] != x.itemsize or x.strides[0] < x.shape[1] * x.itemsize:
+        return None
+    return x
 
 
 def _as_strided(columns: Sequence[Column]) -> Array | None:
@@ -422,7 +421,9 @@ def normalize_columns(
     """
     matrix = None if omit else _as_strided(columns)
     if matrix is not None and matrix.dtype == y.dtype:
-        layer_norm_fwd(matrix, (1,), weight, bias, eps, y, None, None)
+        strides = {"x": Door.strides(matrix), "y": Door.strides(y)}
+        facts = Facts(LAYER_NORM, False, y.shape, (1,), {"x": y.dtype.name}, strides, eps)
+        _forward(facts, _plain.get())(matrix, weight, bias, y, None, None)
         return
     kind = y.dtype.name
     compute = np.dtype(engine.computed(kind))
