@@ -1,4 +1,5 @@
-"""The CPU path: compiled loops, or NumPy blocks where numba is not installed.
+"""NumPy arrays: compiled loops over rows and strips of rows, or NumPy blocks without Numba.
 
-`arrays` and `engine` are its doors. It may import numpy, and numba in what `compiled` compiles.
+`arrays` is NumPy's door, `engine` takes addresses, `threads` tells how many share a call. The folder
+may import `_layout` and what is below; these three and `blocks` do without Numba.
 """
