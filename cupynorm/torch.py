@@ -5,6 +5,7 @@ import logging
 from typing import Any, NoReturn
 
 import torch
+from torch import Size, Tensor
 from torch.nn.utils import parametrize
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -89,21 +90,21 @@ def layer_norm(
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps
         )
-    if type(input) is not torch.Tensor or _tracing() is not None:
-        if not isinstance(input, torch.Tensor):
+    if type(input) is not Tensor or _tracing() is not None:
+        if not isinstance(input, Tensor):
             way_out = "torch.as_tensor(input), or call cupynorm.layer_norm"
             _refuse_no_tensor("input", input, way_out)
         if _is_for_torch(input):
             return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
-    if weight is not None and not isinstance(weight, torch.Tensor):
+    if weight is not None and not isinstance(weight, Tensor):
         _refuse_no_tensor("weight", weight, "torch.as_tensor(weight)")
-    if bias is not None and not isinstance(bias, torch.Tensor):
+    if bias is not None and not isinstance(bias, Tensor):
         _refuse_no_tensor("bias", bias, "torch.as_tensor(bias)")
     if not input.is_cpu:
         if type(input) in DOOR.types and not torch.compiler.is_compiling():
             check_device(input.device)
         input, weight, bias = _autocast(input, weight, bias)
-    if type(normalized_shape) is torch.Size:
+    if type(normalized_shape) is Size:
         normalized_shape = tuple(normalized_shape)
     how = normalized_shape, None, eps, "C", False
     try:
