@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from numba import from_dtype, types
 
-from cupynorm._cpu.backward import FIELDS, block_count, group_size, sums_pitch
+from cupynorm._cpu.backward import FIELDS, block_count, group_size, merge_sums, sums_pitch
 from cupynorm._cpu.compiled import inner, job
-from cupynorm._cpu.forward import SPARE, in_step, short_rows
-from cupynorm._cpu.jobs import backward_at, dtypes_of, group_of, merge_into, share_gradients
+from cupynorm._cpu.forward import CHUNK, SPARE, in_step, short_rows
+from cupynorm._cpu.jobs import backward_at, dtypes_of, group_of, share_gradients
 from cupynorm._cpu.vectors import at, pointer
 
 _LIMITS = [types.float64] * 3
@@ -46,6 +46,11 @@ def _rows(p, q, M, N, w, b, limits, told, stats, rooms):  # type: ignore[no-unty
     w, b = in_step(w, q, M, rooms[0]), in_step(b, q, M, rooms[1])
     group = stats.size // 3
     short_rows(p, N, q, N, M, N, w, b, limits, told, pointer(stats, 0), group)
+
+
+@inner
+def _merge(to, M, N, targets, room, sums):  # type: ignore[no-untyped-def]
+    merge_sums(to, M, N, targets, room)  # while the caller holds ``sums``, where ``to`` points
 
 
 @job
@@ -117,8 +122,8 @@ def small_gradients(checksum: int, kind: str) -> Any:
         to, wp, tiles = at(sums.ctypes.data * summed, computed), at(_of(w), computed), (sums, sums)
         share_gradients(f, arrays, stats, wp, to, 0, block_count(total), tiles, room, sums)
         if summed:
-            dw, db = at(_of(dweight), computed), at(_of(dbias), computed)
-            merge_into(to, total, N, dw, db, np.empty(2 * N), sums)
+            targets = at(_of(dweight), computed), at(_of(dbias), computed)
+            _merge(to, total, N, targets, np.empty(min(N, CHUNK)), sums)
 
     given = types.int64, x_type, x_type, row, row, row
     return types.void(*given, y_type, result, result), small_gradients
