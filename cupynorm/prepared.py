@@ -31,13 +31,24 @@ class PreparedLayerNorm:
            [-1.225,  0.   ,  1.225]])
     """
 
-    __slots__ = ("_affine", "_call", "_device", "_door", "_facts", "_how", "_looks", "_turn")
+    __slots__ = (
+        "_affine",
+        "_call",
+        "_device",
+        "_door",
+        "_facts",
+        "_how",
+        "_into",
+        "_looks",
+        "_turn",
+    )
 
     def __init__(self, checked: _calls.Checked, how: _calls.How, door: Any) -> None:
         _, self._facts, self._turn, (x, weight, bias, _) = checked
         self._door, self._how, self._affine = door, how, (weight, bias)
         self._looks, self._device = self._seen(x), str(x.device)
         self._call = _calls.call_of(door, self._facts, self._turn)
+        self._into: tuple[Any, Any] = None, None  # how `out` looked last, and the call for it
 
     def _seen(self, x: Any) -> tuple[Any, ...]:
         look = self._door.look
@@ -49,18 +60,27 @@ class PreparedLayerNorm:
         if type(x) not in door.types:
             self._refuse("type", _name(type(x)), _name(door.types[0]))
         select = door.select
-        if (
-            out is None
-            and (select is None or select(x, weight, bias, None) is door)
-            and self._seen(x) == self._looks
-        ):
-            found = self._call(x, weight, bias, None)
+        plain = select is None or select(x, weight, bias, out) is door
+        if plain and self._seen(x) == self._looks:
+            if out is None:
+                found = self._call(x, weight, bias, None)
+            elif type(out) in door.types and door.look(out) == self._into[0]:
+                found = self._into[1](x, weight, bias, out)
+            else:
+                found = self._by_rules(x, out)
+                if type(out) in door.types:  # as the next one may look, too
+                    steps = facts.strides | {"y": door.strides(out)}
+                    met = facts._replace(strides=steps, out=True)
+                    self._into = door.look(out), _calls.call_of(door, met, self._turn)
         else:
             self._admit(x)
             if select is not None and (why := select(x, weight, bias, out).refuses_prepared):
                 raise ValueError(why)
-            found = _calls.normalize(facts.op, x, weight, bias, out, self._how)
+            found = self._by_rules(x, out)
         return LayerNormResult(*found) if facts.stats else found
+
+    def _by_rules(self, x: Any, out: Any) -> Any:
+        return _calls.normalize(self._facts.op, x, *self._affine, out, self._how)
 
     def __repr__(self) -> str:
         """What it takes."""
@@ -113,6 +133,7 @@ def _rebuilt(door: str, state: tuple[Any, ...], affine: tuple[Any, Any]) -> Prep
     look = call._door.look
     call._looks = x_look, *(None if a is None else look(a) for a in affine)
     call._call = _calls.call_of(call._door, call._facts, call._turn)
+    call._into = None, None
     return call
 
 

@@ -1,9 +1,6 @@
 """Layer norm over separate columns of NumPy arrays: values, nulls, layouts, refusals."""
 
 import contextlib
-import os
-import subprocess
-import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -338,25 +335,6 @@ def test_exporters_are_columns():
     for lent in ({0}, {1}, {0, 1, 2}):
         given = [Exporter(c) if j in lent else c for j, c in enumerate(columns)]
         check(layer_norm_columns(given), columns)
-
-
-def test_loaded_code_is_used_again_by_the_next_process(tmp_path):
-    program = (
-        "import numpy as np\n"
-        "from cupynorm.frames.columns import layer_norm_columns\n"
-        "columns = [np.arange(9).astype('int8'), np.ones(9, 'float32')]\n"
-        "print(layer_norm_columns(columns, eps=0.0)[3].tolist())\n"
-        "from cupynorm._cpu import compiled\n"
-        "print([sum(f.stats.cache_hits.values()) for f in compiled._ready.values()])\n"
-    )
-    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    said = [
-        subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env
-        ).stdout
-        for _ in range(2)
-    ]
-    assert said == [f"[1.0, -1.0]\n[{hits}]\n" for hits in (0, 1)]
 
 
 # --- refusals -----------------------------------------------------------------------------------

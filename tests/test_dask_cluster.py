@@ -111,7 +111,8 @@ def test_progress_of_the_cluster(client, capsys):
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 def test_a_worker_is_killed_in_the_middle(client, chunks):
     y = cd.layer_norm(made_there(chunks, pause=0.2), eps=1e-3)
-    client.run(importlib.import_module, "cupynorm.dask")  # or a new worker would get no tasks yet
+    # Or a new worker would get no tasks yet.
+    client.run(importlib.import_module, "cupynorm.dask._blocks")
     pids = client.run(os.getpid)
     assert len(pids) == 2
     future = client.compute(y)

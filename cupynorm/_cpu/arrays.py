@@ -17,7 +17,6 @@ from cupynorm._libraries import check_overlap
 Array = np.ndarray[Any, Any]
 Call = Callable[..., Any]
 
-
 _plain: ContextVar[bool] = ContextVar("cupynorm_plain_numpy", default=False)
 
 
@@ -70,7 +69,7 @@ class Door:
                 try:
                     if not small(x, weight, bias, y, mean, rstd):
                         return (y, mean, rstd) if stats else y
-                except TypeError:  # an array is read-only, or of other memory than loops take
+                except TypeError:  # weight or bias lies otherwise than loops take it
                     small = None
             if out is not None:
                 _check_out(x, weight, bias, out)
@@ -169,7 +168,7 @@ def _small(facts: Facts, compute: np.dtype[Any]) -> Call | None:
     def on_arrays(x: Any, w: Any, b: Any, y: Any, *stats: Any) -> Any:
         rows = []
         for row in (w, b):
-            if row is not None and row.dtype != compute:
+            if row is not None and not (row.dtype == compute and row.flags.c_contiguous):
                 if facts.out and np.may_share_memory(row, y):  # of a copy loops could not tell
                     return True
                 row = _affine(row, compute)
@@ -192,15 +191,18 @@ def _direct(facts: Facts, compute: np.dtype[Any], ordinary: Call) -> Call | None
 
     do, none, empty, shape = small(kind), np.empty(0, compute), np.empty, facts.shape
     eps, (low, high) = facts.eps, engine.safe_range(compute.name, facts.eps)
+    fits = True
 
     def direct(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Any:
-        y = empty(shape, compute) if out is None else out
-        w, b = none if weight is None else weight, none if bias is None else bias
-        try:
-            if not do(x, y, w, b, eps, low, high):
-                return y
-        except TypeError:  # as in `ordinary`
-            pass
+        nonlocal fits
+        if fits:
+            y = empty(shape, compute) if out is None else out
+            w, b = none if weight is None else weight, none if bias is None else bias
+            try:
+                if not do(x, y, w, b, eps, low, high):
+                    return y
+            except TypeError:  # as in `ordinary`
+                fits = False
         return ordinary(x, weight, bias, out)
 
     return direct
@@ -296,7 +298,7 @@ def _backward(facts: Facts, plain: bool) -> Call:
 
         def in_blocks(dy: Any, x: Any, mean: Any, rstd: Any, w: Any, dx: Any, *to: Any) -> None:
             summed = any(total is not None for total in to)
-            sums = blocks.backward(dy, x, axes, (mean, rstd), _affine(w, compute), dx, summed)
+            sums = blocks.backward((dy, x, mean, rstd), axes, _affine(w, compute), dx, summed)
             _round(sums, to)
 
         return in_blocks
@@ -313,7 +315,7 @@ def _backward(facts: Facts, plain: bool) -> Call:
             try:
                 small(dy, x, mean, rstd, w, dx, *to)
                 return
-            except TypeError:  # an array is read-only, or of other memory than loops take
+            except TypeError:  # weight or bias lies otherwise than loops take it
                 small = None
         m, r = (np.ascontiguousarray(a, compute) for a in (mean, rstd))
         w = _affine(w, compute)
@@ -415,4 +417,6 @@ def _readable(x: Array) -> Array:
     """A column as loops can read it: what they cannot is copied, and it alone."""
     if x.dtype.name == "float16" and not engine.available("float16"):
         return x.astype(np.float32)
-    return x if Door.strides(x) else x.astype(x.dtype.newbyteorder("="), order="C", copy=True)
+    if Door.strides(x) == (1,):
+        return x
+    return x.astype(x.dtype.newbyteorder("="), order="C", copy=True)

@@ -16,6 +16,7 @@ from cupynorm._cpu.vectors import (
     load,
     load_first,
     mul,
+    pointer,
     splat,
     store,
     store_first,
@@ -270,13 +271,21 @@ def short_rows(q, qp, p, pp, t, tp, M, N, w, stats, sums, room):  # type: ignore
 
 
 @inner
-def merge_sums(sums, M, N, totals):  # type: ignore[no-untyped-def]
-    """Add the sums of the blocks of M rows in their order, in float64, into totals (2 * N,)."""
-    pitch = sums_pitch(N)
-    for i in range(2 * N):
-        totals[i] = 0.0
-    for block in range(block_count(M)):
-        for k in range(2):
-            part = advance(sums, (2 * block + k) * pitch)
-            for i in range(N):
-                totals[k * N + i] += part[i]
+def merge_sums(sums, M, N, targets, room):  # type: ignore[no-untyped-def]
+    """Add the sums of the blocks of M rows in their order, in float64, into dweight and dbias.
+
+    ``targets`` are these two, each of which may be null; ``room`` holds a piece of one.
+    """
+    pitch, total = sums_pitch(N), pointer(room, 0)
+    for k in range(2):
+        to = targets[k]
+        for left in range(0, N if address(to) != 0 else 0, room.size):
+            n = min(room.size, N - left)
+            for i in range(n):
+                total[i] = 0.0
+            for block in range(block_count(M)):
+                part = advance(sums, (2 * block + k) * pitch + left)
+                for i in range(n):
+                    total[i] += part[i]
+            for i in range(n):
+                to[left + i] = like(to, total[i])

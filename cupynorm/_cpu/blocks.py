@@ -185,17 +185,19 @@ def _column_sums(a: Array) -> Array:  # a: (R, n) -> (n,) float64
 
 
 def backward(
-    dy: Array,
-    x: Array,
+    given: tuple[Array, Array, Array, Array],
     axes: tuple[int, ...],
-    stats: tuple[Array, Array],
     w: Array | None,
     dx: Array | None,
     summed: bool,
 ) -> Array | None:  # (2, N)
-    """Write dx, which may be dy; if ``summed``, give sums of dy * x_hat and of dy in float64."""
+    """Write dx, which may be dy; if ``summed``, give sums of dy * x_hat and of dy in float64.
+
+    ``given``: dy, x, mean and rstd.
+    """
+    x = given[1]
     turn, rows = _turn(x, axes)
-    xt, dyt, mean, rstd = (a.transpose(turn) for a in (x, dy, *stats))
+    dyt, xt, mean, rstd = (a.transpose(turn) for a in given)
     dxt = None if dx is None else dx.transpose(turn)
     N = math.prod(xt.shape[rows:])
     rooms = _rooms(3, x, N)

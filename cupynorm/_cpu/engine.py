@@ -237,8 +237,9 @@ def _long_gradients(problem: Problem, plan: int, workers: int, at: tuple[int, ..
 def columns(found: Any, y: Array, weight: int, bias: int, eps: float, omit: bool) -> None:
     """Normalize the rows of a table into y (M, N), which is native and aligned, of any strides.
 
-    ``found`` holds (values, address of the bitmap or 0, its bit of row 0) for each column, whose
-    dtype is one of `strips.COLUMN_DTYPES`. With ``omit`` NaN is left out of a row's statistics.
+    ``found`` holds (values, address of the bitmap or 0, its bit of row 0) for each column, which
+    is contiguous, of one of `strips.COLUMN_DTYPES`. With ``omit`` NaN is left out of a row's
+    statistics.
     """
     from cupynorm._cpu import jobs
     from cupynorm._cpu.strips import COLUMN_DTYPES, rows_of_strip
@@ -249,10 +250,10 @@ def columns(found: Any, y: Array, weight: int, bias: int, eps: float, omit: bool
     y_row, y_col = (step // y.itemsize for step in y.strides)
     names = {"M": M, "N": N, "rows": rows, "y_row": y_row, "y_col": y_col, "omit": omit}
     record, plan = _filled(jobs.TABLE, names | {"eps": eps, "low": low, "high": high})
-    table = np.zeros((6, N), np.int64)
+    table = np.zeros((5, N), np.int64)
     for j, (x, bitmap, bit) in enumerate(found):
-        number, step = COLUMN_DTYPES.index(x.dtype.name), x.strides[0] // x.itemsize
-        table[:, j] = number, x.ctypes.data, step, bitmap, bit, x.itemsize
+        number = COLUMN_DTYPES.index(x.dtype.name)
+        table[:, j] = number, x.ctypes.data, x.itemsize, bitmap, bit
     at, to, do = table.ctypes.data, y.ctypes.data, jobs.table(kind)
     workers = _useful(M * N, threads.num_threads)
     threads.run(lambda lo, hi: do(plan, at, to, weight, bias, lo, hi), -(-M // rows), workers)

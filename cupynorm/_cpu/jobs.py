@@ -39,7 +39,7 @@ from cupynorm._cpu.forward import (
     short_rows,
 )
 from cupynorm._cpu.strips import GAP, TOGETHER, bring, bring_columns, keep_known, place, put_back
-from cupynorm._cpu.vectors import address, advance, at, like, pointer, record_at
+from cupynorm._cpu.vectors import address, advance, at, pointer, record_at
 
 # What the memory of x holds, in numba's words, and what loops compute in.
 _STORED = {"float16": "uint16", "bfloat16": "uint16", "float32": "float32", "float64": "float64"}
@@ -413,17 +413,6 @@ def _long_gradients(f, arrays, w, stats, sums, lo, hi, spare):  # type: ignore[n
             add_rows(p, f.x_row, q, f.dy_row, t, f.dx_row, k, n, wp, s, to_w, to_b, has_w, has_dx)
 
 
-@inner
-def merge_into(sums, M, N, dweight, dbias, totals, kept):  # type: ignore[no-untyped-def]
-    # ``kept`` is the array that sums may be in.
-    to = pointer(totals, 0)
-    merge_sums(sums, M, N, to)
-    for i in range(N if address(dweight) != 0 else 0):
-        dweight[i] = like(dweight, to[i])
-    for i in range(N if address(dbias) != 0 else 0):
-        dbias[i] = like(dbias, to[N + i])
-
-
 @job
 def merge(checksum: int, kind: str) -> Any:
     """``merge(plan, sums, dweight, dbias, wide, 0)``: the column sums of all blocks.
@@ -434,11 +423,11 @@ def merge(checksum: int, kind: str) -> Any:
 
     def merge(plan, sums, dweight, dbias, wide, none):  # type: ignore[no-untyped-def]
         f = backward_at(plan)
-        M, part, totals = f.outer * f.M * (checksum != 0), at(sums, computed), np.empty(2 * f.N)
+        M, part, room = f.outer * f.M * (checksum != 0), at(sums, computed), np.empty(CHUNK)
         if wide:
-            merge_into(part, M, f.N, at(dweight, "float64"), at(dbias, "float64"), totals, 0)
+            merge_sums(part, M, f.N, (at(dweight, "float64"), at(dbias, "float64")), room)
         else:
-            merge_into(part, M, f.N, at(dweight, computed), at(dbias, computed), totals, 0)
+            merge_sums(part, M, f.N, (at(dweight, computed), at(dbias, computed)), room)
 
     return merge
 

@@ -5,20 +5,20 @@ from typing import Any
 import numpy as np
 from numba import from_dtype, types
 
-from cupynorm._cpu.backward import FIELDS, block_count, group_size, sums_pitch
+from cupynorm._cpu.backward import FIELDS, block_count, group_size, merge_sums, sums_pitch
 from cupynorm._cpu.compiled import inner, job
-from cupynorm._cpu.forward import SPARE, in_step, short_rows
-from cupynorm._cpu.jobs import backward_at, dtypes_of, group_of, merge_into, share_gradients
+from cupynorm._cpu.forward import CHUNK, SPARE, in_step, short_rows
+from cupynorm._cpu.jobs import backward_at, dtypes_of, group_of, share_gradients
 from cupynorm._cpu.vectors import at, pointer
 
 _LIMITS = [types.float64] * 3
 
 
-def _arrays(kind: str) -> tuple[Any, Any]:
-    """Tables in x's memory, and rows of what loops compute in."""
+def _arrays(kind: str, readonly: bool) -> tuple[Any, Any]:
+    """Tables in x's memory, and rows of what loops compute in; read-only ones are taken too."""
     _, stored, wide = dtypes_of(kind)
-    table = types.Array(from_dtype(np.dtype(stored)), 2, "C")
-    return table, types.Array(from_dtype(np.dtype(wide)), 1, "C")
+    table, row = ((from_dtype(np.dtype(dtype)), ndim) for dtype, ndim in ((stored, 2), (wide, 1)))
+    return types.Array(*table, "C", readonly=readonly), types.Array(*row, "C", readonly=readonly)
 
 
 @inner
@@ -48,6 +48,11 @@ def _rows(p, q, M, N, w, b, limits, told, stats, rooms):  # type: ignore[no-unty
     short_rows(p, N, q, N, M, N, w, b, limits, told, pointer(stats, 0), group)
 
 
+@inner
+def _merge(to, M, N, targets, room, sums):  # type: ignore[no-untyped-def]
+    merge_sums(to, M, N, targets, room)  # while the caller holds ``sums``, where ``to`` points
+
+
 @job
 def small(checksum: int, kind: str) -> Any:
     """``small(x, y, w, b, eps, low, high)``: contiguous rows of at most CHUNK elements.
@@ -55,7 +60,8 @@ def small(checksum: int, kind: str) -> Any:
     x and y (M, N) hold 16-bit kinds as uint16; an absent w or b is empty. True, and nothing has
     been done, where y shares memory with w, b or a part of x.
     """
-    (computed, _, wide), (table, row) = dtypes_of(kind), _arrays(kind)
+    computed, _, wide = dtypes_of(kind)
+    (x_type, row), (y_type, _) = _arrays(kind, True), _arrays(kind, False)
 
     def small(x, y, w, b, eps, low, high):  # type: ignore[no-untyped-def]
         if _clash(x, y, w, b):
@@ -68,7 +74,7 @@ def small(checksum: int, kind: str) -> Any:
         _rows(p, q, M, N, wp, bp, (eps, low, high), (none, none, 0, 0), stats, rooms)
         return False
 
-    return types.bool_(table, table, row, row, *_LIMITS), small
+    return types.bool_(x_type, y_type, row, row, *_LIMITS), small
 
 
 @job
@@ -77,7 +83,8 @@ def small_with_stats(checksum: int, kind: str) -> Any:
 
     Two arrays more cost a call 100 ns, a twentieth of it.
     """
-    (computed, _, wide), (table, row) = dtypes_of(kind), _arrays(kind)
+    computed, _, wide = dtypes_of(kind)
+    (x_type, row), (y_type, to) = _arrays(kind, True), _arrays(kind, False)
 
     def small_with_stats(x, y, w, b, mean, rstd, eps, low, high):  # type: ignore[no-untyped-def]
         if _clash(x, y, w, b):
@@ -91,7 +98,7 @@ def small_with_stats(checksum: int, kind: str) -> Any:
         _rows(p, q, M, N, wp, bp, (eps, low, high), told, stats, rooms)
         return False
 
-    return types.bool_(table, table, row, row, row, row, *_LIMITS), small_with_stats
+    return types.bool_(x_type, y_type, row, row, to, to, *_LIMITS), small_with_stats
 
 
 @job
@@ -101,7 +108,8 @@ def small_gradients(checksum: int, kind: str) -> Any:
     dy, x and dx (M, N) hold 16-bit kinds as uint16; what is absent is empty. ``plan``: as for
     `jobs.gradients`.
     """
-    (computed, _, wide), (table, row) = dtypes_of(kind), _arrays(kind)
+    computed, _, wide = dtypes_of(kind)
+    (x_type, row), (y_type, result) = _arrays(kind, True), _arrays(kind, False)
 
     def small_gradients(plan, dy, x, mean, rstd, w, dx, dweight, dbias):  # type: ignore[no-untyped-def]
         f = backward_at(plan)
@@ -114,7 +122,8 @@ def small_gradients(checksum: int, kind: str) -> Any:
         to, wp, tiles = at(sums.ctypes.data * summed, computed), at(_of(w), computed), (sums, sums)
         share_gradients(f, arrays, stats, wp, to, 0, block_count(total), tiles, room, sums)
         if summed:
-            dw, db = at(_of(dweight), computed), at(_of(dbias), computed)
-            merge_into(to, total, N, dw, db, np.empty(2 * N), sums)
+            targets = at(_of(dweight), computed), at(_of(dbias), computed)
+            _merge(to, total, N, targets, np.empty(min(N, CHUNK)), sums)
 
-    return types.void(types.int64, table, table, row, row, row, table, row, row), small_gradients
+    given = types.int64, x_type, x_type, row, row, row
+    return types.void(*given, y_type, result, result), small_gradients

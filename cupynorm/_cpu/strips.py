@@ -71,47 +71,43 @@ TOGETHER = 16  # columns that are turned together: a line of float32 of each row
 
 
 @inner
-def _cast(p, step, n, q):  # type: ignore[no-untyped-def]
-    if step == 1:  # which the compiler turns into vectors
-        for i in range(n):
-            q[i] = like(q, item(p, i))
-    else:
-        for i in range(n):
-            q[i] = like(q, item(p, i * step))
+def _cast(p, n, q):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        q[i] = like(q, item(p, i))
 
 
 @inner
-def _load(kind, x, step, n, q):  # type: ignore[no-untyped-def]
-    """Read n elements of a column at address x, ``step`` apart, in the dtype of q."""
+def _load(kind, x, n, q):  # type: ignore[no-untyped-def]
+    """Read n elements of a column at address x in the dtype of q."""
     if kind == 0:
         p = at(x, "uint8")
         for i in range(n):
-            q[i] = like(q, p[i * step] != 0)
+            q[i] = like(q, p[i] != 0)
     elif kind == 1:
-        _cast(at(x, "int8"), step, n, q)
+        _cast(at(x, "int8"), n, q)
     elif kind == 2:
-        _cast(at(x, "uint8"), step, n, q)
+        _cast(at(x, "uint8"), n, q)
     elif kind == 3:
-        _cast(at(x, "int16"), step, n, q)
+        _cast(at(x, "int16"), n, q)
     elif kind == 4:
-        _cast(at(x, "uint16"), step, n, q)
+        _cast(at(x, "uint16"), n, q)
     elif kind == 5:
-        _cast(at(x, "int32"), step, n, q)
+        _cast(at(x, "int32"), n, q)
     elif kind == 6:
-        _cast(at(x, "uint32"), step, n, q)
+        _cast(at(x, "uint32"), n, q)
     elif kind == 7:
-        _cast(at(x, "int64"), step, n, q)
+        _cast(at(x, "int64"), n, q)
     elif kind == 8:
-        _cast(at(x, "uint64"), step, n, q)
+        _cast(at(x, "uint64"), n, q)
     elif kind == 9:
         if F16C:  # else Python has widened the column
-            _cast(at(x, "float16"), step, n, q)
+            _cast(at(x, "float16"), n, q)
     elif kind == 10:
-        _cast(at(x, "bfloat16"), step, n, q)
+        _cast(at(x, "bfloat16"), n, q)
     elif kind == 11:
-        _cast(at(x, "float32"), step, n, q)
+        _cast(at(x, "float32"), n, q)
     else:
-        _cast(at(x, "float64"), step, n, q)
+        _cast(at(x, "float64"), n, q)
 
 
 @inner
@@ -137,16 +133,15 @@ def _forget(t, n, mask, bit):  # type: ignore[no-untyped-def]
 def bring_columns(columns, N, first, n, tile, room):  # type: ignore[no-untyped-def]
     """Bring n rows from ``first`` on into the tile.
 
-    columns (6, N): number of the dtype, address, elements from row to row, address of the bitmap
-    or 0, the bit of row 0, and the bytes of an element. ``room`` holds TOGETHER columns.
+    columns (5, N): number of the dtype, address, bytes of an element, address of the bitmap or 0,
+    and the bit of row 0. ``room`` holds TOGETHER columns.
     """
     t, pitch = pointer(room, 0), room.size // TOGETHER
     for left in range(0, N, TOGETHER):
         count = min(TOGETHER, N - left)
         for c in range(count):
             j, q = left + c, advance(t, c * pitch)
-            kind, x, step = columns[j], columns[N + j], columns[2 * N + j]
-            _load(kind, x + first * step * columns[5 * N + j], step, n, q)
+            _load(columns[j], columns[N + j] + first * columns[2 * N + j], n, q)
             if columns[3 * N + j] != 0:
                 _forget(q, n, at(columns[3 * N + j], "uint8"), columns[4 * N + j] + first)
         move(t, 1, pitch, pointer(tile, left), N + GAP, 1, n, count)

@@ -453,9 +453,14 @@ def _turned(p, pitch, q, qp, rows, cols):  # type: ignore[no-untyped-def]
     """Copy columns at p, ``pitch`` apart, to rows at q, ``qp`` apart."""
     side = square(p)
     tall, wide = rows // side * side, cols // side * side
-    for j in range(0, wide, side):
+    if abs(qp) > abs(pitch):  # along the lines that lie farther apart, in caches and in pages
         for i in range(0, tall, side):
-            _turn(advance(p, j * pitch + i), pitch, advance(q, i * qp + j), qp)
+            for j in range(0, wide, side):
+                _turn(advance(p, j * pitch + i), pitch, advance(q, i * qp + j), qp)
+    else:
+        for j in range(0, wide, side):
+            for i in range(0, tall, side):
+                _turn(advance(p, j * pitch + i), pitch, advance(q, i * qp + j), qp)
     for j in range(cols):
         for i in range(tall if j < wide else 0, rows):
             q[i * qp + j] = p[j * pitch + i]

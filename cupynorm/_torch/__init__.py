@@ -1,1 +1,5 @@
-"""Torch tensors: who watches them, then their addresses."""
+"""Tensors: who watches them, then their addresses.
+
+`doors` tells which way a call takes, `tensors` is the door of those that nobody watches. The folder
+may import torch, the engines of `_cpu` and `_cuda`, `_reference`, and what is below.
+"""

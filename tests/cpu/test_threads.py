@@ -185,7 +185,8 @@ def test_any_number_of_threads_gives_the_same_bits(engine, case, monkeypatch):
         asked.clear()
         y, mean, rstd = door.forward(x, axes, weight, weight)
         results.append((y, mean, rstd, *door.backward(dy, x, axes, mean, rstd, weight)))
-        assert engine == "numpy" or int(count) in asked
+        most = min(int(count), x.size >> 18)
+        assert engine == "numpy" or max(asked) == most
     want = oracle.layer_norm(x, axes, weight, weight, 1e-5)
     np.testing.assert_allclose(results[0][0], want[0], rtol=1e-5, atol=1e-5)
     oracle.assert_gradients(results[0][3:], dy, x, axes, weight)
