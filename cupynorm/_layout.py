@@ -229,6 +229,14 @@ def rows_last(ndim: int, axes: tuple[int, ...]) -> tuple[int, ...]:
     return (*(a for a in range(ndim) if a not in axes), *axes)
 
 
+def as_table(facts: Facts) -> tuple[tuple[int, ...], Facts]:
+    """How to turn arrays so that their rows come first, and facts of row-major copies (M, N)."""
+    shape = facts.size // facts.N, facts.N
+    strides: dict[str, tuple[int, ...] | None] = dict.fromkeys(facts.strides, (facts.N, 1))
+    table = facts._replace(shape=shape, axes=(1,), strides=strides)
+    return rows_last(len(facts.shape), facts.axes), table
+
+
 def result_strides(shape: tuple[int, ...], strides: tuple[int, ...], order: str) -> tuple[int, ...]:
     """Element strides that `empty_like(x, order=order)` gives: dense, for 'K' in x's axis order."""
     axes = list(range(len(shape)))

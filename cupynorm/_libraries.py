@@ -197,6 +197,8 @@ def check_writable(out: Any) -> None:
     if 0 in out.shape or (hasattr(out, "flags") and out.flags.c_contiguous):
         return
     torch = hasattr(out, "data_ptr")
+    if not (torch or hasattr(out, "strides")):  # of a library whose memory is its own affair
+        return
     strides = tuple(s * out.itemsize for s in out.stride()) if torch else out.strides
     reach = out.itemsize  # bytes that all smaller steps together cover
     for stride, n in sorted((abs(s), n) for s, n in zip(strides, out.shape, strict=True)):

@@ -114,7 +114,8 @@ class PreparedLayerNorm:
         mine, its = facts.strides["x"], self._door.strides(x)
         steps = zip(facts.shape, mine or (), its or (), strict=False)
         if (mine is None) != (its is None) or any(n > 1 and s != t for n, s, t in steps):
-            self._refuse("strides", its, mine)
+            size = x.dtype.itemsize if hasattr(x, "strides") else 1  # in bytes, but for torch
+            self._refuse("strides", *(s and tuple(size * n for n in s) for s in (its, mine)))
         if str(x.device) != self._device:
             self._refuse("device", x.device, self._device)
 

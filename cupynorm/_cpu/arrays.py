@@ -11,7 +11,7 @@ import numpy as np
 
 from cupynorm import _rules
 from cupynorm._cpu import blocks, engine
-from cupynorm._layout import Facts, Problem, problem_of, row_major_strides
+from cupynorm._layout import Facts, Problem, as_table, problem_of, row_major_strides
 from cupynorm._libraries import check_overlap
 
 Array = np.ndarray[Any, Any]
@@ -232,15 +232,7 @@ def _check_out(x: Array, weight: Array | None, bias: Array | None, out: Array) -
             check_overlap(label, other, out, same_allowed=False)
 
 
-def _as_table(facts: Facts) -> tuple[list[int], Facts]:
-    """How to turn x so that its rows come first, and facts of a copy (M, N) in that order."""
-    turn = [a for a in range(len(facts.shape)) if a not in facts.axes] + list(facts.axes)
-    shape = facts.size // facts.N, facts.N
-    strides: Any = dict.fromkeys(facts.strides, (facts.N, 1))
-    return turn, facts._replace(shape=shape, axes=(1,), strides=strides)
-
-
-def _copied(a: Array, turn: list[int], shape: tuple[int, ...]) -> Array:
+def _copied(a: Array, turn: tuple[int, ...], shape: tuple[int, ...]) -> Array:
     """A row-major copy (M, N) in the machine's byte order."""
     copy = a.transpose(turn).astype(a.dtype.newbyteorder("="), order="C", copy=True)
     return copy.reshape(shape)
@@ -268,7 +260,7 @@ def _forward(facts: Facts, plain: bool) -> Call:
             do(*map(_address, (x, y, w, b, mean, rstd)))
 
         return in_place
-    turn, table = _as_table(facts)
+    turn, table = as_table(facts)
     on_table = _forward(table, plain)
 
     def on_copy(x: Any, weight: Any, bias: Any, y: Any, mean: Any, rstd: Any) -> None:
@@ -334,7 +326,7 @@ def _one_table(problem: Problem) -> bool:
 
 
 def _on_copies(facts: Facts) -> Call:
-    turn, table = _as_table(facts)
+    turn, table = as_table(facts)
     do = _backward(table, False)
 
     def run(dy: Any, x: Any, mean: Any, rstd: Any, w: Any, dx: Any, *to: Any) -> None:

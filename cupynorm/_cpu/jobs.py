@@ -415,7 +415,7 @@ def _long_gradients(f, arrays, w, stats, sums, lo, hi, spare):  # type: ignore[n
 
 @job
 def merge(checksum: int, kind: str) -> Any:
-    """``merge(plan, sums, dweight, dbias, wide, 0)``: the column sums of all blocks.
+    """``merge(plan, sums, dweight, dbias, wide, none)``: the column sums of all blocks.
 
     dweight and dbias hold float64 where ``wide``, else what loops compute in.
     """

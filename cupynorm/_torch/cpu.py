@@ -9,7 +9,7 @@ import torch
 from cupynorm import _reference
 from cupynorm._cpu import engine, threads
 from cupynorm._cpu.arrays import _plain
-from cupynorm._layout import Facts, problem_of
+from cupynorm._layout import Facts, as_table, problem_of
 from cupynorm._reference import Rows
 from cupynorm._torch.tensors import (
     LOW,
@@ -54,6 +54,11 @@ def _store(results: tuple[Any, ...], targets: tuple[Any, ...]) -> None:
             target.copy_(result)
 
 
+def _copied(tensor: Any, turn: tuple[int, ...], shape: tuple[int, ...]) -> Any:
+    """A row-major copy with the normalized axes last."""
+    return tensor.detach().permute(turn).clone(memory_format=torch.contiguous_format).view(shape)
+
+
 class Loops(Functions):
     """What computes on the CPU: the compiled loops, or torch's functions where none will do."""
 
@@ -61,8 +66,10 @@ class Loops(Functions):
         """``run(x, y, weight, bias, mean, rstd)``, where all but x and y may be None."""
         functions = super().forward(facts)
         problem = problem_of(facts)
-        if problem is None or not engine.available(facts.dtypes["x"]):
+        if not engine.available(facts.dtypes["x"]):
             return functions
+        if problem is None:
+            return self._forward_of_copies(facts)
         loops = engine.normalizer(problem, facts.eps, lambda: num_threads())
         compute = stats_dtype(getattr(torch, facts.dtypes["x"]))
         x_bytes, y_bytes = bytes_of(facts, "x"), bytes_of(facts, "y")
@@ -102,12 +109,40 @@ class Loops(Functions):
 
         return run
 
+    def _forward_of_copies(self, facts: Facts) -> Run:
+        """For tensors whose axes do not fold to rows and columns."""
+        turn, table = as_table(facts)
+        loops = self.forward(table)
+
+        def run(x: Any, y: Any, weight: Any, bias: Any, mean: Any, rstd: Any) -> None:
+            copy = _copied(x, turn, table.shape)
+            loops(copy, copy, weight, bias, mean, rstd)
+            target = y.permute(turn)
+            target.copy_(copy.view(target.shape))
+
+        return run
+
+    def _backward_of_copies(self, facts: Facts) -> Run:
+        turn, table = as_table(facts)
+        loops = self.backward(table)
+
+        def run(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, dx: Any, *sums: Any) -> None:
+            slope, source = (_copied(a, turn, table.shape) for a in (dy, x))
+            loops(slope, source, mean, rstd, weight, None if dx is None else slope, *sums)
+            if dx is not None:
+                target = dx.permute(turn)
+                target.copy_(slope.view(target.shape))
+
+        return run
+
     def backward(self, facts: Facts) -> Run:
         """``run(dy, x, mean, rstd, weight, dx, dweight, dbias)``; None: absent, not wanted."""
         functions = super().backward(facts)
         problem = problem_of(facts)
-        if problem is None or not engine.available(facts.dtypes["x"]):
+        if not engine.available(facts.dtypes["x"]):
             return functions
+        if problem is None:
+            return self._backward_of_copies(facts)
         loops = engine.differentiator(problem, lambda: num_threads())
         compute = stats_dtype(getattr(torch, facts.dtypes["x"]))
         x_bytes, dy_bytes = bytes_of(facts, "x"), bytes_of(facts, "dy")
