@@ -13,6 +13,7 @@ def run_python(code, root=ROOT, **env):
     """Standard output of a fresh interpreter with the package of ``root``."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=root,  # which stands before PYTHONPATH
         env=os.environ | {"PYTHONPATH": str(root)} | env,
         capture_output=True,
         text=True,
