@@ -69,7 +69,7 @@ class Loops(Functions):
         if not engine.available(facts.dtypes["x"]):
             return functions
         if problem is None:
-            return self._forward_of_copies(facts)
+            return self._forward_of_copies(facts, functions)
         loops = engine.normalizer(problem, facts.eps, lambda: num_threads())
         compute = stats_dtype(getattr(torch, facts.dtypes["x"]))
         x_bytes, y_bytes = bytes_of(facts, "x"), bytes_of(facts, "y")
@@ -109,12 +109,16 @@ class Loops(Functions):
 
         return run
 
-    def _forward_of_copies(self, facts: Facts) -> Run:
+    def _forward_of_copies(self, facts: Facts, functions: Run) -> Run:
         """For tensors whose axes do not fold to rows and columns."""
         turn, table = as_table(facts)
-        loops = self.forward(table)
+        loops, x_bytes = self.forward(table), bytes_of(facts, "x")
 
         def run(x: Any, y: Any, weight: Any, bias: Any, mean: Any, rstd: Any) -> None:
+            if _plain.get():
+                functions(x, y, weight, bias, mean, rstd)
+                return
+            address_of("x", x, x_bytes)
             copy = _copied(x, turn, table.shape)
             loops(copy, copy, weight, bias, mean, rstd)
             target = y.permute(turn)
@@ -122,11 +126,17 @@ class Loops(Functions):
 
         return run
 
-    def _backward_of_copies(self, facts: Facts) -> Run:
+    def _backward_of_copies(self, facts: Facts, functions: Run) -> Run:
         turn, table = as_table(facts)
         loops = self.backward(table)
+        x_bytes, dy_bytes = bytes_of(facts, "x"), bytes_of(facts, "dy")
 
         def run(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, dx: Any, *sums: Any) -> None:
+            if _plain.get():
+                functions(dy, x, mean, rstd, weight, dx, *sums)
+                return
+            address_of("dy", dy, dy_bytes)
+            address_of("x", x, x_bytes)
             slope, source = (_copied(a, turn, table.shape) for a in (dy, x))
             loops(slope, source, mean, rstd, weight, None if dx is None else slope, *sums)
             if dx is not None:
@@ -142,7 +152,7 @@ class Loops(Functions):
         if not engine.available(facts.dtypes["x"]):
             return functions
         if problem is None:
-            return self._backward_of_copies(facts)
+            return self._backward_of_copies(facts, functions)
         loops = engine.differentiator(problem, lambda: num_threads())
         compute = stats_dtype(getattr(torch, facts.dtypes["x"]))
         x_bytes, dy_bytes = bytes_of(facts, "x"), bytes_of(facts, "dy")

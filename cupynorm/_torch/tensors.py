@@ -199,12 +199,19 @@ class Tensors:
             if run is None:
                 run = machine_on(x.device).backward(facts)
             dx = new(x)
-            dweight = None if to_weight is None else x.new_empty(shape, dtype=to_weight)
-            dbias = None if to_bias is None else x.new_empty(shape, dtype=to_bias)
+            dweight = None if to_weight is None else _for_sum(x, weight, shape, to_weight)
+            dbias = None if to_bias is None else _for_sum(x, weight, shape, to_bias)
             run(dy, x, mean, rstd, weight, dx, dweight, dbias)
             return dx, dweight, dbias
 
         return call
+
+
+def _for_sum(x: Any, weight: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Memory for dweight or dbias, row-major; made like weight it costs half."""
+    if weight is not None and weight.dtype is dtype and weight.is_contiguous():
+        return torch.empty_like(weight)
+    return x.new_empty(shape, dtype=dtype)
 
 
 def _negatable(facts: Facts) -> bool:

@@ -64,6 +64,22 @@ def test_gradients_for_every_layout(loops, layout):
         check_gradients(torch.autograd.grad(y, (x, weight, bias), dy), dy, x, n, weight)
 
 
+@pytest.mark.parametrize("axes", [(1,), (0, 2), (1, 3), (0, 1, 2, 3)])
+def test_axes_that_do_not_fold(loops, axes):
+    """Rows that lie in more than two steps are met as copies, and so are their statistics."""
+    x = numbers(3, 4, 5, 6, dtype=double).permute(2, 0, 3, 1)
+    weight, bias = affine(*(x.shape[a] for a in axes), dtype=double)
+    dy = dy_of(x.shape, double)
+    y, mean, rstd = cn.layer_norm(x, None, weight, bias, axis=axes, return_stats=True)
+    found = cn.layer_norm_backward(dy, x, None, mean, rstd, weight, axis=axes)
+    rest = tuple(a for a in range(4) if a not in axes)
+    order, n = (*rest, *axes), len(axes)
+    rows, slopes = x.permute(order), dy.permute(order)
+    check(y.permute(order), rows, n, weight, bias)
+    check_gradients((found.dx.permute(order), *found[1:]), slopes, rows, n, weight)
+    torch.testing.assert_close(mean, x.mean(axes, keepdim=True))
+
+
 def test_a_gradient_that_is_one_number_seen_from_everywhere(loops):
     x = numbers(6, 50, grad=True)
     weight, bias = affine(50, grad=True)
