@@ -121,6 +121,8 @@ class _Text:
             return self._joined([self.of(node.left), self.of(node.right)])
         if isinstance(node, ast.IfExp):
             return self.of(node.body) + self.of(node.orelse)
+        if isinstance(node, ast.BoolOp):  # `given or "else"`
+            return self.of(node.values[-1])
         if isinstance(node, ast.Name):
             return self._named(node)
         if isinstance(node, ast.Call):
@@ -179,6 +181,8 @@ def _is_text(node: ast.expr) -> bool:
         return _is_text(node.body)
     if isinstance(node, ast.BinOp):
         return _is_text(node.left)
+    if isinstance(node, ast.BoolOp):
+        return _is_text(node.values[-1])
     return isinstance(node, ast.JoinedStr)
 
 
