@@ -22,12 +22,6 @@ def stats_dtype(x_dtype: str) -> str:
     return "float64" if x_dtype == "float64" else "float32"
 
 
-def rows_and_cols(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, int]:
-    """How many rows are normalized, and how many elements each has."""
-    cols = math.prod(shape[a] for a in axes)
-    return math.prod(n for a, n in enumerate(shape) if a not in axes), cols
-
-
 def stats_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
     """Shape of mean and rstd: x's with the normalized axes of length 1."""
     return tuple(1 if a in axes else n for a, n in enumerate(shape))

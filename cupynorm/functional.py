@@ -71,8 +71,8 @@ def layer_norm(
     of Chan, Golub and LeVeque (1983), "Algorithms for computing the sample variance", so a large
     common offset costs no accuracy; Numba's loops take the first pass over a row's first elements
     only, and again over all where that mean is far off. A row's result depends on that row alone,
-    bit for bit, but for JAX, whose compiler chooses the order of sums, and for Dask arrays whose
-    chunks split rows.
+    bit for bit, but for JAX, whose compiler chooses the order of sums, for tensors where Numba is
+    not installed, and for Dask arrays whose chunks split rows.
     The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450.
 
     Examples

@@ -46,25 +46,26 @@ class PreparedLayerNorm:
     def __init__(self, checked: _calls.Checked, how: _calls.How, door: Any) -> None:
         _, self._facts, self._turn, (x, weight, bias, _) = checked
         self._door, self._how, self._affine = door, how, (weight, bias)
-        self._looks, self._device = self._seen(x), str(x.device)
+        self._looks, self._device = _looks(door, (x, weight, bias)), str(x.device)
         self._call = _calls.call_of(door, self._facts, self._turn)
         self._into: tuple[Any, Any] = None, None  # how `out` looked last, and the call for it
-
-    def _seen(self, x: Any) -> tuple[Any, ...]:
-        look = self._door.look
-        return look(x), *(None if a is None else look(a) for a in self._affine)
 
     def __call__(self, x: Any, out: Any = None) -> Any:
         """Normalize x, into `out` if that is given."""
         door, (weight, bias), facts = self._door, self._affine, self._facts
         if type(x) not in door.types:
             self._refuse("type", _name(type(x)), _name(door.types[0]))
-        select = door.select
+        select, look, looks = door.select, door.look, self._looks
         plain = select is None or select(x, weight, bias, out) is door
-        if plain and self._seen(x) == self._looks:
+        if (
+            plain
+            and look(x) == looks[0]
+            and (weight is None or look(weight) == looks[1])
+            and (bias is None or look(bias) == looks[2])
+        ):
             if out is None:
                 found = self._call(x, weight, bias, None)
-            elif type(out) in door.types and door.look(out) == self._into[0]:
+            elif type(out) in door.types and look(out) == self._into[0]:
                 found = self._into[1](x, weight, bias, out)
             else:
                 found = self._by_rules(x, out)
@@ -131,11 +132,14 @@ def _rebuilt(door: str, state: tuple[Any, ...], affine: tuple[Any, Any]) -> Prep
     call = PreparedLayerNorm.__new__(PreparedLayerNorm)
     call._door, call._affine = import_module(door).DOOR, affine
     call._facts, call._turn, call._how, x_look, call._device = state
-    look = call._door.look
-    call._looks = x_look, *(None if a is None else look(a) for a in affine)
+    call._looks = x_look, *_looks(call._door, affine)
     call._call = _calls.call_of(call._door, call._facts, call._turn)
     call._into = None, None
     return call
+
+
+def _looks(door: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(None if a is None else door.look(a) for a in arrays)
 
 
 def _name(kind: type) -> str:

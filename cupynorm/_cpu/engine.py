@@ -115,26 +115,21 @@ def normalizer(
         chunked = _by_chunks(problem, rows, limits)
     elif chunks >= _LONG:
         chunked = _by_chunks(problem, 1, limits)
-    alone, found = size < ALONE and chunked is None, None
+    do = jobs.rows(kind)
+
+    def alone(x: int, y: int, weight: int, bias: int, mean: int, rstd: int) -> None:
+        do(plan, x, y, weight, bias, mean, rstd, 0, strips)
 
     def call(x: int, y: int, weight: int, bias: int, mean: int, rstd: int) -> None:
-        nonlocal found
-        if alone:  # a small call, which counts each look-up
-            found = found or jobs.rows(kind)
-            found(plan, x, y, weight, bias, mean, rstd, 0, strips)
-            return
         count = _useful(size, num_threads)
         if chunked is not None and (not problem.row_major or (4 * count > outer * M and count > 1)):
             chunked(x, y, weight, bias, mean, rstd, count)
             return
-        do = jobs.rows(kind)
-        if count == 1:
-            do(plan, x, y, weight, bias, mean, rstd, 0, strips)
-            return
         threads.run(lambda lo, hi: do(plan, x, y, weight, bias, mean, rstd, lo, hi), strips, count)
 
-    call.record = record  # type: ignore[attr-defined]  # which the address in `plan` is of
-    return call
+    run = alone if size < ALONE and chunked is None else call
+    run.record = record  # type: ignore[attr-defined]  # which the address in `plan` is of
+    return run
 
 
 def _by_chunks(problem: Problem, rows: int, limits: dict[str, float]) -> Call:
