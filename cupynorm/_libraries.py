@@ -231,6 +231,22 @@ def check_overlap(label: str, other: Any, out: Any, *, same_allowed: bool) -> No
         raise ValueError(msg)
 
 
+def to_host(x: Any) -> np.ndarray[Any, Any]:
+    """NumPy array of x's values, over its memory where that is the host's."""
+    library = library_of(x)
+    if library == "cupy":
+        x = x.get(order="A")
+    elif library == "torch":
+        import torch
+
+        x = x.detach().cpu()
+        if x.dtype == torch.bfloat16:  # which NumPy's DLPack does not know; the same bytes do
+            import ml_dtypes
+
+            return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+    return np.asarray(x)
+
+
 class _Span:
     """The addresses of an array, without touching its memory (it may be a GPU's)."""
 

@@ -36,6 +36,16 @@ def dtype_name(dtype: Any) -> str:
     return name if isinstance(name, str) else str(dtype).rpartition(".")[2]
 
 
+def name_of_dtype(dtype: Any) -> str:
+    """Name of a dtype that is given by name, as NumPy's or as another library's."""
+    if isinstance(dtype, str) and dtype == "bfloat16":  # of which NumPy knows nothing
+        return dtype
+    try:
+        return _numpy_name(np.dtype(dtype))
+    except TypeError:
+        return dtype_name(dtype)  # of another library, or no dtype at all
+
+
 @functools.cache
 def _numpy_name(dtype: np.dtype[Any]) -> str:
     return dtype.name  # builds the string anew each time, which costs microseconds

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 import cupynorm as cn
 import cupynorm.frames.columns
 from cupynorm import frames
-from cupynorm.frames import _arrow, _cudf
+from cupynorm.frames import tables
 from tests.test_columns import bitmap, close, expected
 
 pd = pytest.importorskip("pandas")
@@ -54,8 +54,8 @@ def arrow(array):
 @pytest.fixture
 def results(monkeypatch):
     """Matrices that tables are built over."""
-    made, build = [], frames.build
-    monkeypatch.setattr(frames, "build", lambda df, y: build(df, made.append(y) or y))
+    made, build = [], tables.build
+    monkeypatch.setattr(tables, "build", lambda df, y: build(df, made.append(y) or y))
     return made
 
 
@@ -182,7 +182,7 @@ def test_pandas_arrow_slices_and_chunks():
 @pytest.mark.parametrize("nulls", NULLS)
 def test_polars_nulls_slices_and_chunks(pyarrow, nulls, monkeypatch):
     if not pyarrow:
-        monkeypatch.setattr("cupynorm.frames._polars.find_spec", lambda name: None)
+        monkeypatch.setattr("cupynorm.frames.tables.find_spec", lambda name: None)
     valid = np.random.default_rng(3).random(60) > 0.2
     data = mixed(60)
     df = pl.DataFrame({**data, "e": pl.Series([1.5 if v else None for v in valid])})
@@ -208,11 +208,11 @@ def test_columns_are_read_in_place():
     df["arrow"] = arrow(pa.array(values))
     df["masked"] = pd.arrays.FloatingArray(values, np.arange(100) == 4)
     own = [df["numpy"].to_numpy(), values, df["masked"].array._data]
-    columns = cupynorm.frames.columns.read(df)
+    columns = tables.read(df)
     assert [np.shares_memory(c[0], x) for c, x in zip(columns, own, strict=True)] == [True] * 3
     np.testing.assert_array_equal(columns[2][1], bitmap(np.arange(100) != 4))
     df = pl.DataFrame({"a": values})
-    ((read,),) = cupynorm.frames.columns.read(df)
+    ((read,),) = tables.read(df)
     assert np.shares_memory(read, df["a"].to_numpy(allow_copy=False))
 
 
@@ -287,11 +287,11 @@ def test_refusals(library):
 
 
 class TwinSeries:
-    """What `frames/_cudf` uses of a cuDF Series, over a pyarrow array."""
+    """What is used of a cuDF Series, over a pyarrow array."""
 
     def __init__(self, array):
         validity, data = array.buffers()
-        self.array, self.dtype = array, np.dtype(_arrow.DTYPES[str(array.type)])
+        self.array, self.dtype = array, np.dtype(tables.ARROW[str(array.type)])
         self.__cuda_array_interface__ = {
             "shape": (len(array),),
             "strides": (self.dtype.itemsize,),
@@ -308,6 +308,16 @@ class TwinSeries:
         return len(self.array)
 
 
+class TwinFrame(dict):
+    """What is used of a cuDF DataFrame, over its columns by name."""
+
+    columns = property(list)
+    dtypes = property(lambda self: [series.dtype for series in self.values()])
+
+
+TwinFrame.__name__, TwinFrame.__module__ = "DataFrame", "cudf"
+
+
 def on_host(memory):
     """View of what a `__cuda_array_interface__` describes, were it the host's."""
     interface = memory.__cuda_array_interface__
@@ -318,18 +328,15 @@ def test_cudf_columns_are_their_buffers_and_bitmaps():
     valid = np.arange(77) % 5 > 0
     values = np.arange(77.0), np.arange(77, dtype=np.int16)
     arrays = {"a": pa.array(values[0]), "b": pa.array(values[1], mask=~valid)}
-    df = SimpleNamespace(
-        dtypes=pd.Series({name: TwinSeries(array).dtype for name, array in arrays.items()}),
-        items=lambda: ((name, TwinSeries(array)) for name, array in arrays.items()),
-    )
-    assert _cudf.not_numeric(df) == []
-    read = [tuple(map(on_host, column)) for column in _cudf.read(df)]
+    df = TwinFrame({name: TwinSeries(array) for name, array in arrays.items()})
+    read = [tuple(map(on_host, column)) for column in tables.read(df)]
     assert [[part.dtype for part in column] for column in read] == [["f8"], ["i2", "u1"]]
     np.testing.assert_array_equal(read[0][0], values[0])
     y = cn.layer_norm_columns(read, nulls="omit")
     close(y, expected(values, dtype="float64", omit=True, valid=[valid | True, valid]), 2)
-    df.dtypes["s"] = "category"
-    assert [name for name, _ in _cudf.not_numeric(df)] == ["s"]
+    df["s"] = SimpleNamespace(dtype="category")
+    with pytest.raises(TypeError, match="columns 's' .* are not numeric"):
+        tables.read(df)
 
 
 @pytest.mark.gpu
@@ -365,8 +372,8 @@ def test_a_table_brings_no_other_library():
         "import sys, numpy, polars\n"
         "from cupynorm import frames\n"
         "sys.modules['pyarrow'] = None\n"  # an import of it fails
-        "import cupynorm.frames._polars as adapter\n"
-        "adapter.find_spec = lambda name: None\n"
+        "from cupynorm.frames import tables\n"
+        "tables.find_spec = lambda name: None\n"
         "frames.layer_norm(polars.DataFrame({'a': [1.0], 'b': [2.0]}))\n"
         "print([m for m in ('pandas', 'cudf', 'cupy', 'torch', 'dask') if m in sys.modules])"
     )

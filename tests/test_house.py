@@ -38,7 +38,7 @@ DOORS = {
     "_cpu": {"arrays", "engine", "threads"},
     "_cuda": {"arrays", "launch"},
     "_torch": {"doors", "tensors"},
-    "frames": {"columns"},
+    "frames": {"columns", "tables"},
 }
 # Files behind a door that one room alone may name.
 BY_NAME = {

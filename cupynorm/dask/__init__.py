@@ -1,7 +1,6 @@
 """Layer norm of Dask arrays and DataFrames, lazily; needs the extra ``dask``.
 
-Lays graphs out and runs nothing: each task calls `_calls` on a block, `cupynorm.frames` on a
-partition, or `_reference`'s moments. Dask itself is imported when a collection has come.
+Lays graphs out and runs nothing. Dask itself is imported when a collection has come.
 """
 
 from typing import Any
@@ -33,15 +32,9 @@ def layer_norm(
         An array of NumPy or CuPy blocks in any chunks, float16, bfloat16, float32 or float64; or a
         DataFrame of pandas or cuDF partitions, whose rows are normalized over its columns. Chunks
         may have unknown sizes, but not along the normalized axes.
-    normalized_shape : int or tuple of int, optional
-        As for `cupynorm.layer_norm`.
-    weight, bias : array, optional
-        As for `cupynorm.layer_norm`, of the blocks' library, each once in the graph; or Dask
-        arrays, which are chunked as x is. A DataFrame takes no Dask arrays here.
-    eps : float, default 1e-5
-        As for `cupynorm.layer_norm`.
-    axis : int or tuple of int, optional
-        As for `cupynorm.layer_norm`.
+    normalized_shape, weight, bias, eps, axis : optional
+        As for `cupynorm.layer_norm`; weight and bias of the blocks' library, each once in the
+        graph, or Dask arrays, which are chunked as x is. A DataFrame takes no Dask arrays here.
     return_stats : bool, default False
         Give mean and rstd as well; arrays only.
 
@@ -56,22 +49,18 @@ def layer_norm(
     Raises
     ------
     TypeError
-        If x is no Dask array or DataFrame, has blocks of another library or an integer, bool or
-        complex dtype, or if both `normalized_shape` and `axis` are given.
+        As `cupynorm.layer_norm`; if x is no Dask array or DataFrame, or of other blocks.
     ValueError
-        If shapes or axes do not fit, if `eps` is not finite, if the normalized axes' lengths are
-        unknown, or if weight or bias live elsewhere than x's blocks.
+        As `cupynorm.layer_norm`; if the normalized axes' lengths are unknown.
 
     Notes
     -----
     Where each block holds whole rows, one task per block calls `cupynorm.layer_norm`, with the same
-    bits as one call on the whole array. Where chunks split the rows, each block gives its count,
-    mean and variance in the statistics' dtype; they are merged in the order of the blocks by the
-    formula of Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for
-    computing sample variances", about a common shift; and each block is normalized with the result.
-    The bits then depend on the chunks, but not on the scheduler, the workers, or who finishes
-    first. There is no backward for Dask collections. The formula is that of Ba, Kiros and Hinton
-    (2016), "Layer Normalization", arXiv:1607.06450.
+    bits as one call on the whole array. Where chunks split the rows, the blocks' moments are merged
+    in the order of the blocks by the formula of Chan, Golub and LeVeque (1979), about a common
+    shift. The bits then depend on the chunks, but not on the scheduler, the workers, or who
+    finishes first. There is no backward for Dask collections. The formula is that of Ba, Kiros and
+    Hinton (2016), arXiv:1607.06450.
 
     Examples
     --------

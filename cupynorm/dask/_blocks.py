@@ -1,19 +1,32 @@
-"""Graphs of Dask collections: block by block, or by merged moments where chunks split the rows."""
+"""Graphs of Dask collections: block by block, or by merged moments where chunks split the rows.
+
+Imports Dask, so it is imported itself when a collection has come.
+"""
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+import dask.array as da
 import numpy as np
+from array_api_compat import array_namespace
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
 
-from cupynorm import _calls, _rules, frames
+from cupynorm import _calls, _reference, _rules, frames
 from cupynorm._calls import How
 from cupynorm._libraries import check_companion, library_of
 from cupynorm._ops import Op
-from cupynorm.dask._moments import block_moments, normalize_block, statistics
+from cupynorm._reference import Moments
+
+# Elements that are taken at a time. NumPy: 1 MiB of float64; a quarter of that took twice as long,
+# in calls of the interpreter. A GPU: what temporaries may hold.
+_SLAB, _SLAB_GPU = 1 << 17, 1 << 24
 
 Axes = tuple[int, ...]
+Index = tuple[slice, ...]
+Statistics = tuple[Moments, Any, Any]  # of whole rows, with mean and rstd as they are given out
 
 
 def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any:
@@ -26,7 +39,7 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any
             "out= is given but a Dask collection has no memory to write to",
             "use the returned one, e.g. y.store(target)",
         )
-    if not isinstance(x, _da().Array):
+    if not isinstance(x, da.Array):
         return _of_frame(op, x, weight, bias, (normalized_shape, axis, eps, order, return_stats))
     _check_blocks(x)
     asked = _axes(x, normalized_shape, axis)
@@ -62,9 +75,6 @@ def _merged(op: Op, parts: Any, axes: Axes, eps: float) -> Any:
     each block of y would merge, and the merge compute its blocks' moments, again. No tree of
     merges: it would save no memory, as the blocks of x wait for the result anyway.
     """
-    from dask.base import tokenize
-    from dask.highlevelgraph import HighLevelGraph
-
     name = f"{op.name}-statistics-{tokenize(parts.name, eps)}"
     counts = [range(n) for n in parts.numblocks]
     tasks: Any = {}
@@ -73,7 +83,7 @@ def _merged(op: Op, parts: Any, axes: Axes, eps: float) -> Any:
         tasks[(name, *row)] = (statistics, [(parts.name, *place) for place in places], eps)
     graph = HighLevelGraph.from_collections(name, tasks, dependencies=[parts])
     chunks = tuple((1,) if a in axes else c for a, c in enumerate(parts.chunks))
-    return _da().Array(graph, name, chunks, meta=parts._meta)
+    return da.Array(graph, name, chunks, meta=parts._meta)
 
 
 def _blocks(
@@ -89,7 +99,7 @@ def _blocks(
     `arrays` come with their axes, `like` is what blocks of the result are like, `ones` are the axes
     along which these have length 1.
     """
-    return _da().blockwise(
+    return da.blockwise(
         task,
         tuple(range(like.ndim)),
         *itertools.chain.from_iterable(arrays),
@@ -123,21 +133,83 @@ def _of_frame(op: Op, x: Any, weight: Any, bias: Any, how: How) -> Any:
     named = {"op": op, "weight": weight, "bias": bias, "how": how}
     # The frame without rows that Dask keeps, through the same function: the dtypes, and every
     # error, at once and without a partition.
-    meta = partition(x._meta, **named)
-    return x.map_partitions(partition, **named, meta=meta, token=op.name)
+    meta = whole_rows(x._meta, **named)
+    return x.map_partitions(whole_rows, **named, meta=meta, token=op.name)
 
 
 # --- tasks --------------------------------------------------------------------------------------
 
 
 def whole_rows(x: Any, weight: Any, bias: Any, op: Op, how: How) -> Any:
-    """Normalize a block that holds whole rows, as one call does."""
-    return _calls.normalize(op, x, weight, bias, None, how)
+    """Normalize a block or a partition that holds whole rows, as one call does."""
+    normalize = frames.normalize if frames.is_table(x) else _calls.normalize
+    return normalize(op, x, weight, bias, None, how)
 
 
-def partition(frame: Any, op: Op, weight: Any, bias: Any, how: How) -> Any:
-    """Normalize a partition."""
-    return frames.normalize(op, frame, weight, bias, None, how)
+def block_moments(x: Any, axes: Axes) -> Moments:
+    """Moments of one block over `axes`; the bits go by its shape and values, not its strides."""
+    xp = array_namespace(x)
+    slabs = _slabs(x, axes)
+    with _reference.quiet(xp):
+        parts = [
+            (row, _reference.merge(xp, [_reference.moments(xp, x[slab], axes) for slab in of_row]))
+            for row, of_row in itertools.groupby(slabs, lambda slab: _rows_of(slab, axes))
+        ]
+    if len(parts) == 1:
+        return parts[0][1]
+    kept = _rules.stats_shape(x.shape, axes)
+    whole = [np.empty_like(x, part.dtype, shape=kept, order="C") for part in parts[0][1][1:]]
+    for row, (_, *values) in parts:
+        for target, value in zip(whole, values, strict=True):
+            target[row] = value
+    return Moments(parts[0][1].terms, *whole)
+
+
+def statistics(parts: Sequence[Moments], eps: float) -> Statistics:
+    """Of rows, from the moments of their blocks, merged in the order given."""
+    xp = array_namespace(parts[0].mean)
+    with _reference.quiet(xp):
+        whole = _reference.merge(xp, parts)
+        mean = whole.mean if whole.terms else whole.mean + math.nan  # the mean of nothing
+        return whole, mean, _reference.rstd_of(xp, whole, eps)
+
+
+def normalize_block(
+    x: Any, stats: Statistics, weight: Any, bias: Any, axes: Axes, order: Any
+) -> Any:
+    """y of one block by the statistics of its rows, slab by slab; x is left alone."""
+    xp = array_namespace(x)
+    (terms, *moments), _, rstd = stats
+    y = np.empty_like(x, order=order)
+    with _reference.quiet(xp):
+        for slab in _slabs(x, axes):
+            row, column = _rows_of(slab, axes), tuple(slab[a] for a in axes)
+            whole = Moments(terms, *(value[row] for value in moments))
+            affine = (None if a is None else a[column] for a in (weight, bias))
+            rows = _reference.Rows(xp, x[slab], axes)
+            y[slab] = _reference.apply(rows, whole, rstd[row], *affine)
+    return y
+
+
+def _rows_of(slab: Index, axes: Axes) -> Index:
+    """Where statistics lie for the rows of a slab."""
+    return tuple(slice(None) if a in axes else at for a, at in enumerate(slab))
+
+
+def _slabs(x: Any, axes: Axes) -> Iterator[Index]:
+    """Cut a block that is too large at once, between rows before within; row by row in order."""
+    limit = _SLAB if isinstance(x, np.ndarray) else _SLAB_GPU
+    sizes = list(x.shape)
+    by_row = sorted(range(x.ndim), key=lambda a: a in axes)
+    for a in by_row:
+        pieces = -(-math.prod(sizes) // limit)
+        sizes[a] = max(-(-sizes[a] // max(pieces, 1)), 1)
+    cuts = [
+        [slice(i, i + sizes[a]) for i in range(0, max(x.shape[a], 1), sizes[a])] for a in by_row
+    ]
+    for found in itertools.product(*cuts):
+        at = dict(zip(by_row, found, strict=True))
+        yield tuple(at[a] for a in range(x.ndim))
 
 
 def _part(result: tuple[Any, ...], index: int) -> Any:
@@ -150,12 +222,6 @@ def _one(_: Any) -> int:
 
 
 # --- rules --------------------------------------------------------------------------------------
-
-
-def _da() -> Any:
-    import dask.array
-
-    return dask.array
 
 
 def _stats_meta(x: Any) -> Any:
@@ -201,7 +267,7 @@ def _axes(x: Any, normalized_shape: Any, axis: Any) -> Axes:
 
 def _affine(label: str, value: Any, x: Any, asked: Axes) -> Any:
     """Check a weight or bias, and chunk it (never x) as x is chunked along the axes."""
-    lazy = isinstance(value, _da().Array)
+    lazy = isinstance(value, da.Array)
     check_companion(label, value._meta if lazy else value, x._meta)
     cast = f"{label}.astype('float32')"
     _rules.check_affine_dtype(label, _rules.dtype_name(value.dtype), cast)
@@ -211,4 +277,4 @@ def _affine(label: str, value: Any, x: Any, asked: Axes) -> Any:
         value = value.transpose(turn)
     chunks = tuple(x.chunks[a] for a in sorted(asked))
     # One key per block in the graph, whichever number of tasks reads it.
-    return value.rechunk(chunks) if lazy else _da().from_array(value, chunks=chunks)
+    return value.rechunk(chunks) if lazy else da.from_array(value, chunks=chunks)

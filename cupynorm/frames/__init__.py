@@ -1,7 +1,6 @@
 """Tables of pandas, polars and cuDF: rows over columns, with index and column names kept.
 
-Imports columns' rules and calls from `columns`, one adapter a library from the files beside it, and
-from outside of this folder only what lies below it: no table library before a table has come.
+`tables` knows the libraries, `columns` has the rules and the call.
 """
 
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from cupynorm import _rules
 from cupynorm._calls import How
 from cupynorm._ops import LAYER_NORM, Op
-from cupynorm.frames import columns
+from cupynorm.frames import columns, tables
 
 __all__ = ["layer_norm"]
 
@@ -33,13 +32,8 @@ def layer_norm(
     df : DataFrame
         Of pandas, polars or cuDF, shape (M, N), all columns numeric or bool; pandas' nullable and
         Arrow-backed dtypes as well. It is read where it lies, column by column.
-    weight, bias : array, optional
-        Scale and shift of shape (N,), NumPy (CuPy for cuDF), in the order of the columns.
-    eps : float, default 1e-5
-        As for `cupynorm.layer_norm`.
-    dtype : dtype, optional
-        Of every column of the result: float16, float32 or float64. By default float32, and float64
-        where a column is float64.
+    weight, bias, eps, dtype : optional
+        As for `cupynorm.layer_norm_columns`; the dtype is not bfloat16.
     order : {'K', 'C', 'F'}, default 'K'
         Layout of the result's one block of memory: row-major where df is one row-major matrix,
         else column-major; row-major; column-major.
@@ -55,16 +49,14 @@ def layer_norm(
     Raises
     ------
     TypeError
-        If df is no table, or has columns that are not numeric (they are named), or `dtype` is not
-        a float.
+        If df is no table, has columns that are not numeric, or `dtype` is not a float.
     ValueError
         If df has no columns, `weight` or `bias` does not fit, or an option has no such value.
 
     Notes
     -----
-    Over each row the formula of Ba, Kiros and Hinton (2016), "Layer Normalization",
-    arXiv:1607.06450, with the algorithm of `cupynorm.layer_norm_columns`, which gives the same
-    table as one row-major matrix.
+    `cupynorm.layer_norm_columns` gives the same as one row-major matrix. The formula is that of
+    Ba, Kiros and Hinton (2016), arXiv:1607.06450.
 
     Examples
     --------
@@ -89,7 +81,7 @@ def _layer_norm(
     op: Op, df: Any, weight: Any, bias: Any, eps: Any, *, dtype: Any, order: str, nulls: str
 ) -> Any:
     _rules.check_order(order)
-    ready = columns.gather(columns.read(df))
+    ready = columns.gather(tables.read(df))
     if order == "K":
         x = columns.as_matrix(ready)
         by_row = x is not None and x.strides[1] == x.itemsize <= x.strides[0] // x.shape[1]
@@ -102,17 +94,12 @@ def _layer_norm(
         )
         raise TypeError(msg)
     named = {"dtype": name, "order": order, "nulls": nulls}
-    return build(df, columns.normalize(op, ready, weight, bias, eps, **named))
+    return tables.build(df, columns.normalize(op, ready, weight, bias, eps, **named))
 
 
 def is_table(x: Any) -> bool:
     """Whether x is a DataFrame of a library known here; asked of its type."""
-    return bool(columns.library(x))
-
-
-def build(table: Any, y: Any) -> Any:
-    """Give y (M, N) as a table with the index, names and class of `table`, sharing y's memory."""
-    return columns.adapter(table).build(table, y)
+    return bool(tables.library(x))
 
 
 def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any:

@@ -1,19 +1,17 @@
 """Columns, also those of a table, to one normalized matrix: their rules, and the two calls."""
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupynorm import _calls, _libraries, _rules
 from cupynorm._ops import LAYER_NORM, Op
+from cupynorm.frames import tables
 
 __all__ = ["layer_norm_columns"]
 
-_TABLES = ("pandas", "polars", "cudf")
-_NUMBERS = frozenset(_rules.ITEMSIZE) | {"bool"}
-_NUMBERS |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_NUMBERS = {*_rules.ITEMSIZE, *tables.ARROW.values()}
 
 
 class Column(NamedTuple):
@@ -48,10 +46,8 @@ def layer_norm_columns(
         (the least significant first) is 1 where row i is valid; or a triple ``(values, validity,
         offset)``, whose row i has bit ``i + offset``. A pandas, polars or cuDF DataFrame stands
         for its columns.
-    weight, bias : array, optional
-        Of shape (N,); as for `layer_norm`.
-    eps : float, default 1e-5
-        As for `layer_norm`.
+    weight, bias, eps : optional
+        As for `layer_norm`, of shape (N,).
     dtype : dtype, optional
         Of the result: float16, bfloat16, float32 or float64. By default float32, and float64 where
         a column is float64.
@@ -69,11 +65,9 @@ def layer_norm_columns(
     Raises
     ------
     TypeError
-        If a column, `weight` or `bias` is no array or has another dtype, such as strings, objects,
-        dates or complex numbers; if `dtype` is not one of the four.
+        If a column, `weight` or `bias` is no array or has another dtype, or `dtype` is no float.
     ValueError
-        If there are no columns, if they or their bitmaps differ in length, if shapes do not fit,
-        if arrays live on different devices, or if `out` shares memory with an input.
+        If there are no columns, lengths, shapes or devices do not fit, or `out` shares memory.
 
     Notes
     -----
@@ -95,7 +89,7 @@ def layer_norm_columns(
     array([[ 1.414, -0.689, -0.725],
            [ 1.413, -0.653, -0.759]], dtype=float32)
     """
-    ready = gather(read(columns) if library(columns) else columns)
+    ready = gather(tables.read(columns) if tables.library(columns) else columns)
     return normalize(LAYER_NORM, ready, weight, bias, eps, dtype=dtype, out=out, nulls=nulls)
 
 
@@ -161,41 +155,6 @@ def _whole_bytes(columns: Sequence[Column]) -> list[Any]:
             raise ValueError(msg)
         bitmaps.append(None if validity is None else validity[bit // 8 :])
     return bitmaps
-
-
-# --- tables -------------------------------------------------------------------------------------
-
-
-def library(x: Any) -> str:
-    """'pandas', 'polars' or 'cudf' if x is a DataFrame, or of a subclass, of that library."""
-    for base in type(x).__mro__:
-        origin = base.__module__.partition(".")[0]
-        if base.__name__ == "DataFrame" and origin in _TABLES:
-            return origin
-    return ""
-
-
-def adapter(table: Any) -> Any:
-    """What reads and builds tables of that library."""
-    return import_module(f"cupynorm.frames._{library(table)}")
-
-
-def read(table: Any) -> list[tuple[Any, ...]]:
-    """Columns as `layer_norm_columns` takes them, sharing the table's memory where possible."""
-    refused = adapter(table).not_numeric(table)
-    if refused:
-        named = ", ".join(f"{name!r} ({dtype})" for name, dtype in refused[:5])
-        named += f" and {len(refused) - 5} more" if len(refused) > 5 else ""
-        msg = f"columns {named} are not numeric; leave them out: {adapter(table).NUMERIC}"
-        raise TypeError(msg)
-    columns: list[tuple[Any, ...]] = adapter(table).read(table)
-    if not columns:
-        msg = (
-            f"the table has shape {tuple(table.shape)}: no column, so no row to normalize; pass "
-            "one with at least one column"
-        )
-        raise ValueError(msg)
-    return columns
 
 
 def as_matrix(columns: Sequence[Column]) -> np.ndarray[Any, Any] | None:
@@ -300,11 +259,7 @@ def result_dtype(columns: Sequence[Column], dtype: Any, out: Any = None) -> str:
     name = "float64" if "float64" in names else "float32"
     if dtype is None:
         return name if out is None else _rules.dtype_name(getattr(out, "dtype", name))
-    try:
-        named = isinstance(dtype, str) and dtype in _rules.ITEMSIZE
-        name = dtype if named else _rules.dtype_name(np.dtype(dtype))
-    except TypeError:
-        name = _rules.dtype_name(dtype)  # of another library, or no dtype at all
+    name = _rules.name_of_dtype(dtype)
     if name not in _rules.ITEMSIZE:
         choices = ", ".join(_rules.ITEMSIZE)
         msg = f"dtype={dtype!r} is no float of 16 to 64 bits; pass one of {choices}"

@@ -8,7 +8,7 @@ from typing import Any, Self
 from cupynorm import _rules
 from cupynorm.functional import layer_norm, layer_norm_backward
 from cupynorm.modules import _parameters
-from cupynorm.modules._state import Stateful
+from cupynorm.modules._parameters import Stateful
 
 __all__ = ["LayerNorm"]
 
@@ -16,16 +16,13 @@ __all__ = ["LayerNorm"]
 class LayerNorm(Stateful):
     """Layer normalization that holds its weight and bias, for training without a framework.
 
-    ``y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` over the trailing dimensions
-    `normalized_shape`, as ``torch.nn.LayerNorm``. The parameters are NumPy or CuPy arrays, and
-    the gradients come from `backward`, called by hand.
+    As ``torch.nn.LayerNorm``, but the parameters are NumPy or CuPy arrays, and the gradients come
+    from `backward`, called by hand.
 
     Parameters
     ----------
-    normalized_shape : int or sequence of int
-        Trailing dimensions of x to normalize over.
-    eps : float, default 1e-5
-        Added to the variance; any finite real number.
+    normalized_shape, eps : optional
+        As for `cupynorm.layer_norm`; the shape must be given.
     elementwise_affine : bool, default True
         Whether there are a weight and a bias at all.
     bias : bool, default True
@@ -39,11 +36,7 @@ class LayerNorm(Stateful):
 
     Attributes
     ----------
-    normalized_shape : tuple of int
-        As given.
-    eps : float
-        As given.
-    elementwise_affine : bool
+    normalized_shape, eps, elementwise_affine : tuple of int, float, bool
         As given.
     weight, bias : array or None
         Parameters, of shape `normalized_shape`: ones and zeros at first. Change them in place, or
@@ -55,7 +48,7 @@ class LayerNorm(Stateful):
     Raises
     ------
     TypeError, ValueError
-        If `normalized_shape`, `eps`, `dtype` or `device` is none of what is said above.
+        If a parameter is none of what is said above.
     ImportError
         If `device` is a GPU and CuPy is not installed.
 
@@ -129,11 +122,10 @@ class LayerNorm(Stateful):
         Parameters
         ----------
         x : array of shape ``(..., *normalized_shape)``
-            As for `layer_norm`, in the library of the parameters and on their device; without
-            parameters, of any library.
+            As for `layer_norm`, of the library and device of the parameters, if there are any.
         keep : bool, default True
             Hold x, mean and rstd until `backward`, or until the next `forward`. With False
-            nothing is held, what an earlier call kept included, and mean and rstd are not stored.
+            nothing is held, what an earlier call kept included.
 
         Returns
         -------
@@ -162,7 +154,7 @@ class LayerNorm(Stateful):
         Parameters
         ----------
         dy : array
-            Gradient with respect to y of the last `forward`: its shape, dtype, library and device.
+            Gradient with respect to y of the last `forward`.
 
         Returns
         -------
@@ -172,9 +164,8 @@ class LayerNorm(Stateful):
         Raises
         ------
         RuntimeError
-            If nothing is kept.
-        TypeError, ValueError
-            As `layer_norm_backward` for dy. What is kept stays, so the call can be mended.
+            If nothing is kept. What is wrong with dy is `layer_norm_backward`'s error, after which
+            the call can be mended.
 
         Examples
         --------
@@ -224,8 +215,7 @@ class LayerNorm(Stateful):
         Raises
         ------
         TypeError, ValueError
-            If it is no ``torch.nn.LayerNorm``, of another than the four floating dtypes, or on a
-            device that neither NumPy nor CuPy reaches.
+            If it is no such module, of another dtype, or on a device that neither library reaches.
 
         Examples
         --------
@@ -264,7 +254,7 @@ class LayerNorm(Stateful):
         Raises
         ------
         ValueError
-            If a parameter has a negative stride, which torch has not.
+            If a parameter has a negative stride.
 
         Examples
         --------

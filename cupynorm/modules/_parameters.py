@@ -1,24 +1,230 @@
-"""Arrays that a layer holds: made on a device, filled from any library, shared with torch."""
+"""Parameters of a layer: made on a device, filled from any library or file, shared with torch."""
 
 import contextlib
+import os
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _rules
+from cupynorm import _libraries, _rules
+from cupynorm._display import Sections, Table
 from cupynorm._libraries import library_of
+from cupynorm.modules import _files
 
-Array = np.ndarray[Any, Any]
+
+class IncompatibleKeys(NamedTuple):
+    """What a state and a layer do not have in common.
+
+    Attributes
+    ----------
+    missing_keys : list of str
+        Parameters of the layer that the state does not hold.
+    unexpected_keys : list of str
+        Names in the state that the layer does not have.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Stateful(Table):
+    """Base of the layers: a weight and a bias, either of which may be None."""
+
+    normalized_shape: tuple[int, ...]
+    eps: float
+    weight: Any
+    bias: Any
+    grad: dict[str, Any]
+    _kept: tuple[Any, Any, Any] | None  # x, mean, rstd of the last forward
+
+    def zero_grad(self) -> None:
+        """Forget the gradients: the next `backward` starts anew. Arrays already taken stay.
+
+        Examples
+        --------
+        >>> import cupynorm as cn
+        >>> layer = cn.LayerNorm(3)
+        >>> layer.zero_grad()
+        >>> layer.grad
+        {'weight': None, 'bias': None}
+        """
+        self.grad = dict.fromkeys(self.state_dict())
+
+    def state_dict(self, prefix: str = "") -> dict[str, Any]:
+        """Parameters by torch's names, 'weight' and 'bias': the arrays themselves, no copies.
+
+        Parameters
+        ----------
+        prefix : str, default ''
+            Put before each name, as 'encoder.norm1.' for a layer of a model.
+
+        Returns
+        -------
+        dict of str to array
+            Only what the layer has.
+
+        Examples
+        --------
+        >>> import cupynorm as cn
+        >>> cn.LayerNorm(2).state_dict("norm.")
+        {'norm.weight': array([1., 1.], dtype=float32), 'norm.bias': array([0., 0.], dtype=float32)}
+        """
+        both = {"weight": self.weight, "bias": self.bias}
+        return {prefix + name: value for name, value in both.items() if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Copy values into the parameters, which stay where they are and keep their dtype.
+
+        Nothing is changed where anything is wrong. Gradients and what `forward` kept stay.
+
+        Parameters
+        ----------
+        state : mapping of str to array
+            Arrays named 'weight' and 'bias', of any library and on any device.
+        strict : bool, default True
+            Whether missing and unexpected names are errors. A wrong shape always is.
+
+        Returns
+        -------
+        IncompatibleKeys
+            The named tuple (missing_keys, unexpected_keys).
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit, or under `strict` names; all faults in one sentence.
+        TypeError
+            If a value is no array of a floating dtype.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cupynorm as cn
+        >>> layer = cn.LayerNorm(2)
+        >>> layer.load_state_dict({"weight": np.array([2.0, 3.0])}, strict=False)
+        IncompatibleKeys(missing_keys=['bias'], unexpected_keys=[])
+        """
+        return self._load(state, strict, "state", "")
+
+    def _load(
+        self, state: Mapping[str, Any], strict: bool, source: str, prefix: str
+    ) -> IncompatibleKeys:
+        mine = self.state_dict(prefix)
+        missing = [name for name in mine if name not in state]
+        unexpected = [name for name in state if name not in mine]
+        hosts = {n: to_host(n, state[n]) for n in mine if n in state}
+        faults = [
+            f"{name} has shape {host.shape}, the layer's has {tuple(mine[name].shape)}"
+            for name, host in hosts.items()
+            if host.shape != tuple(mine[name].shape)
+        ]
+        if strict and missing:
+            faults.append(f"it lacks {_listed(missing)}")
+        if strict and unexpected:
+            faults.append(f"the layer has no {_listed(unexpected)}")
+        if faults:
+            msg = f"cannot load {source} into {self!r}: {'; '.join(faults)}. "
+            if strict and (missing or unexpected):
+                msg += "Pass strict=False to leave out what is on one side only"
+            else:
+                msg += "Make a layer of that shape, or reshape the arrays"
+            raise ValueError(msg)
+        for name, host in hosts.items():
+            fill(mine[name], host)
+        return IncompatibleKeys(missing, unexpected)
+
+    def save(self, path: str | os.PathLike[str], *, prefix: str = "") -> None:
+        """Write the parameters to a .safetensors or .npz file, whole or not at all.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Ends in '.safetensors', which ``safetensors.torch`` reads, or '.npz', which holds
+            bfloat16 as float32, as NumPy has no name for it in a file. A file that is there is
+            replaced at the end.
+        prefix : str, default ''
+            As for `state_dict`, to match a layer of a model.
+
+        Raises
+        ------
+        ValueError, ImportError
+            If the name has another ending; if safetensors is needed and not installed.
+
+        Examples
+        --------
+        >>> import os, tempfile
+        >>> import cupynorm as cn
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cn.LayerNorm(2).save(f"{folder}/norm.npz", prefix="encoder.norm.")
+        ...     os.listdir(folder)
+        ['norm.npz']
+        """
+        state = self.state_dict(prefix)
+        _files.write(path, {n: to_host(n, a) for n, a in state.items()})
+
+    def load(
+        self, path: str | os.PathLike[str], *, prefix: str = "", strict: bool = True
+    ) -> IncompatibleKeys:
+        """Copy the parameters from a .safetensors or .npz file, as `load_state_dict` does.
+
+        Parameters
+        ----------
+        path : str or path-like
+            A file that `save`, ``safetensors.torch.save_file`` or ``numpy.savez`` wrote.
+        prefix : str, default ''
+            As for `save`: one layer comes out of a whole model's file, whose others are not read.
+        strict : bool, default True
+            As for `load_state_dict`, among the names that begin with `prefix`.
+
+        Returns
+        -------
+        IncompatibleKeys
+            The named tuple (missing_keys, unexpected_keys), with the prefix.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError, TypeError, ImportError
+            As for `save` and `load_state_dict`; if there is no such file, or it is no such format.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import cupynorm as cn
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cn.LayerNorm(2).save(f"{folder}/norm.npz")
+        ...     cn.LayerNorm(2).load(f"{folder}/norm.npz")
+        IncompatibleKeys(missing_keys=[], unexpected_keys=[])
+        """
+        names, arrays = _files.read(path, set(self.state_dict(prefix)))
+        state = {name: arrays.get(name) for name in names if name.startswith(prefix)}
+        return self._load(state, strict, os.fspath(path), prefix)
+
+    def _sections(self) -> Sections:
+        """Tell what waits for no GPU: no values."""
+        shape = tuple(int(n) for n in self.normalized_shape)
+        rows = [("normalized_shape", str(shape)), ("eps", str(self.eps))]
+        for name, value in (("weight", self.weight), ("bias", self.bias)):
+            gradient = "no gradient" if self.grad.get(name) is None else "with a gradient"
+            told = "none" if value is None else f"{describe(value)}, {gradient}"
+            rows.append((name, told))
+        kept = "nothing" if self._kept is None else f"x: {describe(self._kept[0])}"
+        return [(type(self).__name__, [*rows, ("kept for backward", kept)])]
+
+
+def _listed(names: list[str], most: int = 10) -> str:
+    """Quote names; of a whole model's, the first and how many more."""
+    text = ", ".join(repr(name) for name in names[:most])
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"
+
+
+# --- arrays -------------------------------------------------------------------------------------
 
 
 def read_dtype(dtype: Any) -> np.dtype[Any]:
     """NumPy's dtype for a name, a NumPy or a torch dtype; float32 where nothing is said."""
-    if dtype is None:
-        return np.dtype(np.float32)
-    if isinstance(dtype, type) or (isinstance(dtype, str) and dtype != "bfloat16"):
-        dtype = np.dtype(dtype)  # numpy.float32, float, "f4"
-    name = dtype if isinstance(dtype, str) else _rules.dtype_name(dtype)
+    name = "float32" if dtype is None else _rules.name_of_dtype(dtype)
     if name not in _rules.ITEMSIZE:
         msg = (
             f"dtype={dtype!r} is not one that layer norm computes with; "
@@ -68,28 +274,21 @@ def new_array(shape: tuple[int, ...], dtype: np.dtype[Any], device: str, value: 
     return array
 
 
-def to_host(label: str, value: Any) -> Array:
+def to_host(label: str, value: Any) -> np.ndarray[Any, Any]:
     """NumPy array with the contents of an array of any library, on any device, or its refusal."""
-    host: Array
-    if library_of(value) == "cupy":
-        host = value.get()
-    elif hasattr(value, "detach"):  # torch
-        host = from_tensor(label, value.cpu())
-    elif hasattr(value, "shape") and hasattr(value, "dtype"):
-        host = np.asarray(value)
-    else:
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         msg = f"{label} is a {type(value).__name__}, which is no array; pass an array"
         raise TypeError(msg)
-    _check_dtype(label, host.dtype)
-    return host
+    _check_dtype(label, value.dtype)
+    return _libraries.to_host(value)
 
 
 def _check_dtype(label: str, dtype: Any) -> None:
     _rules.check_affine_dtype(label, _rules.dtype_name(dtype), f"{label} as float32")
 
 
-def fill(array: Any, host: Array) -> None:
-    """Copy a NumPy array into one of NumPy or CuPy, in its dtype; neither is replaced."""
+def fill(array: Any, host: np.ndarray[Any, Any]) -> None:
+    """Copy into an array of NumPy or CuPy, in its dtype."""
     host = np.ascontiguousarray(host, dtype=array.dtype)
     if isinstance(array, np.ndarray):
         array[...] = host
@@ -116,21 +315,15 @@ def accumulate(total: Any, term: Any) -> Any:
 
 def from_tensor(label: str, tensor: Any) -> Any:
     """NumPy or CuPy array over the memory of a torch tensor."""
-    import torch
-
-    tensor = tensor.detach()  # what requires grad is exported nowhere
     _check_dtype(label, tensor.dtype)
     if tensor.is_cuda:
         from cupynorm._cuda import arrays as do
 
-        return do.from_exporter(tensor)
+        return do.from_exporter(tensor.detach())  # what requires grad is exported nowhere
     if tensor.device.type != "cpu":
         msg = f"{label} is on {tensor.device}; move the module to 'cpu' or 'cuda' first"
         raise ValueError(msg)
-    if tensor.dtype == torch.bfloat16:  # NumPy's DLPack does not know it; the same bytes do
-        bits = np.from_dlpack(tensor.view(torch.uint16))
-        return bits.view(_rules.numpy_dtype("bfloat16"))
-    return np.from_dlpack(tensor)
+    return _libraries.to_host(tensor)
 
 
 def to_tensor(label: str, array: Any) -> Any:

@@ -9,10 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from cupynorm import _calls
+from cupynorm._layout import Facts
+from cupynorm._libraries import to_host
+from cupynorm._ops import LAYER_NORM
 from cupynorm.functional import layer_norm
-from cupynorm.plot import _data, _drawing
+from cupynorm.plot import _drawing
 
 __all__ = ["affine", "distributions", "moments"]
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def distributions(
@@ -35,8 +41,8 @@ def distributions(
     Parameters
     ----------
     x : array
-        Any array that `cupynorm.layer_norm` takes. A picture is for eyes: x and y are copied to
-        the host, wherever they are, which the norm itself never does. Of a large x pass a part.
+        As for `cupynorm.layer_norm`. A picture is for eyes: x and y are copied to the host,
+        wherever they are, which the norm itself never does. Of a large x pass a part.
     normalized_shape, weight, bias, eps, axis : optional
         As for `cupynorm.layer_norm`.
     rows : int or sequence of int, default 8
@@ -58,11 +64,6 @@ def distributions(
     ImportError
         If matplotlib is not installed and `ax` is left out.
 
-    Notes
-    -----
-    Text and lines take the colors of matplotlib's style, so under
-    ``plt.style.use("dark_background")`` the picture is a dark one.
-
     Examples
     --------
     >>> import numpy as np
@@ -72,16 +73,14 @@ def distributions(
     >>> [label.get_text() for label in before.get_yticklabels()]
     ['row 0', 'row 1']
     """
-    call = _data.checked(x, normalized_shape, weight, bias, eps, axis)
-    table = _data.rows_of(call.facts, call.x)
-    picked = _data.picked_rows(table, rows)
-    y = _data.rows_of(
-        call.facts, layer_norm(call.x, normalized_shape, weight, bias, eps, axis=axis)
-    )
+    call = _checked(x, normalized_shape, weight, bias, eps, axis)
+    table = _rows_of(call.facts, call.x)
+    picked = _picked_rows(table, rows)
+    y = layer_norm(call.x, normalized_shape, weight, bias, eps, axis=axis)
     axes = _drawing.two_axes(ax, (9.0, 1.2 + 0.42 * len(picked)), sharey=True)
     labels = [f"row {i}" for i in picked]
     _drawing.ridges(axes[0], table[picked], labels, _drawing.BEFORE)
-    _drawing.ridges(axes[1], y[picked], labels, _drawing.AFTER)
+    _drawing.ridges(axes[1], _rows_of(call.facts, y)[picked], labels, _drawing.AFTER)
     axes[0].set_title("before")
     axes[1].set_title("after layer_norm")
     return axes
@@ -105,9 +104,9 @@ def moments(
     Parameters
     ----------
     x : array
-        Any array that `cupynorm.layer_norm` takes; copied to the host, as in `distributions`.
-    normalized_shape, axis : int or sequence of int, optional
-        As for `cupynorm.layer_norm`.
+        As for `distributions`.
+    normalized_shape, axis : optional
+        As for `distributions`.
     images : int, default 8
         Where there are three axes and more to draw, how many images are shown.
     ax : two Axes, optional
@@ -135,8 +134,8 @@ def moments(
     if images < 1:
         msg = f"images={images} leaves nothing to draw; pass 1 or more"
         raise ValueError(msg)
-    call = _data.checked(x, normalized_shape, None, None, 1e-5, axis)
-    table = _data.rows_of(call.facts, call.x)
+    call = _checked(x, normalized_shape, None, None, 1e-5, axis)
+    table = _rows_of(call.facts, call.x)
     kept = [i for i in range(call.x.ndim) if i not in call.facts.axes]
     shape = [call.x.shape[i] for i in kept]
     with np.errstate(invalid="ignore"):  # of rows with infinities; they are left out
@@ -152,7 +151,7 @@ def moments(
         else:
             tiles = statistic.reshape(-1, *statistic.shape[-2:])[:images]
             labels = f"axis {kept[-1]} of x, {len(tiles)} images", f"axis {kept[-2]} of x"
-            _drawing.map_of(one, _data.side_by_side(tiles), *labels, square=True)
+            _drawing.map_of(one, _side_by_side(tiles), *labels, square=True)
             one.set_xticks([])
             one.set_yticks([])
     axes[0].set_title("mean")
@@ -180,11 +179,9 @@ def affine(
     Parameters
     ----------
     x : array
-        Any array that `cupynorm.layer_norm` takes; copied to the host, as in `distributions`.
-    normalized_shape, weight, bias, eps, axis : optional
-        As for `cupynorm.layer_norm`; weight or bias must be given.
-    ax : two Axes, optional
         As for `distributions`.
+    normalized_shape, weight, bias, eps, axis, ax : optional
+        As for `distributions`; weight or bias must be given.
 
     Returns
     -------
@@ -209,17 +206,81 @@ def affine(
     if not given:
         msg = "neither weight nor bias is given, so there is no effect to draw; pass one or both"
         raise ValueError(msg)
-    call = _data.checked(x, normalized_shape, weight, bias, eps, axis)
+    call = _checked(x, normalized_shape, weight, bias, eps, axis)
     axes = _drawing.two_axes(ax, (9.0, 3.4), sharey=True)
     looks = ((None, None, _drawing.BEFORE), (weight, bias, _drawing.AFTER))
     for one, (w, b, color) in zip(axes, looks, strict=True):
-        y = _data.rows_of(call.facts, layer_norm(call.x, normalized_shape, w, b, eps, axis=axis))
-        _drawing.band(one, *_data.mean_and_std_of_columns(y), color)
+        y = _rows_of(call.facts, layer_norm(call.x, normalized_shape, w, b, eps, axis=axis))
+        _drawing.band(one, *_mean_and_std_of_columns(y), color)
     n = y.shape[1]
-    stretch = np.ones(n) if weight is None else _data.column(call.turn, call.arrays[1])
-    shift = np.zeros(n) if bias is None else _data.column(call.turn, call.arrays[2])
+    stretch = np.ones(n) if weight is None else _column(call.turn, call.arrays[1])
+    shift = np.zeros(n) if bias is None else _column(call.turn, call.arrays[2])
     label = f"{'0' if bias is None else 'bias'} ± {'1' if weight is None else 'abs(weight)'}"
     _drawing.outline(axes[1], shift, np.abs(stretch), label)
     axes[0].set_title("layer_norm alone")
     axes[1].set_title(f"with {' and '.join(given)}")
     return axes
+
+
+# --- what is drawn of an array ------------------------------------------------------------------
+
+
+def _checked(
+    x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float, axis: Any
+) -> _calls.Checked:
+    """Apply the rules of `layer_norm`, and refuse an x without elements."""
+    how = normalized_shape, axis, eps, "K", False
+    call = _calls.check(LAYER_NORM, x, weight, bias, None, how)
+    if not call.facts.size:
+        msg = f"x with shape {call.facts.shape} has no elements to draw; pass one that has"
+        raise ValueError(msg)
+    return call
+
+
+def _rows_of(facts: Facts, array: Any) -> Array:
+    """Values of x or y, the normalized axes as the columns, (M, N)."""
+    last = range(-len(facts.axes), 0)
+    return np.moveaxis(to_host(array).astype(np.float64), facts.axes, last).reshape(-1, facts.N)
+
+
+def _column(turn: tuple[int, ...] | None, value: Any) -> Array:
+    """Values of weight or bias, one per column, (N,)."""
+    values = to_host(value).astype(np.float64)
+    return (values if turn is None else values.transpose(turn)).ravel()
+
+
+def _mean_and_std_of_columns(table: Array) -> tuple[Array, Array]:
+    """Over the rows that are finite: one other row would leave no column a mean."""
+    finite = table[np.isfinite(table).all(axis=1)]
+    if not len(finite):
+        msg = (
+            "every row of y has NaN or infinity, so no column has a mean to draw; pass finite rows"
+        )
+        raise ValueError(msg)
+    return finite.mean(axis=0), finite.std(axis=0)
+
+
+def _picked_rows(table: Array, rows: int | Sequence[int]) -> list[int]:
+    """Read the parameter `rows`: the rows themselves, or so many from the narrowest to the widest.
+
+    Those are evenly spread over the order of standard deviations.
+    """
+    m = len(table)
+    if not isinstance(rows, int):
+        wanted = [int(i) for i in rows]
+        if not wanted or not all(-m <= i < m for i in wanted):
+            msg = f"rows={wanted} is not among the {m} rows of x; pass indices from 0 to {m - 1}"
+            raise ValueError(msg)
+        return [i % m for i in wanted]
+    if rows < 1:
+        msg = f"rows={rows} leaves nothing to draw; pass 1 or more, or a list of indices"
+        raise ValueError(msg)
+    with np.errstate(invalid="ignore"):  # a row with infinities has no standard deviation
+        by_std = np.argsort(table.std(axis=1), kind="stable")
+    return [int(i) for i in by_std[np.linspace(0, m - 1, min(rows, m)).astype(int)]]
+
+
+def _side_by_side(tiles: Array) -> Array:
+    """Images (count, height, width) as one, a column of NaN between them."""
+    gap = np.full((*tiles.shape[:2], 1), np.nan)
+    return np.hstack(list(np.concatenate([tiles, gap], axis=2)))[:, :-1]

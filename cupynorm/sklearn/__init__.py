@@ -28,16 +28,14 @@ _FLOATS = ("float64", "float32", "float16")
 class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Normalize each sample over its features, to mean 0 and variance 1.
 
-    ``(x - mean(x)) / sqrt(var(x) + eps)`` for each row x, with the biased variance, as
-    `cupynorm.layer_norm` computes it. A sample's result depends on that sample alone, so there is
-    nothing to learn from data: no leak between folds, no statistics that drift. For features that
-    have comparable units: pixels, bands of a spectrum, counts of words, outputs of a model.
+    As `cupynorm.layer_norm` computes it. A sample's result depends on that sample alone, so there
+    is nothing to learn from data: no leak between folds, no statistics that drift. For features
+    that have comparable units: pixels, bands of a spectrum, counts of words, outputs of a model.
 
     Parameters
     ----------
     eps : float, default 1e-5
-        As for `cupynorm.layer_norm`, but at least 0. With 0 a sample whose features are all equal
-        becomes NaN; with the default it becomes zeros.
+        As for `cupynorm.layer_norm`, but at least 0.
     copy : bool, default True
         False writes the result into X where X is a NumPy, CuPy or torch array of floats. Anything
         else, tables among it, is never written to.
@@ -63,15 +61,13 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
 
     Notes
     -----
-    The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450.
-    The estimator is stateless: `transform` needs no `fit`, which checks X and remembers the number
-    and the names of its features. There is no `inverse_transform`, as each sample's mean and
-    variance are gone.
+    The formula is that of Ba, Kiros and Hinton (2016), arXiv:1607.06450. The estimator is
+    stateless: `transform` needs no `fit`, which checks X and remembers the number and the names of
+    its features. There is no `inverse_transform`, as each sample's mean and variance are gone.
 
-    float16, float32 and float64 keep their dtype, bfloat16 as well; integers and bool become
-    float64 (float32 on a device that has no float64). A table takes the dtype that NumPy's
-    promotion finds for its columns: int8 and float32 give float32, int32 and float32 give float64.
-    It is read column by column as it lies, and is not copied into one matrix first.
+    Floats keep their dtype; integers and bool become float64 (float32 on a device that has no
+    float64). A table takes the dtype that NumPy's promotion finds for its columns: int8 and float32
+    give float32, int32 and float32 give float64. It is not copied into one matrix first.
 
     NaN, infinities and nulls are refused, as one would make all of its row NaN. Impute them, or,
     inside ``sklearn.config_context(assume_finite=True)``, skip that check, which is a pass over X.
@@ -115,11 +111,9 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
 
         Raises
         ------
-        TypeError
-            If X is sparse or lazy, or a parameter has another type.
-        ValueError
-            If X is not 2-D, is empty, complex, not numeric or not finite, or a parameter has no
-            such value.
+        TypeError, ValueError
+            If X is sparse, lazy, not 2-D, empty, complex, not numeric or not finite, or a parameter
+            is none of what it may be.
 
         Examples
         --------
@@ -147,15 +141,13 @@ class LayerNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  #
         Raises
         ------
         TypeError, ValueError
-            As `fit` does; ValueError if number or names of the features are not those of `fit`.
+            As `fit` does; if number or names of the features are not those of `fit`.
 
         Examples
         --------
-        >>> import numpy as np
         >>> from cupynorm.sklearn import LayerNormalizer
-        >>> X = np.array([[1.0, 2.0, 3.0]], dtype=np.float32)
-        >>> LayerNormalizer().transform(X).dtype
-        dtype('float32')
+        >>> LayerNormalizer().transform([[1.0, 2.0, 3.0]]).shape
+        (1, 3)
         """
         eps = self._check_parameters()
         checked = self._check(X, reset=False)

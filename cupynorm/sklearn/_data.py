@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from cupynorm import _calls, _rules, dask, frames
-from cupynorm._libraries import classify, library_of
-from cupynorm.frames import columns as _columns
-from cupynorm.frames.columns import Column
+from cupynorm._libraries import classify, library_of, to_host
+from cupynorm.frames import tables
+from cupynorm.frames.columns import Column, as_matrix, gather
 
 
 def check_kind(X: Any) -> None:
@@ -32,7 +32,7 @@ def check_kind(X: Any) -> None:
 
 
 def _is_sparse(X: Any) -> bool:
-    if library := _columns.library(X):
+    if library := tables.library(X):
         # scikit-learn makes a frame dense if only some of its columns are sparse
         kinds = {type(dtype).__name__ for dtype in X.dtypes} if library == "pandas" else set()
         return kinds == {"SparseDtype"}
@@ -54,12 +54,12 @@ def is_foreign(X: Any) -> bool:
 
 def columns_of(X: Any, what: str) -> list[Column] | None:
     """Columns of a table of numbers; None if X is none that can be read as it lies."""
-    library = _columns.library(X)
+    library = tables.library(X)
     if not library:
         return None
     _check_shape(X, what)
     try:
-        return _columns.gather(_columns.read(X))
+        return gather(tables.read(X))
     except TypeError:  # objects, strings: scikit-learn converts them or says why not
         if library == "cudf":
             raise
@@ -122,7 +122,7 @@ def refuse_not_finite(X: Any, what: str) -> None:
 
 def refuse_bad_columns(X: Any, columns: list[Column], what: str) -> None:
     """Refuse a table that holds NaN, infinities or nulls, and name such columns."""
-    matrix = _columns.as_matrix(columns)
+    matrix = as_matrix(columns)
     if matrix is not None and _is_finite(matrix):  # columns of a matrix are slow to run down
         return
     bad = [name for name, c in zip(X.columns, columns, strict=True) if not _is_finite(*c)]
@@ -165,13 +165,13 @@ def convert(y: Any, kind: str | None, X: Any, names: Any) -> Any:
     None stands for 'input' if X is a table of cuDF, whose users expect it, and else for y as it is.
     A table takes index and names of X if that is one, else `names`.
     """
-    table = _columns.library(X)
+    table = tables.library(X)
     if kind is None and table != "cudf":
         return y
     if table and kind in (None, "input", table):
-        return frames.build(X, y)
+        return tables.build(X, y)
     if kind == "numpy":
-        return _to_numpy(y)
+        return to_host(y)
     if kind == "cupy":
         return _to_cupy(y)
     if kind == "input":
@@ -182,13 +182,7 @@ def convert(y: Any, kind: str | None, X: Any, names: Any) -> Any:
     if kind == "cudf":  # which by default makes nulls of NaN, at the cost of another pass
         return frame(_to_cupy(y), index=index, columns=names, nan_as_null=False)
     index = index.to_pandas() if hasattr(index, "to_pandas") else index
-    return frame(_to_numpy(y), index=index, columns=names, copy=False)
-
-
-def _to_numpy(y: Any) -> Any:
-    if library_of(y) == "cupy":
-        return y.get(order="A")
-    return np.asarray(y.detach().cpu() if library_of(y) == "torch" else y)
+    return frame(to_host(y), index=index, columns=names, copy=False)
 
 
 def _to_cupy(y: Any) -> Any:
@@ -198,7 +192,7 @@ def _to_cupy(y: Any) -> Any:
 
     if library_of(y) == "torch" and y.is_cuda:
         return arrays.from_exporter(y.detach())
-    y = np.ascontiguousarray(_to_numpy(y))
+    y = np.ascontiguousarray(to_host(y))
     made = arrays.empty(y.shape, dtype=y.dtype)
     made.set(y)
     return made
