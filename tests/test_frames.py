@@ -335,7 +335,7 @@ def test_cudf_columns_are_their_buffers_and_bitmaps():
     y = cn.layer_norm_columns(read, nulls="omit")
     close(y, expected(values, dtype="float64", omit=True, valid=[valid | True, valid]), 2)
     df["s"] = SimpleNamespace(dtype="category")
-    with pytest.raises(TypeError, match="columns 's' .* are not numeric"):
+    with pytest.raises(TypeError, match=r"columns 's' .* are not numeric"):
         tables.read(df)
 
 
