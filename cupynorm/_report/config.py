@@ -203,20 +203,13 @@ def _numba_status(installed: str | None) -> PathStatus:
     if fault:
         return PathStatus("cpu-numba", False, *fault)
     told, way_out = f"NumPy arrays, {_thread_count()}", ""
-    if not _is_kept(_thread_count):
+    try:  # whether numba finds a folder to keep compiled code in; nothing is compiled to know that
+        import_module("numba").njit(cache=True)(_thread_count)
+    except (RuntimeError, OSError):
         told += "; no folder for compiled code can be written, so each process compiles anew"
         told += " (its first call takes 6 to 8 s)"
         way_out = "set NUMBA_CACHE_DIR to a folder that can be written"
     return PathStatus("cpu-numba", True, told, way_out)
-
-
-def _is_kept(function: Any) -> bool:
-    """Whether numba finds a folder to keep compiled code in; nothing is compiled to know that."""
-    try:
-        import_module("numba").njit(cache=True)(function)
-    except (RuntimeError, OSError):
-        return False
-    return True
 
 
 def _thread_count() -> str:

@@ -54,10 +54,8 @@ class Explanation(Table):
 
     Attributes
     ----------
-    path : str
-        'cuda', 'cpu' or 'reference'.
-    kernel : str
-        What does the work.
+    path, kernel : str
+        'cuda', 'cpu' or 'reference', and what does the work.
     rows, cols : int
         Rows that are normalized and elements in each.
     dtype, stats_dtype : str
@@ -141,7 +139,7 @@ def explain(
     Parameters
     ----------
     x : array
-        As for `layer_norm`: any array that it takes; only shape, strides and dtype are looked at.
+        As for `layer_norm`; only shape, strides and dtype are looked at.
     normalized_shape, weight, bias, eps, axis, order, out, return_stats : optional
         As for `layer_norm`; nothing is written to `out`.
     device : str, optional
@@ -174,10 +172,10 @@ def explain(
         facts = of_backward(facts)
     plan: Plan | None = None
     copies: tuple[tuple[str, str], ...] = ()
-    moved: int | None = _floor(facts)
+    floor = _floor(facts)
+    moved: int | None = floor if path == "cpu" else None
     if device is None and path != "cuda":
         kernel = _in_words(checked, path)
-        moved = moved if path == "cpu" else None
     else:
         if None in facts.strides.values():
             msg = (
@@ -190,7 +188,7 @@ def explain(
             problem = kernel_problem_of(facts)
             plan, copies = choose_plan(problem, gpu), problem.copies
             kernel, beyond = _kernel(facts, problem, plan)
-            moved = _floor(facts) + beyond + 2 * _x_bytes(facts) * len(copies)
+            moved = floor + beyond + 2 * _x_bytes(facts) * len(copies)
     return Explanation(
         path=path,
         kernel=kernel,
@@ -201,7 +199,7 @@ def explain(
         launches=tuple(map(_launch, plan.stages)) if plan else (),
         threads_per_row=plan.threads_per_row if plan else None,
         rows_per_block=plan.rows_per_block if plan else None,
-        bytes_floor=_floor(facts),
+        bytes_floor=floor,
         bytes_moved=moved,
         copies=tuple(f"of {label}: {reason}" for label, reason in copies),
         source=plan.source if plan else "",
@@ -231,9 +229,10 @@ def of_backward(facts: Facts) -> Facts:
     if "weight" in dtypes:
         dtypes["dweight"] = dtypes["weight"]
     dtypes["dbias"] = dtypes.get("weight") or stats_dtype(dtypes["x"])
-    x, y = facts.strides["x"], facts.strides["y"]
+    x = facts.strides["x"]
     dx = None if x is None else result_strides(facts.shape, x, "K")
-    return facts._replace(backward=True, dtypes=dtypes, strides={"x": x, "dy": y, "dx": dx})
+    strides = {"x": x, "dy": facts.strides["y"], "dx": dx}
+    return facts._replace(backward=True, dtypes=dtypes, strides=strides)
 
 
 def _gpu(facts: Facts, name: str | None) -> Device:
@@ -253,10 +252,8 @@ def _kernel(facts: Facts, problem: Problem, plan: Plan) -> tuple[str, int]:
     beyond = 2 * plan.workspace_bytes
     if facts.backward:
         if plan.family in ("column", "panels"):
-            beyond = bytes_beyond_floor(problem, plan)
-        else:
-            beyond += _x_bytes(facts) * (plan.passes - 3)
-        return _BACKWARD[plan.family], beyond
+            return _BACKWARD[plan.family], bytes_beyond_floor(problem, plan)
+        return _BACKWARD[plan.family], beyond + _x_bytes(facts) * (plan.passes - 3)
     kernel = _FAMILIES[plan.family]
     if plan.family == "split":  # reads x a second time, from L2 where it fits
         beyond += _x_bytes(facts)
@@ -279,10 +276,9 @@ def _floor(facts: Facts) -> int:
 
 
 def _launch(stage: Stage) -> str:
-    grid = f"grid {stage.grid[0]}"
-    if stage.cluster > 1:
-        grid += f" in clusters of {stage.cluster}"
-    return f"{stage.name}, {grid}, block {stage.block[0]}, shared {stage.shared_bytes} bytes"
+    clusters = f" in clusters of {stage.cluster}" if stage.cluster > 1 else ""
+    geometry = f"grid {stage.grid[0]}{clusters}, block {stage.block[0]}"
+    return f"{stage.name}, {geometry}, shared {stage.shared_bytes} bytes"
 
 
 def _bytes(n: int) -> str:

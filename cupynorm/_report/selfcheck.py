@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupynorm import _rules
+from cupynorm._libraries import to_host
 from cupynorm._report.config import Config, import_fault, short
 from cupynorm.functional import layer_norm
 
@@ -62,8 +63,8 @@ class Backend(NamedTuple):
             return there
         if self.library == "torch":
             return _to_torch(a)
-        names = {"jax": "jax.numpy", "array-api-strict": "array_api_strict"}
-        return import_module(names.get(self.library, "numpy")).asarray(a)
+        name = "jax.numpy" if self.library == "jax" else self.library.replace("-", "_")
+        return import_module(name).asarray(a)
 
     def wait(self, y: Any) -> None:
         """Return when y is computed."""
@@ -146,15 +147,6 @@ def _to_torch(a: Array) -> Any:
     return torch.from_numpy(a)
 
 
-def _to_numpy(a: Any) -> Array:
-    if hasattr(a, "get"):  # CuPy
-        a = a.get()
-    elif str(a.dtype) == "torch.bfloat16":
-        bits = a.view(import_module("torch").int16).numpy()
-        return np.asarray(bits).view(_rules.numpy_dtype("bfloat16"))
-    return np.asarray(a)
-
-
 # ---- whether it is right ----
 
 
@@ -185,7 +177,7 @@ def _check(backend: Backend, table: Array, dtype: str) -> dict[str, Any]:
         return y
 
     y, stats = call(), layer_norm(x, n, weight, bias, EPS, return_stats=True)
-    got = [_to_numpy(a) for a in (y, stats.mean, stats.rstd)]
+    got = [to_host(a) for a in (y, stats.mean, stats.rstd)]
     error, allowed, note = _judge(got, exact(*host), dtype)
     times = timeit.repeat(call, number=1, repeat=_REPEATS)
     beside = _torch_seconds("cuda" if backend.path == "cuda" else "cpu", host)
@@ -264,26 +256,26 @@ def _torch_seconds(device: str, host: list[Array]) -> float | None:
 
 def as_text(checks: list[Check], absent: list[Unavailable], remark: str) -> str:
     """Checks as an aligned table, then what could not be checked."""
-    rows: list[tuple[str, ...]] = [
-        ("path", "arrays", "data", "shape", "dtype", "error", "allowed", "time", "x torch", "")
-    ]
+    columns = "path", "arrays", "data", "shape", "dtype", "error", "allowed", "time", "x torch", ""
+    rows: list[tuple[str, ...]] = [columns]
     for c in checks:
-        numbers = (
-            (c.error, "{:.2f}"),
-            (c.allowed, "{:.2f}"),
-            (c.seconds and c.seconds * 1e3, "{:.3f} ms"),
-            (c.torch_ratio, "{:.2f}"),
+        time = "-" if c.seconds is None else f"{c.seconds * 1e3:.3f} ms"
+        error, allowed, ratio = (
+            "-" if value is None else f"{value:.2f}"
+            for value in (c.error, c.allowed, c.torch_ratio)
         )
-        told = ["-" if value is None else form.format(value) for value, form in numbers]
-        shape = f"{c.shape[0]}x{c.shape[1]}"
+        what = c.path, c.library, c.data, f"{c.shape[0]}x{c.shape[1]}", c.dtype
         verdict = "ok" if c.ok else f"WRONG: {c.note}"
-        rows.append((c.path, c.library, c.data, shape, c.dtype, *told, verdict))
+        rows.append((*what, error, allowed, time, ratio, verdict))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["self-check against float64 or wider, two passes", *([remark] if remark else [])]
     for row in rows:
-        left = [f"{cell:{w}}" for cell, w in zip(row[:5], widths[:5], strict=True)]
-        right = [f"{cell:>{w}}" for cell, w in zip(row[5:9], widths[5:9], strict=True)]
-        lines.append("  " + "  ".join([*left, *right, row[9]]).rstrip())
+        # Words to the left, numbers to the right.
+        cells = [
+            f"{cell:{'<' if j < 5 else '>'}{width}}"
+            for j, (cell, width) in enumerate(zip(row[:9], widths, strict=False))
+        ]
+        lines.append("  " + "  ".join([*cells, row[9]]).rstrip())
     lines.append("  error: largest |y - exact| in units of epsilon(dtype) * max(1, |exact|)")
     lines.append("  time: median of a call; x torch: fastest call over that of torch's layer_norm")
     lines += [f"not checked: {a.path} with {a.library}: {a.why}" for a in absent]

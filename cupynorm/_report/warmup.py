@@ -28,9 +28,9 @@ def warmup(
     normalized_shape : int or sequence of int
         Trailing dimensions that later calls normalize.
     dtypes : sequence of str
-        Of x: names of floating dtypes; weight and bias are taken to have x's.
+        Of x, weight and bias.
     affine : bool, default True
-        Compile the kernels with weight and bias; otherwise those without.
+        Whether there are weight and bias.
     backward : bool, default False
         Compile what `layer_norm_backward` needs as well.
     device : {'cuda', 'cpu'}
@@ -49,7 +49,7 @@ def warmup(
     ValueError
         If `device`, a dtype or the shape is not one that `layer_norm` takes.
     ImportError
-        If `device` is 'cuda' and CuPy is not installed, or `progress` is True and tqdm is not.
+        If CuPy or tqdm is needed and not installed.
 
     Examples
     --------
