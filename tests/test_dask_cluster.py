@@ -4,6 +4,7 @@ import importlib
 import os
 import signal
 import time
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -96,18 +97,6 @@ def test_spilling(client):
     np.testing.assert_array_equal(got, y.compute(scheduler="sync"))
 
 
-def test_progress_of_the_cluster(client, capsys):
-    y = cd.layer_norm(made_there((50, 4000))).persist()
-    distributed.progress(y, notebook=False, interval="10ms")
-    distributed.wait(y)
-    deadline = time.monotonic() + 30
-    said = ""
-    while "100% Completed" not in said and time.monotonic() < deadline:
-        said += capsys.readouterr().out
-        time.sleep(0.05)
-    assert "100% Completed" in said
-
-
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 def test_a_worker_is_killed_in_the_middle(client, chunks):
     y = cd.layer_norm(made_there(chunks, pause=0.2), eps=1e-3)
@@ -137,26 +126,22 @@ def test_a_worker_is_killed_in_the_middle(client, chunks):
         time.sleep(0.05)
 
 
-def test_the_task_stream_names_the_tasks(client):
+def test_progress_and_dashboard(client, capsys):
     """Bars of the dashboard are named and coloured by the first part of a key."""
     with distributed.get_task_stream(client) as stream:
-        cd.layer_norm(made_there((50, 4000), (100, 8000))).compute()
+        y = cd.layer_norm(made_there((50, 4000), (100, 8000))).persist()
+        distributed.progress(y, notebook=False, interval="10ms")
+        distributed.wait(y)
     shown = {distributed.utils.key_split(task["key"]) for task in stream.data}
     assert {"layer_norm", "layer_norm-moments", "layer_norm-statistics"} <= shown
-
-
-def test_the_dashboard_serves_its_pages():
+    said, deadline = "", time.monotonic() + 30
+    while "100% Completed" not in said and time.monotonic() < deadline:
+        said += capsys.readouterr().out
+        time.sleep(0.05)
+    assert "100% Completed" in said
     pytest.importorskip("bokeh")
-    from urllib.request import urlopen
-
-    cluster = distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
-    )
-    with cluster, distributed.Client(cluster):
-        y = cd.layer_norm(da.ones((8, 8), chunks=(4, 4))).persist()
-        distributed.wait(y)
-        port = cluster.scheduler.services["dashboard"].port
-        for page in ("status", "individual-progress", "graph"):
-            with urlopen(f"http://127.0.0.1:{port}/{page}", timeout=30) as answer:
-                assert answer.status == 200
-                assert b"Bokeh" in answer.read()
+    port = client.cluster.scheduler.services["dashboard"].port
+    for page in ("status", "individual-progress", "graph"):
+        with urlopen(f"http://127.0.0.1:{port}/{page}", timeout=30) as answer:
+            assert answer.status == 200
+            assert b"Bokeh" in answer.read()

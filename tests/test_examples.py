@@ -1,4 +1,4 @@
-"""The examples run, learn, and say what they did."""
+"""The examples run, learn, share memory, and say truthfully what they did."""
 
 import importlib.util
 import os
@@ -12,56 +12,111 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
+from tests import oracle
 from tests.conftest import Backend
 
-ROOT = Path(cn.__file__).resolve().parents[1]
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 BACKENDS = (Backend.CUPY_SIMULATED, Backend.CUPY)
 RESULT = re.compile(
     r"^(with|without) layer norm: train loss (\S+) -> (\S+), test accuracy (\S+)$", re.MULTILINE
 )
+SCANNED = re.compile(
+    r"^(with layer norm|without): test accuracy (\S+), from another scanner (\S+)$", re.MULTILINE
+)
 
+torch = pytest.importorskip("torch")
+pd = pytest.importorskip("pandas")
+pytest.importorskip("pyarrow")
 pytest.importorskip("sklearn")
 
 
-@pytest.fixture(scope="module")
-def digits():
-    """The script train_digits.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_digits", EXAMPLES / "train_digits.py")
+def module_of(name):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def results(text):
-    """First loss, last loss and accuracy, with and without the norm."""
-    return {m[1]: tuple(float(m[i]) for i in (2, 3, 4)) for m in RESULT.finditer(text)}
+@pytest.fixture(scope="module")
+def digits():
+    return module_of("train_digits")
+
+
+@pytest.fixture(scope="module")
+def parquet():
+    return module_of("parquet_to_torch")
+
+
+def output_of(script, *options, cwd):
+    """What a script prints, run from a bare checkout; its threads would fight other tests'."""
+    paths = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / script, "--device", "cpu", *options],
+        capture_output=True, text=True, check=True, cwd=cwd,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return done.stdout
+
+
+def results(text, pattern=RESULT):
+    """Numbers of each line of results: first loss, last loss and accuracy; or two accuracies."""
+    return {m[1]: tuple(map(float, m.groups()[1:])) for m in pattern.finditer(text)}
+
+
+# --- both ---------------------------------------------------------------------------------------
+
+
+def test_tqdm_draws_a_bar_where_it_is(digits, parquet, monkeypatch):
+    drawn = []
+
+    def trange(n, *, desc, **_):
+        drawn.append((desc, n))
+        return range(n)
+
+    def tqdm(steps, *, desc, total, **_):
+        drawn.append((desc, total))
+        return steps
+
+    monkeypatch.setitem(sys.modules, "tqdm.auto", SimpleNamespace(trange=trange, tqdm=tqdm))
+    assert list(digits.progress("some name", 3)) == [0, 1, 2]
+    assert list(parquet.progress("name", iter("abc"), 3)) == ["a", "b", "c"]
+    assert drawn == [("some name", 3), ("name", 3)]
+
+
+def test_without_tqdm_and_torch(digits, parquet, capsys, monkeypatch):
+    for name in ("tqdm.auto", "torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert list(parquet.progress("name", iter(range(40)), 40)) == list(range(40))
+    told = capsys.readouterr().out.splitlines()
+    assert told[:2] == ["name: batch 1 of 40", "name: batch 5 of 40"]
+    assert len(told) == 10
+    digits.main(["--device", "cpu", "--epochs", "2"])
+    out = capsys.readouterr().out
+    assert "with layer norm: epoch 1 of 2" in out
+    assert "torch is not installed" in out
+    assert len(results(out)) == 2
+
+
+# --- digits by gradients written out ------------------------------------------------------------
 
 
 def test_the_digits_are_learned(tmp_path):
-    pytest.importorskip("torch")
     path = tmp_path / "norm.npz"
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # a bare checkout as well
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "train_digits.py",
-         "--device", "cpu", "--epochs", "8", "--save", path],
-        capture_output=True, text=True, check=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-    )  # fmt: skip
-    told = results(done.stdout)
-    assert set(told) == {"with", "without"}, done.stdout
+    out = output_of("train_digits.py", "--epochs", "8", "--save", path, cwd=tmp_path)
+    told = results(out)
+    assert set(told) == {"with", "without"}, out
     for first, last, right in told.values():
         assert 2.0 < first < 4.0  # knows nothing: log(10) or worse
         assert last < 0.15
         assert right > 0.94
     assert told["with"][1] < told["without"][1]
-    difference = re.search(r"largest difference (\S+), memory shared: True", done.stdout)
-    assert difference, done.stdout
+    difference = re.search(r"largest difference (\S+), memory shared: True", out)
+    assert difference, out
     assert float(difference[1]) < 1e-5
     norm = cn.LayerNorm(128)
     norm.load(path)
-    assert np.ptp(norm.weight) > 0.05  # it has learned too
-    assert np.ptp(norm.bias) > 0.05
+    assert min(np.ptp(norm.weight), np.ptp(norm.bias)) > 0.05  # it has learned too
 
 
 def test_a_seed_fixes_the_result(digits, capsys):
@@ -70,28 +125,6 @@ def test_a_seed_fixes_the_result(digits, capsys):
         digits.main(["--device", "cpu", "--epochs", "1", "--seed", seed])
         told.append(results(capsys.readouterr().out))
     assert told[0] == told[1] != told[2]
-
-
-def test_it_does_without_tqdm_and_torch(digits, capsys, monkeypatch):
-    for name in ("tqdm.auto", "torch"):
-        monkeypatch.setitem(sys.modules, name, None)
-    digits.main(["--device", "cpu", "--epochs", "2"])
-    out = capsys.readouterr().out
-    assert "with layer norm: epoch 1 of 2" in out
-    assert "torch is not installed" in out
-    assert len(results(out)) == 2
-
-
-def test_tqdm_draws_a_bar_where_it_is(digits, monkeypatch):
-    drawn = []
-
-    def trange(n, *, desc, **_):
-        drawn.append(desc)
-        return range(n)
-
-    monkeypatch.setitem(sys.modules, "tqdm.auto", SimpleNamespace(trange=trange))
-    assert list(digits.progress("some name", 3)) == [0, 1, 2]
-    assert drawn == ["some name"]
 
 
 @pytest.mark.parametrize("with_norm", [True, False])
@@ -125,13 +158,11 @@ class NormOnGpu:
     def __init__(self, lib, size):
         self.lib, self.norm = lib, cn.LayerNorm(size, device="cuda")
         self.host = {name: lib.to_numpy(a) for name, a in self.norm.state_dict().items()}
+        self.zero_grad = self.norm.zero_grad
 
     def __call__(self, h, keep):
         self.norm.load_state_dict(self.host)
         return self.lib.to_numpy(self.norm(self.lib.from_numpy(h), keep=keep))
-
-    def zero_grad(self):
-        self.norm.zero_grad()
 
     def backward(self, dy):
         return self.lib.to_numpy(self.norm.backward(self.lib.from_numpy(dy)))
@@ -168,3 +199,88 @@ def test_the_digits_are_learned_on_a_gpu(cupy_lib, digits, capsys):
     for first, last, right in results(capsys.readouterr().out).values():
         assert last < 0.15 < first
         assert right > 0.94
+
+
+# --- from Parquet to torch ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def table(parquet, tmp_path_factory):
+    """Pixels and labels, written and read by the script."""
+    path = tmp_path_factory.mktemp("parquet") / "digits.parquet"
+    parquet.write_parquet(path, seed=0)
+    return parquet.read_parquet(path, "cpu")
+
+
+def test_the_table_is_learned_and_memory_shared(tmp_path):
+    kept = tmp_path / "kept.parquet"
+    out = output_of("parquet_to_torch.py", "--epochs", "4", "--file", kept, cwd=tmp_path)
+    assert "1797 rows, 64 columns of uint8[pyarrow] in a pandas table; torch on cpu" in out
+    steps = re.findall(r"^  (\S+ -> \S+): memory shared: (\S+)$", out, re.MULTILINE)
+    names = "table -> cupynorm", "cupynorm -> torch", "torch -> batch", "logits -> NumPy"
+    assert steps == [(name, "True") for name in names], out
+    told = results(out, SCANNED)
+    assert min(told["with layer norm"]) > 0.93, out
+    assert told["without"][0] > 0.9, out
+    assert told["with layer norm"][1] > told["without"][1] + 0.03, out
+    assert pd.read_parquet(kept).shape == (1797, 65)
+    assert pd.read_parquet(kept)["label"].nunique() == 10
+
+
+def exact(pixels):
+    return oracle.layer_norm(pixels.to_numpy("float64"), (1,), None, None, 1e-5)[0]
+
+
+def test_the_matrix_is_the_layer_norm_of_the_table(parquet, table):
+    pixels, _ = table
+    got = parquet.to_torch(pixels, "cpu", normalize=True)
+    assert got.dtype == torch.float32
+    assert got.is_contiguous()
+    bound = oracle.tolerance("float32", 64)
+    np.testing.assert_allclose(got.numpy(), exact(pixels), rtol=bound, atol=bound)
+    same = cn.layer_norm(pixels).to_numpy()  # as the script says of it
+    np.testing.assert_array_equal(got.numpy(), same)
+    plain = parquet.to_torch(pixels, "cpu", False).numpy()
+    np.testing.assert_array_equal(plain, pixels.to_numpy("float64") / 16)
+
+
+def test_the_matrix_made_on_a_gpu(cupy_lib, parquet, table):
+    pixels = table[0].iloc[:40]
+    got = cupy_lib.to_numpy(parquet.matrix_of(pixels, "cuda", normalize=True))
+    bound = oracle.tolerance("float32", 64)
+    np.testing.assert_allclose(got, exact(pixels), rtol=bound, atol=bound)
+
+
+def test_batches_are_views_that_hold_every_row_once(parquet, table):
+    x = parquet.to_torch(table[0], "cpu", normalize=True)
+    numbers = torch.arange(len(x))
+    options = SimpleNamespace(batch=50)
+    seen = []
+    for rows, which in parquet.batches(x, numbers, options, torch.Generator().manual_seed(1)):
+        assert rows.data_ptr() == x.data_ptr() + int(which[0]) * 64 * 4
+        seen += which.tolist()
+    assert sorted(seen) == numbers.tolist()
+    assert seen != numbers.tolist()
+
+
+def test_addresses_tell_a_copy(parquet, table, monkeypatch, capsys):
+    pixels, labels = table
+    options = SimpleNamespace(batch=32, seed=0)
+    parquet.print_hand_offs(pixels.iloc[7:], labels, "cpu", options)  # a slice, with an offset
+    assert capsys.readouterr().out.count("memory shared: True") == 4
+    taken = torch.from_dlpack
+    monkeypatch.setattr(torch, "from_dlpack", lambda x: taken(x).clone())
+    parquet.print_hand_offs(pixels, labels, "cpu", options)
+    assert "cupynorm -> torch: memory shared: False" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_the_whole_on_a_gpu(parquet, capsys):
+    pytest.importorskip("cupy")
+    parquet.main(["--device", "cuda", "--epochs", "4"])
+    out = capsys.readouterr().out
+    assert "torch on cuda" in out
+    for step in ("cupynorm -> torch", "torch -> batch", "logits -> CuPy"):
+        assert f"{step}: memory shared: True" in out
+    assert min(results(out, SCANNED)["with layer norm"]) > 0.93

@@ -30,7 +30,7 @@ SHAPES = [
     ((300, 64), {"axis": -1, "return_stats": True}),
     ((3, 4, 500), {"normalized_shape": (4, 500)}),
     ((2, 9001), {}),
-    ((200, 20_000), {}),
+    ((12, 20_000), {}),
     ((1, 70_000), {}),
     ((1, 262_200), {}),
     ((6, 40), {"axis": 0}),
@@ -114,23 +114,6 @@ def test_each_path_says_what_runs():
     assert elsewhere.bytes_moved is None
 
 
-def test_bad_arguments_are_those_of_layer_norm():
-    x = np.ones((4, 8), np.float32)
-    with pytest.raises(ValueError, match=r"trailing dimensions"):
-        cn.explain(x, 7)
-    with pytest.raises(TypeError, match=r"int64.*astype"):
-        cn.explain(x.astype(np.int64))
-    with pytest.raises(ValueError, match=r"sm_91.*sm_90"):
-        cn.explain(x, device="sm_91")
-
-
-def test_empty_x_launches_nothing():
-    told = cn.explain(np.ones((0, 8), np.float32), device="sm_90")
-    assert told.launches == ()
-    assert told.bytes_moved == 0
-    assert "empty" in str(told)
-
-
 def test_devices_are_those_that_the_harness_knows():
     for cc, device in _DEVICES.items():
         assert device.compute_capability == cc
@@ -168,22 +151,17 @@ def test_backward_states_its_passes(N, kernel, passes):
     assert any("column_totals" in launch for launch in e.launches)
 
 
-def test_backward_without_weight_has_no_dweight():
+def test_backward_without_weight_on_the_cpu_of_nothing_and_with_copies():
     e = cn.explain(np.ones((64, 100), np.float32), device="sm_90", backward=True)
     assert "_dx_db" in e.launches[0] and "_dw" not in e.launches[0]
     assert e.bytes_floor == 3 * 4 * 6400 + 4 * 100 + 2 * 4 * 64
-
-
-def test_backward_names_the_copies_it_makes():
+    assert cn.explain(np.ones((3, 4)), backward=True).path == "cpu"
+    for backward in (False, True):
+        empty = cn.explain(np.ones((0, 4), np.float32), device="sm_90", backward=backward)
+        assert empty.bytes_moved == 0 and not empty.launches and "empty" in str(empty)
     x = np.ones((4, 5, 6), np.float32)
     e = cn.explain(x, axis=(0, 2), device="sm_90", backward=True)
     assert [copy.split(":")[0] for copy in e.copies] == ["of x", "of dy", "of dx"]
-
-
-def test_backward_on_the_cpu_and_of_nothing():
-    assert cn.explain(np.ones((3, 4)), backward=True).path == "cpu"
-    empty = cn.explain(np.ones((0, 4), np.float32), device="sm_90", backward=True)
-    assert empty.bytes_moved == 0 and not empty.launches
 
 
 # --- warmup -------------------------------------------------------------------------------------
@@ -207,10 +185,6 @@ def test_warmup_of_long_rows_covers_few_and_many(cupy):
         "layer_norm_fwd_split_normalize",
         "layer_norm_fwd_cluster",
     ]
-
-
-def test_warmup_on_the_cpu_names_each_dtype():
-    assert len(cn.warmup(16, ["float32", "float64"], device="cpu")) == 2
 
 
 def test_warmup_on_the_cpu_leaves_nothing_to_compile():
@@ -243,11 +217,19 @@ def test_warmup_on_the_cpu_leaves_nothing_to_compile():
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
 
 
-def test_warmup_refuses_what_layer_norm_refuses():
-    with pytest.raises(TypeError, match="int32"):
-        cn.warmup(16, ["int32"], device="cpu")
-    with pytest.raises(ValueError, match="'tpu'"):
-        cn.warmup(16, device="tpu")
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda x: cn.explain(x, 7), ValueError, "trailing dimensions"),
+        (lambda x: cn.explain(x.astype(np.int64)), TypeError, "int64.*astype"),
+        (lambda x: cn.explain(x, device="sm_91"), ValueError, "sm_91.*sm_90"),
+        (lambda x: cn.warmup(16, ["int32"], device="cpu"), TypeError, "int32"),
+        (lambda x: cn.warmup(16, device="tpu"), ValueError, "'tpu'"),
+    ],
+)
+def test_bad_arguments_are_those_of_layer_norm(call, error, words):
+    with pytest.raises(error, match=words):
+        call(np.ones((4, 8), np.float32))
 
 
 TWO = ["float32", "float64"]

@@ -1,6 +1,5 @@
 """Tables of pandas, polars and cuDF: values, nulls, dtypes, memory, what is kept, refusals."""
 
-import doctest
 import importlib.util
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import pytest
 from hypothesis.extra import numpy as hnp
 
 import cupynorm as cn
-import cupynorm.frames.columns
 from cupynorm import frames
 from cupynorm.frames import tables
 from tests.test_columns import bitmap, close, expected
@@ -358,13 +356,7 @@ def test_cudf():
         close(cupy.asnumpy(y.to_cupy()), want, 3)
 
 
-# --- examples, imports --------------------------------------------------------------------------
-
-
-def test_the_examples_of_the_docstrings():
-    for module in (frames, cupynorm.frames.columns):
-        failed, tried = doctest.testmod(module)
-        assert (failed, tried > 3) == (0, True)
+# --- imports -----------------------------------------------------------------------------------
 
 
 def test_a_table_brings_no_other_library():

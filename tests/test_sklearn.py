@@ -1,7 +1,6 @@
 """LayerNormalizer: scikit-learn's own checks, values, every kind of data, pipelines, refusals."""
 
 import contextlib
-import doctest
 import pickle
 import re
 
@@ -15,19 +14,18 @@ from tests.conftest import Backend, np_dtype, why_not
 pytest.importorskip("sklearn")
 
 import sklearn
-from joblib import parallel_backend
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
-from sklearn.pipeline import FeatureUnion, make_pipeline
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import get_tags
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from sklearn.utils.validation import check_is_fitted
+from threadpoolctl import threadpool_limits
 
-import cupynorm.sklearn
 from cupynorm.frames.columns import Column
 from cupynorm.sklearn import LayerNormalizer
 from cupynorm.sklearn import _data as _estimator_data
@@ -75,10 +73,11 @@ def test_what_the_tags_promise():
     assert not tags.input_tags.sparse
     assert not tags.input_tags.allow_nan
     check_is_fitted(LayerNormalizer())
-
-
-def test_the_example_of_the_docstring():
-    assert doctest.testmod(cupynorm.sklearn).failed == 0
+    stateless = LayerNormalizer()
+    for x in (X, X[:, :3]):  # without fit there is no number of features to hold it to
+        close(stateless.transform(x), x)
+    assert not hasattr(stateless, "n_features_in_")
+    assert not hasattr(stateless, "inverse_transform")
 
 
 # --- values, on every library -------------------------------------------------------------------
@@ -221,25 +220,31 @@ def test_dtype_of_a_frame(dtypes, expect):
     close(y, np.stack(list(values.values()), axis=1))
 
 
+@pytest.mark.parametrize("way", ["set_output", "output_type"])
 @pytest.mark.parametrize("library", ["pandas", "polars"])
-@pytest.mark.parametrize("made_of", ["array", "frame"])
-def test_set_output(frame, library, made_of):
-    pytest.importorskip(library)
-    x = X if made_of == "array" else frame
-    y = LayerNormalizer().set_output(transform=library).fit_transform(x)
-    assert type(y).__module__.startswith(library)
-    assert list(y.columns) == ([f"x{j}" for j in range(N)] if made_of == "array" else list("abcd"))
+@pytest.mark.parametrize("made_of", ["array", "tensor", "frame", "polars"])
+def test_a_table_of_anything(frame, way, library, made_of):
+    module = pytest.importorskip(library)
+    makers = {
+        "array": lambda: X,
+        "tensor": lambda: pytest.importorskip("torch").tensor(X),
+        "polars": lambda: pytest.importorskip("polars").from_pandas(frame),
+    }
+    x = makers.get(made_of, lambda: frame)()
+    if way == "set_output":
+        normalizer = LayerNormalizer().set_output(transform=library)
+    elif library == "pandas":
+        normalizer = LayerNormalizer(output_type="pandas")
+    else:
+        return  # no output_type of its own: cuML has none
+    y = normalizer.fit_transform(x)
+    assert type(y) is module.DataFrame
+    if way == "set_output" or made_of in ("frame", "polars"):
+        plain = made_of in ("array", "tensor")
+        assert list(y.columns) == ([f"x{j}" for j in range(N)] if plain else list("abcd"))
     if library == "pandas" and made_of == "frame":
         assert y.index.equals(frame.index)
-    close(y.to_numpy(), np.asarray(x, dtype=np.float64))
-
-
-def test_set_output_of_a_tensor():
-    torch, pd = pytest.importorskip("torch"), pytest.importorskip("pandas")
-    y = LayerNormalizer().set_output(transform="pandas").fit_transform(torch.tensor(X))
-    assert type(y) is pd.DataFrame
-    assert set(y.dtypes) == {np.dtype(np.float64)}
-    close(y.to_numpy(), X)
+    close(y.to_numpy(), X if made_of == "tensor" else np.asarray(x, dtype=np.float64))
 
 
 def test_names_must_be_those_of_fit(frame):
@@ -265,19 +270,6 @@ def test_output_type_numpy(lib):
     assert type(y) is np.ndarray
     assert y.dtype == np.float32
     close(y, X.astype(np.float32))
-
-
-def test_output_type_pandas(frame):
-    pd, pl = pytest.importorskip("pandas"), pytest.importorskip("polars")
-    normalizer = LayerNormalizer(output_type="pandas")
-    y = normalizer.fit_transform(X)
-    assert type(y) is pd.DataFrame
-    close(y.to_numpy(), X)
-    y = normalizer.fit_transform(pl.from_pandas(frame))
-    assert type(y) is pd.DataFrame
-    assert list(y.columns) == list("abcd")
-    y = normalizer.fit(frame).transform(frame)
-    assert y.index.equals(frame.index)
 
 
 def test_output_type_cupy(cupy_lib):
@@ -405,6 +397,9 @@ def test_tables_with_missing_values_name_the_columns(kind):
         y = LayerNormalizer().fit_transform(frame)
     assert np.isnan(y).all(axis=1).tolist() == [False, True]
     assert not np.isnan(y[0]).any()
+    many = pd.DataFrame({f"c{j}": [1.0, np.nan] for j in range(9)})
+    with pytest.raises(ValueError, match=r"nulls in 'c0', 'c1', 'c2', 'c3', 'c4' and 4 more"):
+        LayerNormalizer().fit(many)
 
 
 def test_bitmaps_are_looked_at_in_their_rows_alone():
@@ -415,13 +410,6 @@ def test_bitmaps_are_looked_at_in_their_rows_alone():
     _estimator_data.refuse_bad_columns(frame, [column], "it")
     with pytest.raises(ValueError, match="nulls in 'a'"):
         _estimator_data.refuse_bad_columns(frame, [column._replace(offset=6)], "it")
-
-
-def test_many_columns_with_missing_values_are_counted():
-    pd = pytest.importorskip("pandas")
-    frame = pd.DataFrame({f"c{j}": [1.0, np.nan] for j in range(9)})
-    with pytest.raises(ValueError, match=r"nulls in 'c0', 'c1', 'c2', 'c3', 'c4' and 4 more"):
-        LayerNormalizer().fit(frame)
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -441,9 +429,7 @@ def lazy(array):
 
 REFUSED = {
     "csr": (using("scipy.sparse", lambda sp: sp.csr_array(X)), TypeError,
-            "sparse .*would make it dense.*toarray"),
-    "coo": (using("scipy.sparse", lambda sp: sp.coo_matrix(X)), TypeError,
-            "sparse .*would make it dense.*Normalizer"),
+            "sparse .*would make it dense.*toarray.*Normalizer"),
     "sparse tensor": (using("torch", lambda t: t.tensor(X).to_sparse()), TypeError,
                       "would make it dense"),
     "sparse frame": (using("pandas", lambda pd: pd.DataFrame(X).astype(pd.SparseDtype(float))),
@@ -451,18 +437,14 @@ REFUSED = {
     "masked": (lambda: np.ma.masked_less(X, 50), TypeError, "mask would be ignored.*filled"),
     "Dask": (using("dask.array", lazy), TypeError,
              r"would compute it; call cupynorm\.layer_norm\(X\)"),
-    "1-D": (lambda: X[0], ValueError, "Expected 2D array, got 1D"),
     "1-D tensor": (using("torch", lambda t: t.tensor(X)[0]), ValueError,
                    r"got 1D .*reshape\(-1, 1\)"),
-    "3-D": (lambda: X[None], ValueError, "dim 3"),
     "no sample": (using("torch", lambda t: t.tensor(X)[:0]), ValueError, "0 sample"),
     "no feature": (using("torch", lambda t: t.tensor(X)[:, :0]), ValueError, "0 feature"),
     "no row": (table(lambda df: df[:0]), ValueError, "0 sample"),
     "no column": (table(lambda df: df[[]]), ValueError, "0 feature"),
-    "complex": (lambda: X + 1j, ValueError, "Complex data not supported"),
     "complex tensor": (using("torch", lambda t: t.tensor(X) + 1j), ValueError,
                        "Complex data not supported"),
-    "strings": (lambda: [*X.astype(str).tolist(), ["a"] * N], ValueError, "could not convert"),
     "frame with strings": (table(lambda df: df.astype(object).where(df > 50, "text")), ValueError,
                            "could not convert string"),
 }  # fmt: skip
@@ -511,37 +493,19 @@ def test_another_library_than_fit_has_seen(monkeypatch):
 # --- among scikit-learn's own -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def digits():
+def test_pipelines_in_other_processes_learn_more():
     """Images, each as if taken with an exposure and an offset of its own."""
-    x, labels = load_digits(return_X_y=True)
+    x, labels = (a[::2] for a in load_digits(return_X_y=True))
     rng = np.random.default_rng(0)
-    return x * rng.uniform(0.02, 1, (len(x), 1)) + rng.normal(0, 20, (len(x), 1)), labels
-
-
-def test_pipeline_and_cross_validation(digits):
-    x, labels = digits
-    plain = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
-    normalized = make_pipeline(LayerNormalizer(), LogisticRegression(max_iter=300))
-    with parallel_backend("threading", n_jobs=2):
-        scores = [cross_val_score(p, x, labels, cv=3).mean() for p in (plain, normalized)]
-    assert scores[1] > 0.92
-    assert scores[1] > scores[0] + 0.02
-
-
-def test_other_processes(digits):
-    x, labels = digits
-    pipeline = make_pipeline(LayerNormalizer(), LogisticRegression(max_iter=300))
-    scores = cross_val_score(pipeline, x[::2], labels[::2], cv=2, n_jobs=2)
-    assert scores.min() > 0.85
-
-
-def test_grid_search_over_eps(digits):
-    x, labels = digits
-    pipeline = make_pipeline(LayerNormalizer(), LogisticRegression(max_iter=300))
-    grid = {"layernormalizer__eps": [1e-5, 1e7]}
-    search = GridSearchCV(pipeline, grid, cv=2).fit(x[::4], labels[::4])
+    x = x * rng.uniform(0.02, 1, (len(x), 1)) + rng.normal(0, 20, (len(x), 1))
+    with threadpool_limits(1):  # BLAS's would fight the other tests'
+        plain = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+        score = cross_val_score(plain, x, labels, cv=2).mean()
+        pipeline = make_pipeline(LayerNormalizer(), LogisticRegression(max_iter=300))
+        grid = {"layernormalizer__eps": [1e-5, 1e7]}
+        search = GridSearchCV(pipeline, grid, cv=2, n_jobs=2).fit(x, labels)
     assert search.best_params_ == {"layernormalizer__eps": 1e-5}
+    assert search.best_score_ > max(0.85, score + 0.02)
 
 
 def test_column_transformer(frame):
@@ -554,13 +518,7 @@ def test_column_transformer(frame):
     assert list(y.columns) == ["row__a", "row__b", "column__c", "remainder__d"]
     assert y.index.equals(frame.index)
     close(y[["row__a", "row__b"]].to_numpy(), frame[["a", "b"]].to_numpy(np.float64))
-
-
-def test_feature_union():
-    union = FeatureUnion([("row", LayerNormalizer()), ("column", StandardScaler())])
-    y = union.fit_transform(X)
-    close(y[:, :N], X)
-    assert union.get_feature_names_out()[0] == "row__x0"
+    assert blocks.get_feature_names_out()[0] == "row__a"
 
 
 def test_clone_pickle_and_html(frame):
@@ -572,11 +530,3 @@ def test_clone_pickle_and_html(frame):
     assert restored.transform(frame).tobytes() == normalizer.transform(frame).tobytes()
     assert "LayerNormalizer" in normalizer._repr_html_()
     assert repr(normalizer) == "LayerNormalizer(copy=False, eps=0.5, output_type='numpy')"
-
-
-def test_stateless():
-    normalizer = LayerNormalizer()
-    close(normalizer.transform(X), X)
-    assert not hasattr(normalizer, "n_features_in_")
-    normalizer.transform(X[:, :3])  # without fit there is no number of features to hold it to
-    assert not hasattr(normalizer, "inverse_transform")
