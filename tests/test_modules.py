@@ -403,15 +403,19 @@ def test_state_may_be_of_any_library(library):
     assert (layer.weight == 1).all()
 
 
-def test_state_goes_between_the_host_and_a_gpu(cupy_lib):
+def test_state_and_files_go_between_the_host_and_a_gpu(cupy_lib, tmp_path):
     host = random_layer("float16")
-    there = cn.LayerNorm(5, device="cuda")
+    there, twin = cn.LayerNorm(5, device="cuda"), cn.LayerNorm(5, device="cuda")
     there.load_state_dict(host.state_dict())
     back = cn.LayerNorm(5, dtype="float16")
     back.load_state_dict(there.state_dict())
     assert type(back.weight) is np.ndarray
     np.testing.assert_array_equal(back.weight, host.weight)
     np.testing.assert_array_equal(cupy_lib.to_numpy(there.bias), host.bias.astype(np.float32))
+    for ending in ENDINGS:
+        there.save(tmp_path / f"norm{ending}")
+        twin.load(tmp_path / f"norm{ending}")
+        np.testing.assert_array_equal(cupy_lib.to_numpy(twin.weight), host.weight)
 
 
 def test_every_fault_of_a_state_is_told_and_nothing_is_changed():
@@ -515,18 +519,6 @@ def test_one_layer_of_a_models_file(tmp_path):
     layer.save(path, prefix="layers.1.norm2.")
     model.load_state_dict(safetensors_torch.load_file(path), strict=False)
     assert as_bits(layer.weight) == as_bits(module.weight)
-
-
-def test_a_layer_on_a_gpu_has_files_too(cupy_lib, tmp_path):
-    host = random_layer()
-    for ending in ENDINGS:
-        path = tmp_path / f"norm{ending}"
-        layer = cn.LayerNorm(5, device="cuda")
-        layer.load_state_dict(host.state_dict())
-        layer.save(path)
-        twin = cn.LayerNorm(5, device="cuda")
-        twin.load(path)
-        np.testing.assert_array_equal(cupy_lib.to_numpy(twin.weight), host.weight)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

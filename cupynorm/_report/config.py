@@ -29,10 +29,8 @@ class Gpu:
 
     Attributes
     ----------
-    name : str
-        As the driver gives it.
-    compute_capability : str
-        '90' for sm_90.
+    name, compute_capability : str
+        As the driver gives it; '90' for sm_90.
     memory_bytes : int
         Global memory in all.
     """
@@ -55,10 +53,8 @@ class PathStatus:
         'cuda', 'cpu-numba', 'cpu-numpy' or 'reference'.
     available : bool
         Whether a call can take it for the arrays that it serves.
-    detail : str
-        What it serves, or why it is not available.
-    way_out : str
-        What to do about it; empty where all is well.
+    detail, way_out : str
+        What it serves, or why it is not available; what to do about it, empty where all is well.
     """
 
     name: str
@@ -75,12 +71,9 @@ class Config(Table):
     ----------
     versions : dict of str to str or None
         Distribution name to version; None where it is not installed.
-    driver : str or None
-        NVIDIA's driver and the newest CUDA that it runs.
-    nvrtc : str or None
-        Version of the run-time compiler that CuPy uses.
-    cuda_headers : str or None
-        Folder of CUDA's runtime headers, without which CuPy compiles nothing.
+    driver, nvrtc, cuda_headers : str or None
+        NVIDIA's driver and the newest CUDA that it runs; version of the run-time compiler that CuPy
+        uses; folder of CUDA's runtime headers, without which CuPy compiles nothing.
     gpus : tuple of Gpu
         In the order of their device numbers.
     paths : tuple of PathStatus
@@ -137,13 +130,12 @@ def show_config() -> Config:
     Returns
     -------
     Config
-        At a prompt it shows itself as aligned text, in a notebook as a table; in a script, print
-        it.
+        At a prompt it shows itself as aligned text, in a notebook as a table.
 
     Notes
     -----
-    CuPy and Numba are imported, because only that tells whether they work; the versions of torch
-    and JAX are read from their metadata. A broken installation is reported, never raised.
+    CuPy and Numba are imported, because only that tells whether they work. A broken installation is
+    reported, never raised.
 
     Examples
     --------

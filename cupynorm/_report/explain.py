@@ -78,11 +78,8 @@ class Explanation(Table):
     --------
     >>> import numpy as np
     >>> import cupynorm as cn
-    >>> plan = cn.explain(np.ones((64, 1000), np.float32), device="sm_90")
-    >>> plan.kernel
+    >>> cn.explain(np.ones((64, 1000), np.float32), device="sm_90").kernel
     'K1 warp: lanes of one warp hold a row in registers'
-    >>> plan.bytes_moved == plan.bytes_floor == 2 * 64 * 1000 * 4
-    True
     """
 
     path: str

@@ -114,9 +114,6 @@ def datasets() -> tuple[list[Data], str]:
     return [Data("digits", digits), Data("breast-cancer", cancer)], ""
 
 
-# ---- what can be checked ----
-
-
 def find(config: Config) -> tuple[list[Backend], list[Unavailable]]:
     """List every path that can be checked here, and every other with the reason."""
     narrow = _NARROW[: 1 if import_fault("ml_dtypes", None, "") else 2]
@@ -145,9 +142,6 @@ def _to_torch(a: Array) -> Any:
     if a.dtype.name == "bfloat16":
         return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(a)
-
-
-# ---- whether it is right ----
 
 
 def check_backend(backend: Backend, data: list[Data]) -> Iterator[Check]:
@@ -249,9 +243,6 @@ def _torch_seconds(device: str, host: list[Array]) -> float | None:
         return min(times + timeit.repeat(call, number=1, repeat=_REPEATS))
     finally:
         torch.set_num_threads(threads)
-
-
-# ---- as text ----
 
 
 def as_text(checks: list[Check], absent: list[Unavailable], remark: str) -> str:

@@ -23,16 +23,14 @@ class LayerNorm(Stateful):
     ----------
     normalized_shape, eps : optional
         As for `cupynorm.layer_norm`; the shape must be given.
-    elementwise_affine : bool, default True
-        Whether there are a weight and a bias at all.
-    bias : bool, default True
-        Whether there is a bias beside the weight.
+    elementwise_affine, bias : bool, default True
+        Whether there are a weight and a bias at all, and a bias beside the weight.
     device : str or device, optional
         Where the parameters live: 'cpu' (the default) for NumPy; 'cuda' for CuPy on its current
         GPU, 'cuda:1' on that one. A ``torch.device`` or ``cupy.cuda.Device`` does as well.
     dtype : dtype, optional
-        Of the parameters: float16, bfloat16, float32 (the default) or float64, as a name or as a
-        NumPy or torch dtype. x may have another of the four.
+        Of the parameters, float32 by default: a name, or a NumPy or torch dtype. x may have
+        another.
 
     Attributes
     ----------
@@ -57,13 +55,11 @@ class LayerNorm(Stateful):
     `forward` keeps x itself (no copy), its mean and its rstd for `backward`, one batch at a time:
     the next `forward` replaces them and `backward` releases them, so write to x in place only
     after `backward`. ``forward(x, keep=False)`` keeps nothing and is what inference should call.
-    Because of what it keeps, a layer in training belongs to one thread, and stands at one place
-    of a network. The formula is that of Ba, Kiros and Hinton (2016), "Layer Normalization",
-    arXiv:1607.06450; `layer_norm` and `layer_norm_backward` say how it is computed.
+    So a layer in training belongs to one thread, and stands at one place of a network. The formula
+    is that of Ba, Kiros and Hinton (2016), "Layer Normalization", arXiv:1607.06450.
 
-    A layer equals itself only and may be a key of a dict, as torch's. Copies and pickles of it
-    have parameters and gradients of their own, and nothing of the batch. At a prompt it is one
-    line, as torch's; ``print`` tells of parameters and what is kept, a notebook shows a table.
+    A layer equals itself only, as torch's. Copies and pickles of it have parameters and gradients
+    of their own, and nothing of the batch. ``print`` tells of parameters and what is kept.
 
     Examples
     --------
@@ -72,13 +68,11 @@ class LayerNorm(Stateful):
     >>> layer = cn.LayerNorm(3)
     >>> y = layer(np.array([[1.0, 2.0, 3.0]], dtype=np.float32))
     >>> dx = layer.backward(np.ones_like(y))
-    >>> layer.grad["bias"]
-    array([1., 1., 1.], dtype=float32)
     >>> for name, parameter in layer.state_dict().items():
     ...     parameter -= 0.1 * layer.grad[name]
+    >>> layer.bias
+    array([-0.1, -0.1, -0.1], dtype=float32)
     >>> layer.zero_grad()
-    >>> layer
-    LayerNorm((3,), eps=1e-05, elementwise_affine=True, bias=True)
     """
 
     def __init__(
@@ -144,8 +138,8 @@ class LayerNorm(Stateful):
         arguments = (x, self.normalized_shape, self.weight, self.bias, self.eps)
         if not keep:
             return layer_norm(*arguments)
-        y, mean, rstd = layer_norm(*arguments, return_stats=True)
-        self._kept = x, mean, rstd
+        y, *stats = layer_norm(*arguments, return_stats=True)
+        self._kept = x, *stats
         return y
 
     def backward(self, dy: Any) -> Any:
@@ -207,10 +201,9 @@ class LayerNorm(Stateful):
         Returns
         -------
         LayerNorm
-            A step of either side's training is seen by the other, until one of them replaces its
-            arrays, as ``module.to(...)`` to another device or dtype does. Gradients are not
-            shared, and autograd does not notice what this side writes, so write between torch's
-            backward and its next forward.
+            Each side sees the other's training, until one of them replaces its arrays, as
+            ``module.to(...)`` does. Gradients are not shared, and autograd does not notice what
+            this side writes, so write between torch's backward and its next forward.
 
         Raises
         ------
@@ -248,8 +241,7 @@ class LayerNorm(Stateful):
         Returns
         -------
         torch.nn.LayerNorm
-            Its parameters require grad. For one that runs this library's kernels, pass it on:
-            ``cupynorm.torch.convert(layer.to_torch())``.
+            Its parameters require grad. `cupynorm.torch.convert` makes it run this library.
 
         Raises
         ------

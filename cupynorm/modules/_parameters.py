@@ -19,10 +19,8 @@ class IncompatibleKeys(NamedTuple):
 
     Attributes
     ----------
-    missing_keys : list of str
-        Parameters of the layer that the state does not hold.
-    unexpected_keys : list of str
-        Names in the state that the layer does not have.
+    missing_keys, unexpected_keys : list of str
+        Parameters that only the layer has, and names that only the state has.
     """
 
     missing_keys: list[str]
@@ -68,8 +66,8 @@ class Stateful(Table):
         Examples
         --------
         >>> import cupynorm as cn
-        >>> cn.LayerNorm(2).state_dict("norm.")
-        {'norm.weight': array([1., 1.], dtype=float32), 'norm.bias': array([0., 0.], dtype=float32)}
+        >>> list(cn.LayerNorm(2).state_dict("norm."))
+        ['norm.weight', 'norm.bias']
         """
         both = {"weight": self.weight, "bias": self.bias}
         return {prefix + name: value for name, value in both.items() if value is not None}
@@ -93,17 +91,15 @@ class Stateful(Table):
 
         Raises
         ------
-        ValueError
-            If shapes do not fit, or under `strict` names; all faults in one sentence.
-        TypeError
-            If a value is no array of a floating dtype.
+        TypeError, ValueError
+            If a value is no array of a floating dtype; if shapes, or under `strict` names, do not
+            fit, with all faults in one sentence.
 
         Examples
         --------
-        >>> import numpy as np
         >>> import cupynorm as cn
-        >>> layer = cn.LayerNorm(2)
-        >>> layer.load_state_dict({"weight": np.array([2.0, 3.0])}, strict=False)
+        >>> weight = cn.LayerNorm(2, bias=False)
+        >>> cn.LayerNorm(2).load_state_dict(weight.state_dict(), strict=False)
         IncompatibleKeys(missing_keys=['bias'], unexpected_keys=[])
         """
         return self._load(state, strict, "state", "")
@@ -181,7 +177,7 @@ class Stateful(Table):
         Returns
         -------
         IncompatibleKeys
-            The named tuple (missing_keys, unexpected_keys), with the prefix.
+            As for `load_state_dict`.
 
         Raises
         ------
