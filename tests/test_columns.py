@@ -183,7 +183,8 @@ def tables(draw):
         if known == "all" and draw(st.booleans()):
             given[-1] = columns[-1]
     affine = {
-        name: draw(hnp.arrays(np.int8, N)).astype(np_dtype(draw(st.sampled_from(DTYPES[-4:])))) / 128
+        name: draw(hnp.arrays(np.int8, N)).astype(np_dtype(draw(st.sampled_from(DTYPES[-4:]))))
+        / 128
         for name in draw(st.sets(st.sampled_from(["weight", "bias"])))
     }
     return columns, valid, given, affine

@@ -77,30 +77,13 @@ def test_a_notebook_and_a_terminal_show_the_same(name):
     assert len(page.rows) == len(lines)
     for cells, line in zip(page.rows, lines, strict=True):
         assert line.split() == " ".join(cells).split()
-
-
-@every_name
-def test_text_is_aligned(name):
-    sections = shown()[name]._sections()
-    longest = max(len(key) for _, rows in sections for key, _ in rows)
-    lines = iter(str(shown()[name]).splitlines())
-    for title, rows in sections:
-        assert not title or next(lines) == title
-        for key, text in rows:
-            line = next(lines)
-            at = longest + 2 + 2 * bool(title)
-            assert (line[:at].strip(), line[at:]) == (key, text)
+    assert name.startswith("layer") or repr(shown()[name]) == str(shown()[name])
 
 
 def test_what_comes_from_outside_is_escaped():
     text = Evil()._repr_html_()
     assert "<script" not in text
     assert Page(text).rows[:2] == [[EVIL], [EVIL, EVIL]]
-
-
-def test_config_and_explanation_show_themselves_at_a_prompt():
-    for name in ("config", "explain-gpu"):
-        assert repr(shown()[name]) == str(shown()[name])
 
 
 def test_a_layer_tells_of_its_parameters_and_what_it_keeps():

@@ -20,6 +20,7 @@ from tests.simt.fault import SimtFault
 
 PICTURES = kernels.pictures() | results.parts()
 DRAWN = sorted(name for name, text in PICTURES.items() if "<svg" in text)
+EVERY = {"k1.md", "k2.md", "k3.md", "k4.md", "k5.md", "k6.md", "k7.md", "layouts.md"}
 
 
 # --- who reads what -----------------------------------------------------------------------------
@@ -46,8 +47,6 @@ def places(rows, N, some=5):
 
 @pytest.mark.parametrize("family", plans.ROWS)
 def test_rows_are_read_by_whom_the_picture_says(family):
-    if plans.row_plan(family) is None:
-        pytest.skip(f"no plan takes the family {family!r} yet")
     plan, N = plans.row_plan(family)
     _, _, dtype, _ = plans.ROWS[family]
     rows = 20 if family == "warp" else 2
@@ -99,13 +98,9 @@ def test_a_tile_is_read_by_whom_the_picture_says():
 # --- how they are drawn -------------------------------------------------------------------------
 
 
-def test_every_family_is_drawn():
-    assert {"k1.md", "k2.md", "k3.md", "k5.md", "k6.md", "k7.md", "layouts.md"} <= set(DRAWN)
-    assert ("k4.md" in DRAWN) == (plans.row_plan("cluster") is not None)
-
-
 @pytest.mark.parametrize("name", DRAWN)
 def test_nothing_is_cut_off(name):
+    assert set(DRAWN) >= EVERY
     space = "{http://www.w3.org/2000/svg}"
     for found in re.findall(r"<svg.*?</svg>", PICTURES[name], re.S):
         svg = ET.fromstring(found)
