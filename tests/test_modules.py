@@ -187,7 +187,7 @@ def test_dtype_by_any_name(dtype):
 DTYPES = r"float16, bfloat16, float32, float64"
 REFUSED = [
     *[({"dtype": d}, TypeError, DTYPES)
-      for d in ("int32", np.int64, bool, "complex64", torch.int8, "longdouble")],
+      for d in ("int32", np.int64, bool, "complex64", torch.int8, "longdouble", "f3")],
     *[({"normalized_shape": s}, ValueError, "normalized_shape") for s in ((), -1, (3, -4))],
     *[({"normalized_shape": s}, TypeError, "normalized_shape")
       for s in (2.5, "3", True, None, (3, 4.0))],

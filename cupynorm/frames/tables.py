@@ -32,9 +32,8 @@ def library(x: Any) -> str:
 def read(table: Any) -> list[Column]:
     """Columns as `layer_norm_columns` takes them, sharing the table's memory where possible."""
     adapter = _ADAPTERS[library(table)]
-    known = {dtype: adapter.is_number(dtype) for dtype in set(table.dtypes)}
     typed = zip(table.columns, table.dtypes, strict=True)
-    refused = [(name, dtype) for name, dtype in typed if not known[dtype]]
+    refused = [(name, dtype) for name, dtype in typed if not adapter.is_number(dtype)]
     if refused:
         named = ", ".join(f"{name!r} ({dtype})" for name, dtype in refused[:5])
         named += f" and {len(refused) - 5} more" if len(refused) > 5 else ""
