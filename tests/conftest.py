@@ -18,6 +18,10 @@ import pytest
 
 pytest_plugins = ["tests.report"]
 
+# Of OpenMP, before torch and scikit-learn load it. Its threads spin while they wait; where several
+# test processes share the CPUs, small calls of torch then take twenty times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 hypothesis.settings.register_profile(
     "cupynorm",
     deadline=None,  # a first example may compile

@@ -190,7 +190,7 @@ def tables(draw):
     return columns, valid, given, affine
 
 
-@hypothesis.settings(max_examples=100)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(tables(), st.booleans(), st.sampled_from(["float32", "float64", "float16"]))
 def test_any_table(drawn, omit, dtype):
     columns, valid, given, affine = drawn

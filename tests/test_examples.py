@@ -49,12 +49,12 @@ def parquet():
 
 
 def output_of(script, *options, cwd):
-    """What a script prints, run from a bare checkout; its threads would fight other tests'."""
+    """What a script prints, run from a bare checkout."""
     paths = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, EXAMPLES / script, "--device", "cpu", *options],
         capture_output=True, text=True, check=True, cwd=cwd,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     return done.stdout
 

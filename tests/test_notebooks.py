@@ -120,8 +120,7 @@ def test_stored_outputs_are_small_and_whole(name):
 
 
 @every_notebook
-def test_it_runs_and_shows_what_is_stored(runner, name, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torch's threads would fight the other tests'
+def test_it_runs_and_shows_what_is_stored(runner, name, tmp_path):
     if name == "parquet_to_torch":
         for needed in ("torch", "pandas", "pyarrow"):
             pytest.importorskip(needed)
