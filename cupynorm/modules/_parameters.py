@@ -110,7 +110,7 @@ class Stateful(Table):
         mine = self.state_dict(prefix)
         missing = [name for name in mine if name not in state]
         unexpected = [name for name in state if name not in mine]
-        hosts = {n: to_host(n, state[n]) for n in mine if n in state}
+        hosts = {n: host_of(n, state[n]) for n in mine if n in state}
         faults = [
             f"{name} has shape {host.shape}, the layer's has {tuple(mine[name].shape)}"
             for name, host in hosts.items()
@@ -158,7 +158,7 @@ class Stateful(Table):
         ['norm.npz']
         """
         state = self.state_dict(prefix)
-        _files.write(path, {n: to_host(n, a) for n, a in state.items()})
+        _files.write(path, {n: host_of(n, a) for n, a in state.items()})
 
     def load(
         self, path: str | os.PathLike[str], *, prefix: str = "", strict: bool = True
@@ -270,7 +270,7 @@ def new_array(shape: tuple[int, ...], dtype: np.dtype[Any], device: str, value: 
     return array
 
 
-def to_host(label: str, value: Any) -> np.ndarray[Any, Any]:
+def host_of(label: str, value: Any) -> np.ndarray[Any, Any]:
     """NumPy array with the contents of an array of any library, on any device, or its refusal."""
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         msg = f"{label} is a {type(value).__name__}, which is no array; pass an array"
