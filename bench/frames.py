@@ -28,12 +28,13 @@ import pandas as pd
 import pyarrow as pa
 
 import cupynorm as cn
+from bench import command_line, saved, some_of
 from bench.cases import EPS
 from bench.check import Given, limit
 from bench.clock import host_batch, host_rounds, host_turn, interleave
 from bench.machine import ROOT, describe, threads, version
-from bench.sweep import progress, say
-from bench.table import write
+from bench.sweep import progress
+from bench.table import dated
 from cupynorm import frames
 
 N = 100
@@ -140,9 +141,8 @@ def row_of(name: str, M: int, seconds: float) -> dict[str, Any]:
     times = interleave(batches, host_turn, host_rounds, seconds)
     row = {"frame": name, "M": M, "N": N, "dtype": dtype.name}
     row |= {f"{c} ms": round(times[c].median / 1e3, 2) if c in times else "" for c in CONTENDERS}
-    row |= {
-        f"{c}/frame": round(times[c].median / times["frame"].median, 2) for c in CONTENDERS[2:4]
-    }
+    over = {c: times[c].median / times["frame"].median for c in CONTENDERS[2:4]}
+    row |= {f"{c}/frame": round(ratio, 2) for c, ratio in over.items()}
     row |= {"load": round(os.getloadavg()[0], 1)}  # more than `cpus`: others had a share
     for contender in ("frame", "numpy"):
         args = [sys.executable, "-m", "bench.frames", "--rows", str(M), "--peak", name, contender]
@@ -153,25 +153,24 @@ def row_of(name: str, M: int, seconds: float) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.frames", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("frames", __doc__)
     parser.add_argument("--seconds", type=float, default=4.0, help="per frame")
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--frames", default=",".join(FRAMES))
-    parser.add_argument("--to", type=Path, help="folder for the CSV; none is written without it")
+    parser.add_argument("--frames", default=",".join(FRAMES), type=some_of(FRAMES))
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    saved(parser)
     given = parser.parse_args(argv)
     threads()
     if given.peak:
         print(*peak(*given.peak, given.rows))
         return 0
     host, rows = describe() | {lib: version(lib) for lib in ("pandas", "pyarrow")}, []
-    for name in progress(given.frames.split(","), "bench.frames"):
+    for name in progress(given.frames, "bench.frames"):
         row = row_of(name, given.rows, given.seconds)
-        say(", ".join(f"{k} {v}" for k, v in row.items() if v != ""))
+        print(", ".join(f"{k} {v}" for k, v in row.items() if v != ""), flush=True)
         rows.append(row | host)
     if given.to:
-        print(write(rows, given.to, "frames"))
+        print(dated(rows, given.to, "frames"))
     return 0
 
 

@@ -1,11 +1,5 @@
-"""Predicts how near a plan comes to a copy on GPUs that are not at hand: bytes, bytes in flight.
+"""Predicts how near a plan comes to a copy on GPUs that are not at hand: bytes, bytes in flight."""
 
-python -m bench.model                      # the table
-python -m bench.model --markdown           # writes results/model.md and PENDING.md's part
-python -m bench.model --measured FOLDER    # a run of `make gpu` beside the predictions
-"""
-
-import argparse
 import csv
 import functools
 import math
@@ -17,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import cupynorm as cn
+from bench import command_line
 from bench.cases import BWD, FEW, FWD, LAYOUT, OPS, Case, sized
 from bench.data import numpy_dtype
 
@@ -239,8 +234,7 @@ def files() -> dict[Path, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("model", __doc__)
     parser.add_argument("--markdown", action="store_true", help="write the committed files")
     if not parser.parse_args(argv).markdown:
         print(page())

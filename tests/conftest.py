@@ -193,6 +193,11 @@ _MAKERS: dict[Backend, Callable[[], Library]] = {
 }
 
 
+def library(backend: Backend) -> Library:
+    """The library, where it is here; CuPy's stand-in inside its context alone."""
+    return _MAKERS[backend]()
+
+
 @functools.cache
 def why_not(backend: Backend) -> str | None:
     """The reason why a backend cannot run here; None where it can."""
@@ -282,7 +287,7 @@ _CONTEXTS = {Backend.CUPY_SIMULATED: _simulated, Backend.NUMPY_PLAIN: _plain}
 def lib(request: pytest.FixtureRequest) -> Iterator[Library]:
     """The library of this case, as the tests see it."""
     with _CONTEXTS.get(request.param, contextlib.nullcontext)():
-        yield _MAKERS[request.param]()
+        yield library(request.param)
 
 
 cupy_lib = lib  # the same for tests that need CuPy, simulated or real
