@@ -4,22 +4,24 @@ import csv
 import dataclasses
 import itertools
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 import cupynorm as cn
 from bench import cases, clock, plots, sweep, table
 from bench.cases import BIG, BOTH, BWD, FWD, OPS, Case
-from bench.check import EPSILON, Given, judge, limit, statistics
+from bench.check import EPSILON, NAMES, Given, judge, statistics
 from bench.contender import Contender, Result, measure
 from bench.data import make_inputs
 from bench.device import Device, Gpu, simulated_cupy
+from bench.machine import GPU_FACTS, LIBRARIES
 from bench.peers import contenders, names
 from tests import oracle
+from tests.conftest import np_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = {"cpu": "Drawn by a test", "commit": "0" * 9, "date": "2026-01-01"}
@@ -45,8 +47,8 @@ def device(request):
             yield Gpu(cupy, simulated=True)
 
 
-def results(device, case, builders):
-    return {r.name: r for r in measure(device, make_inputs(device, case), builders, 0.0)}
+def measured(inputs, builders):
+    return {r.name: r for r in measure(inputs.device, inputs, builders, 0.0)}
 
 
 def table_rows(path):
@@ -58,8 +60,8 @@ def table_rows(path):
 
 
 def random(dtype, *shape, seed, center=0.0):
-    dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-    return (np.random.default_rng(seed).standard_normal(shape) * 1.5 + center).astype(dtype)
+    values = np.random.default_rng(seed).standard_normal(shape) * 1.5 + center
+    return values.astype(np_dtype(dtype))
 
 
 @pytest.fixture(params=EPSILON)
@@ -75,39 +77,34 @@ def right(request):
 
 
 def of(given, made, ours=True):
-    dtype = str(given.x.dtype)
-    return judge(Case(BOTH, BIG, dtype, given.x.shape), given, tuple(made), ours)
+    return judge(Case(BOTH, BIG, str(given.x.dtype), given.x.shape), given, tuple(made), ours)
 
 
-def test_results_that_are_rounded_once_pass(right):
+def test_one_element_that_is_off_is_seen(right):
     given, made = right
     error, allowed = of(given, made)
     # A half by rounding; the reference of float64 rounds as often as what it judges.
     assert error <= (3 if given.x.dtype == np.float64 else 0.51) <= allowed
-
-
-@pytest.mark.parametrize("k", range(4))
-def test_one_element_that_is_off_is_seen(right, k):
-    given, made = right
-    wrong = made[k]
-    place = np.unravel_index(np.argmax(np.abs(wrong.astype(float))), wrong.shape)
-    units = 40 if wrong.ndim == 2 else 200  # of a sum of 60 terms
-    wrong[place] += wrong.dtype.type(units * EPSILON[str(wrong.dtype)]) * wrong[place]
-    error, allowed = of(given, made)
-    assert not error <= allowed
-    wrong[place] = np.nan
-    error, allowed = of(given, made, ours=False)
-    assert math.isnan(error) and not error <= allowed
-    made[k] = None
-    with pytest.raises(ValueError, match=f"no {('y', 'dx', 'dweight', 'dbias')[k]} of shape"):
-        of(given, made)
+    for k, name in enumerate(NAMES["both"]):
+        changed = [a.copy() for a in made]
+        wrong = changed[k]
+        place = np.unravel_index(np.argmax(np.abs(wrong.astype(float))), wrong.shape)
+        units = 40 if wrong.ndim == 2 else 200  # of a sum of 60 terms
+        wrong[place] += wrong.dtype.type(units * EPSILON[str(wrong.dtype)]) * wrong[place]
+        error, allowed = of(given, changed)
+        assert not error <= allowed
+        wrong[place] = np.nan
+        assert math.isnan(of(given, changed, ours=False)[0])
+        changed[k] = None
+        with pytest.raises(ValueError, match=f"no {name} of shape"):
+            of(given, changed)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_row_left_out_of_twenty_thousand_is_seen(dtype):
     dy, x = random(dtype, 20_000, 64, seed=4), random(dtype, 20_000, 64, seed=5)
+    dx, *_ = oracle.layer_norm_backward(dy, x, (1,), None, 1e-5)
     for rows in (slice(0, None), slice(1, None)):
-        dx, *_ = oracle.layer_norm_backward(dy, x, (1,), None, 1e-5)
         totals = oracle.layer_norm_backward(dy[rows], x[rows], (1,), None, 1e-5)[1:]
         made = tuple(a.astype(x.dtype) for a in (dx, *(t.reshape(-1) for t in totals)))
         error, allowed = judge(Case(BWD, BIG, dtype, x.shape), Given(np, x, dy), made, True)
@@ -134,6 +131,12 @@ def test_statistics_and_long_rows_are_the_oracles(right, monkeypatch):
 # --- a wrong contender never gets a number --------------------------------------------------------
 
 
+def last_row_unwritten(inputs, i):
+    y = inputs.y[i][:-1]
+    cn.layer_norm(inputs.x[i][:-1], None, inputs.weight, inputs.bias, axis=-1, out=y)
+    return inputs.y[i]
+
+
 def other_eps(inputs, i):
     return cn.layer_norm(inputs.x[i], None, inputs.weight, inputs.bias, 1e-3, axis=inputs.case.axis)
 
@@ -146,33 +149,23 @@ def unwritten(inputs, i):
     return inputs.y[i]
 
 
-def last_row_unwritten(inputs, i):
-    y = inputs.y[i][:-1]
-    cn.layer_norm(inputs.x[i][:-1], None, inputs.weight, inputs.bias, axis=-1, out=y)
-    return inputs.y[i]
+def of_faults(inputs, *faults):
+    return [(f.__name__, lambda f=f: Contender(lambda i: f(inputs, i))) for f in faults]
 
 
-WRONG = (other_eps, no_bias, unwritten, last_row_unwritten)
-
-
-@pytest.mark.parametrize("fault", WRONG, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("layout", ["C", "F-C", "NCHW"])
-def test_a_wrong_forward_gets_no_number(device, fault, layout):
+def test_a_wrong_forward_gets_no_number(device, layout):
     shape, axis = ((2, 9, 3, 4), 1) if layout == "NCHW" else ((24, 9), -1)
-    if layout == "NCHW" and fault is last_row_unwritten:
-        pytest.skip("the others leave rows out")
-    case = Case(FWD, BIG, "float32", shape, axis, layout)
-    inputs = make_inputs(device, case)
-    builders = [
-        *contenders(inputs, ("cupynorm", "cupynorm out=")),
-        ("wrong", lambda: Contender(lambda i: fault(inputs, i))),
-    ]
-    found = {r.name: r for r in measure(device, inputs, builders, 0.0)}
-    assert found["wrong"].status == "wrong" and "allowed" in found["wrong"].note
-    assert found["wrong"].times is None
-    for name in ("cupynorm", "cupynorm out="):
-        assert (found[name].status, found[name].note) == ("ok", "")
-        assert found[name].times.median > 0 and 0 < found[name].error <= 8
+    inputs = make_inputs(device, Case(FWD, BIG, "float32", shape, axis, layout))
+    faults = [other_eps, no_bias, unwritten, *[last_row_unwritten] * (layout != "NCHW")]
+    ours = contenders(inputs, ("cupynorm", "cupynorm out="))
+    found = measured(inputs, [*ours, *of_faults(inputs, *faults)])
+    for name, result in found.items():
+        if name.startswith("cupynorm"):
+            assert (result.status, result.note) == ("ok", "")
+            assert result.times.median > 0 and 0 < result.error <= 8
+        else:
+            assert result.status == "wrong" and "allowed" in result.note and result.times is None
 
 
 def gradients(inputs, i, **changed):
@@ -189,33 +182,27 @@ def no_weight_in_dx(inputs, i):
     return gradients(inputs, i, weight=None)[0], *gradients(inputs, i)[1:]
 
 
+def less(inputs, i):
+    return *gradients(inputs, i)[:2], None
+
+
 def test_a_wrong_backward_gets_no_number(device):
+    """Nor what a capture left and no replay does."""
+    kept = {}
+
+    def once(inputs, i):
+        if i not in kept:
+            kept[i] = gradients(inputs, i)
+            for a in kept[i]:
+                a.fill(0)
+        return kept[i]
+
     inputs = make_inputs(device, Case(BWD, BIG, "float32", (5, 32)))
-    made = [(f.__name__, lambda f=f: Contender(lambda i: f(inputs, i)))
-            for f in (swapped, no_weight_in_dx)]  # fmt: skip
-    less = lambda i: (*gradients(inputs, i)[:2], None)  # noqa: E731
-    made += [("less", lambda: Contender(less)), *contenders(inputs, ("cupynorm",))]
-    found = {r.name: r for r in measure(device, inputs, made, 0.0)}
-    assert [r.status for r in found.values()] == ["wrong", "wrong", "error", "ok"]
+    made = of_faults(inputs, swapped, no_weight_in_dx, once, less)
+    found = measured(inputs, [*made, *contenders(inputs, ("cupynorm",))])
+    assert [r.status for r in found.values()] == ["wrong"] * 3 + ["error", "ok"]
     assert "no dbias" in found["less"].note
-    assert [r.times is None for r in found.values()] == [True] * 3 + [False]
-
-
-def test_what_a_capture_left_must_not_pass_for_what_a_replay_leaves():
-    with simulated_cupy() as cupy:
-        device, kept = Gpu(cupy, simulated=True), {}
-
-        def once(inputs, i):
-            if i not in kept:
-                kept[i] = gradients(inputs, i)
-                for a in kept[i]:
-                    a.fill(0)
-            return kept[i]
-
-        inputs = make_inputs(device, Case(BWD, BIG, "float32", (5, 32)))
-        builders = [("once", lambda: Contender(lambda i: once(inputs, i)))]
-        (result,) = measure(device, inputs, builders, 0.0)
-    assert (result.status, result.times) == ("wrong", None)
+    assert [r.times is None for r in found.values()] == [True] * 4 + [False]
 
 
 def test_who_raises_or_is_missing_leaves_the_others(device):
@@ -226,22 +213,21 @@ def test_who_raises_or_is_missing_leaves_the_others(device):
     def missing():
         raise ModuleNotFoundError("No module named 'gone'")
 
-    case = Case(FWD, BIG, "float32", (6, 32))
-    inputs = make_inputs(device, case)
+    inputs = make_inputs(device, Case(FWD, BIG, "float32", (6, 32)))
     builders = [("a", broken), ("b", missing), *contenders(inputs, ("cupynorm",))]
-    found = measure(device, inputs, builders, 0.0)
-    assert [r.status for r in found] == ["error", "skipped", "ok"]
-    assert found[0].note == "RuntimeError: too many resources requested"
+    found = measured(inputs, builders)
+    assert [r.status for r in found.values()] == ["error", "skipped", "ok"]
+    assert found["a"].note == "RuntimeError: too many resources requested"
 
 
 def test_a_copy_must_have_arrived(device):
     inputs = make_inputs(device, Case(BWD, BIG, "bfloat16", (6, 64)))
     made = [b for b in contenders(inputs, names(device.kind)) if b[0].startswith("copy")]
-    found = {r.name: r.status for r in measure(device, inputs, made, 0.0)}
-    assert list(found.values()).count("ok") == 2, found
-    builders = [(n, lambda b=b: dataclasses.replace(b(), call=lambda i: inputs.copy_to[i]))
-                for n, b in made]  # fmt: skip
-    assert {r.status for r in measure(device, inputs, builders, 0.0)} == {"wrong"}
+    found = [r.status for r in measured(inputs, made).values()]
+    assert found.count("ok") == 2, found
+    nothing = {"call": lambda i: inputs.copy_to[i]}
+    builders = [(n, lambda b=b: dataclasses.replace(b(), **nothing)) for n, b in made]
+    assert {r.status for r in measured(inputs, builders).values()} == {"wrong"}
 
 
 # --- turns ----------------------------------------------------------------------------------------
@@ -284,6 +270,9 @@ def test_settle_waits_for_threads_that_spin(monkeypatch):
     assert slept == [0.005] * 3
 
 
+# --- cases ----------------------------------------------------------------------------------------
+
+
 def test_inputs_get_past_the_cache_and_are_distinct():
     device = SimpleNamespace(simulated=False, l2_bytes=50 * 2**20)
     assert Gpu.buffers(device, Case(FWD, BIG, "float32", (2**20, 128))) == 2
@@ -293,9 +282,6 @@ def test_inputs_get_past_the_cache_and_are_distinct():
     x, dy = (a[0].astype(float) for a in (inputs.x, inputs.dy))
     assert abs(np.corrcoef(x.ravel(), dy.ravel())[0, 1]) < 0.1 and abs(dy.mean()) < 0.1 < x.mean()
     assert inputs.x[0].strides == (2 * 108, 2)
-
-
-# --- cases ----------------------------------------------------------------------------------------
 
 
 def test_cases_hold_what_the_claims_need():
@@ -323,10 +309,9 @@ def test_bytes_of_the_floor():
     assert (both.M, both.N) == (30, 4)
     assert both.moved_bytes == 5 * 120 * 2 + 5 * 4 * 2 + 4 * 30 * 4
     forward = Case(FWD, BIG, "float16", (1000, 4096))
-    assert forward.moved_bytes == forward.copy_bytes + 2 * 4096 * 2
-    e = cn.explain(np.empty((1000, 4096), np.float16), weight=np.empty(4096, np.float16),
-                   bias=np.empty(4096, np.float16), axis=1, device="sm_90")  # fmt: skip
-    assert e.bytes_floor == forward.moved_bytes
+    vectors = [np.empty(4096, np.float16)] * 2
+    e = cn.explain(np.empty((1000, 4096), np.float16), None, *vectors, device="sm_90")
+    assert e.bytes_floor == forward.moved_bytes == forward.copy_bytes + 2 * 4096 * 2
 
 
 # --- table, summary, figures ----------------------------------------------------------------------
@@ -366,11 +351,11 @@ def test_rows_have_one_schema_and_ratios_of_the_same_run(tmp_path):
     assert all(r[column] == "" for r in simulated.rows for column in table.TIMED)
 
 
-def test_the_page_lists_the_columns():
+def test_the_page_tells_the_meaning_of_each_column():
     page = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
-    for column, meaning in table.COLUMNS.items():
-        if meaning != "version":
-            assert f"| `{column}` | {meaning} |" in page
+    versions = {*GPU_FACTS[1:], "python", *LIBRARIES}
+    told = re.findall(r"^\| `(\w+)` \| .", page.partition("## Columns")[2], re.MULTILINE)
+    assert told == [name for name in table.COLUMNS if name not in versions]
 
 
 def test_summary_names_the_worst_case_and_the_targets():
@@ -379,9 +364,8 @@ def test_summary_names_the_worst_case_and_the_targets():
     said = {line[3:5]: line[5:] for line in table.summary(rows)}
     assert said["cupynorm", "torch"] == ("2", "1.00", "1.00", "2.00", "9x50")
     assert ("cupynorm", "jax") not in said and ("cupynorm", "copyto") not in said
-    assert "| layer_norm_fwd | shapes | float32 | cupynorm | torch | 2 |" in table.markdown(
-        table.summary(rows)
-    )
+    page = table.markdown(table.summary(rows))
+    assert "| layer_norm_fwd | shapes | float32 | cupynorm | torch | 2 |" in page
     big = [drawn_table(case=Case(FWD, BIG, "float32", (2**20, N)), ratio=r)[0].rows
            for N, r in ((256, 0.5), (4096, 1.0))]  # fmt: skip
     (claim,) = table.claims(itertools.chain(*big))
@@ -394,12 +378,9 @@ def test_summary_names_the_worst_case_and_the_targets():
 def test_figures_show_who_was_measured(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     made = table.Table(tmp_path / "t.csv", MACHINE)
-    for group, shapes in {
-        "shapes": [(2**k, 50) for k in range(5)],
-        "columns": [(2**14 // N, N) for N in (16, 100, 256, 4096)],
-    }.items():
-        for shape in shapes:
-            made.add(drawn_table(case=Case(FWD, group, "float32", shape), ratio=1.5)[0].rows)
+    shapes = [("shapes", (2**k, 50)) for k in range(5)]
+    for group, shape in shapes + [("columns", (2**14 // N, N)) for N in (16, 100, 256, 4096)]:
+        made.add(drawn_table(case=Case(FWD, group, "float32", shape), ratio=1.5)[0].rows)
     assert plots.main([str(made.path), "--out", str(tmp_path / "drawn")]) == 0
     for name in ("cpu-shapes-forward", "cpu-bandwidth-forward"):
         pixels = matplotlib.image.imread(tmp_path / "drawn" / f"{name}.png")[..., :3]
@@ -424,12 +405,3 @@ def test_a_sweep_ends_at_its_deadline_and_says_what_failed(monkeypatch, capsys):
     device.deadline = 0.0
     assert "2 left out" in sweep.sweep(device, made, found, lambda i: [])
     assert "bench 2/2: forward float32 7x32" in capsys.readouterr().err
-
-
-def test_a_bar_where_there_is_a_terminal(monkeypatch, capsys):
-    pytest.importorskip("tqdm")
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    assert list(sweep.progress(["one", "two"], "label")) == ["one", "two"]
-    sweep.say("between")
-    assert "2/2" in capsys.readouterr().err
-    assert limit("float32", 256, ours=False) == 18
