@@ -81,8 +81,8 @@ def test_a_copy_does_the_same_with_a_weight_of_its_own(lib, way):
     check(lib, out, None, x, weight if way == "copy" else old, bias)
     refused(g, "shape (5, 12)", "shape (4, 12)", x=lib.from_numpy(numbers(5, 12)))
     assert isinstance(g, cn.PreparedLayerNorm) and repr(g) == repr(f)
-    for part in ("PreparedLayerNorm", "float32 (4, 12)", "axes (1,)", "weight and bias", "eps 1e-05"):
-        assert part in repr(f), repr(f)
+    words = "PreparedLayerNorm of", "float32 (4, 12)", "axes (1,)", "weight and bias", "eps 1e-05"
+    assert not [word for word in words if word not in repr(f)], repr(f)
 
 
 # --- what is refused ----------------------------------------------------------------------------
