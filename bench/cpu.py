@@ -2,9 +2,7 @@
 
     python -m bench.cpu [--seconds 2] [--groups shapes,small] [--peers torch,...] [--out folder]
 
-Everybody is checked against float64 on the same input before anything is timed, has the same
-number of threads (CUPYNORM_NUM_THREADS, 2 if it is not set), and takes turns with the others; see
-bench/README.md for the protocol and the columns. A CSV and a summary are written into the folder.
+The protocol and the columns: bench/README.md. A CSV and a summary are written into the folder.
 """
 
 import sys

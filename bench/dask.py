@@ -1,12 +1,10 @@
 """What Dask adds to the same blocks in a plain loop, and what a second core or worker gains.
 
-    python -m bench.dask [--rounds 9] [--mb 100] [--blocks 4] [--to bench/results]
-
-Cases: blocks of whole rows, one `layer_norm` each; blocks that split the rows, with the same
-functions of moments in the loop; and many blocks of 256 bytes, which show what a task costs. Every
-task runs on one thread but for "loop, 2 threads". x lies in memory, with a cluster in its workers';
-y stays there as blocks. The timed call makes the graph, runs it and waits. Checked against float64,
-then timed in turns: medians; `cpu` is the processor time of this process and the workers.
+Blocks of whole rows, one `layer_norm` each; blocks that split the rows, with the same functions of
+moments in the loop; and many blocks of 256 bytes, which show what a task costs. Every task runs on
+one thread but for "loop, 2 threads". x lies in memory, with a cluster in its workers'; y stays
+there. The timed call makes the graph, runs it and waits. Checked against float64, then timed in
+turns: medians; `cpu` is the processor time of this process and the workers.
 """
 
 import contextlib

@@ -1,13 +1,10 @@
 """Layer norm of pandas frames against `to_numpy` and scaling in NumPy: times and peak memory.
 
-    python -m bench.frames [--seconds 4] [--rows 200000] [--to bench/results]
-
-Everybody is checked against float64 on the first rows, then takes turns. The frames hold 100
-columns: the mixed one's `to_numpy()` by itself gives Python objects, because it has bools (the
-contender "objects"), so the others ask for the result's dtype, as a careful user would.
-
-Memory is that of a process of its own: the highest resident memory while the call runs, less what
-was resident before the frame was made; against the bytes of the frame and of the result.
+Everybody is checked against float64 on the first rows, then takes turns. The mixed frame's
+`to_numpy()` by itself gives Python objects, because it has bools (the contender "objects"), so the
+others ask for the result's dtype, as a careful user would. Memory is that of a process of its own:
+the highest while the call runs, less what was resident before the frame was made; against the bytes
+of the frame and of the result.
 """
 
 import argparse

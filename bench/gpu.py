@@ -1,9 +1,6 @@
 """One command for a machine with a CUDA GPU: prove, then measure, into a folder; no network.
 
-    python -m bench.gpu --out folder                    tests, sanitizer, benchmarks, plots
-    python -m bench.gpu --only backward --out folder    one step, with all of the time
-    python -m bench.gpu --only tune --out folder        candidates for each row of the plan tables
-    python -m bench.gpu --simulate --out folder         the same logic without a GPU and a time
+    python -m bench.gpu --out folder [--only backward,tune] [--simulate]
 
 Nothing that is missing ends the run: summary.md says what each step did. Exit status 1 if a check
 failed or nothing was done, 2 if there was nothing to run on.

@@ -77,7 +77,7 @@ def test_results_lie_as_the_layout_says():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_formulas_fused_or_not_in_other_dtypes(dtype):
-    device, given = Device(), ("sqrt", "empty", "asarray", "copyto")
+    device, given = Device(), ("sqrt", "empty", "asarray", "copyto", "from_dlpack")
     device.lib = SimpleNamespace(**{n: getattr(np, n) for n in given})
     device.lib.fuse = lambda kernel_name: lambda function: function
     chosen = ("formula", "cupy-fuse", "cupynorm", "torch")
