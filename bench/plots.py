@@ -146,23 +146,12 @@ def bandwidth(plt: Any, rows: Rows) -> Any:
             mine = [r for r in rows if (r["group"], r["dtype"]) == (group, dtype)]
             _lines(ax, mine)
             ax.set_xscale("log", base=2)
-            columns = sorted({int(r["N"]) for r in mine})
-            powers = [N for N in columns if N & (N - 1) == 0] or columns
-            ax.set_xticks(powers, [tick(N) for N in powers], rotation=45)
             ax.minorticks_off()
             ax.set_title(f"{dtype}, {GROUPS[group]}", fontsize=9)
             ax.set_xlabel("N (columns)")
         line[0].set_ylabel("GB/s of the bytes that must move")
         line[0].set_ylim(bottom=0)  # once the whole row is drawn: it shares the axis
     return figure
-
-
-def tick(N: int) -> str:
-    """1024 as 1K, 1048576 as 1M, others in full."""
-    for size, letter in ((2**20, "M"), (2**10, "K")):
-        if size <= N and N % size == 0:
-            return f"{N // size}{letter}"
-    return str(N)
 
 
 def main(argv: list[str] | None = None) -> int:
