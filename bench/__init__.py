@@ -13,7 +13,6 @@ def command_line(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def saved(parser: argparse.ArgumentParser) -> None:
-    """Add the option that a table is saved by."""
     parser.add_argument("--to", type=Path, help="folder for the CSV; none is written without it")
 
 

@@ -53,7 +53,6 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def ways(x: Any, w: Any, b: Any, y: Any) -> Calls:
-    """The calls of one library."""
     f = cn.prepare(x, N, w, b, EPS)
     return {
         "layer_norm(x)": lambda: cn.layer_norm(x, N, w, b, EPS),
@@ -199,7 +198,6 @@ def counted_calls() -> int:
 
 
 def instructions() -> dict[str, int]:
-    """Machine instructions of one call, by name."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["valgrind", "--tool=callgrind", "--dump-before=getppid"]
         command += [f"--callgrind-out-file={folder}/out", sys.executable, "-m", "bench.calls"]
@@ -216,7 +214,6 @@ def instructions() -> dict[str, int]:
 
 
 def check_instructions(update: bool) -> int:
-    """Counts against budgets; 1 if one is over."""
     if not shutil.which("valgrind"):
         sys.exit("valgrind is needed to count instructions. On Debian: apt-get install valgrind")
     counts, version = instructions(), ".".join(platform.python_version_tuple()[:2])
@@ -315,7 +312,6 @@ def first_call(device: Gpu, table: Table) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line."""
     parser = command_line("calls", __doc__)
     parser.add_argument("--seconds", type=float, default=5.0)
     saved(parser)

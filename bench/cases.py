@@ -59,12 +59,10 @@ class Case:
 
     @property
     def strided(self) -> bool:
-        """Whether x or y has strided columns."""
         return self.layout not in ("C", "offset", "apart", "pitch")
 
     @property
     def pitch(self) -> int:
-        """Elements from one row to the next."""
         return self.N + (16 // self.itemsize if self.layout == "pitch" else 0)
 
     @property
@@ -120,7 +118,6 @@ GROUPS = {
 
 
 def cpu_cases(groups: Iterable[str]) -> list[Case]:
-    """Cases of the groups, in their order here."""
     return [case for name, make in GROUPS.items() if name in groups for case in make()]
 
 
@@ -208,5 +205,4 @@ QUICK = {"forward": _forward, "backward": _backward, "layouts": _strided}
 
 
 def gpu_cases(step: str, tiny: bool = False) -> list[Case]:
-    """Cases of a step."""
     return TINY[step] if tiny else QUICK[step]()

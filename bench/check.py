@@ -171,5 +171,4 @@ def judge(
 
 
 def worst(found: list[tuple[float, float]]) -> tuple[float, float]:
-    """Of errors and their limits; NaN is the worst of all."""
     return max(found, key=lambda e: e[0] / e[1] if e[0] == e[0] else math.inf)

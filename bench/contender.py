@@ -19,12 +19,10 @@ class Unavailable(Exception):
 
 
 def refuse(why: str) -> Any:
-    """Say why a contender has no number."""
     raise Unavailable(why)
 
 
 def load(name: str) -> Any:
-    """A library that may be missing."""
     try:
         return importlib.import_module(name)
     except Exception as error:  # not installed, or installed and broken
@@ -49,8 +47,6 @@ class Contender:
 
 @dataclass
 class Result:
-    """What became of a contender on a case."""
-
     name: str
     status: str  # ok, wrong, error, skipped
     kernel: str = ""

@@ -53,7 +53,6 @@ def loop(blocks: list[np.ndarray], w: np.ndarray, b: np.ndarray, threads: int = 
 
 
 def contenders(block: Grid, grid: Grid, clusters: dict[str, Any]) -> Calls:
-    """Calls by name, once the loop and Dask are right."""
 
     def make(block_info: Any = None) -> np.ndarray:
         seed = block_info[None]["chunk-location"]

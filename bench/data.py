@@ -41,11 +41,9 @@ class Inputs:
         return a.reshape(-1, a.shape[-1])
 
     def poison(self) -> None:
-        """Spoil what a check will look at."""
         poison(self.copy_to)
 
     def judge(self, i: int, result: tuple[Any, ...], ours: bool, eps: float) -> tuple[float, float]:
-        """Error of the result of call i, and the largest that passes."""
         plain = self.device.plain
         if i not in self._given:
             dy = self.rows(plain(self.dy[i])) if self.dy else None

@@ -25,8 +25,6 @@ ROUNDS, SLOW_SECONDS = 15, 0.4  # a contender gets fewer rounds if all of them w
 
 
 class Device:
-    """One run on one device."""
-
     kind = "cpu"
     simulated = False
     fresh = True  # results are memory that was not there before; a graph's own pool was
@@ -38,12 +36,10 @@ class Device:
         self.notes: list[str] = []
 
     def time_left(self) -> float:
-        """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     @contextlib.contextmanager
     def until(self, seconds: float) -> Iterator[None]:
-        """Move the deadline for a while."""
         before, self.deadline = self.deadline, min(self.deadline, time.monotonic() + seconds)
         try:
             yield
@@ -72,7 +68,6 @@ class Device:
         """After a failure."""
 
     def batch(self, contender: Contender, inputs: Any) -> Batch:
-        """A turn of a contender."""
 
         def left() -> dict[int, Any]:
             inputs.poison()

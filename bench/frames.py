@@ -61,7 +61,6 @@ def frame(name: str, M: int) -> pd.DataFrame:
 
 
 def contenders(name: str, df: pd.DataFrame) -> tuple[dict[str, Callable[[], Any]], Any]:
-    """Calls by name, and the dtype of their results."""
     dtype = np.dtype("float64" if name in ("mixed", "nullable", "arrow") else "float32")
     missing = {"na_value": np.nan} if name in ("nullable", "arrow") else {}
     matrix = lambda: df.to_numpy(dtype=dtype, **missing)  # noqa: E731
@@ -130,7 +129,6 @@ def peak(name: str, contender: str, M: int) -> tuple[float, float]:
 
 
 def row_of(name: str, M: int, seconds: float) -> dict[str, Any]:
-    """Times of a frame, and peaks of processes of their own."""
     df = frame(name, M)
     calls, dtype = contenders(name, df)
     check(calls, df, dtype)

@@ -111,7 +111,6 @@ def run_short_set(log: Path, seconds: float, simulate: bool = False) -> Outcome:
 
 
 def run_sanitizer(tool: str, log: Path, seconds: float) -> Outcome:
-    """Run `bench.sanitize` under compute-sanitizer."""
     beside = str(Path(shutil.which("nvcc") or "nvcc").resolve().parent)  # where CUDA's toolkit is
     places = os.pathsep.join((os.environ.get("PATH", ""), beside))
     path = shutil.which("compute-sanitizer", path=places)
@@ -146,7 +145,6 @@ class Run:
         self.tables: dict[str, Table] = {}
 
     def table(self, name: str) -> Table:
-        """The table of that name, begun once."""
         if name not in self.tables:
             path = self.folder / f"{name}.csv"
             self.tables[name] = Table(path, self.machine, self.device.simulated)

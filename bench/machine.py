@@ -62,7 +62,6 @@ def _gpu(cupy: Any, simulated: bool) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is measured; with a mark if the tree differs from it."""
     if given := os.environ.get(COMMIT):
         return given
     git = "git", "-C", str(ROOT)

@@ -55,7 +55,6 @@ class Gpu(NamedTuple):
 
     @property
     def supply(self) -> float:
-        """Bytes per microsecond."""
         return self.bandwidth * self.reached * 1e3
 
     @property
@@ -76,8 +75,6 @@ GPUS = (
 
 
 class Prediction(NamedTuple):
-    """Of one case on one GPU."""
-
     kernel: str  # K1 to K7
     us: float
     fraction_of_copy: float
@@ -92,7 +89,6 @@ def matrix() -> dict[str, dict[str, str]]:
 
 
 def resident(entry: str, threads: int, shared_bytes: int, gpu: Gpu) -> int:
-    """Blocks that a multiprocessor holds."""
     registers, warps = int(matrix().get(entry, {}).get(gpu.arch) or 64), -(-threads // 32)
     per_warp = -(-registers * 32 // PIECE) * PIECE
     shared, most_threads, most_blocks = gpu.limits
@@ -190,7 +186,6 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def claims() -> str:
-    """The worst case of each claim on each GPU."""
     rows, notes = [], []
     for number, text, aim, cases in CLAIMS:
         cells = []
@@ -207,7 +202,6 @@ def claims() -> str:
 
 
 def page() -> str:
-    """The whole of model.md."""
     known = [
         f"- {g.name}, planned as {g.arch}: {g.bandwidth:g} GB/s, {g.reached:.0%} of it reached "
         f"({g.source}), {g.in_flight} KiB in flight so {g.latency:.2f} us latency, t0 {g.t0:g} us"
@@ -225,7 +219,6 @@ def page() -> str:
 
 
 def files() -> dict[Path, str]:
-    """Paths and what they must hold."""
     pending = RESULTS / "PENDING.md"
     before, _, rest = pending.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
@@ -233,7 +226,6 @@ def files() -> dict[Path, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line."""
     parser = command_line("model", __doc__)
     parser.add_argument("--markdown", action="store_true", help="write the committed files")
     if not parser.parse_args(argv).markdown:

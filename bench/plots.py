@@ -26,7 +26,6 @@ Rows = list[dict[str, str]]
 
 
 def read(path: Path) -> Rows:
-    """Rows of a table that have a bandwidth."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = [r for r in csv.DictReader(file) if r["op"] in OPS and r["gb_per_s"]]
     if not rows:
@@ -36,7 +35,6 @@ def read(path: Path) -> Rows:
 
 
 def draw(rows: Rows, folder: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
-    """Write the figures that the rows allow; their paths."""
     kind, made = "gpu" if rows[0].get("gpu") else "cpu", []
     for op, about in OPS.items():
         mine = [r for r in rows if r["op"] == op]
@@ -54,7 +52,6 @@ def draw(rows: Rows, folder: Path, formats: tuple[str, ...] = ("png", "svg")) ->
 
 
 def save(plot: Callable[[Any], Any], stem: Path, title: str, formats: Any) -> list[Path]:
-    """Draw and write a figure."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -155,7 +152,6 @@ def bandwidth(plt: Any, rows: Rows) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line."""
     parser = command_line("plots", __doc__)
     parser.add_argument("csv", type=Path)
     parser.add_argument("--out", type=Path, help="folder; the table's own if not given")

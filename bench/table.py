@@ -72,7 +72,6 @@ def _cell(value: Any) -> Any:
 
 
 def write(rows: Rows, path: Path) -> Path:
-    """Save rows of columns of their own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
@@ -87,13 +86,11 @@ def dated(rows: Rows, folder: Path, name: str) -> Path:
 
 
 def timing(t: Times) -> dict[str, Any]:
-    """What a row says of its times."""
     found = {"median_us": t.median, "p10_us": t.p10, "p90_us": t.p90, "best_us": t.best}
     return found | {"rounds": t.rounds}
 
 
 def about(case: Case) -> dict[str, Any]:
-    """What a row says of its case."""
     found = {k: getattr(case, k) for k in ("op", "group", "dtype", "M", "N", "axis", "layout")}
     return found | {"weight_dtype": case.affine_dtype or "", "shape": case.label}
 
@@ -205,6 +202,5 @@ def faults(rows: Rows) -> Rows:
 
 
 def markdown(lines: list[tuple[str, ...]]) -> str:
-    """A summary as a table of a page."""
     rows = ("| " + " | ".join(row) + " |" for row in (HEADS, ("---",) * len(HEADS), *lines))
     return ABOUT_RATIOS + "\n\n" + "\n".join(rows) + "\n"

@@ -30,8 +30,6 @@ Rows = list[dict[str, Any]]
 
 
 class Size(NamedTuple):
-    """Of the model and of its training."""
-
     layers: int
     heads: int
     width: int

@@ -54,7 +54,6 @@ class Candidate:
         return text + ("" if self.copies else "/registers")
 
     def written(self, source: str) -> str:
-        """What to write into the table."""
         few = f"`ROWS_PER_PARTIAL = {self.rows_per_partial}` for " * bool(self.rows_per_partial)
         registers = "no copies of the next row for " * (not self.copies)
         return f"{few}{registers}`{replace(self.row, source=source)!r}`"

@@ -167,7 +167,6 @@ ROWS_ALONE = {*tensors.FUNCTIONS, "cupy-fuse", "onnxruntime", "onnxruntime out="
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """Everybody who may take part on that kind of device."""
     return (*(n for n in MAKERS if n not in ELSEWHERE[kind]), *COPY_NAMES[kind])
 
 

@@ -112,7 +112,6 @@ REFUSED = {
 
 
 def refuse_case(name: str, case: Any) -> None:
-    """Say what a library cannot do."""
     if (name, case.direction) in REFUSED:
         refuse(REFUSED[name, case.direction])
     if name in NEEDS_WEIGHT and not case.affine_dtype:
@@ -176,7 +175,6 @@ def on_torch(inputs: Inputs, make: Callable[[Any], Call], kernel: str = "") -> C
 
 
 def _on_stream(torch: Any, device: Any, grads: Any) -> tuple[Any, Any]:
-    """Scope and capture of torch on a GPU."""
     side = torch.cuda.ExternalStream(device.stream.ptr)
 
     @contextlib.contextmanager
