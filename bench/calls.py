@@ -30,15 +30,16 @@ from typing import Any
 import numpy as np
 
 import cupynorm as cn
+from bench import command_line, saved
 from bench.cases import EPS, FWD, Case
 from bench.check import Given, limit
 from bench.clock import Batch, host_batch, host_rounds, host_turn, interleave
 from bench.contender import Builder, Contender
-from bench.device import Gpu, captured
+from bench.device import Device, Gpu, captured
 from bench.machine import ROOT, THREADS, describe, threads
 from bench.peers import contenders, empty_kernel
 from bench.sweep import sweep
-from bench.table import Table, write
+from bench.table import Table, dated
 
 M, N = 8, 64
 COUNT = 300  # calls of one sample: few enough for a launch queue, which would make the host wait
@@ -52,7 +53,6 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def ways(x: Any, w: Any, b: Any, y: Any) -> Calls:
-    """The calls of one library."""
     f = cn.prepare(x, N, w, b, EPS)
     return {
         "layer_norm(x)": lambda: cn.layer_norm(x, N, w, b, EPS),
@@ -115,15 +115,10 @@ def opcodes(call: Callable[[], Any], warm: int = 3) -> int:
 
 
 class _Memory:
-    __slots__ = ("device_id", "ptr")
+    __slots__ = ("device_id", "ptr")  # a namespace's attributes would be a tenth of a call
 
     def __init__(self, ptr: int) -> None:
         self.ptr, self.device_id = ptr, 0
-
-
-_ROW_MAJOR, _DEVICE = SimpleNamespace(c_contiguous=True), SimpleNamespace(id=0)
-_POOL = _Memory(1 << 44)  # an allocation that costs next to nothing
-_STRIDES: dict[Any, tuple[int, ...]] = {}
 
 
 class _Array:
@@ -136,13 +131,17 @@ class _Array:
     size = property(lambda self: math.prod(self.shape))
     itemsize = property(lambda self: self.dtype.itemsize)
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, data: _Memory | None = None) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: Any, data: Any = None) -> None:
         self.shape, self.dtype, self.data = shape, dtype, data or _POOL
         if (shape, dtype) not in _STRIDES:
-            dims = range(len(shape))
-            _STRIDES[shape, dtype] = tuple(dtype.itemsize * math.prod(shape[i + 1 :]) for i in dims)
+            _STRIDES[shape, dtype] = np.empty(shape, dtype).strides
         self.strides = _STRIDES[shape, dtype]
         self.flags, self.device = _ROW_MAJOR, _DEVICE
+
+
+_ROW_MAJOR, _DEVICE = SimpleNamespace(c_contiguous=True), SimpleNamespace(id=0)
+_POOL = _Memory(1 << 44)  # an allocation that costs next to nothing
+_STRIDES: dict[Any, tuple[int, ...]] = {}
 
 
 class _Kernel:
@@ -150,15 +149,12 @@ class _Kernel:
 
     def __init__(self, source: str, name: str) -> None:
         self.launches = self.max_dynamic_shared_size_bytes = 0
+        self.kernel = self._launch
 
-    @property
-    def kernel(self) -> Any:
-        def launch(
-            grid: Any, block: Any, arguments: Any, shared: int = 0, stream: Any = None
-        ) -> None:
-            self.launches += 1
-
-        return launch
+    def _launch(
+        self, grid: Any, block: Any, args: Any, shared: int = 0, stream: Any = None
+    ) -> None:
+        self.launches += 1
 
 
 @contextlib.contextmanager
@@ -184,7 +180,7 @@ def without_loops() -> None:
     arrays._small = lambda *_: lambda *_: False
 
 
-def counted_calls() -> None:
+def counted_calls() -> int:
     """Under valgrind: each call some times between two marks, for which it asks its parent's id."""
     without_loops()
     with counting_cupy() as cupy:
@@ -198,10 +194,10 @@ def counted_calls() -> None:
                         call()
                     os.getppid()
                     print("counted", library, name)
+    return 0
 
 
 def instructions() -> dict[str, int]:
-    """Machine instructions of one call, by name."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["valgrind", "--tool=callgrind", "--dump-before=getppid"]
         command += [f"--callgrind-out-file={folder}/out", sys.executable, "-m", "bench.calls"]
@@ -210,21 +206,14 @@ def instructions() -> dict[str, int]:
         done = subprocess.run([*command, "--child"], check=False, **about)
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-
-        def part(path: Path) -> int:  # the file without a number is what came last
-            number = path.suffix.lstrip(".")
-            return int(number) if number.isdigit() else sys.maxsize
-
-        parts = []
-        for path in sorted(Path(folder).glob("out*"), key=part):
-            found = re.search(r"^(?:totals|summary): (\d+)", path.read_text(), re.MULTILINE)
-            parts.append(int(found[1]) if found else 0)
         names = re.findall("^counted (.*)$", done.stdout, re.MULTILINE)
-    return {name: parts[2 * i + 1] // COUNTED for i, name in enumerate(names)}
+        # A file for each mark, of what came before it: the calls end at every second one.
+        texts = [Path(folder, f"out.{2 * k + 2}").read_text() for k in range(len(names))]
+    totals = [re.search(r"^(?:totals|summary): (\d+)", text, re.MULTILINE) for text in texts]
+    return {n: int(t[1]) // COUNTED for n, t in zip(names, totals, strict=True) if t}
 
 
 def check_instructions(update: bool) -> int:
-    """Counts against budgets; 1 if one is over."""
     if not shutil.which("valgrind"):
         sys.exit("valgrind is needed to count instructions. On Debian: apt-get install valgrind")
     counts, version = instructions(), ".".join(platform.python_version_tuple()[:2])
@@ -256,21 +245,14 @@ class HostClock(Gpu):
     """Times what the host does in a loop of calls that the launch queue holds."""
 
     def batch(self, contender: Contender, inputs: Any) -> Batch:
-        batch = host_batch(lambda: contender.call(0), contender.scope)
-        count = 1 if self.simulated else COUNT
+        batch, count = Device.batch(self, contender, inputs), 1 if self.simulated else COUNT
 
         def replay() -> None:
             with contender.scope():
                 for _ in range(count):
                     contender.call(0)
 
-        def left() -> dict[int, Any]:
-            inputs.poison()
-            made = {0: contender.call(0)}
-            self.synchronize()
-            return made
-
-        batch.replay, batch.calls, batch.method, batch.left = replay, count, "host", left
+        batch.replay, batch.calls, batch.method = replay, count, "host"
         return batch
 
     def turn(self, batch: Batch) -> float:
@@ -316,7 +298,6 @@ def first_call(device: Gpu, table: Table) -> str:
     """Time a fresh process's first call: without and with CuPy's disk cache."""
     if device.simulated:
         return "simulated"
-    said = []
     with tempfile.TemporaryDirectory() as cache:
         about = {"cwd": ROOT, "env": {**os.environ, "CUPY_CACHE_DIR": cache}, "text": True}
         for name in ("compiled", "from the disk cache"):
@@ -327,23 +308,19 @@ def first_call(device: Gpu, table: Table) -> str:
             row |= {"peer": "cupynorm", "kernel": name, "status": "ok" if seconds else "error"}
             row |= {"median_us": 1e6 * float(seconds)} if seconds else {"note": done.stderr[-300:]}
             table.add([row])
-            said.append(f"{name} {seconds[:6] or 'failed'} s")
-    return ", ".join(said)
+    return ", ".join(f"{r['kernel']} {r['median_us'] or 'failed'} us" for r in table.rows[-2:])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.calls", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("calls", __doc__)
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--to", type=Path, help="folder for the CSV; none is written without it")
+    saved(parser)
     parser.add_argument("--instructions", action="store_true", help="count them, against budgets")
     parser.add_argument("--update", action="store_true", help="write the counts as new budgets")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.child:
-        counted_calls()
-        return 0
+        return counted_calls()
     if given.instructions:
         return check_instructions(given.update)
     host, calls = describe(), cpu_calls()
@@ -358,12 +335,10 @@ def main(argv: list[str] | None = None) -> int:
         row = {"library": library, "call": call, "M": M, "N": N, "ns": round(1e3 * t.median)}
         row |= {"best ns": round(1e3 * t.best), "over torch": round(t.median / torchs.median, 3)}
         rows.append(row | {"opcodes": counts[library, call]} | host)
-        print(
-            f"{library:6}{call:24}"
-            + "".join(f"{row[k]:>9}" for k in ("ns", "best ns", "over torch"))
-        )
+        shown = "".join(f"{row[k]:>9}" for k in ("ns", "best ns", "over torch"))
+        print(f"{library:6}{call:24}{shown}")
     if given.to:
-        print(write(rows, given.to, "launch-cost"))
+        print(dated(rows, given.to, "launch-cost"))
     return 0
 
 

@@ -4,9 +4,12 @@ Independent of the package; the same lines run on NumPy and on CuPy.
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from bench.cases import EPS, Case
 
@@ -84,7 +87,7 @@ class Given:
         The unit has the terms' size and not y's alone, because a sum that cancels cannot be more
         exact than its terms. `rows`: those that are compared.
         """
-        xp, worst = self.xp, 0.0
+        xp, errors = self.xp, []
         b = 0.0 if self.bias is None else widened(xp, self.bias)
         least = 1.0 if self.bias is None else xp.maximum(xp.abs(b), 1.0)
         x, y = self.x[rows], y[rows]
@@ -92,12 +95,12 @@ class Given:
             scaled = _normalized(xp, x[block], self.eps)[2] * self._weight
             expected = scaled + b
             unit = xp.maximum(xp.maximum(xp.abs(scaled), xp.abs(expected)), least)
-            worst = self._worse(worst, xp.abs(widened(xp, y[block]) - expected) / unit)
-        return worst / EPSILON[str(y.dtype)]
+            errors.append(float((xp.abs(widened(xp, y[block]) - expected) / unit).max()))
+        return float(np.max(errors)) / EPSILON[str(y.dtype)]
 
     def error_of_dx(self, dx: Any, rows: Any = slice(None)) -> float:
         """In units of epsilon * rstd * max(1, the terms of the formula), at least of |expected|."""
-        xp, worst = self.xp, 0.0
+        xp, errors = self.xp, []
         x, dy, dx = self.x[rows], self.dy[rows], dx[rows]
         for block in blocks(*x.shape):
             _, rstd, x_hat = _normalized(xp, x[block], self.eps)
@@ -106,8 +109,8 @@ class Given:
             expected = rstd * (g - c1 - pull)
             terms = xp.maximum(xp.maximum(xp.abs(g), xp.abs(pull)), xp.maximum(xp.abs(c1), 1.0))
             unit = xp.maximum(terms * rstd, xp.abs(expected))
-            worst = self._worse(worst, xp.abs(widened(xp, dx[block]) - expected) / unit)
-        return worst / EPSILON[str(dx.dtype)]
+            errors.append(float((xp.abs(widened(xp, dx[block]) - expected) / unit).max()))
+        return float(np.max(errors)) / EPSILON[str(dx.dtype)]
 
     @functools.cached_property
     def sums(self) -> list[list[Any]]:
@@ -134,19 +137,12 @@ class Given:
         """
         xp, (exact, squares, sizes) = self.xp, self.sums[k]
         wide = EPSILON["float64" if str(self.x.dtype) == "float64" else "float32"]
-        unit = (
-            EPSILON[str(total.dtype)] * xp.maximum(xp.abs(exact), xp.sqrt(squares)) + wide * sizes
-        )
-        return float((xp.abs(widened(xp, total) - exact) / unit).max())
+        unit = EPSILON[str(total.dtype)] * xp.maximum(xp.abs(exact), xp.sqrt(squares))
+        return float((xp.abs(widened(xp, total) - exact) / (unit + wide * sizes)).max())
 
     @property
     def _weight(self) -> Any:
         return 1.0 if self.weight is None else widened(self.xp, self.weight)
-
-    @staticmethod
-    def _worse(worst: float, off: Any) -> float:
-        part = float(off.max())
-        return part if part != part or worst != worst else max(worst, part)
 
 
 def judge(
@@ -157,21 +153,22 @@ def judge(
     `result`: y where there is a forward, then dx, dweight and dbias where there is a backward, the
     latter two where there is a weight. Who leaves one out has not done the others' work.
     """
-    found = {}
-    wanted = [
-        n for n in NAMES[case.direction] if case.affine_dtype or n not in ("dweight", "dbias")
-    ]
+    found = []
     for name, got in zip(NAMES[case.direction], result, strict=True):
-        if name not in wanted:
+        total = name in ("dweight", "dbias")
+        if total and not case.affine_dtype:
             continue
-        expected = given.x.shape if name in ("y", "dx") else (case.N,)
+        expected = (case.N,) if total else given.x.shape
         if got is None or got.shape != expected:
             msg = f"no {name} of shape {expected} came back"
             raise ValueError(msg)
-        if name in ("y", "dx"):
-            error = given.error_of_y(got, rows) if name == "y" else given.error_of_dx(got, rows)
-        else:
+        if total:
             error = given.error_of_total(got, name == "dbias")
-        terms = case.N if name in ("y", "dx") else case.M
-        found[name] = error, limit(str(got.dtype), terms, ours)
-    return max(found.values(), key=lambda e: e[0] / e[1] if e[0] == e[0] else float("inf"))
+        else:
+            error = given.error_of_y(got, rows) if name == "y" else given.error_of_dx(got, rows)
+        found.append((error, limit(str(got.dtype), case.M if total else case.N, ours)))
+    return worst(found)
+
+
+def worst(found: list[tuple[float, float]]) -> tuple[float, float]:
+    return max(found, key=lambda e: e[0] / e[1] if e[0] == e[0] else math.inf)

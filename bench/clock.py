@@ -33,7 +33,6 @@ class Times:
 
 
 def spread(seconds: Iterable[float]) -> Times:
-    """Median and the spread around it."""
     us = 1e6 * np.asarray(list(seconds))
     p10, median, p90 = (float(q) for q in np.quantile(us, (0.1, 0.5, 0.9)))
     return Times(median, p10, p90, float(us.min()), len(us))
@@ -99,7 +98,6 @@ def host_turn(batch: Batch) -> float:
 
 
 def host_rounds(once: float, share: float) -> int:
-    """Turns that fit into a share of the time."""
     fewest = FEWEST_SLOW if once > SLOW else FEWEST
     return max(fewest, min(MOST, int(share / (2 * PAUSE + 2 * once))))
 

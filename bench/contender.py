@@ -2,11 +2,13 @@
 
 import contextlib
 import importlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from bench.cases import EPS
+from bench.check import worst
 from bench.clock import Batch, Times, interleave
 
 SECONDS = 1.0  # of a case's turns
@@ -17,12 +19,10 @@ class Unavailable(Exception):
 
 
 def refuse(why: str) -> Any:
-    """Say why a contender has no number."""
     raise Unavailable(why)
 
 
 def load(name: str) -> Any:
-    """A library that may be missing."""
     try:
         return importlib.import_module(name)
     except Exception as error:  # not installed, or installed and broken
@@ -38,9 +38,7 @@ class Contender:
     kernel: str = ""
     ours: bool = False
     fresh: bool = False  # its result is memory that was not there before, so it may fault its pages
-    capture: Callable[[Any, Callable[[], None], int], Batch] | None = (
-        None  # instead of the device's
-    )
+    capture: Callable[[Any, Callable[[], None], int], Batch] | None = None  # if not the device's
     scope: Callable[[], Any] = contextlib.nullcontext  # of its library: stream, no gradients
     arrays: Callable[[Any], Any] = lambda result: result  # of the device's library
     eps: float = EPS  # that its library has
@@ -49,8 +47,6 @@ class Contender:
 
 @dataclass
 class Result:
-    """What became of a contender on a case."""
-
     name: str
     status: str  # ok, wrong, error, skipped
     kernel: str = ""
@@ -88,17 +84,17 @@ def measure(
 
 def _checked(device: Any, inputs: Any, name: str, contender: Contender) -> tuple[Result, Batch]:
     batch = device.batch(contender, inputs)  # what is checked is what is timed
-    found = [_judged(inputs, contender, i, result) for i, result in batch.left().items()]
-    worst, allowed = max(found, key=lambda e: e[0] / e[1] if e[0] == e[0] else float("inf"))
-    made = Result(name, "ok", contender.kernel, batch.method, worst, fresh=contender.fresh)
-    if not worst <= allowed:
-        made.status, made.note = "wrong", f"error {worst:.3g}, allowed {allowed:g}"
-    return made, batch
-
-
-def _judged(inputs: Any, contender: Contender, i: int, result: Any) -> tuple[float, float]:
-    made = contender.arrays(result)
-    if contender.arrived is not None:  # right or wrong by its bits
-        return (0.0 if contender.arrived(i, made) else float("inf")), 0.5
-    made = made if isinstance(made, tuple) else (made,)
-    return inputs.judge(i, made, contender.ours, contender.eps)
+    found = []
+    for i, result in batch.left().items():
+        made = contender.arrays(result)
+        if contender.arrived is not None:  # right or wrong by its bits
+            found.append((0.0 if contender.arrived(i, made) else math.inf, 0.5))
+        else:
+            made = made if isinstance(made, tuple) else (made,)
+            found.append(inputs.judge(i, made, contender.ours, contender.eps))
+    error, allowed = worst(found)
+    right = error <= allowed
+    note = "" if right else f"error {error:.3g}, allowed {allowed:g}"
+    about = {"note": note, "fresh": contender.fresh}
+    status = "ok" if right else "wrong"
+    return Result(name, status, contender.kernel, batch.method, error, **about), batch

@@ -2,82 +2,65 @@
 
     python -m bench.cpu [--seconds 2] [--groups shapes,small] [--peers torch,...] [--out folder]
 
-Everybody is checked against float64 on the same input before anything is timed, has the same
-number of threads (CUPYNORM_NUM_THREADS, 2 if it is not set), and takes turns with the others; see
-bench/README.md for the protocol and the columns. A CSV and a summary are written into the folder.
+The protocol and the columns: bench/README.md. A CSV and a summary are written into the folder.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import table
+from bench import command_line, some_of, table
 from bench.cases import GROUPS, ITEMSIZE, OPS, cpu_cases
+from bench.contender import SECONDS
 from bench.device import Device
 from bench.machine import describe, threads
 from bench.peers import OPTIONAL, contenders, names
 from bench.plots import draw, read
-from bench.sweep import say, sweep
+from bench.sweep import sweep
 
-SECONDS = 1.0  # of a case's turns
 MINUTES = 6.0  # after which no case begins: with tables and Dask `make bench` ends within ten
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    peers = names("cpu")
-    directions = tuple(dict.fromkeys(op.direction for op in OPS.values()))
-    choices = {
-        "groups": tuple(GROUPS),
-        "peers": peers,
-        "ops": directions,
-        "dtypes": tuple(ITEMSIZE),
-    }
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; 1 if a result of ours is wrong."""
+    parser, directions = (
+        command_line("cpu", __doc__),
+        dict.fromkeys(o.direction for o in OPS.values()),
+    )
+    choices = {"groups": GROUPS, "peers": names("cpu"), "ops": directions, "dtypes": ITEMSIZE}
     for name, allowed in choices.items():
+        about = {"type": some_of(allowed), "help": ",".join(allowed)}
         default = ",".join(p for p in allowed if p not in OPTIONAL)
-        parser.add_argument(f"--{name}", default=default, help=",".join(allowed))
+        parser.add_argument(f"--{name}", default=default, **about)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of turns, per case")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="after which no case begins")
     parser.add_argument("--out", type=Path, help="folder for the CSV and the summary")
     parser.add_argument("--plots", action="store_true", help="draw the table beside itself")
     given = parser.parse_args(argv)
-    for name, allowed in choices.items():
-        setattr(given, name, tuple(filter(None, getattr(given, name).split(","))))
-        if unknown := set(getattr(given, name)) - set(allowed):
-            parser.error(f"--{name}: {', '.join(sorted(unknown))} is not one of {allowed}")
-    return given
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 1 if a result of ours is wrong."""
-    given = parse(argv)
     threads()
     try:
         import torch
 
         torch.set_num_threads(threads())
     except ImportError:
-        say("torch is not installed: nothing is compared with it")
+        print("torch is not installed: nothing is compared with it")
     host, path = describe(), None
-    say(", ".join(f"{k} {v}" for k, v in host.items() if v))
+    said = ", ".join(f"{k} {v}" for k, v in host.items() if v)
+    print(said)
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
         path = given.out / f"cpu-{host['date']}-{host['commit']}.csv"
     made, device = table.Table(path, host), Device(60 * given.minutes)
     cases = [c for c in cpu_cases(given.groups) if c.direction in given.ops]
     cases = [c for c in cases if c.dtype in given.dtypes]
-    say(sweep(device, made, cases, lambda inputs: contenders(inputs, given.peers), given.seconds))
+    print(sweep(device, made, cases, lambda inputs: contenders(inputs, given.peers), given.seconds))
     text = table.markdown(table.summary(made.rows))
     print(text)
     if path:
         page = path.with_suffix(".md")
-        said = ", ".join(f"{k} {v}" for k, v in host.items() if v)
         page.write_text(f"# Summary of `{path.name}`\n\n{said}.\n\n{text}", encoding="utf-8")
         print(path, page, *(draw(read(path), given.out) if given.plots else ()), sep="\n")
-    wrong = [r for r in table.faults(made.rows) if r["status"] == "wrong"]
-    return int(bool(wrong))
+    return int(any(r["status"] == "wrong" for r in table.faults(made.rows)))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,18 @@
 """What Dask adds to the same blocks in a plain loop, and what a second core or worker gains.
 
-    python -m bench.dask [--rounds 9] [--mb 100] [--blocks 4] [--to bench/results]
-
-Cases: blocks of whole rows, one `layer_norm` each; blocks that split the rows, with the same
-functions of moments in the loop; and many blocks of 256 bytes, which show what a task costs. Every
-task runs on one thread but for "loop, 2 threads". x lies in memory, with a cluster in its workers';
-y stays there as blocks. The timed call makes the graph, runs it and waits. Checked against float64,
-then timed in turns: medians; `cpu` is the processor time of this process and the workers.
+Blocks of whole rows, one `layer_norm` each; blocks that split the rows, with the same functions of
+moments in the loop; and many blocks of 256 bytes, which show what a task costs. Every task runs on
+one thread but for "loop, 2 threads". x lies in memory, with a cluster in its workers'; y stays
+there. The timed call makes the graph, runs it and waits. Checked against float64, then timed in
+turns: medians; `cpu` is the processor time of this process and the workers.
 """
 
-import argparse
 import contextlib
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import dask
@@ -27,11 +23,12 @@ import psutil
 
 import cupynorm as cn
 import cupynorm.dask as cd
+from bench import command_line, saved
 from bench.cases import EPS
 from bench.check import Given, limit
 from bench.machine import THREADS, describe
-from bench.sweep import progress, say
-from bench.table import write
+from bench.sweep import progress
+from bench.table import dated
 
 COLS = 1000
 PAUSE, RELEASE = 0.05, 0.5  # seconds; in the latter a cluster's workers free what a turn left
@@ -56,7 +53,6 @@ def loop(blocks: list[np.ndarray], w: np.ndarray, b: np.ndarray, threads: int = 
 
 
 def contenders(block: Grid, grid: Grid, clusters: dict[str, Any]) -> Calls:
-    """Calls by name, once the loop and Dask are right."""
 
     def make(block_info: Any = None) -> np.ndarray:
         seed = block_info[None]["chunk-location"]
@@ -136,12 +132,11 @@ def rows_of(case: str, block: Grid, grid: Grid, times: dict[str, Any]) -> Iterat
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.dask", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("dask", __doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--mb", type=float, default=100, help="of a block, 10^6 bytes")
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--to", type=Path, help="folder for the CSV; none is written without it")
+    saved(parser)
     given = parser.parse_args(argv)
     os.environ[THREADS] = "1"
     host = describe() | {"dask": dask.__version__, "distributed": distributed.__version__}
@@ -159,9 +154,10 @@ def main(argv: list[str] | None = None) -> int:
             times = measure(contenders(block, grid, clusters), given.rounds)
             found += [row | host for row in rows_of(case, block, grid, times)]
             for row in found[-len(times) :]:
-                say(f"{case}, {row['contender']}: {row['ms']} ms, {row['over loop']} loops")
+                said = f"{case}, {row['contender']}: {row['ms']} ms, {row['over loop']} loops"
+                print(said, flush=True)
     if given.to:
-        print(write(found, given.to, "dask-overhead"))
+        print(dated(found, given.to, "dask-overhead"))
     return 0
 
 

@@ -41,26 +41,19 @@ class Inputs:
         return a.reshape(-1, a.shape[-1])
 
     def poison(self) -> None:
-        """Spoil what a check will look at."""
         poison(self.copy_to)
 
     def judge(self, i: int, result: tuple[Any, ...], ours: bool, eps: float) -> tuple[float, float]:
-        """Error of the result of call i, and the largest that passes."""
+        plain = self.device.plain
         if i not in self._given:
-            self._given[i] = self._given_of(i)
-        given, left = self._given[i], []
-        for a in result:
-            plain = None if a is None else self.device.plain(a)
-            whole = plain is not None and plain.shape == self.case.shape
-            left.append(self.rows(plain) if whole else plain)
+            dy = self.rows(plain(self.dy[i])) if self.dy else None
+            affine = (None if a is None else plain(a) for a in (self.weight, self.bias))
+            self._given[i] = Given(self.device.xp, self.rows(plain(self.x[i])), dy, *affine)
+        given, left = self._given[i], [None if a is None else plain(a) for a in result]
+        whole = [a is not None and a.shape == self.case.shape for a in left]
+        left = [self.rows(a) if all_of_it else a for a, all_of_it in zip(left, whole, strict=True)]
         given = given if eps == EPS else replace(given, eps=eps)
         return judge(self.case, given, tuple(left), ours, self.device.sample(self.case))
-
-    def _given_of(self, i: int) -> Given:
-        plain = self.device.plain
-        dy = self.rows(plain(self.dy[i])) if self.dy else None
-        affine = (None if a is None else plain(a) for a in (self.weight, self.bias))
-        return Given(self.device.xp, self.rows(plain(self.x[i])), dy, *affine)
 
 
 def make_inputs(device: Any, case: Case) -> Inputs:
@@ -87,17 +80,14 @@ def make_inputs(device: Any, case: Case) -> Inputs:
         made.copy_from = [random_flat(device, case.dtype, half, i) for i in range(count)]
         made.copy_to = [device.lib.empty(half, dtype=flat_x[0].dtype) for _ in range(count)]
     made.poison()
-    if case.op == BWD:
-        pairs = [_statistics(made, x) for x in made.x]
-        made.mean, made.rstd = ([device.lib.asarray(pair[k]) for pair in pairs] for k in (0, 1))
+    if case.op == BWD:  # statistics as x is, with the axis of length 1, rounded from float64
+        shape = list(case.shape)
+        shape[case.axis] = 1
+        pairs = [statistics(device.xp, made.rows(device.plain(x))) for x in made.x]
+        made.mean, made.rstd = (
+            [device.lib.asarray(pair[k].reshape(shape)) for pair in pairs] for k in (0, 1)
+        )
     return made
-
-
-def _statistics(inputs: Inputs, x: Any) -> list[Any]:
-    """Mean and rstd like x with the axis of length 1, rounded from float64."""
-    device, shape = inputs.device, list(inputs.case.shape)
-    shape[inputs.case.axis] = 1
-    return [a.reshape(shape) for a in statistics(device.xp, inputs.rows(device.plain(x)))]
 
 
 def placed(case: Case, flat: Any, by_column: bool) -> Any:

@@ -1,12 +1,14 @@
 """What a run works on: the host, a GPU, or the simulated device of a run without one."""
 
 import contextlib
+import functools
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -23,8 +25,6 @@ ROUNDS, SLOW_SECONDS = 15, 0.4  # a contender gets fewer rounds if all of them w
 
 
 class Device:
-    """One run on one device."""
-
     kind = "cpu"
     simulated = False
     fresh = True  # results are memory that was not there before; a graph's own pool was
@@ -36,12 +36,10 @@ class Device:
         self.notes: list[str] = []
 
     def time_left(self) -> float:
-        """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     @contextlib.contextmanager
     def until(self, seconds: float) -> Iterator[None]:
-        """Move the deadline for a while."""
         before, self.deadline = self.deadline, min(self.deadline, time.monotonic() + seconds)
         try:
             yield
@@ -70,24 +68,20 @@ class Device:
         """After a failure."""
 
     def batch(self, contender: Contender, inputs: Any) -> Batch:
-        """A turn of a contender."""
 
         def left() -> dict[int, Any]:
             inputs.poison()
             with contender.scope():
-                return {0: contender.call(0)}
+                made = {0: contender.call(0)}
+            self.synchronize()
+            return made
 
         batch = host_batch(lambda: contender.call(0), contender.scope)
         batch.left = left
         return batch
 
-    def turn(self, batch: Batch) -> float:
-        """Seconds of a batch."""
-        return host_turn(batch)
-
-    def rounds(self, once: float, share: float) -> int:
-        """How many turns of so many seconds."""
-        return host_rounds(once, share)
+    turn = staticmethod(host_turn)  # seconds of a batch
+    rounds = staticmethod(host_rounds)  # how many turns of so many seconds
 
 
 class Gpu(Device):
@@ -170,7 +164,7 @@ class Gpu(Device):
         return 1 if self.simulated else max(3, min(ROUNDS, int(SLOW_SECONDS / once)))
 
 
-def captured(device: Gpu, body: Callable[[], None], calls: int) -> Batch:
+def captured(device: Any, body: Callable[[], None], calls: int) -> Batch:
     """Graph of what `body` launches through CuPy; plain launches where it cannot be captured."""
     cuda, stream = device.lib.cuda, device.stream
     # A pool of its own: memory that a captured call frees is written again by every replay.
@@ -184,10 +178,11 @@ def captured(device: Gpu, body: Callable[[], None], calls: int) -> Batch:
                 stream.end_capture()
             device.notes.append(f"not captured, timed as launches: {error}")
             batch = launched(device, body, calls)
-            batch.keep.append(pool)
-            return batch
-        graph = stream.end_capture()
-    return Batch(lambda: graph.launch(stream), calls, "graph", [pool, graph])
+        else:
+            graph = stream.end_capture()
+            batch = Batch(lambda: graph.launch(stream), calls, "graph", [graph])
+    batch.keep.append(pool)
+    return batch
 
 
 def launched(device: Any, body: Callable[[], None], calls: int) -> Batch:
@@ -225,27 +220,19 @@ def ahead(device: Device, calls: Iterable[Callable[[], Any]]) -> None:
         device.synchronize()
 
 
-# -- without a GPU: tests/simt's stand-in, with events and graphs that record ----------------------
-
-SECONDS_PER_LAUNCH = 1e-5
+# -- without a GPU: tests/simt's stand-in, with graphs that record --------------------------------
 
 
 class _Graph:
-    """Launches that a stream captured: they run when the graph does, as on a GPU."""
+    """Launches that a stream captured, which run when the graph does; and what was allocated."""
 
     def __init__(self) -> None:
         self.launches: list[Callable[[], None]] = []
+        self.memory: list[Any] = []
 
     def launch(self, stream: Any = None) -> None:
         for launch in self.launches:
             launch()
-
-
-class _Pool(list):
-    """Keeps what was allocated through it alive, as CuPy's pool keeps device memory."""
-
-    def malloc(self, nbytes: int) -> Any:
-        raise NotImplementedError
 
 
 @contextlib.contextmanager
@@ -255,45 +242,23 @@ def simulated_cupy() -> Iterator[Any]:
     from tests.simt.simulated_kernel import Function
 
     with cupy_stand_in.simulated_cupy(reload=("cupynorm._cuda.arrays",), count=False) as cupy:
-        sim, cuda, launch = cupy.simulator, cupy.cuda, Function.__call__
-        capturing: list[_Graph] = []
+        cuda, plain, launch, capturing = cupy.cuda, cupy.simulator.alloc, Function.__call__, []
 
         def call(function: Any, *args: Any, **kwargs: Any) -> None:
-            if capturing:
-                capturing[0].launches.append(lambda: launch(function, *args, **kwargs))
-            else:
-                launch(function, *args, **kwargs)
+            run = functools.partial(launch, function, *args, **kwargs)
+            capturing[0].launches.append(run) if capturing else run()
 
-        class Event:
-            """Its time is the number of launches before it."""
+        def alloc(*args: Any, **kwargs: Any) -> Any:
+            made = plain(*args, **kwargs)
+            for graph in capturing:
+                graph.memory.append(made)
+            return made
 
-            def record(self, stream: Any = None) -> None:
-                self.launches = len(sim.launches)
-
-            def synchronize(self) -> None:
-                """Launches have ended when they return."""
-
-        @contextlib.contextmanager
-        def using_allocator(malloc: Any) -> Iterator[None]:
-            plain = sim.alloc
-
-            def alloc(*args: Any, **kwargs: Any) -> Any:
-                malloc.__self__.append(plain(*args, **kwargs))
-                return malloc.__self__[-1]
-
-            sim.alloc = alloc
-            try:
-                yield
-            finally:
-                del sim.alloc
-
-        cuda.Event, cuda.MemoryPool, cuda.using_allocator = Event, _Pool, using_allocator
-        cuda.Stream.begin_capture = lambda stream, mode=None: capturing.append(_Graph())
+        cuda.Event = cuda.MemoryPool = cuda.set_allocator = mock.Mock()
+        cuda.using_allocator = contextlib.nullcontext
+        cuda.get_elapsed_time = lambda begin, end: 1.0
+        cuda.Stream.begin_capture = lambda stream: capturing.append(_Graph())
         cuda.Stream.end_capture = lambda stream: capturing.pop()
-        elapsed = lambda a, b: 1e3 * SECONDS_PER_LAUNCH * max(1, b.launches - a.launches)  # noqa: E731
-        cuda.get_elapsed_time, cuda.set_allocator = elapsed, lambda allocator=None: None
-        Function.__call__ = call
-        try:
+        cupy.simulator.alloc = alloc
+        with mock.patch.object(Function, "__call__", call):
             yield cupy
-        finally:
-            Function.__call__ = launch

@@ -1,13 +1,10 @@
 """Layer norm of pandas frames against `to_numpy` and scaling in NumPy: times and peak memory.
 
-    python -m bench.frames [--seconds 4] [--rows 200000] [--to bench/results]
-
-Everybody is checked against float64 on the first rows, then takes turns. The frames hold 100
-columns: the mixed one's `to_numpy()` by itself gives Python objects, because it has bools (the
-contender "objects"), so the others ask for the result's dtype, as a careful user would.
-
-Memory is that of a process of its own: the highest resident memory while the call runs, less what
-was resident before the frame was made; against the bytes of the frame and of the result.
+Everybody is checked against float64 on the first rows, then takes turns. The mixed frame's
+`to_numpy()` by itself gives Python objects, because it has bools (the contender "objects"), so the
+others ask for the result's dtype, as a careful user would. Memory is that of a process of its own:
+the highest while the call runs, less what was resident before the frame was made; against the bytes
+of the frame and of the result.
 """
 
 import argparse
@@ -28,12 +25,13 @@ import pandas as pd
 import pyarrow as pa
 
 import cupynorm as cn
+from bench import command_line, saved, some_of
 from bench.cases import EPS
 from bench.check import Given, limit
 from bench.clock import host_batch, host_rounds, host_turn, interleave
 from bench.machine import ROOT, describe, threads, version
-from bench.sweep import progress, say
-from bench.table import write
+from bench.sweep import progress
+from bench.table import dated
 from cupynorm import frames
 
 N = 100
@@ -63,7 +61,6 @@ def frame(name: str, M: int) -> pd.DataFrame:
 
 
 def contenders(name: str, df: pd.DataFrame) -> tuple[dict[str, Callable[[], Any]], Any]:
-    """Calls by name, and the dtype of their results."""
     dtype = np.dtype("float64" if name in ("mixed", "nullable", "arrow") else "float32")
     missing = {"na_value": np.nan} if name in ("nullable", "arrow") else {}
     matrix = lambda: df.to_numpy(dtype=dtype, **missing)  # noqa: E731
@@ -132,7 +129,6 @@ def peak(name: str, contender: str, M: int) -> tuple[float, float]:
 
 
 def row_of(name: str, M: int, seconds: float) -> dict[str, Any]:
-    """Times of a frame, and peaks of processes of their own."""
     df = frame(name, M)
     calls, dtype = contenders(name, df)
     check(calls, df, dtype)
@@ -140,9 +136,8 @@ def row_of(name: str, M: int, seconds: float) -> dict[str, Any]:
     times = interleave(batches, host_turn, host_rounds, seconds)
     row = {"frame": name, "M": M, "N": N, "dtype": dtype.name}
     row |= {f"{c} ms": round(times[c].median / 1e3, 2) if c in times else "" for c in CONTENDERS}
-    row |= {
-        f"{c}/frame": round(times[c].median / times["frame"].median, 2) for c in CONTENDERS[2:4]
-    }
+    over = {c: times[c].median / times["frame"].median for c in CONTENDERS[2:4]}
+    row |= {f"{c}/frame": round(ratio, 2) for c, ratio in over.items()}
     row |= {"load": round(os.getloadavg()[0], 1)}  # more than `cpus`: others had a share
     for contender in ("frame", "numpy"):
         args = [sys.executable, "-m", "bench.frames", "--rows", str(M), "--peak", name, contender]
@@ -153,25 +148,24 @@ def row_of(name: str, M: int, seconds: float) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.frames", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("frames", __doc__)
     parser.add_argument("--seconds", type=float, default=4.0, help="per frame")
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--frames", default=",".join(FRAMES))
-    parser.add_argument("--to", type=Path, help="folder for the CSV; none is written without it")
+    parser.add_argument("--frames", default=",".join(FRAMES), type=some_of(FRAMES))
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    saved(parser)
     given = parser.parse_args(argv)
     threads()
     if given.peak:
         print(*peak(*given.peak, given.rows))
         return 0
     host, rows = describe() | {lib: version(lib) for lib in ("pandas", "pyarrow")}, []
-    for name in progress(given.frames.split(","), "bench.frames"):
+    for name in progress(given.frames, "bench.frames"):
         row = row_of(name, given.rows, given.seconds)
-        say(", ".join(f"{k} {v}" for k, v in row.items() if v != ""))
+        print(", ".join(f"{k} {v}" for k, v in row.items() if v != ""), flush=True)
         rows.append(row | host)
     if given.to:
-        print(write(rows, given.to, "frames"))
+        print(dated(rows, given.to, "frames"))
     return 0
 
 

@@ -1,9 +1,6 @@
 """One command for a machine with a CUDA GPU: prove, then measure, into a folder; no network.
 
-    python -m bench.gpu --out folder                    tests, sanitizer, benchmarks, plots
-    python -m bench.gpu --only backward --out folder    one step, with all of the time
-    python -m bench.gpu --only tune --out folder        candidates for each row of the plan tables
-    python -m bench.gpu --simulate --out folder         the same logic without a GPU and a time
+    python -m bench.gpu --out folder [--only backward,tune] [--simulate]
 
 Nothing that is missing ends the run: summary.md says what each step did. Exit status 1 if a check
 failed or nothing was done, 2 if there was nothing to run on.
@@ -24,11 +21,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of the GPU
 
-from bench import calls, training, tune
+from bench import calls, command_line, some_of, training, tune
 from bench.cases import Case, gpu_cases
 from bench.data import make_inputs
 from bench.device import Gpu, ahead, simulated_cupy
@@ -106,14 +104,13 @@ def run_tests(
 
 def run_short_set(log: Path, seconds: float, simulate: bool = False) -> Outcome:
     """Run `bench.sanitize` alone: each family, checked; it needs no pytest, and compiles ahead."""
-    command = [sys.executable, "-m", "bench.sanitize", *(["--simulate"] if simulate else [])]
+    command = [sys.executable, "-m", "bench.sanitize", *["--simulate"] * simulate]
     code, text = logged(command, log, seconds)
     said = "out of time" if code is None else _last_line(text)
     return ("ok" if code == 0 else "failed"), said
 
 
 def run_sanitizer(tool: str, log: Path, seconds: float) -> Outcome:
-    """Run `bench.sanitize` under compute-sanitizer."""
     beside = str(Path(shutil.which("nvcc") or "nvcc").resolve().parent)  # where CUDA's toolkit is
     places = os.pathsep.join((os.environ.get("PATH", ""), beside))
     path = shutil.which("compute-sanitizer", path=places)
@@ -125,10 +122,11 @@ def run_sanitizer(tool: str, log: Path, seconds: float) -> Outcome:
     code, text = logged([path, *options, sys.executable, "-m", "bench.sanitize"], log, seconds)
     if code is None:
         return "failed", f"out of time after {seconds:.0f} s"
-    refused = [s.strip("= ") for s in text.splitlines() if any(n in s for n in NO_DEVICE)]
+    lines = [line.strip("= ") for line in text.splitlines()]
+    refused = [line for line in lines if any(n in line for n in NO_DEVICE)]
     if code and refused:
         return "skipped", f"{tool} refuses this device: {refused[0]}"
-    found = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
+    found = [line for line in lines if "SUMMARY" in line]
     if code == 0 and not found:
         return "failed", f"{tool} printed no summary"
     return ("ok" if code == 0 else "failed"), (found or [_last_line(text)])[-1]
@@ -147,7 +145,6 @@ class Run:
         self.tables: dict[str, Table] = {}
 
     def table(self, name: str) -> Table:
-        """The table of that name, begun once."""
         if name not in self.tables:
             path = self.folder / f"{name}.csv"
             self.tables[name] = Table(path, self.machine, self.device.simulated)
@@ -180,21 +177,15 @@ class Run:
 
     def write_summary(self) -> None:
         """Write it anew after every step, so that a run that is cut short leaves one."""
-        cells = [
-            " | ".join(" ".join(c.split()).replace("|", "\\|") for c in o) for o in self.outcomes
-        ]
         lines = ["# GPU run", ""]
         if self.device.simulated:
             lines += ["**Simulated: this proves the benchmark's logic, and no time.**", ""]
         lines += [f"- {name}: {value}" for name, value in self.machine.items() if value]
-        lines += [
-            "",
-            "| step | status | |",
-            "|---|---|---|",
-            *(f"| {cell} |" for cell in cells),
-            "",
-        ]
-        lines += [f"- {note}" for note in dict.fromkeys(self.device.notes)]
+        lines += ["", "| step | status | |", "|---|---|---|"]
+        for outcome in self.outcomes:
+            cells = (" ".join(c.split()).replace("|", "\\|") for c in outcome)
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", *(f"- {note}" for note in dict.fromkeys(self.device.notes))]
         if found := [line for t in self.tables.values() for line in summary(t.rows)]:
             lines += ["", markdown(found)]
         (self.folder / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -232,7 +223,7 @@ class Run:
         table, chosen = self.table(name), gpu_cases(name, self.device.simulated)
 
         def do() -> str:
-            ahead(self.device, [lambda c=c: compiled(self.device, c) for c in chosen])
+            ahead(self.device, [partial(compiled, self.device, case) for case in chosen])
             return sweep(self.device, table, chosen, lambda i: contenders(i, self.given.peers))
 
         self.measured(name, table, do)
@@ -248,28 +239,18 @@ def compiled(device: Gpu, case: Case) -> None:
     ours(make_inputs(device, case)).call(0)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    everybody = names("cuda")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results")
-    parser.add_argument("--only", default=",".join(SHARES), help=f"of {','.join(STEPS)}")
-    parser.add_argument("--simulate", action="store_true", help="on the simulated device, tiny")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of the whole run")
-    parser.add_argument("--peers", default=",".join(everybody), help=f"of {','.join(everybody)}")
-    given = parser.parse_args(argv)
-    for option, allowed in (("only", STEPS), ("peers", everybody)):
-        setattr(given, option, [p for p in getattr(given, option).split(",") if p])
-        if unknown := set(getattr(given, option)) - set(allowed):
-            parser.error(f"--{option}: {', '.join(sorted(unknown))} is not one of {allowed}")
-    if given.simulate and given.out.resolve().is_relative_to(ROOT / "bench" / "results"):
-        parser.error(f"a simulated run measures nothing; {given.out} is for measured results")
-    return given
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line; 0, 1 if a check failed or nothing was done, 2 if there is no device."""
-    given = parse(argv)
+    parser, everybody = command_line("gpu", __doc__), names("cuda")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results")
+    for option, allowed, default in (("only", STEPS, SHARES), ("peers", everybody, everybody)):
+        about = {"default": ",".join(default), "help": f"of {','.join(allowed)}"}
+        parser.add_argument(f"--{option}", type=some_of(allowed), **about)
+    parser.add_argument("--simulate", action="store_true", help="on the simulated device, tiny")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of the whole run")
+    given = parser.parse_args(argv)
+    if given.simulate and given.out.resolve().is_relative_to(ROOT / "bench" / "results"):
+        parser.error(f"a simulated run measures nothing; {given.out} is for measured results")
     with contextlib.ExitStack() as stack:
         try:
             if given.simulate:
@@ -287,11 +268,10 @@ def main(argv: list[str] | None = None) -> int:
         run = Run(given, Gpu(cupy, given.seconds, given.simulate), machine)
         waiting = {name: SHARES.get(name, 1.0) for name in STEPS if name in given.only}
         while waiting:
-            share = next(iter(waiting.values())) / sum(waiting.values())
+            total = sum(waiting.values())
             name = next(iter(waiting))
-            del waiting[name]
-            with run.device.until(share * min(run.device.time_left(), 86400.0)):
-                getattr(run, name, lambda name=name: run.cases(name))()
+            with run.device.until(waiting.pop(name) / total * min(run.device.time_left(), 86400.0)):
+                getattr(run, name, partial(run.cases, name))()
     print(f"results in {given.out}")
     statuses = [status for _, status, _ in run.outcomes]
     return int("failed" in statuses or "ok" not in statuses)

@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,14 +50,11 @@ def version(package: str) -> str:
 
 def _gpu(cupy: Any, simulated: bool) -> dict[str, str]:
     runtime, nvrtc = cupy.cuda.runtime, getattr(cupy.cuda, "nvrtc", None)
-    cuda, driver = runtime.runtimeGetVersion(), ""
-    if not simulated and shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        driver = done.stdout.splitlines()[0].strip() if done.stdout else ""
+    cuda = runtime.runtimeGetVersion()
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return {
         "gpu": runtime.getDeviceProperties(runtime.getDevice())["name"].decode(),
-        "driver": driver,
+        "driver": "" if simulated else _said(*command).partition("\n")[0],
         "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
         "nvrtc": ".".join(map(str, nvrtc.getVersion())) if nvrtc else "",
         "cupy": str(cupy.__version__),
@@ -66,20 +62,19 @@ def _gpu(cupy: Any, simulated: bool) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is measured; with a mark if the tree differs from it."""
     if given := os.environ.get(COMMIT):
         return given
-    found = _git("rev-parse", "--short", "HEAD")
-    return found + ("-dirty" if found and _git("status", "--porcelain", "-uno") else "")
+    git = "git", "-C", str(ROOT)
+    found = _said(*git, "rev-parse", "--short", "HEAD")
+    return found + ("-dirty" if found and _said(*git, "status", "--porcelain", "-uno") else "")
 
 
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
+def _said(*command: str) -> str:
+    """What a program prints; nothing where it fails or is not there."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def tree_hash() -> str:

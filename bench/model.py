@@ -1,11 +1,5 @@
-"""Predicts how near a plan comes to a copy on GPUs that are not at hand: bytes, bytes in flight.
+"""Predicts how near a plan comes to a copy on GPUs that are not at hand: bytes, bytes in flight."""
 
-python -m bench.model                      # the table
-python -m bench.model --markdown           # writes results/model.md and PENDING.md's part
-python -m bench.model --measured FOLDER    # a run of `make gpu` beside the predictions
-"""
-
-import argparse
 import csv
 import functools
 import math
@@ -17,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import cupynorm as cn
+from bench import command_line
 from bench.cases import BWD, FEW, FWD, LAYOUT, OPS, Case, sized
 from bench.data import numpy_dtype
 
@@ -60,7 +55,6 @@ class Gpu(NamedTuple):
 
     @property
     def supply(self) -> float:
-        """Bytes per microsecond."""
         return self.bandwidth * self.reached * 1e3
 
     @property
@@ -81,8 +75,6 @@ GPUS = (
 
 
 class Prediction(NamedTuple):
-    """Of one case on one GPU."""
-
     kernel: str  # K1 to K7
     us: float
     fraction_of_copy: float
@@ -97,7 +89,6 @@ def matrix() -> dict[str, dict[str, str]]:
 
 
 def resident(entry: str, threads: int, shared_bytes: int, gpu: Gpu) -> int:
-    """Blocks that a multiprocessor holds."""
     registers, warps = int(matrix().get(entry, {}).get(gpu.arch) or 64), -(-threads // 32)
     per_warp = -(-registers * 32 // PIECE) * PIECE
     shared, most_threads, most_blocks = gpu.limits
@@ -195,7 +186,6 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def claims() -> str:
-    """The worst case of each claim on each GPU."""
     rows, notes = [], []
     for number, text, aim, cases in CLAIMS:
         cells = []
@@ -212,7 +202,6 @@ def claims() -> str:
 
 
 def page() -> str:
-    """The whole of model.md."""
     known = [
         f"- {g.name}, planned as {g.arch}: {g.bandwidth:g} GB/s, {g.reached:.0%} of it reached "
         f"({g.source}), {g.in_flight} KiB in flight so {g.latency:.2f} us latency, t0 {g.t0:g} us"
@@ -230,7 +219,6 @@ def page() -> str:
 
 
 def files() -> dict[Path, str]:
-    """Paths and what they must hold."""
     pending = RESULTS / "PENDING.md"
     before, _, rest = pending.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
@@ -238,9 +226,7 @@ def files() -> dict[Path, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("model", __doc__)
     parser.add_argument("--markdown", action="store_true", help="write the committed files")
     if not parser.parse_args(argv).markdown:
         print(page())

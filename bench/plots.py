@@ -1,15 +1,12 @@
-"""Draws a table: time over torch's, bandwidth against N under the copy; a training's losses.
+"""Draws a table: time over torch's, and bandwidth against N under the copy."""
 
-python -m bench.plots results.csv --out folder
-"""
-
-import argparse
 import csv
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import command_line
 from bench.cases import ITEMSIZE, OPS
 
 # A page shows a figure at some 700 pixels: 7 inches, in which 9 points stay legible.
@@ -25,13 +22,10 @@ COLORS = {
 }  # fmt: skip
 GREY = "#777777"
 GROUPS = {"columns": "64 MiB moved", "1GB": "1 GB moved", "33MB": "33 MB moved"}
-# Color and line of a training's losses.
-NORMS = {"torch": ("#D55E00", "-"), "cupynorm": ("#0072B2", "--"), "nudged": (GREY, ":")}
 Rows = list[dict[str, str]]
 
 
 def read(path: Path) -> Rows:
-    """Rows of a table that have a bandwidth."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = [r for r in csv.DictReader(file) if r["op"] in OPS and r["gb_per_s"]]
     if not rows:
@@ -41,7 +35,6 @@ def read(path: Path) -> Rows:
 
 
 def draw(rows: Rows, folder: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
-    """Write the figures that the rows allow; their paths."""
     kind, made = "gpu" if rows[0].get("gpu") else "cpu", []
     for op, about in OPS.items():
         mine = [r for r in rows if r["op"] == op]
@@ -59,7 +52,6 @@ def draw(rows: Rows, folder: Path, formats: tuple[str, ...] = ("png", "svg")) ->
 
 
 def save(plot: Callable[[Any], Any], stem: Path, title: str, formats: Any) -> list[Path]:
-    """Draw and write a figure."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -68,6 +60,10 @@ def save(plot: Callable[[Any], Any], stem: Path, title: str, formats: Any) -> li
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = plot(plt)
         figure.suptitle(title, fontsize=8, color="#555555")
+        found = [p for ax in figure.axes for p in zip(*ax.get_legend_handles_labels(), strict=True)]
+        handles = {label: handle for handle, label in found}
+        place = {"loc": "outside lower center", "ncols": 4, "frameon": False}
+        figure.legend(handles.values(), handles.keys(), **place)
         paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in formats]
         for path in paths:
             figure.savefig(path, dpi=DPI)
@@ -81,13 +77,6 @@ def _title(rows: Rows) -> str:
     versions = " · ".join(f"{n} {r[n]}" for n in ("torch", "onnxruntime", "jax") if r.get(n))
     direction = op.direction.replace("both", "forward and backward")
     return f"{op.norm} {direction} · {where} · {r['commit'][:12]} · {r['date']}\n{versions}"
-
-
-def _legend(figure: Any) -> None:
-    found = [p for ax in figure.axes for p in zip(*ax.get_legend_handles_labels(), strict=True)]
-    handles = {label: handle for handle, label in found}
-    place = {"loc": "outside lower center", "ncols": 4, "frameon": False}
-    figure.legend(handles.values(), handles.keys(), **place)
 
 
 def _peers(rows: Rows) -> list[str]:
@@ -121,12 +110,11 @@ def over_torch(plt: Any, rows: Rows) -> Any:
         ax.set_xticks(range(len(panel)), panel)
         ax.margins(y=0.2)
         ax.set_ylabel("time over torch's")
-    _legend(figure)
     return figure
 
 
 def _lines(ax: Any, rows: Rows) -> None:
-    """A line per peer; open circles for lengths that break vectors; the fastest copies."""
+    """A line per peer, open circles for lengths that break vectors; the fastest copies."""
     for peer in _peers(rows):
         points = sorted((int(r["N"]), float(r["gb_per_s"])) for r in rows if r["peer"] == peer)
         even = [p for p in points if p[0] & (p[0] - 1) == 0] or points
@@ -155,63 +143,22 @@ def bandwidth(plt: Any, rows: Rows) -> Any:
             mine = [r for r in rows if (r["group"], r["dtype"]) == (group, dtype)]
             _lines(ax, mine)
             ax.set_xscale("log", base=2)
-            columns = sorted({int(r["N"]) for r in mine})
-            powers = [N for N in columns if N & (N - 1) == 0] or columns
-            ax.set_xticks(powers, [tick(N) for N in powers], rotation=45)
             ax.minorticks_off()
             ax.set_title(f"{dtype}, {GROUPS[group]}", fontsize=9)
             ax.set_xlabel("N (columns)")
         line[0].set_ylabel("GB/s of the bytes that must move")
         line[0].set_ylim(bottom=0)  # once the whole row is drawn: it shares the axis
-    _legend(figure)
     return figure
 
 
-def tick(N: int) -> str:
-    """1024 as 1K, 1048576 as 1M, others in full."""
-    for size, letter in ((2**20, "M"), (2**10, "K")):
-        if size <= N and N % size == 0:
-            return f"{N // size}{letter}"
-    return str(N)
-
-
-def draw_training(table: Path, folder: Path, formats: Any = ("png", "svg")) -> list[Path]:
-    """A column per mode: the losses, and below how far they are from torch's."""
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    modes, r = list(dict.fromkeys(r["mode"] for r in rows)), rows[0]
-
-    def plot(plt: Any) -> Any:
-        about = {"figsize": (1.0 + 4.0 * len(modes), 5.5), "squeeze": False, "sharex": True}
-        figure, axes = plt.subplots(2, len(modes), layout="constrained", **about)
-        for (top, bottom), mode in zip(axes.T, modes, strict=True):
-            mine = [r for r in rows if r["mode"] == mode]
-            losses = {m: [float(r[f"loss_{m}"]) for r in mine] for m in NORMS}
-            for name, values in losses.items():
-                apart = [abs(a - b) for a, b in zip(values, losses["torch"], strict=True)]
-                for ax, ys in ((top, values), (bottom, apart)):
-                    steps, (color, line) = [int(r["step"]) for r in mine], NORMS[name]
-                    ax.plot(steps, ys, color=color, ls=line, label=name)
-            top.set_title(f"{mode}: loss", fontsize=9)
-            bottom.set_title("distance from torch's", fontsize=9)
-            bottom.set_yscale("symlog", linthresh=1e-7)
-        axes[0, 0].legend(frameon=False)
-        return figure
-
-    title = f"GPT on {r['gpu'] or 'the CPU'} · torch {r['torch']} · {r['commit'][:12]}"
-    return save(plot, folder / "training", title, formats)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.plots", description="Draw a table.")
+    parser = command_line("plots", __doc__)
     parser.add_argument("csv", type=Path)
     parser.add_argument("--out", type=Path, help="folder; the table's own if not given")
     given = parser.parse_args(argv)
-    folder, training = given.out or given.csv.parent, given.csv.name.startswith("training")
+    folder = given.out or given.csv.parent
     folder.mkdir(parents=True, exist_ok=True)
-    made = draw_training(given.csv, folder) if training else draw(read(given.csv), folder)
-    print(*made, sep="\n")
+    print(*draw(read(given.csv), folder), sep="\n")
     return 0
 
 

@@ -4,13 +4,13 @@
 that needs no pytest. CuPy's memory pool is off: every array ends where its memory ends.
 """
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import cupynorm as cn
+from bench import command_line
 from bench.cases import BOTH, EPS, FWD, Case
 from bench.data import make_inputs
 from bench.device import Gpu, ahead, simulated_cupy
@@ -53,10 +53,8 @@ def run(device: Gpu, shapes: Sequence[Any] = SHAPES, out: Callable[[str], Any] =
             right = error <= allowed
             if op == FWD and layout == "C":  # the bits are those of the same call into y
                 x, affine = inputs.x[0], (inputs.weight, inputs.bias)
-                bits = device.lib.asnumpy(y).tobytes()
-                right &= (
-                    device.lib.asnumpy(cn.layer_norm(x, N, *affine, EPS, out=x)).tobytes() == bits
-                )
+                bits, host = device.lib.asnumpy(y).tobytes(), device.lib.asnumpy
+                right &= host(cn.layer_norm(x, N, *affine, EPS, out=x)).tobytes() == bits
             wrong += not right
             out(f"{'ok   ' if right else 'WRONG'} {case}: error {error:.3g}, allowed {allowed:g}")
     return wrong
@@ -64,10 +62,8 @@ def run(device: Gpu, shapes: Sequence[Any] = SHAPES, out: Callable[[str], Any] =
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; exit status 1 if any result is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__)
-    parser.add_argument(
-        "--simulate", action="store_true", help="on the simulated device, two shapes"
-    )
+    parser = command_line("sanitize", __doc__)
+    parser.add_argument("--simulate", action="store_true", help="on the simulated device, tiny")
     simulate = parser.parse_args(argv).simulate
     with contextlib.ExitStack() as stack:
         if simulate:

@@ -11,10 +11,10 @@ from bench.contender import SECONDS, Builder, measure
 from bench.data import make_inputs
 from bench.device import Device, captured
 from bench.peers import copies, empty_kernel
-from bench.table import Table, about, rows_of
+from bench.table import Table, about, rows_of, timing
 
 Item = TypeVar("Item")
-EVERY = 5.0  # seconds between lines where nothing can be overwritten: logs stay readable
+EVERY = 5.0  # seconds between lines: logs stay readable
 EMPTY_LAUNCHES = 500
 WARM_SECONDS = 1.0  # an idle GPU takes this long to reach its clocks
 
@@ -39,12 +39,8 @@ def sweep(
                 _warm(device, inputs)
             table.add(rows_of(case, measure(device, inputs, contenders(inputs), seconds)))
         except Exception as error:  # the inputs do not fit, say; other cases may
-            row = {
-                "peer": "cupynorm",
-                "status": "error",
-                "note": f"{type(error).__name__}: {error}",
-            }
-            table.add([about(case) | row])
+            note = f"{type(error).__name__}: {error}"
+            table.add([about(case) | {"peer": "cupynorm", "status": "error", "note": note}])
             device.recover()
         done += 1
     left = len(cases) - done
@@ -69,36 +65,14 @@ def _fixed_cost(device: Any, table: Table) -> None:
     batch = captured(device, lambda: [call(i) for i in range(count)] and None, count)
     t = interleave({"empty": batch}, device.turn, device.rounds, SECONDS)["empty"]
     row = {"op": "empty_kernel", "peer": "empty", "kernel": "empty_kernel", "method": batch.method}
-    row |= {"median_us": t.median, "p10_us": t.p10, "p90_us": t.p90, "best_us": t.best}
-    table.add([row | {"status": "ok", "bytes": 0, "rounds": t.rounds}])
+    table.add([row | timing(t) | {"status": "ok", "bytes": 0}])
 
 
 def progress(items: Sequence[Item], label: str) -> Iterator[Item]:
-    """Yield items and show which one is at work: a bar in a terminal with tqdm, lines elsewhere."""
-    if sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            pass
-        else:
-            bar = tqdm(items, desc=label, dynamic_ncols=True)
-            for item in bar:
-                bar.set_postfix_str(str(item), refresh=True)
-                yield item
-            return
+    """Yield items, and say now and then which one is at work."""
     said = -EVERY
     for number, item in enumerate(items, 1):
         if time.monotonic() - said >= EVERY or number == len(items):
             print(f"{label} {number}/{len(items)}: {item}", file=sys.stderr, flush=True)
             said = time.monotonic()
         yield item
-
-
-def say(line: str) -> None:
-    """Print a line above the bar, if there is one."""
-    if "tqdm" in sys.modules and sys.stderr.isatty():
-        from tqdm import tqdm
-
-        tqdm.write(line)
-    else:
-        print(line, flush=True)

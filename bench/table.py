@@ -8,51 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import BWD, FWD, Case
+from bench.clock import Times
 from bench.contender import Result
 from bench.machine import GPU_FACTS, LIBRARIES
 
-# Column, then its meaning; bench/README.md prints the same list, and a test compares the two.
-COLUMNS = {
-    "op": "layer_norm_fwd, _bwd or _fwd_bwd, empty_kernel, first_call",
-    "group": "why the case is there: cases.py",
-    "dtype": "of x, y, dy and dx",
-    "weight_dtype": "of weight, bias and their gradients; empty: none",
-    "shape": "of x",
-    "M": "rows",
-    "N": "columns, the normalized axis",
-    "axis": "that is normalized",
-    "layout": "C; offset: base one element off; pitch: rows 16 bytes apart; F-C, F-F, C-F: x and y "
-    "by column (F) or by row; NCHW: N is C; columns: each an array of its own, y by row",
-    "peer": "cupynorm, a copy, or another library",
-    "kernel": "name of the specialization that ran",
-    "method": "calls; on a GPU graph (CUDA graph of many calls), launches, or blocking (the host "
-    "waits at the end of a batch); host for Python time",
-    "status": "ok, wrong (no number), error, skipped, simulated (no number)",
-    "error": "largest distance from float64, in units of the dtype's epsilon and the terms' size, "
-    "of the result that comes nearest to its limit",
-    "median_us": "microseconds per call, median over turns",
-    "p10_us": "10th percentile over turns",
-    "p90_us": "90th percentile over turns",
-    "best_us": "fastest turn",
-    "rounds": "how many turns",
-    "bytes": "the floor of the op: see 5 above; a copy is charged its own bytes",
-    "gb_per_s": "bytes / median_us, 1 GB = 1e9 bytes",
-    "fraction_of_copy": "gb_per_s over that of the fastest copy of the same case; on a CPU of the "
-    "one into kept memory, or into fresh memory for whoever allocates",
-    "over_torch": "median_us over that of the fastest of torch's own ways in the same case",
-    "best_over_torch": "the same of best_us",
-    "ratio_to_peer": "cupynorm's median_us over this row's; below 1, cupynorm is faster",
-    "load": "of the machine over the last minute: beyond `cpus`, others had a share",
-    "note": "why skipped, wrong or in error",
-    "cpu": "name",
-    "cpus": "that the process may use",
-    "threads": "that everybody is given on a CPU",
-    **{name: "name of the device" if name == "gpu" else "version" for name in GPU_FACTS},
-    **dict.fromkeys(("python", *LIBRARIES), "version"),
-    "commit": "of the measured tree",
-    "tree": "hash of the package's text, for trees without git",
-    "date": "of the run",
-}
+# Their meaning: bench/README.md, which a test compares.
+COLUMNS = (
+    *(
+        "op",
+        "group",
+        "dtype",
+        "weight_dtype",
+        "shape",
+        "M",
+        "N",
+        "axis",
+        "layout",
+        "peer",
+        "kernel",
+    ),
+    *("method", "status", "error", "median_us", "p10_us", "p90_us", "best_us", "rounds", "bytes"),
+    *("gb_per_s", "fraction_of_copy", "over_torch", "best_over_torch", "ratio_to_peer", "load"),
+    *("note", "cpu", "cpus", "threads", *GPU_FACTS, "python", *LIBRARIES, "commit", "tree", "date"),
+)
 TIMED = ("median_us", "p10_us", "p90_us", "best_us", "rounds", "gb_per_s", "fraction_of_copy",
          "over_torch", "best_over_torch", "ratio_to_peer")  # fmt: skip
 Rows = list[dict[str, Any]]
@@ -93,10 +71,8 @@ def _cell(value: Any) -> Any:
     return " ".join(value.split())[:300] if isinstance(value, str) else value
 
 
-def write(rows: Rows, folder: Path, name: str) -> Path:
-    """Save rows of columns of their own as a CSV that says in its name when and of which commit."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{rows[0]['date']}-{rows[0]['commit']}.csv"
+def write(rows: Rows, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
@@ -104,8 +80,17 @@ def write(rows: Rows, folder: Path, name: str) -> Path:
     return path
 
 
+def dated(rows: Rows, folder: Path, name: str) -> Path:
+    """Save them as a CSV that says in its name when it was measured, and of which commit."""
+    return write(rows, folder / f"{name}-{rows[0]['date']}-{rows[0]['commit']}.csv")
+
+
+def timing(t: Times) -> dict[str, Any]:
+    found = {"median_us": t.median, "p10_us": t.p10, "p90_us": t.p90, "best_us": t.best}
+    return found | {"rounds": t.rounds}
+
+
 def about(case: Case) -> dict[str, Any]:
-    """What a row says of its case."""
     found = {k: getattr(case, k) for k in ("op", "group", "dtype", "M", "N", "axis", "layout")}
     return found | {"weight_dtype": case.affine_dtype or "", "shape": case.label}
 
@@ -126,8 +111,7 @@ def rows_of(case: Case, results: list[Result]) -> Rows:
         row["bytes"] = case.copy_bytes if r.name.startswith("copy") else case.moved_bytes
         if t := r.times:
             rate, roof = row["bytes"] / t.median, roofs.get(r.fresh)
-            row |= {"median_us": t.median, "p10_us": t.p10, "p90_us": t.p90, "best_us": t.best}
-            row |= {"rounds": t.rounds, "gb_per_s": rate / 1e3}
+            row |= timing(t) | {"gb_per_s": rate / 1e3}
             row["fraction_of_copy"] = rate / roof if roof else None
             row["ratio_to_peer"] = ours / t.median if ours else None
             if torch:
@@ -218,6 +202,5 @@ def faults(rows: Rows) -> Rows:
 
 
 def markdown(lines: list[tuple[str, ...]]) -> str:
-    """A summary as a table of a page."""
     rows = ("| " + " | ".join(row) + " |" for row in (HEADS, ("---",) * len(HEADS), *lines))
     return ABOUT_RATIOS + "\n\n" + "\n".join(rows) + "\n"

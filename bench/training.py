@@ -1,16 +1,12 @@
 """Trains a small GPT on characters with torch's LayerNorm and with ours: the losses side by side.
 
-    python -m bench.training --out folder [--device cpu]
-
 The text is the repository's LICENSE. All models start from the same parameters and see the same
 batches, a step of each in turn. How far two runs may part says a third model: torch's norms too,
 but each parameter moved by one unit in the last place, up or down by chance, before the first step.
 """
 
-import argparse
 import contextlib
 import copy
-import csv
 import math
 import statistics
 import sys
@@ -18,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench import command_line
 from bench.machine import ROOT, commit, tree_hash
-from bench.plots import draw_training
+from bench.table import write
 
 MODES = {"cuda": ("float32", "bfloat16", "autocast"), "cpu": ("float32", "bfloat16")}
 MODELS = ("torch", "cupynorm", "nudged")
@@ -29,13 +26,10 @@ TIMES_NUDGED = 4.0
 LEARNT = 0.85  # the mean loss of the last steps over the first loss, at most
 WARM_STEPS = 5  # which compile; not in the times
 MACHINE = ("gpu", "driver", "cuda", "torch", "commit", "tree", "date")
-COLUMNS = ("mode", "step", *(f"loss_{m}" for m in MODELS), *(f"ms_{m}" for m in MODELS), *MACHINE)
 Rows = list[dict[str, Any]]
 
 
 class Size(NamedTuple):
-    """Of the model and of its training."""
-
     layers: int
     heads: int
     width: int
@@ -50,26 +44,26 @@ SIZES = {"cuda": Size(4, 4, 256, 128, 32, 60, 1e-3), "cpu": Size(1, 2, 32, 32, 8
 
 def gpt(torch: Any, size: Size, characters: int) -> Any:
     """A decoder: embeddings, causal blocks, a last norm, and the embedding again as the head."""
-    nn = torch.nn
+    nn, about = torch.nn, {"batch_first": True, "norm_first": True}
+    layer = nn.TransformerEncoderLayer(size.width, size.heads, 4 * size.width, 0.0, **about)
+    norm = nn.LayerNorm(size.width)
 
     class GPT(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.token = nn.Embedding(characters, size.width)
             self.place = nn.Parameter(0.02 * torch.randn(size.context, size.width))
-            shape = (size.width, size.heads, 4 * size.width, 0.0, "gelu")
-            about = {"batch_first": True, "norm_first": True}
-            layers = (nn.TransformerEncoderLayer(*shape, **about) for _ in range(size.layers))
-            self.blocks, self.norm = nn.ModuleList(layers), nn.LayerNorm(size.width)
+            self.blocks = nn.TransformerEncoder(
+                layer, size.layers, norm, enable_nested_tensor=False
+            )
             nn.init.normal_(self.token.weight, std=0.02)
 
         def forward(self, tokens: Any) -> Any:
             h = self.token(tokens) + self.place
             make = nn.Transformer.generate_square_subsequent_mask
             mask = make(size.context, device=h.device, dtype=h.dtype)
-            for block in self.blocks:
-                h = block(h, src_mask=mask, is_causal=True)
-            return self.norm(h) @ self.token.weight.T.to(h.dtype)
+            h = self.blocks(h, mask, is_causal=True)
+            return h @ self.token.weight.T.to(h.dtype)
 
     return GPT()
 
@@ -119,7 +113,8 @@ def run_mode(torch: Any, size: Size, mode: str, device: str, deadline: float) ->
             wait()
             row[f"ms_{name}"] = 1e3 * (time.perf_counter() - begin)
             row[f"loss_{name}"] = loss.item()
-        rows.append({"mode": mode, "step": number} | row)
+        order = (f"{what}_{name}" for what in ("loss", "ms") for name in MODELS)
+        rows.append({"mode": mode, "step": number} | {name: row[name] for name in order})
     return rows
 
 
@@ -158,13 +153,7 @@ def train(
             continue
         right, sentence = verdict(made)
         good, rows, said = good and right, rows + made, [*said, sentence]
-        with (folder / "training.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(row | here for row in rows)
-    if rows:
-        with contextlib.suppress(ImportError):
-            draw_training(folder / "training.csv", folder)
+        write([row | here for row in rows], folder / "training.csv")
     return ("skipped" if not rows else "ok" if good else "failed"), "; ".join(said)
 
 
@@ -182,11 +171,10 @@ def step(folder: Path, run: Any, machine: dict[str, str]) -> tuple[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; exit status 1 if the losses part or do not fall."""
-    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__)
+    parser = command_line("training", __doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=tuple(SIZES), default="cuda")
     given = parser.parse_args(argv)
-    given.out.mkdir(parents=True, exist_ok=True)
     import torch
 
     machine = {"torch": torch.__version__, "commit": commit(), "tree": tree_hash()}

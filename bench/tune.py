@@ -8,6 +8,7 @@ mean over its cases, is proposed with this run as its `source`.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -53,12 +54,9 @@ class Candidate:
         return text + ("" if self.copies else "/registers")
 
     def written(self, source: str) -> str:
-        """What to write into the table."""
-        extra = (
-            f"`ROWS_PER_PARTIAL = {self.rows_per_partial}` for " if self.rows_per_partial else ""
-        )
-        extra += "" if self.copies else "no copies of the next row for "
-        return f"{extra}`{replace(self.row, source=source)!r}`"
+        few = f"`ROWS_PER_PARTIAL = {self.rows_per_partial}` for " * bool(self.rows_per_partial)
+        registers = "no copies of the next row for " * (not self.copies)
+        return f"{few}{registers}`{replace(self.row, source=source)!r}`"
 
 
 class Trial(NamedTuple):
@@ -194,7 +192,7 @@ def tune(device: Any, table: Table, report: Path) -> str:
 
 def _measured(device: Any, table: Table, trial: Trial, case: Case) -> dict[str, Result]:
     inputs = make_inputs(device, case)
-    builders = [(c.label, lambda c=c: launcher(inputs, c)) for c in trial.candidates]
+    builders = [(c.label, partial(launcher, inputs, c)) for c in trial.candidates]
     results = measure(device, inputs, [*builders, *copies(inputs)], SECONDS)
     for result in results:
         result.note = f"{trial.name}. {result.note}"
@@ -204,12 +202,10 @@ def _measured(device: Any, table: Table, trial: Trial, case: Case) -> dict[str, 
 
 def proposal(trial: Trial, results: list[dict[str, Result]], folder: str) -> list[str]:
     """A table of geometric means, and what to write if a neighbour is worth it."""
-    means = {}
+    first, means = trial.candidates[0], {}
     for candidate in trial.candidates:
-        times = [r[candidate.label].times for r in results]
-        if all(times):
+        if all(times := [r[candidate.label].times for r in results]):
             means[candidate] = geometric_mean(t.median for t in times if t)
-    first = trial.candidates[0]
     if first not in means:
         return ["The row of today has no time here: nothing is proposed."]
     ordered = sorted(means, key=means.__getitem__)

@@ -5,7 +5,6 @@ import ctypes
 import functools
 import importlib.util
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -70,35 +69,19 @@ class Backend(Enum):
         """Whether a user can choose the layout of an array."""
         return self.value.startswith(("numpy", "cupy", "torch"))
 
-    @property
-    def unstrided(self) -> bool:
-        return not self.strided
+    unstrided = property(lambda self: not self.strided)
 
     @property
     def tile_for_columns(self) -> bool:
         """Whether strided columns are summed in another order than neighbouring ones (K6)."""
         return self.value.startswith("cupy") or self is Backend.TORCH_CUDA
 
-    @property
-    def writable(self) -> bool:
-        return self is not Backend.JAX
-
-    @property
-    def numpy(self) -> bool:
-        return self.value.startswith("numpy")
-
-    @property
-    def not_numpy(self) -> bool:
-        return not self.numpy
-
-    @property
-    def has_float16(self) -> bool:
-        return "float16" in self.dtypes
-
-    @property
-    def same_bits(self) -> bool:
-        """Whether a row's bits are ours to choose: XLA orders sums by the shape of the whole."""
-        return self is not Backend.JAX
+    writable = property(lambda self: self is not Backend.JAX)
+    numpy = property(lambda self: self.value.startswith("numpy"))
+    not_numpy = property(lambda self: not self.numpy)
+    has_float16 = property(lambda self: "float16" in self.dtypes)
+    # Whether a row's bits are ours to choose: XLA orders sums by the shape of the whole.
+    same_bits = property(lambda self: self is not Backend.JAX)
 
 
 @dataclass(frozen=True)
@@ -127,12 +110,7 @@ def np_dtype(name: str) -> np.dtype:
 
 
 def _numpy(backend: Backend) -> Library:
-    return Library(
-        backend,
-        from_numpy=lambda a: a,
-        to_numpy=lambda a: a,
-        strides=lambda a: tuple(s // a.itemsize for s in a.strides),
-    )
+    return Library(backend, lambda a: a, lambda a: a, _steps)
 
 
 def _cupy(backend: Backend) -> Library:
@@ -141,12 +119,11 @@ def _cupy(backend: Backend) -> Library:
     def from_numpy(a: np.ndarray) -> Any:
         return cupy.asarray(a, order="K" if a.flags.forc else "C")
 
-    return Library(
-        backend,
-        from_numpy=from_numpy,
-        to_numpy=cupy.asnumpy,
-        strides=lambda a: tuple(s // a.itemsize for s in a.strides),
-    )
+    return Library(backend, from_numpy, cupy.asnumpy, _steps)
+
+
+def _steps(a: Any) -> tuple[int, ...]:
+    return tuple(s // a.itemsize for s in a.strides)
 
 
 def _torch(device: str) -> Library:
@@ -195,6 +172,11 @@ _MAKERS: dict[Backend, Callable[[], Library]] = {
     Backend.STRICT: lambda: _strict("CPU_DEVICE"),
     Backend.STRICT_DEVICE1: lambda: _strict("device1"),
 }
+
+
+def library(backend: Backend) -> Library:
+    """The library, where it is here; CuPy's stand-in inside its context alone."""
+    return _MAKERS[backend]()
 
 
 @functools.cache
@@ -253,24 +235,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @contextlib.contextmanager
 def _simulated() -> Iterator[None]:
     """CuPy's stand-in, and a `_cuda` that was imported with it and has no kernels of another."""
-    import cupynorm._cuda
     from tests.simt.cupy_stand_in import simulated_cupy
 
-    name, absent = "cupynorm._cuda.arrays", object()
-
-    def swap(module: Any) -> Any:
-        before = sys.modules.pop(name, absent)
-        vars(cupynorm._cuda).pop("arrays", None)
-        if module is not absent:
-            sys.modules[name] = cupynorm._cuda.arrays = module
-        return before
-
-    with simulated_cupy():
-        before = swap(absent)
-        try:
-            yield
-        finally:
-            swap(before)
+    with simulated_cupy(reload=("cupynorm._cuda.arrays",)):
+        yield
 
 
 def _plain() -> contextlib.AbstractContextManager[None]:
@@ -286,7 +254,7 @@ _CONTEXTS = {Backend.CUPY_SIMULATED: _simulated, Backend.NUMPY_PLAIN: _plain}
 def lib(request: pytest.FixtureRequest) -> Iterator[Library]:
     """The library of this case, as the tests see it."""
     with _CONTEXTS.get(request.param, contextlib.nullcontext)():
-        yield _MAKERS[request.param]()
+        yield library(request.param)
 
 
 cupy_lib = lib  # the same for tests that need CuPy, simulated or real

@@ -4,6 +4,7 @@
 says in its commit why.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -14,18 +15,14 @@ import ml_dtypes
 import numpy as np
 
 import cupynorm as cn
+from tests.conftest import ALL_DTYPES, Backend, library, np_dtype
 
 FILE = Path(__file__).with_name("frozen.json")
-DTYPES = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-    "float64": np.dtype(np.float64),
-}
+LIBRARIES = (Backend.NUMPY, Backend.TORCH, Backend.JAX, Backend.STRICT)
 
 
 def values(shape: tuple[int, ...], dtype: str, seed: int = 0, offset: float = 3.0) -> np.ndarray:
-    return (np.random.default_rng(seed).normal(size=shape) * 2 + offset).astype(DTYPES[dtype])
+    return (np.random.default_rng(seed).normal(size=shape) * 2 + offset).astype(np_dtype(dtype))
 
 
 def digest(*arrays: Any) -> str:
@@ -74,97 +71,98 @@ def affine(x: np.ndarray, how: dict[str, Any], kind: str, dtype: str) -> dict[st
     return made
 
 
-def forward_cases(libraries: dict[str, Any]) -> Any:
-    """(name, function that gives arrays)."""
-    for library, (to, back) in libraries.items():
-        dtypes = DTYPES if library in ("numpy", "torch") else ("float32",)
-        for layout, dtype in itertools.product(LAYOUTS, dtypes):
-            if library in ("jax", "strict") and layout in ("many", "few_long", "rows"):
-                continue
-            kinds = ("", "wb", "wb16") if layout in ("small", "odd", "long") else ("wb",)
-            for kind in kinds:
-
-                def run(layout=layout, dtype=dtype, kind=kind, to=to, back=back):  # type: ignore[no-untyped-def]
-                    make, how = LAYOUTS[layout]
-                    x = make(dtype)
-                    given = {k: to(v) for k, v in affine(x, how, kind, dtype).items()}
-                    result = cn.layer_norm(to(x), **how, **given, return_stats=True)
-                    plain = cn.layer_norm(to(x), **how, **given)
-                    assert digest(back(plain)) == digest(back(result.y))
-                    return [back(a) for a in result]
-
-                yield f"forward {library} {layout} {dtype} {kind}".rstrip(), run
+def given_to(backend: Backend, a: np.ndarray) -> Any:
+    """An array of the library; torch has no negative strides."""
+    turned = backend is Backend.TORCH and any(step < 0 for step in a.strides)
+    return library(backend).from_numpy(a.copy() if turned else a)
 
 
-def backward_cases(libraries: dict[str, Any]) -> Any:
-    for library, (to, back) in libraries.items():
-        dtypes = ("float32", "float64") if library in ("numpy", "torch") else ("float32",)
-        for layout, dtype in itertools.product(LAYOUTS, dtypes):
-            if library in ("jax", "strict") and layout in ("many", "few_long", "rows"):
-                continue
+def taken_from(backend: Backend, a: Any) -> np.ndarray:
+    host = np.asarray(library(backend).to_numpy(a))
+    as_bits = backend is Backend.TORCH and host.dtype == ml_dtypes.bfloat16
+    return host.view(np.int16) if as_bits else host
 
-            def run(layout=layout, dtype=dtype, to=to, back=back):  # type: ignore[no-untyped-def]
-                make, how = LAYOUTS[layout]
-                x = make(dtype)
-                dy = np.copy(x * 0, order="K") + values(x.shape, dtype, seed=4, offset=0.1)
-                given = affine(x, how, "w", dtype)
-                # Statistics of NumPy's own: what is frozen here is the backward alone.
-                _, mean, rstd = cn.layer_norm(x, **how, return_stats=True)
-                where = {"normalized_shape": None, **how}
-                grads = cn.layer_norm_backward(
-                    to(dy), to(x), where.pop("normalized_shape"), to(mean), to(rstd),
-                    **{k: to(v) for k, v in given.items()}, **where,
-                )  # fmt: skip
-                return [back(a) for a in grads]
 
-            yield f"backward {library} {layout} {dtype}", run
+def forward(backend: Backend, layout: str, dtype: str, kind: str) -> list[np.ndarray]:
+    make, how = LAYOUTS[layout]
+    x = make(dtype)
+    given = {k: given_to(backend, v) for k, v in affine(x, how, kind, dtype).items()}
+    result = cn.layer_norm(given_to(backend, x), **how, **given, return_stats=True)
+    plain = cn.layer_norm(given_to(backend, x), **how, **given)
+    y, *stats = (taken_from(backend, a) for a in result)
+    assert digest(taken_from(backend, plain)) == digest(y)
+    return [y, *stats]
+
+
+def backward(backend: Backend, layout: str, dtype: str) -> list[np.ndarray]:
+    make, how = LAYOUTS[layout]
+    x = make(dtype)
+    dy = np.copy(x * 0, order="K") + values(x.shape, dtype, seed=4, offset=0.1)
+    # Statistics of NumPy's own: what is frozen here is the backward alone.
+    _, mean, rstd = cn.layer_norm(x, **how, return_stats=True)
+    given = {"dy": dy, "x": x, "mean": mean, "rstd": rstd, **affine(x, how, "w", dtype)}
+    given = {k: given_to(backend, v) for k, v in given.items()}
+    grads = cn.layer_norm_backward(**given, **{"normalized_shape": None, **how})
+    return [taken_from(backend, a) for a in grads]
+
+
+def array_cases() -> Any:
+    """(name, function that gives arrays), in both directions."""
+    for backend, layout, dtype in itertools.product(LIBRARIES, LAYOUTS, ALL_DTYPES):
+        few = backend in (Backend.JAX, Backend.STRICT)
+        if few and (layout in ("many", "few_long", "rows") or dtype != "float32"):
+            continue
+        kinds = ("", "wb", "wb16") if layout in ("small", "odd", "long") else ("wb",)
+        about, name = (backend, layout, dtype), f"{backend.value} {layout} {dtype}"
+        for kind in kinds:
+            yield f"forward {name} {kind}".rstrip(), functools.partial(forward, *about, kind)
+        if not dtype.endswith("16"):
+            yield f"backward {name}", functools.partial(backward, *about)
+
+
+def ordered(dtype: str, order: str) -> list[np.ndarray]:
+    y = cn.layer_norm(values((6, 5, 4), dtype), axis=1, order=order)
+    return [y, np.array(y.strides)]
+
+
+def in_place(dtype: str) -> list[np.ndarray]:
+    x = values((9, 70), dtype)
+    assert cn.layer_norm(x, out=x) is x
+    return [x]
+
+
+def into(dtype: str) -> list[np.ndarray]:
+    out = np.zeros((70, 9), np_dtype(dtype)).T
+    assert cn.layer_norm(values((9, 70), dtype), out=out) is out
+    return [out]
+
+
+def unaligned() -> list[np.ndarray]:
+    memory = np.zeros(9 * 70 * 4 + 1, np.uint8)
+    x = memory[1:].view(np.float32).reshape(9, 70)
+    x[...] = values((9, 70), "float32")
+    return [cn.layer_norm(x)]
+
+
+def swapped() -> list[np.ndarray]:
+    return [cn.layer_norm(values((9, 70), "float32").astype(">f4")).astype("<f4")]
+
+
+def statistics_of_nothing(*shape: int) -> list[np.ndarray]:
+    return list(cn.layer_norm(np.zeros(shape, np.float32), return_stats=True))
 
 
 def written_cases() -> Any:
     """Out, order, and in place, of NumPy arrays: bits, and where they lie."""
-    for dtype, order in itertools.product(DTYPES, "KCF"):
-
-        def ordered(dtype=dtype, order=order):  # type: ignore[no-untyped-def]
-            y = cn.layer_norm(values((6, 5, 4), dtype), axis=1, order=order)
-            return [y, np.array(y.strides)]
-
-        yield f"order {order} {dtype}", ordered
-    for dtype in DTYPES:
-
-        def in_place(dtype=dtype):  # type: ignore[no-untyped-def]
-            x = values((9, 70), dtype)
-            assert cn.layer_norm(x, out=x) is x
-            return [x]
-
-        def into(dtype=dtype):  # type: ignore[no-untyped-def]
-            x = values((9, 70), dtype)
-            out = np.zeros((70, 9), DTYPES[dtype]).T
-            assert cn.layer_norm(x, out=out) is out
-            return [out]
-
-        yield f"in place {dtype}", in_place
-        yield f"into column-major {dtype}", into
-
-    def swapped():  # type: ignore[no-untyped-def]
-        y = cn.layer_norm(values((9, 70), "float32").astype(">f4"))
-        return [y.astype("<f4")]
-
-    def unaligned():  # type: ignore[no-untyped-def]
-        memory = np.zeros(9 * 70 * 4 + 1, np.uint8)
-        x = memory[1:].view(np.float32).reshape(9, 70)
-        x[...] = values((9, 70), "float32")
-        return [cn.layer_norm(x)]
-
-    def empty():  # type: ignore[no-untyped-def]
-        return list(cn.layer_norm(np.zeros((4, 0), np.float32), return_stats=True))
-
-    def no_rows():  # type: ignore[no-untyped-def]
-        return list(cn.layer_norm(np.zeros((0, 4), np.float32), return_stats=True))
-
+    for dtype in ALL_DTYPES:
+        for order in "KCF":
+            yield f"order {order} {dtype}", functools.partial(ordered, dtype, order)
+        yield f"in place {dtype}", functools.partial(in_place, dtype)
+        yield f"into column-major {dtype}", functools.partial(into, dtype)
     yield "other byte order", swapped
     yield "unaligned", unaligned
-    yield "empty rows", empty
-    yield "no rows", no_rows
+    yield "empty rows", functools.partial(statistics_of_nothing, 4, 0)
+    yield "no rows", functools.partial(statistics_of_nothing, 0, 4)
 
 
 def error_cases() -> Any:
@@ -300,36 +298,9 @@ def _errors_of_tables() -> dict[str, Any]:
     }
 
 
-def libraries() -> dict[str, Any]:
-    """By name: from NumPy, and back."""
-    import array_api_strict as strict
-    import jax.numpy as jnp
-    import torch
-
-    def to_torch(a: np.ndarray) -> Any:
-        if any(s < 0 for s in a.strides):  # torch has no negative strides
-            a = a.copy()
-        if a.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(a)
-
-    def from_torch(t: Any) -> np.ndarray:
-        return t.view(torch.int16).numpy() if t.dtype is torch.bfloat16 else t.numpy()
-
-    return {
-        "numpy": (lambda a: a, lambda a: a),
-        "torch": (to_torch, from_torch),
-        "jax": (jnp.asarray, np.asarray),
-        "strict": (strict.asarray, np.asarray),
-    }
-
-
 def cases() -> dict[str, Any]:
     """Every call by name."""
-    known = libraries()
-    return dict(
-        itertools.chain(forward_cases(known), backward_cases(known), written_cases(), error_cases())
-    )
+    return dict(itertools.chain(array_cases(), written_cases(), error_cases()))
 
 
 def outcome(call: Any) -> str:

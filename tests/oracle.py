@@ -21,36 +21,47 @@ _LEAST = {
 _EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
 
+def _standardized(x, axes, eps):
+    """x_hat, mean and rstd in the widest floats, and the axes, counted from 0 and ascending."""
+    axes = tuple(sorted(a % np.ndim(x) for a in axes))
+    wide = np.asarray(x).astype(np.float64).astype(np.longdouble)
+    mean = wide.mean(axis=axes, keepdims=True)
+    d = wide - mean
+    lack = d.mean(axis=axes, keepdims=True)
+    # Not wide - (mean + lack): that sum rounds, by 5e-8 for a float64 x near 1e12.
+    mean, d = mean + lack, d - lack
+    rstd = 1 / np.sqrt((d * d).mean(axis=axes, keepdims=True) + np.longdouble(eps))
+    return d * rstd, mean, rstd, axes
+
+
+def _along(x, axes, a):
+    """Weight or bias, which may be None, with the axes of x."""
+    shape = [n if k in axes else 1 for k, n in enumerate(x.shape)]
+    return None if a is None else np.asarray(a).astype(np.float64).reshape(shape)
+
+
+@np.errstate(all="ignore")  # Inf, NaN and negative var + eps are legal rows
 def layer_norm(x, axes, weight, bias, eps):
     """y, mean and rstd in float64, mean and rstd with length 1 on axes."""
-    axes = tuple(sorted(a % np.ndim(x) for a in axes))
-    with np.errstate(all="ignore"):  # Inf, NaN and negative var + eps are legal rows
-        wide = np.asarray(x).astype(np.float64).astype(np.longdouble)
-        mean = wide.mean(axis=axes, keepdims=True)
-        d = wide - mean
-        lack = d.mean(axis=axes, keepdims=True)
-        # Not wide - (mean + lack): that sum rounds, by 5e-8 for a float64 x near 1e12.
-        mean, d = mean + lack, d - lack
-        rstd = 1 / np.sqrt((d * d).mean(axis=axes, keepdims=True) + np.longdouble(eps))
-        y = d * rstd
-        shape = [n if a in axes else 1 for a, n in enumerate(wide.shape)]
-        if weight is not None:
-            y = y * np.asarray(weight).astype(np.float64).reshape(shape)
-        if bias is not None:
-            y = y + np.asarray(bias).astype(np.float64).reshape(shape)
-        return tuple(a.astype(np.float64) for a in (y, mean, rstd))
+    y, mean, rstd, axes = _standardized(x, axes, eps)
+    if weight is not None:
+        y = y * _along(y, axes, weight)
+    if bias is not None:
+        y = y + _along(y, axes, bias)
+    return tuple(a.astype(np.float64) for a in (y, mean, rstd))
 
 
+@np.errstate(all="ignore")
 def layer_norm_backward(dy, x, axes, weight, eps):
     """dx, dweight and dbias in float64; the latter two have the shape of the normalized axes."""
     slope, g, x_hat, rstd, axes, batch = _backward_terms(dy, x, axes, weight, eps)
-    with np.errstate(all="ignore"):
-        c1 = g.mean(axis=axes, keepdims=True)
-        c2 = (g * x_hat).mean(axis=axes, keepdims=True)
-        sums = ((slope * x_hat).sum(axis=batch), slope.sum(axis=batch))
-        return tuple(a.astype(np.float64) for a in (rstd * (g - c1 - x_hat * c2), *sums))
+    c1 = g.mean(axis=axes, keepdims=True)
+    c2 = (g * x_hat).mean(axis=axes, keepdims=True)
+    sums = ((slope * x_hat).sum(axis=batch), slope.sum(axis=batch))
+    return tuple(a.astype(np.float64) for a in (rstd * (g - c1 - x_hat * c2), *sums))
 
 
+@np.errstate(all="ignore")
 def gradient_scales(dy, x, axes, weight, eps):
     """The size of what is added up and cancels on the way to each gradient, in float64.
 
@@ -60,51 +71,39 @@ def gradient_scales(dy, x, axes, weight, eps):
     total, to which a sum of terms of one sign rises.
     """
     slope, g, x_hat, rstd, axes, batch = _backward_terms(dy, x, axes, weight, eps)
-    with np.errstate(all="ignore"):
-        size, g = np.maximum(np.abs(x_hat), 1), np.abs(g)
-        c1 = g.mean(axis=axes, keepdims=True)
-        c2 = (g * size).mean(axis=axes, keepdims=True)
-        sums = (
-            np.sqrt(((slope * factor) ** 2).sum(axis=batch)) + np.abs((slope * by).sum(axis=batch))
-            for factor, by in ((size, x_hat), (1, 1))
-        )
-        return tuple(a.astype(np.float64) for a in (rstd * (g + c1 + size * c2), *sums))
+    size, g = np.maximum(np.abs(x_hat), 1), np.abs(g)
+    c1 = g.mean(axis=axes, keepdims=True)
+    c2 = (g * size).mean(axis=axes, keepdims=True)
+    sums = (
+        np.sqrt(((slope * factor) ** 2).sum(axis=batch)) + np.abs((slope * by).sum(axis=batch))
+        for factor, by in ((size, x_hat), (1, 1))
+    )
+    return tuple(a.astype(np.float64) for a in (rstd * (g + c1 + size * c2), *sums))
 
 
 def _backward_terms(dy, x, axes, weight, eps):
-    axes = tuple(sorted(a % np.ndim(x) for a in axes))
-    with np.errstate(all="ignore"):
-        wide = np.asarray(x).astype(np.float64).astype(np.longdouble)
-        slope = np.asarray(dy).astype(np.float64).astype(np.longdouble)
-        d = wide - wide.mean(axis=axes, keepdims=True)
-        d = d - d.mean(axis=axes, keepdims=True)
-        rstd = 1 / np.sqrt((d * d).mean(axis=axes, keepdims=True) + np.longdouble(eps))
-        x_hat, g = d * rstd, slope
-        if weight is not None:
-            shape = [n if a in axes else 1 for a, n in enumerate(wide.shape)]
-            g = slope * np.asarray(weight).astype(np.float64).reshape(shape)
-    batch = tuple(a for a in range(wide.ndim) if a not in axes)
+    x_hat, _, rstd, axes = _standardized(x, axes, eps)
+    slope = np.asarray(dy).astype(np.float64).astype(np.longdouble)
+    g = slope if weight is None else slope * _along(x_hat, axes, weight)
+    batch = tuple(a for a in range(x_hat.ndim) if a not in axes)
     return slope, g, x_hat, rstd, axes, batch
-
-
-def tolerance(dtype, N):
-    """The one bound, relative and absolute alike, on y with weight and bias of order 1.
-
-    One epsilon of y's dtype for its rounding and that of the last operations, and of the dtype
-    that statistics are computed in (float32, float64 for float64 x) one for each of four
-    operations on an element and for each level of a tree that sums N terms.
-    """
-    name = str(np.dtype(dtype))
-    return _EPS[name] + _COMPUTE_EPS.get(name, 2.0**-23) * (4 + math.log2(max(N, 1)))
 
 
 def gradient_tolerance(dtype, terms):
     """The one bound on a gradient, in units of its scale, besides the rounding of the result.
 
-    As `tolerance`, of the dtype that x's statistics have: one epsilon for each of four operations
-    on an element, and one for each level of a tree that sums the terms, N of them or the rows.
+    Of the dtype that x's statistics have (float32, float64 for float64 x) one epsilon for each of
+    four operations on an element, and one for each level of a tree that sums the terms, N or rows.
     """
     return _COMPUTE_EPS.get(np.dtype(dtype).name, 2.0**-23) * (4 + math.log2(max(terms, 1)))
+
+
+def tolerance(dtype, N):
+    """The one bound, relative and absolute alike, on y with weight and bias of order 1.
+
+    One epsilon of y's dtype for its rounding and that of the last operations, and as for gradients.
+    """
+    return _EPS[np.dtype(dtype).name] + gradient_tolerance(dtype, N)
 
 
 def gradient_excess(got, dy, x, axes, weight=None, eps=1e-5):

@@ -1,4 +1,4 @@
-"""`cn.layer_norm` inside other libraries: the array API, autograd, tracing."""
+"""`cn.layer_norm` inside other libraries: the array API, JAX's tracing, torch's compiler."""
 
 import warnings
 
@@ -24,6 +24,13 @@ def strict():
     module.reset_array_api_strict_flags()
 
 
+def place_of(strict, name):
+    try:
+        return strict.Device(name)
+    except ValueError:
+        pytest.skip(f"array_api_strict {strict.__version__} has no device {name}")
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("device", ["CPU_DEVICE", "device1"])
 def test_every_version_and_device_of_the_standard(strict, version, device, assert_close):
@@ -35,28 +42,25 @@ def test_every_version_and_device_of_the_standard(strict, version, device, asser
         strict.set_array_api_strict_flags(
             api_version=version, boolean_indexing=False, data_dependent_shapes=False
         )
-    place = strict.Device(device)
+    place = place_of(strict, device)
     x, weight, bias = (strict.asarray(a, device=place) for a in (X, WEIGHT, BIAS))
     result = cn.layer_norm(x, (3, 8), weight, bias, return_stats=True)
     for got, want in zip(result, WANT, strict=True):
-        assert got.device == place
-        assert got.dtype == strict.float32
+        assert (got.device, got.dtype) == (place, strict.float32)
         host = np.asarray(got.to_device(strict.Device("CPU_DEVICE")))
         assert_close(host, want, "float32", 24)
     turned = strict.permute_dims(weight, (1, 0))
     y = cn.layer_norm(x, weight=turned, bias=strict.permute_dims(bias, (1, 0)), axis=(2, 1))
     assert bool(strict.all(y == result.y))
+    wide = cn.layer_norm(strict.zeros((2, 0), dtype=strict.float64, device=place))
+    assert (wide.shape, wide.dtype) == ((2, 0), strict.float64)
 
 
 @pytest.mark.parametrize("device", ["no_float64", "no_x64"])
 def test_devices_without_float64(strict, device):
-    try:
-        place = strict.Device(device)
-    except ValueError:
-        pytest.skip(f"array_api_strict {strict.__version__} has no device {device}")
+    place = place_of(strict, device)
     for array in cn.layer_norm(strict.asarray(X, device=place), return_stats=True):
-        assert array.device == place
-        assert array.dtype == strict.float32
+        assert (array.device, array.dtype) == (place, strict.float32)
 
 
 # --- JAX ----------------------------------------------------------------------------------------
@@ -68,7 +72,7 @@ def jax():
 
 
 def test_jax_jit(jax, assert_close):
-    """Of arguments, and of a weight that is closed over."""
+    """Of arguments, of a weight that is closed over, and of the backward."""
     x, weight, bias = (jax.numpy.asarray(a) for a in (X, WEIGHT, BIAS))
     for traced, given in (
         (lambda x, w, b: cn.layer_norm(x, (3, 8), w, b, return_stats=True), (x, weight, bias)),
@@ -79,6 +83,10 @@ def test_jax_jit(jax, assert_close):
         for got, want in zip(result, WANT, strict=True):
             assert isinstance(got, jax.Array)
             assert_close(np.asarray(got), want, "float32", 24)
+    back = jax.jit(lambda *given: cn.layer_norm_backward(*given[:2], (3, 8), *given[2:]))
+    found = back(x[::-1], x, *result[1:], weight)
+    assert isinstance(found, cn.LayerNormGradients)
+    oracle.assert_gradients([np.asarray(a) for a in found], X[::-1], X, (1, 2), WEIGHT)
 
 
 def test_jax_rules_hold_while_tracing(jax):
@@ -94,49 +102,32 @@ def test_jax_grad_and_vmap(jax):
     slope = jax.grad(lambda x: (cn.layer_norm(x, (3, 8)) ** 3).sum())
     x_hat = oracle.layer_norm(X, (1, 2), None, None, 1e-5)[0]
     want = oracle.layer_norm_backward(3 * x_hat**2, X, (1, 2), None, 1e-5)[0]
-    np.testing.assert_allclose(np.asarray(jax.jit(slope)(x)), want, rtol=1e-4, atol=1e-4)
+    for gradient in (slope, jax.jit(slope)):
+        np.testing.assert_allclose(np.asarray(gradient(x)), want, rtol=1e-4, atol=1e-4)
     mapped = jax.vmap(lambda sample: cn.layer_norm(sample, (3, 8)))(x)
     np.testing.assert_allclose(np.asarray(mapped), x_hat, atol=1e-5)
 
 
-# --- torch --------------------------------------------------------------------------------------
+# --- torch: the rest is in tests/torch ------------------------------------------------------------
 
 
-@pytest.fixture
-def torch():
-    return pytest.importorskip("torch")
+@pytest.mark.filterwarnings("ignore:Dynamo detected:UserWarning")
+def test_torch_compile_finds_no_graph_break(assert_close):
+    torch = pytest.importorskip("torch")
+    x, weight, bias = (torch.tensor(a) for a in (X, WEIGHT, BIAS))
+    about = {"fullgraph": True, "backend": "eager"}
+    compiled = torch.compile(lambda x: cn.layer_norm(x, (3, 8), weight, bias), **about)
+    assert_close(compiled(x).numpy(), WANT[0], "float32", 24)
 
 
-def test_torch_gradients_through_unsorted_axes(torch):
+def test_torch_leaves_and_layouts():
+    torch = pytest.importorskip("torch")
     x = torch.tensor(X[:2, :, :3], dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda x, weight: cn.layer_norm(x, weight=weight, axis=(2, 0), return_stats=True),
         (x, weight),
     )
-
-
-def test_torch_parameters_and_modes(torch):
-    module, x = torch.nn.LayerNorm(8), torch.tensor(X)
-    y = cn.layer_norm(x, 8, module.weight, module.bias)
-    assert y.requires_grad
-    with torch.no_grad():
-        assert not cn.layer_norm(x, 8, module.weight, module.bias).requires_grad
-    with torch.inference_mode():
-        assert cn.layer_norm(x, 8, module.weight, module.bias).is_inference()
-    torch.testing.assert_close(y, module(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:Dynamo detected:UserWarning")
-def test_torch_compile_finds_no_graph_break(torch, assert_close):
-    weight, bias = torch.tensor(WEIGHT), torch.tensor(BIAS)
-    compiled = torch.compile(
-        lambda x: cn.layer_norm(x, (3, 8), weight, bias), fullgraph=True, backend="eager"
-    )
-    assert_close(compiled(torch.tensor(X)).numpy(), WANT[0], "float32", 24)
-
-
-def test_torch_channels_last_keeps_its_layout(torch):
     x = torch.randn(2, 5, 4, 3).to(memory_format=torch.channels_last)
     y = cn.layer_norm(x, axis=1)
     assert y.is_contiguous(memory_format=torch.channels_last)

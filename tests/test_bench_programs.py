@@ -1,10 +1,8 @@
 """Each program of bench/ runs end to end on small cases, and tells a failure from a success."""
 
-import csv
 import functools
 import json
 import math
-import stat
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,15 +12,14 @@ import pytest
 
 import cupynorm as cn
 from bench import calls, clock, cpu, gpu, model, peers, sanitize, training
-from bench.cases import BIG, BOTH, BWD, FEW, FWD, GROUPS, TINY, Case
-from bench.check import limit
-from bench.contender import Unavailable, load, measure
+from bench.cases import BIG, BOTH, BWD, FWD, GROUPS, TINY, Case
+from bench.contender import measure
 from bench.data import make_inputs
 from bench.device import Device, Gpu, simulated_cupy
-from bench.peers import arrays, contenders, tensors
+from bench.peers import contenders, tensors
 from bench.table import COLUMNS, TIMED
 from tests import peer_stand_ins
-from tests.test_bench import in_no_time  # noqa: F401 - every test of this file
+from tests.test_bench import in_no_time, table_rows  # noqa: F401 - in every test of this file
 
 torch = pytest.importorskip("torch")
 
@@ -30,15 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CASE = Case(FWD, BIG, "float32", (5, 32))
 
 
-def table_rows(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def everybody(case, chosen=None, device=None):
     inputs = make_inputs(device or Device(), case)
-    builders = contenders(inputs, chosen or peers.names("cpu"))
-    builders = [b for b in builders if chosen or b[0] not in peers.OPTIONAL]
+    chosen = chosen or [n for n in peers.names("cpu") if n not in peers.OPTIONAL]
+    builders = contenders(inputs, chosen)
     return {r.name: r for r in measure(inputs.device, inputs, builders, 0.0)}
 
 
@@ -47,28 +39,25 @@ def everybody(case, chosen=None, device=None):
 
 @pytest.mark.parametrize("op", [FWD, BWD, BOTH])
 def test_everybody_on_the_cpu_is_right_or_says_why_not(op):
-    pytest.importorskip("jax")
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnx")
+    for library in ("jax", "onnxruntime", "onnx"):
+        pytest.importorskip(library)
     found = everybody(Case(op, "shapes", "float32", (37, 50)))
     refused = {"scikit-learn"}
     if op != FWD:
         refused |= {"cupynorm out=", "onnxruntime", "onnxruntime out=", "formula"}
     assert {n for n, r in found.items() if r.status == "skipped"} == refused
-    assert all(found[n].note for n in refused)
-    for name in set(found) - refused:
-        assert (found[name].status, found[name].note) == ("ok", ""), name
+    for name, result in found.items():
+        assert name in refused or (result.status, result.note) == ("ok", ""), name
+        assert name not in refused or result.note
     assert {"torch", "cupynorm.torch", "jax", "cupynorm", "copyto", "copyto fresh"} <= set(found)
 
 
-@pytest.mark.parametrize("op", [FWD, BWD])
-@pytest.mark.parametrize(
-    ("shape", "axis", "layout"), [((70, 13), -1, "F-F"), ((70, 13), -1, "F-C"),
-                                  ((3, 7, 4, 5), 1, "NCHW")], ids=str,
-)  # fmt: skip
+STRIDED = [(FWD, (70, 13), -1, "F-F"), (FWD, (70, 13), -1, "F-C"), (FWD, (3, 7, 4, 5), 1, "NCHW"),
+           (BWD, (70, 13), -1, "F-F"), (BWD, (3, 7, 4, 5), 1, "NCHW")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "shape", "axis", "layout"), STRIDED, ids=str)
 def test_strided_axes_in_every_way(op, shape, axis, layout):
-    if (op, layout) == (BWD, "F-C"):
-        pytest.skip("a backward has one layout")
     found = everybody(Case(op, "layouts", "float32", shape, axis, layout))
     ways = ["torch-view", "torch-contiguous", "torch-back", "cupynorm"]
     ways += ["torch-composed", "cupynorm out=", "contiguous-then-rows"] if op == FWD else []
@@ -84,9 +73,16 @@ def test_results_lie_as_the_layout_says():
     assert strides == dict.fromkeys(made, (13 * 4, 4))
     listed = everybody(Case(FWD, "layouts", "float32", (41, 9), layout="columns"))
     assert listed["cupynorm"].status == listed["contiguous-then-rows"].status == "ok"
-    halves = everybody(Case(FWD, "shapes", "bfloat16", (9, 40)))
-    for name in ("torch", "formula", "cupynorm", "cupynorm out="):
-        assert halves[name].status == "ok", (name, halves[name].note)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_formulas_fused_or_not_in_other_dtypes(dtype):
+    device, given = Device(), ("sqrt", "empty", "asarray", "copyto", "from_dlpack")
+    device.lib = SimpleNamespace(**{n: getattr(np, n) for n in given})
+    device.lib.fuse = lambda kernel_name: lambda function: function
+    chosen = ("formula", "cupy-fuse", "cupynorm", "torch")
+    found = everybody(Case(FWD, BIG, dtype, (9, 200)), chosen, device)
+    assert [r.status for r in found.values()] == ["ok"] * 4, found
 
 
 # --- adapters of libraries that are not here, on stand-ins ----------------------------------------
@@ -102,74 +98,41 @@ def stand_ins(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_right_peers_are_timed_and_wrong_ones_are_not(stand_ins, dtype):
-    stand_ins()
-    found = everybody(Case(FWD, BIG, dtype, (9, 256)), FORWARD)
-    assert {n: (r.status, r.note) for n, r in found.items()} == dict.fromkeys(FORWARD, ("ok", ""))
-    stand_ins(scale_error=1.001 if dtype == "float32" else 1.1)
-    passes = ((FWD, FORWARD), (BWD, ("flash-attn", "apex", "cudnn")), (BOTH, FORWARD[:4]))
-    for op, chosen in passes if dtype == "float32" else passes[:1]:
-        found = everybody(Case(op, BIG, dtype, (9, 256)), chosen)
-        assert {r.status for r in found.values()} == {"wrong"}
-        assert not any(r.times for r in found.values())
-
-
-def test_gradients_of_peers(stand_ins):
-    stand_ins()
-    together = everybody(Case(BOTH, BIG, "float32", (9, 256)), FORWARD)
-    alone = everybody(Case(BWD, BIG, "float32", (9, 256)), FORWARD)
-    assert [together[n].status for n in FORWARD] == ["ok"] * 4 + ["skipped"]
-    assert [alone[n].status for n in FORWARD] == ["ok"] * 3 + ["skipped", "ok"]
-    assert "cannot be repeated" in alone["transformer-engine"].note
-
-
-@pytest.mark.parametrize(
-    ("name", "case", "note"),
-    [
-        ("flash-attn", Case(FWD, BIG, "float32", (3, 64), weight_dtype=None), "needs a weight"),
-        ("flash-attn", Case(FWD, BIG, "float32", (2, 16385)), "at most 16384 elements"),
-        ("apex-fast", Case(FWD, BIG, "bfloat16", (3, 64), weight_dtype="float32"), "float32, not"),
-        ("cudnn", Case(FWD, BIG, "float32", (3, 64), weight_dtype=None), "cudnn needs a weight"),
-        ("cuml", CASE, "neither weight nor bias"),
-        ("liger", Case(FWD, BIG, "float32", (1, 65537)), "at most 65536 elements"),
-        ("quack", Case(BWD, BIG, "float32", (3, 64)), "no backward"),
-    ],
-)  # fmt: skip
-def test_refusals_say_why(stand_ins, name, case, note):
-    stand_ins()
-    result = everybody(case, (name,))[name]
-    assert (result.status, result.times) == ("skipped", None)
-    assert note in result.note
-
-
-def test_what_is_missing_is_named_and_the_right_function_is_taken(stand_ins):
-    with pytest.raises(Unavailable, match="no_such_module cannot be imported"):
-        load("no_such_module")
-    for name in FORWARD:
-        assert "cannot be imported" in everybody(CASE, (name,))[name].note
+    for result in everybody(CASE, FORWARD).values():
+        assert "cannot be imported" in result.note
+    passes = [(FWD, set())]
+    if dtype == "float32":
+        passes += [(BWD, {"transformer-engine"}), (BOTH, {"cudnn"})]
+    for scale_error, status in ((1.0, "ok"), (1.001 if dtype == "float32" else 1.1, "wrong")):
+        stand_ins(scale_error)
+        for op, skipped in passes:
+            for name, result in everybody(Case(op, BIG, dtype, (9, 256)), FORWARD).items():
+                wanted = "skipped" if name in skipped else status
+                assert result.status == wanted, (op, name, result.note)
+                assert bool(result.times) == (wanted == "ok")
+        bare = Case(FWD, BIG, "float32", (9, 64), weight_dtype=None)
+        assert everybody(bare, ("cuml",))["cuml"].status == status  # judged without eps
     stand_ins()  # Apex's asserts that the dtypes are its own
     for weight in (None, "same", "float32"):
         case = Case(FWD, BIG, "bfloat16", (5, 64), weight_dtype=weight)
         assert everybody(case, ("apex",))["apex"].status == "ok"
-    bare = Case(FWD, BIG, "float32", (9, 64), weight_dtype=None)
-    assert everybody(bare, ("cuml",))["cuml"].error < 8  # judged without eps
-    stand_ins(scale_error=1 + 1e-5)
-    assert everybody(bare, ("cuml",))["cuml"].status == "wrong"
 
 
-def test_formulas_and_fused_ones(monkeypatch):
-    fused = SimpleNamespace(**{n: getattr(np, n) for n in ("sqrt", "empty", "asarray", "copyto")})
-    fused.fuse = lambda kernel_name: lambda function: function
-    device = Device()
-    device.lib = fused
-    for dtype in ("float16", "bfloat16", "float32", "float64"):
-        found = everybody(Case(FWD, BIG, dtype, (9, 200)), ("formula", "cupy-fuse"), device)
-        assert [r.status for r in found.values()] == ["ok", "ok"]
-        assert max(r.error for r in found.values()) <= limit(dtype, 200, ours=True)
-    device.kind = "cuda"
-    with pytest.raises(Unavailable, match="one block"):
-        arrays.formula(
-            make_inputs(Device(), CASE).__class__(device, Case(FWD, FEW, "float32", (1, 8)), [])
-        )
+BARE = Case(FWD, BIG, "float32", (3, 64), weight_dtype=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "note"),
+    [("flash-attn", BARE, "needs a weight"), ("cuml", CASE, "neither weight nor bias"),
+     ("flash-attn", Case(FWD, BIG, "float32", (2, 16385)), "at most 16384 elements"),
+     ("apex-fast", Case(FWD, BIG, "bfloat16", (3, 64), weight_dtype="float32"), "float32, not"),
+     ("liger", Case(FWD, BIG, "float32", (1, 65537)), "at most 65536 elements"),
+     ("quack", Case(BWD, BIG, "float32", (3, 64)), "no backward")],
+)  # fmt: skip
+def test_refusals_say_why(stand_ins, name, case, note):
+    stand_ins()
+    result = everybody(case, (name,))[name]
+    assert (result.status, result.times) == ("skipped", None) and note in result.note
 
 
 # --- bench.cpu ------------------------------------------------------------------------------------
@@ -180,12 +143,9 @@ def test_a_cpu_run_writes_table_summary_and_figures(tmp_path, monkeypatch, capsy
     monkeypatch.setitem(GROUPS, "shapes", small)
     chosen = "torch,cupynorm,copyto,copyto fresh"
     command = ["--groups", "shapes", "--seconds", "0", "--peers", chosen]
-    before = torch.get_num_threads()
-    try:
-        assert cpu.main([*command, "--plots", "--out", str(tmp_path)]) == 0
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: print(n, "threads of torch"))
+    assert cpu.main([*command, "--plots", "--out", str(tmp_path)]) == 0
+    assert "2 threads of torch" in capsys.readouterr().out
     (path,) = tmp_path.glob("cpu-*.csv")
     rows = table_rows(path)
     assert list(rows[0]) == list(COLUMNS)
@@ -193,9 +153,7 @@ def test_a_cpu_run_writes_table_summary_and_figures(tmp_path, monkeypatch, capsy
     assert rows[0]["threads"] == "2" and rows[0]["commit"]
     assert "| cupynorm | torch | 1 |" in path.with_suffix(".md").read_text()
     assert (tmp_path / "cpu-shapes-both.png").is_file()
-    assert cpu.main([*command, "--minutes", "-1"]) == 0
-    assert "2 left out" in capsys.readouterr().out
-    monkeypatch.setitem(peers.FUNCTIONS, "layer_norm", (lambda x, *_, **__: 0 * x, None))
+    monkeypatch.setattr(cn, "layer_norm", lambda x, *_, **__: 0 * x)
     assert cpu.main([*command, "--ops", "forward"]) == 1  # a wrong result of ours fails the run
     with pytest.raises(SystemExit):
         cpu.main(["--peers", "torch,numpie"])
@@ -206,28 +164,25 @@ def test_a_cpu_run_writes_table_summary_and_figures(tmp_path, monkeypatch, capsy
 
 
 def test_a_simulated_run_checks_every_case_and_times_none(tmp_path):
-    command = ["--simulate", "--only", "sanitize,calls,forward,backward,layouts"]
+    command = ["--simulate", "--only", "sanitize,calls,forward,backward,layouts,tune"]
     assert gpu.main([*command, "--out", str(tmp_path)]) == 0
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "summary.md", "machine.json", "forward.csv", "backward.csv", "layouts.csv",
-    }  # fmt: skip
-    for step, cases in TINY.items():
-        rows = table_rows(tmp_path / f"{step}.csv")
+    tables = {n: table_rows(tmp_path / f"{n}.csv") for n in (*TINY, "tune")}
+    for step, rows in tables.items():
         assert list(rows[0]) == list(COLUMNS)
         assert all(r[column] == "" for r in rows for column in TIMED)
         assert not any(r["status"] in ("ok", "wrong") for r in rows)
         ours = [r for r in rows if r["peer"] == "cupynorm" and r["group"] != "python"]
-        assert [r["shape"] for r in ours] == [c.label for c in cases]
-        for row, case in zip(ours, cases, strict=True):
+        assert [r["shape"] for r in ours] == [c.label for c in TINY.get(step, ())]
+        for row, case in zip(ours, TINY.get(step, ()), strict=True):
             assert row["status"] == "simulated" and 0 < float(row["error"]) <= 8
             assert row["method"] == ("launches" if case.layout == "columns" else "graph")
             assert row["kernel"] and int(row["bytes"]) == case.moved_bytes
-        foreign = [r for r in rows if r["peer"] in tensors.FUNCTIONS["layer_norm"]]
+        foreign = [r for r in rows if r["peer"] in tensors.FUNCTIONS]
         assert all(r["status"] == "skipped" and r["note"] for r in foreign)
-    python = [r for r in table_rows(tmp_path / "forward.csv") if r["method"] == "host"]
-    assert {"cupynorm", "cupynorm prepared out=", "cupynorm graph replay"} <= {
-        r["peer"] for r in python
-    }
+    python = {r["peer"] for r in tables["forward"] if r["method"] == "host"}
+    assert {"cupynorm", "cupynorm prepared out=", "cupynorm graph replay"} <= python
+    assert len([r for r in tables["tune"] if "/" in r["peer"]]) == 6
+    assert "none was timed" in (tmp_path / "tune.md").read_text()
     text = (tmp_path / "summary.md").read_text()
     assert "and no time" in text and "of the copy" not in text and "| forward | ok |" in text
     assert json.loads((tmp_path / "machine.json").read_text())["gpu"].startswith("Simulated")
@@ -262,8 +217,10 @@ def test_gpu_tests_are_spread_over_processes(tmp_path):
     one.write_text("def test_one(): pass\n\ndef test_two(): raise ValueError(2)\n")
     two.write_text("import pytest\n\ndef test_skip(): pytest.skip('no')\n")
     log = tmp_path / "log"
-    found = gpu.run_tests(log, 100, [str(one), str(two)])
-    assert found == ("failed", "1 passed, 1 failed, 1 skipped")
+    assert gpu.run_tests(log, 100, [str(one), str(two)]) == (
+        "failed",
+        "1 passed, 1 failed, 1 skipped",
+    )
     assert "$ python -m pytest" in log.read_text() and "ValueError: 2" in log.read_text()
 
 
@@ -276,8 +233,6 @@ def test_gpu_tests_are_spread_over_processes(tmp_path):
 def test_gpu_tests_must_have_passed(tmp_path, monkeypatch, code, last, status):
     monkeypatch.setattr(gpu, "logged", lambda *_: (code, f"...\n{last}\n"))
     assert gpu.run_tests(tmp_path / "log", 60)[0] == status
-    monkeypatch.setattr(gpu, "TEST_NEEDS", ("pytest", "no_such_module"))
-    assert gpu.run_tests(tmp_path / "log", 60) == ("skipped", "not installed: no_such_module")
 
 
 @pytest.mark.parametrize(
@@ -292,7 +247,7 @@ def test_sanitizer_outcomes(tmp_path, monkeypatch, script, status, word):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert gpu.run_sanitizer("memcheck", tmp_path / "log", 1)[0] == "skipped"
     tool.write_text(f"#!/bin/sh\n{script}\n")
-    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    tool.chmod(0o700)
     found, sentence = gpu.run_sanitizer("memcheck", tmp_path / "log", 1)
     assert found == status and word in sentence
 
@@ -302,21 +257,19 @@ def test_the_short_set_counts_what_is_wrong(monkeypatch):
     with simulated_cupy() as cupy:
         device = Gpu(cupy, simulated=True)
         assert sanitize.run(device, tiny, lines.append) == 0
-        assert len(lines) == len(sanitize.WAYS) == 11
         monkeypatch.setattr(peers, "EPS", 1e-3)  # of the call alone
-        assert sanitize.run(device, tiny, lines.append) == 11
-    assert all(line.startswith("WRONG") for line in lines[11:])
+        assert sanitize.run(device, tiny, lines.append) == len(sanitize.WAYS) == 11
+    assert [line.startswith("WRONG") for line in lines] == [False] * 11 + [True] * 11
 
 
-# --- tune, training, calls, model -----------------------------------------------------------------
+# --- tune, training, calls, model, frames, Dask ---------------------------------------------------
 
 
 def test_candidates_and_proposals():
     rows = pytest.importorskip("cupynorm._cuda.rows")
     from bench import tune
 
-    device = SimpleNamespace(clusters=8, sm_count=132)
-    for trial in tune.trials(device):
+    for trial in tune.trials(SimpleNamespace(clusters=8, sm_count=132)):
         labels = [c.label for c in trial.candidates]
         assert len(set(labels)) == len(labels) > 1, trial.name
     first, other = (tune.Candidate(row) for row in rows.FORWARD[:2])
@@ -326,14 +279,6 @@ def test_candidates_and_proposals():
                  for c, t in ((first, 10.0), (other, median))}  # fmt: skip
         last = tune.proposal(trial, [times, times], "bench/results/h200")[-1]
         assert last.startswith(f"{verdict} `Row(") and "h200/tune.csv, forward row 0'" in last
-
-
-def test_candidates_run_without_a_time(tmp_path):
-    pytest.importorskip("cupynorm._cuda.rows")
-    assert gpu.main(["--simulate", "--only", "tune", "--out", str(tmp_path)]) == 0
-    rows = [r for r in table_rows(tmp_path / "tune.csv") if "/" in r["peer"]]
-    assert len(rows) == 6 and {r["status"] for r in rows} == {"simulated"}
-    assert "none was timed" in (tmp_path / "tune.md").read_text()
 
 
 def curve(ours=0.0, nudged=1e-7, last=2.0, mode="float32"):
@@ -349,9 +294,9 @@ def test_losses_may_part_as_rounding_lets_them(tmp_path, monkeypatch):
     assert all(training.verdict(curve(**about))[0] for about in good)
     bad = ({"ours": 1e-3}, {"last": 3.9}, {"ours": math.nan})
     assert not any(training.verdict(curve(**about))[0] for about in bad)
-    size, modes = training.Size(1, 2, 16, 16, 4, 6, 2e-2), ("float32",)
-    assert training.train(tmp_path, size, "cpu", {}, modes=modes, deadline=0.0)[0] == "skipped"
-    status, sentence = training.train(tmp_path, size, "cpu", {}, modes=modes)
+    given, modes = (tmp_path, training.Size(1, 2, 16, 16, 4, 6, 2e-2), "cpu", {}), ("float32",)
+    assert training.train(*given, modes=modes, deadline=0.0)[0] == "skipped"
+    status, sentence = training.train(*given, modes=modes)
     assert status == "ok", sentence
     rows = table_rows(tmp_path / "training.csv")
     assert [r["step"] for r in rows] == [str(i) for i in range(6)]
@@ -363,16 +308,15 @@ def test_losses_may_part_as_rounding_lets_them(tmp_path, monkeypatch):
         return y + 0.05 * (y.detach() - y)  # the gradients alone are off
 
     monkeypatch.setattr(cupynorm.torch, "layer_norm", wrong)
-    assert training.train(tmp_path, size, "cpu", {}, modes=modes)[0] == "failed"
+    assert training.train(*given, modes=modes)[0] == "failed"
 
 
-def test_small_calls_are_checked_timed_and_counted(tmp_path, monkeypatch, capsys):
+def test_small_calls_are_checked_timed_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(calls, "COUNT", 2)
     assert calls.main(["--seconds", "0", "--to", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("launch-cost-*.csv")
     rows = {(r["library"], r["call"]): r for r in table_rows(path)}
     assert {library for library, _ in rows} == {"NumPy", "torch", "CuPy"}
-    assert int(rows["CuPy", "layer_norm(x, out=y)"]["opcodes"]) > 50
     assert float(rows["torch", "torch"]["over torch"]) == 1.0
     kept = {"instructions": {calls.sys.version[:4]: {"a": 100, "b": 100}}}
     monkeypatch.setattr(calls, "BUDGETS", tmp_path / "budgets.json")
@@ -383,28 +327,20 @@ def test_small_calls_are_checked_timed_and_counted(tmp_path, monkeypatch, capsys
         assert calls.main(["--instructions"]) == status
 
 
-def test_predictions_are_of_the_plans_and_below_the_copy():
-    for _, _, _, cases in model.CLAIMS:
-        for case in cases[::3]:
-            for g in model.GPUS:
-                p = model.predict(case, g)
-                assert 0 < p.fraction_of_copy < 1.03 and p.us > g.t0, (case, g.name)
-                plan = cn.explain(model.unallocated(case.shape, case.dtype, case.layout[0] == "F"),
-                                  axis=-1, device=g.arch, backward=case.op == BWD)  # fmt: skip
-                assert case.weight_dtype is None or p.kernel[:1] == plan.kernel[:1]
-                assert "bench/results/" in plan.source
+def test_predictions_are_below_the_copy_and_committed():
+    for case in (c for *_, cases in model.CLAIMS for c in cases[::3]):
+        for g in model.GPUS:
+            p = model.predict(case, g)
+            assert 0 < p.fraction_of_copy < 1.03 and p.us > g.t0, (case, g.name)
     a100, many = model.GPUS[0], 10**10
     assert model.flow(many, 32768, 8 * 108, a100) == pytest.approx(many / a100.supply, rel=0.01)
     assert model.flow(4096, 4096, 1, a100) == pytest.approx(a100.latency, rel=0.01)
     assert model.resident("", 128, 100 * 1024, a100) == 1
-
-
-def test_committed_predictions_are_what_the_code_gives():
     for path, text in model.files().items():
         assert path.read_text(encoding="utf-8") == text, "python -m bench.model --markdown"
 
 
-def test_frames_are_timed_and_their_peaks_told(tmp_path, capsys):
+def test_frames_are_timed_and_their_peaks_told(tmp_path):
     pytest.importorskip("pyarrow")
     frames = pytest.importorskip("bench.frames")
     command = ["--rows", "300", "--frames", "mixed", "--seconds", "0", "--to", str(tmp_path)]
@@ -421,8 +357,7 @@ def test_dask_blocks_are_checked_and_take_turns():
     bench_dask = pytest.importorskip("bench.dask")
     for grid in ((2, 1), (1, 2)):
         made = bench_dask.contenders((8, 20), grid, {})
-        made = {n: made[n] for n in ("loop", "dask sync")}
-        times = bench_dask.measure(made, 2)
+        times = bench_dask.measure({n: made[n] for n in ("loop", "dask sync")}, 2)
         rows = list(bench_dask.rows_of("case", (8, 20), grid, times))
         assert [r["contender"] for r in rows] == ["loop", "dask sync"]
         assert rows[0]["over loop"] == 1.0 and rows[1]["bytes"] == 2 * 2 * 8 * 20 * 4

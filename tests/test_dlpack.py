@@ -1,9 +1,7 @@
 """Exchange protocols: results pass between libraries as the same memory, exporters are taken."""
 
-import gc
 import subprocess
 import sys
-import textwrap
 import weakref
 
 import ml_dtypes
@@ -29,14 +27,14 @@ each_dtype_on_gpu = pytest.mark.parametrize(
 class Exporter:
     """Speaks DLPack and nothing else: the least that a producer of the standard offers."""
 
-    def __init__(self, array):
-        self._array = array
+    def __init__(self, array, device=None):
+        self._array, self._device = array, device
 
     def __dlpack__(self, **options):
         return self._array.__dlpack__(**options)
 
     def __dlpack_device__(self):
-        return self._array.__dlpack_device__()
+        return self._device or self._array.__dlpack_device__()
 
 
 class CudaExporter:
@@ -113,9 +111,7 @@ def test_bfloat16_passes_as_its_bits():
     y = cn.layer_norm(x)
     with pytest.raises(BufferError):
         torch.from_dlpack(y)
-    t = torch.from_dlpack(y.view(np.uint16)).view(torch.bfloat16)
-    assert_shared(y, t)
-
+    assert_shared(y, torch.from_dlpack(y.view(np.uint16)).view(torch.bfloat16))
     t = cn.layer_norm(torch.from_dlpack(x.view(np.uint16)).view(torch.bfloat16))
     with pytest.raises((BufferError, RuntimeError)):
         np.from_dlpack(t)
@@ -129,14 +125,11 @@ def test_the_memory_lives_as_long_as_the_last_view():
     before, alive = y.copy(), weakref.ref(y)
     t = torch.from_dlpack(y)
     del y
-    gc.collect()
     assert alive() is not None
     view = np.from_dlpack(t[10:20])
     del t
-    gc.collect()
     assert np.array_equal(view, before[10:20])
     del view
-    gc.collect()
     assert alive() is None
 
 
@@ -185,13 +178,6 @@ def test_an_exporter_of_a_view(view):
         check(y, t.numpy(), axis=axis)
 
 
-def test_rules_hold_for_exporters():
-    with pytest.raises(TypeError, match=r"int64.*astype"):
-        cn.layer_norm(Exporter(np.ones((2, 3), dtype=np.int64)))
-    with pytest.raises(ValueError, match="normalized_shape"):
-        cn.layer_norm(Exporter(numbers(5, 8)), 5)
-
-
 def test_an_exporter_of_bfloat16_is_taken_or_refused_with_the_way_out():
     t = torch.from_dlpack(numbers(2, 8)).bfloat16()
     try:
@@ -200,17 +186,17 @@ def test_an_exporter_of_bfloat16_is_taken_or_refused_with_the_way_out():
         assert "knows no bfloat16, for example. Pass x in its own library" in str(error)
     else:
         check(y.astype(np.float64), t.float().numpy(), "bfloat16")
-    check(cn.layer_norm(t).float(), t.float().numpy(), "bfloat16")
 
 
-@pytest.mark.parametrize("device_type", [4, 7, 8, 10, 14])
-def test_dlpack_on_a_device_of_another_kind_is_refused(device_type):
-    class Elsewhere(Exporter):
-        def __dlpack_device__(self):
-            return (device_type, 0)
-
-    with pytest.raises(TypeError, match=r"Elsewhere.*pass an array"):
-        cn.layer_norm(Elsewhere(numbers(5, 8)))
+def test_rules_hold_for_exporters():
+    with pytest.raises(TypeError, match=r"int64.*astype"):
+        cn.layer_norm(Exporter(np.ones((2, 3), dtype=np.int64)))
+    with pytest.raises(ValueError, match="normalized_shape"):
+        cn.layer_norm(Exporter(numbers(5, 8)), 5)
+    for device_type in (4, 7, 8, 10, 14):  # of another kind than CPU and CUDA
+        elsewhere = Exporter(numbers(5, 8), (device_type, 0))
+        with pytest.raises(TypeError, match=r"Exporter.*pass an array"):
+            cn.layer_norm(elsewhere)
 
 
 # --- out= on memory of another library ----------------------------------------------------------
@@ -235,16 +221,12 @@ def test_a_call_writes_into_memory_of_another_library():
     check(x, before)
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_a_partial_overlap_is_seen_through_a_view(library):
+def test_a_partial_overlap_is_seen_through_a_view():
     base = numbers(6, 33)
-    before = base.copy()
-    if library == "numpy":
-        x, out = base[:5], np.from_dlpack(torch.from_dlpack(base)[1:])
-    else:
-        x, out = torch.from_dlpack(base[:5]), torch.from_dlpack(base[1:])
-    with pytest.raises(ValueError, match="out shares memory with x in part"):
-        cn.layer_norm(x, out=out)
+    before, whole = base.copy(), torch.from_dlpack(base)
+    for x, out in ((base[:5], np.from_dlpack(whole[1:])), (whole[:5], torch.from_dlpack(base[1:]))):
+        with pytest.raises(ValueError, match="out shares memory with x in part"):
+            cn.layer_norm(x, out=out)
     assert np.array_equal(base, before)
 
 
@@ -281,33 +263,33 @@ def test_an_exporter_on_a_gpu_comes_back_as_cupy(cupy_lib, exporter):
         cn.layer_norm(exporter(source), 77, w)
 
 
+WITHOUT_CUPY = """
+import sys
+import cupynorm as cn
+
+class NoCupy:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "cupy":
+            raise ModuleNotFoundError("No module named 'cupy'", name="cupy")
+
+class Exporter:
+    __cuda_array_interface__ = {
+        "shape": (4,), "typestr": "<f4", "data": (4096, False), "version": 3
+    }
+
+sys.meta_path.insert(0, NoCupy)
+try:
+    cn.layer_norm(Exporter())
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
 def test_a_gpu_exporter_without_cupy_says_what_to_install():
-    program = """
-        import sys
-        import cupynorm as cn
-
-        class NoCupy:
-            @staticmethod
-            def find_spec(name, path=None, target=None):
-                if name.partition(".")[0] == "cupy":
-                    raise ModuleNotFoundError("No module named 'cupy'", name="cupy")
-
-        sys.meta_path.insert(0, NoCupy)
-
-        class Exporter:
-            __cuda_array_interface__ = {
-                "shape": (4,), "typestr": "<f4", "data": (4096, False), "version": 3
-            }
-
-        try:
-            cn.layer_norm(Exporter())
-        except Exception as error:
-            print(type(error).__name__, error)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
+    command = [sys.executable, "-c", WITHOUT_CUPY]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("ImportError")
-    assert "cupynorm[cuda12]" in done.stdout
+    assert done.stdout.startswith("ImportError") and "cupynorm[cuda12]" in done.stdout
 
 
 # --- CuPy and torch on a GPU --------------------------------------------------------------------

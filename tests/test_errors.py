@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from tests.conftest import Backend
 from tests.directions import each_direction
 
 X = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -17,7 +16,6 @@ COMPANIONS = [("forward", "weight"), ("forward", "bias"), ("forward", "out"), ("
 SHAPES = {"weight": (4,), "bias": (4,), "mean": (2, 3, 1), "rstd": (2, 3, 1)}  # the others: x's
 
 each_companion = pytest.mark.parametrize(("direction", "name"), COMPANIONS)
-each_affine = pytest.mark.parametrize("name", ["weight", "bias"])
 
 
 def ones(name):
@@ -47,23 +45,18 @@ def refused(error, *words, direction="forward", make=np.asarray, **change):
 
 # --- normalized_shape and axis ------------------------------------------------------------------
 
+# More of them, to the letter, in frozen.py.
 AXES = [
-    (TypeError, ["normalized_shape=4", "axis=-1", "one of them"], (4, -1)),
-    (TypeError, ["normalized_shape=(9,)", "axis=7"], ((9,), 7)),
-    (ValueError, ["=(3,)", "(2, 3, 4)", "normalized_shape=(4,)"], (3, None)),
-    (ValueError, ["=(2, 3)", "(2, 3, 4)", "normalized_shape=(3, 4)"], ((2, 3), None)),
+    (TypeError, ["normalized_shape=(9,)", "axis=7", "one of them"], ((9,), 7)),
     (ValueError, ["=(4, 3)", "(2, 3, 4)", "normalized_shape=(3, 4)"], ([4, 3], None)),
     (ValueError, ["=(4, 1)", "(2, 3, 4)", "normalized_shape=(3, 4)"], ((4, 1), None)),
     (ValueError, ["=(5, 2, 3, 4)", "normalized_shape=(2, 3, 4)"], ((5, 2, 3, 4), None)),
     (ValueError, ["=(-1,)", "(2, 3, 4)", "axis="], (-1, None)),
-    (ValueError, ["normalized_shape=()", "normalized_shape=(4,)"], ((), None)),
-    (ValueError, ["axis=()", "axis=-1"], (None, ())),
     *((ValueError, [f"axis={bad} ", "(2, 3, 4)", "-3 to 2"], (None, axis))
-      for bad, axis in ((3, 3), (-4, -4), (3, (0, 3)), (-4, (-1, -4)), (10**20, 10**20))),
-    *((ValueError, [f"axis={axis}", "twice", "(2, 3, 4)", "once"], (None, axis))
-      for axis in ((1, 1), (0, -3), (2, 0, -1))),
+      for bad, axis in ((-4, -4), (3, (0, 3)), (10**20, 10**20))),
+    (ValueError, ["axis=(2, 0, -1)", "twice", "(2, 3, 4)", "once"], (None, (2, 0, -1))),
     *((TypeError, [name, repr(bad), "int or a tuple of ints"], given)
-      for bad in (1.0, "1", (1, "2"), (0, 1.5), True, (True,), {"a": 1}, 2j)
+      for bad in (1.0, (1, "2"), (True,), {"a": 1}, 2j)
       for name, given in (("normalized_shape", (bad, None)), ("axis", (None, bad)))),
 ]  # fmt: skip
 
@@ -95,23 +88,21 @@ def test_numpy_x_of_another_dtype(direction, kind):
 
 
 @each_direction
-@pytest.mark.parametrize("kind", ["int32", "bool", "complex64"])
-def test_x_of_another_dtype_in_every_library(lib, direction, kind):
-    if lib.backend is Backend.CUPY_SIMULATED and kind == "complex64":
-        pytest.skip("the stand-in holds no complex arrays")
-    x = lib.from_numpy(np.ones((2, 3), dtype=kind))
+def test_x_of_another_dtype_in_every_library(lib, direction):
     cast = "x.to(torch.float32)" if lib.name.startswith("torch") else "x.astype('float32')"
     if lib.name.startswith("strict"):
         cast = "astype(x, "  # the standard has a function and no method
-    refused(TypeError, f"dtype {kind}", cast, direction=direction, x=x)
+    # CuPy's stand-in holds no complex arrays.
+    for kind in ("int32", "bool", "complex64")[: 2 if lib.backend.compiles else 3]:
+        x = lib.from_numpy(np.ones((2, 3), dtype=kind))
+        refused(TypeError, f"dtype {kind}", cast, direction=direction, x=x)
+
+
+NO_ARRAYS = [None, 3.0, 5, "text", [1.0], (1.0, 2.0), [[1.0]], {"a": 1}, object(), np.float32(2)]
 
 
 @each_direction
-@pytest.mark.parametrize(
-    "bad",
-    [None, 3.0, 5, "text", [1.0, 2.0], (1.0, 2.0), [[1.0]], {"a": 1}, object(), np.float32(2)],
-    ids=lambda b: type(b).__name__,
-)
+@pytest.mark.parametrize("bad", NO_ARRAYS, ids=lambda b: type(b).__name__)
 def test_x_that_is_no_array(direction, bad):
     way_out = "numpy.asarray(x, dtype='float32')"
     refused(TypeError, type(bad).__name__, "no array", way_out, direction=direction, x=bad)
@@ -150,15 +141,12 @@ def test_shape(lib, direction, name):
         refused(ValueError, *said, direction=direction, make=lib.array, **bad)
 
 
-@each_affine
-def test_affine_shape_follows_axis(name):
-    affine = {name: np.ones((4, 2), np.float32)}
-    cn.layer_norm(X, axis=(2, 0), **affine)
-    refused(ValueError, f"{name} has shape (4, 2)", "(2, 4)", axis=(0, 2), **affine)
-
-
-def test_statistics_of_other_axes():
+def test_shapes_that_go_with_other_axes():
     """The commonest mistake: the backward called with other axes than the forward."""
+    for name in ("weight", "bias"):
+        affine = {name: np.ones((4, 2), np.float32)}
+        cn.layer_norm(X, axis=(2, 0), **affine)
+        refused(ValueError, f"{name} has shape (4, 2)", "(2, 4)", axis=(0, 2), **affine)
     for change in ({"axis": 1}, {"normalized_shape": (3, 4)}, {"axis": (0, 2)}):
         words = "mean has shape (2, 3, 1)", "for the same axes"
         refused(ValueError, *words, direction="backward", **change)
@@ -240,38 +228,28 @@ def test_the_way_out_is_spelled_in_the_words_of_the_library():
 
 @each_companion
 def test_another_device_of_the_same_library(direction, name):
-    strict = pytest.importorskip("array_api_strict")
+    strict, torch = map(pytest.importorskip, ("array_api_strict", "torch"))
     device = strict.Device("device1")
-    other = strict.asarray(ones(name))
-    text = refused(
-        ValueError, f"{name} is on", "CPU_DEVICE", "device1", "Move it first:",
-        direction=direction, make=lambda a: strict.asarray(a, device=device), **{name: other},
-    )  # fmt: skip
-    assert f"{name}.to_device(x.device)" in text
-    other.to_device(device)
-
-
-@each_companion
-def test_another_torch_device(direction, name):
-    torch = pytest.importorskip("torch")
-    words = f"{name} is on cpu", "x is on meta", f"{name}.to(x.device)"
-    other = {name: torch.from_numpy(ones(name))}
-    make = lambda a: torch.from_numpy(a).to("meta")  # noqa: E731
-    refused(ValueError, *words, direction=direction, make=make, **other)
+    elsewhere = lambda a: strict.asarray(a, device=device)  # noqa: E731
+    on_meta = lambda a: torch.from_numpy(a).to("meta")  # noqa: E731
+    for make, other, *words in (
+        (elsewhere, strict.asarray(ones(name)), "CPU_DEVICE", "device1", ".to_device(x.device)"),
+        (on_meta, torch.from_numpy(ones(name)), "cpu", "x is on meta", f"{name}.to(x.device)"),
+    ):
+        said = f"{name} is on", "Move it first:", *words
+        refused(ValueError, *said, direction=direction, make=make, **{name: other})
 
 
 # --- eps, order, output_mask --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("eps", [float("nan"), float("inf"), -float("inf"), np.float32("inf")])
-def test_eps_that_is_not_finite(eps):
-    refused(ValueError, f"eps={float(eps)}", "finite", "1e-5", eps=eps)
-    refused(ValueError, "eps", "finite", eps=10**400)  # too large for a float
-
-
-@pytest.mark.parametrize("eps", [None, "1e-5", 1j, [1e-5], True, np.ones(1), np.ones(())], ids=repr)
-def test_eps_that_is_no_number(eps):
-    refused(TypeError, "eps must be a real number", type(eps).__name__, "1e-5", eps=eps)
+@pytest.mark.parametrize("eps", [float("inf"), -float("inf"), np.float32("inf"), None, "1e-5", 1j,
+                                 [1e-5], np.ones(1), np.ones(())], ids=repr)  # fmt: skip
+def test_eps(eps):
+    if isinstance(eps, (float, np.floating)):
+        refused(ValueError, f"eps={float(eps)}", "finite", "1e-5", eps=eps)
+    else:
+        refused(TypeError, "eps must be a real number", type(eps).__name__, "1e-5", eps=eps)
 
 
 @pytest.mark.parametrize("order", ["A", "c", "", None, 0, ["K"]], ids=repr)
@@ -298,46 +276,31 @@ def test_output_mask(bad):
 
 
 @pytest.mark.needs("writable")
-@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 5), (1, 2, 3, 4), (24,)])
-def test_out_shape(lib, shape):
-    out = lib.array(np.ones(shape))
-    refused(ValueError, f"out has shape {shape}", "(2, 3, 4)", make=lib.array, out=out)
-
-
-@pytest.mark.needs("writable")
-def test_out_dtype_and_order(lib):
+def test_out_shape_dtype_and_order(lib):
     call, out = {"make": lib.array}, lib.array(X)
+    for shape in ((2, 3), (2, 3, 5), (1, 2, 3, 4), (24,)):
+        bad = lib.array(np.ones(shape))
+        refused(ValueError, f"out has shape {shape}", "(2, 3, 4)", **call, out=bad)
     words = "out has dtype", "float64", "float32"
     refused(ValueError, *words, **call, out=lib.array(X, "float64"))
     refused(ValueError, "out has dtype", "int32", **call, out=lib.from_numpy(X.astype("int32")))
     refused(ValueError, "out=", "order='C'", "drop order=", **call, out=out, order="C")
 
 
-def test_out_that_cannot_be_written():
-    out = np.empty_like(X)
-    out.flags.writeable = False
-    refused(ValueError, "read-only", "numpy.empty_like(x)", out=out)
-    line = np.zeros(4, np.float32)
-    out = np.lib.stride_tricks.as_strided(line, (2, 3, 4), (0, 0, 4), writeable=True)
-    refused(ValueError, "out with shape (2, 3, 4)", "(0, 0, 4)", "empty_like(x)", out=out)
+def test_torch_out_with_two_elements_at_one_address():
     torch = pytest.importorskip("torch")
     x, out = torch.from_numpy(X), torch.zeros(4).expand(2, 3, 4)
     refused(ValueError, "out with shape (2, 3, 4)", "two elements at one address", x=x, out=out)
 
 
-def overlapping(library_zeros):
+def overlapping(zeros):
     """Pairs (x, out) of one memory that are not the same elements in the same places."""
-    rows = library_zeros((3, 4))
-    yield rows[:2], rows[1:]
-    columns = library_zeros((2, 9))
-    yield columns[:, :8], columns[:, 1:]
-    square = library_zeros((4, 4))
-    yield square, square.T
-    line = library_zeros(10)
-    yield line[:5], line[4:9]
+    rows, columns, square, line = (zeros(s) for s in ((3, 4), (2, 9), (4, 4), 10))
+    yield from ((rows[:2], rows[1:]), (columns[:, :8], columns[:, 1:]))
+    yield from ((square, square.T), (line[:5], line[4:9]))
 
 
-def test_out_that_overlaps_x_in_part():
+def test_out_that_overlaps_in_part():
     torch = pytest.importorskip("torch")
     words = "out shares memory with x", "in part", "separate array"
     for zeros in (lambda s: np.zeros(s, np.float32), torch.zeros):
@@ -349,14 +312,9 @@ def test_out_that_overlaps_x_in_part():
     x = X.copy()
     refused(ValueError, "out shares memory with x", x=x, out=x[::-1])
     refused(ValueError, "out shares memory with x", x=np.broadcast_to(x[0], x.shape), out=x[:])
-    np.testing.assert_array_equal(x, X)
-
-
-@each_affine
-def test_out_that_overlaps_weight_or_bias(name):
-    x = X.copy()
-    affine = {name: x[1, 2]}
-    refused(ValueError, f"out shares memory with {name}", "separate array", x=x, out=x, **affine)
+    for name in ("weight", "bias"):
+        words = f"out shares memory with {name}", "separate array"
+        refused(ValueError, *words, x=x, out=x, **{name: x[1, 2]})
     np.testing.assert_array_equal(x, X)
 
 

@@ -60,8 +60,8 @@ MAY_IMPORT = {
 # 9,500 lines of the package, 3,500 of bench, 17,000 of tests.
 CEILINGS = {
     "cupynorm": (59, 11_780, {".py"}),
-    "bench": (24, 4_450, {".py"}),
-    "tests": (None, 24_930, {".py", ".hpp", ".cpp"}),
+    "bench": (24, 4_126, {".py"}),
+    "tests": (None, 24_670, {".py", ".hpp", ".cpp"}),
     "kernels": (29, 3_489, {".cuh"}),
 }
 MAX_LINES = 500  # of a file of the package, which is one idea

@@ -1,10 +1,8 @@
 """What a user of `layer_norm` and of `layer_norm_backward` sees, in every array library."""
 
-import functools
 import inspect
 import itertools
 import math
-import threading
 import types
 from fractions import Fraction
 
@@ -14,6 +12,7 @@ import pytest
 import cupynorm as cn
 from tests import oracle
 from tests.conftest import Backend, np_dtype, why_not
+from tests.cpu.in_threads import in_threads
 from tests.directions import (
     KINDS,
     axes_of,
@@ -66,7 +65,7 @@ def test_normalized_shape_and_axis(lib, direction, how):
     dy, x = lib.array(DY3), lib.array(X3)
     shape = tuple(X3.shape[a] for a in axes_of(3, **how))
     weight, bias = lib.array(RNG.standard_normal(shape)), lib.array(RNG.standard_normal(shape))
-    for affine in ((weight, bias), (None, None)):
+    for affine in ((weight, bias), (None, None))[: 1 if lib.backend.compiles else 2]:
         found = run(direction, dy, x, *affine, **how)
         check(lib, found, dy, x, *affine, **how)
         if direction == "backward":
@@ -93,6 +92,8 @@ def test_one_axis_and_one_element(lib):
 @pytest.mark.parametrize("affine", ["", "weight", "bias", "weight bias"])
 def test_dtype_and_affine(lib, dtype, direction, affine):
     """dweight and dbias have weight's dtype; without it that of the statistics."""
+    if lib.backend.compiles and (affine in ("weight", "bias") or dtype in ("float16", "float64")):
+        pytest.skip("each dtype through the front door in test_calls, each kernel in tests/cuda")
     dy, x = lib.array(DY3, dtype), lib.array(X3, dtype)
     weight = lib.array(RNG.standard_normal(10), dtype) if "weight" in affine else None
     bias = lib.array(RNG.standard_normal(10), dtype) if "bias" in affine else None
@@ -105,10 +106,12 @@ def test_dtype_and_affine(lib, dtype, direction, affine):
 
 @each_direction
 def test_weight_and_bias_of_other_dtypes(lib, dtype, direction):
+    if lib.backend.compiles and dtype != "float32":
+        pytest.skip("kernels of each kind are executed in tests/cuda")
     dy, x = lib.array(DY3, dtype), lib.array(X3, dtype)
     pairs = itertools.product(lib.backend.dtypes, repeat=2)
     if lib.backend.compiles:
-        pairs = [("float32", "float32"), ("float64", "float16")]
+        pairs = [("float64", "float16")]
     elif direction == "backward":
         pairs = [(other, other) for other in lib.backend.dtypes]
     for weight_dtype, bias_dtype in pairs:
@@ -129,21 +132,18 @@ def test_eps(lib, direction, eps):
     check(lib, run(direction, dy, x, eps=eps), dy, x, eps=eps)
 
 
-def test_eps_zero_on_a_constant_row_is_ieee(lib):
-    x = lib.array([[1.0, 1.0, 1.0], [1.0, 2.0, 3.0]])
-    y, _, rstd = cn.layer_norm(x, eps=0.0, return_stats=True)
-    assert np.isnan(lib.to_numpy(y)[0]).all()
-    assert np.isposinf(lib.to_numpy(rstd)[0]).all()
-    assert np.isfinite(lib.to_numpy(y)[1]).all()
+def test_eps_where_the_variance_is_zero_or_less_is_ieee(lib):
+    def of(eps, *rows):
+        y, _, rstd = cn.layer_norm(lib.array(rows), eps=eps, return_stats=True)
+        return lib.to_numpy(y), lib.to_numpy(rstd)
 
-
-def test_negative_eps_beyond_the_variance_gives_nan(lib):
-    x = lib.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
-    y, _, rstd = cn.layer_norm(x, eps=-1.0, return_stats=True)
-    assert np.isnan(lib.to_numpy(y)[0]).all()
-    assert np.isnan(lib.to_numpy(rstd)[0]).all()
+    y, rstd = of(0.0, [1.0, 1.0, 1.0], [1.0, 2.0, 3.0])
+    assert np.isnan(y[0]).all() and np.isposinf(rstd[0]).all()
+    assert np.isfinite(y[1]).all()
+    y, rstd = of(-1.0, [1.0, 2.0, 3.0], [10.0, 20.0, 30.0])
+    assert np.isnan(y[0]).all() and np.isnan(rstd[0]).all()
     want = np.array([-10, 0, 10.0]) / math.sqrt(200 / 3 - 1)
-    np.testing.assert_allclose(lib.to_numpy(y)[1], want, rtol=1e-6)
+    np.testing.assert_allclose(y[1], want, rtol=1e-6)
 
 
 # --- what comes out, what is left alone ---------------------------------------------------------
@@ -192,19 +192,19 @@ def test_order_sets_the_layout_of_y(lib, layout, order, assert_close):
 
 
 @pytest.mark.needs("writable")
-@pytest.mark.parametrize("axis", [0, 1, 2, (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("axis", [2, (0, 2)])
 def test_out_is_filled_and_returned_and_may_be_x(lib, dtype, axis):
-    if lib.backend.compiles and dtype != "float32" and axis != 2:
+    """More of it, for the libraries whose calls are settled, in test_calls."""
+    if lib.backend.compiles and dtype != "float32":
         pytest.skip("each dtype once")
     x, out = lib.array(X3, dtype), lib.array(np.full(X3.shape, 7.0), dtype)
     plain = lib.to_numpy(cn.layer_norm(x, axis=axis)).copy()
     assert cn.layer_norm(x, axis=axis, out=out) is out
     np.testing.assert_array_equal(lib.to_numpy(out), plain)  # with statistics or without
-    before = lib.array(X3, dtype)
     result = cn.layer_norm(x, axis=axis, out=x, return_stats=True)
     assert result.y is x
     np.testing.assert_array_equal(lib.to_numpy(x), plain)
-    check(lib, result, None, before, axis=axis)
+    check(lib, result, None, lib.array(X3, dtype), axis=axis)
 
 
 def assert_same_row(lib, got, want, strided):
@@ -290,18 +290,14 @@ def test_nan_and_inf_spoil_their_row_only(lib, dtype, bad, axis):
     clean = RNG.standard_normal((7, 7))
     spoilt = clean.copy()
     spoilt[3, 3] = bad
-    y, mean, rstd = (
-        lib.to_numpy(a).astype(np.float64)
-        for a in cn.layer_norm(lib.array(spoilt, dtype), axis=axis, return_stats=True)
-    )
+    found = cn.layer_norm(lib.array(spoilt, dtype), axis=axis, return_stats=True)
+    y, mean, rstd = (lib.to_numpy(a).astype(np.float64) for a in found)
     want = lib.to_numpy(cn.layer_norm(lib.array(clean, dtype), axis=axis)).astype(np.float64)
     row = (slice(None), 3) if axis == 0 else (3, slice(None))
-    rest = np.ones((7, 7), bool)
-    rest[row] = False
-    assert np.isnan(y[row]).all()
-    assert np.isnan(rstd[row]).all()
+    assert np.isnan(y[row]).all() and np.isnan(rstd[row]).all()
     assert not np.isfinite(mean[row]).any()
-    np.testing.assert_array_equal(y[rest], want[rest])
+    y[row] = want[row] = 0
+    np.testing.assert_array_equal(y, want)
 
 
 # --- the same bits ------------------------------------------------------------------------------
@@ -340,19 +336,13 @@ def test_bits_of_a_row_do_not_depend_on_its_layout(lib, n):
 
 def test_calls_from_many_threads_at_once():
     arrays = [RNG.standard_normal((50 + i, 96)).astype(np.float32) for i in range(8)]
-    want, got = [cn.layer_norm(x) for x in arrays], [[] for _ in arrays]
+    want = [cn.layer_norm(x) for x in arrays]
 
     def work(i):
-        got[i].extend(cn.layer_norm(arrays[i]) for _ in range(20))
+        for _ in range(20):
+            np.testing.assert_array_equal(cn.layer_norm(arrays[i]), want[i])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(arrays))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for results, y in zip(got, want, strict=True):
-        assert len(results) == 20
-        assert all(np.array_equal(result, y) for result in results)
+    in_threads(8, work, 60)
 
 
 # --- NumPy arrays of every kind -----------------------------------------------------------------
@@ -402,33 +392,6 @@ def test_broadcast_x(direction):
 
 
 def test_ndarray_subclass_without_meaning_of_its_own_is_taken(assert_close):
-    class Tagged(np.ndarray):
-        pass
-
-    x = X3.astype(np.float32).view(Tagged)
+    x = X3.astype(np.float32).view(type("Tagged", (np.ndarray,), {}))
     want = oracle.layer_norm(X3.astype(np.float32), (2,), None, None, 1e-5)[0]
     assert_close(np.asarray(cn.layer_norm(x)), want, "float32", 10)
-
-
-# --- the semantics of torch ---------------------------------------------------------------------
-
-# Shapes of torch's own OpInfo for layer_norm and native_layer_norm.
-OPINFO = [((1, 2, 3), (1, 2, 3)), ((2, 2, 3), (2, 3)), ((1,), (1,)), ((1, 2), (2,)), ((0, 1), (1,))]
-
-
-@pytest.mark.parametrize(("shape", "normalized_shape"), OPINFO)
-def test_torch_semantics(lib, shape, normalized_shape):
-    torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(7)
-    arrays = [rng.uniform(-3, 3, s) for s in (shape, normalized_shape, normalized_shape)]
-    ours = [lib.array(a) for a in arrays]
-    theirs = [torch.tensor(a, dtype=torch.float32) for a in arrays]
-    mine = functools.partial(cn.layer_norm, return_stats=True)
-    for eps, weighted, biased in itertools.product((1e-5, 0.5, -0.5), (True, False), (True, False)):
-        result, want = (
-            call(x, normalized_shape, w if weighted else None, b if biased else None, eps)
-            for call, (x, w, b) in ((mine, ours), (torch.native_layer_norm, theirs))
-        )
-        for got, value in zip(result, want, strict=True):
-            assert tuple(got.shape) == tuple(value.shape)
-            np.testing.assert_allclose(lib.to_numpy(got), value.numpy(), rtol=2e-5, atol=2e-5)

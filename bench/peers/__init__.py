@@ -5,14 +5,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import cupynorm as cn
-from bench.cases import EPS, FWD, OPS, Case
+from bench.cases import EPS, FWD, OPS
 from bench.contender import Builder, Contender, refuse
 from bench.data import Inputs
 from bench.device import launched
 from bench.peers import arrays, layouts, tensors
 
-# The library's own functions of each norm: forward and backward.
-FUNCTIONS = {"layer_norm": (cn.layer_norm, cn.layer_norm_backward)}
 ORDERS = {"F-C": "C", "C-F": "F"}  # of a y that is made; elsewhere it lies as x does
 # Who is slow and would tell nothing new in a sweep, or is not in its figure.
 LEFT_OUT = {g: ("formula",) for g in ("dtypes", "odd")}
@@ -24,9 +22,10 @@ OPTIONAL = ("torch-compile", "torch-view-compile")
 def ours(inputs: Inputs, out: bool = False) -> Contender:
     """The library on arrays, as a user calls it."""
     case, x, weight, bias = inputs.case, inputs.x, inputs.weight, inputs.bias
-    forward, differentiate = FUNCTIONS[OPS[case.op].norm]
+    forward = getattr(cn, OPS[case.op].norm)
+    differentiate = getattr(cn, f"{OPS[case.op].norm}_backward")
     about: dict[str, Any] = {"axis": case.axis, "order": ORDERS.get(case.layout, "K")}
-    wanted = (True, case.affine_dtype is not None, case.affine_dtype is not None)
+    pulled = {"axis": case.axis, "output_mask": (True, *[case.affine_dtype is not None] * 2)}
     if case.op != FWD and out:
         refuse("out= is for a forward alone")
 
@@ -38,12 +37,11 @@ def ours(inputs: Inputs, out: bool = False) -> Contender:
 
     def back(i: int) -> tuple[Any, ...]:
         given = inputs.dy[i], x[i], None, inputs.mean[i], inputs.rstd[i], weight
-        return tuple(differentiate(*given, axis=case.axis, output_mask=wanted))
+        return tuple(differentiate(*given, **pulled))
 
     def both(i: int) -> tuple[Any, ...]:
         y, mean, rstd = forward(x[i], None, weight, bias, EPS, return_stats=True, **about)
-        given = inputs.dy[i], x[i], None, mean, rstd, weight
-        return (y, *differentiate(*given, axis=case.axis, output_mask=wanted))
+        return (y, *differentiate(inputs.dy[i], x[i], None, mean, rstd, weight, **pulled))
 
     def columns(i: int) -> Any:
         y = inputs.y[i] if out else None
@@ -64,13 +62,12 @@ def kernel_names(inputs: Inputs) -> str:
     if inputs.device.kind == "cpu" or inputs.columns:
         return "columns" if inputs.columns else ""
     given = inputs.x[0], None, inputs.weight, inputs.bias
-    explain = functools.partial(cn.explain, *given, axis=case.axis)
-    told = []
-    if case.direction != "backward":
-        y = inputs.y[0] if inputs.y else None
-        told.append(explain(out=y, return_stats=case.direction == "both"))
-    if case.direction != "forward":
-        told.append(explain(backward=True))
+    ways = {
+        "forward": {"out": next(iter(inputs.y), None), "return_stats": case.direction == "both"}
+    }
+    ways["backward"] = {"backward": True}
+    told = [cn.explain(*given, axis=case.axis, **way) for direction, way in ways.items()
+            if case.direction in (direction, "both")]  # fmt: skip
     return "+".join(text.partition(",")[0] for e in told for text in e.launches)
 
 
@@ -100,9 +97,8 @@ EMPTY = 'extern "C" __global__ void empty_kernel(long long unused) {}'
 def copies(inputs: Inputs) -> list[Builder]:
     """Ways to move as many bytes; the fastest of a kind in this run is the roof."""
     lib, source, target = inputs.device.lib, inputs.copy_from, inputs.copy_to
-    size = inputs.case.copy_bytes // 32 * 16
-    vecs = size // 16
-    count = inputs.case.copy_bytes // 2 // inputs.case.itemsize
+    vecs = inputs.case.copy_bytes // 32  # of 16 bytes
+    size, count = 16 * vecs, inputs.case.copy_bytes // 2 // inputs.case.itemsize
 
     def same(i: int, y: Any) -> bool:
         a, b = (inputs.device.plain(f.view("uint8")[:size]) for f in (source[i], y))
@@ -151,11 +147,10 @@ def empty_kernel(device: Any) -> Callable[[int], Any]:
 
 # -- everybody: a peer is a line here, and a function of its library in the file that is named -----
 
-Maker = Callable[[Inputs], Contender]
-MAKERS: dict[str, Maker] = {
+MAKERS: dict[str, Callable[[Inputs], Contender]] = {
     "cupynorm": ours,
     "cupynorm out=": functools.partial(ours, out=True),
-    **{n: functools.partial(tensors.contender, name=n) for n in tensors.FUNCTIONS["layer_norm"]},
+    **{name: functools.partial(tensors.contender, name=name) for name in tensors.FUNCTIONS},
     **layouts.MAKERS,
     **arrays.MAKERS,
 }
@@ -168,23 +163,17 @@ COPY_NAMES = {
     "cpu": ("copyto", "copyto fresh"),
     "cuda": ("copy-stride", "copy-block", "copy-memcpy"),
 }
+ROWS_ALONE = {*tensors.FUNCTIONS, "cupy-fuse", "onnxruntime", "onnxruntime out="}
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """Everybody who may take part on that kind of device."""
     return (*(n for n in MAKERS if n not in ELSEWHERE[kind]), *COPY_NAMES[kind])
 
 
 def contenders(inputs: Inputs, chosen: Iterable[str]) -> list[Builder]:
     """Builders of those that are asked for and that the layout of a case concerns."""
-    case, wanted = inputs.case, set(chosen) - set(LEFT_OUT.get(inputs.case.group, ()))
-    wanted -= set(_beside_the_point(case))
+    wanted = set(chosen) - set(LEFT_OUT.get(inputs.case.group, ()))
+    # On rows not the ways to get there; on strided columns not those who know rows alone.
+    wanted -= ROWS_ALONE if inputs.case.strided else layouts.MAKERS.keys()
     made = [(n, functools.partial(make, inputs)) for n, make in MAKERS.items() if n in wanted]
     return made + [(n, build) for n, build in copies(inputs) if n in wanted]
-
-
-def _beside_the_point(case: Case) -> Iterable[str]:
-    """On rows the ways to get there; on strided columns those who know rows alone."""
-    if not case.strided:
-        return layouts.MAKERS
-    return set(tensors.FUNCTIONS["layer_norm"]) | {"cupy-fuse", "onnxruntime", "onnxruntime out="}

@@ -10,6 +10,7 @@ from bench.cases import EPS, FEW, Case
 from bench.contender import Contender, load, refuse
 from bench.data import Inputs, numpy_dtype
 from bench.device import blocking
+from bench.machine import threads
 
 OPSET, IR = 17, 10  # LayerNormalization came with 17; an IR version that older runtimes read
 
@@ -18,17 +19,17 @@ def along(case: Case, a: Any) -> Any:
     """Weight or bias with the axes of x."""
     shape = [1] * len(case.shape)
     shape[case.axis] = case.N
-    return a.reshape(shape)
+    return None if a is None else a.reshape(shape)
 
 
 # -- the formula, one array operation after the other ----------------------------------------------
 
 
 def layer_norm(xp: Any, x: Any, weight: Any, bias: Any, axis: int) -> Any:
-    """Layer norm as a NumPy user writes it, statistics in float32 or float64."""
+    """Layer norm as a user of NumPy or JAX writes it, statistics in float32 or float64."""
     wide = x.astype("float64" if x.dtype == "float64" else "float32", copy=False)
     d = wide - wide.mean(axis=axis, keepdims=True)
-    y = d / xp.sqrt((d * d).mean(axis=axis, keepdims=True) + wide.dtype.type(EPS))
+    y = d * (1 / xp.sqrt((d * d).mean(axis=axis, keepdims=True) + wide.dtype.type(EPS)))
     if weight is not None:
         y = y * weight.astype(wide.dtype, copy=False) + bias.astype(wide.dtype, copy=False)
     return y.astype(x.dtype, copy=False)
@@ -43,8 +44,7 @@ def formula(inputs: Inputs, fused: bool = False) -> Contender:
         refuse("it is written for a forward, with weight and bias if fused")
     if device.kind == "cuda" and case.group == FEW:
         refuse("CuPy reduces each row with one block: minutes for a few long rows")
-    xp, w, b = device.lib, inputs.weight, inputs.bias
-    w, b = (None if a is None else along(case, a) for a in (w, b))
+    xp, w, b = device.lib, *(along(case, a) for a in (inputs.weight, inputs.bias))
     run = _fused(xp) if fused else functools.partial(layer_norm, xp)
     return Contender(lambda i: run(inputs.x[i], w, b, case.axis), "formula", fresh=device.fresh)
 
@@ -96,52 +96,39 @@ def jax_peer(inputs: Inputs) -> Contender:
     if case.dtype == "float64":
         jax.config.update("jax_enable_x64", True)  # else DLPack's float64 becomes float32
     device.synchronize()  # the inputs were made on another stream
-    taken = [[_taken(jax, a) for a in arrays] for arrays in (inputs.x, inputs.dy)]
-    affine = [_taken(jax, a) for a in (inputs.weight, inputs.bias) if a is not None]
-    call = _jax_call(jax, case, *taken, affine)
-    if device.kind == "cpu":
-        wait = jax.block_until_ready
-        return Contender(
-            lambda i: wait(call(i)), "jit", fresh=True, arrays=lambda m: _given(device, jax, m)
-        )
-    return Contender(call, "jit", capture=blocking, arrays=lambda m: _given(device, jax, m))
+    call, kept = _jax_call(jax, inputs), {"arrays": lambda made: _given(device, jax, made)}
+    if device.kind == "cuda":
+        return Contender(call, "jit", capture=blocking, **kept)
+    return Contender(lambda i: jax.block_until_ready(call(i)), "jit", fresh=True, **kept)
 
 
 def _jax(device: Any) -> Any:
     """JAX, whose pool on a CPU gets a thread for each CPU that is there when it starts."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or it takes most of a GPU
-    if device.kind == "cuda":
-        jax = load("jax")
-        try:
-            jax.devices("gpu")
-        except RuntimeError as error:
-            refuse(f"JAX has no GPU: {error}")
-        return jax
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    jax, threads = load("jax"), int(os.environ["CUPYNORM_NUM_THREADS"])
-    if hasattr(os, "sched_setaffinity"):
-        everywhere = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, sorted(everywhere)[:threads])
-        try:
-            jax.devices("cpu")
-        finally:
+    if device.kind == "cpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    jax = load("jax")
+    everywhere = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else ()
+    if device.kind == "cpu" and everywhere:
+        os.sched_setaffinity(0, sorted(everywhere)[: threads()])
+    try:
+        jax.devices("cpu" if device.kind == "cpu" else "gpu")
+    except RuntimeError as error:
+        refuse(f"JAX has no such device: {error}")
+    finally:
+        if everywhere:
             os.sched_setaffinity(0, everywhere)
     return jax
 
 
-def _jax_call(
-    jax: Any, case: Case, x: list[Any], dy: list[Any], affine: list[Any]
-) -> Callable[[int], Any]:
-    xp = jax.numpy
+def _jax_call(jax: Any, inputs: Inputs) -> Callable[[int], Any]:
+    case = inputs.case
+    x, dy = ([_taken(jax, a) for a in arrays] for arrays in (inputs.x, inputs.dy))
+    affine = [_taken(jax, a) for a in (inputs.weight, inputs.bias) if a is not None]
 
     def norm(x: Any, *affine: Any) -> Any:
-        wide = x.astype(xp.float64 if x.dtype == xp.float64 else xp.float32)
-        d = wide - wide.mean(case.axis, keepdims=True)
-        y = d * jax.lax.rsqrt((d * d).mean(case.axis, keepdims=True) + EPS)
-        if affine:
-            weight, bias = (along(case, a.astype(wide.dtype)) for a in affine)
-            y = y * weight + bias
-        return y.astype(x.dtype)
+        w, b = [along(case, a) for a in affine] or (None, None)
+        return layer_norm(jax.numpy, x, w, b, case.axis)
 
     def padded(grads: Any) -> tuple[Any, ...]:
         return tuple(grads) if affine else (grads[0], None, None)
@@ -177,9 +164,7 @@ def _taken(jax: Any, a: Any) -> Any:
 def _given(device: Any, jax: Any, made: Any) -> Any:
     """Arrays of the device's library of what JAX made."""
     if isinstance(made, tuple):
-        return tuple(_given(device, jax, a) for a in made)
-    if made is None:
-        return None
+        return tuple(None if a is None else _given(device, jax, a) for a in made)
     made = jax.block_until_ready(made)
     if made.dtype != jax.numpy.bfloat16:
         return device.lib.from_dlpack(made)
@@ -193,24 +178,19 @@ def _given(device: Any, jax: Any, made: Any) -> Any:
 def onnx_peer(inputs: Inputs, bound: bool = False) -> Contender:
     """One node with weight and bias as constants."""
     case, x = inputs.case, inputs.x[0]
-    if case.direction != "forward":
-        refuse("onnxruntime's wheel has no gradients")
-    if inputs.weight is None:
-        refuse("the operator needs a scale")
+    if case.direction != "forward" or inputs.weight is None:
+        refuse("onnxruntime's wheel has no gradients, and the operator needs a scale")
     onnx, onnxruntime = load("onnx"), load("onnxruntime")
     helper, constant = onnx.helper, load("onnx.numpy_helper").from_array
-    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
-    node = helper.make_node(
-        "LayerNormalization", ["x", "weight", "bias"], ["y"], axis=-1, epsilon=EPS
-    )
+    kind, names = helper.np_dtype_to_tensor_dtype(x.dtype), ["x", "weight", "bias"]
+    node = helper.make_node("LayerNormalization", names, ["y"], axis=-1, epsilon=EPS)
     ends = [[helper.make_tensor_value_info(n, kind, case.shape)] for n in "xy"]
-    constants = [constant(inputs.weight, "weight"), constant(inputs.bias, "bias")]
+    constants = [constant(getattr(inputs, name), name) for name in names[1:]]
     graph = helper.make_graph([node], "layer_norm", *ends, constants)
     opset = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(graph, opset_imports=opset, ir_version=IR)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = int(os.environ["CUPYNORM_NUM_THREADS"])
-    options.log_severity_level = 3
+    options.intra_op_num_threads, options.log_severity_level = threads(), 3
     text, providers = model.SerializeToString(), ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(text, options, providers=providers)
     if not bound:
@@ -218,20 +198,15 @@ def onnx_peer(inputs: Inputs, bound: bool = False) -> Contender:
     binding, out = session.io_binding(), inputs.y[0]
     binding.bind_cpu_input("x", x)
     binding.bind_output("y", "cpu", 0, x.dtype, out.shape, out.ctypes.data)
-
-    def call(i: int) -> Any:
-        session.run_with_iobinding(binding)
-        return out
-
-    return Contender(call)
+    return Contender(lambda i: session.run_with_iobinding(binding) or out)
 
 
 MAKERS: dict[str, Callable[[Inputs], Contender]] = {
     "onnxruntime": onnx_peer,
-    "onnxruntime out=": lambda inputs: onnx_peer(inputs, bound=True),
+    "onnxruntime out=": functools.partial(onnx_peer, bound=True),
     "jax": jax_peer,
     "scikit-learn": scale,
-    "cuml": lambda inputs: scale(inputs, "cuml"),
+    "cuml": functools.partial(scale, library="cuml"),
     "formula": formula,
-    "cupy-fuse": lambda inputs: formula(inputs, fused=True),
+    "cupy-fuse": functools.partial(formula, fused=True),
 }

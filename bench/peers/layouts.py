@@ -68,8 +68,7 @@ def in_torch(
             return give(norm(taken(t.x[i]), (case.N,), t.weight, t.bias, EPS), i)
 
         def backward(i: int) -> Any:
-            given = taken(t.dy[i]), taken(t.x[i]), t.mean[i], t.rstd[i], t.weight
-            dx, *totals = pull(*given)
+            dx, *totals = pull(taken(t.dy[i]), taken(t.x[i]), t.mean[i], t.rstd[i], t.weight)
             return give(dx, i), *totals
 
         return forward if case.direction == "forward" else backward
@@ -85,7 +84,7 @@ def composed(inputs: Inputs) -> Contender:
 
     def make(torch: Any) -> Call:
         t = tensors_of(torch, inputs)
-        w, b = (None if a is None else along(case, a) for a in (t.weight, t.bias))
+        w, b = (along(case, a) for a in (t.weight, t.bias))
 
         def call(i: int) -> Any:
             d = t.x[i] - t.x[i].mean(case.axis, keepdim=True)

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from bench.cases import EPS, OPS
+from bench.cases import EPS
 from bench.clock import Batch
 from bench.contender import Contender, load, refuse
 from bench.data import Inputs, numpy_dtype
 
 BITS = {2: "int16", 4: "int32", 8: "int64"}
 Function = Callable[[Any, Any, Any], Any]  # of x (..., N), weight and bias
+Call = Callable[[int], Any]
 
 # -- a library a line of FUNCTIONS: its module, and from module, torch and N its function ----------
 
@@ -69,62 +70,50 @@ def _te(m: Any, torch: Any, N: int) -> Function:
 
 def _cudnn(m: Any, torch: Any, N: int) -> Function:
     """The inference phase: no statistics are kept."""
-    g = _Graph(torch)
+    graph = _CudnnGraph(torch, "layernorm", norm_forward_phase=m.norm_forward_phase.INFERENCE)
+    eps = torch.full((1, 1, 1), EPS)
 
     def run(x: Any, w: Any, b: Any) -> Any:
-        given = dict(zip(("input", "scale", "bias"), _lifted(x, w, b), strict=True))
-        if not g.nodes:
-            g.eps, phase = torch.full((1, 1, 1), EPS), m.norm_forward_phase.INFERENCE
-            nodes = g.tensors(given) | g.tensors({"epsilon": g.eps}, is_pass_by_value=True)
-            y, *_ = g.graph.layernorm(name="layer_norm", norm_forward_phase=phase, **nodes)
-            g.build(x, nodes | {"y": y}, {y: x.dtype})
-        y = torch.empty_like(given["input"])
-        g.run(given | {"epsilon": g.eps, "y": y})
+        x, w, b = _lifted(x, w, b)
+        (y,) = graph.run([x], input=x, scale=w, bias=b, epsilon=eps)
         return y.squeeze(0)
 
     return run
 
 
 Maker = Callable[[Any, Any, int], Function]
-FUNCTIONS: dict[str, dict[str, tuple[str, Maker]]] = {
-    "layer_norm": {
-        "torch": ("torch", _eager),
-        "torch-compile": ("torch", lambda m, torch, N: compiled(torch, _eager(m, torch, N))),
-        "cupynorm.torch": ("cupynorm.torch",
-            lambda m, torch, N: lambda x, w, b: m.layer_norm(x, (N,), w, b, EPS)),
-        "liger": ("liger_kernel.ops.layer_norm",
-            lambda m, torch, N: lambda x, w, b: m.LigerLayerNormFunction.apply(x, w, b, EPS)),
-        "quack": ("quack.rmsnorm", _quack),
-        "flash-attn": ("flash_attn.ops.triton.layer_norm",
-            lambda m, torch, N: lambda x, w, b: m.layer_norm_fn(x, w, b, eps=EPS)),
-        "apex": ("apex.normalization.fused_layer_norm", _apex),
-        "apex-fast": ("apex.contrib.layer_norm",
-            lambda m, torch, N: _of_module(lambda like: m.FastLayerNorm(N, eps=EPS).to(like))),
-        "transformer-engine": ("transformer_engine.pytorch", _te),
-        "cudnn": ("cudnn", _cudnn),
-    }
+FUNCTIONS: dict[str, tuple[str, Maker]] = {
+    "torch": ("torch", _eager),
+    "torch-compile": ("torch", lambda m, torch, N: compiled(torch, _eager(m, torch, N))),
+    "cupynorm.torch": ("cupynorm.torch",
+        lambda m, torch, N: lambda x, w, b: m.layer_norm(x, (N,), w, b, EPS)),
+    "liger": ("liger_kernel.ops.layer_norm",
+        lambda m, torch, N: lambda x, w, b: m.LigerLayerNormFunction.apply(x, w, b, EPS)),
+    "quack": ("quack.rmsnorm", _quack),
+    "flash-attn": ("flash_attn.ops.triton.layer_norm",
+        lambda m, torch, N: lambda x, w, b: m.layer_norm_fn(x, w, b, eps=EPS)),
+    "apex": ("apex.normalization.fused_layer_norm", _apex),
+    "apex-fast": ("apex.contrib.layer_norm",
+        lambda m, torch, N: _of_module(lambda like: m.FastLayerNorm(N, eps=EPS).to(like))),
+    "transformer-engine": ("transformer_engine.pytorch", _te),
+    "cudnn": ("cudnn", _cudnn),
 }  # fmt: skip
 NEEDS_WEIGHT = ("flash-attn", "apex-fast", "transformer-engine", "cudnn")
 OF_ONE_DTYPE = ("apex-fast", "transformer-engine")  # its parameters' and x's
 LONGEST = {"liger": 65536, "flash-attn": 32768}  # columns (of 16 bits) that a block holds
+NO_BACKWARD = "its layer norm has no backward"
 # Why no backward can be timed, by itself or after a forward.
 REFUSED = {
-    ("quack", "backward"): "its layer norm has no backward",
-    ("quack", "both"): "its layer norm has no backward",
-    (
-        "transformer-engine",
-        "backward",
-    ): "its backward cannot be repeated: it frees what its forward saved",
+    ("quack", "backward"): NO_BACKWARD,
+    ("quack", "both"): NO_BACKWARD,
+    ("transformer-engine", "backward"): "it cannot be repeated: it frees what its forward saved",
     ("cudnn", "both"): "its graphs are timed one by one: see forward and backward",
 }
 
 
 def refuse_case(name: str, case: Any) -> None:
-    """Say what a library cannot do."""
     if (name, case.direction) in REFUSED:
         refuse(REFUSED[name, case.direction])
-    if name not in FUNCTIONS[OPS[case.op].norm]:
-        refuse(f"{name} has no {OPS[case.op].norm}")
     if name in NEEDS_WEIGHT and not case.affine_dtype:
         refuse(f"{name} needs a weight")
     if name in OF_ONE_DTYPE and case.affine_dtype != case.dtype:
@@ -164,9 +153,6 @@ def from_torch(device: Any, result: Any) -> Any:
     return device.lib.from_dlpack(bits).view(dtype)
 
 
-Call = Callable[[int], Any]
-
-
 def on_torch(inputs: Inputs, make: Callable[[Any], Call], kernel: str = "") -> Contender:
     """Contender of a function of torch, which `make` gives; on a GPU on the run's own stream."""
     device = inputs.device
@@ -189,7 +175,6 @@ def on_torch(inputs: Inputs, make: Callable[[Any], Call], kernel: str = "") -> C
 
 
 def _on_stream(torch: Any, device: Any, grads: Any) -> tuple[Any, Any]:
-    """Scope and capture of torch on a GPU."""
     side = torch.cuda.ExternalStream(device.stream.ptr)
 
     @contextlib.contextmanager
@@ -220,10 +205,10 @@ def contender(inputs: Inputs, name: str) -> Contender:
     def make(torch: Any) -> Call:
         t = tensors_of(torch, inputs)
         if direction == "backward" and name in ("torch", "torch-compile", "cudnn"):
-            pull = cudnn_backward(torch) if name == "cudnn" else operator(torch, t)
+            pull = _cudnn_backward(torch) if name == "cudnn" else operator(torch, t)
             pull = compiled(torch, pull) if name == "torch-compile" else pull
             return lambda i: pull(t.dy[i], t.x[i], t.mean[i], t.rstd[i], t.weight)
-        module, maker = FUNCTIONS[OPS[case.op].norm][name]
+        module, maker = FUNCTIONS[name]
         function = maker(load(module), torch, case.N)
         if direction == "forward":
             return lambda i: function(t.x[i], t.weight, t.bias)
@@ -252,64 +237,53 @@ def _through_autograd(torch: Any, t: Any, function: Function, both: bool) -> Cal
     with torch.enable_grad():
         kept = [] if both else [function(x, t.weight, t.bias) for x in t.x]
 
-    def padded(grads: tuple[Any, ...]) -> tuple[Any, ...]:
-        given = iter(grads)
-        return tuple(next(given) if want else None for want in t.wanted)
+    def call(i: int) -> tuple[Any, ...]:
+        y = function(t.x[i], t.weight, t.bias) if both else kept[i]
+        given = iter(torch.autograd.grad(y, leaves[i], t.dy[i], retain_graph=not both))
+        grads = tuple(next(given) if want else None for want in t.wanted)
+        return (y.detach(), *grads) if both else grads
 
-    def backward(i: int) -> tuple[Any, ...]:
-        return padded(torch.autograd.grad(kept[i], leaves[i], t.dy[i], retain_graph=True))
-
-    def forward_and_backward(i: int) -> tuple[Any, ...]:
-        y = function(t.x[i], t.weight, t.bias)
-        return y.detach(), *padded(torch.autograd.grad(y, leaves[i], t.dy[i]))
-
-    return forward_and_backward if both else backward
+    return call
 
 
-# -- cuDNN through its Python frontend: a graph per shape, built at the first call -----------------
+# -- cuDNN through its Python frontend -------------------------------------------------------------
 
 
-class _Graph:
-    """One operation on tensors of fixed shapes; runs on torch's current stream."""
+class _CudnnGraph:
+    """One operation on tensors of fixed shapes, built at the first run; on torch's own stream."""
 
-    def __init__(self, torch: Any) -> None:
-        self.torch, self.cudnn = torch, load("cudnn")
-        wide, self.handle = self.cudnn.data_type.FLOAT, self.cudnn.create_handle()
-        about = {"intermediate_data_type": wide, "compute_data_type": wide}
-        self.graph = self.cudnn.pygraph(**about, handle=self.handle)
-        self.nodes: dict[str, Any] = {}
-        self.workspace = self.eps = None
+    def __init__(self, torch: Any, operation: str, **options: Any) -> None:
+        self.torch, self.operation, self.options = torch, operation, options
+        self.cudnn, self.nodes = load("cudnn"), ()
+        self.handle = self.cudnn.create_handle()
 
-    def tensors(self, given: dict[str, Any], **options: Any) -> dict[str, Any]:
-        """Nodes by name of tensors by name."""
-        made = {}
-        for name, like in given.items():
-            about = {"dim": like.size(), "stride": like.stride(), "data_type": like.dtype}
-            made[name] = self.graph.tensor(name=name, **about, **options)
+    def run(self, like: list[Any], **given: Any) -> list[Any]:
+        """Results, which are like those tensors."""
+        if not self.nodes:
+            self._build(like, given)
+        made, stream = [self.torch.empty_like(a) for a in like], self.torch.cuda.current_stream()
+        self.cudnn.set_stream(handle=self.handle, stream=stream.cuda_stream)
+        pack = dict(zip(self.nodes, (*given.values(), *made), strict=True))
+        self.graph.execute(pack, self.workspace, handle=self.handle)
         return made
 
-    def build(self, x: Any, nodes: dict[str, Any], results: dict[Any, Any]) -> None:
-        """Results: what the graph gives, and its dtype."""
-        for result, dtype in results.items():
-            result.set_output(True).set_data_type(dtype)
-        self.graph.validate()
-        self.graph.build_operation_graph()
-        modes = self.cudnn.heur_mode
+    def _build(self, like: list[Any], given: dict[str, Any]) -> None:
+        wide, modes, nodes = self.cudnn.data_type.FLOAT, self.cudnn.heur_mode, {}
+        types = {"intermediate_data_type": wide, "compute_data_type": wide}
+        self.graph = graph = self.cudnn.pygraph(**types, handle=self.handle)
+        for name, a in given.items():
+            about = {"dim": a.size(), "stride": a.stride(), "data_type": a.dtype}
+            nodes[name] = graph.tensor(name=name, **about, is_pass_by_value=name == "epsilon")
+        made = getattr(graph, self.operation)(name=self.operation, **self.options, **nodes)
+        for node, a in zip(made, like, strict=False):  # a forward's statistics are not wanted
+            node.set_output(True).set_data_type(a.dtype)
         try:
-            self.graph.create_execution_plans([modes.A, modes.FALLBACK])
+            graph.build([modes.A, modes.FALLBACK])
         except self.cudnn.cudnnGraphNotSupportedError as error:
             refuse(f"cuDNN has no plan: {error}")
-        self.graph.check_support()
-        self.graph.build_plans()
-        size, about = self.graph.get_workspace_size(), {"device": x.device}
-        self.workspace = self.torch.empty(size, dtype=self.torch.uint8, **about)
-        self.nodes = nodes
-
-    def run(self, given: dict[str, Any]) -> None:
-        stream = self.torch.cuda.current_stream().cuda_stream
-        self.cudnn.set_stream(handle=self.handle, stream=stream)
-        pack = {self.nodes[name]: tensor for name, tensor in given.items()}
-        self.graph.execute(pack, self.workspace, handle=self.handle)
+        about = {"dtype": self.torch.uint8, "device": like[0].device}
+        self.workspace = self.torch.empty(graph.get_workspace_size(), **about)
+        self.nodes = (*nodes.values(), *made[: len(like)])
 
 
 def _lifted(*tensors: Any) -> list[Any]:
@@ -317,20 +291,13 @@ def _lifted(*tensors: Any) -> list[Any]:
     return [t.view(1, -1, t.shape[-1]) if t.ndim == 1 else t.unsqueeze(0) for t in tensors]
 
 
-def cudnn_backward(torch: Any) -> Callable[..., Any]:
-    """Function of dy, x (M, N), mean, rstd (M, 1) and weight: dx, dweight and dbias."""
-    g, names = _Graph(torch), ("grad", "input", "mean", "inv_variance", "scale")
+def _cudnn_backward(torch: Any) -> Callable[..., Any]:
+    graph, names = _CudnnGraph(torch, "layernorm_backward"), ("mean", "inv_variance")
 
     def run(dy: Any, x: Any, mean: Any, rstd: Any, w: Any) -> tuple[Any, ...]:
-        given = dict(zip(names, _lifted(dy, x, mean, rstd, w), strict=True))
-        if not g.nodes:
-            nodes = g.tensors(given)
-            results = tuple(g.graph.layernorm_backward(name="layer_norm_backward", **nodes))
-            dtypes = dict(zip(results, (x.dtype, w.dtype, w.dtype), strict=True))
-            g.build(x, nodes | dict(zip(("dx", "dw", "db"), results, strict=True)), dtypes)
-        like = (given["input"], given["scale"], given["scale"])
-        dx, dw, db = (torch.empty_like(a) for a in like)
-        g.run(given | {"dx": dx, "dw": dw, "db": db})
+        dy, x, w, *stats = _lifted(dy, x, w, mean, rstd)
+        about = dict(zip(names, stats, strict=True))
+        dx, dw, db = graph.run([x, w, w], grad=dy, input=x, scale=w, **about)
         return dx.squeeze(0), dw.view(-1), db.view(-1)
 
     return run
