@@ -6,7 +6,7 @@ Strides count elements. `Facts` is what the rules have settled, `Problem` what a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cupynorm._ops import Op
 
@@ -30,7 +30,7 @@ class Facts(NamedTuple):
     order: str = "K"  # of a y that is to be made
     out: bool = False  # y is given
     stats: bool = False  # a forward gives mean and rstd, too
-    device: int | None = None  # index of the GPU that x is on
+    device: Any = None  # that x is on: index of a GPU for CuPy, for torch its own name of it
 
     @property
     def size(self) -> int:
