@@ -6,7 +6,7 @@ Strides count elements. `Facts` is what the rules have settled, `Problem` what a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cupynorm._ops import Op
 
@@ -30,7 +30,7 @@ class Facts(NamedTuple):
     order: str = "K"  # of a y that is to be made
     out: bool = False  # y is given
     stats: bool = False  # a forward gives mean and rstd, too
-    device: int | None = None  # index of the GPU that x is on
+    device: Any = None  # that x is on: index of a GPU for CuPy, for torch its own name of it
 
     @property
     def size(self) -> int:
@@ -252,9 +252,9 @@ def result_strides(shape: tuple[int, ...], strides: tuple[int, ...], order: str)
     return tuple(dense)
 
 
-def _merge(dims: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
-    """Join neighbouring (length, strides) groups that step evenly in every array; drop length 1."""
-    merged: list[tuple[int, tuple[int, ...]]] = []
+def _merge(dims: list[Group]) -> list[Group]:
+    """Join neighbouring groups that step evenly in every array; drop length 1."""
+    merged: list[Group] = []
     for length, strides in dims:
         if length == 1:
             continue
@@ -267,24 +267,11 @@ def _merge(dims: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int
 
 def fold(
     shape: Sequence[int], axes: Sequence[int], *strides: Sequence[int]
-) -> tuple[list[tuple[int, tuple[int, ...]]], list[tuple[int, tuple[int, ...]]]]:
-    """Fold batch and normalized axes to as few groups as the layouts allow.
+) -> tuple[list[Group], list[Group]]:
+    """Fold batch and normalized axes to as few groups as the layouts of all arrays allow.
 
-    Parameters
-    ----------
-    shape : sequence of int
-        Shape that the arrays share.
-    axes : sequence of int
-        Normalized axes, ascending.
-    *strides : sequence of int
-        Element strides, one sequence per array (x and y). They are folded together, so that one
-        walk over the groups visits the same element of each array.
-
-    Returns
-    -------
-    batch, cols : list of (length, strides)
-        Groups in C order, each with one stride per array. Rows are numbered in C order of the
-        batch axes, which is also the order of mean and rstd.
+    The groups are in C order, so that one walk over them visits the same element of each array;
+    rows are numbered in C order of the batch axes, as mean and rstd are.
     """
     dims = [(n, tuple(s[a] for s in strides)) for a, n in enumerate(shape)]
     batch = _merge([d for a, d in enumerate(dims) if a not in axes])

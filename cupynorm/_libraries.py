@@ -30,28 +30,10 @@ def library_of(x: Any) -> str:
 
 
 def classify(x: Any, label: str = "x") -> tuple[Any, str]:
-    """Tell the path of an array.
+    """Tell the path of an array; a mere exporter on the CPU becomes a NumPy array of its memory.
 
-    Parameters
-    ----------
-    x : array
-        An object of any array library, or one that only exports `__dlpack__` or
-        `__cuda_array_interface__`.
-    label : str
-        What the caller calls it, for the error sentences.
-
-    Returns
-    -------
-    x : array
-        The same object; for a mere exporter on the CPU a NumPy array that shares its memory.
-    path : str
-        'numpy', 'cupy', 'namespace' (any other array-API library), or 'gpu-exporter', which CuPy
-        has yet to take in.
-
-    Raises
-    ------
-    TypeError
-        If it is no array.
+    The path is 'numpy', 'cupy', 'namespace' (any other array-API library), or 'gpu-exporter',
+    which CuPy has yet to take in. `label` is what the caller calls it.
     """
     if isinstance(x, np.ndarray):
         return _plain_numpy(x, label), "numpy"

@@ -18,17 +18,7 @@ from cupynorm._rules import dtype_name, stats_dtype
 
 
 class Rows:
-    """x seen as rows over `axes`: sums and means along them, in the dtype of the statistics.
-
-    Parameters
-    ----------
-    xp : module
-        Array-API namespace of `x`.
-    x : array
-        Of any floating dtype.
-    axes : tuple of int
-        Axes to normalize, non-negative and ascending.
-    """
+    """x seen as rows over `axes`, ascending: sums and means, in the dtype of the statistics."""
 
     def __init__(self, xp: Any, x: Any, axes: tuple[int, ...]) -> None:
         self.xp, self.x, self.axes = xp, x, axes
@@ -100,27 +90,9 @@ def gradients(
     hat: tuple[Any, Any],
     wanted: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Any, Any, Any]:
-    """Differentiate `normalize`.
+    """dx in x's dtype; dweight and dbias in that of the statistics, None where y has no gradient.
 
-    Parameters
-    ----------
-    rows : Rows
-        Of x.
-    of : tuple
-        Gradients of y, mean and rstd, each of which may be None.
-    weight : array or None
-        As in the forward.
-    hat : tuple
-        x_hat and rstd.
-    wanted : tuple of bool
-        Which of the results.
-
-    Returns
-    -------
-    dx : array or None
-        Shape and dtype of x.
-    dweight, dbias : array or None
-        Of weight's shape, in the dtype of the statistics; None also where y has no gradient.
+    `of` holds the gradients of y, mean and rstd, each of which may be None; `hat` x_hat and rstd.
     """
     dy, dmean, drstd = of
     x_hat, rstd = hat

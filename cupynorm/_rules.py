@@ -22,11 +22,6 @@ def stats_dtype(x_dtype: str) -> str:
     return "float64" if x_dtype == "float64" else "float32"
 
 
-def stats_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
-    """Shape of mean and rstd: x's with the normalized axes of length 1."""
-    return tuple(1 if a in axes else n for a, n in enumerate(shape))
-
-
 def dtype_name(dtype: Any) -> str:
     """Name of a dtype of any library: 'float32' for numpy's '>f4' and for torch.float32."""
     if isinstance(dtype, np.dtype):
@@ -80,24 +75,7 @@ def integers(value: Any, label: str) -> tuple[int, ...]:
 
 
 def resolve_axes(shape: tuple[int, ...], normalized_shape: Any, axis: Any) -> tuple[int, ...]:
-    """Non-negative axes to normalize, in the order that `weight` is indexed by.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        Shape of x.
-    normalized_shape : int, sequence of int or None
-        Trailing dimensions of x.
-    axis : int, sequence of int or None
-        Axes of x; negatives count from the end.
-
-    Raises
-    ------
-    TypeError
-        If both are given, or either is not made of integers.
-    ValueError
-        If they do not fit x.
-    """
+    """Non-negative axes of x to normalize, in the order that `weight` is indexed by."""
     if normalized_shape is not None and axis is not None:
         msg = (
             f"got both normalized_shape={normalized_shape!r} and axis={axis!r}, which say the same "

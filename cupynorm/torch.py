@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from cupynorm import _calls, _rules
 from cupynorm._ops import LAYER_NORM
 from cupynorm._torch.doors import DOOR
-from cupynorm._torch.tensors import check_device
+from cupynorm._torch.machines import check_device
 
 __all__ = ["LayerNorm", "convert", "layer_norm"]
 

@@ -44,7 +44,7 @@ DOORS = {
 BY_NAME = {
     ("_report", "_cuda.plan"),
     ("_report", "_cuda.tiles"),
-    ("torch", "_torch.watch"),
+    ("torch", "_torch.machines"),
     *((top, f"_report.{p.stem}") for top in FLOORS[0] for p in (PACKAGE / "_report").glob("*.py")),
 }
 # Beyond the standard library, numpy and array_api_compat, at import time.

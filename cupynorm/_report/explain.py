@@ -236,7 +236,7 @@ def _gpu(facts: Facts, name: str | None) -> Device:
     if name is None:
         from cupynorm._cuda import arrays as _cuda
 
-        return _cuda.device_of(facts.device or 0)
+        return _cuda.device_of(getattr(facts.device, "index", facts.device) or 0)
     known = {f"sm_{cc}": device for cc, device in _DEVICES.items()}
     if name not in known:
         msg = f"device={name!r} is not known; choose one of {', '.join(known)}"

@@ -27,7 +27,9 @@ class Door(Tensors):
     @staticmethod
     def describe(facts: Facts) -> str:
         """What would run, in words."""
-        return "compiled loops" if facts.device is None else "kernels on torch's current stream"
+        return (
+            "compiled loops" if facts.device.type != "cuda" else "kernels on torch's current stream"
+        )
 
 
 class Differentiable(Tensors):

@@ -334,21 +334,22 @@ def test_a_small_call_costs_at_most_twice_what_torchs_does():
 
 
 def test_threads_are_torchs_unless_ours_are_set(monkeypatch):
-    from cupynorm._torch import cpu
+    from cupynorm._torch import machines
 
     monkeypatch.delenv("CUPYNORM_NUM_THREADS", raising=False)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert cpu.num_threads() == 1
+        assert machines.num_threads() == 1
         torch.set_num_threads(5)
-        assert cpu.num_threads() == 5
+        assert machines.num_threads() == 5
         monkeypatch.setenv("CUPYNORM_NUM_THREADS", "3")
-        assert cpu.num_threads() == 3
+        assert machines.num_threads() == 3
     finally:
         torch.set_num_threads(threads)
     asked = []
-    monkeypatch.setattr(cpu, "num_threads", lambda: asked.append(1) or 2)
+    monkeypatch.delenv("CUPYNORM_NUM_THREADS")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: asked.append(1) or 2)
     x = numbers(4000, 300, grad=True)
     cn_torch.layer_norm(x, (300,)).sum().backward()
     assert len(asked) == 2

@@ -2,7 +2,7 @@
 
 Tensors are on the CPU here. Where the door of tensors hands them to what computes on a GPU they are
 copied into memory of the simulator, and what the kernels wrote is handed on as tensors over that
-memory; the rest, autograd and `_torch.cuda` itself, runs as it does on a GPU.
+memory; the rest, autograd and `_torch.machines` itself, runs as it does on a GPU.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import cupynorm.torch as cn_torch
 from cupynorm import _memo
 from cupynorm._layout import Facts
 from cupynorm._ops import LAYER_NORM
-from cupynorm._torch import tensors
+from cupynorm._torch import machines
 from tests.cuda.calls import capability_for
 from tests.simt.cupy_stand_in import simulated_cupy
 from tests.torch.cases import affine, check, check_gradients, expected, name_of, numbers, numpy_of
@@ -44,10 +44,10 @@ class _InSimulatedMemory(TorchDispatchMode):
 
 
 class Gpu:
-    """Stands at the seam: `tensors` takes it for what computes on the CPU."""
+    """Stands at the seam, in the place of what computes on the CPU."""
 
-    def __init__(self, sim, module):
-        self.sim, self.kernels, self.allocated = sim, module.Kernels(1), []
+    def __init__(self, sim):
+        self.sim, self.allocated = sim, []
 
     def moved(self, tensor, *, written=True):
         """A tensor with the same strides over simulated memory."""
@@ -69,14 +69,10 @@ class Gpu:
         moved.owner = placed
         return moved
 
-    def forward(self, facts):
-        return self.moving(self.kernels.forward(facts), (1, 4, 5))
-
-    def backward(self, facts):
-        return self.moving(self.kernels.backward(facts), (5, 6, 7))
-
-    def moving(self, launch, written):
-        """What runs on copies of its arguments, of which these are written."""
+    def run_of(self, facts):
+        """What runs on copies of its arguments, of which some are written."""
+        launch = machines.kernels(facts, 1)
+        written = (5, 6, 7) if facts.backward else (1, 4, 5)
 
         def run(*arrays):
             moved = [self.moved(t, written=i not in written) for i, t in enumerate(arrays)]
@@ -100,15 +96,10 @@ class Gpu:
 @pytest.fixture
 def gpu(monkeypatch, request):
     """The adapter with a simulated GPU of index 1, of two, in the place of the CPU."""
-    sys.modules.pop("cupynorm._torch.cuda", None)
     with simulated_cupy(
-        compute_capability=capability_for(request),
-        devices=2,
-        reload=("cupynorm._cuda.arrays", "cupynorm._torch.cuda"),
+        compute_capability=capability_for(request), devices=2, reload=("cupynorm._cuda.arrays",)
     ) as sim:
-        from cupynorm._torch import cuda
-
-        gpu = Gpu(sim, cuda)
+        gpu = Gpu(sim)
         sim.simulator.current_device = 1
         sim.simulator.streams[STREAM] = 1
 
@@ -118,7 +109,7 @@ def gpu(monkeypatch, request):
                 yield
 
         class Torch:
-            """torch, with the CUDA build's functions that `_torch.cuda` calls."""
+            """torch, with the CUDA build's functions that `_torch.machines` calls."""
 
             class cuda:
                 current_device = staticmethod(lambda: sim.simulator.current_device)
@@ -127,9 +118,9 @@ def gpu(monkeypatch, request):
                 return getattr(torch, name)
 
         Torch.cuda.device = staticmethod(device)
-        monkeypatch.setattr(cuda, "torch", Torch())
-        monkeypatch.setattr(cuda, "_stream", lambda index: cuda._Stream(STREAM))
-        monkeypatch.setitem(tensors._machines, torch.device("cpu"), gpu)
+        monkeypatch.setattr(machines, "torch", Torch())
+        monkeypatch.setattr(machines, "_stream", lambda index: machines._Stream(STREAM))
+        monkeypatch.setattr(machines, "run_of", gpu.run_of)
         _memo.settled.clear()  # of calls that are bound to the loops
         yield gpu
         _memo.settled.clear()
@@ -240,14 +231,12 @@ def test_other_axes(gpu, axes):
 
 def test_without_cupy_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    for name in ("cupynorm._cuda.arrays", "cupynorm._torch.cuda"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr("cupynorm._torch.cuda", raising=False)
+    monkeypatch.delitem(sys.modules, "cupynorm._cuda.arrays", raising=False)
     monkeypatch.delattr("cupynorm._cuda.arrays", raising=False)
     with pytest.raises(ImportError, match=r"cupynorm\[cuda12\]"):
-        tensors.check_device(torch.device("cuda", 0))
+        machines.check_device(torch.device("cuda", 0))
     with pytest.raises(ValueError, match="device type xpu"):
-        tensors.check_device(torch.device("xpu"))
+        machines.check_device(torch.device("xpu"))
 
 
 def test_a_settled_call_is_one_launch_on_torchs_stream(gpu):
@@ -256,7 +245,8 @@ def test_a_settled_call_is_one_launch_on_torchs_stream(gpu):
     y = gpu.moved(torch.empty(5, 77), written=False)
     strides = {"x": (77, 1), "y": (77, 1)}
     dtypes = {"x": "float32", "weight": "float32", "bias": "float32"}
-    run = gpu.kernels.forward(Facts(LAYER_NORM, False, (5, 77), (1,), dtypes, strides, 1e-5))
+    facts = Facts(LAYER_NORM, False, (5, 77), (1,), dtypes, strides, 1e-5)
+    run = machines.kernels(facts, 1)
     allocations = gpu.sim.simulator.allocations
     run(x, y, weight, bias, None, None)
     run(x, x, weight, bias, None, None)  # in place

@@ -1,0 +1,283 @@
+"""What computes tensors, settled for one look: compiled loops, kernels, or torch's own functions.
+
+``run(*arrays)`` takes them in the order of `FORWARD` or `BACKWARD`, results too; None: absent, or
+not wanted.
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+
+from cupynorm import _reference
+from cupynorm._cpu import arrays as _cpu
+from cupynorm._cpu import engine, threads
+from cupynorm._cuda.launch import BACKWARD, FORWARD
+from cupynorm._layout import Facts, as_table, kernel_problem_of, problem_of, rows_last
+from cupynorm._reference import Rows
+from cupynorm._rules import ITEMSIZE
+
+Run = Callable[..., None]
+Launch = Callable[[list[int]], None]  # on the addresses of what was met; 0: absent
+
+
+def run_of(facts: Facts) -> Run:
+    """What computes a call on the device of its facts, imported when its first tensor arrives."""
+    kind = facts.device.type
+    if not facts.size:
+        return _of_nothing(facts)
+    if kind == "meta":  # shape and dtype are all there is
+        return nothing
+    if kind == "cpu" and engine.available(facts.dtypes["x"]):
+        return _loops(facts)
+    if kind == "cuda" and importlib.util.find_spec("cupy") is not None:
+        check_device(facts.device)
+        return kernels(facts, facts.device.index)
+    return _functions(facts)
+
+
+def check_device(device: Any) -> None:
+    """Refuse a device on which neither loops nor kernels compute."""
+    if device.type == "cuda":
+        try:
+            import_module("cupynorm._cuda.arrays")
+        except ImportError as error:
+            msg = (
+                "x is on a GPU, and CuPy, which compiles and launches the kernels, cannot be "
+                f"imported ({error}); pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
+            )
+            raise ImportError(msg) from error
+    elif device.type not in ("cpu", "meta"):
+        msg = (
+            f"x is on device type {device.type}, which has no layer_norm here; move it to 'cpu' or "
+            "'cuda', or call torch.nn.functional.layer_norm"
+        )
+        raise ValueError(msg)
+
+
+def nothing(*_: Any) -> None:
+    """Compute nothing, and make no memory for it."""
+
+
+def _of_nothing(facts: Facts) -> Run:
+    """Of an empty x: the mean of nothing is NaN, the sum over no rows zero."""
+    first, value = (6, 0.0) if facts.backward else (4, math.nan)
+
+    def run(*arrays: Any) -> None:
+        for total in arrays[first:]:
+            if total is not None:
+                total.fill_(value)
+
+    return run
+
+
+def _functions(facts: Facts) -> Run:
+    """By torch's own functions, on any device."""
+
+    def forward(x: Any, y: Any, weight: Any, bias: Any, *stats: Any) -> None:
+        with torch.no_grad():
+            found = _reference.normalize(Rows(xp, x, facts.axes), weight, bias, facts.eps)
+            _store(found, (y, *stats))
+
+    def backward(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *targets: Any) -> None:
+        wanted = targets[0] is not None, targets[1] is not None, targets[2] is not None
+        with torch.no_grad():
+            rows = Rows(xp, x, facts.axes)
+            hat = rows.restored(mean, rstd), rstd
+            _store(_reference.gradients(rows, (dy, None, None), weight, hat, wanted), targets)
+
+    return backward if facts.backward else forward
+
+
+def _store(results: tuple[Any, ...], targets: tuple[Any, ...]) -> None:
+    for result, target in zip(results, targets, strict=True):
+        if target is not None:
+            target.copy_(result)
+
+
+# --- by address -----------------------------------------------------------------------------------
+
+# Where storage was released, its first byte is at 0 and a view lies at its offset. Few live tensors
+# lie as low, so it is seldom due to ask one for its storage, at twice the cost of its address.
+LOW = 1 << 32
+
+
+def bytes_of(facts: Facts, name: str) -> int:
+    """Bytes that an array takes from its first element on; the small ones may take more."""
+    strides = facts.strides.get(name)
+    if strides is None:
+        return ITEMSIZE[facts.dtypes.get(name, "float16")] * facts.N
+    steps = zip(strides, facts.shape, strict=True)
+    return ITEMSIZE[facts.dtypes["x"]] * (1 + sum(s * (n - 1) for s, n in steps))
+
+
+def _check_memory(name: str, tensor: Any, nbytes: int) -> None:
+    """Refuse a tensor without the memory that it takes."""
+    if tensor.data_ptr() >= LOW:
+        return
+    held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
+    if held < nbytes:
+        name = "out" if name == "y" else name
+        msg = (
+            f"{name} takes {nbytes} bytes, but its storage holds {max(held, 0)} of them: it "
+            "was released, as FSDP does outside of forward. Restore its memory before the call"
+        )
+        raise ValueError(msg)
+
+
+def _meeting(facts: Facts, name: str, copied: bool, compute: Any) -> Callable[[Any], Any]:
+    """How an array is met: as it lies, or as memory of its own, with the rows last.
+
+    Small ones become contiguous, and where `compute` is a dtype, of that.
+    """
+    order = rows_last(len(facts.shape), facts.axes)
+    if name in ("y", "dx") and copied:
+        return lambda a: torch.empty(a.permute(order).shape, dtype=a.dtype, device=a.device)
+    if name in ("dx", "dweight", "dbias"):
+        return lambda a: torch.empty_like(a, dtype=compute) if copied else a
+    nbytes = 1 if name in ("mean", "rstd") else bytes_of(facts, name)
+
+    def meet(a: Any) -> Any:
+        _check_memory(name, a, nbytes)
+        if name in facts.strides:
+            return a.permute(order).contiguous() if copied else a
+        a = a.detach().resolve_neg()
+        return (a if compute is None else a.to(compute)).contiguous()
+
+    return meet
+
+
+def _by_address(facts: Facts, copied: Sequence[str], compute: Any, launch: Launch) -> Run:
+    """Meet each array, launch on the addresses, put back the results that were met elsewhere."""
+    names = BACKWARD if facts.backward else FORWARD
+    meets = [_meeting(facts, name, name in copied, compute) for name in names]
+    order = rows_last(len(facts.shape), facts.axes)
+    written = [i for i, name in enumerate(names) if name in copied and name not in ("x", "dy")]
+
+    def run(*arrays: Any) -> None:
+        # The names keep copies alive until they are on the stream; torch's allocator orders reuse
+        # by stream, so they may be dropped before they are read.
+        met = [None if a is None else meet(a) for meet, a in zip(meets, arrays, strict=True)]
+        launch([0 if a is None else a.data_ptr() for a in met])
+        for i in written:
+            if arrays[i] is not None:
+                to = arrays[i].permute(order) if names[i] in facts.strides else arrays[i]
+                to.copy_(met[i])
+
+    return run
+
+
+# --- compiled loops -------------------------------------------------------------------------------
+
+
+def _loops(facts: Facts) -> Run:
+    """By compiled loops, of copies where axes do not fold to rows and columns."""
+    problem: Any = problem_of(facts)
+    copied: list[str] = []
+    if problem is None:
+        problem, copied = problem_of(as_table(facts)[1]), list(facts.strides)
+    computed = engine.computed(facts.dtypes["x"])
+    copied += [k for k in ("dweight", "dbias") if facts.dtypes.get(k, computed) != computed]
+    if facts.backward:
+        loops = engine.differentiator(problem, num_threads)
+    else:
+        loops = engine.normalizer(problem, facts.eps, num_threads)
+    compute, functions = getattr(torch, computed), _functions(facts)
+    by_address = _by_address(facts, copied, compute, lambda pointers: loops(*pointers))
+
+    def general(*arrays: Any) -> None:
+        (functions if _plain() else by_address)(*arrays)
+
+    if facts.backward or copied:
+        return general
+    usual: bool | None = None  # whether weight and bias lie as loops take them; shows at once
+
+    def forward(x: Any, y: Any, weight: Any, bias: Any, mean: Any, rstd: Any) -> None:
+        nonlocal usual
+        if usual is None:
+            usual = _lies(weight, compute) and _lies(bias, compute)
+        at, to = x.data_ptr(), y.data_ptr()
+        w = LOW if weight is None else weight.data_ptr()
+        b = LOW if bias is None else bias.data_ptr()
+        if not usual or at < LOW or to < LOW or w < LOW or b < LOW or _plain():
+            general(x, y, weight, bias, mean, rstd)
+            return
+        m = r = 0
+        if mean is not None:
+            m, r = mean.data_ptr(), rstd.data_ptr()
+        loops(at, to, 0 if weight is None else w, 0 if bias is None else b, m, r)
+
+    return forward
+
+
+_plain = _cpu._plain.get
+
+
+def _lies(value: Any, compute: Any) -> bool:
+    """Whether loops take a weight or bias as it lies; one element may be a negated view."""
+    if value is None:
+        return True
+    return value.dtype is compute and value.is_contiguous() and value.numel() > 1
+
+
+def num_threads() -> int:
+    """``CUPYNORM_NUM_THREADS`` where it is set, else what torch.set_num_threads() says.
+
+    In a worker of a DataLoader, for one, that is 1.
+    """
+    if os.environ.get("CUPYNORM_NUM_THREADS", "").strip():
+        return threads.num_threads()
+    count: int = torch.get_num_threads()
+    return count
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+class _Stream:
+    """What a launch needs to know of a stream."""
+
+    __slots__ = ("ptr",)
+
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+
+def _stream(index: int) -> _Stream:
+    """Torch's current stream on a GPU."""
+    # Triton and Inductor use it too: a tenth of the cost of torch.cuda.current_stream(), which
+    # makes an object that knows events.
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return _Stream(torch.cuda.current_stream(index).cuda_stream if raw is None else raw(index))
+
+
+def kernels(facts: Facts, index: int) -> Run:
+    """By kernels on a GPU: on torch's current stream, scratch from torch's allocator."""
+    from cupynorm._cuda.arrays import ready_on
+
+    problem = kernel_problem_of(facts)
+    ready = ready_on(index, problem)
+    nbytes = ready.workspace_bytes
+
+    def launch(pointers: list[int]) -> None:
+        scratch, workspace = None, 0
+        if nbytes:  # held until the launch, as copies are
+            scratch = torch.empty(nbytes, dtype=torch.uint8, device=facts.device)
+            workspace = scratch.data_ptr()
+        ready.run(pointers, facts.eps, workspace, _stream(index))
+
+    by_address = _by_address(facts, ready.copies, None, launch)
+
+    def run(*arrays: Any) -> None:
+        if torch.cuda.current_device() == index:
+            by_address(*arrays)
+        else:
+            with torch.cuda.device(index):
+                by_address(*arrays)
+
+    return run
