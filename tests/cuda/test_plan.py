@@ -376,7 +376,7 @@ def test_workspace_holds_three_numbers_per_section():
     for dtype, size in (("float16", 4), ("float32", 4), ("float64", 8)):
         plan = plan_of("forward", 3_000_000, dtype, rows=7)
         assert plan.workspace_bytes == 7 * plan.sections * 3 * size
-        assert plan.at("moments") == 0
+        assert dict(plan.workspace)["moments"] == 0
         assert plan.workspace_bytes < 0.002 * 7 * 3_000_000 * ITEMSIZE[dtype]
 
 
@@ -391,11 +391,16 @@ def test_workspace_backward(dtype, totals, rows):
         plan = plan_of("backward", N, dtype, totals=totals, rows=rows)
         assert plan.pitch == vecs_of(N, dtype) * per_vec >= N
         partials = wanted * plan.partials * plan.pitch * size
-        assert partials % 16 == plan.at("partials") == 0
+        assert partials % 16 == dict(plan.workspace)["partials"] == 0
         if plan.family == "split":
             sums, gradients = 3 * size * rows * plan.sections, 3 * size * rows
-            assert (plan.at("sums"), plan.at("gradients")) == (partials, partials + sums)
-            assert plan.at("sums") % size == plan.at("gradients") % size == 0
+            assert (dict(plan.workspace)["sums"], dict(plan.workspace)["gradients"]) == (
+                partials,
+                partials + sums,
+            )
+            assert (
+                dict(plan.workspace)["sums"] % size == dict(plan.workspace)["gradients"] % size == 0
+            )
             assert plan.workspace_bytes == partials + sums + gradients
         else:
             assert plan.workspace_bytes == partials
