@@ -365,9 +365,10 @@ def _split_plan(call: _Call, row: Row, rows_per_partial: int) -> Plan:
         parts = -(-APPLY_BLOCKS_PER_SM * sm_count // runs)
         parts = min(max(parts, 1), -(-rows // rows_per_partial))
         places = {"sums": places["moments"], "gradients": 3 * call.size * rows}
+        merging = -(-rows // (MERGE_THREADS // 32))
         stages = (
             _stage(call, row, "split_sums", rows * sections, shared),
-            _stage(call, row, "split_merge", -(-rows // (MERGE_THREADS // 32)), 0),
+            _stage(call, row, "split_merge", merging, 0, constants=(MERGE_THREADS,)),
             _stage(call, row, "split_apply", runs * parts, 0),
         )
     split = {"sections": sections, "chunks_per_section": per_section, "parts": parts}
