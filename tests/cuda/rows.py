@@ -361,7 +361,7 @@ def execute(
 
 
 def add_partials(machine, memories, stage, partials, count, pitch, N, *targets):
-    """What column_totals does, bit for bit: test_totals_are_those_of_the_host."""
+    """What column_totals does, bit for bit, as test_row_inputs.py shows."""
     dtypes = stage.weight_dtype, stage.bias_dtype
     wanted = [(memories[at], d) for at, d in zip(targets, dtypes, strict=True) if at]
     kind, turns = np.dtype(stage.x_dtype), -(-count // 32)

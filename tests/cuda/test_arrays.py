@@ -10,19 +10,18 @@ import cupynorm as cn
 from cupynorm._cuda.launch import choose_plan
 from tests import gpu_backend, oracle
 from tests.cuda.calls import Spent
-from tests.cuda.rows import EACH, Case, device_for, problem_of, run, spread
+from tests.cuda.rows import EACH, Case, device_for, length, problem_of, run, spread
 
 RNG = np.random.default_rng(20260104)
-# One N per kernel: K1 to K4, and K5 with few rows; K3's and K5's are K4's where it is. Long rows of
+# One N per kernel, whose entries other tests compile, too; K5 runs where rows are few. Long rows of
 # float64 reach the backward's K3 to K5 with fewest columns.
-FORWARD = {
-    "warp": (77, "float32"), "block": (3001, "float32"), "shared": (9001, "float32"),
-    "cluster": (9001, "float32"), "split": (36_001, "float32"),
-}  # fmt: skip
-BACKWARD = {
-    "warp": (77, "float32"), "block": (301, "float32"), "shared": (2101, "float64"),
-    "cluster": (4201, "float64"), "split": (8201, "float64"),
-}  # fmt: skip
+FORWARD = {name: (length(name, "float32"), "float32") for name in ("warp", "block", "shared")}
+FORWARD |= {"cluster": FORWARD["shared"], "split": (36_001, "float32")}
+BACKWARD = {name: (length(name, "float32", "backward"), "float32") for name in ("warp", "block")}
+BACKWARD |= {
+    name: (length(name, "float64", "backward"), "float64") for name in ("shared", "cluster")
+}
+BACKWARD |= {"split": (8201, "float64")}
 LENGTHS = {"forward": FORWARD, "backward": BACKWARD}
 EACH_FAMILY = pytest.mark.parametrize("family", FORWARD)
 
@@ -63,14 +62,14 @@ class Call:
     def __call__(self):
         if self.backward:
             return cn.layer_norm_backward(self.dy, self.x, None, *self.stats, self.w)
-        return cn.layer_norm(self.x, weight=self.w)
+        return cn.layer_norm(self.x, weight=self.w, bias=self.w)
 
     def check(self, result):
         dy, x = self.hosts
         if self.backward:
             check_gradients(result, dy, x, (1,), self.weight)
         else:
-            check(result, x, (1,), self.weight)
+            check(result, x, (1,), self.weight, self.weight)
 
 
 # --- what a call costs --------------------------------------------------------------------------
@@ -119,7 +118,7 @@ def test_a_warm_call(sim, direction, family):
     else:
         assert all(name.startswith(f"layer_norm_fwd_{family}") for name in warm.names)
         with Spent(sim) as into:
-            cn.layer_norm(call.x, weight=call.w, out=call.dy)
+            cn.layer_norm(call.x, weight=call.w, bias=call.w, out=call.dy)
         assert (into.compilations, into.allocations) == (0, launches - 1)
 
 
@@ -468,6 +467,21 @@ def test_strided_axes_take_the_tile(cp, dy_order, x_order, axis, kernel):
             cn.layer_norm_backward(*call, axis=axis)
         assert (len(spent.launches), spent.allocations) == (2, 4)  # no copy
         assert spent.launches[0].name.startswith(f"layer_norm_bwd_{kernel}_")
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "orders"),
+    [((2, 5, 6, 7), 1, "C"), ((6, 40), 0, "CF"), ((3, 5, 7), 1, "CF"), ((4, 3, 9), (0,), "C")],
+)
+def test_axes_in_the_middle(cp, shape, axis, orders):
+    """Channels first among them; F-ordered ones bring the statistics in another order than rows."""
+    axes = (axis,) if isinstance(axis, int) else axis
+    for order in orders:
+        dy, x = (np.asarray(numbers(*shape), order=order) for _ in range(2))
+        given = cp.asarray(dy), cp.asarray(x)
+        y, mean, rstd = cn.layer_norm(given[1], axis=axis, return_stats=True)
+        check(y, x, axes)
+        check_gradients(cn.layer_norm_backward(*given, None, mean, rstd, axis=axis), dy, x, axes)
 
 
 def test_axes_that_fold_to_no_stride_go_through_copies(cp):
