@@ -7,6 +7,7 @@ fault of the simulator, which names block and thread.
 import dataclasses
 import re
 import xml.etree.ElementTree as ET
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from cupynorm._cuda.launch import choose_plan
 from docs._generate import images, kernels, plans, results
 from docs._generate.lanes import columns_per_vec, holder, tile_holder
-from tests.cuda.rows import At, Rows, run_plan
+from tests.cuda.rows import At, Rows, execute
 from tests.gpu_backend import SIMULATED
 from tests.simt.fault import SimtFault
 
@@ -54,16 +55,16 @@ def test_rows_are_read_by_whom_the_picture_says(family):
     at = At(gap=-N % (16 // np.dtype(dtype).itemsize))
     x, y = (Rows(SIMULATED, name, dtype, (1, rows, N), at) for name in "xy")
     x.put(np.ones((rows, N), dtype))
-    strides = (*x.strides, 1)
-    problem = plans.problem_of(rows, N, dtype, x=strides, y=strides)
+    problem = plans.problem_of(rows, N, dtype, x=x.strides, y=x.strides)
     if family != "split":  # the plan of many rows, launched for a few
         blocks = plan.stages[0].grid[0] * rows // plans.ROWS[family][0]
         stage = dataclasses.replace(plan.stages[0], grid=(max(blocks, 2), 1, 1))
         plan = dataclasses.replace(plan, stages=(stage,))
-    pointers = [x.ptr, y.ptr, 0, 0, 0, 0]
+    pointers = {"x": x.ptr, "y": y.ptr}
 
     def launch():
-        run_plan(SIMULATED, plan, problem, pointers, [x.memory, y.memory])
+        with mock.patch("cupynorm._cuda.launch.choose_plan", lambda *_: plan):
+            execute(SIMULATED, problem, plans.H100, pointers, [x.memory, y.memory])
 
     size, per_vec = x.dtype.itemsize, columns_per_vec(plan)
     for row, col in places(rows, N):

@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import cupy
+import numpy as np
 
-from cupynorm import _rules
+from cupynorm import _memo
 from cupynorm._cuda.launch import (
     BACKWARD,
+    COLUMN_TYPES,
+    COLUMNS,
     FORWARD,
     Ready,
     choose_plan,
-    column_table,
     ready,
 )
 from cupynorm._cuda.plan import Device, Stage
@@ -21,6 +23,7 @@ from cupynorm._cuda.source import source_of
 from cupynorm._layout import Facts, Problem, kernel_problem_of, row_major_strides, rows_last
 from cupynorm._libraries import check_overlap, element_strides
 from cupynorm._ops import LAYER_NORM
+from cupynorm._rules import ITEMSIZE, dtype_name, numpy_dtype, stats_dtype
 
 ndarray = cupy.ndarray
 get_device = cupy.cuda.runtime.getDevice  # index of the GPU where CuPy allocates and launches
@@ -137,70 +140,88 @@ class Door:
         return " then ".join(stage.name for stage in plan.stages)
 
     def normalizer(self, facts: Facts) -> Callable[[Any, Any, Any, Any], Any]:
-        """``call(x, weight, bias, out)`` gives y, or (y, mean, rstd) where the facts say so."""
+        """``call(x, weight, bias, out)`` gives y, or (y, mean, rstd) where the facts say so.
+
+        All arrays that come look like the first ones.
+        """
+        index, shape, order = facts.device or 0, facts.shape, facts.order
+        stats = stats_dtype(facts.dtypes["x"]) if facts.stats else ""
         if not facts.size:
             return functools.partial(_of_nothing, facts)
-        settled, (eps,) = (
-            ready_on(facts.device or 0, kernel_problem_of(facts)),
-            packed((facts.eps,)),
-        )
-        alone = None if facts.stats or settled.copies else settled.alone
-        shape, order, index = facts.shape, facts.order, facts.device
+        settled, (eps,) = ready_on(index, kernel_problem_of(facts)), packed((facts.eps,))
         dense = facts.strides["y"] == row_major_strides(shape, ())
-        w_strides, b_strides = (_dense_strides(facts, name) for name in ("weight", "bias"))
-        check_apart = _apart(facts) if facts.out else None
+        x_low, x_high = _reach(facts, "x")
+        y_low, y_high = _reach(facts, "y")
+        same = facts.strides["x"] == facts.strides["y"]
+        w_bytes, b_bytes = (
+            facts.N * ITEMSIZE[facts.dtypes[name]] if name in facts.dtypes else 0
+            for name in ("weight", "bias")
+        )
+        as_they_lie: bool | None = None  # whether weight and bias are row-major
+        function, grid, block, shared_bytes, _ = settled.launches[0]
+        more = 0, 0, *settled.before, eps, *settled.after
+        alone = settled.alone and not (facts.stats or settled.copies)
 
         def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:
+            nonlocal as_they_lie
             if get_device() != index:
                 # Or y would be allocated, and the kernel launched, on another GPU.
                 with cupy.cuda.Device(index):
                     return call(x, weight, bias, out)
-            if check_apart is not None:
-                check_apart(x, weight, bias, out)
+            if as_they_lie is None:
+                as_they_lie = all(a is None or a.flags.c_contiguous for a in (weight, bias))
+            if out is not None:
                 y = out
             elif dense:
                 y = ndarray(shape, x.dtype)  # empty_like finds out the order, for twice as much
             else:
                 y = empty_like(x, order=order)
-            if (
-                alone is None
-                or (weight is not None and weight.strides != w_strides)
-                or (bias is not None and bias.strides != b_strides)
-            ):
-                return _run(settled, facts, (x, weight, bias, y), eps)
-            function, grid, block, shared_bytes, numbers, after = alone
+            at, to = x.data.ptr, y.data.ptr
             w = 0 if weight is None else weight.data.ptr
             b = 0 if bias is None else bias.data.ptr
-            arguments = (x.data.ptr, y.data.ptr, w, b, 0, 0, *numbers, eps, *after)
-            function(grid, block, arguments, shared_bytes)
-            return y
+            if out is not None:
+                low, high = to + y_low, to + y_high
+                if (
+                    not as_they_lie
+                    or (low < at + x_high and at + x_low < high and not (same and at == to))
+                    or (w < high and low < w + w_bytes)
+                    or (b < high and low < b + b_bytes)
+                ):  # perhaps; the exact rule decides
+                    _check_apart(x, weight, bias, out)
+            if alone and as_they_lie:
+                function(grid, block, (at, to, w, b, *more), shared_bytes)
+                return y
+            if not stats:
+                _launch(settled, FORWARD, facts.axes, (x, y, weight, bias, None, None), eps)
+                return y
+            mean, rstd = (empty(facts.stats_shape, dtype=stats) for _ in range(2))
+            _launch(settled, FORWARD, facts.axes, (x, y, weight, bias, mean, rstd), eps)
+            return y, mean, rstd
 
         return call
 
     def differentiator(self, facts: Facts) -> Callable[[Any, Any, Any, Any, Any], Any]:
         """``call(dy, x, mean, rstd, weight)`` gives (dx, dweight, dbias), None for the unwanted."""
+        index, affine_shape = facts.device or 0, facts.affine_shape
         dtypes = {
-            name: _rules.numpy_dtype(facts.dtypes[name])
+            name: numpy_dtype(facts.dtypes[name])
             for name in ("dweight", "dbias")
             if name in facts.dtypes
         }
-        index, settled = facts.device, None
-        if facts.size and ("dx" in facts.strides or dtypes):
-            settled = ready_on(index or 0, kernel_problem_of(facts))
+        wanted = "dx" in facts.strides or bool(dtypes)
+        settled = ready_on(index, kernel_problem_of(facts)) if facts.size and wanted else None
 
         def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> Any:
             if get_device() != index:
                 with cupy.cuda.Device(index):
                     return call(dy, x, mean, rstd, weight)
             dx = empty_like(x) if "dx" in facts.strides else None
-            sums = {name: empty(facts.affine_shape, dtype=dtypes[name]) for name in dtypes}
+            new = empty if facts.size else cupy.zeros  # the sum over no rows
+            sums = {name: new(affine_shape, dtype=dtype) for name, dtype in dtypes.items()}
             results = dx, sums.get("dweight"), sums.get("dbias")
-            if not facts.size:
-                for total in sums.values():
-                    total.fill(0)  # the sum over no rows
-            elif settled is not None:
-                given = (dy, x, mean, rstd, weight, *results)
-                _launch(settled, facts.axes, dict(zip(BACKWARD, given, strict=True)))
+            if settled is not None:
+                given = dy, x, mean, rstd, weight, *results
+                _launch(settled, BACKWARD, facts.axes, given)
             return results
 
         return call
@@ -210,99 +231,63 @@ DOOR = Door()
 
 
 def _of_nothing(facts: Facts, x: Any, weight: Any, bias: Any, out: Any) -> Any:
-    """A call on an empty x."""
+    """A call on an empty x: the mean of nothing is NaN."""
     with cupy.cuda.Device(x.data.device_id):
         y = empty_like(x, order=facts.order) if out is None else out
         if not facts.stats:
             return y
-        mean, rstd = _statistics(facts)
-        for array in (mean, rstd):
-            array.fill(float("nan"))  # the mean of nothing
-        return y, mean, rstd
+        dtype = stats_dtype(facts.dtypes["x"])
+        return y, *(cupy.full(facts.stats_shape, np.nan, dtype=dtype) for _ in range(2))
 
 
-def _statistics(facts: Facts) -> tuple[Any, Any]:
-    """Memory for mean and rstd."""
-    dtype = _rules.stats_dtype(facts.dtypes["x"])
-    return empty(facts.stats_shape, dtype=dtype), empty(facts.stats_shape, dtype=dtype)
+def _reach(facts: Facts, name: str) -> tuple[int, int]:
+    """First byte of an array of x's shape and the one after its last, counted from its address."""
+    size, strides = ITEMSIZE[facts.dtypes["x"]], facts.strides[name] or ()
+    ends = [size * s * (n - 1) for s, n in zip(strides, facts.shape, strict=True)]
+    return sum(e for e in ends if e < 0), sum(e for e in ends if e > 0) + size
 
 
-def _run(settled: Ready, facts: Facts, arrays: tuple[Any, Any, Any, Any], eps: Any) -> Any:
-    x, weight, bias, y = arrays
-    mean, rstd = _statistics(facts) if facts.stats else (None, None)
-    given = (x, y, weight, bias, mean, rstd)
-    _launch(settled, facts.axes, dict(zip(FORWARD, given, strict=True)), eps)
-    return (y, mean, rstd) if facts.stats else y
-
-
-def _launch(settled: Ready, axes: tuple[int, ...], arrays: dict[str, Any], eps: Any = 0.0) -> None:
-    """Launch on arrays by name, in the order of their addresses, through the copies it expects."""
-    held = {name: _met(name, a, axes, settled.copies) for name, a in arrays.items()}
-    nbytes = settled.workspace_bytes
-    # Held until the launch; after that CuPy's pool orders reuse by stream.
-    workspace = empty(nbytes, dtype="uint8") if nbytes else None
-    pointers = [0 if a is None else a.data.ptr for a in held.values()]
-    settled.run(pointers, eps, 0 if workspace is None else workspace.data.ptr)
-    for name in settled.copies:
-        if name in _WRITTEN:
-            result = arrays[name]
-            result.transpose(rows_last(result.ndim, axes))[...] = held[name]
+def _check_apart(x: Any, weight: Any, bias: Any, out: Any) -> None:
+    check_overlap("x", x, out, same_allowed=True)
+    for name, array in (("weight", weight), ("bias", bias)):
+        if array is not None:
+            check_overlap(name, array, out, same_allowed=False)
 
 
 _WRITTEN = ("y", "dx")
-_SHAPED_AS_X = ("x", "y", "dy", "dx")
+_SHAPED_AS_X = ("x", "dy", *_WRITTEN)
 
 
-def _met(name: str, a: Any, axes: tuple[int, ...], copies: tuple[str, ...]) -> Any:
-    """An array as the kernels meet it: as it lies, or memory of its own with the rows last."""
-    if name in copies:
-        turned = a.transpose(rows_last(a.ndim, axes))
-        if name in _WRITTEN:
-            return empty(turned.shape, dtype=a.dtype)
-        return cupy.ascontiguousarray(turned)
-    # The others have N or rows elements, and unit stride.
-    if a is None or name in _SHAPED_AS_X or a.flags.c_contiguous:
-        return a
-    return cupy.ascontiguousarray(a)
+def _launch(
+    settled: Ready,
+    names: tuple[str, ...],
+    axes: tuple[int, ...],
+    arrays: tuple[Any, ...],
+    eps: Any = 0.0,
+) -> None:
+    """Launch on arrays in the order of their names, through the copies that the kernels expect."""
 
+    def met(name: str, a: Any) -> Any:
+        if a is None:
+            return None
+        if name in settled.copies:
+            turned = a.transpose(rows_last(a.ndim, axes))
+            if name in _WRITTEN:
+                return empty(turned.shape, dtype=a.dtype)
+            return cupy.ascontiguousarray(turned)
+        # The small ones have N or rows elements, and are met with unit stride.
+        return a if name in _SHAPED_AS_X else cupy.ascontiguousarray(a)
 
-def _dense_strides(facts: Facts, name: str) -> tuple[int, ...]:
-    """Byte strides of a row-major weight or bias; of one that is absent nothing is asked."""
-    size = _rules.ITEMSIZE[facts.dtypes.get(name, "float32")]
-    return tuple(size * s for s in row_major_strides(facts.affine_shape, ()))
-
-
-def _apart(facts: Facts) -> Callable[[Any, Any, Any, Any], None]:
-    """Look by address whether `out` may overlap an input; the exact rule decides where it may."""
-    size = _rules.ITEMSIZE[facts.dtypes["x"]]
-    x_low, x_high, y_low, y_high = (
-        size * end for name in ("x", "y") for end in _ends(facts.shape, facts.strides[name] or ())
-    )
-    same = facts.strides["x"] == facts.strides["y"]
-    affine = []
-    for name in ("weight", "bias"):
-        strides = _dense_strides(facts, name)
-        affine.append((name, strides, facts.N * _rules.ITEMSIZE[facts.dtypes.get(name, "float32")]))
-
-    def check(x: Any, weight: Any, bias: Any, out: Any) -> None:
-        source, target = x.data.ptr, out.data.ptr
-        low, high = target + y_low, target + y_high
-        if not (same and source == target) and low < source + x_high and source + x_low < high:
-            check_overlap("x", x, out, same_allowed=True)
-        for (name, strides, nbytes), other in zip(affine, (weight, bias), strict=True):
-            if other is None:
-                continue
-            at = other.data.ptr
-            if other.strides != strides or (low < at + nbytes and at < high):
-                check_overlap(name, other, out, same_allowed=False)
-
-    return check
-
-
-def _ends(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int]:
-    """First element of an array and the one after its last, counted from its address."""
-    reach = [s * (n - 1) for s, n in zip(strides, shape, strict=True)]
-    return sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + 1
+    # Held until the launch; after that CuPy's pool orders reuse by stream.
+    held = [met(name, a) for name, a in zip(names, arrays, strict=True)]
+    nbytes = settled.workspace_bytes
+    workspace = empty(nbytes, dtype="uint8") if nbytes else None
+    at = 0 if workspace is None else workspace.data.ptr
+    settled.run((0 if a is None else a.data.ptr for a in held), eps, at)
+    if settled.copies:
+        for name, a, copy in zip(names, arrays, held, strict=True):
+            if name in _WRITTEN and name in settled.copies:
+                a.transpose(rows_last(a.ndim, axes))[...] = copy
 
 
 # --- columns ------------------------------------------------------------------------------------
@@ -323,23 +308,24 @@ def layer_norm_columns(
     Arguments are checked, y is not empty, and its device is the current one. A validity is None, or
     the bytes of Arrow's bitmap from row 0 on.
     """
-    dtypes = [("x", _rules.dtype_name(y.dtype))]
-    for name, a in (("weight", weight), ("bias", bias)):
-        dtypes += [] if a is None else [(name, _rules.dtype_name(a.dtype))]
-    M, N = y.shape
-    row, col = element_strides(y)
+    index, (M, N), (row, col) = y.data.device_id, y.shape, element_strides(y)
+    given = {"x": y, "weight": weight, "bias": bias}
+    dtypes = tuple((name, dtype_name(a.dtype)) for name, a in given.items() if a is not None)
     steps = (("y", (0, row, col)),)
-    problem = Problem(LAYER_NORM, False, tuple(dtypes), 1, M, N, steps, (M, 1), omit=omit)
-    settled = ready_on(y.data.device_id, problem)
-    host = column_table(
+    problem = Problem(LAYER_NORM, False, dtypes, 1, M, N, steps, (M, 1), omit=omit)
+    key = DOOR, index, problem
+    launch = _memo.settled.get(key) or _memo.keep(
+        key, functools.partial(_launch, ready_on(index, problem), COLUMNS, (1,))
+    )
+    host = [
         (
             column.data.ptr,
             0 if validity is None else validity.data.ptr,
             column.strides[0] // column.itemsize,
-            _rules.dtype_name(column.dtype),
+            COLUMN_TYPES.index(dtype_name(column.dtype)),
         )
         for column, validity in zip(columns, validities, strict=True)
-    )
-    table = empty(host.shape, dtype="int64")
-    table.set(host)  # from pageable memory, so it is copied away before set() returns
-    _launch(settled, (1,), {"table": table, "y": y, "weight": weight, "bias": bias}, eps)
+    ]
+    table = empty((N, 4), dtype="int64")
+    table.set(np.array(host, dtype=np.int64))  # from pageable memory: copied away when it returns
+    launch((table, y, weight, bias), eps)

@@ -1,6 +1,8 @@
 """What a plan is, and what all of them share; pure Python, the same anywhere."""
 
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from cupynorm._layout import Problem
 from cupynorm._rules import ITEMSIZE, stats_dtype
@@ -107,9 +109,14 @@ class Plan:
     workspace: tuple[tuple[str, int], ...] = ()  # what lies there, and where it begins, in bytes
     workspace_bytes: int = 0
 
-    def at(self, name: str) -> int:
-        """Bytes into the workspace where something begins."""
-        return dict(self.workspace)[name]
+
+def workspace_of(places: dict[str, int]) -> dict[str, Any]:
+    """How a plan states what lies in its workspace, by bytes, one after the other."""
+    ends = [0, *itertools.accumulate(places.values())]
+    return {
+        "workspace": tuple(zip(places, ends, strict=False)),
+        "workspace_bytes": ends[-1],
+    }
 
 
 def accumulator_bytes(problem: Problem) -> int:

@@ -24,6 +24,7 @@ from cupynorm._cuda.plan import (
     next_row_bytes,
     totals_stages,
     wanted,
+    workspace_of,
 )
 from cupynorm._layout import Problem
 from cupynorm._rules import ITEMSIZE
@@ -76,6 +77,8 @@ def cluster_bwd_row(cluster: int, threads: int, chunks: int, ahead: bool, ahead_
         ahead_f64=ahead_f64,
     )
 
+
+REGISTERS = ("warp", "block")  # whose threads hold a row
 
 # In the order of preference: the first row runs that holds a row of x and that the device has room
 # for. K3's limit is the device's shared memory, so its last row ends where the largest GPU's does.
@@ -183,11 +186,11 @@ class _Call:
 
     def per_thread(self, row: Row) -> int:
         """Vectors of x that a thread holds at a time."""
-        if row.family == "split":
-            return APPLY_VECS if self.backward else 4
-        if self.backward and row.family == "cluster":
+        if row.family == "split" and self.backward:
+            return APPLY_VECS
+        if row.family == "cluster" and self.backward:
             return 4 * row.chunks
-        if not self.backward and row.family in ("shared", "cluster"):
+        if row.family not in REGISTERS and not self.backward:
             return 4
         return -(-self.vecs // row.threads_per_row)
 
@@ -197,31 +200,27 @@ class _Call:
 
     def shared_bytes(self, row: Row) -> int:
         """Shared memory of a block, without a place for the next row."""
-        sums = 3 * row.threads // 32 * self.size
+        warps, per_thread, size = row.threads // 32, self.per_thread(row), self.size
+        sums = 3 * warps * size
         if row.family == "split":
-            return 24 * self.size
+            return 24 * size
         if self.backward:
             if row.family == "warp":
-                return 2 * row.threads_per_row * self.per_thread(row) * self.vec_cols * self.size
-            if row.family == "block":
-                return 2 * sums
-            if row.family == "shared":
-                return 2 * sums + self.per_thread(row) * row.threads * self.vec_totals
-            merged = (row.slots * CHUNK_THREADS // 32 + 2 * self.chunks) * 3 * self.size
-            return row.slots * CHUNK_VECS * self.vec_totals + merged
-        if row.family == "warp":
-            return 0
-        if row.family == "block":
-            return sums
-        if row.family == "shared":
-            copied = self.device.staging != STAGE_REGISTERS
-            staged = VEC_BYTES * self.vecs
-            if copied:
-                staged = copied_bytes(self.vecs, rows=1, arrivals=self.chunks)
-            return staged + CHUNK_PARTIALS * self.chunks * self.size
-        most = -(-self.chunks // row.cluster)
-        staged = copied_bytes(most * CHUNK_VECS, rows=1, arrivals=most)
-        return staged + (most * CHUNK_PARTIALS + 3 * self.chunks) * self.size
+                return 2 * row.threads_per_row * per_thread * self.vec_cols * size
+            if row.family == "cluster":
+                merged = (row.slots * CHUNK_THREADS // 32 + 2 * self.chunks) * 3 * size
+                return row.slots * CHUNK_VECS * self.vec_totals + merged
+            held = per_thread * row.threads * self.vec_totals if row.family == "shared" else 0
+            return 2 * sums + held
+        if row.family in REGISTERS:
+            return sums if row.family == "block" else 0
+        most = -(-self.chunks // row.cluster)  # chunks of a block
+        vecs = self.vecs if row.cluster == 1 else most * CHUNK_VECS
+        staged = copied_bytes(vecs, rows=1, arrivals=most)
+        if row.family == "shared" and self.device.staging == STAGE_REGISTERS:
+            staged = VEC_BYTES * vecs
+        merged = 3 * self.chunks if row.family == "cluster" else 0
+        return staged + (most * CHUNK_PARTIALS + merged) * size
 
     def takes(self, row: Row) -> bool:
         """Whether a row of the table holds a row of x on this device."""
@@ -287,7 +286,7 @@ def plan_of(
     per_partial = (rows_per_partial or ROWS_PER_PARTIAL) if call.totals else 1
     if row.family != "split":
         return _row_plan(call, row, per_partial, copies)
-    return _split_plan_bwd(call, row, per_partial) if call.backward else _split_plan(call, row)
+    return _split_plan(call, row, per_partial)
 
 
 def _row_plan(call: _Call, row: Row, rows_per_partial: int, copies: bool) -> Plan:
@@ -295,36 +294,23 @@ def _row_plan(call: _Call, row: Row, rows_per_partial: int, copies: bool) -> Pla
 
     Of a backward there are as many as the device holds; block b takes rows b, b + grid, ....
     """
-    problem, device, per_thread = call.problem, call.device, call.per_thread(row)
     rows_per_block = row.cluster * row.threads // row.threads_per_row * row.rows_per_group
-    groups = -(-problem.rows // rows_per_block)
-    about: dict[str, Any] = {}
+    groups = -(-call.problem.rows // rows_per_block)
     if call.backward:
-        resident = call.blocks_per_sm(row) * device.sm_count
+        blocks, sm_count = call.blocks_per_sm(row), call.device.sm_count
+        resident = blocks * sm_count
         if row.cluster > 1:
-            resident = resident_clusters(row.cluster, call.blocks_per_sm(row), device.sm_count)
-        groups = min(resident, -(-problem.rows // (rows_per_block * rows_per_partial)))
-        about = _about_partials(call, groups, {"partials": 0}, 2)
-    constants, label, more = _specialize(call, row, per_thread, copies)
-    main = _stage(
-        call, row, row.family, constants, label,
-        grid=row.cluster * groups, shared_bytes=call.shared_bytes(row) + more,
-    )  # fmt: skip
-    return Plan(
-        family=row.family,
-        stages=(main, *(totals_stages(problem) if call.backward else ())),
-        threads_per_row=row.threads_per_row,
-        rows_per_block=rows_per_block,
-        source=row.source,
-        vecs_per_thread=per_thread,
-        **about,
-    )
+            resident = resident_clusters(row.cluster, blocks, sm_count)
+        groups = min(resident, -(-call.problem.rows // (rows_per_block * rows_per_partial)))
+    constants, label, more = _specialize(call, row, copies)
+    grid, shared_bytes = row.cluster * groups, call.shared_bytes(row) + more
+    main = _stage(call, row, row.family, grid, shared_bytes, constants=constants, label=label)
+    return _plan(call, row, (main,), {}, groups, rows_per_block=rows_per_block)
 
 
-def _specialize(
-    call: _Call, row: Row, per_thread: int, copies: bool
-) -> tuple[tuple[int, ...], str, int]:
+def _specialize(call: _Call, row: Row, copies: bool) -> tuple[tuple[int, ...], str, int]:
     """Template arguments of K1 to K4, how the entry's name states them, further shared memory."""
+    per_thread = call.per_thread(row)
     label = f"t{row.threads_per_row}_v{per_thread}"
     if row.family == "cluster":
         label = f"c{row.cluster}_t{row.threads}"
@@ -341,124 +327,95 @@ def _specialize(
     if row.family == "block":
         lanes = () if call.backward else (row.threads_per_row,)
         return (row.threads, *lanes, per_thread), label, 0
-    staging = call.device.staging
+    staging, next_row = call.device.staging, 0
     if not call.backward:
         return (row.threads, staging), f"t{row.threads}{STAGE_LABELS[staging]}", 0
     # The same for all rows of so many vectors a thread: one entry for them.
-    longest = next_row_bytes(per_thread * row.threads_per_row)
+    longest = call.shared_bytes(row) + next_row_bytes(per_thread * row.threads_per_row)
     few = copies and per_thread <= COPIED_VECS[call.dtype]
-    if not few or call.shared_bytes(row) + longest > call.device.shared_bytes:
+    if not few or longest > call.device.shared_bytes:
         staging = STAGE_REGISTERS
     ahead = staging == STAGE_REGISTERS and per_thread <= AHEAD_VECS[call.dtype]
-    next_row = next_row_bytes(call.vecs) if staging != STAGE_REGISTERS else 0
-    return (
-        (row.threads, per_thread, staging, int(ahead)),
-        label + STAGE_LABELS[staging],
-        next_row,
-    )
+    if staging != STAGE_REGISTERS:
+        next_row = next_row_bytes(call.vecs)
+    held = (row.threads, per_thread, staging, int(ahead))
+    return held, label + STAGE_LABELS[staging], next_row
 
 
-def _split_plan(call: _Call, row: Row) -> Plan:
-    """K5: the sections depend on N alone, so that a row's bits do not depend on the other rows."""
-    rows, chunks = call.problem.rows, call.chunks
-    sections = _sections(call)
-    # Every part merges all sections of its row again, so no more parts than keep the device busy.
-    parts = max(-(-SPLIT_BLOCKS_PER_SM * call.device.sm_count // rows), -(-chunks // 64))
-    parts = -(-chunks // -(-chunks // min(chunks, parts)))
-    shared = call.shared_bytes(row)
+def _split_plan(call: _Call, row: Row, rows_per_partial: int) -> Plan:
+    """K5: first the sums of sections; they depend on N alone, as the bits of a row must.
+
+    Forward each part of a row merges them and normalizes; backward they are merged, then dx is
+    taken with the sums over rows, by columns.
+    """
+    rows, sm_count, shared = call.problem.rows, call.device.sm_count, call.shared_bytes(row)
+    per_section = -(-call.chunks // MAX_SECTIONS)
+    sections = -(-call.chunks // per_section)
+    places = {"moments": 3 * call.size * rows * sections}
+    if not call.backward:
+        # Every part merges all sections of its row again: no more than keep the device busy.
+        parts = max(-(-SPLIT_BLOCKS_PER_SM * sm_count // rows), -(-call.chunks // 64))
+        parts = -(-call.chunks // -(-call.chunks // min(call.chunks, parts)))
+        stages: tuple[Stage, ...] = (
+            _stage(call, row, "split_stats", rows * sections, shared),
+            _stage(call, row, "split_normalize", rows * parts, shared),
+        )
+    else:
+        runs = -(-call.vecs // (CHUNK_THREADS * APPLY_VECS))  # blocks that stand side by side
+        parts = -(-APPLY_BLOCKS_PER_SM * sm_count // runs)
+        parts = min(max(parts, 1), -(-rows // rows_per_partial))
+        places = {"sums": places["moments"], "gradients": 3 * call.size * rows}
+        merging = -(-rows // (MERGE_THREADS // 32))
+        stages = (
+            _stage(call, row, "split_sums", rows * sections, shared),
+            _stage(call, row, "split_merge", merging, 0, constants=(MERGE_THREADS,)),
+            _stage(call, row, "split_apply", runs * parts, 0),
+        )
+    split = {"sections": sections, "chunks_per_section": per_section, "parts": parts}
+    return _plan(call, row, stages, places, parts, **split)
+
+
+def _plan(
+    call: _Call,
+    row: Row,
+    stages: tuple[Stage, ...],
+    places: dict[str, int],  # in the workspace, by bytes; a backward's partials come first
+    partials: int,
+    *,
+    rows_per_block: int = 1,
+    **split: Any,
+) -> Plan:
+    about: dict[str, Any] = {}
+    if call.backward:
+        stages += totals_stages(call.problem)
+        reads = 4 if split else 2
+        about = {"partials": partials, "pitch": call.vecs * call.vec_cols}
+        about["passes"] = reads + call.problem.has("dx")
+        places = {"partials": partials * call.vecs * call.vec_totals, **places}
     return Plan(
         family=row.family,
-        stages=(
-            _stage(call, row, "split_stats", grid=rows * sections[0], shared_bytes=shared),
-            _stage(call, row, "split_normalize", grid=rows * parts, shared_bytes=shared),
-        ),
+        stages=stages,
         threads_per_row=row.threads_per_row,
-        rows_per_block=1,
+        rows_per_block=rows_per_block,
         source=row.source,
         vecs_per_thread=call.per_thread(row),
-        sections=sections[0],
-        chunks_per_section=sections[1],
-        parts=parts,
-        workspace=(("moments", 0),),
-        workspace_bytes=3 * call.size * rows * sections[0],
-    )
-
-
-def _split_plan_bwd(call: _Call, row: Row, rows_per_partial: int) -> Plan:
-    """K5: the sums of sections, their merge, then dx with the sums over rows, by columns."""
-    rows = call.problem.rows
-    sections = _sections(call)
-    runs = -(-call.vecs // (CHUNK_THREADS * APPLY_VECS))  # blocks that stand side by side
-    parts = -(-APPLY_BLOCKS_PER_SM * call.device.sm_count // runs)
-    parts = min(max(parts, 1), -(-rows // rows_per_partial))
-    merging = -(-rows // (MERGE_THREADS // 32))
-    lasts = {"partials": 0, "sums": 3 * call.size * rows * sections[0]}
-    about = _about_partials(call, parts, {**lasts, "gradients": 3 * call.size * rows}, 4)
-    shared = call.shared_bytes(row)
-    return Plan(
-        family=row.family,
-        stages=(
-            _stage(call, row, "split_sums", grid=rows * sections[0], shared_bytes=shared),
-            _stage(call, row, "split_merge", (MERGE_THREADS,), grid=merging),
-            _stage(call, row, "split_apply", grid=runs * parts),
-            *totals_stages(call.problem),
-        ),
-        threads_per_row=row.threads_per_row,
-        rows_per_block=1,
-        source=row.source,
-        vecs_per_thread=call.per_thread(row),
-        sections=sections[0],
-        chunks_per_section=sections[1],
-        parts=parts,
+        **workspace_of(places),
+        **split,
         **about,
     )
 
 
-def _sections(call: _Call) -> tuple[int, int]:
-    """Sections of a row under K5, and the chunks of each."""
-    per_section = -(-call.chunks // MAX_SECTIONS)
-    return -(-call.chunks // per_section), per_section
-
-
-def _about_partials(
-    call: _Call, partials: int, places: dict[str, int], passes: int
-) -> dict[str, Any]:
-    """What a backward's plan states beside its launches; `places` follow each other, by bytes."""
-    sizes = {**places, "partials": partials * call.vecs * call.vec_totals}
-    begins, end = [], 0
-    for name, nbytes in sizes.items():
-        begins.append((name, end))
-        end += nbytes
-    return {
-        "partials": partials,
-        "pitch": call.vecs * call.vec_cols,
-        "workspace": tuple(begins),
-        "workspace_bytes": end,
-        "passes": passes + call.problem.has("dx"),
-    }
-
-
-def _stage(
-    call: _Call,
-    row: Row,
-    kind: str,
-    constants: tuple[int, ...] = (),
-    label: str = "",
-    *,
-    grid: int,
-    shared_bytes: int = 0,
-) -> Stage:
+def _stage(call: _Call, row: Row, kind: str, grid: int, shared_bytes: int, **special: Any) -> Stage:
     return make_stage(
         call.problem,
         kind,
-        constants,
-        label,
         family=row.family,
         grid=grid,
         threads=MERGE_THREADS if kind == "split_merge" else row.threads,
         blocks_per_sm=call.blocks_per_sm(row),
         shared_bytes=shared_bytes,
         cluster=row.cluster,
+        **special,
     )
 
 

@@ -1,7 +1,7 @@
-"""Runs the row kernels, forward and backward, on rows at any address, pitch and batch.
+"""Runs kernels, forward and backward, on rows at any address, pitch, batch and order of memory.
 
 Each run also checks that no byte between the rows is written and, in the simulator, that every
-element is. The argument lists are written here a second time, apart from `cupynorm._cuda`.
+element is. `execute` alone knows how a plan is executed.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupynorm._cuda.launch import choose_plan
-from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device, Plan
+from cupynorm._cuda.launch import BACKWARD, FORWARD, ready
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device, Plan, Stage
 from cupynorm._layout import Problem
 from cupynorm._ops import LAYER_NORM
 from cupynorm._rules import ITEMSIZE, stats_dtype
@@ -62,12 +62,6 @@ def affine(N, weight="float32", bias="float32"):
     )
 
 
-def slope_of(rows, N, dtype="float32"):
-    """dy, of mean 1/2, independent of x."""
-    slope = np.random.default_rng((N, rows, 2)).standard_normal((rows, N)) + 0.5
-    return slope.astype(np_dtype(dtype))
-
-
 @dataclass(frozen=True)
 class Case:
     """What one call is given: x, and of a backward dy; a backward has no bias."""
@@ -97,17 +91,19 @@ class Case:
 
 
 def case(direction, rows, N, dtype="float32", weight="float32", bias="float32", **x):
+    """dy has mean 1/2 and is independent of x."""
     w, b = affine(N, weight, bias)
     x = values(rows, N, dtype, **x)
     if direction == "forward":
         return Case(direction, x, w, b)
-    return Case(direction, x, w, None, slope_of(rows, N, dtype))
+    dy = np.random.default_rng((N, rows, 2)).standard_normal((rows, N)) + 0.5
+    return Case(direction, x, w, None, dy.astype(np_dtype(dtype)))
 
 
 def length(family, dtype, direction="forward"):
     """A row of the family whose columns fill neither its vectors nor its lanes.
 
-    The backward's of K3 and K5 are among the shortest: a block of 1024 threads adds up 32 columns.
+    The backward's of K3 and K5 are among the shortest.
     """
     vecs = {"warp": 40, "block": 300, "shared": 2 * CHUNK_VECS + 300, "split": 3 * CHUNK_VECS - 7}
     vecs["cluster"] = vecs["shared"]
@@ -153,12 +149,15 @@ class At:
     """How rows lie in memory; all in elements."""
 
     offset: int = 0  # of the first row, from a 256-byte boundary
-    gap: int = 0  # between rows: the pitch is N + gap
+    gap: int = 0  # between rows: the pitch is N + gap; of F between columns
     outer_gap: int = 0  # between batches, besides that
+    way: str = "C"  # F: neighbouring rows are next to each other
 
-    def strides(self, M: int, N: int) -> tuple[int, int]:
-        """Of the outer step and of a row."""
-        return M * (N + self.gap) + self.outer_gap, N + self.gap
+    def strides(self, outer: int, M: int, N: int) -> tuple[int, int, int]:
+        """For (outer, M, N)."""
+        if self.way == "F":
+            return N * (M + self.gap) + self.outer_gap, 1, M + self.gap
+        return M * (N + self.gap) + self.outer_gap, N + self.gap, 1
 
 
 HERE = At()
@@ -176,32 +175,36 @@ class Rows:
     def __init__(
         self, machine: Machine, name: str, dtype: Any, shape: tuple[int, int, int], at: At = HERE
     ) -> None:
-        outer, M, N = shape
-        self.machine, self.dtype = machine, np.dtype(dtype)
-        self.strides = at.strides(M, N)
-        starts = np.add.outer(np.arange(outer) * self.strides[0], np.arange(M) * self.strides[1])
-        self.columns = starts.reshape(-1, 1) + np.arange(N)
+        self.machine, self.dtype, self.way = machine, np.dtype(dtype), at.way
+        self.strides = at.strides(*shape)
+        steps = [np.arange(n) * s for n, s in zip(shape, self.strides, strict=True)]
+        self.places = np.add.outer(np.add.outer(*steps[:2]).ravel(), steps[2])  # (rows, N)
         size = self.dtype.itemsize
-        nbytes = (int(self.columns[-1, -1]) + 1) * size
+        nbytes = (int(self.places.max()) + 1) * size
         self.memory = machine.memory(nbytes, name, at.offset * size, size)
+        self.M = shape[1]
 
     @property
     def ptr(self) -> int:
         return self.memory.ptr
 
     def put(self, rows: np.ndarray) -> None:
-        for start, row in zip(self.columns[:, 0], rows, strict=True):
-            self.machine.put(self.memory, row, int(start) * self.dtype.itemsize)
+        starts, runs = self.places[:, 0], rows
+        if self.way == "F":  # the columns of each batch
+            starts = self.places[:: self.M].ravel()
+            runs = rows.reshape(-1, self.M, rows.shape[1]).swapaxes(1, 2).reshape(-1, self.M)
+        for start, run in zip(starts, runs, strict=True):
+            self.machine.put(self.memory, run, int(start) * self.dtype.itemsize)
 
     def get(self) -> np.ndarray:
         """The rows; every element of theirs was written, and nothing else."""
         written = self.machine.written(self.memory).reshape(-1, self.dtype.itemsize)
         if self.machine.name == "simulated":
-            assert written[self.columns].all(), "a kernel left an element unwritten"
+            assert written[self.places].all(), "a kernel left an element unwritten"
         between = np.ones(len(written), bool)
-        between[self.columns] = False
+        between[self.places] = False
         assert not written[between].any(), "a kernel wrote between the rows"
-        return self.machine.get(self.memory).view(self.dtype)[self.columns]
+        return self.machine.get(self.memory).view(self.dtype)[self.places]
 
 
 def vector_at(machine: Machine, name: str, vector: np.ndarray | None, offset: int) -> Rows | None:
@@ -251,71 +254,6 @@ class Result:
         return [b"".join(a[i].tobytes() for a in (first, *with_it)) for i in range(len(first))]
 
 
-def run(machine: Machine, case: Case, family: str | None = None, **options: Any) -> Result:
-    """Run the plan for a case, with a family by force where one is named.
-
-    Options: at (by array), affine_offset, outer, seed, eps, device, sm_count; of a forward stats
-    and in_place, of a backward wanted and totals (dtypes of dweight and dbias).
-    """
-    sm_count = options.pop("sm_count", None)
-    if family is not None or sm_count is not None:
-        options["device"] = device_for(machine, family, case.direction, sm_count)
-    result = (differentiate if case.backward else normalize)(machine, case, **options)
-    assert family is None or result.plan.family == family
-    return result
-
-
-def _placed(machine: Machine, case: Case, outer: int, at: dict[str, At]) -> dict[str, Any]:
-    """Arrays of x's shape: those that are given hold their values."""
-    rows, N = case.x.shape
-    found = {}
-    for name in case.shaped:
-        found[name] = Rows(
-            machine, name, case.x.dtype, (outer, rows // outer, N), at.get(name, HERE)
-        )
-        given = {"x": case.x, "dy": case.dy}.get(name)
-        if given is not None:
-            found[name].put(given)
-            found[name].memory.writable = False
-    return found
-
-
-def normalize(
-    machine: Machine,
-    case: Case,
-    *,
-    at: dict[str, At] = {},  # noqa: B006
-    affine_offset: int = 0,
-    outer: int = 1,
-    seed: int | None = 0,
-    eps: float = 1e-5,
-    device: Device | None = None,
-    stats: bool = True,
-    in_place: bool = False,
-) -> Result:
-    """Run the forward's plan."""
-    (rows, N), dtype = case.x.shape, case.x.dtype.name
-    arrays = _placed(machine, case, outer, at)
-    if in_place:
-        arrays["y"] = arrays["x"]
-        arrays["x"].memory.writable = True
-    vectors = {"weight": case.weight, "bias": case.bias}
-    dtypes = {"x": dtype} | {n: None if v is None else v.dtype.name for n, v in vectors.items()}
-    for name, vector in vectors.items():
-        arrays[name] = vector_at(machine, name, vector, affine_offset)
-    for name in ("mean", "rstd"):
-        arrays[name] = Rows(machine, name, stats_dtype(dtype), (1, 1, rows)) if stats else None
-    strides = {name: arrays[name].strides for name in case.shaped}
-    problem = problem_of(dtypes, (outer, rows // outer, N), strides, stats=stats)
-    plan = choose_plan(problem, device or machine.device)
-    pointers = [0 if a is None else a.ptr for a in arrays.values()]
-    memories = list({a.ptr: a.memory for a in arrays.values() if a is not None}.values())
-    traffic = run_plan(machine, plan, problem, pointers, memories, eps=eps, seed=seed)
-    y, mean, rstd = (arrays[name] for name in ("y", "mean", "rstd"))
-    got = y.get(), *(None if a is None else a.get()[0] for a in (mean, rstd))
-    return Result(got, False, plan, traffic)
-
-
 def statistics(x: np.ndarray, eps: float = 1e-5) -> tuple[np.ndarray, np.ndarray]:
     """The mean and rstd that a forward leaves: the exact ones, rounded."""
     kind = stats_dtype(x.dtype.name)
@@ -323,9 +261,10 @@ def statistics(x: np.ndarray, eps: float = 1e-5) -> tuple[np.ndarray, np.ndarray
     return mean[:, 0].astype(kind), rstd[:, 0].astype(kind)
 
 
-def differentiate(
+def run(
     machine: Machine,
     case: Case,
+    family: str | None = None,
     *,
     at: dict[str, At] = {},  # noqa: B006
     affine_offset: int = 0,
@@ -333,71 +272,110 @@ def differentiate(
     seed: int | None = 0,
     eps: float = 1e-5,
     device: Device | None = None,
-    wanted: Sequence[bool] = (True, True, True),
-    totals: Sequence[str] = (),  # weight's dtype, or the statistics'
+    sm_count: int | None = None,
+    stats: bool = True,  # of a forward
+    in_place: bool = False,
+    wanted: Sequence[bool] = (True, True, True),  # of a backward
+    totals: Sequence[str] = (),  # dtypes of dweight and dbias; weight's, or the statistics'
+    add: bool = False,  # whether column_totals itself adds up the partials
 ) -> Result:
-    """Run the backward's plan."""
+    """Run the plan for a case, with a family by force where one is named."""
+    if family is not None or sm_count is not None:
+        device = device_for(machine, family, case.direction, sm_count)
     (rows, N), dtype = case.x.shape, case.x.dtype.name
-    placed = _placed(machine, case, outer, at)
-    arrays: dict[str, Any] = {name: placed[name] for name in ("dy", "x")}
-    for name, vector in zip(("mean", "rstd"), statistics(case.x, eps), strict=True):
-        arrays[name] = vector_at(machine, name, vector, 0)
-    arrays["weight"] = vector_at(machine, "weight", case.weight, affine_offset)
-    arrays["dx"] = placed["dx"] if wanted[0] else None
-    weight = None if case.weight is None else case.weight.dtype.name
-    totals = totals or (weight or stats_dtype(dtype),) * 2
-    dtypes = {"x": dtype, "weight": weight}
-    for name, kind, want in zip(("dweight", "dbias"), totals, wanted[1:], strict=True):
-        dtypes[name] = kind if want else None
-        arrays[name] = Rows(machine, name, np_dtype(kind), (1, 1, N)) if want else None
-    strides = {n: placed[n].strides for n in ("x", "dy", "dx") if arrays[n] is not None}
-    problem = problem_of(dtypes, (outer, rows // outer, N), strides, backward=True)
-    plan = choose_plan(problem, device or machine.device)
-    pointers = [0 if a is None else a.ptr for a in arrays.values()]
-    memories = [a.memory for a in arrays.values() if a is not None]
-    traffic = run_plan(machine, plan, problem, pointers, memories, seed=seed)
-    got = [None if arrays[n] is None else arrays[n].get() for n in ("dx", "dweight", "dbias")]
-    return Result((got[0], *(None if a is None else a[0] for a in got[1:])), True, plan, traffic)
+    sizes, kind = (outer, rows // outer, N), stats_dtype(dtype)
+    arrays: dict[str, Any] = {}
+    for name in case.shaped:
+        arrays[name] = Rows(machine, name, case.x.dtype, sizes, at.get(name, HERE))
+        given = {"x": case.x, "dy": case.dy}.get(name)
+        if given is not None:
+            arrays[name].put(given)
+            arrays[name].memory.writable = False
+    dtypes = {"x": dtype}
+    for name, vector in (("weight", case.weight), ("bias", case.bias)):
+        arrays[name] = vector_at(machine, name, vector, affine_offset)
+        dtypes[name] = None if vector is None else vector.dtype.name
+    results: tuple[str, ...] = ("y", "mean", "rstd")
+    if case.backward:
+        results = ("dx", "dweight", "dbias")
+        arrays["dx"] = arrays["dx"] if wanted[0] else None
+        for name, vector in zip(("mean", "rstd"), statistics(case.x, eps), strict=True):
+            arrays[name] = vector_at(machine, name, vector, 0)
+        totals = totals or (dtypes["weight"] or kind,) * 2
+        for name, total, want in zip(results[1:], totals, wanted[1:], strict=True):
+            dtypes[name] = total if want else None
+            arrays[name] = Rows(machine, name, np_dtype(total), (1, 1, N)) if want else None
+    else:
+        for name in ("mean", "rstd"):
+            arrays[name] = Rows(machine, name, kind, (1, 1, rows)) if stats else None
+        if in_place:
+            arrays["y"] = arrays["x"]
+            arrays["x"].memory.writable = True
+    there = {name: a for name, a in arrays.items() if a is not None}
+    strides = {name: there[name].strides for name in case.shaped if name in there}
+    problem = problem_of(dtypes, sizes, strides, case.backward, stats=stats and not case.backward)
+    pointers = {name: a.ptr for name, a in there.items()}
+    memories = list({a.ptr: a.memory for a in there.values()}.values())
+    plan, traffic = execute(
+        machine, problem, device, pointers, memories, eps=eps, seed=seed, add=add
+    )
+    assert family is None or plan.family == family
+    got = [there[name].get() if name in there else None for name in results]
+    flat = (None if a is None else a[0] for a in got[1:])
+    return Result((got[0], *flat), case.backward, plan, traffic)
 
 
-def run_plan(
+def execute(
     machine: Machine,
-    plan: Plan,
     problem: Problem,
-    pointers: Sequence[int],  # x, y, weight, ...: of a backward dy, x, mean, rstd, weight, dx, ...
+    device: Device | None,
+    pointers: dict[str, int],
     memories: Sequence[Any],
     *,
     eps: float = 1e-5,
     seed: int | None = 0,
-) -> tuple[Traffic, ...]:
-    """Launch each stage of a plan."""
-    workspace = machine.memory(max(plan.workspace_bytes, 16), "workspace")
-    memories, at = [*memories, workspace], workspace.ptr
-    shaped = SHAPED["backward" if problem.backward else "forward"]
-    steps = [s for n in shaped for s in problem.steps(n if problem.has(n) else "x")[:2]]
-    numbers, N = (problem.rows, problem.M), problem.N
-    sections = (plan.sections, plan.chunks_per_section)
-    if problem.backward:
-        *inputs, dweight, dbias = pointers
-        common = (*inputs, at, *numbers, *steps, N)
-        places = {name: at + begin for name, begin in plan.workspace}
-        sums, gradients = places.get("sums"), places.get("gradients")
-        calls = {
-            "layer_norm_bwd_split_sums": (*common, sums, *sections),
-            "layer_norm_bwd_split_merge": (sums, gradients, problem.rows, plan.sections, N),
-            "layer_norm_bwd_split_apply": (*common, gradients, plan.partials),
-            "column_totals": (at, plan.partials, plan.pitch, N, dweight, dbias),
-        }
-    else:
-        common = (*pointers, *numbers, *steps, N, eps)
-        calls = {
-            "layer_norm_fwd_split_stats": (pointers[0], at, *numbers, *steps[:2], N, *sections),
-            "layer_norm_fwd_split_normalize": (*common, at, *sections, plan.parts),
-        }
-    traffic = [
-        machine.run(stage, calls.get(stage.kernel, common), memories, seed) for stage in plan.stages
-    ]
-    return tuple(t for t in traffic if t is not None)
+    add: bool = True,
+) -> tuple[Plan, tuple[Traffic, ...]]:
+    """Launch each stage of the plan of a problem, on arrays by name.
+
+    The simulator takes most of a backward's time for the 1024 threads with which column_totals adds
+    up 32 columns. Where that is not what is tested, `add` is false, and they are added here.
+    """
+    traffic = []
+
+    def load(stage: Stage) -> Any:
+        def launch(grid: Any, block: Any, args: Any, shared_bytes: int, stream: Any) -> None:
+            if stage.kernel == "column_totals" and not add and machine.name == "simulated":
+                add_partials(machine, {m.ptr: m for m in held}, stage, *args)
+            else:
+                traffic.append(machine.run(stage, args, held, seed))
+
+        return launch
+
+    settled = ready(problem, device or machine.device, load)
+    workspace = machine.memory(max(settled.workspace_bytes, 16), "workspace")
+    held = [*memories, workspace]
+    names = BACKWARD if problem.backward else FORWARD
+    settled.run([pointers.get(name, 0) for name in names], eps, workspace.ptr)
+    return settled.plan, tuple(t for t in traffic if t is not None)
+
+
+def add_partials(machine, memories, stage, partials, count, pitch, N, *targets):
+    """What column_totals does, bit for bit, as test_row_inputs.py shows."""
+    dtypes = stage.weight_dtype, stage.bias_dtype
+    wanted = [(memories[at], d) for at, d in zip(targets, dtypes, strict=True) if at]
+    kind, turns = np.dtype(stage.x_dtype), -(-count // 32)
+    flat = machine.get(memories[partials]).view(kind)[: len(wanted) * count * pitch]
+    padded = np.zeros((len(wanted), turns * 32, N), kind)
+    padded[:, :count] = flat.reshape(len(wanted), count, pitch)[..., :N]
+    sums = np.zeros((len(wanted), 32, N), kind)
+    for turn in range(turns):
+        sums += padded[:, 32 * turn : 32 * (turn + 1)]
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    for (memory, dtype), total in zip(wanted, sums[:, 0], strict=True):
+        machine.put(memory, total.astype(np_dtype(dtype)))
 
 
 def check(result: Result, case: Case, eps: float = 1e-5) -> None:

@@ -10,19 +10,18 @@ import cupynorm as cn
 from cupynorm._cuda.launch import choose_plan
 from tests import gpu_backend, oracle
 from tests.cuda.calls import Spent
-from tests.cuda.rows import EACH, Case, device_for, problem_of, run, spread
+from tests.cuda.rows import EACH, Case, device_for, length, problem_of, run, spread
 
 RNG = np.random.default_rng(20260104)
-# One N per kernel: K1 to K4, and K5 with few rows; K3's and K5's are K4's where it is. Long rows of
+# One N per kernel, whose entries other tests compile, too; K5 runs where rows are few. Long rows of
 # float64 reach the backward's K3 to K5 with fewest columns.
-FORWARD = {
-    "warp": (77, "float32"), "block": (3001, "float32"), "shared": (9001, "float32"),
-    "cluster": (9001, "float32"), "split": (36_001, "float32"),
-}  # fmt: skip
-BACKWARD = {
-    "warp": (77, "float32"), "block": (301, "float32"), "shared": (2101, "float64"),
-    "cluster": (4201, "float64"), "split": (8201, "float64"),
-}  # fmt: skip
+FORWARD = {name: (length(name, "float32"), "float32") for name in ("warp", "block", "shared")}
+FORWARD |= {"cluster": FORWARD["shared"], "split": (36_001, "float32")}
+BACKWARD = {name: (length(name, "float32", "backward"), "float32") for name in ("warp", "block")}
+BACKWARD |= {
+    name: (length(name, "float64", "backward"), "float64") for name in ("shared", "cluster")
+}
+BACKWARD |= {"split": (8201, "float64")}
 LENGTHS = {"forward": FORWARD, "backward": BACKWARD}
 EACH_FAMILY = pytest.mark.parametrize("family", FORWARD)
 
@@ -63,14 +62,14 @@ class Call:
     def __call__(self):
         if self.backward:
             return cn.layer_norm_backward(self.dy, self.x, None, *self.stats, self.w)
-        return cn.layer_norm(self.x, weight=self.w)
+        return cn.layer_norm(self.x, weight=self.w, bias=self.w)
 
     def check(self, result):
         dy, x = self.hosts
         if self.backward:
             check_gradients(result, dy, x, (1,), self.weight)
         else:
-            check(result, x, (1,), self.weight)
+            check(result, x, (1,), self.weight, self.weight)
 
 
 # --- what a call costs --------------------------------------------------------------------------
@@ -85,14 +84,17 @@ def test_each_kernel_through_the_front_door(cp, direction, family):
     call.check(result)
 
 
-def test_statistics_through_the_front_door(cp):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_statistics_through_the_front_door(cp, in_place):
     for N, _ in FORWARD.values():
-        x = numbers(3, N)
-        y, mean, rstd = cn.layer_norm(cp.asarray(x), return_stats=True)
-        assert type(y) is type(mean) is cp.ndarray
+        host = numbers(3, N)
+        x = cp.asarray(host)
+        y, mean, rstd = cn.layer_norm(x, out=x if in_place else None, return_stats=True)
+        assert type(y) is type(mean) is cp.ndarray and (y is x) == in_place
+        check(y, host)
         assert mean.shape == rstd.shape == (3, 1)
-        np.testing.assert_allclose(mean.get(), x.mean(1, keepdims=True), rtol=1e-5)
-        np.testing.assert_allclose(rstd.get(), 1 / x.std(1, keepdims=True), rtol=1e-4)
+        np.testing.assert_allclose(mean.get(), host.mean(1, keepdims=True), rtol=1e-5)
+        np.testing.assert_allclose(rstd.get(), 1 / host.std(1, keepdims=True), rtol=1e-4)
 
 
 @EACH
@@ -119,7 +121,7 @@ def test_a_warm_call(sim, direction, family):
     else:
         assert all(name.startswith(f"layer_norm_fwd_{family}") for name in warm.names)
         with Spent(sim) as into:
-            cn.layer_norm(call.x, weight=call.w, out=call.dy)
+            cn.layer_norm(call.x, weight=call.w, bias=call.w, out=call.dy)
         assert (into.compilations, into.allocations) == (0, launches - 1)
 
 
@@ -131,6 +133,12 @@ def test_other_eps_rows_and_addresses_compile_nothing(sim):
         cn.layer_norm(sim.place(numbers(3, 100), offset=4))
     assert spent.compilations == 0
     assert len(spent.launches) == 3
+    weight = sim.asarray(numbers(77))
+    for i, (rows, offset) in enumerate(((5, 0), (50, 0), (5, 4))):
+        dy, x = sim.place(numbers(rows, 77), offset=offset), sim.asarray(numbers(rows, 77))
+        with Spent(sim) as spent:
+            backward(dy, x, weight)
+        assert bool(spent.compilations) == (i == 0)
 
 
 def test_rows_of_other_lengths_do_not_shrink_shared_memory(sim):
@@ -151,15 +159,6 @@ def test_dx_alone_needs_no_workspace_and_one_launch(sim):
     with Spent(sim) as nothing:
         cn.layer_norm_backward(dy, x, None, mean, rstd, output_mask=(False, False, False))
     assert (len(nothing.launches), nothing.allocations) == (0, 0)
-
-
-def test_other_rows_and_addresses_compile_nothing_backward(sim):
-    weight = sim.asarray(numbers(77))
-    backward(sim.asarray(numbers(5, 77)), sim.asarray(numbers(5, 77)), weight)
-    with Spent(sim) as spent:
-        backward(sim.asarray(numbers(50, 77)), sim.asarray(numbers(50, 77)), weight)
-        backward(sim.place(numbers(5, 77), offset=4), sim.asarray(numbers(5, 77)), weight)
-    assert spent.compilations == 0
 
 
 def test_launch_geometry_and_arguments(sim):
@@ -254,38 +253,30 @@ def test_stream_order_on_a_device(cp):
 
 
 def test_the_device_of_x(cp):
-    """x on another device than the current one: y, workspace and launches go there."""
+    """x on another device than the current one: results, workspace and launches go there."""
     if cp.cuda.runtime.getDeviceCount() < 2:
         pytest.skip("one device")
     for N in (77, 36_001):
-        host = numbers(2, N)
+        dy, x = numbers(2, N), numbers(2, N)
         with cp.cuda.Device(1):
-            x = cp.asarray(host)
+            there = [cp.asarray(a) for a in (dy, x)]
         for _ in range(2):
-            y, mean, _ = cn.layer_norm(x, return_stats=True)
+            y, mean, rstd = cn.layer_norm(there[1], return_stats=True)
+            grads = cn.layer_norm_backward(*there, None, mean, rstd) if N == 77 else ()
             assert cp.cuda.runtime.getDevice() == 0
-            assert y.device.id == mean.device.id == 1
-            check(y, host)
-        check(cn.layer_norm(cp.asarray(host)), host)  # device 0 has functions of its own
-
-
-def test_the_device_of_x_backward(cp):
-    """x on another device than the current one: gradients, workspace and launches go there."""
-    if cp.cuda.runtime.getDeviceCount() < 2:
-        pytest.skip("one device")
-    dy, x = numbers(3, 77), numbers(3, 77)
-    with cp.cuda.Device(1):
-        there = [cp.asarray(a) for a in (dy, x)]
-    for _ in range(2):
-        grads = backward(*there)
-        assert cp.cuda.runtime.getDevice() == 0
-        assert grads.dx.device.id == grads.dbias.device.id == 1
-        check_gradients(grads, dy, x)
-    here = [cp.asarray(a) for a in (dy, x)]
-    check_gradients(backward(*here), dy, x)
+            assert {a.device.id for a in (y, mean, *grads) if a is not None} == {1}
+            check(y, x)
+            if grads:
+                check_gradients(grads, dy, x)
+        here = [cp.asarray(a) for a in (dy, x)]
+        check(cn.layer_norm(here[1]), x)  # device 0 has functions of its own
     _, mean, rstd = cn.layer_norm(here[1], return_stats=True)
     with pytest.raises(ValueError, match=r"dy is on .* but x is on .*cupy\.asarray"):
         cn.layer_norm_backward(there[0], here[1], None, mean, rstd)
+    with cp.cuda.Device(1):
+        weight = cp.asarray(numbers(N))
+    with pytest.raises(ValueError, match=r"weight is on .* but x is on .*cupy\.asarray"):
+        cn.layer_norm(here[1], weight=weight)
 
 
 def test_each_device_compiles_for_itself(sim):
@@ -295,16 +286,6 @@ def test_each_device_compiles_for_itself(sim):
             cn.layer_norm(sim.asarray(host))
     assert [device for _, device in sim.simulator.compilations] == [0, 1]
     assert [launch.device for launch in sim.simulator.launches] == [0, 1, 0, 1]
-
-
-def test_weight_on_another_device_is_refused(cp):
-    if cp.cuda.runtime.getDeviceCount() < 2:
-        pytest.skip("one device")
-    x = cp.asarray(numbers(2, 77))
-    with cp.cuda.Device(1):
-        weight = cp.asarray(numbers(77))
-    with pytest.raises(ValueError, match=r"weight is on .* but x is on .*cupy\.asarray"):
-        cn.layer_norm(x, weight=weight)
 
 
 @EACH
@@ -418,16 +399,6 @@ def test_out(cp):
     assert (padded.get()[:, [0, 1, 79]] == 0).all()
 
 
-def test_in_place_with_statistics(cp):
-    for N, _ in FORWARD.values():
-        host = numbers(3, N)
-        x = cp.asarray(host)
-        y, mean, _ = cn.layer_norm(x, out=x, return_stats=True)
-        assert y is x
-        check(x, host)
-        np.testing.assert_allclose(mean.get()[:, 0], host.mean(1), rtol=1e-5)
-
-
 def test_weight_of_any_layout(cp):
     """Strided, reversed, transposed, broadcast: brought to unit stride on the device."""
     host = numbers(5, 6, 14)
@@ -468,6 +439,21 @@ def test_strided_axes_take_the_tile(cp, dy_order, x_order, axis, kernel):
             cn.layer_norm_backward(*call, axis=axis)
         assert (len(spent.launches), spent.allocations) == (2, 4)  # no copy
         assert spent.launches[0].name.startswith(f"layer_norm_bwd_{kernel}_")
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "orders"),
+    [((2, 5, 6, 7), 1, "C"), ((6, 40), 0, "CF"), ((3, 5, 7), 1, "CF"), ((4, 3, 9), (0,), "C")],
+)
+def test_axes_in_the_middle(cp, shape, axis, orders):
+    """Channels first among them; F-ordered ones bring the statistics in another order than rows."""
+    axes = (axis,) if isinstance(axis, int) else axis
+    for order in orders:
+        dy, x = (np.asarray(numbers(*shape), order=order) for _ in range(2))
+        given = cp.asarray(dy), cp.asarray(x)
+        y, mean, rstd = cn.layer_norm(given[1], axis=axis, return_stats=True)
+        check(y, x, axes)
+        check_gradients(cn.layer_norm_backward(*given, None, mean, rstd, axis=axis), dy, x, axes)
 
 
 def test_axes_that_fold_to_no_stride_go_through_copies(cp):

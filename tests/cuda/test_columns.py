@@ -129,6 +129,16 @@ def test_half_precision_is_written_two_columns_at_once(cupy_lib):
             assert result.write_widths == {4: M * (N // 2)} | ({2: M} if N % 2 else {})
 
 
+def test_a_plan_is_made_once(cupy_lib, monkeypatch):
+    from cupynorm._cuda import arrays  # as the library at hand has it
+
+    device = on_device(cupy_lib, [column("float32", 61, j) for j in range(5)])
+    first = cn.layer_norm_columns(device)
+    monkeypatch.setattr(arrays, "ready_on", None)
+    again = cn.layer_norm_columns(device)
+    assert (cupy_lib.to_numpy(first) == cupy_lib.to_numpy(again)).all()
+
+
 def test_no_row_depends_on_another(cupy_lib):
     columns = [column("float32", 300, j) for j in range(20)]
     whole = cupy_lib.to_numpy(cn.layer_norm_columns(on_device(cupy_lib, columns)))

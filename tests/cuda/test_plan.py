@@ -9,12 +9,22 @@ import numpy as np
 import pytest
 
 from cupynorm._cuda.launch import choose_plan
-from cupynorm._cuda.plan import CHUNK_VECS, CODES, MAX_GRID_X, VEC_BYTES, Device
+from cupynorm._cuda.plan import (
+    CHUNK_PARTIALS,
+    CHUNK_THREADS,
+    CHUNK_VECS,
+    CODES,
+    MAX_GRID_X,
+    VEC_BYTES,
+    Device,
+)
 from cupynorm._cuda.rows import (
     APPLY_VECS,
     BACKWARD,
+    CLUSTER_SPLIT_MIN_VECS,
     FORWARD,
     MAX_SECTIONS,
+    REGISTERS,
     ROWS_PER_PARTIAL,
     SPLIT_MIN_VECS,
     choose_row,
@@ -36,7 +46,6 @@ EVERY_N = 1_000_000
 BOTH, NEITHER = ("float32", "float32"), (None, None)
 TABLES = {"forward": FORWARD, "backward": BACKWARD}
 FLOATS = ("float16", "float32", "float64")
-REGISTERS = ("warp", "block")
 EACH_DTYPE = pytest.mark.parametrize("dtype", ITEMSIZE)
 EACH_TOTALS = pytest.mark.parametrize("totals", [BOTH, ("float32", None), NEITHER])
 
@@ -57,90 +66,193 @@ def plan_of(direction, N, dtype="float32", device=SM90, **options):
     return choose_plan(problem(direction, N, dtype, **options), device)
 
 
+def of_chunks(direction, chunks, dtype, *, more=0, **options):
+    N = (chunks * CHUNK_VECS + more) * VEC_BYTES // ITEMSIZE[dtype]
+    return plan_of(direction, N, dtype, **options)
+
+
 def device_of(capability, sm_count=100):
-    limits = DeviceLimits.of(capability)
-    return Device(int(capability), sm_count, limits.opt_in_shared)
+    return Device(int(capability), sm_count, DeviceLimits.of(capability).opt_in_shared)
 
 
 def vecs_of(N, dtype):
     return -(-N * ITEMSIZE[dtype] // VEC_BYTES)
 
 
-def check_capacity(direction, plan, N, dtype, device=SM90):
+def lengths(direction, dtype):
+    """An N for each distinct launch: ends of the tables' rows, of what a thread may hold."""
+    if direction == "forward":
+        vecs = {*range(1, 65, 8), *range(32, 257, 32), *range(320, 513, 64)}
+        vecs |= {*range(640, 1025, 128), *range(1280, 2049, 256), 2049, 4000, 7168, 7169, 14_000}
+        far = [200_000, 2_000_000]
+    else:
+        vecs = {1, 2, 2**16, 10**6} | {512 * v for v in range(2, 9)}
+        vecs |= {row.max_vecs for row in BACKWARD[:-1] if row.cluster == 1}
+        vecs |= {v + 1 for v in vecs}
+        far = []
+    return [v * VEC_BYTES // ITEMSIZE[dtype] for v in (*sorted(vecs), *far)]
+
+
+# --- what holds of every plan ---------------------------------------------------------------------
+
+
+def checked(direction, N, dtype="float32", device=SM90, **options):
+    """The plan, of which everything has been checked that any plan promises."""
+    call = problem(direction, N, dtype, **options)
+    plan = choose_plan(call, device)
+    check_capacity(call, plan, device)
+    check_grids(call, plan, device)
+    check_workspace(call, plan)
+    for stage in plan.stages:
+        check_launch(stage, device)
+    return plan
+
+
+def check_capacity(call, plan, device):
     """The plan's lanes, shared memory and sections hold a row, and none of them is idle."""
-    vecs, stage = vecs_of(N, dtype), plan.stages[0]
+    dtype, backward, stage = call.dtype("x"), call.backward, plan.stages[0]
+    vecs, number = vecs_of(call.N, dtype), ITEMSIZE[stats_dtype(dtype)]
     chunks = -(-vecs // CHUNK_VECS)
-    if plan.family in REGISTERS or (direction == "backward" and plan.family == "shared"):
+    if plan.family in REGISTERS or (backward and plan.family == "shared"):
         lanes, held = plan.threads_per_row, plan.vecs_per_thread
         assert lanes * (held - 1) < vecs <= lanes * held
-        told = (lanes, held) if direction == "forward" or plan.family == "warp" else (held,)
+        told = (held,) if backward and plan.family != "warp" else (lanes, held)
         assert stage.constants[: 1 + len(told)] == (stage.block[0], *told)
-        if direction == "backward":
-            assert plan.rows_per_block * lanes == stage.block[0]
+        assert not backward or plan.rows_per_block * lanes == stage.block[0]
     elif plan.family == "shared":
         assert chunks <= 15  # of 32 lanes that merge them
         assert vecs * VEC_BYTES < stage.shared_bytes <= device.shared_bytes
-    elif plan.family == "cluster":
+    elif plan.family == "cluster" and not backward:
         assert chunks >= stage.cluster // 2  # no two blocks without a chunk
         most = -(-chunks // stage.cluster)
-        assert most * CHUNK_VECS * VEC_BYTES < stage.shared_bytes <= device.shared_bytes
+        assert most * stage.cluster <= stage.block[0]  # one thread sends to one block
+        staged = most * (CHUNK_VECS * VEC_BYTES + CHUNK_PARTIALS * number)
+        staged += VEC_BYTES + 8 * most  # the granule more, and a chunk's mbarrier
+        assert stage.shared_bytes == staged + 3 * chunks * number
+    elif plan.family == "cluster":
+        cluster, threads, held, *_ = stage.constants
+        slots = threads // CHUNK_THREADS * held
+        assert -(-chunks // cluster) <= slots
+        wanted = sum(bool(call.dtype(name)) for name in ("dweight", "dbias"))
+        totals = wanted * slots * CHUNK_VECS * VEC_BYTES // ITEMSIZE[dtype] * number
+        assert stage.shared_bytes == totals + 3 * (8 * slots + 2 * chunks) * number
     else:
         assert plan.sections * plan.chunks_per_section >= chunks
         assert (plan.sections - 1) * plan.chunks_per_section < chunks
         assert plan.sections <= MAX_SECTIONS
-        assert 1 <= plan.parts <= (chunks if direction == "forward" else MANY)
+        # A section's first column, its end and a row's bytes stay in 64 bits.
+        assert plan.sections * plan.chunks_per_section * CHUNK_VECS * VEC_BYTES < 2**62
+        assert 1 <= plan.parts <= (call.rows if backward else chunks)
 
 
-# --- every N ------------------------------------------------------------------------------------
+def check_grids(call, plan, device):
+    """Blocks for every row; of a backward no more than the device holds, each with rows enough."""
+    rows, stage = call.rows, plan.stages[0]
+    blocks = stage.grid[0]
+    wanted = sum(bool(call.dtype(name)) for name in ("dweight", "dbias"))
+    if plan.family == "split":
+        assert blocks == rows * plan.sections
+    if not call.backward:
+        assert len(plan.stages) == (2 if plan.family == "split" else 1)
+        if plan.family == "split":
+            assert plan.stages[1].grid[0] == rows * plan.parts
+        elif plan.family == "cluster":
+            assert blocks == rows * stage.cluster
+        else:
+            assert (blocks - 1) * plan.rows_per_block < rows <= blocks * plan.rows_per_block
+        return
+    if plan.family == "split":
+        assert plan.stages[1].grid[0] * plan.stages[1].block[0] // 32 >= rows
+        assert 1 <= plan.partials <= rows
+        apply, per_run = plan.stages[2].grid[0], plan.stages[2].block[0] * APPLY_VECS
+        runs = apply // plan.partials
+        assert (runs - 1) * per_run < vecs_of(call.N, call.dtype("x")) <= runs * per_run
+        assert apply <= max(2 * device.sm_count + runs, runs)
+    else:
+        most = stage.blocks_per_sm * device.sm_count
+        if plan.family == "cluster":
+            most = resident_clusters(stage.cluster, stage.blocks_per_sm, device.sm_count)
+        assert plan.partials * stage.cluster == blocks
+        per_block = plan.rows_per_block * (ROWS_PER_PARTIAL if wanted else 1)
+        assert plan.partials == min(-(-rows // per_block), most)
+    if wanted and rows >= ROWS_PER_PARTIAL:
+        assert plan.partials * ROWS_PER_PARTIAL < rows + ROWS_PER_PARTIAL
+    last = plan.stages[-1]
+    assert (last.kernel == "column_totals") == bool(wanted)
+    assert not wanted or last.grid == (wanted * -(-call.N // 32), 1, 1)
+
+
+def check_workspace(call, plan):
+    """Partials first, of whole vectors; each part of K5's begins at a whole number of them."""
+    dtype = call.dtype("x")
+    size, per_vec = ITEMSIZE[stats_dtype(dtype)], VEC_BYTES // ITEMSIZE[dtype]
+    split, places, own = plan.family == "split", dict(plan.workspace), 0
+    sums = 3 * size * call.rows * plan.sections
+    if not call.backward:
+        assert places == ({"moments": 0} if split else {})
+        assert plan.workspace_bytes == sums
+        return
+    assert plan.pitch == vecs_of(call.N, dtype) * per_vec >= call.N
+    wanted = sum(bool(call.dtype(name)) for name in ("dweight", "dbias"))
+    partials = wanted * plan.partials * plan.pitch * size
+    assert partials % 16 == places.pop("partials") == 0
+    if split:
+        assert places == {"sums": partials, "gradients": partials + sums}
+        assert sums % size == 0
+        own = sums + 3 * size * call.rows
+    assert plan.workspace_bytes == partials + own
+    assert plan.passes == (4 if split else 2) + call.has("dx")
+
+
+def check_launch(stage, device):
+    """Threads, registers, shared memory: what __launch_bounds__ promise fits a multiprocessor."""
+    limits = DeviceLimits.of(str(device.compute_capability))
+    resident = stage.block[0] * stage.blocks_per_sm
+    registers = min(255, limits.registers // resident // 8 * 8)
+    refusal = limits.refuse(
+        stage.grid, stage.block, stage.shared_bytes, 0, stage.shared_bytes, registers,
+        (stage.cluster, 1, 1),
+    )  # fmt: skip
+    assert not refusal
+    assert registers >= 40 and stage.block[0] % 32 == 0
+    assert resident <= limits.threads_per_multiprocessor
+    if not stage.family.startswith(("shared", "cluster")):
+        assert stage.shared_bytes <= 48 * 1024  # without opting in
+    reserved = limits.shared_per_multiprocessor - limits.opt_in_shared  # per block
+    used = (stage.shared_bytes + reserved) * stage.blocks_per_sm
+    assert used <= limits.shared_per_multiprocessor
+    assert device.clusters > 1 or "__cluster_dims__" not in source_of(stage)
 
 
 @EACH
-def test_limits_rise_and_the_last_row_has_none(direction):
-    alone = [row for row in TABLES[direction] if row.cluster == 1]
-    limits = [row.max_vecs for row in alone]
-    assert limits == sorted(set(limits))
-    assert limits[-1] * VEC_BYTES >= 2**63
-    families = [family for family, _ in itertools.groupby(row.family for row in alone)]
-    assert families == ["warp", "block", "shared", "split"]
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_device_can_launch(direction, capability):
+    device = device_of(capability)
+    for dtype, totals, rows in itertools.product(ITEMSIZE, (BOTH, NEITHER), (1, 3, MANY)):
+        for N in (*lengths(direction, dtype), 3, 40_001):
+            checked(direction, N, dtype, device, totals=totals, rows=rows)
 
 
-@EACH
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_every_length_has_exactly_one_row(direction, dtype):
-    """Without clusters, in memory enough: an interval for each row, from the one before on."""
-    table = [row for row in TABLES[direction] if row.cluster == 1]
-    device = dataclasses.replace(BEFORE, shared_bytes=2**30)
-    vecs = -(-np.arange(1, EVERY_N + 1, dtype=np.int64) * ITEMSIZE[dtype] // VEC_BYTES)
-    hits, chosen = np.zeros(EVERY_N, np.int64), np.empty(EVERY_N, np.int64)
-    below = 0
-    for i, row in enumerate(table):
-        inside = (vecs > below) & (vecs <= row.max_vecs)
-        hits += inside
-        chosen[inside] = i
-        below = row.max_vecs
-    assert (hits == 1).all()
-    edges = vecs[np.flatnonzero(np.diff(chosen))]
-    for v in np.unique(np.concatenate([vecs[:: EVERY_N // 997], edges])):
-        for near in (v, v + 1):
-            if near <= vecs[-1]:
-                N = int(near) * VEC_BYTES // ITEMSIZE[dtype]
-                row = choose_row(problem(direction, N, dtype), device)
-                assert row is table[chosen[np.searchsorted(vecs, near)]]
+@EACH_DTYPE
+def test_what_is_wanted_and_how_many_rows(dtype):
+    sums = (("float16", None), (None, "bfloat16"))
+    for N in lengths("backward", dtype):
+        for totals, rows, dx in itertools.product(sums, (1, 5, 100, 10**6), (True, False)):
+            checked("backward", N, dtype, totals=totals, rows=rows, dx=dx)
 
 
 @EACH
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_length_in_registers_is_held(direction, dtype):
     """K1 and K2, and the backward's K3, whose launch changes with every few columns."""
-    most, step = (2048, 1) if direction == "forward" else (4097, 5)
+    most, step = (2048, 3) if direction == "forward" else (4097, 11)
     for N in range(1, most * VEC_BYTES // ITEMSIZE[dtype] + 1, step):
-        plan, vecs = plan_of(direction, N, dtype, BEFORE), vecs_of(N, dtype)
+        plan, vecs = checked(direction, N, dtype, BEFORE), vecs_of(N, dtype)
         row = next(r for r in TABLES[direction] if r.cluster == 1 and vecs <= r.max_vecs)
         assert plan.family in (row.family, "split" if row.family == "shared" else row.family)
-        check_capacity(direction, plan, N, dtype, BEFORE)
 
 
-@pytest.mark.parametrize("device", [SM90, BEFORE], ids=["sm_90", "before"])
+@pytest.mark.parametrize("device", [SM90, BEFORE, device_of("120")], ids=["90", "before", "120"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_chunk_edge_is_held(dtype, device):
     """K3 to K5 change with the number of chunks alone: each edge up to a million columns."""
@@ -148,203 +260,31 @@ def test_every_chunk_edge_is_held(dtype, device):
     for edge in range(2 * per_chunk, EVERY_N + per_chunk, per_chunk):
         before = None
         for N in (edge - 1, edge, edge + 1, edge + per_chunk // 2):
-            plan = plan_of("forward", N, dtype, device)
-            check_capacity("forward", plan, N, dtype)
+            plan = checked("forward", N, dtype, device)
             if before is not None and vecs_of(N, dtype) == before[0]:
                 assert plan == before[1]  # the same vectors, the same plan
             before = vecs_of(N, dtype), plan
+        if edge < 130 * per_chunk:
+            checked("backward", edge + 1, dtype, device)
+            checked("backward", edge + per_chunk, dtype, device)
 
 
 @EACH_DTYPE
 @pytest.mark.parametrize("exponent", [20, 24, 30, 31, 32, 33])
-@pytest.mark.parametrize("delta", [-1, 0, 1])
-def test_edges_far_beyond(dtype, exponent, delta):
-    N = 2**exponent + delta
-    plan = plan_of("forward", N, dtype, rows=1)
-    assert plan.family == "split"
-    check_capacity("forward", plan, N, dtype)
-    # A section's first column, its end and a row's bytes stay in 64 bits, workspace in megabytes.
-    assert plan.sections * plan.chunks_per_section * CHUNK_VECS * VEC_BYTES < 2**62
-    assert plan.workspace_bytes <= 3 * 8 * MAX_SECTIONS
-
-
-@EACH_DTYPE
-def test_sections_and_runs_hold_a_row(dtype):
-    for vecs, rows in itertools.product((4097, 8191, 8192, 2**20 + 1, 2**31, 2**36), (1, 7)):
-        N = vecs * VEC_BYTES // ITEMSIZE[dtype]
-        plan = plan_of("backward", N, dtype, BEFORE, rows=rows)
+def test_edges_far_beyond(dtype, exponent):
+    for direction, delta, rows in itertools.product(TABLES, (-1, 0, 1), (1, 7)):
+        plan = checked(direction, 2**exponent + delta, dtype, rows=rows)
         assert plan.family == "split"
-        check_capacity("backward", plan, N, dtype)
-        runs = plan.stages[2].grid[0] // plan.partials
-        per_run = plan.stages[2].block[0] * APPLY_VECS
-        assert (runs - 1) * per_run < vecs <= runs * per_run
-        assert plan.stages[0].grid[0] == rows * plan.sections
-        assert plan.stages[1].grid[0] * plan.stages[1].block[0] // 32 >= rows
+        if direction == "forward" and rows == 1:
+            assert plan.workspace_bytes <= 3 * 8 * MAX_SECTIONS
 
 
-@EACH
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_both_halves_are_planned_alike(direction, dtype):
-    for N in (1, 64, 65, 1000, 5000, 20_000, 60_000, 200_000):
-        mine, other = (
-            [dataclasses.replace(s, name="", x_dtype="") for s in plan_of(direction, N, d).stages]
-            for d in (dtype, "float16")
-        )
-        assert mine == other
-
-
-# --- shared memory --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if int(c) < 90])
-@EACH_DTYPE
-def test_shared_memory_is_used_up_to_the_last_vector(capability, dtype):
-    """K3 ends where the device's shared memory does, and K5 begins with the next vector."""
-    device = device_of(capability)
-    per_vec = VEC_BYTES // ITEMSIZE[dtype]
-    low, high = 2048, 15 * CHUNK_VECS + 1  # the last row that fits lies between
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = plan_of("forward", middle * per_vec, dtype, device).family == "shared"
-        low, high = (middle, high) if fits else (low, middle)
-    last = plan_of("forward", low * per_vec, dtype, device)
-    assert last.family == "shared"
-    check_capacity("forward", last, low * per_vec, dtype, device)
-    assert last.stages[0].shared_bytes + VEC_BYTES + 24 * 8 > device.shared_bytes
-    assert plan_of("forward", low * per_vec + 1, dtype, device).family == "split"
-
-
-def kept_by_shared(dtype, device, totals):
-    """Vectors of a thread for which K3 runs, and the stage of the most."""
-    device = dataclasses.replace(device, max_cluster=1)
-    per_vec = VEC_BYTES // ITEMSIZE[dtype]
-    plans = {
-        v: plan_of("backward", 512 * v * per_vec, dtype, device, totals=totals)
-        for v in range(3, 10)
-    }
-    held = [v for v, plan in plans.items() if plan.family == "shared"]
-    return held, plans[held[-1]].stages[0] if held else None
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@EACH_DTYPE
-@EACH_TOTALS
-def test_shared_memory_is_used_up_backward(capability, dtype, totals):
-    """K3 ends where its sums for dweight and dbias fill the device, or at 64 KiB of x.
-
-    With 64 KiB of shared memory and float16 it has no row: K5 follows K2.
-    """
-    device = device_of(capability)
-    held, stage = kept_by_shared(dtype, device, totals)
-    assert held == list(range(3, 3 + len(held)))
-    if held:
-        assert stage.shared_bytes <= device.shared_bytes
-    if len(held) < 6:
-        roomy = dataclasses.replace(device, shared_bytes=2**20, max_cluster=1)
-        N = 512 * (3 + len(held)) * VEC_BYTES // ITEMSIZE[dtype]
-        a_vector_more = plan_of("backward", N, dtype, roomy, totals=totals).stages[0]
-        assert a_vector_more.shared_bytes > device.shared_bytes
-
-
-def test_which_sums_are_wanted_decides_what_fits():
-    """float16 on sm_86, in vectors of a thread: one sum takes half the memory of two."""
-    ends = {
-        sum(t is not None for t in totals): kept_by_shared("float16", device_of("86"), totals)[0]
-        for totals in (BOTH, ("float16", None), NEITHER)
-    }
-    assert {wanted: held[-1] for wanted, held in ends.items()} == {2: 3, 1: 6, 0: 8}
-
-
-# --- the number of rows -------------------------------------------------------------------------
-
-
-def without_rows(plan):
-    """What may not depend on the number of rows: all but the grid, and what changes no bit."""
-    stages = tuple(dataclasses.replace(stage, grid=()) for stage in plan.stages)
-    free = {"workspace_bytes": 0, "workspace": (), "parts": 0, "partials": 0}
-    return dataclasses.replace(plan, stages=stages, **free)
-
-
-@EACH_DTYPE
-def test_rows_choose_only_between_shared_and_split(dtype):
-    """On sm_90 and newer between K4 and K5: test_plan_cluster.py."""
-    edges = {row.max_vecs for row in FORWARD[:-1] if row.cluster == 1}
-    for vecs, more in itertools.product(edges | {SPLIT_MIN_VECS, 14_300, 40_000}, (0, 1)):
-        N = (vecs + more) * VEC_BYTES // ITEMSIZE[dtype]
-        many = (1, 2, 66, 67, 1000, 10**6)
-        plans = [plan_of("forward", N, dtype, BEFORE, rows=rows) for rows in many]
-        if {plan.family for plan in plans} == {"shared", "split"}:
-            assert vecs + more >= SPLIT_MIN_VECS
-            # Split below the threshold, shared above it.
-            assert [plan.family for plan in plans] == ["split"] * 3 + ["shared"] * 3
-            # One section per chunk, so that the trees over the chunks are the same.
-            assert all(p.chunks_per_section == 1 for p in plans if p.family == "split")
-        for family in {plan.family for plan in plans}:
-            same = [without_rows(plan) for plan in plans if plan.family == family]
-            assert all(plan == same[0] for plan in same)
-
-
-@EACH_DTYPE
-@EACH_TOTALS
-def test_rows_choose_no_family_backward(dtype, totals):
-    """Nor anything else but grids: the bits of a row of dx are the same in every batch.
-
-    But for K4 and K5, whose dx has the same bits: test_plan_cluster.py.
-    """
-    many = [(BEFORE, rows) for rows in (1, 2, 133, 10**6)]
-    many.append((dataclasses.replace(BEFORE, sm_count=16), MANY))
-    for N in lengths("backward", dtype):
-        plans = [
-            without_rows(plan_of("backward", N, dtype, device, rows=rows, totals=totals))
-            for device, rows in many
-        ]
-        assert all(plan == plans[0] for plan in plans)
-
-
-def test_grid_covers_the_rows():
-    for N, rows in itertools.product((3, 64, 100, 1000, 3000, 8000, 20_000), (1, 2, 31, 33, 1000)):
-        plan = plan_of("forward", N, rows=rows)
-        blocks = plan.stages[0].grid[0]
-        if plan.family == "split":
-            assert blocks == rows * plan.sections
-            assert plan.stages[1].grid[0] == rows * plan.parts
-        elif plan.family == "cluster":
-            assert blocks == rows * plan.stages[0].cluster
-        else:
-            assert (blocks - 1) * plan.rows_per_block < rows <= blocks * plan.rows_per_block
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_grid_is_what_the_device_holds_backward(dtype):
-    """No more blocks than that, and each has rows for its partial."""
-    tried = itertools.product((1, 3, 5, 100, 3000, 10**6), (BOTH, NEITHER))
-    for N, (rows, totals) in itertools.product(lengths("backward", dtype), tried):
-        plan = plan_of("backward", N, dtype, rows=rows, totals=totals)
-        stage = plan.stages[0]
-        if plan.family == "split":
-            assert 1 <= plan.partials <= rows
-            blocks = plan.stages[2].grid[0]
-            runs = blocks // plan.partials
-            assert blocks <= max(2 * SM90.sm_count + runs, runs)
-        else:
-            most = stage.blocks_per_sm * SM90.sm_count
-            if plan.family == "cluster":
-                most = resident_clusters(stage.cluster, stage.blocks_per_sm, SM90.sm_count)
-            assert plan.partials * stage.cluster == stage.grid[0]
-            per_block = plan.rows_per_block * (ROWS_PER_PARTIAL if totals == BOTH else 1)
-            assert plan.partials == min(-(-rows // per_block), most)
-        if totals == BOTH and rows >= ROWS_PER_PARTIAL:
-            assert plan.partials * ROWS_PER_PARTIAL < rows + ROWS_PER_PARTIAL
-
-
-def test_totals_have_a_block_for_32_columns():
-    for N, totals in itertools.product((1, 32, 33, 5000, 40_000), (BOTH, (None, "float16"))):
-        stage = plan_of("backward", N, totals=totals).stages[-1]
-        wanted = sum(t is not None for t in totals)
-        assert stage.kernel == "column_totals"
-        assert stage.grid == (wanted * -(-N // 32), 1, 1)
-    without = plan_of("backward", 5000, totals=NEITHER)
-    assert all(stage.kernel != "column_totals" for stage in without.stages)
+def test_workspace_of_huge_problems_stays_small():
+    for N, rows in ((64, 10**8), (768, 10**7), (8192, 10**6), (10**6, 10**4), (10**9, 4)):
+        plan = plan_of("backward", N, rows=rows)
+        assert plan.workspace_bytes <= 0.7 * 4 * N * rows
+        assert plan.workspace_bytes < 2 * 1024**3 or N > 10**8
+    assert plan_of("forward", 3_000_000, rows=7).workspace_bytes < 0.002 * 7 * 3_000_000 * 4
 
 
 @pytest.mark.parametrize(
@@ -369,89 +309,210 @@ def test_too_many_rows(direction, N, most):
         plan_of("backward", short, rows=2**40)
 
 
-# --- workspace ------------------------------------------------------------------------------------
-
-
-def test_workspace_holds_three_numbers_per_section():
-    for dtype, size in (("float16", 4), ("float32", 4), ("float64", 8)):
-        plan = plan_of("forward", 3_000_000, dtype, rows=7)
-        assert plan.workspace_bytes == 7 * plan.sections * 3 * size
-        assert plan.at("moments") == 0
-        assert plan.workspace_bytes < 0.002 * 7 * 3_000_000 * ITEMSIZE[dtype]
-
-
-@EACH_DTYPE
-@pytest.mark.parametrize("totals", [BOTH, ("float16", None), (None, "bfloat16"), NEITHER])
-@pytest.mark.parametrize("rows", [1, 3, 1000])
-def test_workspace_backward(dtype, totals, rows):
-    """Partials first, of whole vectors; each part of K5's begins at a whole number of them."""
-    size, wanted = ITEMSIZE[stats_dtype(dtype)], sum(t is not None for t in totals)
-    per_vec = VEC_BYTES // ITEMSIZE[dtype]
-    for N in (*lengths("backward", dtype), 3, 40_001):
-        plan = plan_of("backward", N, dtype, totals=totals, rows=rows)
-        assert plan.pitch == vecs_of(N, dtype) * per_vec >= N
-        partials = wanted * plan.partials * plan.pitch * size
-        assert partials % 16 == plan.at("partials") == 0
-        if plan.family == "split":
-            sums, gradients = 3 * size * rows * plan.sections, 3 * size * rows
-            assert (plan.at("sums"), plan.at("gradients")) == (partials, partials + sums)
-            assert plan.at("sums") % size == plan.at("gradients") % size == 0
-            assert plan.workspace_bytes == partials + sums + gradients
-        else:
-            assert plan.workspace_bytes == partials
-        assert plan.passes == (4 if plan.family == "split" else 2) + 1
-        without = plan_of("backward", N, dtype, totals=totals, rows=rows, dx=False)
-        assert without.passes == plan.passes - 1
-
-
-def test_workspace_of_huge_problems_stays_small():
-    for N, rows in ((64, 10**8), (768, 10**7), (8192, 10**6), (10**6, 10**4), (10**9, 4)):
-        plan = plan_of("backward", N, rows=rows)
-        assert plan.workspace_bytes <= 0.7 * 4 * N * rows
-        assert plan.workspace_bytes < 2 * 1024**3 or N > 10**8
-
-
-# --- launches -----------------------------------------------------------------------------------
-
-
-def lengths(direction, dtype):
-    """An N for each distinct launch: ends of the tables' rows, of what a thread may hold."""
-    if direction == "forward":
-        vecs = {*range(1, 65, 8), *range(32, 257, 32), *range(320, 513, 64)}
-        vecs |= {*range(640, 1025, 128), *range(1280, 2049, 256), 2049, 4000, 7168, 7169, 14_000}
-        far = [200_000, 2_000_000]
-    else:
-        vecs = {1, 2, 2**16, 10**6} | {512 * v for v in range(2, 9)}
-        vecs |= {row.max_vecs for row in BACKWARD[:-1] if row.cluster == 1}
-        vecs |= {v + 1 for v in vecs}
-        far = []
-    return [v * VEC_BYTES // ITEMSIZE[dtype] for v in (*sorted(vecs), *far)]
+# --- the tables -----------------------------------------------------------------------------------
 
 
 @EACH
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_length_has_exactly_one_row(direction, dtype):
+    """Without clusters, in memory enough: an interval for each row, from the one before on."""
+    table = [row for row in TABLES[direction] if row.cluster == 1]
+    limits = np.array([row.max_vecs for row in table])
+    assert (np.diff(limits) > 0).all() and limits[-1] >= 2**60
+    families = [family for family, _ in itertools.groupby(row.family for row in table)]
+    assert families == ["warp", "block", "shared", "split"]
+    device = dataclasses.replace(BEFORE, shared_bytes=2**30)
+    vecs = {*range(1, vecs_of(EVERY_N, dtype), EVERY_N // 997), *limits[:-1], *(limits[:-1] + 1)}
+    for near in map(int, vecs):
+        N = near * VEC_BYTES // ITEMSIZE[dtype]
+        row = choose_row(problem(direction, N, dtype), device)
+        assert row is table[np.searchsorted(limits, near)]
+
+
+def ends(direction, dtype, device, most):
+    """(last number of chunks, constants) of each run of chunks that has one K4 kernel."""
+    found = {}
+    for chunks in range(1, most):
+        plan = of_chunks(direction, chunks, dtype, device=device)
+        if plan.family == "cluster":
+            found[plan.stages[0].constants] = chunks
+    return [(chunks, constants) for constants, chunks in found.items()]
+
+
+def test_limits_on_sm_90():
+    """Written out: where the kernels change, in chunks of 16 KiB."""
+    wide = [(8, (2, 256)), (16, (4, 256)), (32, (8, 256)), (112, (8, 768))]
+    assert ends("forward", "float32", SM90, 130) == wide
+    assert ends("forward", "float16", SM90, 130) == [(4, (2, 256)), (8, (4, 256)), *wide[2:]]
+    assert ends("forward", "float64", SM90, 130) == [*wide[:3], (104, (8, 768))]
+    ours = [(4, (2, 512, 1, 1)), (8, (4, 512, 1, 1)), (16, (8, 512, 1, 1)), (24, (8, 768, 1, 0))]
+    theirs = [(n, (*c, 1, 1, 1)) for n, c in ours]
+    assert ends("backward", "float16", SM90, 40) == theirs
+    last = (32, (8, 512, 2, 0, 1, 1, 1))
+    assert ends("backward", "float32", SM90, 40) == [*theirs, last]
+    # The longest row of the forward: 8 blocks of 14 chunks, 1.75 MiB; one more fits no block.
+    stage = of_chunks("forward", 112, "float16").stages[0]
+    assert stage.shared_bytes + CHUNK_VECS * VEC_BYTES > SM90.shared_bytes
+    for dtype in ITEMSIZE:
+        for direction, before, beyond in (("forward", "block", 113), ("backward", "shared", 33)):
+            assert of_chunks(direction, 2, dtype).family == before
+            assert of_chunks(direction, 2, dtype, more=1).family == "cluster"
+            assert of_chunks(direction, beyond, dtype).family == "split"
+
+
+def test_every_row_of_clusters_is_reached():
+    for direction, table in TABLES.items():
+        rows = [row for row in table if row.cluster > 1]
+        keys = [(r.cluster, r.threads, *([r.chunks] if r.chunks else [])) for r in rows]
+        made = {
+            constants[: len(keys[0])]
+            for capability, dtype in itertools.product(("90", "100", "120"), ITEMSIZE)
+            for _, constants in ends(direction, dtype, device_of(capability), 130)
+        }
+        assert made == set(keys)
+        assert {row.cluster for row in rows} == {2, 4, 8}
+        assert all(row.threads % CHUNK_THREADS == 0 for row in rows)
+
+
+def test_no_more_clusters_than_run_at_once():
+    """Quack publishes what an RTX 5090 holds: 85, 41 and 19 clusters of 2, 4 and 8."""
+    for cluster, held in ((2, 85), (4, 41), (8, 19)):
+        assert 0.9 * held <= resident_clusters(cluster, 1, 170) <= held
+    assert resident_clusters(8, 1, 4) == 1
+
+
+@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if int(c) < 90])
+@EACH_DTYPE
+def test_shared_memory_is_used_up_to_the_last_vector(capability, dtype):
+    """K3 ends where the device's shared memory does, and K5 begins with the next vector."""
+    device = device_of(capability)
+    per_vec = VEC_BYTES // ITEMSIZE[dtype]
+    low, high = 2048, 15 * CHUNK_VECS + 1  # the last row that fits lies between
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = plan_of("forward", middle * per_vec, dtype, device).family == "shared"
+        low, high = (middle, high) if fits else (low, middle)
+    last = checked("forward", low * per_vec, dtype, device)
+    assert last.family == "shared"
+    assert last.stages[0].shared_bytes + VEC_BYTES + 24 * 8 > device.shared_bytes
+    assert plan_of("forward", low * per_vec + 1, dtype, device).family == "split"
+
+
+def kept_by_shared(dtype, device, totals):
+    """Vectors of a thread for which K3 runs backward."""
+    device = dataclasses.replace(device, max_cluster=1)
+    per_vec = VEC_BYTES // ITEMSIZE[dtype]
+    return [
+        v
+        for v in range(3, 10)
+        if plan_of("backward", 512 * v * per_vec, dtype, device, totals=totals).family == "shared"
+    ]
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_device_can_launch(direction, capability):
-    """Threads, registers, shared memory: what __launch_bounds__ promise fits a multiprocessor."""
-    limits, device = DeviceLimits.of(capability), device_of(capability)
-    for dtype, totals, rows in itertools.product(ITEMSIZE, (BOTH, NEITHER), (1, MANY)):
-        for N in lengths(direction, dtype):
-            for stage in plan_of(direction, N, dtype, device, totals=totals, rows=rows).stages:
-                threads = stage.block[0]
-                resident = threads * stage.blocks_per_sm
-                registers = min(255, limits.registers // resident // 8 * 8)
-                refusal = limits.refuse(
-                    stage.grid, stage.block, stage.shared_bytes, 0, stage.shared_bytes, registers,
-                    (stage.cluster, 1, 1),
-                )  # fmt: skip
-                assert not refusal
-                assert threads % 32 == 0
-                assert resident <= limits.threads_per_multiprocessor
-                if not stage.family.startswith(("shared", "cluster")):
-                    assert stage.shared_bytes <= 48 * 1024  # without opting in
-                reserved = limits.shared_per_multiprocessor - limits.opt_in_shared  # per block
-                used = (stage.shared_bytes + reserved) * stage.blocks_per_sm
-                assert used <= limits.shared_per_multiprocessor
-                assert registers >= 40
+@EACH_DTYPE
+@EACH_TOTALS
+def test_shared_memory_is_used_up_backward(capability, dtype, totals):
+    """K3 ends where its sums for dweight and dbias fill the device, or at 64 KiB of x.
+
+    With 64 KiB of shared memory and float16 it has no row: K5 follows K2.
+    """
+    device = device_of(capability)
+    held = kept_by_shared(dtype, device, totals)
+    assert held == list(range(3, 3 + len(held)))
+    if len(held) < 6:
+        roomy = dataclasses.replace(device, shared_bytes=2**20, max_cluster=1)
+        N = 512 * (3 + len(held)) * VEC_BYTES // ITEMSIZE[dtype]
+        a_vector_more = plan_of("backward", N, dtype, roomy, totals=totals).stages[0]
+        assert a_vector_more.shared_bytes > device.shared_bytes
+
+
+def test_which_sums_are_wanted_decides_what_fits():
+    """float16 on sm_86, in vectors of a thread: one sum takes half the memory of two."""
+    for totals, last in ((BOTH, 3), (("float16", None), 6), (NEITHER, 8)):
+        assert kept_by_shared("float16", device_of("86"), totals)[-1] == last
+
+
+@EACH
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_both_halves_are_planned_alike(direction, dtype):
+    for N in (1, 64, 65, 1000, 5000, 20_000, 60_000, 200_000):
+        mine, other = (
+            [dataclasses.replace(s, name="", x_dtype="") for s in plan_of(direction, N, d).stages]
+            for d in (dtype, "float16")
+        )
+        assert mine == other
+
+
+# --- the number of rows -------------------------------------------------------------------------
+
+
+def without_rows(plan):
+    """What may not depend on the number of rows: all but the grid, and what changes no bit."""
+    stages = tuple(dataclasses.replace(stage, grid=()) for stage in plan.stages)
+    free = {"workspace_bytes": 0, "workspace": (), "parts": 0, "partials": 0}
+    return dataclasses.replace(plan, stages=stages, **free)
+
+
+@pytest.mark.parametrize(
+    ("device", "long", "many"),
+    [
+        (BEFORE, SPLIT_MIN_VECS, (1, 2, 66, 67, 1000, 10**6)),
+        (SM90, CLUSTER_SPLIT_MIN_VECS, (1, 2, 8, 9, 1000, 10**6)),
+    ],
+    ids=["shared", "cluster"],
+)
+@EACH_DTYPE
+def test_rows_choose_only_between_split_and_another(dtype, device, long, many):
+    """As many blocks as half the multiprocessors, and a row long enough; the bits are the same."""
+    edges = {row.max_vecs for row in FORWARD[:-1] if row.cluster == 1}
+    edges |= {long, 14_300, 40_000, 20 * CHUNK_VECS, 63 * CHUNK_VECS, 100 * CHUNK_VECS}
+    for vecs, more in itertools.product(edges, (0, 1)):
+        N = (vecs + more) * VEC_BYTES // ITEMSIZE[dtype]
+        plans = [plan_of("forward", N, dtype, device, rows=rows) for rows in many]
+        families = [plan.family for plan in plans]
+        if len(set(families)) == 2:
+            assert vecs + more >= long
+            assert families[:3] == ["split"] * 3 and "split" not in families[3:]
+            # One section per chunk, so that the trees over the chunks are the same.
+            assert all(p.chunks_per_section == 1 for p in plans[:3])
+        for family in set(families):
+            same = [without_rows(plan) for plan in plans if plan.family == family]
+            assert all(plan == same[0] for plan in same)
+    assert (SPLIT_MIN_VECS, CLUSTER_SPLIT_MIN_VECS) == (8 * CHUNK_VECS, 64 * CHUNK_VECS)
+
+
+@EACH_DTYPE
+@EACH_TOTALS
+def test_rows_choose_no_family_backward(dtype, totals):
+    """Nor anything else but grids: the bits of a row of dx are the same in every batch.
+
+    But for K4 and K5, whose dx has the same bits.
+    """
+    many = [(BEFORE, rows) for rows in (1, 2, 133, 10**6)]
+    many.append((dataclasses.replace(BEFORE, sm_count=16), MANY))
+    for N in lengths("backward", dtype):
+        plans = [
+            without_rows(plan_of("backward", N, dtype, device, rows=rows, totals=totals))
+            for device, rows in many
+        ]
+        assert all(plan == plans[0] for plan in plans)
+
+
+@pytest.mark.parametrize("totals", [BOTH, NEITHER])
+def test_rows_choose_between_cluster_and_split_backward(totals):
+    """Where clusters would take less than a quarter of the device: its 33rd block is enough."""
+    per_cluster = 4 if totals == BOTH else 1
+    for chunks, cluster in ((7, 4), (8, 4), (16, 8)):
+        enough = 1 if chunks < 8 else -(-33 // cluster)
+        for clusters in (enough - 1, enough, 2 * enough):
+            if clusters:
+                rows = clusters * per_cluster
+                plan = of_chunks("backward", chunks, "float32", rows=rows, totals=totals)
+                assert plan.family == ("cluster" if clusters >= enough else "split")
+
+
+# --- names and texts ------------------------------------------------------------------------------
 
 
 def test_constants_agree_with_the_kernel_text():
@@ -459,14 +520,13 @@ def test_constants_agree_with_the_kernel_text():
     assert f"APPLY_VECS = {APPLY_VECS}," in text
     chunk = (kernels_folder() / "chunk.cuh").read_text(encoding="utf-8")
     warps, vecs = (
-        int(re.search(pattern, chunk)[1])
-        for pattern in (r"CHUNK_WARPS = (\d+),", r"CHUNK_VECS = (\d+),")
+        int(re.search(rf"\b{name} = (\d+),", chunk)[1]) for name in ("CHUNK_WARPS", "CHUNK_VECS")
     )
-    assert 32 * warps * vecs == CHUNK_VECS
-    assert plan_of("backward", 10**6).stages[2].block == (32 * warps, 1, 1)
+    assert (32 * warps, 32 * warps * vecs) == (CHUNK_THREADS, CHUNK_VECS)
+    assert 3 * warps + 1 == CHUNK_PARTIALS
+    assert "CHUNK_PARTIALS = 3 * CHUNK_WARPS + 1" in chunk
+    assert plan_of("backward", 10**6).stages[2].block == (CHUNK_THREADS, 1, 1)
 
-
-# --- names --------------------------------------------------------------------------------------
 
 CODE = "(?:f16|bf16|f32|f64)"
 AFFINE = rf"(?:_w_(?P<w>{CODE}))?(?:_b_(?P<b>{CODE}))?"
@@ -500,12 +560,10 @@ def test_a_name_states_its_specialization():
                 assert said["x"] == CODES[dtype]
                 affine = (None, None) if stage.kernel.endswith("split_stats") else (weight, bias)
                 assert (said["w"], said["b"]) == tuple(CODES.get(d) for d in affine)
-                if plan.family in (*REGISTERS, "shared"):
-                    assert int(said["t"]) == plan.threads_per_row
                 assert said["s"] == ("_bulk" if plan.family == "shared" else None)
                 assert int(said["c"] or 1) == stage.cluster
-                if plan.family == "cluster":
-                    assert int(said["t"]) == stage.block[0]
+                if plan.family != "split":
+                    assert int(said["t"]) * stage.cluster == plan.threads_per_row
                 if plan.family in REGISTERS:
                     assert int(said["v"]) == plan.vecs_per_thread
 
@@ -544,6 +602,8 @@ def test_one_source_per_name_and_one_name_per_source(direction, least):
         body = source.replace(f"{stage.name}(", "entry(")
         assert by_source.setdefault(body, stage.name) == stage.name
         assert source.count(f"{stage.name}(") == 1
+        dims = f"__cluster_dims__({stage.cluster}, 1, 1) " if stage.cluster > 1 else ""
+        assert f"__global__ void {dims}__launch_bounds__({stage.block[0]}, " in source
     assert len(by_name) > least
 
 

@@ -6,23 +6,24 @@ import numpy as np
 import pytest
 
 from cupynorm._cuda import rows as _rows
-from cupynorm._cuda.launch import choose_plan
-from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
+from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, totals_stages
 from tests import oracle
-from tests.conftest import np_dtype
+from tests.conftest import ALL_DTYPES, np_dtype
 from tests.cuda.rows import (
     DX_ALONE,
     EACH,
     FAMILIES,
     At,
+    Rows,
+    add_partials,
     case,
     check,
     device_for,
+    execute,
     far_rows,
     length,
     problem_of,
     run,
-    run_plan,
     statistics,
     vector_at,
 )
@@ -33,8 +34,9 @@ EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
 def plain(rows, N, dtype="float32", **x):
-    """A forward without weight and bias."""
-    return case("forward", rows, N, dtype, None, None, **x)
+    """A forward whose weight is 1 and whose bias is 0."""
+    ones, zeros = np.ones(N, np.float32), np.zeros(N, np.float32)
+    return dataclasses.replace(case("forward", rows, N, dtype, **x), weight=ones, bias=zeros)
 
 
 def kernel_error(result, data):
@@ -57,7 +59,7 @@ def test_lanes_past_N_stay_out_of_the_sums(machine, direction, family):
     widest = length(family, "float32", direction)
     fewer = (0, 1, 2, 100) if direction == "forward" else (0, 102)
     for N in (widest - n for n in fewer):
-        data = case(direction, 2, N, bias=None, scale=1.0, offset=1000.0)
+        data = case(direction, 2, N, scale=1.0, offset=1000.0)
         result = run(machine, data, family)
         if direction == "forward":
             rstd = oracle.layer_norm(data.x, (1,), None, None, 1e-5)[2][:, 0]
@@ -110,7 +112,7 @@ def test_constant_rows(machine, family, dtype):
     N = length(family, dtype)
     constants = np.array([0.0, 0.1, -3e4, 65504.0]).astype(np_dtype(dtype))
     x, bias = np.repeat(constants[:, None], N, axis=1), case("forward", 1, N).bias
-    data = dataclasses.replace(plain(1, 1), x=x, weight=np.ones(N, np.float32), bias=bias)
+    data = dataclasses.replace(plain(1, N), x=x, bias=bias)
     y, mean, rstd = run(machine, data, family).arrays
     np.testing.assert_array_equal(mean, constants.astype(np.float32))
     np.testing.assert_allclose(rstd, 1e-5**-0.5, rtol=1e-6)
@@ -135,8 +137,7 @@ def test_constant_rows_backward(machine, family):
 )
 def test_float16_near_its_maximum(machine, direction, family, second):
     N = length(family, "float16", direction)
-    weight = None if direction == "forward" else "float32"
-    data = case(direction, 3, N, "float16", weight, None)
+    data = case(direction, 3, N, "float16")
     high = np.random.default_rng(N).random((3, N)) < 0.5
     data.x[...] = np.where(high, 65504.0, [[-65504.0], [second], [0.0]])
     check(run(machine, data, family), data)
@@ -165,9 +166,8 @@ SPOILERS = [
 @pytest.mark.parametrize(("direction", "family", "spoiler"), SPOILERS)
 def test_nan_and_inf_of_x_spoil_their_row_only(machine, direction, family, spoiler):
     """Of a backward their x_hat is NaN, so dweight is lost, and dbias does not see x."""
-    weight = None if direction == "forward" else "float32"
     rows = 3 if family == "cluster" else 9
-    data = case(direction, rows, length(family, "float32", direction), "float32", weight, None)
+    data = case(direction, rows, length(family, "float32", direction))
     options = {"sm_count": 1} if direction == "backward" else {}
     clean = run(machine, data, family, **options)
     spoilt = (1,) if rows == 3 else (4, 7)
@@ -268,19 +268,15 @@ def test_rows_more_than_2_to_31_elements_apart(machine, direction, family, outer
     small = {"weight": data.weight, "bias": data.bias}
     if data.backward:
         small |= dict(zip(("mean", "rstd"), statistics(data.x), strict=True))
-    held = {name: vector_at(machine, name, a, 0) for name, a in small.items()}
+    held = {name: vector_at(machine, name, a, 0) for name, a in small.items() if a is not None}
     dtypes = {"x": "float16", "weight": "float32", "bias": data.bias is not None and "float32"}
-    sizes = (outer, 2 // outer, N)
-    problem = problem_of(dtypes, sizes, strides, data.backward)
-    plan = choose_plan(problem, device_for(machine, family, direction))
-    order = (*data.shaped, "weight", "bias", "", "")
-    if data.backward:
-        order = ("dy", "x", "mean", "rstd", "weight", "dx", "", "")
-    at = {name: pieces[0].ptr for name, pieces in far.items()}
-    at |= {name: 0 if rows is None else rows.ptr for name, rows in held.items()}
+    problem = problem_of(dtypes, (outer, 2 // outer, N), strides, data.backward)
+    pointers = {name: pieces[0].ptr for name, pieces in far.items()}
+    pointers |= {name: rows.ptr for name, rows in held.items()}
     memories = [m for pieces in far.values() for m in pieces]
-    memories += [rows.memory for rows in held.values() if rows is not None]
-    run_plan(machine, plan, problem, [at.get(name, 0) for name in order], memories)
+    memories += [rows.memory for rows in held.values()]
+    plan, _ = execute(machine, problem, device_for(machine, family, direction), pointers, memories)
+    assert plan.family == family
     got = [machine.get(memory).view(np.float16) for memory in far[data.shaped[-1]]]
     np.testing.assert_array_equal(got, expected)
 
@@ -292,28 +288,32 @@ def totals_of(machine, partials, dtypes, N):
     """column_totals over partials of shape (which, count, pitch), as a plan would launch it."""
     kind = partials.dtype.name
     named = {"x": kind, "dweight": dtypes[0], "dbias": dtypes[1]}
-    problem = problem_of(named, (1, 1, N), {"x": (N, N), "dy": (N, N)}, backward=True)
-    stage = choose_plan(problem, machine.device).stages[-1]
-    assert stage.kernel == "column_totals"
-    _, count, pitch = partials.shape
-    workspace = vector_at(machine, "workspace", partials.ravel(), 0)
-    targets = [
-        vector_at(machine, "total", np.zeros(N, np_dtype(d)), 0) if d else None for d in dtypes
-    ]
-    memories = [workspace.memory]
-    for target in targets:
-        if target is not None:
-            target.memory.writable = True
-            memories.append(target.memory)
-    pointers = [0 if t is None else t.ptr for t in targets]
-    machine.run(stage, (workspace.ptr, count, pitch, N, *pointers), memories, 1)
+    (stage,) = totals_stages(problem_of(named, (1, 1, N), {"x": (N, N)}, backward=True))
     assert sum(d is not None for d in dtypes) == len(partials)
-    return [None if t is None else t.get()[0] for t in targets]
+    found = []
+    for on_host in (False, True):
+        held = {"workspace": vector_at(machine, "workspace", partials.ravel(), 0)}
+        for name, dtype in zip(("dweight", "dbias"), dtypes, strict=True):
+            held[name] = dtype and Rows(machine, name, np_dtype(dtype), (1, 1, N))
+        at = [a.ptr if a else 0 for a in held.values()]
+        args = at[0], *partials.shape[1:], N, *at[1:]
+        memories = [a.memory for a in held.values() if a]
+        if on_host:
+            add_partials(machine, {m.ptr: m for m in memories}, stage, *args)
+        else:
+            machine.run(stage, args, memories, 1)
+        found.append([held[n].get()[0] if held[n] else None for n in ("dweight", "dbias")])
+    mine, host = found
+    assert [a is None or a.tobytes() for a in mine] == [a is None or a.tobytes() for a in host]
+    return mine
 
 
 @pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 65, 528])
 def test_totals_of_any_number_of_partials(machine, count):
-    """Padded columns are not read, and the order of the sum is not one long chain."""
+    """Padded columns are not read, and the order of the sum is not one long chain.
+
+    The host's sums, with which the simulator saves time elsewhere, are the same to the bit.
+    """
     rng = np.random.default_rng(count)
     N, pitch = 37, 40
     partials = rng.standard_normal((2, count, pitch)).astype(np.float32)
@@ -328,7 +328,11 @@ def test_totals_of_any_number_of_partials(machine, count):
 
 
 @pytest.mark.parametrize(
-    "dtypes", [("float16", "bfloat16"), ("bfloat16", None), (None, "float16"), ("float64", None)]
+    "dtypes",
+    [
+        *((dtype, dtype) for dtype in ALL_DTYPES),
+        *(("float16", "bfloat16"), ("bfloat16", None), (None, "float16"), ("float64", None)),
+    ],
 )
 @pytest.mark.parametrize("kind", ["float32", "float64"])
 def test_totals_are_rounded_once(machine, kind, dtypes):

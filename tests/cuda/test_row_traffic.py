@@ -130,7 +130,7 @@ def test_statistics_and_weight_of_the_backward(family):
 def test_partials_are_written_and_read_once(family, wanted):
     """With the bytes that the plan gives them; the columns past N are not read."""
     N, rows = length(family, "float32", "backward"), ROWS[family]
-    result = run(SIMULATED, case("backward", rows, N), family, sm_count=1, wanted=wanted)
+    result = run(SIMULATED, case("backward", rows, N), family, sm_count=1, wanted=wanted, add=True)
     plan, totals = result.plan, sum(wanted[1:])
     kept = 4 * totals * plan.partials * plan.pitch
     own = 12 * rows * (plan.sections + 1) if family == "split" else 0
@@ -152,7 +152,7 @@ def test_what_is_not_wanted_moves_nothing():
     data = case("backward", 40, length("warp", "float32"))
     (only,) = run(SIMULATED, data, "warp", wanted=DX_ALONE).traffic
     assert only["workspace"].written_bytes == 0
-    sums, _ = run(SIMULATED, data, "warp", wanted=(False, True, True)).traffic
+    (sums,) = run(SIMULATED, data, "warp", wanted=(False, True, True)).traffic
     assert not has(sums, "dx")
     assert (sums["x"].read_bytes, sums["dy"].read_bytes) == (data.x.nbytes, data.x.nbytes)
 
@@ -248,7 +248,8 @@ def test_partials_are_a_small_part_of_what_moves(request):
 
 # --- sectors ------------------------------------------------------------------------------------
 
-ALIGNED = (2, 8, 10, 16, 32, 48, 64, 128, 256, 512, 1024, 2048, 2050, 7168, 14_000)  # vectors
+# Vectors; every other one fills a row of the tables.
+ALIGNED = (2, 8, 10, 16, 48, 32, 60, 64, 128, 256, 600, 512, 2048, 1024, 7168, 14_000)
 
 
 def at_every_alignment(direction, N, dtype):
@@ -257,11 +258,11 @@ def at_every_alignment(direction, N, dtype):
     return case(direction, 37 if vecs <= 64 else 8, N, dtype)
 
 
-@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_aligned_rows_use_whole_sectors(dtype):
     """Rows of whole sectors: every byte of every touched sector is asked for, 16 at a time."""
     per_vec = VEC_BYTES // ITEMSIZE[dtype]
-    for N in (v * per_vec for v in ALIGNED):
+    for N in (v * per_vec for v in (ALIGNED if dtype == "float32" else ALIGNED[1::2])):
         result = run(SIMULATED, at_every_alignment("forward", N, dtype), device=DEVICES["forward"])
         assert use(result) == 1.0, N
         last = result.traffic[-1]
@@ -291,7 +292,7 @@ def test_aligned_rows_use_whole_sectors_backward(dtype):
         data = case("backward", 2, (CHUNK_VECS + 64) * per_vec, dtype)
         result = run(SIMULATED, data, family)
         assert use(result) == 1.0
-        assert getattr(result.traffic[-2]["workspace"], partials) == 1.0
+        assert getattr(result.traffic[-1]["workspace"], partials) == 1.0
 
 
 ODD = (65, 101, 129, 255, 385, 511, 769, 1023, 1025, 1537, 2049, 3001, 5001, 8191, 20_001)
@@ -302,7 +303,7 @@ LEAST = {"forward": (0.9, 1536), "backward": (0.85, 768)}
 
 @pytest.mark.parametrize(
     ("direction", "dtype"),
-    [*(("forward", d) for d in ALL_DTYPES), ("backward", "float16"), ("backward", "float32")],
+    [*(("forward", d) for d in FLOATS), ("backward", "float16"), ("backward", "float32")],
 )
 def test_odd_rows_use_most_of_their_sectors(direction, dtype, request):
     """Rows of odd lengths, whose alignments cycle.
@@ -314,6 +315,7 @@ def test_odd_rows_use_most_of_their_sectors(direction, dtype, request):
     """
     lines = []
     lengths = ODD if direction == "forward" else ODD_BACKWARD
+    lengths = lengths if dtype == "float32" else lengths[::2]
     for N in lengths:
         result = run(SIMULATED, at_every_alignment(direction, N, dtype), device=DEVICES[direction])
         lines.append((N, result.plan.family, use(result), use(result, merged=True)))
@@ -338,7 +340,7 @@ def test_odd_rows_use_most_of_their_sectors(direction, dtype, request):
 
 def no_bank_waits(result):
     for traffic in result.traffic:
-        assert not [s for s in traffic.sites() if s.wavefronts > s.minimal_wavefronts]
+        assert traffic.shared.wavefronts == traffic.shared.minimal_wavefronts
         assert traffic.shared.max_ways <= 1
 
 
@@ -359,13 +361,10 @@ def test_no_bank_conflicts(direction, family, dtype):
     if not forward and family == "warp":  # groups of 8 and 16 lanes too
         lengths += [7 * VEC_BYTES // ITEMSIZE[dtype], 15 * VEC_BYTES // ITEMSIZE[dtype]]
     for N, at in itertools.product(lengths, (At(), At(1, 1)) if forward else (At(1, 1),)):
-        result = run(
-            SIMULATED, case(direction, 2 if forward else 3, N, dtype), family, at={"x": at}
-        )
+        data = case(direction, 2 if forward else 3, N, dtype)
+        result = run(SIMULATED, data, family, at={"x": at}, add=dtype != "float16")
         no_bank_waits(result)
-        if not forward:
-            assert result.traffic[-1].shared.warp_reads > 0
-            assert result.traffic[0].shared.warp_reads > 0
+        assert forward or result.traffic[0].shared.warp_reads > 0
 
 
 @pytest.mark.parametrize("N", [64, 1000])
@@ -394,7 +393,7 @@ def test_what_a_cluster_moves(dtype, chunks, cluster):
 def test_what_a_cluster_moves_backward():
     """Partials by the cluster, three numbers of each chunk."""
     rows, chunks, N = 5, 3, cols(3, "float64") + 1
-    result = run(SIMULATED, case("backward", rows, N, "float64"), "cluster", sm_count=1)
+    result = run(SIMULATED, case("backward", rows, N, "float64"), "cluster", sm_count=1, add=True)
     main, columns = result.traffic
     assert use(result) == main["workspace"].write_sector_use == 1.0
     for name in ("x", "dy"):
@@ -404,7 +403,6 @@ def test_what_a_cluster_moves_backward():
     kept = 2 * result.plan.partials * N * 8
     assert main["workspace"].written_bytes == columns["workspace"].read_bytes == kept
     assert result.plan.workspace_bytes == kept
-    assert main.shared.max_ways <= 1
-    assert not [s for s in main.sites() if s.wavefronts > s.minimal_wavefronts]
+    no_bank_waits(result)
     assert main.shared.remote_written_bytes == rows * chunks * 3 * 8  # to the one peer
     assert main.shared.remote_read_bytes == 0

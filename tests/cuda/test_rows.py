@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
-from cupynorm._cuda.rows import BACKWARD, FORWARD
+from cupynorm._cuda.rows import BACKWARD, FORWARD, REGISTERS
 from cupynorm._rules import ITEMSIZE
 from tests.conftest import ALL_DTYPES
 from tests.cuda.rows import (
@@ -29,16 +29,10 @@ from tests.gpu_backend import ON_EACH_MACHINE
 
 pytestmark = ON_EACH_MACHINE
 FLOATS = ("float16", "float32", "float64")
-REGISTERS = ("warp", "block")
 
 
 def laid(direction, *places):
     return dict(zip(SHAPED[direction], places, strict=False))
-
-
-def alone(direction, family):
-    """Options without dweight and dbias, whose sums take most of the time of long rows."""
-    return {"wanted": DX_ALONE} if direction == "backward" and family not in REGISTERS else {}
 
 
 # --- every row of the plan tables, at its edges ---------------------------------------------------
@@ -48,14 +42,13 @@ EDGE_ROWS = {"forward": ((64, 37), (2048, 9)), "backward": ((64, 19), (256, 5))}
 
 
 def edges():
-    for dtype in ALL_DTYPES:
-        for row in FORWARD[:-1]:
-            if row.cluster == 1:  # of K3 the last that sm_90 holds
-                yield "forward", dtype, min(row.max_vecs, 227 * 1024 // VEC_BYTES - 60)
-        for row in BACKWARD:
-            half = dtype == "bfloat16" and row.max_vecs not in (32, 128)
-            if row.family in REGISTERS and not half:  # float16's kernels but for the conversions
-                yield "backward", dtype, row.max_vecs
+    """Of bfloat16 some: its kernels are float16's but for the conversions."""
+    for dtype, row in itertools.product(ALL_DTYPES, FORWARD[:-1]):
+        if row.cluster == 1 and (dtype != "bfloat16" or row.max_vecs in (8, 64, 1024)):
+            yield "forward", dtype, min(row.max_vecs, 227 * 1024 // VEC_BYTES - 60)  # of sm_90
+    for dtype, row in itertools.product(ALL_DTYPES, BACKWARD):
+        if row.family in REGISTERS and (dtype != "bfloat16" or row.max_vecs in (32, 128)):
+            yield "backward", dtype, row.max_vecs
 
 
 @pytest.mark.parametrize(("direction", "dtype", "vecs"), list(edges()))
@@ -66,8 +59,7 @@ def test_edges_of_the_table(machine, direction, dtype, vecs):
     """
     limit = vecs * VEC_BYTES // ITEMSIZE[dtype]
     device = device_for(machine, "shared", direction)
-    few = direction == "backward" and vecs >= 512  # which take seconds
-    for N in (limit - 1, limit, limit + 1)[: 2 if few else 3]:
+    for N in (limit - 1, limit, limit + 1):
         rows = next((n for most, n in EDGE_ROWS[direction] if vecs <= most), 2)
         data = case(direction, rows, N, dtype)
         at = laid(direction, At(1, 1 + N % 2), At(2, 3 + N % 2), At(0, N % 2))
@@ -153,14 +145,13 @@ def test_bits_do_not_depend_on_alignment(machine, direction, family, dtype, skew
     """Of all results; and of a cluster each byte is read once and written once."""
     cluster = family == "cluster"
     data = case(direction, 2 if cluster else 3, length(family, dtype, direction), dtype)
-    options = alone(direction, family) if cluster else {}
-    expected = run(machine, data, family, **options)
+    expected = run(machine, data, family)
     check(expected, data)
     if cluster and direction == "forward":
         assert run(machine, data, "shared").bits() == expected.bits()
     for i in skews or range(16 // ITEMSIZE[dtype] + 1):  # the last is a vector's whole length
         at = spread(data, i)
-        result = run(machine, data, family, affine_offset=i % 2, at=at, **options)
+        result = run(machine, data, family, affine_offset=i % 2, at=at)
         assert result.bits() == expected.bits(), i
         for traffic in result.traffic if cluster else ():
             *read, written = (traffic[name] for name in data.shaped)
@@ -185,7 +176,7 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(machine, direction, family, dt
     data = case(direction, 6, length(family, dtype, direction), dtype)
 
     def rows_of(data, **options):
-        result = run(machine, data, family, **options, **alone(direction, family))
+        result = run(machine, data, family, **options)
         check(result, data)
         return result.rows()
 
@@ -279,7 +270,7 @@ def test_every_cluster_of_the_table_has_the_bits_of_split(
     result = run(machine, data, "cluster", at=places, sm_count=1, **options)
     assert result.plan.stages[0].constants[: len(constants)] == constants
     check(result, data)
-    split = run(machine, data, "split", **alone(direction, "split"))
+    split = run(machine, data, "split")
     assert result.rows() == split.rows()
 
 

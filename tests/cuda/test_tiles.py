@@ -1,4 +1,4 @@
-"""K6, the kernel of strided columns: values, bits under every plan, bytes and banks."""
+"""K6, the kernels of strided columns, forward and backward: values, bits, bytes and banks."""
 
 import dataclasses
 import itertools
@@ -6,249 +6,354 @@ import itertools
 import numpy as np
 import pytest
 
+import cupynorm as cn
+from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import Device
-from cupynorm._cuda.tiles import TILE_CHUNK, plan_of
+from cupynorm._cuda.tiles import LANE_THREADS, LANES, TILE_CHUNK, bytes_beyond_floor, lanes_stage
 from cupynorm._layout import Facts, kernel_problem_of
 from cupynorm._ops import LAYER_NORM
-from cupynorm._rules import stats_dtype
-from tests import oracle
-from tests.conftest import ALL_DTYPES, np_dtype
-from tests.cuda.rows import affine, problem_of
+from tests.conftest import ALL_DTYPES
+from tests.cuda.rows import DX_ALONE, EACH, SHAPED, At, case, check, problem_of, run
 from tests.gpu_backend import ON_EACH_MACHINE, SIMULATED, SM90
-
-pytestmark = ON_EACH_MACHINE
 
 LONG = 2 * 256 + 9  # columns: three chunks, the last in part
 LONGER = 3 * 256
-WAYS = ("FF", "FC", "CF")  # how x and y lie: F has neighbouring rows next to each other
-
-
-@dataclasses.dataclass(frozen=True)
-class Lie:
-    """Where the elements of (outer, M, N) are, from the first one's place; in elements."""
-
-    way: str
-    gap: int = 0  # between the columns of F, the rows of C
-    offset: int = 0
-
-    def strides(self, outer, M, N):
-        if self.way == "F":
-            return N * (M + self.gap), 1, M + self.gap
-        return M * (N + self.gap), N + self.gap, 1
-
-
-def values(outer, M, N, dtype):
-    rng = np.random.default_rng((outer, M, N))
-    return (rng.standard_normal((outer, M, N)) * 3 + 5).astype(np_dtype(dtype))
-
-
-def places(strides, shape):
-    steps = (np.arange(n) * s for n, s in zip(shape, strides, strict=True))
-    return np.add.outer(np.add.outer(*itertools.islice(steps, 2)), next(steps))
-
-
-def normalize(machine, x, ways, weight=None, bias=None, *, device=SM90, seed=0, in_place=False):
-    """y, mean and rstd, what was planned, and what the launch moved."""
-    lies = [w if isinstance(w, Lie) else Lie(w) for w in ways]
-    (outer, M, N), size = x.shape, x.dtype.itemsize
-    strides = [lie.strides(outer, M, N) for lie in lies]
-    where = [places(s, x.shape) for s in strides]
-    source, target = (
-        machine.memory((int(at.max()) + 1) * size, name, lie.offset * size, size)
-        for name, at, lie in zip("xy", where, lies, strict=True)
-    )
-    flat = np.zeros(source.nbytes // size, x.dtype)
-    flat[where[0]] = x
-    machine.put(source, flat)
-    target = source if in_place else target
-    source.writable = in_place
-    kind = np.dtype(stats_dtype(x.dtype.name))
-    stats = [
-        machine.memory(outer * M * kind.itemsize, n, 0, kind.itemsize) for n in ("mean", "rstd")
-    ]
-    vectors = []
-    for name, values_ in (("weight", weight), ("bias", bias)):
-        vector = None
-        if values_ is not None:
-            vector = machine.memory(values_.nbytes, name, 0, values_.itemsize)
-            machine.put(vector, values_)
-        vectors.append(vector)
-    named = {"x": x, "weight": weight, "bias": bias}
-    dtypes = {name: None if a is None else a.dtype.name for name, a in named.items()}
-    problem = problem_of(dtypes, x.shape, dict(zip("xy", strides, strict=True)))
-    plan = plan_of(problem, device)  # of one row, too, whose columns are neighbours
-    arrays = [source, target, *vectors, *stats]
-    pointers = [0 if a is None else a.ptr for a in arrays]
-    memories = list({a.ptr: a for a in arrays if a is not None}.values())
-    steps = (*strides[0], *strides[1], M, 1)
-    (stage,) = plan.stages
-    call = (*pointers, problem.rows, M, *steps, N, 1e-5, *([plan.panel] if plan.panel else []))
-    traffic = machine.run(stage, call, memories, seed)
-    y = machine.get(target).view(x.dtype)[where[1]]
-    mean, rstd = (machine.get(s).view(kind).reshape(outer, M) for s in stats)
-    return y, mean, rstd, plan, traffic
-
-
-def check(result, x, weight=None, bias=None):
-    y, mean, rstd = oracle.layer_norm(x, (2,), weight, bias, 1e-5)
-    kind = stats_dtype(x.dtype.name)
-    for got, want, dtype, scale in (
-        (result[0], y, x.dtype.name, 1.0),
-        (result[1], mean[..., 0], kind, float(np.abs(x.astype(np.float64)).max())),
-        (result[2], rstd[..., 0], kind, 1.0),
-    ):
-        bound = oracle.tolerance(dtype, x.shape[2])
-        np.testing.assert_allclose(got.astype(np.float64), want, rtol=bound, atol=bound * scale)
-
-
-def bits(result):
-    return [a.tobytes() for a in result[:3]]
-
-
+WAYS = ("FF", "FC", "CF")  # how x and y, or x and dy, lie: F has neighbouring rows side by side
+FLOATS = ("float16", "float32", "float64")
 SMALL = Device(compute_capability=75, sm_count=4, shared_bytes=64 * 1024)
+ONE_SM = dataclasses.replace(SM90, sm_count=1)  # two blocks are enough for lanes
+MANY_SMS = dataclasses.replace(SM90, sm_count=10_000)  # nothing is: the tile takes it
+PANELS = Device(compute_capability=75, sm_count=1, shared_bytes=64 * 1024)
 
 
+def laid(direction, ways, gap=0, offset=0):
+    """Places of arrays of x's shape, x first; dx lies as x does."""
+    x, other = (At(offset, gap, way=way) for way in ways)
+    return {"x": x, "y": other} if direction == "forward" else {"x": x, "dy": other, "dx": x}
+
+
+def tiled(machine, data, ways="FF", gap=0, offset=0, **options):
+    """A run whose arrays lie so; on a device of many blocks no lanes are taken."""
+    options.setdefault("device", SM90 if data.backward else MANY_SMS)
+    at = laid(data.direction, ways, gap, offset)
+    result = run(machine, data, at=at, **options)
+    assert result.plan.family in ("column", "panels", "lanes")
+    return result
+
+
+def main(result):
+    """What the first launch moved; nothing is counted on a GPU."""
+    return result.traffic[0]
+
+
+# --- values and bits ------------------------------------------------------------------------------
+
+SHAPES = {  # outer, M, N: rows past the tile's edge, few columns and many, several batches
+    "forward": ((1, 2, 2), (1, 70, 3), (3, 77, 8), (2, 33, 13), (1, 130, 40), (1, 65, 300)),
+    "backward": ((1, 3, 2), (1, 70, 8), (2, 150, 13), (1, 65, 40), (1, 130, 300)),
+}
+
+
+@ON_EACH_MACHINE
+@EACH
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
-def test_shapes(machine, dtype, way):
-    """Rows past the tile's edge, one column and many, several batches, every span of lanes."""
-    for outer, M, N in ((1, 1, 2), (1, 70, 3), (3, 77, 8), (2, 33, 13), (1, 130, 40), (1, 65, 300)):
-        x, (weight, bias) = values(outer, M, N, dtype), affine(N)
-        check(normalize(machine, x, way, weight, bias), x, weight, bias)
+def test_shapes(machine, direction, dtype, way):
+    for outer, M, N in SHAPES[direction]:
+        data = case(direction, outer * M, N, dtype)
+        check(tiled(machine, data, way, gap=N == 2, outer=outer), data)
 
 
+@ON_EACH_MACHINE
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_no_plan_moves_a_bit(machine, dtype, way):
     """Tiles of other widths, one panel or several, odd addresses and pitches, thread orders."""
-    x, (weight, bias) = values(1, 300, LONG, dtype), affine(LONG)
-    seen = {}
-    expected = None
+    data = case("forward", 140, LONG, dtype)
+    seen, expected = set(), None
     for shared, sm_count in ((227, 1), (227, 132), (99, 1), (64, 1)):
         device = dataclasses.replace(SM90, shared_bytes=shared * 1024, sm_count=sm_count)
-        for lies in (way, [Lie(w, gap=3, offset=1) for w in way]):
-            result = normalize(machine, x, lies, weight, bias, device=device, seed=shared)
-            expected = expected or bits(result)
-            assert bits(result) == expected
-            seen[result[3].panels, result[3].rows_per_block] = True
-    check(result, x, weight, bias)
-    panels = [panels for panels, _ in seen]
+        odd = {"gap": 3, "offset": 1} if shared != 99 else {}
+        result = tiled(machine, data, way, device=device, seed=shared, **odd)
+        expected = expected or result.bits()
+        assert result.bits() == expected
+        seen.add((result.plan.panels, result.plan.rows_per_block))
+    check(result, data)
+    panels, rows = ({held[i] for held in seen} for i in (0, 1))
     assert min(panels) < max(panels)
-    assert len({rows for _, rows in seen}) > (dtype != "float64")
+    assert len(rows) > (dtype != "float64")
 
 
+@ON_EACH_MACHINE
+@EACH
+def test_bits_of_a_row_are_its_own(machine, direction):
+    """Whichever batch it stands in, and whichever way it is read and written."""
+    data = case(direction, 200, 50)
+    whole = tiled(machine, data, "FC").rows()
+    check(tiled(machine, data, "FC"), data)
+    for way in WAYS:
+        assert tiled(machine, data.rows(slice(57, 80)), way).rows() == whole[57:80]
+
+
+@ON_EACH_MACHINE
+@EACH
+def test_large_offset_and_nan(machine, direction):
+    data = case(direction, 70, 40, scale=0.1, offset=1e6)
+    clean = tiled(machine, data)
+    check(clean, data)
+    data.x[11, 3], data.x[41, 39] = np.nan, np.inf
+    spoilt = tiled(machine, data)
+    assert np.isnan(spoilt.arrays[0][[11, 41]]).all()
+    others = [i for i in range(70) if i not in (11, 41)]
+    assert [spoilt.rows()[i] for i in others] == [clean.rows()[i] for i in others]
+
+
+@ON_EACH_MACHINE
 @pytest.mark.parametrize("way", ["FC", "CF"])
 def test_two_columns_at_once(machine, way):
     """16-bit rows that begin on four bytes; the last column of an odd number goes alone."""
     for N in (13, 40, 301):
-        x, (weight, bias) = values(2, 77, N, "bfloat16"), affine(N)
-        expected = bits(normalize(machine, x, "FF", weight, bias))
-        lies = [Lie(w, gap=N % 2 if w == "C" else 1, offset=2) for w in way]
-        result = normalize(machine, x, lies, weight, bias)
-        assert bits(result) == expected
+        data = case("forward", 154, N, "bfloat16")
+        expected = tiled(machine, data, outer=2)
+        x, y = (At(2, N % 2 if w == "C" else 1, way=w) for w in way)
+        result = run(machine, data, at={"x": x, "y": y}, outer=2, device=MANY_SMS)
+        assert result.bits() == expected.bits()
         if machine is SIMULATED:
-            widths = result[4]["y"].write_widths if way == "FC" else result[4]["x"].read_widths
+            moved = main(result)
+            widths = moved["y"].write_widths if way == "FC" else moved["x"].read_widths
             assert widths == {4: 2 * 77 * (N // 2)} | ({2: 2 * 77} if N % 2 else {})
 
 
-def test_bits_of_a_row_are_its_own(machine):
-    """Whichever batch it stands in, and whichever way it is read and written."""
-    x, (weight, bias) = values(2, 90, 50, "float32"), affine(50)
-    whole = normalize(machine, x, "FC", weight, bias)[0]
-    for way in WAYS:
-        part = normalize(machine, x[1:, 37:48], way, weight, bias)[0]
-        assert (part == whole[1:, 37:48]).all()
-
-
-def test_nan_and_infinity_stay_in_their_row(machine):
-    x = values(1, 80, 30, "float32")
-    clean = normalize(machine, x, "FC")[0]
-    x[0, 5, 3], x[0, 41, 29] = np.nan, np.inf
-    y = normalize(machine, x, "FC")[0]
-    assert np.isnan(y[0, [5, 41]]).all()
-    others = np.delete(np.arange(80), [5, 41])
-    assert (y[0, others] == clean[0, others]).all()
-
-
-def test_large_offset(machine):
-    x = (values(1, 64, 100, "float32") * np.float32(0.3) + np.float32(1e6)).astype(np.float32)
-    check(normalize(machine, x, "FF"), x)
-
-
+@ON_EACH_MACHINE
 @pytest.mark.parametrize("N", [40, LONG])
 def test_in_place(machine, N):
     """Also in two sweeps, the second of which reads again what the first did."""
-    x, device = values(1, 100, N, "float16"), dataclasses.replace(SMALL, sm_count=1)
-    expected = bits(normalize(machine, x, "FF", device=device))
-    assert bits(normalize(machine, x, "FF", device=device, in_place=True)) == expected
+    data, device = case("forward", 100, N, "float16"), dataclasses.replace(SMALL, sm_count=1)
+    expected = tiled(machine, data, device=device).bits()
+    assert tiled(machine, data, device=device, in_place=True).bits() == expected
 
 
+@ON_EACH_MACHINE
 @pytest.mark.parametrize(("weight", "bias"), [("float64", None), (None, "float16"), (None, None)])
 def test_weight_and_bias_of_their_own(machine, weight, bias):
-    x, (w, b) = values(1, 40, 20, "float16"), affine(20, weight, bias)
-    check(normalize(machine, x, "FC", w, b), x, w, b)
+    data = case("forward", 40, 20, "float16", weight, bias)
+    check(tiled(machine, data, "FC"), data)
+
+
+# --- backward: what is wanted, and more columns than two tiles hold -------------------------------
+
+
+@ON_EACH_MACHINE
+@pytest.mark.parametrize("wanted", [DX_ALONE, (False, True, True), (True, True, False)])
+def test_what_is_wanted(machine, wanted):
+    data = case("backward", 90, 20, "float16")
+    whole, some = (tiled(machine, data, wanted=w) for w in ((True,) * 3, wanted))
+    check(some, data)
+    for want, part, all_of_it in zip(wanted, some.bits(), whole.bits(), strict=True):
+        assert part == (all_of_it if want else None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "way", "wanted"),
+    [
+        *(("float32", way, (True, True, True)) for way in WAYS),
+        ("float16", "FC", (True, True, True)),
+        ("bfloat16", "CF", (True, True, True)),
+        ("float64", "FF", (True, True, True)),
+        *(("float16", "FC", w) for w in (DX_ALONE, (False, True, True), (False, False, True))),
+    ],
+)
+def test_panels(dtype, way, wanted):
+    """Whole panels and a last one in part, several tiles a block; they move no bit of dx."""
+    data = case("backward", 150, 283, dtype)
+    result = tiled(SIMULATED, data, way, device=PANELS, wanted=wanted)
+    assert result.plan.family == "panels"
+    assert result.plan.stages[0].grid[0] <= 2  # so one has two tiles, but for 16-bit ones
+    check(result, data)
+    assert main(result).shared.max_ways <= 2
+    if dtype == "float32" and wanted[0]:
+        whole = tiled(SIMULATED, data, way)
+        assert whole.plan.family == "column"
+        assert result.rows() == whole.rows()
+
+
+def test_panels_read_twice_but_for_the_last():
+    """Counted; and what `explain` says of it, partial sums included."""
+    rows, N = 256, 300
+    data = case("backward", rows, N, weight=None)
+    result = tiled(SIMULATED, data, device=PANELS, wanted=(True, False, True), add=True)
+    plan, (moved, totals) = result.plan, result.traffic
+    last = N - N // plan.panel * plan.panel
+    tiles, blocks = rows // plan.rows_per_block, plan.stages[0].grid[0]
+    assert 0 < last < plan.panel < N and blocks < tiles
+    read = sum(b.read_bytes for b in moved.buffers)
+    written = sum(b.written_bytes for b in moved.buffers)
+    nbytes, statistics, partial = data.x.nbytes, 2 * 4 * rows, 4 * N
+    again = 2 * 4 * rows * (N - last)
+    assert read == 2 * nbytes + again + statistics + (tiles - blocks) * partial
+    assert written == nbytes + tiles * partial
+    summed = sum(b.read_bytes for b in totals.buffers)
+    strides = dict.fromkeys(SHAPED["backward"], (0, 1, rows))
+    dtypes = {"x": "float32", "dbias": "float32"}
+    problem = problem_of(dtypes, (1, rows, N), strides, backward=True)
+    assert read + written + summed == 3 * nbytes + statistics + bytes_beyond_floor(problem, plan)
 
 
 # --- counted ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_bytes_sectors_and_banks(machine, dtype, way):
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bytes_sectors_and_banks(dtype, way):
     """Up to one tile every byte is read and written once, and no bank meets more than two lanes."""
-    if machine is not SIMULATED:
-        pytest.skip("nothing is counted on a GPU")
     for N in (8, 16, 64, 200):
-        x, (weight, bias) = values(1, 512, N, dtype), affine(N)
-        *_, plan, traffic = normalize(machine, x, way, weight, bias)
-        assert plan.panels == 1
-        assert traffic["x"].read_bytes == traffic["y"].written_bytes == x.nbytes
-        assert traffic["x"].written_bytes == traffic["y"].read_bytes == 0
-        assert traffic["x"].merged_read_sector_use == traffic["y"].merged_write_sector_use == 1
+        data = case("forward", 512, N, dtype)
+        result = tiled(SIMULATED, data, way)
+        moved, nbytes = main(result), data.x.nbytes
+        assert result.plan.panels == 1
+        assert moved["x"].read_bytes == moved["y"].written_bytes == nbytes
+        assert moved["x"].written_bytes == moved["y"].read_bytes == 0
+        assert moved["x"].merged_read_sector_use == moved["y"].merged_write_sector_use == 1
         # Rows of 400 bytes begin in the middle of a sector, which the next access fills.
-        least = 0.78 if N * x.itemsize == 400 and "C" in way else 1
-        assert min(traffic["x"].read_sector_use, traffic["y"].write_sector_use) >= least
+        least = 0.78 if N * data.x.itemsize == 400 and "C" in way else 1
+        assert min(moved["x"].read_sector_use, moved["y"].write_sector_use) >= least
         if way == "FC":
-            assert set(traffic["y"].write_widths) == {max(4, x.itemsize)}
-        assert traffic.shared.max_ways <= 2
+            assert set(moved["y"].write_widths) == {max(4, data.x.itemsize)}
+        assert moved.shared.max_ways <= 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_three_passes_and_banks(dtype, way):
+    for N in (8, 40, 300):
+        data = case("backward", 256, N, dtype)
+        result = tiled(SIMULATED, data, way)
+        moved, size = main(result), 4 * N
+        read = sum(b.read_bytes for b in moved.buffers) - moved["weight"].read_bytes
+        assert read == 2 * data.x.nbytes + 2 * 4 * 256
+        written = sum(b.written_bytes for b in moved.buffers)
+        assert written == data.x.nbytes + 2 * size * result.plan.partials
+        assert moved.shared.max_ways <= 2
 
 
 @pytest.mark.parametrize(
-    ("dtype", "least"), [("float16", 0.66), ("float32", 0.8), ("float64", 0.9)]
+    ("dtype", "N", "least", "merged"),
+    [
+        ("float16", 70, 0.66, 0.89),
+        ("float32", 70, 0.8, 0.89),
+        ("float64", 70, 0.9, 0.89),
+        ("float16", 24, 0.66, 0.93),
+        ("float32", 24, 0.8, 0.93),
+    ],
 )
-def test_sector_use_at_odd_pitches(machine, dtype, least):
+def test_sector_use_at_odd_pitches(dtype, N, least, merged):
     """Columns that begin anywhere: a warp's 128 bytes touch 5 sectors where they fill 4.
 
-    Of a 16-bit type 64 bytes touch 3, where they fill 2. The block's accesses together leave only
-    the two ends of each segment: 9 sectors for 256 bytes.
+    Of a 16-bit type 64 bytes touch 3, where they fill 2. A tile's accesses together leave only the
+    two ends of each segment: 9 sectors for 256 bytes. Few columns are read by lanes.
     """
-    if machine is not SIMULATED:
-        pytest.skip("nothing is counted on a GPU")
-    lies = [Lie("F", gap=3, offset=1)] * 2
-    *_, plan, traffic = normalize(machine, values(1, 512, 70, dtype), lies)
-    assert plan.family == "column" and plan.rows_per_block * np.dtype(dtype).itemsize >= 256
-    assert least <= traffic["x"].read_sector_use < 1
-    assert least <= traffic["y"].write_sector_use < 1
-    assert traffic["x"].merged_read_sector_use >= 0.89
-    assert traffic["y"].merged_write_sector_use >= 0.89
+    data = case("forward", 1024, N, dtype)
+    result = tiled(SIMULATED, data, gap=3, offset=1, device=ONE_SM if N == 24 else MANY_SMS)
+    moved = main(result)
+    assert result.plan.family == ("lanes" if N == 24 else "column")
+    assert moved["x"].read_bytes == moved["y"].written_bytes == data.x.nbytes
+    assert least <= moved["x"].read_sector_use < 1
+    assert least <= moved["y"].write_sector_use < 1
+    assert moved["x"].merged_read_sector_use >= merged
+    assert moved["y"].merged_write_sector_use >= merged
 
 
-def test_two_sweeps_read_all_but_the_last_panel_again(machine):
-    if machine is not SIMULATED:
-        pytest.skip("nothing is counted on a GPU")
-    N = LONGER
-    x = values(1, 64, N, "float32")
-    *_, plan, traffic = normalize(machine, x, "FF", device=SMALL)
-    assert plan.panels == 3
-    assert traffic["x"].read_bytes * 3 == x.nbytes * 5
-    assert traffic["y"].written_bytes == x.nbytes
+def test_two_sweeps_read_all_but_the_last_panel_again():
+    data = case("forward", 64, LONGER)
+    result = tiled(SIMULATED, data, device=SMALL)
+    assert result.plan.panels == 3
+    assert main(result)["x"].read_bytes * 3 == data.x.nbytes * 5
+    assert main(result)["y"].written_bytes == data.x.nbytes
+
+
+# --- few columns in registers ---------------------------------------------------------------------
+
+
+def by_lanes(machine, data, **options):
+    result = tiled(machine, data, device=ONE_SM, **options)
+    assert result.plan.family == "lanes" and not result.plan.panel
+    return result
+
+
+@ON_EACH_MACHINE
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_every_number_of_columns_has_the_tiles_bits(machine, dtype):
+    """Rows past the last block; what stands before and after decides nothing."""
+    for N in (1, 7, 8, 13, 33, 64 if dtype == "float32" else 56):
+        data = case("forward", 600, N, dtype)
+        result = by_lanes(machine, data, seed=N)
+        check(result, data)
+        if N > 1:
+            assert tiled(machine, data).bits() == result.bits()
+
+
+@ON_EACH_MACHINE
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_no_address_moves_a_bit(machine, dtype):
+    """Aligned, at half of a lane's piece, odd; y alone."""
+    here, half, odd = At(way="F"), At(2, 2, way="F"), At(1, 3, way="F")
+    for M, seed in ((512, 0), (601, 1)):
+        data = case("forward", 2 * M, 20, dtype)
+        expected = tiled(machine, data, outer=2).bits()
+        for x, y in ((here, here), (half, here), (odd, here), (here, odd)):
+            result = run(machine, data, at={"x": x, "y": y}, outer=2, device=ONE_SM, seed=seed)
+            assert result.plan.family == "lanes"
+            assert result.bits() == expected
+
+
+@ON_EACH_MACHINE
+@pytest.mark.parametrize(
+    ("weight", "bias"), [("float64", "float16"), ("float64", None), (None, None)]
+)
+def test_lanes_in_place_and_without_weight_or_bias(machine, weight, bias):
+    data = case("forward", 520, 12, "bfloat16", weight, bias)
+    expected = tiled(machine, data).bits()
+    assert by_lanes(machine, data, in_place=True).bits() == expected
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_every_warp_access_is_of_256_bytes(dtype):
+    """Aligned: read once, written once, in 8-byte pieces of which no sector is left over."""
+    data = case("forward", 1024, 24, dtype)
+    moved, nbytes = main(by_lanes(SIMULATED, data)), data.x.nbytes
+    assert moved["x"].read_bytes == moved["y"].written_bytes == nbytes
+    assert moved["x"].read_widths == moved["y"].write_widths == {8: nbytes // 8}
+    assert moved["x"].warp_reads == moved["y"].warp_writes == nbytes // 256
+    assert moved["x"].read_sector_use == moved["y"].write_sector_use == 1
+    assert moved.shared.warp_reads == moved.shared.warp_writes == 0
 
 
 # --- what folds, and the plan -------------------------------------------------------------------
 
 
-def strides_of(array):
-    return tuple(s // array.itemsize for s in array.strides)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_who_takes_it(dtype):
+    """Lanes where x and y lie along the rows, few columns, and blocks enough."""
+
+    def family(N, M=10**6, way="FF", outer=1):
+        lies = [(N * M, 1, M) if w == "F" else (N * M, N, 1) for w in way]
+        strides = dict(zip("xy", lies, strict=True))
+        plan = choose_plan(problem_of({"x": dtype}, (outer, M, N), strides), SM90)
+        assert plan.stages[0].grid[0] * plan.rows_per_block >= outer * M
+        return plan.family
+
+    rows = LANE_THREADS * 8 // np.dtype("u2" if dtype == "bfloat16" else dtype).itemsize
+    most = 64 if dtype == "float32" else 56
+    assert {family(N) for N in range(1, most + 1)} == {"lanes"}
+    assert family(most + 1) == family(40, way="FC") == family(40, way="CF") == "column"
+    enough = 2 * SM90.sm_count * rows
+    assert [family(40, M) for M in (enough, enough - rows)] == ["lanes", "column"]
+    assert [family(40, M, outer=10**5) for M in (rows // 2 + 1, rows // 2)] == ["lanes", "column"]
+    assert [cols for cols, _ in LANES] == list(range(8, 65, 8))
+    for N in (1, 8, 9, 56):
+        strides = dict.fromkeys("xy", (0, 1, 10**6))
+        stage = lanes_stage(problem_of({"x": dtype}, (1, 10**6, N), strides), SM90)
+        assert stage.constants[1] - 8 < N <= stage.constants[1]  # or the kernel reads past N
 
 
 @pytest.mark.parametrize(
@@ -262,29 +367,60 @@ def strides_of(array):
         ((2, 3, 4, 5), (0, 2), "CC", None),
     ],
 )
-def test_what_folds(machine, shape, axes, orders, folded):
-    x, y = (np.empty(shape, np.float32, order=o) for o in orders)
-    strides = {"x": strides_of(x), "y": strides_of(y)}
-    facts = Facts(LAYER_NORM, False, shape, axes, {"x": "float32"}, strides)
-    problem = kernel_problem_of(facts)
+def test_what_folds(shape, axes, orders, folded):
+    arrays = zip("xy", orders, strict=True)
+    strides = {
+        name: tuple(s // 4 for s in np.empty(shape, np.float32, order=o).strides)
+        for name, o in arrays
+    }
+    problem = kernel_problem_of(Facts(LAYER_NORM, False, shape, axes, {"x": "float32"}, strides))
     assert bool(problem.copies) == (folded is None)
     if folded is not None:
         assert (problem.outer, problem.M, problem.N) == folded
         assert not problem.row_major
 
 
-def test_the_plan_stays_within_the_device(machine):
-    for dtype, N, M, shared in itertools.product(
-        ALL_DTYPES, (1, 7, 64, 255, 700, 1801, 5000), (1, 100, 10**6), (64, 99, 163, 227)
+@EACH
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_the_plan_stays_within_the_device(direction, dtype):
+    backward = direction == "backward"
+    dtypes = dict.fromkeys(("x", "weight", *(("dweight", "dbias") if backward else ())), dtype)
+    for N, M, shared in itertools.product(
+        (1, 9, 64, 255, 700, 1801, 5000, 30_000), (2, 100, 10**6), (64, 99, 163, 227)
     ):
         device = dataclasses.replace(SM90, shared_bytes=shared * 1024)
-        strides = dict.fromkeys("xy", (0, 1, M))
-        dtypes = dict.fromkeys(("x", "weight", "bias"), dtype)
-        plan = plan_of(problem_of(dtypes, (1, M, N), strides), device)
-        (stage,) = plan.stages
-        assert stage.shared_bytes <= device.shared_bytes
-        assert stage.grid[0] * plan.rows_per_block >= M
-        if plan.family == "lanes":
+        strides = dict.fromkeys(SHAPED[direction], (0, 1, M))
+        plan = choose_plan(problem_of(dtypes, (1, M, N), strides, backward), device)
+        assert plan.stages[0].shared_bytes <= device.shared_bytes
+        if not backward:
+            assert plan.stages[0].grid[0] * plan.rows_per_block >= M
+            if plan.family == "column":
+                assert plan.panels == 1 or plan.panel % TILE_CHUNK[dtype] == 0
+                assert (plan.panels - 1) * plan.panel < N <= plan.panels * plan.panel
             continue
-        assert plan.panels == 1 or plan.panel % TILE_CHUNK[dtype] == 0
-        assert (plan.panels - 1) * plan.panel < N <= plan.panels * plan.panel
+        if plan.family in ("column", "panels"):
+            assert plan.workspace_bytes >= 2 * plan.partials * N * 4
+            held = N
+            if plan.family == "panels":
+                assert N > 64
+                held = plan.panel
+                assert plan.stages[0].constants[2] == held
+                assert held % 8 == 0 and held >= 32
+            assert plan.slots >= held
+
+
+# --- through the front door -----------------------------------------------------------------------
+
+
+def test_only_what_does_not_fold_is_copied():
+    """Rows of any length are taken as they lie; `explain` tells the passes."""
+    long = cn.explain(np.empty((4000, 2000), np.float32, order="F"), device="sm_90", backward=True)
+    assert "panels" in long.kernel and not long.copies
+    assert 1.5 < long.bytes_moved / long.bytes_floor < 5 / 3 + 0.05
+    short = cn.explain(np.empty((4000, 300), np.float32, order="F"), device="sm_90", backward=True)
+    assert "K6" in short.kernel and "3 passes" in short.kernel and not short.copies
+    assert short.bytes_moved / short.bytes_floor < 1.3
+    apart = cn.explain(
+        np.empty((4, 5, 6, 7), np.float32), axis=(0, 2), device="sm_90", backward=True
+    )
+    assert [c.split(":")[0] for c in apart.copies] == ["of x", "of dy", "of dx"]

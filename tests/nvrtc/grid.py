@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from functools import cache
 
 from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device, Stage
 from cupynorm._cuda.rows import FORWARD as TABLE
-from cupynorm._cuda.rows import Row
 from cupynorm._cuda.source import source_of
 from cupynorm._layout import Problem
 from cupynorm._ops import LAYER_NORM
@@ -22,16 +22,19 @@ ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 DTYPES = tuple(ITEMSIZE)
 FORWARD = ("warp", "block", "shared", "split", "cluster")
 FAMILIES = (*FORWARD, *grid_bwd.FAMILIES, *grid_column.FAMILIES)
-FULL = "90"  # the architecture whose every entry is compiled in each test run
-# Of K4, whose every entry the kept table has, each run compiles the longest, and all of these.
-CLUSTERED = ("float32",)
+# What a test run compiles: two dtypes for one architecture, one for each other. The kept table has
+# every entry, and a test holds it to the text.
+RUNS = [
+    (arch, dtype)
+    for arch, usual in zip(ARCHS, itertools.cycle(DTYPES))
+    for dtype in (("float16", "float64") if arch == "90" else [usual])
+]
 
 Flags = tuple[str | None, str | None]  # dtypes of weight and bias
 FEW, MANY = 1, 2**20  # rows
 _HELD = max(row.max_vecs for row in TABLE if row.family in ("warp", "block"))
 _LONGEST = max(row.max_vecs for row in TABLE if row.family == "shared")
 _MOST_CHUNKS = max(row.max_vecs for row in TABLE if row.cluster > 1) // CHUNK_VECS
-_ALONE = [row for row in TABLE if row.cluster == 1]
 
 
 def stages(
@@ -47,11 +50,6 @@ def stages(
     limits = DeviceLimits.of(arch)
     device = Device(int(arch), 100, limits.opt_in_shared, max_cluster)
     return choose_plan(problem, device).stages
-
-
-def table_row(vecs: int) -> Row:
-    """The table's row for rows of `vecs` vectors on a device without clusters."""
-    return next(row for row in _ALONE if vecs <= row.max_vecs)
 
 
 def sampled_vecs() -> Iterator[tuple[int, int]]:
@@ -73,25 +71,14 @@ def shapes(arch: str, x_dtype: str, max_cluster: int = 8) -> dict[str, tuple[int
     return found
 
 
-def heaviest(arch: str, x_dtype: str, max_cluster: int = 8) -> dict[str, tuple[int, int]]:
-    """Of `shapes`, the longest of each row of the plan table."""
-    return _longest(arch, x_dtype, max_cluster, by_table_row=True)
-
-
 def longest(arch: str, x_dtype: str, max_cluster: int = 8) -> dict[str, tuple[int, int]]:
     """Of `shapes`, the longest of each kernel."""
-    return _longest(arch, x_dtype, max_cluster, by_table_row=False)
-
-
-def _longest(
-    arch: str, x_dtype: str, max_cluster: int, *, by_table_row: bool
-) -> dict[str, tuple[int, int]]:
     last = {}
     every = shapes(arch, x_dtype, max_cluster)
     for name, (vecs, rows) in sorted(every.items(), key=lambda item: item[1]):
         for stage in stages(arch, x_dtype, vecs, rows, (None, None), max_cluster):
             if stage.name == name:
-                last[stage.kernel, table_row(vecs).max_vecs if by_table_row else None] = name
+                last[stage.kernel] = name
     return {name: every[name] for name in last.values()}
 
 
@@ -107,26 +94,19 @@ def rare_flags(x_dtype: str) -> tuple[Flags, ...]:
 
 
 def entries(arch: str, x_dtype: str, family: str, *, everything: bool = False) -> list[Stage]:
-    """Stages to compile, without repeats."""
-    if family in grid_bwd.FAMILIES:
-        return grid_bwd.entries(arch, x_dtype, family, arch == FULL, everything)
-    if family in grid_column.FAMILIES:
-        return grid_column.entries(arch, x_dtype, family, arch == FULL, everything)
-    if family == "cluster" and not (everything or (arch == FULL and x_dtype in CLUSTERED)):
-        flags = usual_flags(x_dtype)[0]
-        some = (stages(arch, x_dtype, *s, flags) for s in longest(arch, x_dtype).values())
-        return [stage for plan in some for stage in plan if stage.family == family]
+    """Stages to compile, without repeats: every one, or the longest of each kernel."""
+    for other in (grid_bwd, grid_column):
+        if family in other.FAMILIES:
+            return other.entries(arch, x_dtype, family, everything)
     # K3 is what a device without clusters takes: its copies differ by architecture all the same.
     most = 1 if family == "shared" else 8
-    every = shapes(arch, x_dtype, most)
+    some = longest(arch, x_dtype, most)
     first, *others = usual_flags(x_dtype)
-    if not everything and arch != FULL:
-        wanted = [(heaviest(arch, x_dtype, most), first)]
-    else:
-        some = longest(arch, x_dtype, most)
+    wanted = [(some, first)]
+    if everything:
+        every = shapes(arch, x_dtype, most)
         one = {name: shape for name, shape in some.items() if "_fwd_warp_" in name}
-        wanted = [(every, first)]
-        wanted += [(every if everything else some, flags) for flags in others]
+        wanted = [(every, flags) for flags in (first, *others)]
         wanted += [(one, flags) for flags in rare_flags(x_dtype)]
     chosen = {}
     for names, flags in wanted:

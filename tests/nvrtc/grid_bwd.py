@@ -22,8 +22,6 @@ ALL: Wanted = (True, True, True)
 RARELY: tuple[Wanted, ...] = ((True, False, False), (False, True, True), (True, True, False))
 ROWS = 2**20
 _MOST_CHUNKS = max(row.cluster * row.slots for row in BACKWARD)
-# Of K4, whose every entry the kept table has, each run compiles the longest, and all of these.
-CLUSTERED = ("float32",)
 _ALONE = [row for row in BACKWARD if row.cluster == 1]
 _LAST = max(row.max_vecs for row in BACKWARD if row.family == "shared")
 
@@ -76,23 +74,16 @@ def _longest(arch: str, x_dtype: str, max_cluster: int) -> list[int]:
     return list(last.values())
 
 
-def entries(arch: str, x_dtype: str, family: str, full: bool, everything: bool) -> list[Stage]:
-    """Stages to compile, without repeats; `full` where each test run compiles all that differs."""
+def entries(arch: str, x_dtype: str, family: str, everything: bool) -> list[Stage]:
+    """Stages to compile, without repeats: every one, or the longest of each kernel."""
     # K3 is what a device without clusters takes: its copies differ by architecture all the same.
     most = 1 if family == "shared_bwd" else 8
-    every = sorted(set(shapes(arch, x_dtype, most).values()))
     few = _longest(arch, x_dtype, most)
-    weights = (x_dtype, *dict.fromkeys(w for w in ("float32", None) if w != x_dtype))
-    if family == "cluster_bwd" and not everything:
-        full = full and x_dtype in CLUSTERED
-        weights = weights[:1]
+    asked = [(v, x_dtype, ALL) for v in few]
     if everything:
+        every = sorted(set(shapes(arch, x_dtype, most).values()))
+        weights = (x_dtype, *dict.fromkeys(w for w in ("float32", None) if w != x_dtype))
         asked = [(v, w, ALL) for w in weights for v in every]
-    elif full:
-        asked = [(v, x_dtype, ALL) for v in every] + [(v, w, ALL) for w in weights for v in few]
-    else:
-        asked = [(v, x_dtype, ALL) for v in few]
-    if everything or (full and family != "cluster_bwd"):
         asked += [(v, x_dtype, wanted) for wanted in RARELY for v in few]
     chosen = {}
     for vecs, weight, wanted in asked:

@@ -15,11 +15,7 @@ from tests.simt.limits import DeviceLimits
 FAMILIES = ("column", "lanes", "columns", "column_bwd", "panels_bwd")
 # How x and y lie; of K7 y and what of NaN; of the backward ("d") x and dy.
 _WAYS = ("FF", "FC", "CF", "F", "C", "F_omit", "C_omit", "FFd", "FCd", "CFd")
-_ELSEWHERE = ("FC", "C_omit", "FCd")
-# Columns that a test run compiles the registers' kernel for; the first, the one with the fewest
-# registers to spare, on the other architectures, for the dtypes whose code is the longest.
-_LANES = (16, 32, 56)
-_LANES_ELSEWHERE = ("float16", "float64")
+_TIGHT = 16  # columns of the registers' kernel
 # 72 as well: the widest tile of rows is asked for where registers end.
 _COLUMNS = (*range(8, 73, 8), *range(80, 2400, 24), 10_000)
 
@@ -59,36 +55,18 @@ def stages(
     return plan[:1] if backward else plan
 
 
-def entries(arch: str, x_dtype: str, family: str, full: bool, everything: bool) -> list[Stage]:
-    """Stages to compile, without repeats.
-
-    A test run compiles the ways of _ELSEWHERE and the columns of _LANES alone: all of them where
-    `full`, one on the other architectures, of tiles the widest.
-    """
-    if not (full or everything) and is_left_out(x_dtype, family):
-        return []
+def entries(arch: str, x_dtype: str, family: str, everything: bool) -> list[Stage]:
+    """Stages to compile, without repeats: every one, or that with the longest code."""
     weights = (x_dtype, *dict.fromkeys(w for w in ("float32", None) if w != x_dtype))
     chosen = {}
     for shape in shapes(arch, x_dtype).values():
-        if not everything and not _in_test_runs(shape, family):
-            continue
         for weight in weights if everything else weights[:1]:
             for stage in stages(arch, x_dtype, shape, (weight, weight)):
                 if stage.family == family:
                     chosen[stage.name] = stage
-    if full or everything or not chosen:
+    if everything:
         return list(chosen.values())
+    # Of lanes that with the fewest registers to spare, of tiles the widest.
+    tight = [stage for stage in chosen.values() if stage.constants[1] == _TIGHT]
     by_size = sorted(chosen.values(), key=lambda stage: stage.constants[1])
-    return by_size[:1] if family == "lanes" else by_size[-1:]
-
-
-def is_left_out(x_dtype: str, family: str) -> bool:
-    """Whether a test run compiles nothing of a family on the other architectures.
-
-    The panels' kernel is made of what "column_bwd" is made of.
-    """
-    return family == "panels_bwd" or (family == "lanes" and x_dtype not in _LANES_ELSEWHERE)
-
-
-def _in_test_runs(shape: tuple[int, int, str], family: str) -> bool:
-    return shape[1] in _LANES if family == "lanes" else shape[2] in _ELSEWHERE
+    return tight[:1] if family == "lanes" else by_size[-1:]

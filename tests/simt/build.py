@@ -22,7 +22,7 @@ CXX = os.environ.get("CXX", "g++")
 KERNEL_FLAGS = [
     "-std=c++17",
     "-O1",
-    "-g",
+    "-g1",  # line tables are all that a report needs, and take a third less time
     "-fPIC",
     "-fsanitize=thread",
     "-ffp-contract=off",
