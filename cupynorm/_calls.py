@@ -167,7 +167,7 @@ def _check_backward(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) 
     mask = _rules.check_mask(how[2], weight is not None)
     axes = tuple(sorted(axes))
     sums = _rules.stats_dtype(dtype)
-    of_rows = tuple(1 if a in axes else n for a, n in enumerate(shape))
+    of_rows = _rules.stats_shape(shape, axes)
     dy = _beside("dy", dy, x, shape, dtype)
     mean, rstd = (_beside(k, a, x, of_rows, sums) for k, a in (("mean", mean), ("rstd", rstd)))
     dtypes = {"x": dtype}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cupynorm._ops import Op
+from cupynorm._rules import stats_shape
 
 Group = tuple[int, tuple[int, ...]]  # length, and one stride per array
 
@@ -50,7 +51,7 @@ class Facts(NamedTuple):
     @property
     def stats_shape(self) -> tuple[int, ...]:
         """Shape of mean and rstd: x's with the normalized axes of length 1."""
-        return tuple(1 if a in self.axes else n for a, n in enumerate(self.shape))
+        return stats_shape(self.shape, self.axes)
 
 
 @dataclass(frozen=True, slots=True)

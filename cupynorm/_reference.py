@@ -14,7 +14,7 @@ from array_api_compat import array_namespace
 
 from cupynorm._layout import Facts
 from cupynorm._libraries import library_of
-from cupynorm._rules import dtype_name, stats_dtype
+from cupynorm._rules import dtype_name, stats_dtype, stats_shape
 
 
 class Rows:
@@ -160,7 +160,7 @@ def _sum(xp: Any, terms: Any, axes: tuple[int, ...]) -> Any:
         # dtype is spelled out: `sum` of the standards before 2023 widens float32 without it.
         return xp.sum(terms, axis=axes, dtype=terms.dtype, keepdims=True)
     batch = tuple(a for a in range(terms.ndim) if a not in axes)
-    kept = tuple(1 if a in axes else length for a, length in enumerate(terms.shape))
+    kept = stats_shape(terms.shape, axes)
     rows = xp.permute_dims(terms, (*batch, *axes))
     rows = xp.reshape(rows, (*(terms.shape[a] for a in batch), n))
     if isinstance(rows, np.ndarray):
@@ -206,8 +206,7 @@ def moments(xp: Any, x: Any, axes: tuple[int, ...]) -> Moments:
     if rows.dtype != xp.float64:
         wide.unit = 1.0  # sums of narrower values do not overflow there
     if not wide.n:
-        shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-        nothing = xp.zeros(shape, dtype=rows.dtype)
+        nothing = xp.zeros(stats_shape(x.shape, axes), dtype=rows.dtype)
         return Moments(0, nothing, nothing, nothing)
     start = wide.mean(wide.x)
     offset = wide.x - start

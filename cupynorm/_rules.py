@@ -22,6 +22,11 @@ def stats_dtype(x_dtype: str) -> str:
     return "float64" if x_dtype == "float64" else "float32"
 
 
+def stats_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
+    """Shape of mean and rstd: x's with the normalized axes of length 1."""
+    return tuple(1 if a in axes else n for a, n in enumerate(shape))
+
+
 def dtype_name(dtype: Any) -> str:
     """Name of a dtype of any library: 'float32' for numpy's '>f4' and for torch.float32."""
     if isinstance(dtype, np.dtype):

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from cupynorm._rules import check_affine_shape
+from cupynorm._rules import check_affine_shape, stats_shape
 from cupynorm._torch import tensors
 
 _library = torch.library.Library("cupynorm", "DEF")
@@ -59,7 +59,7 @@ for _device in ("CPU", "CUDA"):
 def _fwd_fake(
     x: Any, axes: list[int], weight: Any, bias: Any, eps: float, keep: bool
 ) -> tuple[Any, Any, Any]:
-    shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
+    shape = stats_shape(x.shape, axes)
     dtype = tensors.stats_dtype(x.dtype)
     mean, rstd = x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
     return tensors.new_y(x, keep), mean, rstd
