@@ -57,10 +57,13 @@ class Door:
         """Give ``call(x, weight, bias, out)``: y, or (y, mean, rstd) if these are wanted."""
         new, shape, stats = _maker(facts), facts.stats_shape, facts.stats
         compute = np.dtype(engine.computed(facts.dtypes["x"]))
-        run, small = _forward(facts, self._plain), None if self._plain else _small(facts, compute)
+        small = None if self._plain else _small(facts, compute)
+        # What is behind `small` is made when it is needed: a process's first small call compiles,
+        # or loads, one function.
+        run = _forward(facts, self._plain) if small is None else None
 
         def ordinary(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Any:
-            nonlocal small
+            nonlocal run, small
             y = new(x) if out is None else out
             mean = rstd = None
             if stats:
@@ -73,6 +76,8 @@ class Door:
                     small = None
             if out is not None:
                 _check_out(x, weight, bias, out)
+            if run is None:
+                run = _forward(facts, self._plain)
             run(x, weight, bias, y, mean, rstd)
             return (y, mean, rstd) if stats else y
 
