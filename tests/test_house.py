@@ -69,8 +69,7 @@ MAX_POSITIONAL = 6  # of a function; who needs more takes a `Facts`, a `Problem`
 # Compiled functions, and the engine that calls them, take addresses and numbers one by one; public
 # functions what users call them with.
 COMPILED = {
-    f"_cpu.{name}"
-    for name in ("backward", "engine", "forward", "jobs", "small", "strips", "vectors")
+    f"_cpu.{name}" for name in ("backward", "engine", "forward", "jobs", "strips", "vectors")
 }
 MOST_WITH_MORE = 40
 

@@ -149,26 +149,37 @@ def _kind_of(name: str) -> Any:
 
 @intrinsic(prefer_literal=True)
 def at(typingctx, address, kind):  # type: ignore[no-untyped-def]
-    """Take an integer for the address of elements of the dtype that a constant names."""
+    """Take an integer for the address of elements of the dtype that a constant names.
+
+    Or an array; 0 is that of an empty one.
+    """
+    is_array = isinstance(address, types.Array)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+        result = context.get_value_type(signature.return_type)
+        if not is_array:
+            return builder.inttoptr(args[0], result)
+        array = context.make_array(address)(context, builder, args[0])
+        full = builder.icmp_signed("!=", array.nitems, ir.Constant(_LONG, 0))
+        data = builder.bitcast(array.data, result)
+        return builder.select(full, data, ir.Constant(result, None))
 
-    return _kind_of(kind.literal_value)(types.int64, kind), codegen
+    given = address if is_array else types.int64
+    return _kind_of(kind.literal_value)(given, kind), codegen
 
 
 def record_at(dtype: Any) -> Any:
-    """Make what takes an integer for the address of a record of this NumPy dtype."""
+    """Make what takes an integer for the address of a record of this NumPy dtype, and a number."""
     from numba import from_dtype
 
     record = from_dtype(dtype)
 
     @intrinsic
-    def at_record(typingctx, address):  # type: ignore[no-untyped-def]
+    def at_record(typingctx, address, number):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             return builder.inttoptr(args[0], context.get_value_type(record))
 
-        return record(types.int64), codegen
+        return record(types.int64, types.int64), codegen
 
     return at_record
 

@@ -8,7 +8,7 @@ import torch
 
 from cupynorm import _reference
 from cupynorm._cpu import engine, threads
-from cupynorm._cpu.arrays import _plain
+from cupynorm._cpu.arrays import plain
 from cupynorm._layout import Facts, as_table, problem_of
 from cupynorm._reference import Rows
 from cupynorm._torch.tensors import (
@@ -78,7 +78,7 @@ class Loops(Functions):
 
         def run(x: Any, y: Any, weight: Any, bias: Any, mean: Any, rstd: Any) -> None:
             nonlocal copied
-            if _plain.get():
+            if plain():
                 functions(x, y, weight, bias, mean, rstd)
                 return
             if copied is None:
@@ -115,7 +115,7 @@ class Loops(Functions):
         loops, x_bytes = self.forward(table), bytes_of(facts, "x")
 
         def run(x: Any, y: Any, weight: Any, bias: Any, mean: Any, rstd: Any) -> None:
-            if _plain.get():
+            if plain():
                 functions(x, y, weight, bias, mean, rstd)
                 return
             address_of("x", x, x_bytes)
@@ -132,7 +132,7 @@ class Loops(Functions):
         x_bytes, dy_bytes = bytes_of(facts, "x"), bytes_of(facts, "dy")
 
         def run(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, dx: Any, *sums: Any) -> None:
-            if _plain.get():
+            if plain():
                 functions(dy, x, mean, rstd, weight, dx, *sums)
                 return
             address_of("dy", dy, dy_bytes)
@@ -159,7 +159,7 @@ class Loops(Functions):
         weight_bytes = bytes_of(facts, "weight")
 
         def run(*arrays: Any) -> None:
-            if _plain.get():
+            if plain():
                 functions(*arrays)
                 return
             dy, x, mean, rstd, weight, dx, dweight, dbias = arrays

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from cupynorm._cpu import arrays, compiled, engine, jobs, small
+from cupynorm._cpu import arrays, compiled, engine, jobs
 from tests.cpu.programs import ROOT, run_python
 
 FIRST_CALL = """
@@ -74,9 +74,7 @@ def test_a_changed_file_is_compiled_again(tmp_path):
     assert run_python(FIRST_CALL, tmp_path, **kept).split()[1:3] == ["1", "0"]
 
 
-DEFINES = [
-    f.__wrapped__ for m in (jobs, small) for f in vars(m).values() if hasattr(f, "__wrapped__")
-]
+DEFINES = [f.__wrapped__ for f in vars(jobs).values() if hasattr(f, "__wrapped__")]
 DEFINES = [f for f in DEFINES if inspect.signature(f).parameters.keys() == {"checksum", "kind"}]
 
 
