@@ -301,6 +301,23 @@ def finish_row(parts, N, eps, told, row):  # type: ignore[no-untyped-def]
 
 
 @inner
+def known_moments(x, N, limits, told, parts, known):  # type: ignore[no-untyped-def]
+    """Moments of those of N values that are not NaN: as if they were all of the row.
+
+    ``known`` has room for N.
+    """
+    count = 0
+    for i in range(N):
+        value = item(x, i)
+        known[count] = value
+        count += 1 if value == value else 0
+    if count == 0:  # of nothing; what is left of the row is NaN
+        return 0.0, 0.0, 0.0
+    row_moments(known, count, limits, parts)
+    return finish_row(parts, count, limits[0], told, 0)
+
+
+@inner
 def long_rows(p, xp, q, yp, M, N, w, b, limits, told, parts):  # type: ignore[no-untyped-def]
     """As `short_rows`, for more than CHUNK elements; ``parts``: as for `row_moments`."""
     for row in range(M):

@@ -10,19 +10,7 @@ from typing import Any
 import numpy as np
 from numba import from_dtype, types
 
-from cupynorm._cpu.backward import (
-    FIELDS,
-    LONG_ROWS,
-    add_rows,
-    block_count,
-    block_rows,
-    group_size,
-    merge_sums,
-    row_sums,
-    sums_pitch,
-)
-from cupynorm._cpu.backward import finish_row as finish_gradient_row
-from cupynorm._cpu.backward import short_rows as gradients_of_rows
+from cupynorm._cpu import backward
 from cupynorm._cpu.compiled import inner, job
 from cupynorm._cpu.forward import (
     CHUNK,
@@ -33,14 +21,23 @@ from cupynorm._cpu.forward import (
     chunks_of,
     finish_row,
     in_step,
+    known_moments,
     long_rows,
     moments,
     pivot,
-    row_moments,
     row_results,
     short_rows,
 )
-from cupynorm._cpu.strips import GAP, TOGETHER, bring, bring_columns, keep_known, place, put_back
+from cupynorm._cpu.strips import (
+    GAP,
+    bring,
+    of_columns,
+    of_rows,
+    place,
+    put_back,
+    room_size,
+    start,
+)
 from cupynorm._cpu.vectors import address, advance, at, pointer, record_at, size_of, typed
 
 PLAN = np.dtype(
@@ -72,38 +69,11 @@ def _arrays(kind: str) -> tuple[Any, ...]:
 
 
 @inner
-def _start(p, outer, row, o, m):  # type: ignore[no-untyped-def]
-    return advance(p, o * outer + m * row)
+def _two(p, q, kind):  # type: ignore[no-untyped-def]
+    return at(p, kind), at(q, kind)
 
 
 # --- forward ------------------------------------------------------------------------------------
-
-
-@inner
-def _of_rows(f, x, o, first, n, tile, room):  # type: ignore[no-untyped-def]
-    return bring(_start(x, f.x_outer, f.x_row, o, first), f.x_row, f.x_col, tile, n, f.N)
-
-
-@inner
-def _of_columns(f, columns, o, first, n, tile, room):  # type: ignore[no-untyped-def]
-    p = typed(tile, room)
-    bring_columns(columns, f.N, first, n, p, room, f.rows + GAP)
-    return p, f.N + GAP
-
-
-@inner
-def _room_size(f):  # type: ignore[no-untyped-def]
-    return max(f.N, TOGETHER * (f.rows + GAP))
-
-
-@inner
-def _known_moments(x, N, limits, told, parts, known):  # type: ignore[no-untyped-def]
-    """Moments of those of N values that are not NaN: as if they were all of the row."""
-    count = keep_known(x, N, known)
-    if count == 0:  # of nothing; what is left of the row is NaN
-        return 0.0, 0.0, 0.0
-    row_moments(known, count, limits, parts)
-    return finish_row(parts, count, limits[0], told, 0)
 
 
 def _sharing(source: Any, may_omit: bool) -> Any:
@@ -119,10 +89,10 @@ def _sharing(source: Any, may_omit: bool) -> Any:
         w_room = advance(parts, 3 * chunks_of(N))
         b_room = advance(w_room, N + SPARE)
         room = typed(advance(b_room, N + SPARE), w)
-        tile = advance(b_room, N + SPARE + _room_size(f))
+        tile = advance(b_room, N + SPARE + room_size(f))
         for block in range(lo, hi):
             o, first = block // strips, block % strips * f.rows
-            n, target = min(f.rows, f.M - first), _start(y, f.y_outer, f.y_row, o, first)
+            n, target = min(f.rows, f.M - first), start(y, f.y_outer, f.y_row, o, first)
             p, pp = source(f, x, o, first, n, tile, room)
             # Where the tile takes results of 16 bits, they come before what is still to be read.
             q, qp = place(target, f.y_row, f.y_col, tile, N)
@@ -133,7 +103,7 @@ def _sharing(source: Any, may_omit: bool) -> Any:
             if may_omit and f.omit:
                 for k in range(n):
                     row = advance(p, k * pp)
-                    s, m, r = _known_moments(row, N, limits, at_rows, parts, room)
+                    s, m, r = known_moments(row, N, limits, at_rows, parts, room)
                     row_results(row, advance(q, k * qp), N, w, b, s, m, r, False)
             elif N <= CHUNK:
                 short_rows(p, pp, q, qp, n, N, w, b, limits, at_rows, stats, group)
@@ -147,13 +117,13 @@ def _sharing(source: Any, may_omit: bool) -> Any:
         group = most if f.outer * f.M * N < FROM_MEMORY else max(1, most // 2)
         size = 3 * group + 3 * chunks_of(N) + 2 * (N + SPARE)
         if f.x_col != 1 or f.y_col != 1:
-            size += _room_size(f) + f.rows * (N + GAP)
+            size += room_size(f) + f.rows * (N + GAP)
         strips_of(f, x, y, wb, told, lo, hi, group, np.empty(size))
 
     return share
 
 
-_share, _share_of_columns = _sharing(_of_rows, False), _sharing(_of_columns, True)
+_share, _share_of_columns = _sharing(of_rows, False), _sharing(of_columns, True)
 
 
 @job
@@ -162,8 +132,7 @@ def rows(checksum: int, kind: str) -> Any:
     computed = _computed(kind)
 
     def rows(plan, lo, hi, x, y, w, b, mean, rstd):  # type: ignore[no-untyped-def]
-        f, wb = plan_at(plan, checksum), (at(w, computed), at(b, computed))
-        told = at(mean, computed), at(rstd, computed)
+        f, wb, told = plan_at(plan, checksum), _two(w, b, computed), _two(mean, rstd, computed)
         _share(f, at(x, kind), at(y, kind), wb, told, lo, hi)
 
     return rows
@@ -175,7 +144,7 @@ def table(checksum: int, kind: str) -> Any:
     computed = _computed(kind)
 
     def table(plan, lo, hi, columns, y, w, b):  # type: ignore[no-untyped-def]
-        f, wb = plan_at(plan, checksum), (at(w, computed), at(b, computed))
+        f, wb = plan_at(plan, checksum), _two(w, b, computed)
         none = at(0, computed)
         _share_of_columns(f, at(columns, "int64"), at(y, kind), wb, (none, none), lo, hi)
 
@@ -212,7 +181,7 @@ def small(checksum: int, kind: str) -> Any:
     x_type, y_type, _, _, row, _ = _arrays(kind)
 
     def small(plan, x, y, w, b):  # type: ignore[no-untyped-def]
-        f, wb = plan_at(plan, checksum), (at(w, computed), at(b, computed))
+        f, wb = plan_at(plan, checksum), _two(w, b, computed)
         return _small(f, at(x, kind), at(y, kind), wb, (at(0, computed), at(0, computed)))
 
     return types.bool_(types.int64, x_type, y_type, row, row), small
@@ -228,8 +197,8 @@ def small_with_stats(checksum: int, kind: str) -> Any:
     x_type, y_type, _, stat, row, _ = _arrays(kind)
 
     def small_with_stats(plan, x, y, w, b, mean, rstd):  # type: ignore[no-untyped-def]
-        f, wb = plan_at(plan, checksum), (at(w, computed), at(b, computed))
-        return _small(f, at(x, kind), at(y, kind), wb, (at(mean, computed), at(rstd, computed)))
+        f, wb = plan_at(plan, checksum), _two(w, b, computed)
+        return _small(f, at(x, kind), at(y, kind), wb, _two(mean, rstd, computed))
 
     return types.bool_(types.int64, x_type, y_type, row, row, stat, stat), small_with_stats
 
@@ -252,7 +221,7 @@ def _chunk(f, item, backwards):  # type: ignore[no-untyped-def]
 def _moments(f, x, parts, lo, hi, tile):  # type: ignore[no-untyped-def]
     for item in range(lo, hi):
         o, first, n, left, size = _chunk(f, item, False)
-        source = advance(_start(x, f.x_outer, f.x_row, o, first), left * f.x_col)
+        source = advance(start(x, f.x_outer, f.x_row, o, first), left * f.x_col)
         p, pp = bring(source, f.x_row, f.x_col, pointer(tile, 0), n, size)
         for k in range(n):
             q = advance(p, k * pp)
@@ -267,8 +236,8 @@ def _results(f, x, y, w, b, stats, lo, hi, tile):  # type: ignore[no-untyped-def
     for item in range(lo, hi):
         # Backwards, as the end of x was read last; rows in turn share a chunk of weight and bias.
         o, first, n, left, size = _chunk(f, item, True)
-        source = advance(_start(x, f.x_outer, f.x_row, o, first), left * f.x_col)
-        target = advance(_start(y, f.y_outer, f.y_row, o, first), left * f.y_col)
+        source = advance(start(x, f.x_outer, f.x_row, o, first), left * f.x_col)
+        target = advance(start(y, f.y_outer, f.y_row, o, first), left * f.y_col)
         p, pp = bring(source, f.x_row, f.x_col, here, n, size)
         q, qp = place(target, f.y_row, f.y_col, here, size)
         wc, bc = advance(w, left), advance(b, left)
@@ -300,7 +269,7 @@ def finish(checksum: int, kind: str) -> Any:
         f, to, found = plan_at(plan, checksum), at(stats, "float64"), at(parts, "float64")
         for i in range(f.outer * f.M):
             at_row = i // f.M * f.stats_outer + i % f.M * f.stats_row
-            told = at(mean, computed), at(rstd, computed), at_row, 0
+            told = *_two(mean, rstd, computed), at_row, 0
             part = advance(found, 3 * i * chunks_of(f.N))
             to[3 * i], to[3 * i + 1], to[3 * i + 2] = finish_row(part, f.N, f.eps, told, 0)
 
@@ -327,11 +296,11 @@ def chunk_results(checksum: int, kind: str) -> Any:
 @inner
 def _blocks(f, arrays, stats, w, sums, lo, hi, group, work):  # type: ignore[no-untyped-def]
     # ``work``: as for `_strips`.
-    (dy, x, dx), N, total, wide = arrays, f.N, f.outer * f.M, sums_pitch(f.N)
-    size, has_dx = block_rows(total), address(dx) != 0
+    (dy, x, dx), N, total, wide = arrays, f.N, f.outer * f.M, backward.sums_pitch(f.N)
+    size, has_dx = backward.block_rows(total), address(dx) != 0
     spare = typed(pointer(work, 0), w)
     here = typed(pointer(work, 2 * wide), w)
-    x_tile = pointer(work, 2 * wide + FIELDS * group)
+    x_tile = pointer(work, 2 * wide + backward.FIELDS * group)
     g_tile = advance(x_tile, f.rows * (N + GAP))
     for block in range(lo, hi):
         part = spare
@@ -344,13 +313,13 @@ def _blocks(f, arrays, stats, w, sums, lo, hi, group, work):  # type: ignore[no-
         while row < end:
             o, first = row // f.M, row % f.M
             n = min(f.rows, end - row, f.M - first)
-            source = _start(x, f.x_outer, f.x_row, o, first)
+            source = start(x, f.x_outer, f.x_row, o, first)
             p, pp = bring(source, f.x_row, f.x_col, x_tile, n, N)
-            source = _start(dy, f.dy_outer, f.dy_row, o, first)
+            source = start(dy, f.dy_outer, f.dy_row, o, first)
             q, qp = bring(source, f.dy_row, f.dy_col, g_tile, n, N)
             t, tp, target = dx, 0, dx
             if has_dx:
-                target = _start(dx, f.dx_outer, f.dx_row, o, first)
+                target = start(dx, f.dx_outer, f.dx_row, o, first)
                 t, tp = place(target, f.dx_row, f.dx_col, g_tile, N)
             i = o * f.stats_outer + first * f.stats_row
             for k in range(0, n, group):
@@ -359,7 +328,7 @@ def _blocks(f, arrays, stats, w, sums, lo, hi, group, work):  # type: ignore[no-
                 if has_dx:
                     u = advance(t, k * tp)
                 qk, pk = advance(q, k * qp), advance(p, k * pp)
-                gradients_of_rows(qk, qp, pk, pp, u, tp, count, N, w, told, to, here)
+                backward.short_rows(qk, qp, pk, pp, u, tp, count, N, w, told, to, here)
             if has_dx:
                 put_back(target, f.dx_row, f.dx_col, g_tile, n, N)
             row += n
@@ -368,11 +337,16 @@ def _blocks(f, arrays, stats, w, sums, lo, hi, group, work):  # type: ignore[no-
 @inner
 def _share_of_gradients(f, arrays, stats, w, sums, lo, hi):  # type: ignore[no-untyped-def]
     total = f.outer * f.M
-    group = min(f.rows, group_size(total, f.N))
-    size = 2 * sums_pitch(f.N) + FIELDS * group
+    group = min(f.rows, backward.group_size(total, f.N))
+    size = 2 * backward.sums_pitch(f.N) + backward.FIELDS * group
     if f.x_col != 1 or f.dy_col != 1 or f.dx_col != 1:
         size += 2 * f.rows * (f.N + GAP)
     _blocks(f, arrays, stats, w, sums, lo, hi, group, np.empty(size))
+
+
+@inner
+def _tables(dy, x, dx, kind):  # type: ignore[no-untyped-def]
+    return at(dy, kind), at(x, kind), at(dx, kind)
 
 
 @job
@@ -381,12 +355,12 @@ def gradients(checksum: int, kind: str) -> Any:
     computed = _computed(kind)
 
     def gradients(plan, lo, hi, dy, x, mean, rstd, w, dx, sums):  # type: ignore[no-untyped-def]
-        arrays, stats = (
-            (at(dy, kind), at(x, kind), at(dx, kind)),
-            (at(mean, computed), at(rstd, computed)),
+        f, arrays, stats = (
+            plan_at(plan, checksum),
+            _tables(dy, x, dx, kind),
+            _two(mean, rstd, computed),
         )
-        wp, to = at(w, computed), at(sums, computed)
-        _share_of_gradients(plan_at(plan, checksum), arrays, stats, wp, to, lo, hi)
+        _share_of_gradients(f, arrays, stats, at(w, computed), at(sums, computed), lo, hi)
 
     return gradients
 
@@ -394,8 +368,8 @@ def gradients(checksum: int, kind: str) -> Any:
 @inner
 def _small_gradients(f, arrays, stats, w, targets, sums):  # type: ignore[no-untyped-def]
     to, total = typed(pointer(sums, 0), w), f.outer * f.M
-    _share_of_gradients(f, arrays, stats, w, to, 0, block_count(total))
-    merge_sums(to, total, f.N, targets, np.empty(min(f.N, CHUNK)))
+    _share_of_gradients(f, arrays, stats, w, to, 0, backward.block_count(total))
+    backward.merge_sums(to, total, f.N, targets, np.empty(min(f.N, CHUNK)))
 
 
 @job
@@ -408,13 +382,9 @@ def small_gradients(checksum: int, kind: str) -> Any:
     given, made, stat, _, row, result = _arrays(kind)
 
     def small_gradients(plan, dy, x, mean, rstd, w, dx, dweight, dbias):  # type: ignore[no-untyped-def]
-        f = plan_at(plan, checksum)
-        arrays, stats = (
-            (at(dy, kind), at(x, kind), at(dx, kind)),
-            (at(mean, computed), at(rstd, computed)),
-        )
-        targets = at(dweight, computed), at(dbias, computed)
-        sums = np.empty(2 * sums_pitch(f.N) * block_count(f.outer * f.M))
+        f, stats = plan_at(plan, checksum), _two(mean, rstd, computed)
+        arrays, targets = _tables(dy, x, dx, kind), _two(dweight, dbias, computed)
+        sums = np.empty(2 * backward.sums_pitch(f.N) * backward.block_count(f.outer * f.M))
         _small_gradients(f, arrays, stats, at(w, computed), targets, sums)
 
     tables = types.int64, given, given, stat, stat, row, made
@@ -435,7 +405,7 @@ def long_sums(checksum: int, kind: str) -> Any:
             p = advance(at(x, kind), row * f.x_row + left)
             q = advance(at(dy, kind), row * f.dy_row + left)
             wp, n = advance(at(w, computed), left), min(CHUNK, f.N - left)
-            h, gh, g = row_sums(p, q, wp, n, m[row], r[row], w != 0)
+            h, gh, g = backward.row_sums(p, q, wp, n, m[row], r[row], w != 0)
             to[3 * item], to[3 * item + 1], to[3 * item + 2] = h, gh, g
 
     return long_sums
@@ -455,7 +425,7 @@ def long_finish(checksum: int, kind: str) -> Any:
             for c in range(chunks):
                 i = 3 * (row * chunks + c)
                 h, gh, g = h + part[i], gh + part[i + 1], g + part[i + 2]
-            finish_gradient_row(to, row, m[row], r[row], h, gh, g, f.N)
+            backward.finish_row(to, row, m[row], r[row], h, gh, g, f.N)
 
     return long_finish
 
@@ -463,11 +433,11 @@ def long_finish(checksum: int, kind: str) -> Any:
 @inner
 def _long_gradients(f, arrays, w, stats, sums, lo, hi, spare):  # type: ignore[no-untyped-def]
     dy, x, dx = arrays
-    size, pitch, chunks = block_rows(f.M), sums_pitch(f.N), chunks_of(f.N)
+    size, pitch, chunks = backward.block_rows(f.M), backward.sums_pitch(f.N), chunks_of(f.N)
     has_w, has_dx = address(w) != 0, address(dx) != 0
     for item in range(lo, hi):
         # Backwards, as the end of x and dy was read last.
-        block, c = block_count(f.M) - 1 - item // chunks, chunks - 1 - item % chunks
+        block, c = backward.block_count(f.M) - 1 - item // chunks, chunks - 1 - item % chunks
         left = c * CHUNK
         n = min(CHUNK, f.N - left)
         to_w = typed(pointer(spare, 0), w)
@@ -475,16 +445,18 @@ def _long_gradients(f, arrays, w, stats, sums, lo, hi, spare):  # type: ignore[n
         if address(sums) != 0:
             to_w = advance(sums, 2 * block * pitch + left)
             to_b = advance(to_w, pitch)
-        for i in range(sums_pitch(n)):
+        for i in range(backward.sums_pitch(n)):
             to_w[i] = to_b[i] = 0
         wp, end = advance(w, left), min(f.M, (block + 1) * size)
-        for row in range(block * size, end, LONG_ROWS):
-            k, t = min(LONG_ROWS, end - row), dx
+        for row in range(block * size, end, backward.LONG_ROWS):
+            k, t = min(backward.LONG_ROWS, end - row), dx
             if has_dx:
                 t = advance(dx, row * f.dx_row + left)
             p, q = advance(x, row * f.x_row + left), advance(dy, row * f.dy_row + left)
-            s = advance(stats, FIELDS * row)
-            add_rows(p, f.x_row, q, f.dy_row, t, f.dx_row, k, n, wp, s, to_w, to_b, has_w, has_dx)
+            s = advance(stats, backward.FIELDS * row)
+            backward.add_rows(
+                p, f.x_row, q, f.dy_row, t, f.dx_row, k, n, wp, s, to_w, to_b, has_w, has_dx
+            )
 
 
 @job
@@ -510,16 +482,17 @@ def merge(checksum: int, kind: str) -> Any:
 
     def merge(plan, sums, dweight, dbias, wide):  # type: ignore[no-untyped-def]
         f, part, room = plan_at(plan, checksum), at(sums, computed), np.empty(CHUNK)
-        M = f.outer * f.M
         if wide:
-            merge_sums(part, M, f.N, (at(dweight, "float64"), at(dbias, "float64")), room)
+            to = _two(dweight, dbias, "float64")
+            backward.merge_sums(part, f.outer * f.M, f.N, to, room)
         else:
-            merge_sums(part, M, f.N, (at(dweight, computed), at(dbias, computed)), room)
+            narrow = _two(dweight, dbias, computed)
+            backward.merge_sums(part, f.outer * f.M, f.N, narrow, room)
 
     return merge
 
 
 def sums_size(rows: int, N: int) -> int:
     """Elements of the column sums of all blocks of rows."""
-    size: int = 2 * block_count.py_func(rows) * sums_pitch.py_func(N)
+    size: int = 2 * backward.block_count.py_func(rows) * backward.sums_pitch.py_func(N)
     return size

@@ -48,6 +48,17 @@ def put_back(q, row, col, tile, n, N):  # type: ignore[no-untyped-def]
         move(typed(tile, raw(q)), N + GAP, 1, raw(q), row, col, n, N)
 
 
+@inner
+def start(p, outer, row, o, m):  # type: ignore[no-untyped-def]
+    return advance(p, o * outer + m * row)
+
+
+@inner
+def of_rows(f, x, o, first, n, tile, room):  # type: ignore[no-untyped-def]
+    """Bring the rows of a strip from memory that the record tells of."""
+    return bring(start(x, f.x_outer, f.x_row, o, first), f.x_row, f.x_col, tile, n, f.N)
+
+
 # --- columns ------------------------------------------------------------------------------------
 
 # Dtypes of columns: the number of each is what `_load` is told.
@@ -135,11 +146,14 @@ def bring_columns(columns, N, first, n, tile, room, pitch):  # type: ignore[no-u
 
 
 @inner
-def keep_known(p, n, q):  # type: ignore[no-untyped-def]
-    """Copy those of n values that are not NaN; how many these are."""
-    count = 0
-    for i in range(n):
-        value = item(p, i)
-        q[count] = value
-        count += 1 if value == value else 0
-    return count
+def room_size(f):  # type: ignore[no-untyped-def]
+    """Elements that `of_columns` needs beside the tile, and that a row of known values does."""
+    return max(f.N, TOGETHER * (f.rows + GAP))
+
+
+@inner
+def of_columns(f, columns, o, first, n, tile, room):  # type: ignore[no-untyped-def]
+    """Bring the rows of a strip from columns."""
+    p = typed(tile, room)
+    bring_columns(columns, f.N, first, n, p, room, f.rows + GAP)
+    return p, f.N + GAP
