@@ -59,9 +59,9 @@ MAY_IMPORT = {
 # By folder: files and lines, and what counts. They come down, never up: the aim is 60 files and
 # 9,500 lines of the package, 3,500 of bench, 17,000 of tests.
 CEILINGS = {
-    "cupynorm": (65, 11_950, {".py"}),
+    "cupynorm": (64, 11_825, {".py"}),
     "bench": (24, 4_450, {".py"}),
-    "tests": (None, 25_350, {".py", ".hpp", ".cpp"}),
+    "tests": (None, 25_250, {".py", ".hpp", ".cpp"}),
     "kernels": (29, 3_489, {".cuh"}),
 }
 MAX_LINES = 500  # of a file of the package, which is one idea

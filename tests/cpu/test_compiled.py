@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from cupynorm._cpu import arrays, compiled, engine, jobs
+from cupynorm._cpu import compiled, engine, jobs
 from tests.cpu.programs import ROOT, run_python
 
 FIRST_CALL = """
@@ -133,9 +133,3 @@ def test_float16_without_the_instruction(monkeypatch):
     assert not engine.available("float16") and engine.available("bfloat16")
     monkeypatch.setattr(engine, "normalizer", None)
     np.testing.assert_allclose(cn.layer_norm(x + np.float16(1)), want, atol=2e-3)
-
-
-def test_describe():
-    assert arrays.describe().startswith("numba")
-    with arrays.without_numba():
-        assert arrays.describe() == "plain NumPy blocks"
