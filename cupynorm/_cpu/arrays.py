@@ -2,34 +2,44 @@
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupynorm import _rules
 from cupynorm._cpu import blocks, engine
-from cupynorm._layout import Facts, Problem, as_table, problem_of, row_major_strides
+from cupynorm._layout import Facts, as_table, row_major_strides
 from cupynorm._libraries import check_overlap
 
 Array = np.ndarray[Any, Any]
 Call = Callable[..., Any]
 
 _plain: ContextVar[bool] = ContextVar("cupynorm_plain_numpy", default=False)
+plain = _plain.get  # whether to run as if numba were not installed
+
+
+@contextlib.contextmanager
+def without_numba() -> Iterator[None]:
+    """Within this context run as if numba were not installed."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def describe() -> str:
+    """Say in words which loops NumPy arrays take."""
+    return "plain NumPy blocks" if plain() else engine.state()[1]
 
 
 class Door:
-    """How NumPy arrays are met; ``plain``: as if numba were not there."""
+    """How NumPy arrays are met."""
 
     types = (np.ndarray,)
-    refuses_prepared = ""
-
-    def __init__(self, plain: bool) -> None:
-        self._plain = plain
-        # None, or what finds the door of a call: set while somebody is within `without_numba`.
-        self.select: Callable[..., Door] | None = None
+    select = None
 
     @staticmethod
     def look(a: Array) -> Any:
@@ -55,29 +65,40 @@ class Door:
 
     def normalizer(self, facts: Facts) -> Call:
         """Give ``call(x, weight, bias, out)``: y, or (y, mean, rstd) if these are wanted."""
-        new, shape, stats = _maker(facts), facts.stats_shape, facts.stats
-        compute = np.dtype(engine.computed(facts.dtypes["x"]))
-        run, small = _forward(facts, self._plain), None if self._plain else _small(facts, compute)
+        shape, stats, of_rows = facts.shape, facts.stats, facts.stats_shape
+        dtype, compute = (_rules.numpy_dtype(facts.dtypes["x"]), np.dtype(_computed(facts)))
+        empty, like = np.empty, functools.partial(np.empty_like, order=facts.order)
+        dense = facts.order != "F" and facts.strides["x"] == row_major_strides(shape, ())
+        in_blocks, (run, small) = _forward_in_blocks(facts), _forward(facts)
+        do, at, none = small.do, small.plan and small.plan.at, np.empty(0, compute)
+        fits: bool | None = None  # shows at the first call
 
-        def ordinary(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Any:
-            nonlocal small
-            y = new(x) if out is None else out
-            mean = rstd = None
-            if stats:
-                mean, rstd = np.empty(shape, compute), np.empty(shape, compute)
-            if small is not None:
-                try:
-                    if not small(x, weight, bias, y, mean, rstd):
-                        return (y, mean, rstd) if stats else y
-                except TypeError:  # weight or bias lies otherwise than loops take it
-                    small = None
+        def call(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Any:
+            nonlocal fits
+            if out is not None:
+                y = out
+            elif dense:  # a third of the time of empty_like
+                y = empty(shape, dtype)
+            else:
+                y = like(x)
+            told = (empty(of_rows, compute), empty(of_rows, compute)) if stats else ()
+            if fits and not plain():  # the least Python around the loops
+                w = none if weight is None else weight
+                b = none if bias is None else bias
+                if do(at, x, y, w, b, *told) if stats else do(at, x, y, w, b):
+                    _check_out(x, weight, bias, y)  # says what y shares memory with
+                return (y, *told) if stats else y
             if out is not None:
                 _check_out(x, weight, bias, out)
-            run(x, weight, bias, y, mean, rstd)
-            return (y, mean, rstd) if stats else y
+            (in_blocks if plain() else run)(x, y, weight, bias, *told)
+            if fits is None:
+                apart = out is None or (
+                    do and small.plan.dense
+                )  # else the loops do not look at overlap
+                fits = do is not None and apart and small.fits(x, y, weight, bias, *told)
+            return (y, *told) if stats else y
 
-        direct = None if small is None else _direct(facts, compute, ordinary)
-        return direct or ordinary
+        return call
 
     def differentiator(self, facts: Facts) -> Call:
         """Give ``call(dy, x, mean, rstd, weight)``: dx, dweight and dbias, None if not wanted."""
@@ -85,134 +106,59 @@ class Door:
         to_weight, to_bias = (
             _rules.numpy_dtype(dtypes[k]) if k in dtypes else None for k in ("dweight", "dbias")
         )
-        run, to_x = _backward(facts, self._plain), "dx" in facts.strides
+        in_blocks, run, to_x = _backward_in_blocks(facts), _backward(facts), "dx" in facts.strides
 
         def call(dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None) -> Any:
             dx = np.empty_like(x, order="K") if to_x else None
             dweight = None if to_weight is None else np.empty(shape, to_weight)
             dbias = None if to_bias is None else np.empty(shape, to_bias)
-            run(dy, x, mean, rstd, weight, dx, dweight, dbias)
+            (in_blocks if plain() else run)(dy, x, mean, rstd, weight, dx, dweight, dbias)
             return dx, dweight, dbias
 
         return call
 
 
-DOOR, PLAIN = Door(plain=False), Door(plain=True)
-_within, _lock = 0, threading.Lock()
+DOOR = Door()
 
 
-@contextlib.contextmanager
-def without_numba() -> Iterator[None]:
-    """Within this context run as if numba were not installed."""
-    global _within
-    token = _plain.set(True)
-    with _lock:
-        _within += 1
-        DOOR.select = _select
-    try:
-        yield
-    finally:
-        _plain.reset(token)
-        with _lock:
-            _within -= 1
-            DOOR.select = _select if _within else None
-
-
-def _select(*arguments: Any) -> Door:
-    return PLAIN if _plain.get() else DOOR
-
-
-def describe() -> str:
-    """Say in words which loops NumPy arrays take."""
-    return "plain NumPy blocks" if _plain.get() else engine.state()[1]
-
-
-# --- forward ------------------------------------------------------------------------------------
-
-
-def _maker(facts: Facts) -> Callable[[Array], Array]:
-    """Make y: as `numpy.empty_like`, which costs three times as much."""
-    shape, order = facts.shape, facts.order
-    if facts.strides["x"] != row_major_strides(shape, ()) or order == "F":
-        return functools.partial(np.empty_like, order=order)
-    return lambda x: np.empty(shape, x.dtype)
+# --- what loops take ------------------------------------------------------------------------------
 
 
 def _affine(value: Array | None, compute: np.dtype[Any]) -> Array | None:
-    """Weight or bias as a row in the type that the loops compute in."""
+    """Weight, bias or a statistic as a row in the type that the loops compute in."""
     if value is None:
         return None
-    if value.dtype == compute and value.flags.carray:
+    if value.dtype == compute and value.flags.c_contiguous and value.flags.aligned:
         return value if value.ndim == 1 else value.reshape(-1)
     with np.errstate(all="ignore"):  # a float64 weight may be Inf in float32
         return value.astype(compute, order="C").reshape(-1)
 
 
-def _small(facts: Facts, compute: np.dtype[Any]) -> Call | None:
-    """``small(x, weight, bias, y, mean, rstd)``: True, and nothing is done, where y overlaps.
-
-    None where it takes more than one table of short contiguous rows and one thread.
-    """
-    kind, N = facts.dtypes["x"], facts.N
-    if not (0 < facts.size < engine.ALONE and engine.available(kind) and _dense(facts)):
-        return None
-    from cupynorm._cpu.forward import CHUNK
-    from cupynorm._cpu.small import small, small_with_stats
-
-    if N > CHUNK:
-        return None
-    do, none = (small_with_stats if facts.stats else small)(kind), np.empty(0, compute)
-    limits = facts.eps, *engine.safe_range(compute.name, facts.eps)
-    table, stored = (facts.size // N, N), _stored(kind)
-
-    def on_arrays(x: Any, w: Any, b: Any, y: Any, *stats: Any) -> Any:
-        rows = []
-        for row in (w, b):
-            if row is not None and not (row.dtype == compute and row.flags.c_contiguous):
-                if facts.out and np.may_share_memory(row, y):  # of a copy loops could not tell
-                    return True
-                row = _affine(row, compute)
-            rows.append(none if row is None else row.reshape(-1))
-        told = [a.reshape(-1) for a in stats if a is not None]
-        tables = [a.reshape(table).view(stored) for a in (x, y)]
-        return do(*tables, *rows, *told, *limits)
-
-    return on_arrays
+def _computed(facts: Facts) -> str:
+    return engine.computed(facts.dtypes["x"])
 
 
-def _direct(facts: Facts, compute: np.dtype[Any], ordinary: Call) -> Call | None:
-    """The call with the least Python around the loops, where arrays are as `small` takes them."""
-    kind = facts.dtypes["x"]
-    rows = [facts.dtypes.get(name, compute.name) for name in ("weight", "bias")]
-    alike = kind == compute.name and rows == [kind, kind]
-    if facts.stats or not alike or len(facts.shape) != 2 or len(facts.axes) != 1:
-        return None
-    from cupynorm._cpu.small import small
-
-    do, none, empty, shape = small(kind), np.empty(0, compute), np.empty, facts.shape
-    eps, (low, high) = facts.eps, engine.safe_range(compute.name, facts.eps)
-    fits = True
-
-    def direct(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Any:
-        nonlocal fits
-        if fits:
-            y = empty(shape, compute) if out is None else out
-            w, b = none if weight is None else weight, none if bias is None else bias
-            try:
-                if not do(x, y, w, b, eps, low, high):
-                    return y
-            except TypeError:  # as in `ordinary`
-                fits = False
-        return ordinary(x, weight, bias, out)
-
-    return direct
+def _seen(a: Array, dtype: np.dtype[Any]) -> Array:
+    """A table as compiled code takes it: where it begins, in two dimensions and this dtype."""
+    if a.ndim != 2:
+        a = a[(0,) * (a.ndim - 2) if a.ndim > 1 else None]
+    return a if a.dtype == dtype and type(a) is np.ndarray else a.view(dtype, np.ndarray)
 
 
-def _dense(facts: Facts) -> bool:
-    """Whether all arrays are one C-ordered table of rows."""
-    dense, ndim = row_major_strides(facts.shape, ()), len(facts.shape)
-    trailing = facts.axes == tuple(range(ndim - len(facts.axes), ndim))
-    return trailing and all(strides == dense for strides in facts.strides.values())
+class _Small(NamedTuple):
+    """A call that one compiled function does, with arrays as ``taken(*arrays)`` gives them."""
+
+    do: Any = None
+    plan: Any = None
+    taken: Call = tuple
+
+    def run(self, *given: Array | None) -> None:
+        self.do(self.plan.at, *self.taken(*given))
+
+    def fits(self, *given: Array | None) -> bool:
+        """Whether arrays that look like these can be taken as they are."""
+        pairs = zip(given, self.taken(*given), strict=True)
+        return all(a is None or a is b for a, b in pairs)
 
 
 def _stored(kind: str) -> np.dtype[Any]:
@@ -222,6 +168,9 @@ def _stored(kind: str) -> np.dtype[Any]:
 
 def _address(a: Array | None) -> int:
     return 0 if a is None else a.ctypes.data
+
+
+# --- forward ------------------------------------------------------------------------------------
 
 
 def _check_out(x: Array, weight: Array | None, bias: Array | None, out: Array) -> None:
@@ -238,105 +187,59 @@ def _copied(a: Array, turn: tuple[int, ...], shape: tuple[int, ...]) -> Array:
     return copy.reshape(shape)
 
 
-def _forward(facts: Facts, plain: bool) -> Call:
-    """``run(x, weight, bias, y, mean, rstd)``, the latter two None or C-contiguous."""
-    kind, axes, eps = facts.dtypes["x"], facts.axes, facts.eps
-    compute = np.dtype(engine.computed(kind))
-    if not facts.size:
-        return _of_nothing
-    if plain or not engine.available(kind):
+def _forward_in_blocks(facts: Facts) -> Call:
+    """``run(x, y, weight, bias)``, or ``run(x, y, weight, bias, mean, rstd)``."""
+    compute = np.dtype(_computed(facts))
 
-        def in_blocks(x: Any, weight: Any, bias: Any, y: Any, mean: Any, rstd: Any) -> None:
+    def run(x: Array, y: Array, weight: Array | None, bias: Array | None, *told: Array) -> None:
+        if facts.size:
             w, b = _affine(weight, compute), _affine(bias, compute)
-            blocks.forward(x, axes, w, b, eps, (y, mean, rstd))
+            blocks.forward(x, facts.axes, w, b, facts.eps, (y, *(told or (None, None))))
+        for statistic in told if not facts.size else ():
+            statistic.fill(np.nan)
 
-        return in_blocks
-    problem = problem_of(facts)
-    if problem is not None:
-        do = engine.normalizer(problem, eps)
+    return run
 
-        def in_place(x: Any, weight: Any, bias: Any, y: Any, mean: Any, rstd: Any) -> None:
-            w, b = _affine(weight, compute), _affine(bias, compute)
-            do(*map(_address, (x, y, w, b, mean, rstd)))
 
-        return in_place
+def _forward(facts: Facts) -> tuple[Call, _Small]:
+    """``run``, as `_forward_in_blocks`, and what does it where the call is small."""
+    kind, compute = facts.dtypes["x"], np.dtype(_computed(facts))
+    if not (facts.size and engine.available(kind)):
+        return _forward_in_blocks(facts), _Small()
+    problem = engine.problem_in_place(facts)
+    if problem is None:
+        return _forward_on_copy(facts), _Small()
+    none, stored = np.empty(0, compute), _stored(kind)
+
+    def taken(x: Any, y: Any, weight: Any, bias: Any, *told: Any) -> Any:
+        w, b = (none if a is None else _affine(a, compute) for a in (weight, bias))
+        return _seen(x, stored), _seen(y, stored), w, b, *[_seen(a, compute) for a in told]
+
+    small = _Small(*engine.small_normalizer(problem, facts.eps), taken)
+    if small.do:
+        return small.run, small
+    by_address = engine.normalizer(problem, facts.eps)
+
+    def large(x: Any, y: Any, weight: Any, bias: Any, *told: Any) -> None:
+        w, b = _affine(weight, compute), _affine(bias, compute)
+        by_address(*map(_address, (x, y, w, b, *(told or (None, None)))))
+
+    return large, _Small()
+
+
+def _forward_on_copy(facts: Facts) -> Call:
     turn, table = as_table(facts)
-    on_table = _forward(table, plain)
+    on_table, _ = _forward(table)
 
-    def on_copy(x: Any, weight: Any, bias: Any, y: Any, mean: Any, rstd: Any) -> None:
+    def run(x: Any, y: Any, weight: Any, bias: Any, *told: Any) -> None:
         copy, to = _copied(x, turn, table.shape), y.transpose(turn)
-        on_table(copy, weight, bias, copy, mean, rstd)
+        on_table(copy, copy, weight, bias, *told)
         np.copyto(to, copy.reshape(to.shape))
 
-    return on_copy
-
-
-def _of_nothing(x: Any, weight: Any, bias: Any, y: Any, mean: Any, rstd: Any) -> None:
-    for statistic in (mean, rstd):
-        if statistic is not None:
-            statistic.fill(np.nan)
+    return run
 
 
 # --- backward -----------------------------------------------------------------------------------
-
-
-def _backward(facts: Facts, plain: bool) -> Call:
-    """``run(dy, x, mean, rstd, weight, dx, dweight, dbias)``, absent what is not wanted."""
-    kind, axes = facts.dtypes["x"], facts.axes
-    compute = np.dtype(engine.computed(kind))
-    if not facts.size:
-        return _sums_of_nothing
-    if plain or not engine.available(kind):
-
-        def in_blocks(dy: Any, x: Any, mean: Any, rstd: Any, w: Any, dx: Any, *to: Any) -> None:
-            summed = any(total is not None for total in to)
-            sums = blocks.backward((dy, x, mean, rstd), axes, _affine(w, compute), dx, summed)
-            _round(sums, to)
-
-        return in_blocks
-    problem = problem_of(facts)
-    if problem is None or (problem.N > engine.LONGEST and not _one_table(problem)):
-        return _on_copies(facts)
-    wide = any(facts.dtypes.get(k, compute.name) != compute.name for k in ("dweight", "dbias"))
-    do = engine.differentiator(problem, wide_sums=wide)
-    small = _small_gradients(facts, problem, compute)
-
-    def in_place(dy: Any, x: Any, mean: Any, rstd: Any, w: Any, dx: Any, *to: Any) -> None:
-        nonlocal small
-        if small is not None:
-            try:
-                small(dy, x, mean, rstd, w, dx, *to)
-                return
-            except TypeError:  # weight or bias lies otherwise than loops take it
-                small = None
-        m, r = (np.ascontiguousarray(a, compute) for a in (mean, rstd))
-        w = _affine(w, compute)
-        sums = to
-        if wide:
-            sums = tuple(None if a is None else np.empty(facts.N) for a in to)
-        do(*map(_address, (dy, x, m, r, w, dx, *sums)))
-        if wide:
-            _round(sums, to)
-
-    return in_place
-
-
-def _one_table(problem: Problem) -> bool:
-    return problem.outer == 1 and problem.row_major
-
-
-def _on_copies(facts: Facts) -> Call:
-    turn, table = as_table(facts)
-    do = _backward(table, False)
-
-    def run(dy: Any, x: Any, mean: Any, rstd: Any, w: Any, dx: Any, *to: Any) -> None:
-        source, gradient = (_copied(a, turn, table.shape) for a in (x, dy))
-        do(gradient, source, mean, rstd, w, None if dx is None else gradient, *to)
-        if dx is not None:
-            target = dx.transpose(turn)
-            np.copyto(target, gradient.reshape(target.shape))
-
-    return run
 
 
 def _round(sums: Any, to: tuple[Array | None, ...]) -> None:
@@ -347,31 +250,66 @@ def _round(sums: Any, to: tuple[Array | None, ...]) -> None:
                 np.copyto(total, sums[i].reshape(total.shape), casting="unsafe")
 
 
-def _sums_of_nothing(*arrays: Any) -> None:
-    for total in arrays[-2:]:
-        if total is not None:
-            total.fill(0)
+def _backward_in_blocks(facts: Facts) -> Call:
+    """``run(dy, x, mean, rstd, weight, dx, dweight, dbias)``; None: absent, not wanted."""
+    compute = np.dtype(_computed(facts))
+
+    def run(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, dx: Any, *to: Any) -> None:
+        sums: Any = np.zeros((2, facts.N))
+        if facts.size:
+            w, summed = _affine(weight, compute), any(total is not None for total in to)
+            sums = blocks.backward((dy, x, mean, rstd), facts.axes, w, dx, summed)
+        _round(sums, to)
+
+    return run
 
 
-def _small_gradients(facts: Facts, problem: Problem, compute: np.dtype[Any]) -> Call | None:
-    """As `_small`, of the backward."""
-    same = all(facts.dtypes.get(k, compute.name) == compute.name for k in ("dweight", "dbias"))
-    if not (same and _dense(facts) and facts.size < engine.ALONE and problem.N <= engine.LONGEST):
-        return None
-    from cupynorm._cpu.small import small_gradients
+def _backward(facts: Facts) -> Call:
+    """As `_backward_in_blocks`."""
+    kind, dtypes = facts.dtypes["x"], facts.dtypes
+    compute = np.dtype(engine.computed(kind))
+    if not (facts.size and engine.available(kind)):
+        return _backward_in_blocks(facts)
+    problem = engine.problem_in_place(facts)
+    if problem is None:
+        return _backward_on_copies(facts)
+    wide = any(dtypes.get(k, compute.name) != compute.name for k in ("dweight", "dbias"))
+    row, table, stored = np.empty(0, compute), np.empty((0, 0), _stored(kind)), _stored(kind)
 
-    record, plan = engine.gradient_record(problem)
-    kind, table = facts.dtypes["x"], (problem.M, problem.N)
-    do, stored = small_gradients(kind), _stored(kind)
-    none, row = np.empty((0, 0), stored), np.empty(0, compute)
+    def taken(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, dx: Any, *to: Any) -> Any:
+        stats = [_seen(np.ascontiguousarray(a, compute), compute) for a in (mean, rstd)]
+        w, *sums = (row if a is None else _affine(a, compute) for a in (weight, *to))
+        slopes = table if dx is None else _seen(dx, stored)
+        return _seen(dy, stored), _seen(x, stored), *stats, w, slopes, *sums
 
-    def small(*arrays: Any, record: Any = record) -> None:
-        dy, x, mean, rstd, w, dx, *to = arrays
-        tables = [none if a is None else a.reshape(table).view(stored) for a in (dy, x, dx)]
-        rows = [row if a is None else a.reshape(-1) for a in (mean, rstd, w, *to)]
-        do(plan, *tables[:2], *rows[:3], tables[2], *rows[3:])
+    if not wide:
+        small = _Small(*engine.small_differentiator(problem), taken)
+        if small.do:
+            return small.run
+    by_address = engine.differentiator(problem, wide_sums=wide)
 
-    return small
+    def large(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, dx: Any, *to: Any) -> None:
+        m, r, w = (_affine(a, compute) for a in (mean, rstd, weight))
+        sums = tuple(None if a is None else np.empty(facts.N) for a in to) if wide else to
+        by_address(*map(_address, (dy, x, m, r, w, dx, *sums)))
+        if wide:
+            _round(sums, to)
+
+    return large
+
+
+def _backward_on_copies(facts: Facts) -> Call:
+    turn, table = as_table(facts)
+    on_tables = _backward(table)
+
+    def run(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, dx: Any, *to: Any) -> None:
+        source, gradient = (_copied(a, turn, table.shape) for a in (x, dy))
+        on_tables(gradient, source, mean, rstd, weight, None if dx is None else gradient, *to)
+        if dx is not None:
+            target = dx.transpose(turn)
+            np.copyto(target, gradient.reshape(target.shape))
+
+    return run
 
 
 # --- columns ------------------------------------------------------------------------------------
@@ -395,7 +333,7 @@ def normalize_columns(
     kind = y.dtype.name
     compute = np.dtype(engine.computed(kind))
     w, b = _affine(weight, compute), _affine(bias, compute)
-    if _plain.get() or not engine.available(kind):
+    if plain() or not engine.available(kind):
         blocks.columns(columns, w, b, eps, y, omit)
         return
     target = y if Door.strides(y) else np.empty(y.shape, y.dtype.newbyteorder("="))

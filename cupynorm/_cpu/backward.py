@@ -3,6 +3,8 @@
 Rows are pointers, as in the forward. Which rows meet in one sum goes by their number alone.
 """
 
+from typing import Any
+
 from cupynorm._cpu.compiled import inner
 from cupynorm._cpu.forward import FROM_MEMORY
 from cupynorm._cpu.vectors import (
@@ -136,13 +138,13 @@ def finish_row(stats, k, mean, rstd, sum_h, sum_gh, sum_g, N):  # type: ignore[n
 
 @inner
 def _splats(stats, k):  # type: ignore[no-untyped-def]
-    i = FIELDS * k
+    row = advance(stats, FIELDS * k)
     return (
-        splat(stats, stats[i]),
-        splat(stats, stats[i + 1]),
-        splat(stats, stats[i + 2]),
-        splat(stats, stats[i + 3]),
-        splat(stats, stats[i + 4]),
+        splat(row, row[0]),
+        splat(row, row[1]),
+        splat(row, row[2]),
+        splat(row, row[3]),
+        splat(row, row[4]),
     )
 
 
@@ -163,12 +165,27 @@ def _cell(x, dy, dx, i, count, w, row, has_w, has_dx):  # type: ignore[no-untype
 
 
 @inner
-def _two_cells(x, xp, dy, dyp, dx, dxp, i, count, w, row0, row1, has_w, has_dx):  # type: ignore[no-untyped-def]
+def _of_one(x, xp, dy, dyp, dx, dxp, i, count, w, rows, has_w, has_dx):  # type: ignore[no-untyped-def]
+    """One vector of a row: write dx, give dy * x_hat and dy."""
+    d, h = _cell(x, dy, dx, i, count, w, rows[0], has_w, has_dx)
+    return mul(d, h), d
+
+
+@inner
+def _of_two(x, xp, dy, dyp, dx, dxp, i, count, w, rows, has_w, has_dx):  # type: ignore[no-untyped-def]
     """Vectors below each other: write dx, give the sums of dy * x_hat and of dy."""
-    d, h = _cell(x, dy, dx, i, count, w, row0, has_w, has_dx)
+    d, h = _cell(x, dy, dx, i, count, w, rows[0], has_w, has_dx)
     x, dy, dx = advance(x, xp), advance(dy, dyp), advance(dx, dxp)
-    e, k = _cell(x, dy, dx, i, count, w, row1, has_w, has_dx)
+    e, k = _cell(x, dy, dx, i, count, w, rows[1], has_w, has_dx)
     return fma(d, h, mul(e, k)), add(d, e)
+
+
+@inner
+def _of_four(x, xp, dy, dyp, dx, dxp, i, count, w, rows, has_w, has_dx):  # type: ignore[no-untyped-def]
+    a, b = _of_two(x, xp, dy, dyp, dx, dxp, i, count, w, rows[:2], has_w, has_dx)
+    x, dy, dx = advance(x, 2 * xp), advance(dy, 2 * dyp), advance(dx, 2 * dxp)
+    c, d = _of_two(x, xp, dy, dyp, dx, dxp, i, count, w, rows[2:], has_w, has_dx)
+    return add(a, c), add(b, d)
 
 
 @inner
@@ -183,53 +200,33 @@ def _weights(w, i, count, has_w):  # type: ignore[no-untyped-def]
     return _read(w, i, count, one) if has_w else one
 
 
-@inner
-def _add_four(x, xp, dy, dyp, dx, dxp, n, w, stats, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
-    step = lanes(x)
-    r0, r1, r2, r3 = _splats(stats, 0), _splats(stats, 1), _splats(stats, 2), _splats(stats, 3)
-    x2, dy2, dx2 = advance(x, 2 * xp), advance(dy, 2 * dyp), advance(dx, 2 * dxp)
-    i = 0
-    while i + step <= n:
-        v = _weights(w, i, step, has_w)
-        a, b = _two_cells(x, xp, dy, dyp, dx, dxp, i, step, v, r0, r1, has_w, has_dx)
-        c, d = _two_cells(x2, xp, dy2, dyp, dx2, dxp, i, step, v, r2, r3, has_w, has_dx)
-        _grow(to_w, to_b, i, add(a, c), add(b, d))
-        i += step
-    if i < n:
-        v = _weights(w, i, n - i, has_w)
-        a, b = _two_cells(x, xp, dy, dyp, dx, dxp, i, n - i, v, r0, r1, has_w, has_dx)
-        c, d = _two_cells(x2, xp, dy2, dyp, dx2, dxp, i, n - i, v, r2, r3, has_w, has_dx)
-        _grow(to_w, to_b, i, add(a, c), add(b, d))
+def _adding(cells: Any, count: int) -> Any:
+    """Make what writes dx of ``count`` rows, which ``cells`` takes, and adds to the column sums."""
+    second, third, fourth = 1 % count, 2 % count, 3 % count  # no row that is not there is read
+
+    @inner
+    def add_up(x, xp, dy, dyp, dx, dxp, n, w, stats, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
+        step, i = lanes(x), 0
+        rows = (  # before the loop: for all that LLVM knows, its stores may change them
+            _splats(stats, 0),
+            _splats(stats, second),
+            _splats(stats, third),
+            _splats(stats, fourth),
+        )
+        while i + step <= n:
+            v = _weights(w, i, step, has_w)
+            a, b = cells(x, xp, dy, dyp, dx, dxp, i, step, v, rows, has_w, has_dx)
+            _grow(to_w, to_b, i, a, b)
+            i += step
+        if i < n:
+            v = _weights(w, i, n - i, has_w)
+            a, b = cells(x, xp, dy, dyp, dx, dxp, i, n - i, v, rows, has_w, has_dx)
+            _grow(to_w, to_b, i, a, b)
+
+    return add_up
 
 
-@inner
-def _add_two(x, xp, dy, dyp, dx, dxp, n, w, stats, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
-    step = lanes(x)
-    r0, r1 = _splats(stats, 0), _splats(stats, 1)
-    i = 0
-    while i + step <= n:
-        v = _weights(w, i, step, has_w)
-        a, b = _two_cells(x, xp, dy, dyp, dx, dxp, i, step, v, r0, r1, has_w, has_dx)
-        _grow(to_w, to_b, i, a, b)
-        i += step
-    if i < n:
-        v = _weights(w, i, n - i, has_w)
-        a, b = _two_cells(x, xp, dy, dyp, dx, dxp, i, n - i, v, r0, r1, has_w, has_dx)
-        _grow(to_w, to_b, i, a, b)
-
-
-@inner
-def _add_one(x, dy, dx, n, w, stats, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
-    step = lanes(x)
-    row = _splats(stats, 0)
-    i = 0
-    while i + step <= n:
-        d, h = _cell(x, dy, dx, i, step, _weights(w, i, step, has_w), row, has_w, has_dx)
-        _grow(to_w, to_b, i, mul(d, h), d)
-        i += step
-    if i < n:
-        d, h = _cell(x, dy, dx, i, n - i, _weights(w, i, n - i, has_w), row, has_w, has_dx)
-        _grow(to_w, to_b, i, mul(d, h), d)
+_add_one, _add_two, _add_four = _adding(_of_one, 1), _adding(_of_two, 2), _adding(_of_four, 4)
 
 
 @inner
@@ -249,7 +246,7 @@ def add_rows(x, xp, dy, dyp, dx, dxp, M, n, w, stats, to_w, to_b, has_w, has_dx)
             _add_two(p, xp, q, dyp, t, dxp, n, w, row, to_w, to_b, has_w, has_dx)
             k += 2
         else:
-            _add_one(p, q, t, n, w, row, to_w, to_b, has_w, has_dx)
+            _add_one(p, xp, q, dyp, t, dxp, n, w, row, to_w, to_b, has_w, has_dx)
             k += 1
 
 

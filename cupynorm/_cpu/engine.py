@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupynorm._cpu import threads
-from cupynorm._layout import Problem
+from cupynorm._layout import Facts, Problem, problem_of
 
 Array = np.ndarray[Any, Any]
 Call = Callable[..., None]
@@ -71,22 +71,77 @@ def _useful(size: int, num_threads: Callable[[], int]) -> int:
     return 1 if size < ALONE else min(num_threads(), size // _SHARE)
 
 
-def _filled(dtype: np.dtype[Any], names: dict[str, Any]) -> tuple[Any, int]:
-    """A record, which must outlive its address."""
-    record = np.zeros(1, dtype)
-    for name, value in names.items():
-        record[name] = value
-    return record, record.ctypes.data
+def problem_in_place(facts: Facts) -> Problem | None:
+    """Fold a call for the loops; None where they take copies of its arrays as tables."""
+    problem = problem_of(facts)
+    if problem is None or (facts.backward and problem.N > LONGEST and not one_table(problem)):
+        return None
+    return problem
 
 
-def _record(dtype: np.dtype[Any], problem: Problem, rows: int, **values: Any) -> tuple[Any, int]:
-    """Tell of a problem in a record."""
-    names = {"outer": problem.outer, "M": problem.M, "N": problem.N, "rows": rows, **values}
-    names["stats_outer"], names["stats_row"] = problem.stats_strides
+class Plan:
+    """What jobs are told of a problem: a record, which lives as long as this, and its address."""
+
+    __slots__ = "_record", "at", "dense"
+
+    def __init__(self, **values: Any) -> None:
+        from cupynorm._cpu.jobs import PLAN
+
+        self.dense, self._record = values.get("dense", False), np.zeros(1, PLAN)
+        for name, value in values.items():
+            self._record[name] = value
+        self.at: int = self._record.ctypes.data
+
+
+def _plan(problem: Problem, rows: int, eps: float = 0.0) -> Plan:
+    """Tell of a problem; so many rows of it go together."""
+    names = {f: getattr(problem, f) for f in ("outer", "M", "N")}
+    names |= dict(zip(("stats_outer", "stats_row"), problem.stats_strides, strict=True))
     for array, steps in problem.strides:
         for way, step in zip(("outer", "row", "col"), steps, strict=True):
             names[f"{array}_{way}"] = step
-    return _filled(dtype, names)
+    names.setdefault("dx_col", 1)
+    # 16 bits are not written past the caches.
+    bytes_of_y = problem.rows * problem.N * {"float32": 4, "float64": 8}.get(_kind(problem), 0)
+    names |= {"rows": rows, "past": bytes_of_y >= _PAST, **_limits(_kind(problem), eps)}
+    # Each array is one block of memory, row after row.
+    pitches = {steps[1] for _, steps in problem.strides}
+    return Plan(dense=one_table(problem) and (problem.M == 1 or pitches == {problem.N}), **names)
+
+
+def one_table(problem: Problem) -> bool:
+    """Whether each array's rows are contiguous, and all the same step apart."""
+    return problem.outer == 1 and problem.row_major
+
+
+def _limits(kind: str, eps: float) -> dict[str, float]:
+    return dict(zip(("eps", "low", "high"), (eps, *safe_range(computed(kind), eps)), strict=True))
+
+
+def _kind(problem: Problem) -> str:
+    return problem.dtype("x") or ""
+
+
+def _rows_of_block(problem: Problem) -> int:
+    from cupynorm._cpu.forward import CHUNK
+    from cupynorm._cpu.strips import rows_of_strip
+
+    N = problem.N
+    rows = max(1, _BLOCK // N) if problem.row_major else rows_of_strip(min(N, CHUNK))
+    return min(problem.M, rows)
+
+
+def small_normalizer(problem: Problem, eps: float) -> tuple[Any, Any]:
+    """Give ``do`` and ``plan``: one thread does all by ``do(plan.at, x, y, weight, bias, ...)``.
+
+    It takes arrays, as `jobs.small` says. None twice where it would not pay.
+    """
+    from cupynorm._cpu import forward, jobs
+
+    if problem.rows * problem.N >= ALONE or problem.N > forward.CHUNK:
+        return None, None
+    do = jobs.small_with_stats if problem.stats else jobs.small
+    return do(_kind(problem)), _plan(problem, _rows_of_block(problem), eps)
 
 
 def normalizer(
@@ -97,76 +152,66 @@ def normalizer(
     weight, bias, mean and rstd are contiguous, or lie by ``problem.stats_strides``, float32
     (float64 for float64 x). ``num_threads`` is asked at each call where more than one pays.
     """
-    from cupynorm._cpu import jobs
-    from cupynorm._cpu.forward import CHUNK
-    from cupynorm._cpu.strips import rows_of_strip
+    from cupynorm._cpu import forward, jobs
 
-    kind = problem.dtype("x") or ""
-    outer, M, N = problem.outer, problem.M, problem.N
-    size, chunks = outer * M * N, -(-N // CHUNK)
-    low, high = safe_range(computed(kind), eps)
-    limits = {"eps": eps, "low": low, "high": high}
-    rows = max(1, _BLOCK // N) if problem.row_major else rows_of_strip(min(N, CHUNK))
-    rows = min(M, rows)
-    record, plan = _record(jobs.FORWARD, problem, rows, **limits)
-    strips = outer * -(-M // rows)
-    chunked = None
-    if chunks > 1 and not problem.row_major:
-        chunked = _by_chunks(problem, rows, limits)
-    elif chunks >= _LONG:
-        chunked = _by_chunks(problem, 1, limits)
+    kind, size, chunks = _kind(problem), problem.rows * problem.N, -(-problem.N // forward.CHUNK)
+    rows, scattered = _rows_of_block(problem), not problem.row_major and chunks > 1
+    plan, strips = _plan(problem, rows, eps), problem.outer * -(-problem.M // rows)
     do = jobs.rows(kind)
+    by_chunks = None
+    if scattered or chunks >= _LONG:
+        by_chunks = _by_chunks(problem, eps)
 
-    def alone(x: int, y: int, weight: int, bias: int, mean: int, rstd: int) -> None:
-        do(plan, x, y, weight, bias, mean, rstd, 0, strips)
+    def alone(*given: int) -> None:
+        do(plan.at, 0, strips, *given)
 
-    def call(x: int, y: int, weight: int, bias: int, mean: int, rstd: int) -> None:
+    def call(*given: int) -> None:
         count = _useful(size, num_threads)
-        if chunked is not None and (not problem.row_major or (4 * count > outer * M and count > 1)):
-            chunked(x, y, weight, bias, mean, rstd, count)
-            return
-        threads.run(lambda lo, hi: do(plan, x, y, weight, bias, mean, rstd, lo, hi), strips, count)
+        if by_chunks is not None and (scattered or (4 * count > problem.rows and count > 1)):
+            by_chunks(count, *given)
+        else:
+            threads.run(lambda lo, hi: do(plan.at, lo, hi, *given), strips, count)
 
-    run = alone if size < ALONE and chunked is None else call
-    run.record = record  # type: ignore[attr-defined]  # which the address in `plan` is of
-    return run
+    return alone if size < ALONE and by_chunks is None else call
 
 
-def _by_chunks(problem: Problem, rows: int, limits: dict[str, float]) -> Call:
+def _by_chunks(problem: Problem, eps: float) -> Call:
     """Long rows, few of them or strided: moments of every chunk, then results of every chunk.
 
     The chunks and the order in which they merge go by N alone, so the bits are those of a row
     that one thread did alone.
     """
-    from cupynorm._cpu import jobs
-    from cupynorm._cpu.forward import CHUNK
+    from cupynorm._cpu import forward, jobs
 
-    kind = problem.dtype("x") or ""
-    count, chunks = problem.outer * problem.M, -(-problem.N // CHUNK)
-    itemsize = {"float32": 4, "float64": 8}.get(kind, 0)  # 16 bits are not written past the caches
-    past = int(count * problem.N * itemsize >= _PAST)
-    record, plan = _record(jobs.FORWARD, problem, rows, past=past, **limits)
-    items = problem.outer * -(-problem.M // rows) * chunks
+    kind, chunks = _kind(problem), -(-problem.N // forward.CHUNK)
+    rows = 1 if problem.row_major else _rows_of_block(problem)
+    plan, items = _plan(problem, rows, eps), problem.outer * -(-problem.M // rows) * chunks
 
-    def call(x: int, y: int, weight: int, bias: int, mean: int, rstd: int, workers: int) -> None:
-        parts, stats = np.empty((count, chunks, 3)), np.empty((count, 3))
+    def call(count: int, x: int, y: int, weight: int, bias: int, mean: int, rstd: int) -> None:
+        parts, stats = np.empty((problem.rows, chunks, 3)), np.empty((problem.rows, 3))
         at, to = parts.ctypes.data, stats.ctypes.data
         take, give = jobs.chunk_moments(kind), jobs.chunk_results(kind)
-        threads.run(lambda lo, hi: take(plan, x, at, lo, hi), items, workers)
-        jobs.finish(kind)(plan, at, mean, rstd, to, 0, count)
-        threads.run(lambda lo, hi: give(plan, x, y, weight, bias, to, lo, hi), items, workers)
+        threads.run(lambda lo, hi: take(plan.at, lo, hi, x, at), items, count)
+        jobs.finish(kind)(plan.at, at, mean, rstd, to)
+        threads.run(lambda lo, hi: give(plan.at, lo, hi, x, y, weight, bias, to), items, count)
 
-    call.record = record  # type: ignore[attr-defined]
     return call
 
 
-def gradient_record(problem: Problem) -> tuple[Any, int]:
-    """What the backward's jobs are told of a problem."""
-    from cupynorm._cpu import jobs
+def _gradient_plan(problem: Problem) -> Plan:
     from cupynorm._cpu.strips import rows_of_strip
 
     rows = problem.M if problem.row_major else min(problem.M, rows_of_strip(problem.N))
-    return _record(jobs.BACKWARD, problem, rows, dx_col=1)
+    return _plan(problem, rows)
+
+
+def small_differentiator(problem: Problem) -> tuple[Any, Any]:
+    """As `small_normalizer`, by ``do(plan.at, dy, x, mean, rstd, weight, dx, dweight, dbias)``."""
+    from cupynorm._cpu import jobs
+
+    if problem.rows * problem.N >= ALONE or problem.N > LONGEST:
+        return None, None
+    return jobs.small_gradients(_kind(problem)), _gradient_plan(problem)
 
 
 def differentiator(
@@ -179,54 +224,49 @@ def differentiator(
 
     With ``wide_sums`` dweight and dbias are float64, so that the caller can round them once.
     """
-    from cupynorm._cpu import jobs
-    from cupynorm._cpu.backward import block_count
+    from cupynorm._cpu import backward, jobs
 
-    kind = problem.dtype("x") or ""
-    count, N = problem.outer * problem.M, problem.N
-    record, plan = gradient_record(problem)
-    blocks = block_count.py_func(count)
-    size, dtype = jobs.sums_size(count, N), computed(kind)
-    long = problem.row_major and problem.outer == 1 and N > LONGEST
+    kind, plan, rows, size = (
+        _kind(problem),
+        _gradient_plan(problem),
+        problem.rows,
+        problem.rows * problem.N,
+    )
+    blocks, long = backward.block_count.py_func(rows), one_table(problem) and problem.N > LONGEST
 
-    def call(
-        dy: int, x: int, mean: int, rstd: int, weight: int, dx: int, dweight: int, dbias: int
-    ) -> None:
-        workers = _useful(count * N, num_threads)
-        sums = np.empty(size, dtype) if dweight or dbias else None
+    def call(*given: int) -> None:
+        *arrays, dweight, dbias = given
+        count = _useful(size, num_threads)
+        sums = (
+            np.empty(jobs.sums_size(rows, problem.N), computed(kind)) if dweight or dbias else None
+        )
         to = 0 if sums is None else sums.ctypes.data
         if long:
-            _long_gradients(problem, plan, workers, (dy, x, mean, rstd, weight, dx, to))
+            _long_gradients(problem, plan.at, count, (*arrays, to))
         else:
             do = jobs.gradients(kind)
-            threads.run(
-                lambda lo, hi: do(plan, dy, x, mean, rstd, weight, dx, to, lo, hi), blocks, workers
-            )
+            threads.run(lambda lo, hi: do(plan.at, lo, hi, *arrays, to), blocks, count)
         if sums is not None:
-            jobs.merge(kind)(plan, to, dweight, dbias, int(wide_sums), 0)
+            jobs.merge(kind)(plan.at, to, dweight, dbias, int(wide_sums))
 
-    call.record = record  # type: ignore[attr-defined]
     return call
 
 
-def _long_gradients(problem: Problem, plan: int, workers: int, at: tuple[int, ...]) -> None:
+def _long_gradients(problem: Problem, plan: int, count: int, at: tuple[int, ...]) -> None:
     """Long rows: sums over every chunk of each row, then the gradients of every chunk."""
-    from cupynorm._cpu import jobs
-    from cupynorm._cpu.backward import FIELDS, block_count
-    from cupynorm._cpu.forward import CHUNK
+    from cupynorm._cpu import backward, forward, jobs
 
-    kind, M = problem.dtype("x") or "", problem.M
+    kind, M, chunks = _kind(problem), problem.M, -(-problem.N // forward.CHUNK)
     dy, x, mean, rstd, weight, dx, sums = at
-    chunks = -(-problem.N // CHUNK)
-    parts, stats = np.empty((M, chunks, 3)), np.empty(FIELDS * M, computed(kind))
+    parts, stats = np.empty((M, chunks, 3)), np.empty(backward.FIELDS * M, computed(kind))
     found, told = parts.ctypes.data, stats.ctypes.data
     take, give = jobs.long_sums(kind), jobs.long_gradients(kind)
     threads.run(
-        lambda lo, hi: take(plan, dy, x, mean, rstd, weight, found, lo, hi), M * chunks, workers
+        lambda lo, hi: take(plan, lo, hi, dy, x, mean, rstd, weight, found), M * chunks, count
     )
-    jobs.long_finish(kind)(plan, found, mean, rstd, told, 0, M)
-    items = block_count.py_func(M) * chunks
-    threads.run(lambda lo, hi: give(plan, dy, x, weight, told, dx, sums, lo, hi), items, workers)
+    jobs.long_finish(kind)(plan, found, mean, rstd, told)
+    items = backward.block_count.py_func(M) * chunks
+    threads.run(lambda lo, hi: give(plan, lo, hi, dy, x, weight, told, dx, sums), items, count)
 
 
 def columns(found: Any, y: Array, weight: int, bias: int, eps: float, omit: bool) -> None:
@@ -236,20 +276,17 @@ def columns(found: Any, y: Array, weight: int, bias: int, eps: float, omit: bool
     is contiguous, of one of `strips.COLUMN_DTYPES`. With ``omit`` NaN is left out of a row's
     statistics.
     """
-    from cupynorm._cpu import jobs
-    from cupynorm._cpu.strips import COLUMN_DTYPES, rows_of_strip
+    from cupynorm._cpu import jobs, strips
 
     (M, N), kind = y.shape, y.dtype.name
-    rows = min(M, rows_of_strip(N))
-    low, high = safe_range(computed(kind), eps)
+    rows = min(M, strips.rows_of_strip(N))
     y_row, y_col = (step // y.itemsize for step in y.strides)
-    names = {"M": M, "N": N, "rows": rows, "y_row": y_row, "y_col": y_col, "omit": omit}
-    record, plan = _filled(jobs.TABLE, names | {"eps": eps, "low": low, "high": high})
+    names = {"outer": 1, "M": M, "N": N, "rows": rows, "y_row": y_row, "y_col": y_col}
+    plan = Plan(**names, omit=omit, **_limits(kind, eps))
     table = np.zeros((5, N), np.int64)
     for j, (x, bitmap, bit) in enumerate(found):
-        number = COLUMN_DTYPES.index(x.dtype.name)
+        number = strips.COLUMN_DTYPES.index(x.dtype.name)
         table[:, j] = number, x.ctypes.data, x.itemsize, bitmap, bit
     at, to, do = table.ctypes.data, y.ctypes.data, jobs.table(kind)
-    workers = _useful(M * N, threads.num_threads)
-    threads.run(lambda lo, hi: do(plan, at, to, weight, bias, lo, hi), -(-M // rows), workers)
-    del record  # its last use
+    count = _useful(M * N, threads.num_threads)
+    threads.run(lambda lo, hi: do(plan.at, lo, hi, at, to, weight, bias), -(-M // rows), count)

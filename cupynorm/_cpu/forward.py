@@ -19,13 +19,13 @@ from cupynorm._cpu.vectors import (
     like,
     load,
     mul,
-    pointer,
     put,
     size_of,
     splat,
     store,
     store_past,
     sub,
+    typed,
 )
 
 # Elements of a row whose moments are taken together: 16 KiB of float32.
@@ -49,6 +49,11 @@ _REPAYS = 4  # rows for which a copy of weight and bias is worth its time
 # Elements of a row whose results are written from a line on: every vector across two lines costs
 # two accesses, of x, y, weight and bias alike. A shorter row loses more to the vector before it.
 PEELED = 256
+
+
+@inner
+def chunks_of(N):  # type: ignore[no-untyped-def]
+    return (N + CHUNK - 1) // CHUNK
 
 
 @inner
@@ -213,16 +218,15 @@ def apply_row(x, y, n, w, b, wide_s, wide_m, wide_r, has_w, has_b, past):  # typ
 @inner
 def merge(parts, N):  # type: ignore[no-untyped-def]
     """Merge s, mean - s and variance of the chunks in their order; the tree goes by N alone."""
-    s = parts[0, 0]
-    m = 0.0
-    for c in range(parts.shape[0]):
+    s = parts[0]
+    m = v = 0.0
+    for c in range(chunks_of(N)):
         share = min(CHUNK, N - c * CHUNK) / N
-        m += share * ((parts[c, 0] - s) + parts[c, 1])
-    v = 0.0
-    for c in range(parts.shape[0]):
+        m += share * ((parts[3 * c] - s) + parts[3 * c + 1])
+    for c in range(chunks_of(N)):
         share = min(CHUNK, N - c * CHUNK) / N
-        away = ((parts[c, 0] - s) + parts[c, 1]) - m
-        v += share * (parts[c, 2] + away * away)
+        away = ((parts[3 * c] - s) + parts[3 * c + 1]) - m
+        v += share * (parts[3 * c + 2] + away * away)
     return s, m, v
 
 
@@ -266,11 +270,11 @@ def short_rows(p, xp, q, yp, M, N, w, b, limits, told, stats, group):  # type: i
 
 @inner
 def row_moments(p, n, limits, parts):  # type: ignore[no-untyped-def]
-    """Moments of the chunks of n elements at p, into parts (chunks, 3)."""
-    for c in range(parts.shape[0]):
+    """Moments of the chunks of n elements at p, into three numbers for each at ``parts``."""
+    for c in range(chunks_of(n)):
         size, x = min(CHUNK, n - c * CHUNK), advance(p, c * CHUNK)
         s, m, v = moments(x, size, pivot(x, size), limits[1], limits[2])
-        parts[c, 0], parts[c, 1], parts[c, 2] = s, m, v
+        parts[3 * c], parts[3 * c + 1], parts[3 * c + 2] = s, m, v
 
 
 @inner
@@ -297,8 +301,25 @@ def finish_row(parts, N, eps, told, row):  # type: ignore[no-untyped-def]
 
 
 @inner
+def known_moments(x, N, limits, told, parts, known):  # type: ignore[no-untyped-def]
+    """Moments of those of N values that are not NaN: as if they were all of the row.
+
+    ``known`` has room for N.
+    """
+    count = 0
+    for i in range(N):
+        value = item(x, i)
+        known[count] = value
+        count += 1 if value == value else 0
+    if count == 0:  # of nothing; what is left of the row is NaN
+        return 0.0, 0.0, 0.0
+    row_moments(known, count, limits, parts)
+    return finish_row(parts, count, limits[0], told, 0)
+
+
+@inner
 def long_rows(p, xp, q, yp, M, N, w, b, limits, told, parts):  # type: ignore[no-untyped-def]
-    """As `short_rows`, for more than CHUNK elements; parts (chunks, 3)."""
+    """As `short_rows`, for more than CHUNK elements; ``parts``: as for `row_moments`."""
     for row in range(M):
         row_moments(advance(p, row * xp), N, limits, parts)
         s, m, r = finish_row(parts, N, limits[0], told, row)
@@ -306,17 +327,16 @@ def long_rows(p, xp, q, yp, M, N, w, b, limits, told, parts):  # type: ignore[no
 
 
 @inner
-def in_step(a, q, M, room):  # type: ignore[no-untyped-def]
+def in_step(a, q, M, N, room):  # type: ignore[no-untyped-def]
     """Give weight or bias as it is, or where M rows pay for it a copy that meets lines as q does.
 
     NumPy's arrays begin 16 bytes past a line, so that every vector of them lies across two: see
-    apply_row, which begins on a line of y. ``room`` has space for it and SPARE more.
+    apply_row, which begins on a line of y. ``room`` has space for N elements and SPARE more.
     """
-    N = room.size - SPARE
     phase = -before_line(q, N) * size_of(a) & (LINE - 1)
     if M < _REPAYS or address(a) == 0 or address(a) & (LINE - 1) == phase:
         return a
-    here = pointer(room, 0)
+    here = typed(room, a)
     copy = advance(here, ((phase - address(here)) & (LINE - 1)) // size_of(a))
     for i in range(N):
         copy[i] = a[i]

@@ -2,26 +2,15 @@
 
 Each function takes the address of a record that says all of a problem, addresses of arrays (0:
 absent), and which items of the work to do, so that threads do not have to agree on anything else.
+Those named ``small`` do all of a call; they take arrays, which cost less than addresses of them.
 """
 
 from typing import Any
 
 import numpy as np
-from numba import carray
+from numba import from_dtype, types
 
-from cupynorm._cpu.backward import (
-    FIELDS,
-    LONG_ROWS,
-    add_rows,
-    block_count,
-    block_rows,
-    group_size,
-    merge_sums,
-    row_sums,
-    sums_pitch,
-)
-from cupynorm._cpu.backward import finish_row as finish_gradient_row
-from cupynorm._cpu.backward import short_rows as gradients_of_rows
+from cupynorm._cpu import backward
 from cupynorm._cpu.compiled import inner, job
 from cupynorm._cpu.forward import (
     CHUNK,
@@ -29,281 +18,292 @@ from cupynorm._cpu.forward import (
     GROUP,
     SPARE,
     apply_row,
+    chunks_of,
     finish_row,
     in_step,
+    known_moments,
     long_rows,
     moments,
     pivot,
-    row_moments,
     row_results,
     short_rows,
 )
-from cupynorm._cpu.strips import GAP, TOGETHER, bring, bring_columns, keep_known, place, put_back
-from cupynorm._cpu.vectors import address, advance, at, pointer, record_at
+from cupynorm._cpu.strips import (
+    GAP,
+    bring,
+    of_columns,
+    of_rows,
+    place,
+    put_back,
+    room_size,
+    start,
+)
+from cupynorm._cpu.vectors import address, advance, at, pointer, record_at, size_of, typed
 
-# What the memory of x holds, in numba's words, and what loops compute in.
-_STORED = {"float16": "uint16", "bfloat16": "uint16", "float32": "float32", "float64": "float64"}
-_COMPUTED = {"float64": "float64"}
-
-FORWARD = np.dtype(
-    [(name, "i8") for name in ("outer", "M", "N", "rows")]
-    + [(f"{array}_{way}", "i8") for array in "xy" for way in ("outer", "row", "col")]
-    + [("stats_outer", "i8"), ("stats_row", "i8"), ("past", "i8")]
+PLAN = np.dtype(
+    [(name, "i8") for name in ("outer", "M", "N", "rows", "stats_outer", "stats_row")]
+    + [(f"{a}_{way}", "i8") for a in ("x", "y", "dy", "dx") for way in ("outer", "row", "col")]
+    + [(name, "i8") for name in ("dense", "past", "omit")]
     + [(name, "f8") for name in ("eps", "low", "high")]
 )
-_forward_at = record_at(FORWARD)
+# A job closes over the checksum by what it hands on here, where nothing depends on it.
+plan_at = record_at(PLAN)
 
 
-def dtypes_of(kind: str) -> tuple[str, Any, Any]:
-    computed = _COMPUTED.get(kind, "float32")
-    return computed, np.dtype(_STORED[kind]).type, np.dtype(computed).type
+def _computed(kind: str) -> str:
+    return "float64" if kind == "float64" else "float32"
 
 
-@inner
-def _start(p, outer, row, o, m):  # type: ignore[no-untyped-def]
-    return advance(p, o * outer + m * row)
+def _arrays(kind: str) -> tuple[Any, ...]:
+    """Types of tables of x's dtype, of statistics and of rows; each of an input, and of a result.
 
-
-@inner
-def _rows(f, x, y, w, b, mean, rstd, lo, hi, tile, stats, parts, rooms):  # type: ignore[no-untyped-def]
-    # Arrays are arguments because numba frees one after its last use, pointers or not.
-    limits, strips = (f.eps, f.low, f.high), (f.M + f.rows - 1) // f.rows
-    group = stats.size // 3
-    for block in range(lo, hi):
-        o, first = block // strips, block % strips * f.rows
-        n = min(f.rows, f.M - first)
-        source = _start(x, f.x_outer, f.x_row, o, first)
-        target = _start(y, f.y_outer, f.y_row, o, first)
-        q, qp = place(target, f.y_row, f.y_col, tile, f.N)
-        if block == lo:
-            repeats = n * (hi - lo)
-            w, b = in_step(w, q, repeats, rooms[0]), in_step(b, q, repeats, rooms[1])
-        p, pp = bring(source, f.x_row, f.x_col, tile, n, f.N)
-        told = mean, rstd, o * f.stats_outer + first * f.stats_row, f.stats_row
-        if f.N <= CHUNK:
-            short_rows(p, pp, q, qp, n, f.N, w, b, limits, told, pointer(stats, 0), group)
-        else:
-            long_rows(p, pp, q, qp, n, f.N, w, b, limits, told, parts)
-        put_back(target, f.y_row, f.y_col, tile, n, f.N)
+    Only where a table begins is read of it: what layout it is of says the record.
+    """
+    stored = np.dtype("uint16" if kind.endswith("16") else kind)
+    table, wide = from_dtype(stored), from_dtype(np.dtype(_computed(kind)))
+    return tuple(
+        types.Array(*array, readonly=readonly)
+        for array in ((table, 2, "A"), (wide, 2, "A"), (wide, 1, "C"))
+        for readonly in (True, False)
+    )
 
 
 @inner
-def group_of(total, most, N):  # type: ignore[no-untyped-def]
-    """Rows whose phases go together."""
-    group = max(1, min(most, GROUP // N))
-    return group if total < FROM_MEMORY else max(1, group // 2)
+def _two(p, q, kind):  # type: ignore[no-untyped-def]
+    return at(p, kind), at(q, kind)
+
+
+# --- forward ------------------------------------------------------------------------------------
+
+
+def _sharing(source: Any, may_omit: bool) -> Any:
+    """Make what normalizes strips that ``source`` brings; NaN may be left out of statistics."""
+
+    @inner
+    def strips_of(f, x, y, wb, told, lo, hi, group, work):  # type: ignore[no-untyped-def]
+        # ``work`` is an argument because numba frees an array after its last use, pointers or not.
+        (w, b), (mean, rstd), N, limits = wb, told, f.N, (f.eps, f.low, f.high)
+        strips = (f.M + f.rows - 1) // f.rows
+        stats = pointer(work, 0)
+        parts = advance(stats, 3 * group)
+        w_room = advance(parts, 3 * chunks_of(N))
+        b_room = advance(w_room, N + SPARE)
+        room = typed(advance(b_room, N + SPARE), w)
+        tile = advance(b_room, N + SPARE + room_size(f))
+        for block in range(lo, hi):
+            o, first = block // strips, block % strips * f.rows
+            n, target = min(f.rows, f.M - first), start(y, f.y_outer, f.y_row, o, first)
+            p, pp = source(f, x, o, first, n, tile, room)
+            # Where the tile takes results of 16 bits, they come before what is still to be read.
+            q, qp = place(target, f.y_row, f.y_col, tile, N)
+            if block == lo:
+                repeats = n * (hi - lo)
+                w, b = in_step(w, q, repeats, N, w_room), in_step(b, q, repeats, N, b_room)
+            at_rows = mean, rstd, o * f.stats_outer + first * f.stats_row, f.stats_row
+            if may_omit and f.omit:
+                for k in range(n):
+                    row = advance(p, k * pp)
+                    s, m, r = known_moments(row, N, limits, at_rows, parts, room)
+                    row_results(row, advance(q, k * qp), N, w, b, s, m, r, False)
+            elif N <= CHUNK:
+                short_rows(p, pp, q, qp, n, N, w, b, limits, at_rows, stats, group)
+            else:
+                long_rows(p, pp, q, qp, n, N, w, b, limits, at_rows, parts)
+            put_back(target, f.y_row, f.y_col, tile, n, N)
+
+    @inner
+    def share(f, x, y, wb, told, lo, hi):  # type: ignore[no-untyped-def]
+        N, most = f.N, max(1, min(f.rows, GROUP // f.N))  # rows whose phases go together
+        group = most if f.outer * f.M * N < FROM_MEMORY else max(1, most // 2)
+        size = 3 * group + 3 * chunks_of(N) + 2 * (N + SPARE)
+        if f.x_col != 1 or f.y_col != 1:
+            size += room_size(f) + f.rows * (N + GAP)
+        strips_of(f, x, y, wb, told, lo, hi, group, np.empty(size))
+
+    return share
+
+
+_share, _share_of_columns = _sharing(of_rows, False), _sharing(of_columns, True)
 
 
 @job
 def rows(checksum: int, kind: str) -> Any:
-    """``rows(plan, x, y, w, b, mean, rstd, lo, hi)``: normalize the strips lo to hi."""
-    computed, stored, wide = dtypes_of(kind)
+    """``rows(plan, lo, hi, x, y, w, b, mean, rstd)``: normalize the strips lo to hi."""
+    computed = _computed(kind)
 
-    def rows(plan, x, y, w, b, mean, rstd, lo, hi):  # type: ignore[no-untyped-def]
-        f = _forward_at(plan)
-        N = f.N * (checksum != 0)
-        in_place = f.x_col == 1 and f.y_col == 1
-        tile = np.empty(0 if in_place else f.rows * (N + GAP), stored)
-        stats = np.empty(3 * group_of(f.outer * f.M * N, f.rows, N))
-        parts = np.empty(((N + CHUNK - 1) // CHUNK, 3))
-        rooms = np.empty(N + SPARE, wide), np.empty(N + SPARE, wide)
-        p, q, m, r = at(x, kind), at(y, kind), at(mean, computed), at(rstd, computed)
-        wp, bp = at(w, computed), at(b, computed)
-        _rows(f, p, q, wp, bp, m, r, lo, hi, tile, stats, parts, rooms)
+    def rows(plan, lo, hi, x, y, w, b, mean, rstd):  # type: ignore[no-untyped-def]
+        f, wb, told = plan_at(plan, checksum), _two(w, b, computed), _two(mean, rstd, computed)
+        _share(f, at(x, kind), at(y, kind), wb, told, lo, hi)
 
     return rows
 
 
 @job
-def chunk_moments(checksum: int, kind: str) -> Any:
-    """``chunk_moments(plan, x, parts, lo, hi)``: of chunks of long rows."""
-    _, stored, _ = dtypes_of(kind)
+def table(checksum: int, kind: str) -> Any:
+    """``table(plan, lo, hi, columns, y, w, b)``: the same, of a table given as columns."""
+    computed = _computed(kind)
 
-    def chunk_moments(plan, x, parts, lo, hi):  # type: ignore[no-untyped-def]
-        f = _forward_at(plan)
-        tile = np.empty(f.rows * (CHUNK + GAP) * (checksum != 0) * (f.x_col != 1), stored)
+    def table(plan, lo, hi, columns, y, w, b):  # type: ignore[no-untyped-def]
+        f, wb = plan_at(plan, checksum), _two(w, b, computed)
+        none = at(0, computed)
+        _share_of_columns(f, at(columns, "int64"), at(y, kind), wb, (none, none), lo, hi)
+
+    return table
+
+
+@inner
+def _meet(p, n, q, size):  # type: ignore[no-untyped-def]
+    first, to = address(p), address(q)
+    return first != 0 and first < to + size * size_of(q) and to < first + n * size_of(p)
+
+
+@inner
+def _small(f, x, y, wb, told):  # type: ignore[no-untyped-def]
+    size = f.outer * f.M * f.N
+    if f.dense and (
+        (address(x) != address(y) and _meet(x, size, y, size))
+        or _meet(wb[0], f.N, y, size)
+        or _meet(wb[1], f.N, y, size)
+    ):
+        return True
+    _share(f, x, y, wb, told, 0, f.outer * ((f.M + f.rows - 1) // f.rows))
+    return False
+
+
+@job
+def small(checksum: int, kind: str) -> Any:
+    """``small(plan, x, y, w, b)``: normalize all rows.
+
+    x and y hold 16-bit kinds as uint16; an absent w or b is empty. Where all are dense it is True,
+    and nothing has been done, if y shares memory with w, b or a part of x.
+    """
+    computed = _computed(kind)
+    x_type, y_type, _, _, row, _ = _arrays(kind)
+
+    def small(plan, x, y, w, b):  # type: ignore[no-untyped-def]
+        f, wb = plan_at(plan, checksum), _two(w, b, computed)
+        return _small(f, at(x, kind), at(y, kind), wb, (at(0, computed), at(0, computed)))
+
+    return types.bool_(types.int64, x_type, y_type, row, row), small
+
+
+@job
+def small_with_stats(checksum: int, kind: str) -> Any:
+    """``small_with_stats(plan, x, y, w, b, mean, rstd)``: the same.
+
+    Two arrays more cost a call 100 ns, a twentieth of it.
+    """
+    computed = _computed(kind)
+    x_type, y_type, _, stat, row, _ = _arrays(kind)
+
+    def small_with_stats(plan, x, y, w, b, mean, rstd):  # type: ignore[no-untyped-def]
+        f, wb = plan_at(plan, checksum), _two(w, b, computed)
+        return _small(f, at(x, kind), at(y, kind), wb, _two(mean, rstd, computed))
+
+    return types.bool_(types.int64, x_type, y_type, row, row, stat, stat), small_with_stats
+
+
+# --- chunks of long rows, few of them or strided: each by itself ----------------------------------
+
+
+@inner
+def _chunk(f, item, backwards):  # type: ignore[no-untyped-def]
+    """Of an item of the work: outer step, first row and rows of a strip; first column, columns."""
+    strips, chunks = (f.M + f.rows - 1) // f.rows, chunks_of(f.N)
+    c, block = item // (f.outer * strips), item % (f.outer * strips)
+    o, first, left = block // strips, block % strips * f.rows, c * CHUNK
+    if backwards:
+        left = (chunks - 1 - c) * CHUNK
+    return o, first, min(f.rows, f.M - first), left, min(CHUNK, f.N - left)
+
+
+@inner
+def _moments(f, x, parts, lo, hi, tile):  # type: ignore[no-untyped-def]
+    for item in range(lo, hi):
+        o, first, n, left, size = _chunk(f, item, False)
+        source = advance(start(x, f.x_outer, f.x_row, o, first), left * f.x_col)
+        p, pp = bring(source, f.x_row, f.x_col, pointer(tile, 0), n, size)
+        for k in range(n):
+            q = advance(p, k * pp)
+            s, m, v = moments(q, size, pivot(q, size), f.low, f.high)
+            i = 3 * ((o * f.M + first + k) * chunks_of(f.N) + left // CHUNK)
+            parts[i], parts[i + 1], parts[i + 2] = s, m, v
+
+
+@inner
+def _results(f, x, y, w, b, stats, lo, hi, tile):  # type: ignore[no-untyped-def]
+    has_w, has_b, here = address(w) != 0, address(b) != 0, pointer(tile, 0)
+    for item in range(lo, hi):
+        # Backwards, as the end of x was read last; rows in turn share a chunk of weight and bias.
+        o, first, n, left, size = _chunk(f, item, True)
+        source = advance(start(x, f.x_outer, f.x_row, o, first), left * f.x_col)
+        target = advance(start(y, f.y_outer, f.y_row, o, first), left * f.y_col)
+        p, pp = bring(source, f.x_row, f.x_col, here, n, size)
+        q, qp = place(target, f.y_row, f.y_col, here, size)
+        wc, bc = advance(w, left), advance(b, left)
+        for k in range(n):
+            u, v, i = advance(p, k * pp), advance(q, k * qp), 3 * (o * f.M + first + k)
+            s, m, r = stats[i], stats[i + 1], stats[i + 2]
+            apply_row(u, v, size, wc, bc, s, m, r, has_w, has_b, f.past)
+        put_back(target, f.y_row, f.y_col, here, n, size)
+
+
+@job
+def chunk_moments(checksum: int, kind: str) -> Any:
+    """``chunk_moments(plan, lo, hi, x, parts)``: of chunks of rows."""
+
+    def chunk_moments(plan, lo, hi, x, parts):  # type: ignore[no-untyped-def]
+        f = plan_at(plan, checksum)
+        tile = np.empty(f.rows * (CHUNK + GAP) if f.x_col != 1 else 0)
         _moments(f, at(x, kind), at(parts, "float64"), lo, hi, tile)
 
     return chunk_moments
 
 
-@inner
-def _moments(f, x, parts, lo, hi, tile):  # type: ignore[no-untyped-def]
-    strips, chunks = (f.M + f.rows - 1) // f.rows, (f.N + CHUNK - 1) // CHUNK
-    limits = f.eps, f.low, f.high
-    for item in range(lo, hi):
-        c, block = item // (f.outer * strips), item % (f.outer * strips)
-        o, first = block // strips, block % strips * f.rows
-        n, size = min(f.rows, f.M - first), min(CHUNK, f.N - c * CHUNK)
-        source = advance(_start(x, f.x_outer, f.x_row, o, first), c * CHUNK * f.x_col)
-        p, pp = bring(source, f.x_row, f.x_col, tile, n, size)
-        for k in range(n):
-            q = advance(p, k * pp)
-            s, m, v = moments(q, size, pivot(q, size), limits[1], limits[2])
-            i = 3 * ((o * f.M + first + k) * chunks + c)
-            parts[i], parts[i + 1], parts[i + 2] = s, m, v
-
-
 @job
 def finish(checksum: int, kind: str) -> Any:
-    """``finish(plan, parts, mean, rstd, stats, lo, hi)``: merge the chunks of the rows lo to hi."""
-    computed = dtypes_of(kind)[0]
+    """``finish(plan, parts, mean, rstd, stats)``: merge the chunks of each row."""
+    computed = _computed(kind)
 
-    def finish(plan, parts, mean, rstd, stats, lo, hi):  # type: ignore[no-untyped-def]
-        f, to = _forward_at(plan), at(stats, "float64")
-        chunks = (f.N + CHUNK - 1) // CHUNK * (checksum != 0)
-        found = carray(at(parts, "float64"), (f.outer * f.M, chunks, 3))
-        for i in range(lo, hi):
-            o, row = i // f.M, i % f.M
-            at_row = o * f.stats_outer + row * f.stats_row
-            told = at(mean, computed), at(rstd, computed), at_row, 0
-            to[3 * i], to[3 * i + 1], to[3 * i + 2] = finish_row(found[i], f.N, f.eps, told, 0)
+    def finish(plan, parts, mean, rstd, stats):  # type: ignore[no-untyped-def]
+        f, to, found = plan_at(plan, checksum), at(stats, "float64"), at(parts, "float64")
+        for i in range(f.outer * f.M):
+            at_row = i // f.M * f.stats_outer + i % f.M * f.stats_row
+            told = *_two(mean, rstd, computed), at_row, 0
+            part = advance(found, 3 * i * chunks_of(f.N))
+            to[3 * i], to[3 * i + 1], to[3 * i + 2] = finish_row(part, f.N, f.eps, told, 0)
 
     return finish
 
 
 @job
 def chunk_results(checksum: int, kind: str) -> Any:
-    """``chunk_results(plan, x, y, w, b, stats, lo, hi)``: normalize chunks of long rows."""
-    computed, stored, _ = dtypes_of(kind)
+    """``chunk_results(plan, lo, hi, x, y, w, b, stats)``: normalize chunks of rows."""
+    computed = _computed(kind)
 
-    def chunk_results(plan, x, y, w, b, stats, lo, hi):  # type: ignore[no-untyped-def]
-        f = _forward_at(plan)
-        in_place = f.x_col == 1 and f.y_col == 1
-        tile = np.empty(f.rows * (CHUNK + GAP) * (checksum != 0) * (not in_place), stored)
-        wp, bp = at(w, computed), at(b, computed)
-        _results(f, at(x, kind), at(y, kind), wp, bp, at(stats, "float64"), lo, hi, tile)
+    def chunk_results(plan, lo, hi, x, y, w, b, stats):  # type: ignore[no-untyped-def]
+        f = plan_at(plan, checksum)
+        tile = np.empty(f.rows * (CHUNK + GAP) if f.x_col != 1 or f.y_col != 1 else 0)
+        wp, bp, s = at(w, computed), at(b, computed), at(stats, "float64")
+        _results(f, at(x, kind), at(y, kind), wp, bp, s, lo, hi, tile)
 
     return chunk_results
 
 
-@inner
-def _results(f, x, y, w, b, stats, lo, hi, tile):  # type: ignore[no-untyped-def]
-    strips, chunks = (f.M + f.rows - 1) // f.rows, (f.N + CHUNK - 1) // CHUNK
-    has_w, has_b = address(w) != 0, address(b) != 0
-    total = f.outer * strips
-    for item in range(lo, hi):
-        # Backwards, as the end of x was read last; rows in turn share a chunk of weight and bias.
-        c, block = chunks - 1 - item // total, item % total
-        o, first, left = block // strips, block % strips * f.rows, c * CHUNK
-        n, size = min(f.rows, f.M - first), min(CHUNK, f.N - left)
-        source = advance(_start(x, f.x_outer, f.x_row, o, first), left * f.x_col)
-        target = advance(_start(y, f.y_outer, f.y_row, o, first), left * f.y_col)
-        p, pp = bring(source, f.x_row, f.x_col, tile, n, size)
-        q, qp = place(target, f.y_row, f.y_col, tile, size)
-        wc, bc = advance(w, left), advance(b, left)
-        for k in range(n):
-            i = 3 * (o * f.M + first + k)
-            s, m, r = stats[i], stats[i + 1], stats[i + 2]
-            apply_row(
-                advance(p, k * pp), advance(q, k * qp), size, wc, bc, s, m, r, has_w, has_b, f.past
-            )
-        put_back(target, f.y_row, f.y_col, tile, n, size)
-
-
-# --- rows of a table that is given as columns -----------------------------------------------------
-
-TABLE = np.dtype(
-    [(name, "i8") for name in ("M", "N", "rows", "y_row", "y_col", "omit")]
-    + [(name, "f8") for name in ("eps", "low", "high")]
-)
-_table_at = record_at(TABLE)
-
-
-@job
-def table(checksum: int, kind: str) -> Any:
-    """``table(plan, columns, y, w, b, lo, hi)``: normalize the strips lo to hi of a table."""
-    computed, _, wide = dtypes_of(kind)
-
-    def table(plan, columns, y, w, b, lo, hi):  # type: ignore[no-untyped-def]
-        f = _table_at(plan)
-        N = f.N * (checksum != 0)
-        tile = np.empty(f.rows * (N + GAP), wide)
-        stats = np.empty(3 * group_of(f.M * N, f.rows, N))
-        parts = np.empty(((N + CHUNK - 1) // CHUNK, 3))
-        room = np.empty(max(N, TOGETHER * (f.rows + GAP)), wide)
-        none = at(0, computed)
-        wb, found = (at(w, computed), at(b, computed)), at(columns, "int64")
-        _table(f, found, at(y, kind), wb, none, lo, hi, tile, stats, parts, room)
-
-    return table
+# --- backward -----------------------------------------------------------------------------------
 
 
 @inner
-def _table(f, columns, y, wb, none, lo, hi, tile, stats, parts, room):  # type: ignore[no-untyped-def]
-    (w, b), N, limits = wb, f.N, (f.eps, f.low, f.high)
-    p, pp, told, here = pointer(tile, 0), N + GAP, (none, none, 0, 0), pointer(stats, 0)
+def _blocks(f, arrays, stats, w, sums, lo, hi, group, work):  # type: ignore[no-untyped-def]
+    # ``work``: as for `_strips`.
+    (dy, x, dx), N, total, wide = arrays, f.N, f.outer * f.M, backward.sums_pitch(f.N)
+    size, has_dx = backward.block_rows(total), address(dx) != 0
+    spare = typed(pointer(work, 0), w)
+    here = typed(pointer(work, 2 * wide), w)
+    x_tile = pointer(work, 2 * wide + backward.FIELDS * group)
+    g_tile = advance(x_tile, f.rows * (N + GAP))
     for block in range(lo, hi):
-        first = block * f.rows
-        n, target = min(f.rows, f.M - first), advance(y, first * f.y_row)
-        bring_columns(columns, N, first, n, tile, room)
-        # Where the tile takes results of 16 bits, they come to lie before what is still to be read.
-        q, qp = place(target, f.y_row, f.y_col, tile, N)
-        if f.omit:
-            for k in range(n):
-                x = advance(p, k * pp)
-                s, m, r = _known_moments(x, N, limits, told, parts, room)
-                row_results(x, advance(q, k * qp), N, w, b, s, m, r, False)
-        elif N <= CHUNK:
-            short_rows(p, pp, q, qp, n, N, w, b, limits, told, here, stats.size // 3)
-        else:
-            long_rows(p, pp, q, qp, n, N, w, b, limits, told, parts)
-        put_back(target, f.y_row, f.y_col, tile, n, N)
-
-
-@inner
-def _known_moments(x, N, limits, told, parts, room):  # type: ignore[no-untyped-def]
-    """Moments of those of N values that are not NaN: as if they were all of the row."""
-    known = pointer(room, 0)
-    count = keep_known(x, N, known)
-    part = parts[: (count + CHUNK - 1) // CHUNK]
-    if count == 0:  # of nothing; what is left of the row is NaN
-        return 0.0, 0.0, 0.0
-    row_moments(known, count, limits, part)
-    return finish_row(part, count, limits[0], told, 0)
-
-
-# --- backward ------------------------------------------------------------------------------------
-
-BACKWARD = np.dtype(
-    [(name, "i8") for name in ("outer", "M", "N", "rows")]
-    + [(f"{array}_{way}", "i8") for array in ("dy", "x", "dx") for way in ("outer", "row", "col")]
-    + [("stats_outer", "i8"), ("stats_row", "i8")]
-)
-backward_at = record_at(BACKWARD)
-
-
-@job
-def gradients(checksum: int, kind: str) -> Any:
-    """``gradients(plan, dy, x, mean, rstd, w, dx, sums, lo, hi)``: of blocks of rows."""
-    computed, stored, wide = dtypes_of(kind)
-
-    def gradients(plan, dy, x, mean, rstd, w, dx, sums, lo, hi):  # type: ignore[no-untyped-def]
-        f = backward_at(plan)
-        pitch, total = f.N + GAP, f.outer * f.M
-        group = min(f.rows, group_size(total, f.N)) * (checksum != 0)
-        x_tile = np.empty(f.rows * pitch * (f.x_col != 1), stored)
-        g_tile = np.empty(f.rows * pitch * (f.dy_col != 1 or f.dx_col != 1), stored)
-        room = np.empty(FIELDS * group, wide)
-        spare = np.empty(0 if sums else 2 * sums_pitch(f.N), wide)
-        arrays = at(dy, kind), at(x, kind), at(dx, kind)
-        stats = at(mean, computed), at(rstd, computed)
-        to = at(sums, computed)
-        share_gradients(
-            f, arrays, stats, at(w, computed), to, lo, hi, (x_tile, g_tile), room, spare
-        )
-
-    return gradients
-
-
-@inner
-def share_gradients(f, arrays, stats, w, sums, lo, hi, tiles, room, spare):  # type: ignore[no-untyped-def]
-    dy, x, dx = arrays
-    total, wide = f.outer * f.M, sums_pitch(f.N)
-    size, group, has_dx = block_rows(total), room.size // FIELDS, address(dx) != 0
-    here = pointer(room, 0)
-    for block in range(lo, hi):
-        part = pointer(spare, 0)
+        part = spare
         if address(sums) != 0:
             part = advance(sums, 2 * block * wide)
         for i in range(2 * wide):
@@ -313,42 +313,99 @@ def share_gradients(f, arrays, stats, w, sums, lo, hi, tiles, room, spare):  # t
         while row < end:
             o, first = row // f.M, row % f.M
             n = min(f.rows, end - row, f.M - first)
-            source = _start(x, f.x_outer, f.x_row, o, first)
-            p, pp = bring(source, f.x_row, f.x_col, tiles[0], n, f.N)
-            source = _start(dy, f.dy_outer, f.dy_row, o, first)
-            q, qp = bring(source, f.dy_row, f.dy_col, tiles[1], n, f.N)
+            source = start(x, f.x_outer, f.x_row, o, first)
+            p, pp = bring(source, f.x_row, f.x_col, x_tile, n, N)
+            source = start(dy, f.dy_outer, f.dy_row, o, first)
+            q, qp = bring(source, f.dy_row, f.dy_col, g_tile, n, N)
             t, tp, target = dx, 0, dx
             if has_dx:
-                target = _start(dx, f.dx_outer, f.dx_row, o, first)
-                t, tp = place(target, f.dx_row, f.dx_col, tiles[1], f.N)
+                target = start(dx, f.dx_outer, f.dx_row, o, first)
+                t, tp = place(target, f.dx_row, f.dx_col, g_tile, N)
             i = o * f.stats_outer + first * f.stats_row
             for k in range(0, n, group):
                 told = stats[0], stats[1], i + k * f.stats_row, f.stats_row
-                size_of_group, u = min(group, n - k), t
+                count, u = min(group, n - k), t
                 if has_dx:
                     u = advance(t, k * tp)
                 qk, pk = advance(q, k * qp), advance(p, k * pp)
-                gradients_of_rows(qk, qp, pk, pp, u, tp, size_of_group, f.N, w, told, to, here)
+                backward.short_rows(qk, qp, pk, pp, u, tp, count, N, w, told, to, here)
             if has_dx:
-                put_back(target, f.dx_row, f.dx_col, tiles[1], n, f.N)
+                put_back(target, f.dx_row, f.dx_col, g_tile, n, N)
             row += n
+
+
+@inner
+def _share_of_gradients(f, arrays, stats, w, sums, lo, hi):  # type: ignore[no-untyped-def]
+    total = f.outer * f.M
+    group = min(f.rows, backward.group_size(total, f.N))
+    size = 2 * backward.sums_pitch(f.N) + backward.FIELDS * group
+    if f.x_col != 1 or f.dy_col != 1 or f.dx_col != 1:
+        size += 2 * f.rows * (f.N + GAP)
+    _blocks(f, arrays, stats, w, sums, lo, hi, group, np.empty(size))
+
+
+@inner
+def _tables(dy, x, dx, kind):  # type: ignore[no-untyped-def]
+    return at(dy, kind), at(x, kind), at(dx, kind)
+
+
+@job
+def gradients(checksum: int, kind: str) -> Any:
+    """``gradients(plan, lo, hi, dy, x, mean, rstd, w, dx, sums)``: of blocks of rows."""
+    computed = _computed(kind)
+
+    def gradients(plan, lo, hi, dy, x, mean, rstd, w, dx, sums):  # type: ignore[no-untyped-def]
+        f, arrays, stats = (
+            plan_at(plan, checksum),
+            _tables(dy, x, dx, kind),
+            _two(mean, rstd, computed),
+        )
+        _share_of_gradients(f, arrays, stats, at(w, computed), at(sums, computed), lo, hi)
+
+    return gradients
+
+
+@inner
+def _small_gradients(f, arrays, stats, w, targets, sums):  # type: ignore[no-untyped-def]
+    to, total = typed(pointer(sums, 0), w), f.outer * f.M
+    _share_of_gradients(f, arrays, stats, w, to, 0, backward.block_count(total))
+    backward.merge_sums(to, total, f.N, targets, np.empty(min(f.N, CHUNK)))
+
+
+@job
+def small_gradients(checksum: int, kind: str) -> Any:
+    """``small_gradients(plan, dy, x, mean, rstd, w, dx, dweight, dbias)``: of all rows, and merged.
+
+    dy, x and dx hold 16-bit kinds as uint16; what is absent is empty.
+    """
+    computed = _computed(kind)
+    given, made, stat, _, row, result = _arrays(kind)
+
+    def small_gradients(plan, dy, x, mean, rstd, w, dx, dweight, dbias):  # type: ignore[no-untyped-def]
+        f, stats = plan_at(plan, checksum), _two(mean, rstd, computed)
+        arrays, targets = _tables(dy, x, dx, kind), _two(dweight, dbias, computed)
+        sums = np.empty(2 * backward.sums_pitch(f.N) * backward.block_count(f.outer * f.M))
+        _small_gradients(f, arrays, stats, at(w, computed), targets, sums)
+
+    tables = types.int64, given, given, stat, stat, row, made
+    return types.void(*tables, result, result), small_gradients
 
 
 @job
 def long_sums(checksum: int, kind: str) -> Any:
-    """``long_sums(plan, dy, x, mean, rstd, w, parts, lo, hi)``: of chunks of rows."""
-    computed = dtypes_of(kind)[0]
+    """``long_sums(plan, lo, hi, dy, x, mean, rstd, w, parts)``: of chunks of rows."""
+    computed = _computed(kind)
 
-    def long_sums(plan, dy, x, mean, rstd, w, parts, lo, hi):  # type: ignore[no-untyped-def]
-        f = backward_at(plan)
-        chunks = (f.N + CHUNK - 1) // CHUNK * (checksum != 0)
+    def long_sums(plan, lo, hi, dy, x, mean, rstd, w, parts):  # type: ignore[no-untyped-def]
+        f = plan_at(plan, checksum)
+        chunks = chunks_of(f.N)
         to, m, r = at(parts, "float64"), at(mean, computed), at(rstd, computed)
         for item in range(lo, hi):
             row, left = item // chunks, item % chunks * CHUNK
             p = advance(at(x, kind), row * f.x_row + left)
             q = advance(at(dy, kind), row * f.dy_row + left)
             wp, n = advance(at(w, computed), left), min(CHUNK, f.N - left)
-            h, gh, g = row_sums(p, q, wp, n, m[row], r[row], w != 0)
+            h, gh, g = backward.row_sums(p, q, wp, n, m[row], r[row], w != 0)
             to[3 * item], to[3 * item + 1], to[3 * item + 2] = h, gh, g
 
     return long_sums
@@ -356,83 +413,86 @@ def long_sums(checksum: int, kind: str) -> Any:
 
 @job
 def long_finish(checksum: int, kind: str) -> Any:
-    """``long_finish(plan, parts, mean, rstd, stats, lo, hi)``: merge the chunks of rows."""
-    computed = dtypes_of(kind)[0]
+    """``long_finish(plan, parts, mean, rstd, stats)``: merge the chunks of each row."""
+    computed = _computed(kind)
 
-    def long_finish(plan, parts, mean, rstd, stats, lo, hi):  # type: ignore[no-untyped-def]
-        f, part = backward_at(plan), at(parts, "float64")
+    def long_finish(plan, parts, mean, rstd, stats):  # type: ignore[no-untyped-def]
+        f, part = plan_at(plan, checksum), at(parts, "float64")
         m, r, to = at(mean, computed), at(rstd, computed), at(stats, computed)
-        chunks = (f.N + CHUNK - 1) // CHUNK * (checksum != 0)
-        for row in range(lo, hi):
+        chunks = chunks_of(f.N)
+        for row in range(f.M):
             h = gh = g = 0.0
             for c in range(chunks):
                 i = 3 * (row * chunks + c)
                 h, gh, g = h + part[i], gh + part[i + 1], g + part[i + 2]
-            finish_gradient_row(to, row, m[row], r[row], h, gh, g, f.N)
+            backward.finish_row(to, row, m[row], r[row], h, gh, g, f.N)
 
     return long_finish
-
-
-@job
-def long_gradients(checksum: int, kind: str) -> Any:
-    """``long_gradients(plan, dy, x, w, stats, dx, sums, lo, hi)``: of chunks of blocks of rows."""
-    computed, _, wide = dtypes_of(kind)
-
-    def long_gradients(plan, dy, x, w, stats, dx, sums, lo, hi):  # type: ignore[no-untyped-def]
-        spare = np.empty(0 if sums else 2 * CHUNK * (checksum != 0), wide)
-        arrays = at(dy, kind), at(x, kind), at(dx, kind)
-        wp, s, to = at(w, computed), at(stats, computed), at(sums, computed)
-        _long_gradients(backward_at(plan), arrays, wp, s, to, lo, hi, spare)
-
-    return long_gradients
 
 
 @inner
 def _long_gradients(f, arrays, w, stats, sums, lo, hi, spare):  # type: ignore[no-untyped-def]
     dy, x, dx = arrays
-    size, pitch, chunks = block_rows(f.M), sums_pitch(f.N), (f.N + CHUNK - 1) // CHUNK
+    size, pitch, chunks = backward.block_rows(f.M), backward.sums_pitch(f.N), chunks_of(f.N)
     has_w, has_dx = address(w) != 0, address(dx) != 0
     for item in range(lo, hi):
         # Backwards, as the end of x and dy was read last.
-        block, c = block_count(f.M) - 1 - item // chunks, chunks - 1 - item % chunks
+        block, c = backward.block_count(f.M) - 1 - item // chunks, chunks - 1 - item % chunks
         left = c * CHUNK
         n = min(CHUNK, f.N - left)
-        to_w, to_b = pointer(spare, 0), pointer(spare, CHUNK)
+        to_w = typed(pointer(spare, 0), w)
+        to_b = advance(to_w, CHUNK)
         if address(sums) != 0:
             to_w = advance(sums, 2 * block * pitch + left)
             to_b = advance(to_w, pitch)
-        for i in range(sums_pitch(n)):
+        for i in range(backward.sums_pitch(n)):
             to_w[i] = to_b[i] = 0
         wp, end = advance(w, left), min(f.M, (block + 1) * size)
-        for row in range(block * size, end, LONG_ROWS):
-            k, t = min(LONG_ROWS, end - row), dx
+        for row in range(block * size, end, backward.LONG_ROWS):
+            k, t = min(backward.LONG_ROWS, end - row), dx
             if has_dx:
                 t = advance(dx, row * f.dx_row + left)
             p, q = advance(x, row * f.x_row + left), advance(dy, row * f.dy_row + left)
-            s = advance(stats, FIELDS * row)
-            add_rows(p, f.x_row, q, f.dy_row, t, f.dx_row, k, n, wp, s, to_w, to_b, has_w, has_dx)
+            s = advance(stats, backward.FIELDS * row)
+            backward.add_rows(
+                p, f.x_row, q, f.dy_row, t, f.dx_row, k, n, wp, s, to_w, to_b, has_w, has_dx
+            )
+
+
+@job
+def long_gradients(checksum: int, kind: str) -> Any:
+    """``long_gradients(plan, lo, hi, dy, x, w, stats, dx, sums)``: of chunks of blocks of rows."""
+    computed = _computed(kind)
+
+    def long_gradients(plan, lo, hi, dy, x, w, stats, dx, sums):  # type: ignore[no-untyped-def]
+        f, arrays = plan_at(plan, checksum), (at(dy, kind), at(x, kind), at(dx, kind))
+        wp, s, to = at(w, computed), at(stats, computed), at(sums, computed)
+        _long_gradients(f, arrays, wp, s, to, lo, hi, np.empty(2 * CHUNK))
+
+    return long_gradients
 
 
 @job
 def merge(checksum: int, kind: str) -> Any:
-    """``merge(plan, sums, dweight, dbias, wide, none)``: the column sums of all blocks.
+    """``merge(plan, sums, dweight, dbias, wide)``: the column sums of all blocks.
 
     dweight and dbias hold float64 where ``wide``, else what loops compute in.
     """
-    computed = dtypes_of(kind)[0]
+    computed = _computed(kind)
 
-    def merge(plan, sums, dweight, dbias, wide, none):  # type: ignore[no-untyped-def]
-        f = backward_at(plan)
-        M, part, room = f.outer * f.M * (checksum != 0), at(sums, computed), np.empty(CHUNK)
+    def merge(plan, sums, dweight, dbias, wide):  # type: ignore[no-untyped-def]
+        f, part, room = plan_at(plan, checksum), at(sums, computed), np.empty(CHUNK)
         if wide:
-            merge_sums(part, M, f.N, (at(dweight, "float64"), at(dbias, "float64")), room)
+            to = _two(dweight, dbias, "float64")
+            backward.merge_sums(part, f.outer * f.M, f.N, to, room)
         else:
-            merge_sums(part, M, f.N, (at(dweight, computed), at(dbias, computed)), room)
+            narrow = _two(dweight, dbias, computed)
+            backward.merge_sums(part, f.outer * f.M, f.N, narrow, room)
 
     return merge
 
 
 def sums_size(rows: int, N: int) -> int:
     """Elements of the column sums of all blocks of rows."""
-    size: int = 2 * block_count.py_func(rows) * sums_pitch.py_func(N)
+    size: int = 2 * backward.block_count.py_func(rows) * backward.sums_pitch.py_func(N)
     return size

@@ -6,17 +6,7 @@ Rows of a table come from its columns, each of any dtype, with validity bitmaps 
 import numpy as np
 
 from cupynorm._cpu.compiled import inner
-from cupynorm._cpu.vectors import (
-    F16C,
-    advance,
-    at,
-    item,
-    like,
-    move,
-    pointer,
-    raw,
-    typed,
-)
+from cupynorm._cpu.vectors import F16C, advance, at, item, like, move, raw, typed
 
 # A strip is read along whichever of its strides is 1 and turned in registers, so that the
 # arithmetic of contiguous rows does the rest and a row's bits are the same in every layout.
@@ -39,10 +29,8 @@ def bring(p, row, col, tile, n, N):  # type: ignore[no-untyped-def]
     """Give n rows at p, with these strides, as contiguous ones: a pointer, and their pitch."""
     if col == 1:
         return p, row
-    pitch = N + GAP
-    here = pointer(tile, 0)
-    move(raw(p), row, col, here, pitch, 1, n, N)
-    return typed(here, p), pitch
+    move(raw(p), row, col, typed(tile, raw(p)), N + GAP, 1, n, N)
+    return typed(tile, p), N + GAP
 
 
 @inner
@@ -50,14 +38,25 @@ def place(q, row, col, tile, N):  # type: ignore[no-untyped-def]
     """Give where to write rows that `put_back` brings to q, and their pitch."""
     if col == 1:
         return q, row
-    return typed(pointer(tile, 0), q), N + GAP
+    return typed(tile, q), N + GAP
 
 
 @inner
 def put_back(q, row, col, tile, n, N):  # type: ignore[no-untyped-def]
     """Bring n rows from where `place` had them written to q."""
     if col != 1:
-        move(typed(pointer(tile, 0), raw(q)), N + GAP, 1, raw(q), row, col, n, N)
+        move(typed(tile, raw(q)), N + GAP, 1, raw(q), row, col, n, N)
+
+
+@inner
+def start(p, outer, row, o, m):  # type: ignore[no-untyped-def]
+    return advance(p, o * outer + m * row)
+
+
+@inner
+def of_rows(f, x, o, first, n, tile, room):  # type: ignore[no-untyped-def]
+    """Bring the rows of a strip from memory that the record tells of."""
+    return bring(start(x, f.x_outer, f.x_row, o, first), f.x_row, f.x_col, tile, n, f.N)
 
 
 # --- columns ------------------------------------------------------------------------------------
@@ -130,28 +129,31 @@ def _forget(t, n, mask, bit):  # type: ignore[no-untyped-def]
 
 
 @inner
-def bring_columns(columns, N, first, n, tile, room):  # type: ignore[no-untyped-def]
+def bring_columns(columns, N, first, n, tile, room, pitch):  # type: ignore[no-untyped-def]
     """Bring n rows from ``first`` on into the tile.
 
     columns (5, N): number of the dtype, address, bytes of an element, address of the bitmap or 0,
-    and the bit of row 0. ``room`` holds TOGETHER columns.
+    and the bit of row 0. ``room`` holds TOGETHER columns, ``pitch`` apart.
     """
-    t, pitch = pointer(room, 0), room.size // TOGETHER
     for left in range(0, N, TOGETHER):
         count = min(TOGETHER, N - left)
         for c in range(count):
-            j, q = left + c, advance(t, c * pitch)
+            j, q = left + c, advance(room, c * pitch)
             _load(columns[j], columns[N + j] + first * columns[2 * N + j], n, q)
             if columns[3 * N + j] != 0:
                 _forget(q, n, at(columns[3 * N + j], "uint8"), columns[4 * N + j] + first)
-        move(t, 1, pitch, pointer(tile, left), N + GAP, 1, n, count)
+        move(room, 1, pitch, advance(tile, left), N + GAP, 1, n, count)
 
 
 @inner
-def keep_known(p, n, q):  # type: ignore[no-untyped-def]
-    """Copy those of n values that are not NaN; how many these are."""
-    count = 0
-    for i in range(n):
-        q[count] = p[i]
-        count += 1 if p[i] == p[i] else 0
-    return count
+def room_size(f):  # type: ignore[no-untyped-def]
+    """Elements that `of_columns` needs beside the tile, and that a row of known values does."""
+    return max(f.N, TOGETHER * (f.rows + GAP))
+
+
+@inner
+def of_columns(f, columns, o, first, n, tile, room):  # type: ignore[no-untyped-def]
+    """Bring the rows of a strip from columns."""
+    p = typed(tile, room)
+    bring_columns(columns, f.N, first, n, p, room, f.rows + GAP)
+    return p, f.N + GAP

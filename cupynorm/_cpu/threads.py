@@ -13,6 +13,7 @@ _MOST = 256  # a slip of the keyboard in the environment must not start 10^6 thr
 # Shares of a call per thread: more even out threads of unequal speed, but each is a hand-over
 # between threads, which wait for the interpreter's lock.
 _SHARES = 4
+_pool: ThreadPoolExecutor
 
 
 def num_threads() -> int:
@@ -98,16 +99,12 @@ def run(work: Callable[[int, int], None], count: int, threads: int) -> None:
             raise error
 
 
-def _new_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_MOST, thread_name_prefix="cupynorm")
-
-
-def _forget() -> None:
-    """Start anew in a forked child, where the threads are not."""
+def _start_anew() -> None:
+    """At first, and in a forked child, where the threads are not."""
     global _pool
-    _pool = _new_pool()
+    _pool = ThreadPoolExecutor(_MOST, thread_name_prefix="cupynorm")
 
 
-_pool = _new_pool()
+_start_anew()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_start_anew)

@@ -6,6 +6,7 @@ Here the order of every sum is written down: sixteen float32 lanes everywhere, w
 register, two of AVX2, four of SSE or NEON.
 """
 
+import inspect
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -86,6 +87,11 @@ def _itemsize(p: Any) -> int:
     return 2 if isinstance(p, Narrow) else int(p.dtype.bitwidth) // 8
 
 
+def _stored(p: Any, lanes: Lanes) -> ir.VectorType:
+    """The LLVM type of so many lanes in p's memory."""
+    return ir.VectorType(_SHORT, lanes.count) if isinstance(p, Narrow) else lanes.vector
+
+
 def _vector_at(builder: Any, vector: ir.VectorType, p: Any, i: Any) -> Any:
     return builder.bitcast(builder.gep(p, [i]), vector.as_pointer())
 
@@ -116,8 +122,10 @@ def _first(builder: Any, lanes: int, count: Any) -> Any:
 # --- 16-bit floats ------------------------------------------------------------------------------
 
 
-def _wide(builder: Any, p: Narrow, bits: Any) -> Any:
-    """16 bits, one or a vector of them, as float32."""
+def _wide(builder: Any, p: Any, bits: Any) -> Any:
+    """16 bits, one or a vector of them, as float32; what p holds else stays as it is."""
+    if not isinstance(p, Narrow):
+        return bits
     count = getattr(bits.type, "count", 1)
     wide, words = _many(ir.FloatType(), count), _many(_WORD, count)
     if not p.bfloat16:
@@ -125,8 +133,10 @@ def _wide(builder: Any, p: Narrow, bits: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(bits, words), _all(16, words)), wide)
 
 
-def _narrow(builder: Any, p: Narrow, value: Any) -> Any:
-    """float32 as 16 bits, rounded to nearest, ties to even."""
+def _narrow(builder: Any, p: Any, value: Any) -> Any:
+    """float32 as 16 bits, rounded to nearest, ties to even, where p holds such."""
+    if not isinstance(p, Narrow):
+        return value
     count = getattr(value.type, "count", 1)
     words, shorts = _many(_WORD, count), _many(_SHORT, count)
     if not p.bfloat16:
@@ -136,6 +146,29 @@ def _narrow(builder: Any, p: Narrow, value: Any) -> Any:
     bits = builder.lshr(builder.add(builder.add(bits, _all(0x7FFF, words)), odd), up)
     is_nan = builder.fcmp_unordered("uno", value, value)
     return builder.trunc(builder.select(is_nan, _all(0x7FC0, words), bits), shorts)
+
+
+def _instruction(signature: Callable[..., Any]) -> Any:
+    """Make an intrinsic of ``build(builder, kinds, args)``: numba's types of args, and the values.
+
+    ``signature`` gives numba's from the types; its parameters are those of the intrinsic.
+    """
+
+    def made(build: Callable[..., Any]) -> Any:
+        def typing(typingctx, *kinds):  # type: ignore[no-untyped-def]
+            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+                value = build(builder, kinds, args)
+                return context.get_dummy_value() if value is None else value
+
+            return signature(*kinds), codegen
+
+        first = inspect.signature(typing).parameters["typingctx"]
+        given = inspect.signature(signature).parameters.values()
+        typing.__signature__ = inspect.Signature([first, *given])  # type: ignore[attr-defined]
+        typing.__name__, typing.__doc__ = build.__name__, build.__doc__
+        return intrinsic(typing)
+
+    return made
 
 
 # --- pointers: a view of an array would be counted, with atomics, per row -----------------------
@@ -149,26 +182,37 @@ def _kind_of(name: str) -> Any:
 
 @intrinsic(prefer_literal=True)
 def at(typingctx, address, kind):  # type: ignore[no-untyped-def]
-    """Take an integer for the address of elements of the dtype that a constant names."""
+    """Take an integer for the address of elements of the dtype that a constant names.
+
+    Or an array; 0 is that of an empty one.
+    """
+    is_array = isinstance(address, types.Array)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+        result = context.get_value_type(signature.return_type)
+        if not is_array:
+            return builder.inttoptr(args[0], result)
+        array = context.make_array(address)(context, builder, args[0])
+        full = builder.icmp_signed("!=", array.nitems, ir.Constant(_LONG, 0))
+        data = builder.bitcast(array.data, result)
+        return builder.select(full, data, ir.Constant(result, None))
 
-    return _kind_of(kind.literal_value)(types.int64, kind), codegen
+    given = address if is_array else types.int64
+    return _kind_of(kind.literal_value)(given, kind), codegen
 
 
 def record_at(dtype: Any) -> Any:
-    """Make what takes an integer for the address of a record of this NumPy dtype."""
+    """Make what takes an integer for the address of a record of this NumPy dtype, and a number."""
     from numba import from_dtype
 
     record = from_dtype(dtype)
 
     @intrinsic
-    def at_record(typingctx, address):  # type: ignore[no-untyped-def]
+    def at_record(typingctx, address, number):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             return builder.inttoptr(args[0], context.get_value_type(record))
 
-        return record(types.int64), codegen
+        return record(types.int64, types.int64), codegen
 
     return at_record
 
@@ -184,68 +228,40 @@ def pointer(typingctx, x, i):  # type: ignore[no-untyped-def]
     return types.CPointer(x.dtype)(x, types.intp), codegen  # type: ignore[attr-defined]
 
 
-@intrinsic
-def typed(typingctx, q, p):  # type: ignore[no-untyped-def]
+@_instruction(lambda q, p: p(q, p))
+def typed(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Take the pointer q for one to what p points to."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.bitcast(args[0], args[1].type)
-
-    return p(q, p), codegen
+    return builder.bitcast(args[0], args[1].type)
 
 
-@intrinsic
-def raw(typingctx, p):  # type: ignore[no-untyped-def]
+@_instruction(lambda p: (_kind_of("uint16") if isinstance(p, Narrow) else p)(p))
+def raw(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Take a pointer to 16-bit floats for one to their bits; others stay as they are."""
-    result = _kind_of("uint16") if isinstance(p, Narrow) else p
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return args[0]
-
-    return result(p), codegen
+    return args[0]
 
 
-@intrinsic
-def address(typingctx, p):  # type: ignore[no-untyped-def]
+@_instruction(lambda p: types.int64(p))
+def address(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Tell the integer that a pointer is."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.ptrtoint(args[0], _LONG)
-
-    return types.int64(p), codegen
+    return builder.ptrtoint(args[0], _LONG)
 
 
-@intrinsic
-def advance(typingctx, p, i):  # type: ignore[no-untyped-def]
+@_instruction(lambda p, i: p(p, types.intp))
+def advance(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Move the pointer p by i elements."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.gep(args[0], [args[1]])
-
-    return p(p, types.intp), codegen
+    return builder.gep(args[0], [args[1]])
 
 
-@intrinsic
-def item(typingctx, p, i):  # type: ignore[no-untyped-def]
+@_instruction(lambda p, i: p.dtype(p, types.intp))
+def item(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Read p[i]."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        value = builder.load(builder.gep(args[0], [args[1]]))
-        return _wide(builder, p, value) if isinstance(p, Narrow) else value
-
-    return p.dtype(p, types.intp), codegen
+    return _wide(builder, kinds[0], builder.load(builder.gep(args[0], [args[1]])))
 
 
-@intrinsic
-def put(typingctx, p, i, value):  # type: ignore[no-untyped-def]
+@_instruction(lambda p, i, value: types.void(p, types.intp, p.dtype))
+def put(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Write p[i]."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        value = _narrow(builder, p, args[2]) if isinstance(p, Narrow) else args[2]
-        builder.store(value, builder.gep(args[0], [args[1]]))
-        return context.get_dummy_value()
-
-    return types.void(p, types.intp, p.dtype), codegen
+    builder.store(_narrow(builder, kinds[0], args[2]), builder.gep(args[0], [args[1]]))
 
 
 def _constant_of(number: Callable[[Any], int], meaning: str) -> Any:
@@ -278,36 +294,25 @@ def like(typingctx, p, value):  # type: ignore[no-untyped-def]
 # --- vectors ------------------------------------------------------------------------------------
 
 
-@intrinsic
-def load(typingctx, p, i):  # type: ignore[no-untyped-def]
+@_instruction(lambda p, i: Lanes(p.dtype)(p, types.intp))
+def load(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Read the vector that begins at p[i], at any alignment."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        vector = signature.return_type.vector
-        if isinstance(p, Narrow):
-            shorts = ir.VectorType(_SHORT, vector.count)
-            here = _vector_at(builder, shorts, *args)
-            return _wide(builder, p, builder.load(here, align=2, typ=shorts))
-        return builder.load(_vector_at(builder, vector, *args), align=_itemsize(p), typ=vector)
-
-    return Lanes(p.dtype)(p, types.intp), codegen
+    p = kinds[0]
+    vector = _stored(p, Lanes(p.dtype))
+    here = _vector_at(builder, vector, *args)
+    return _wide(builder, p, builder.load(here, align=_itemsize(p), typ=vector))
 
 
 def _storing(past: bool) -> Any:
-    @intrinsic
-    def store(typingctx, p, i, v):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            wide = not isinstance(p, Narrow)
-            value = args[2] if wide else _narrow(builder, p, args[2])
-            here = _vector_at(builder, value.type, args[0], args[1])
-            aligned = past and wide  # 16-bit vectors are half a line
-            written = builder.store(value, here, align=_BYTES if aligned else _itemsize(p))
-            if aligned:
-                one = builder.module.add_metadata([ir.Constant(_WORD, 1)])
-                written.set_metadata("nontemporal", one)
-            return context.get_dummy_value()
-
-        return types.void(p, types.intp, v), codegen
+    @_instruction(lambda p, i, v: types.void(p, types.intp, v))
+    def store(builder, kinds, args):  # type: ignore[no-untyped-def]
+        p, value = kinds[0], _narrow(builder, kinds[0], args[2])
+        here = _vector_at(builder, value.type, args[0], args[1])
+        aligned = past and not isinstance(p, Narrow)  # 16-bit vectors are half a line
+        written = builder.store(value, here, align=_BYTES if aligned else _itemsize(p))
+        if aligned:
+            one = builder.module.add_metadata([ir.Constant(_WORD, 1)])
+            written.set_metadata("nontemporal", one)
 
     return store
 
@@ -316,54 +321,37 @@ store = _storing(past=False)  # the vector v to p[i] and after
 store_past = _storing(past=True)  # to p[i], which is on a cache line, past the caches
 
 
-@intrinsic
-def load_first(typingctx, p, i, count, rest):  # type: ignore[no-untyped-def]
+@_instruction(lambda p, i, count, rest: rest(p, types.intp, types.intp, rest))
+def load_first(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Read ``count`` lanes from p[i] on and touch no memory after; the others come from rest."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        wide = not isinstance(p, Narrow)
-        vector = rest.vector if wide else ir.VectorType(_SHORT, rest.count)
-        here, mask = _vector_at(builder, vector, *args[:2]), _first(builder, rest.count, args[2])
-        align = ir.Constant(_WORD, _itemsize(p))
-        other = args[3] if wide else ir.Constant(vector, None)
-        found = _llvm(builder, "masked.load", vector, vector, [here, align, mask, other])
-        return found if wide else builder.select(mask, _wide(builder, p, found), args[3])
-
-    return rest(p, types.intp, types.intp, rest), codegen
+    p, lanes = kinds[0], kinds[3]
+    vector = _stored(p, lanes)
+    here, mask = _vector_at(builder, vector, *args[:2]), _first(builder, lanes.count, args[2])
+    zeros = ir.Constant(vector, None)
+    given = [here, ir.Constant(_WORD, _itemsize(p)), mask, zeros]
+    found = _llvm(builder, "masked.load", vector, vector, given)
+    return builder.select(mask, _wide(builder, p, found), args[3])
 
 
-@intrinsic
-def store_first(typingctx, p, i, count, v):  # type: ignore[no-untyped-def]
+@_instruction(lambda p, i, count, v: types.void(p, types.intp, types.intp, v))
+def store_first(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Write the first ``count`` lanes of v to p[i] and after, and nothing else."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        value = _narrow(builder, p, args[3]) if isinstance(p, Narrow) else args[3]
-        here = _vector_at(builder, value.type, *args[:2])
-        align, mask = ir.Constant(_WORD, _itemsize(p)), _first(builder, v.count, args[2])
-        _llvm(builder, "masked.store", value.type, ir.VoidType(), [value, here, align, mask])
-        return context.get_dummy_value()
-
-    return types.void(p, types.intp, types.intp, v), codegen
+    p, value = kinds[0], _narrow(builder, kinds[0], args[3])
+    here = _vector_at(builder, value.type, *args[:2])
+    align, mask = ir.Constant(_WORD, _itemsize(p)), _first(builder, kinds[3].count, args[2])
+    _llvm(builder, "masked.store", value.type, ir.VoidType(), [value, here, align, mask])
 
 
-@intrinsic
-def splat(typingctx, p, value):  # type: ignore[no-untyped-def]
+@_instruction(lambda p, value: Lanes(p.dtype)(p, p.dtype))
+def splat(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Make a vector of p's lanes that all hold the scalar value."""
-    result = Lanes(p.dtype)
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return _broadcast(builder, args[1], result.vector)
-
-    return result(p, p.dtype), codegen
+    return _broadcast(builder, args[1], Lanes(kinds[0].dtype).vector)
 
 
 def _lanewise(operation: str) -> Any:
-    @intrinsic
-    def lanewise(typingctx, a, b):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            return getattr(builder, operation)(*args)
-
-        return a(a, b), codegen
+    @_instruction(lambda a, b: a(a, b))
+    def lanewise(builder, kinds, args):  # type: ignore[no-untyped-def]
+        return getattr(builder, operation)(*args)
 
     return lanewise
 
@@ -371,45 +359,33 @@ def _lanewise(operation: str) -> Any:
 add, sub, mul = _lanewise("fadd"), _lanewise("fsub"), _lanewise("fmul")
 
 
-@intrinsic
-def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+@_instruction(lambda a, b, c: a(a, b, c))
+def fma(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Compute a * b + c, rounded once: the same bits on every CPU, as no compiler chooses."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return _llvm(builder, "fma", a.vector, a.vector, list(args))
-
-    return a(a, b, c), codegen
+    return _llvm(builder, "fma", kinds[0].vector, kinds[0].vector, list(args))
 
 
-@intrinsic
-def keep_last(typingctx, v, count):  # type: ignore[no-untyped-def]
+@_instruction(lambda v, count: v(v, types.int64))
+def keep_last(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Keep the last ``count`` lanes of v, with zero in those before."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        before = builder.sub(ir.Constant(_LONG, v.count), args[1])
-        dropped = _first(builder, v.count, before)
-        return builder.select(dropped, ir.Constant(v.vector, None), args[0])
-
-    return v(v, types.int64), codegen
+    v = kinds[0]
+    dropped = _first(builder, v.count, builder.sub(ir.Constant(_LONG, v.count), args[1]))
+    return builder.select(dropped, ir.Constant(v.vector, None), args[0])
 
 
-@intrinsic
-def fold(typingctx, v):  # type: ignore[no-untyped-def]
+@_instruction(lambda v: v.dtype(v))
+def fold(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Sum the lanes: halves are added until one lane is left."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        part, count = args[0], v.count
-        while count > 1:
-            count //= 2
-            index = ir.VectorType(_WORD, count)
-            low, high = (
-                builder.shuffle_vector(part, part, ir.Constant(index, list(range(k, k + count))))
-                for k in (0, count)
-            )
-            part = builder.fadd(low, high)
-        return builder.extract_element(part, ir.Constant(_WORD, 0))
-
-    return v.dtype(v), codegen
+    part, count = args[0], kinds[0].count
+    while count > 1:
+        count //= 2
+        index = ir.VectorType(_WORD, count)
+        low, high = (
+            builder.shuffle_vector(part, part, ir.Constant(index, list(range(k, k + count))))
+            for k in (0, count)
+        )
+        part = builder.fadd(low, high)
+    return builder.extract_element(part, ir.Constant(_WORD, 0))
 
 
 # --- squares ------------------------------------------------------------------------------------
@@ -422,30 +398,25 @@ def _interleaved(builder: Any, a: Any, b: Any, start: int) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_WORD, side), index))
 
 
-@intrinsic
-def _turn(typingctx, p, pitch, q, qp):  # type: ignore[no-untyped-def]
+@_instruction(lambda p, pitch, q, qp: types.void(p, types.intp, q, types.intp))
+def _turn(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Write a square at p to q, transposed; each has its elements from line to line."""
+    align = _itemsize(kinds[0])
+    vector = ir.VectorType(args[0].type.pointee, _SIDE // align)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        align, element = _itemsize(p), context.get_value_type(p.dtype)
-        vector = ir.VectorType(element, _SIDE // align)
+    def line_at(base: Any, step: Any, line: int) -> Any:
+        return _vector_at(builder, vector, base, builder.mul(step, ir.Constant(_LONG, line)))
 
-        def line_at(base: Any, step: Any, line: int) -> Any:
-            return _vector_at(builder, vector, base, builder.mul(step, ir.Constant(_LONG, line)))
-
-        lines = [
-            builder.load(line_at(args[0], args[1], k), align=align, typ=vector)
-            for k in range(vector.count)
-        ]
-        half = vector.count // 2
-        for _ in range(vector.count.bit_length() - 1):  # each doubles what stands together
-            pairs = zip(lines[:half], lines[half:], strict=True)
-            lines = [_interleaved(builder, a, b, start) for a, b in pairs for start in (0, half)]
-        for k, line in enumerate(lines):
-            builder.store(line, line_at(args[2], args[3], k), align=align)
-        return context.get_dummy_value()
-
-    return types.void(p, types.intp, q, types.intp), codegen
+    lines = [
+        builder.load(line_at(args[0], args[1], k), align=align, typ=vector)
+        for k in range(vector.count)
+    ]
+    half = vector.count // 2
+    for _ in range(vector.count.bit_length() - 1):  # each doubles what stands together
+        pairs = zip(lines[:half], lines[half:], strict=True)
+        lines = [_interleaved(builder, a, b, start) for a, b in pairs for start in (0, half)]
+    for k, line in enumerate(lines):
+        builder.store(line, line_at(args[2], args[3], k), align=align)
 
 
 @inner

@@ -15,10 +15,10 @@ import array_api_compat.torch as xp
 import torch
 
 from cupynorm import _reference
-from cupynorm._cpu import arrays as _cpu
 from cupynorm._cpu import engine, threads
+from cupynorm._cpu.arrays import plain
 from cupynorm._cuda.launch import BACKWARD, FORWARD
-from cupynorm._layout import Facts, as_table, kernel_problem_of, problem_of, rows_last
+from cupynorm._layout import Facts, as_table, kernel_problem_of, rows_last
 from cupynorm._reference import Rows
 from cupynorm._rules import ITEMSIZE
 
@@ -177,10 +177,10 @@ def _by_address(facts: Facts, copied: Sequence[str], compute: Any, launch: Launc
 
 def _loops(facts: Facts) -> Run:
     """By compiled loops, of copies where axes do not fold to rows and columns."""
-    problem: Any = problem_of(facts)
+    problem: Any = engine.problem_in_place(facts)
     copied: list[str] = []
     if problem is None:
-        problem, copied = problem_of(as_table(facts)[1]), list(facts.strides)
+        problem, copied = engine.problem_in_place(as_table(facts)[1]), list(facts.strides)
     computed = engine.computed(facts.dtypes["x"])
     copied += [k for k in ("dweight", "dbias") if facts.dtypes.get(k, computed) != computed]
     if facts.backward:
@@ -191,7 +191,7 @@ def _loops(facts: Facts) -> Run:
     by_address = _by_address(facts, copied, compute, lambda pointers: loops(*pointers))
 
     def general(*arrays: Any) -> None:
-        (functions if _plain() else by_address)(*arrays)
+        (functions if plain() else by_address)(*arrays)
 
     if facts.backward or copied:
         return general
@@ -204,7 +204,7 @@ def _loops(facts: Facts) -> Run:
         at, to = x.data_ptr(), y.data_ptr()
         w = LOW if weight is None else weight.data_ptr()
         b = LOW if bias is None else bias.data_ptr()
-        if not usual or at < LOW or to < LOW or w < LOW or b < LOW or _plain():
+        if not usual or at < LOW or to < LOW or w < LOW or b < LOW or plain():
             general(x, y, weight, bias, mean, rstd)
             return
         m = r = 0
@@ -213,9 +213,6 @@ def _loops(facts: Facts) -> Run:
         loops(at, to, 0 if weight is None else w, 0 if bias is None else b, m, r)
 
     return forward
-
-
-_plain = _cpu._plain.get
 
 
 def _lies(value: Any, compute: Any) -> bool:

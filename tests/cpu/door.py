@@ -7,10 +7,6 @@ from cupynorm._layout import Facts, result_strides
 from cupynorm._ops import LAYER_NORM
 
 
-def door():
-    return DOOR.select() if DOOR.select else DOOR
-
-
 def facts_of(x, axes, weight=None, bias=None, eps=1e-5, order="K", out=None, stats=True):
     given = {"x": x, "weight": weight, "bias": bias}
     strides = DOOR.strides(x)
@@ -31,7 +27,7 @@ def facts_of(x, axes, weight=None, bias=None, eps=1e-5, order="K", out=None, sta
 
 def forward(x, axes, weight=None, bias=None, eps=1e-5, *, order="K", out=None, stats=True):
     """y, mean and rstd, or y alone."""
-    call = door().normalizer(facts_of(x, axes, weight, bias, eps, order, out, stats))
+    call = DOOR.normalizer(facts_of(x, axes, weight, bias, eps, order, out, stats))
     return call(x, weight, bias, out)
 
 
@@ -53,5 +49,5 @@ def gradient_facts(dy, x, axes, weight=None, mask=(True, True, True), dtype=None
 
 def backward(dy, x, axes, mean, rstd, weight=None, *, mask=(True, True, True), dtype=None):
     """dx, dweight and dbias."""
-    call = door().differentiator(gradient_facts(dy, x, axes, weight, mask, dtype))
+    call = DOOR.differentiator(gradient_facts(dy, x, axes, weight, mask, dtype))
     return call(dy, x, mean, rstd, weight)

@@ -247,5 +247,6 @@ def test_sixteen_bit_rounding_in_the_loops(engine, dtype):
 def test_warmup_and_describe():
     ready = cn.warmup((7,), ["float32", "bfloat16"], device="cpu")
     assert [name.rsplit(" ", 1)[1] for name in ready] == ["float32", "bfloat16"]
+    assert _cpu.describe().startswith("numba")
     with _cpu.without_numba():
         assert _cpu.describe() == "plain NumPy blocks"
