@@ -42,12 +42,12 @@ def loop(blocks: list[np.ndarray], w: np.ndarray, b: np.ndarray, threads: int = 
     try:
         if w.size == width:
             return [cn.layer_norm(block, width, w, b, EPS) for block in blocks]
-        from cupynorm.dask import _moments
+        from cupynorm.dask import _blocks
 
-        stats = _moments.statistics([_moments.block_moments(a, (1,)) for a in blocks], EPS)
+        stats = _blocks.statistics([_blocks.block_moments(a, (1,)) for a in blocks], EPS)
         parts = [slice(lo, lo + width) for lo in range(0, w.size, width)]
         given = zip(blocks, parts, strict=True)
-        return [_moments.normalize_block(a, stats, w[p], b[p], (1,), "K") for a, p in given]
+        return [_blocks.normalize_block(a, stats, w[p], b[p], (1,), "K") for a, p in given]
     finally:
         os.environ[THREADS] = "1"
 
