@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 EXTRAS ?= demo
-PYTEST_ARGS ?= -n 2 --dist worksteal
+PYTEST_ARGS ?= -n 2 --dist worksteal --durations=25
 OUT ?= out
 
 VENV := .venv

@@ -162,8 +162,8 @@ def normalizer(
     if scattered or chunks >= _LONG:
         by_chunks = _by_chunks(problem, eps)
 
-    def alone(*given: int) -> None:
-        do(plan.at, 0, strips, *given)
+    def alone(x: int, y: int, weight: int, bias: int, mean: int, rstd: int) -> None:
+        do(plan.at, 0, strips, x, y, weight, bias, mean, rstd)
 
     def call(*given: int) -> None:
         count = _useful(size, num_threads)

@@ -56,6 +56,11 @@ class Tensors:
         shape, stats = facts.stats_shape, facts.stats
         clash = _overlap(facts) if facts.out and facts.size else None
 
+        def plain(x: Any, weight: Any, bias: Any, out: None) -> Any:
+            y = new(x)
+            run(x, y, weight, bias, None, None)
+            return y
+
         def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:
             if clash is not None:
                 clash(x, weight, bias, out)
@@ -69,7 +74,7 @@ class Tensors:
             return y, mean, rstd
 
         if not _negatable(facts):
-            return call
+            return call if facts.out or stats else plain
 
         def resolving(x: Any, weight: Any, bias: Any, out: Any) -> Any:
             if out is not None and out.is_neg():
