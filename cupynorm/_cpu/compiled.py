@@ -54,6 +54,9 @@ def job(define: Callable[..., Any]) -> Callable[[str], Any]:
 def _compile(define: Callable[..., Any], kind: str, number: int, keep: bool) -> Any:
     made = define(number, kind)
     signature, function = made if isinstance(made, tuple) else (None, made)
+    # A file of the cache for each dtype: numba's index of a file is read, changed and written
+    # without a lock, and two processes could give one dtype the code of another.
+    function.__qualname__ += f"_{kind}"
     if signature is None:
         signature = types.void(*[types.int64] * function.__code__.co_argcount)
     return numba.njit(signature, nogil=True, error_model="numpy", cache=keep)(function)

@@ -133,3 +133,16 @@ def test_float16_without_the_instruction(monkeypatch):
     assert not engine.available("float16") and engine.available("bfloat16")
     monkeypatch.setattr(engine, "normalizer", None)
     np.testing.assert_allclose(cn.layer_norm(x + np.float16(1)), want, atol=2e-3)
+
+
+def test_each_dtype_has_a_cache_of_its_own(tmp_path):
+    """Two processes that compile for two dtypes at once write to no common index."""
+    program = """
+    from cupynorm._cpu import jobs
+    jobs.finish("float32"), jobs.finish("float64")
+    """
+    run_python(program, NUMBA_CACHE_DIR=str(tmp_path))
+    names = sorted(path.name for path in tmp_path.rglob("*.nbi"))
+    assert len(names) == 2
+    assert "float32" in names[0] and "float64" in names[1]
+    assert len([*tmp_path.rglob("*.nbc")]) == 2
