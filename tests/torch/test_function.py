@@ -310,7 +310,7 @@ def test_cupy_and_numba_are_not_imported_before_they_are_needed():
     assert done.stdout.split() == ["False", "False"]
 
 
-def test_a_small_call_costs_at_most_1_7_times_what_torchs_does():
+def test_a_small_call_costs_at_most_1_8_times_what_torchs_does():
     x, (weight, bias) = numbers(8, 64), affine(64)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -326,7 +326,7 @@ def test_a_small_call_costs_at_most_1_7_times_what_torchs_does():
                     for f in (reference, cn_torch.layer_norm)
                 )
                 ratios.append(ours / torchs)
-            if statistics.median(ratios[-15:]) <= 1.7:
+            if statistics.median(ratios[-15:]) <= 1.8:
                 return
         pytest.fail(f"{statistics.median(ratios):.2f} times torch's time")
     finally:
