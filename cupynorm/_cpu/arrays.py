@@ -66,7 +66,8 @@ class Door:
     def normalizer(self, facts: Facts) -> Call:
         """Give ``call(x, weight, bias, out)``: y, or (y, mean, rstd) if these are wanted."""
         shape, stats, of_rows = facts.shape, facts.stats, facts.stats_shape
-        dtype, compute = (_rules.numpy_dtype(facts.dtypes["x"]), np.dtype(_computed(facts)))
+        kind = facts.dtypes["x"]
+        dtype, compute = _rules.numpy_dtype(kind), np.dtype(engine.computed(kind))
         empty, like = np.empty, functools.partial(np.empty_like, order=facts.order)
         dense = facts.order != "F" and facts.strides["x"] == row_major_strides(shape, ())
         in_blocks, (run, small) = _forward_in_blocks(facts), _forward(facts)
@@ -92,9 +93,8 @@ class Door:
                 _check_out(x, weight, bias, out)
             (in_blocks if plain() else run)(x, y, weight, bias, *told)
             if fits is None:
-                apart = out is None or (
-                    do and small.plan.dense
-                )  # else the loops do not look at overlap
+                # Where rows are not dense the loops do not look at overlap.
+                apart = out is None or (do and small.plan.dense)
                 fits = do is not None and apart and small.fits(x, y, weight, bias, *told)
             return (y, *told) if stats else y
 
@@ -132,10 +132,6 @@ def _affine(value: Array | None, compute: np.dtype[Any]) -> Array | None:
         return value if value.ndim == 1 else value.reshape(-1)
     with np.errstate(all="ignore"):  # a float64 weight may be Inf in float32
         return value.astype(compute, order="C").reshape(-1)
-
-
-def _computed(facts: Facts) -> str:
-    return engine.computed(facts.dtypes["x"])
 
 
 def _seen(a: Array, dtype: np.dtype[Any]) -> Array:
@@ -189,7 +185,7 @@ def _copied(a: Array, turn: tuple[int, ...], shape: tuple[int, ...]) -> Array:
 
 def _forward_in_blocks(facts: Facts) -> Call:
     """``run(x, y, weight, bias)``, or ``run(x, y, weight, bias, mean, rstd)``."""
-    compute = np.dtype(_computed(facts))
+    compute = np.dtype(engine.computed(facts.dtypes["x"]))
 
     def run(x: Array, y: Array, weight: Array | None, bias: Array | None, *told: Array) -> None:
         if facts.size:
@@ -203,7 +199,8 @@ def _forward_in_blocks(facts: Facts) -> Call:
 
 def _forward(facts: Facts) -> tuple[Call, _Small]:
     """``run``, as `_forward_in_blocks`, and what does it where the call is small."""
-    kind, compute = facts.dtypes["x"], np.dtype(_computed(facts))
+    kind = facts.dtypes["x"]
+    compute = np.dtype(engine.computed(kind))
     if not (facts.size and engine.available(kind)):
         return _forward_in_blocks(facts), _Small()
     problem = engine.problem_in_place(facts)
@@ -252,7 +249,7 @@ def _round(sums: Any, to: tuple[Array | None, ...]) -> None:
 
 def _backward_in_blocks(facts: Facts) -> Call:
     """``run(dy, x, mean, rstd, weight, dx, dweight, dbias)``; None: absent, not wanted."""
-    compute = np.dtype(_computed(facts))
+    compute = np.dtype(engine.computed(facts.dtypes["x"]))
 
     def run(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, dx: Any, *to: Any) -> None:
         sums: Any = np.zeros((2, facts.N))

@@ -65,6 +65,12 @@ def sums_pitch(N):  # type: ignore[no-untyped-def]
 
 
 @inner
+def sums_size(M, N):  # type: ignore[no-untyped-def]
+    """Elements of the column sums of all blocks."""
+    return 2 * block_count(M) * sums_pitch(N)
+
+
+@inner
 def group_size(M, N):  # type: ignore[no-untyped-def]
     if N <= _NARROW:
         return max(4, _GROUP // N // 4 * 4)
@@ -84,13 +90,13 @@ def _read(p, i, count, rest):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _terms(x, dy, w, i, count, m, r, has_w):  # type: ignore[no-untyped-def]
-    """Compute h and g of one vector; lanes that are not there give 0."""
+def _with(x, dy, w, i, count, m, r, has_w, sum_h, sum_gh, sum_g):  # type: ignore[no-untyped-def]
+    """Add h, g * h and g of one vector to their sums; lanes that are not there give 0."""
     zero = splat(x, like(x, 0))
     h, g = mul(sub(_read(x, i, count, m), m), r), _read(dy, i, count, zero)
     if has_w:
         g = mul(g, _read(w, i, count, zero))
-    return h, g
+    return add(sum_h, h), fma(g, h, sum_gh), add(sum_g, g)
 
 
 @inner
@@ -101,14 +107,11 @@ def _sums(x, dy, w, n, mean, rstd, has_w):  # type: ignore[no-untyped-def]
     h0 = h1 = gh0 = gh1 = g0 = g1 = splat(x, like(x, 0))
     i = 0
     while i + 2 * step <= n:
-        h, g = _terms(x, dy, w, i, step, m, r, has_w)
-        h0, gh0, g0 = add(h0, h), fma(g, h, gh0), add(g0, g)
-        h, g = _terms(x, dy, w, i + step, step, m, r, has_w)
-        h1, gh1, g1 = add(h1, h), fma(g, h, gh1), add(g1, g)
+        h0, gh0, g0 = _with(x, dy, w, i, step, m, r, has_w, h0, gh0, g0)
+        h1, gh1, g1 = _with(x, dy, w, i + step, step, m, r, has_w, h1, gh1, g1)
         i += 2 * step
     while i < n:
-        h, g = _terms(x, dy, w, i, min(step, n - i), m, r, has_w)
-        h0, gh0, g0 = add(h0, h), fma(g, h, gh0), add(g0, g)
+        h0, gh0, g0 = _with(x, dy, w, i, min(step, n - i), m, r, has_w, h0, gh0, g0)
         i += step
     return fold(add(h0, h1)), fold(add(gh0, gh1)), fold(add(g0, g1))
 

@@ -84,10 +84,10 @@ class Plan:
 
     __slots__ = "_record", "at", "dense"
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, dense: bool, **values: Any) -> None:
         from cupynorm._cpu.jobs import PLAN
 
-        self.dense, self._record = values.get("dense", False), np.zeros(1, PLAN)
+        self.dense, self._record = dense, np.zeros(1, PLAN)
         for name, value in values.items():
             self._record[name] = value
         self.at: int = self._record.ctypes.data
@@ -106,7 +106,7 @@ def _plan(problem: Problem, rows: int, eps: float = 0.0) -> Plan:
     names |= {"rows": rows, "past": bytes_of_y >= _PAST, **_limits(_kind(problem), eps)}
     # Each array is one block of memory, row after row.
     pitches = {steps[1] for _, steps in problem.strides}
-    return Plan(dense=one_table(problem) and (problem.M == 1 or pitches == {problem.N}), **names)
+    return Plan(one_table(problem) and (problem.M == 1 or pitches == {problem.N}), **names)
 
 
 def one_table(problem: Problem) -> bool:
@@ -140,8 +140,8 @@ def small_normalizer(problem: Problem, eps: float) -> tuple[Any, Any]:
 
     if problem.rows * problem.N >= ALONE or problem.N > forward.CHUNK:
         return None, None
-    do = jobs.small_with_stats if problem.stats else jobs.small
-    return do(_kind(problem)), _plan(problem, _rows_of_block(problem), eps)
+    plan = _plan(problem, _rows_of_block(problem), eps)
+    return jobs.small(_kind(problem), plan.dense, problem.stats), plan
 
 
 def normalizer(
@@ -158,9 +158,7 @@ def normalizer(
     rows, scattered = _rows_of_block(problem), not problem.row_major and chunks > 1
     plan, strips = _plan(problem, rows, eps), problem.outer * -(-problem.M // rows)
     do = jobs.rows(kind)
-    by_chunks = None
-    if scattered or chunks >= _LONG:
-        by_chunks = _by_chunks(problem, eps)
+    by_chunks = _by_chunks(problem, eps) if scattered or chunks >= _LONG else None
 
     def alone(x: int, y: int, weight: int, bias: int, mean: int, rstd: int) -> None:
         do(plan.at, 0, strips, x, y, weight, bias, mean, rstd)
@@ -226,27 +224,22 @@ def differentiator(
     """
     from cupynorm._cpu import backward, jobs
 
-    kind, plan, rows, size = (
-        _kind(problem),
-        _gradient_plan(problem),
-        problem.rows,
-        problem.rows * problem.N,
-    )
-    blocks, long = backward.block_count.py_func(rows), one_table(problem) and problem.N > LONGEST
+    kind, plan = _kind(problem), _gradient_plan(problem)
+    rows, size = problem.rows, problem.rows * problem.N
+    blocks, long = backward.block_count(rows), one_table(problem) and problem.N > LONGEST
 
     def call(*given: int) -> None:
         *arrays, dweight, dbias = given
         count = _useful(size, num_threads)
-        sums = (
-            np.empty(jobs.sums_size(rows, problem.N), computed(kind)) if dweight or dbias else None
-        )
-        to = 0 if sums is None else sums.ctypes.data
+        summed = bool(dweight or dbias)
+        sums = np.empty(backward.sums_size(rows, problem.N) if summed else 0, computed(kind))
+        to = sums.ctypes.data if summed else 0
         if long:
             _long_gradients(problem, plan.at, count, (*arrays, to))
         else:
             do = jobs.gradients(kind)
             threads.run(lambda lo, hi: do(plan.at, lo, hi, *arrays, to), blocks, count)
-        if sums is not None:
+        if summed:
             jobs.merge(kind)(plan.at, to, dweight, dbias, int(wide_sums))
 
     return call
@@ -265,7 +258,7 @@ def _long_gradients(problem: Problem, plan: int, count: int, at: tuple[int, ...]
         lambda lo, hi: take(plan, lo, hi, dy, x, mean, rstd, weight, found), M * chunks, count
     )
     jobs.long_finish(kind)(plan, found, mean, rstd, told)
-    items = backward.block_count.py_func(M) * chunks
+    items = backward.block_count(M) * chunks
     threads.run(lambda lo, hi: give(plan, lo, hi, dy, x, weight, told, dx, sums), items, count)
 
 
@@ -282,7 +275,7 @@ def columns(found: Any, y: Array, weight: int, bias: int, eps: float, omit: bool
     rows = min(M, strips.rows_of_strip(N))
     y_row, y_col = (step // y.itemsize for step in y.strides)
     names = {"outer": 1, "M": M, "N": N, "rows": rows, "y_row": y_row, "y_col": y_col}
-    plan = Plan(**names, omit=omit, **_limits(kind, eps))
+    plan = Plan(False, **names, omit=omit, **_limits(kind, eps))
     table = np.zeros((5, N), np.int64)
     for j, (x, bitmap, bit) in enumerate(found):
         number = strips.COLUMN_DTYPES.index(x.dtype.name)

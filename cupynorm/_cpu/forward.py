@@ -19,6 +19,7 @@ from cupynorm._cpu.vectors import (
     like,
     load,
     mul,
+    pointer,
     put,
     size_of,
     splat,
@@ -82,6 +83,12 @@ def _sum(x, n):  # type: ignore[no-untyped-def]
 
 
 @inner
+def _with(t, first, second):  # type: ignore[no-untyped-def]
+    """Add t to one sum and its square to the other."""
+    return add(first, t), fma(t, t, second)
+
+
+@inner
 def _sums(x, n, s):  # type: ignore[no-untyped-def]
     """Sum x - s and its square."""
     step = lanes(x)
@@ -96,22 +103,16 @@ def _sums(x, n, s):  # type: ignore[no-untyped-def]
     a = b = aa = bb = cc = dd = splat(x, like(x, 0))
     i = 0
     while i + 4 * step <= n:
-        t = sub(load(x, i), shift)
-        u = sub(load(x, i + step), shift)
-        a, aa = add(a, t), fma(t, t, aa)
-        b, bb = add(b, u), fma(u, u, bb)
-        t = sub(load(x, i + 2 * step), shift)
-        u = sub(load(x, i + 3 * step), shift)
-        a, cc = add(a, t), fma(t, t, cc)
-        b, dd = add(b, u), fma(u, u, dd)
+        a, aa = _with(sub(load(x, i), shift), a, aa)
+        b, bb = _with(sub(load(x, i + step), shift), b, bb)
+        a, cc = _with(sub(load(x, i + 2 * step), shift), a, cc)
+        b, dd = _with(sub(load(x, i + 3 * step), shift), b, dd)
         i += 4 * step
     while i + step <= n:
-        t = sub(load(x, i), shift)
-        a, aa = add(a, t), fma(t, t, aa)
+        a, aa = _with(sub(load(x, i), shift), a, aa)
         i += step
     if i < n:
-        t = keep_last(sub(load(x, n - step), shift), n - i)
-        b, bb = add(b, t), fma(t, t, bb)
+        b, bb = _with(keep_last(sub(load(x, n - step), shift), n - i), b, bb)
     return fold(add(a, b)), fold(add(add(aa, bb), add(cc, dd)))
 
 
@@ -231,23 +232,6 @@ def merge(parts, N):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _normalize_group(p, xp, q, yp, M, N, w, b, limits, s, m, r):  # type: ignore[no-untyped-def]
-    # Phase by phase over a group of rows: alone, each row would wait for its own divisions and
-    # square root, which take longer than 64 elements.
-    eps, low, high = limits
-    for k in range(M):
-        s[k] = pivot(advance(p, k * xp), N)
-    for k in range(M):
-        s[k], m[k], r[k] = moments(advance(p, k * xp), N, s[k], low, high)
-    for k in range(M):
-        r[k] = 1.0 / math.sqrt(r[k] + eps)
-    has_w, has_b = address(w) != 0, address(b) != 0
-    for k in range(M):
-        to = advance(q, k * yp)
-        apply_row(advance(p, k * xp), to, N, w, b, s[k], m[k], r[k], has_w, has_b, False)
-
-
-@inner
 def short_rows(p, xp, q, yp, M, N, w, b, limits, told, stats, group):  # type: ignore[no-untyped-def]
     """Normalize M rows of at most CHUNK elements at p, pitch xp, into those at q, pitch yp.
 
@@ -256,10 +240,20 @@ def short_rows(p, xp, q, yp, M, N, w, b, limits, told, stats, group):  # type: i
     """
     mean, rstd, at, step = told
     s, m, r = stats, advance(stats, group), advance(stats, 2 * group)
+    has_w, has_b = address(w) != 0, address(b) != 0
     for row in range(0, M, group):
-        n = min(group, M - row)
-        source, target = advance(p, row * xp), advance(q, row * yp)
-        _normalize_group(source, xp, target, yp, n, N, w, b, limits, s, m, r)
+        n, x, y = min(group, M - row), advance(p, row * xp), advance(q, row * yp)
+        # Phase by phase over a group of rows: alone, each row would wait for its own divisions and
+        # square root, which take longer than 64 elements.
+        for k in range(n):
+            s[k] = pivot(advance(x, k * xp), N)
+        for k in range(n):
+            s[k], m[k], r[k] = moments(advance(x, k * xp), N, s[k], limits[1], limits[2])
+        for k in range(n):
+            r[k] = 1.0 / math.sqrt(r[k] + limits[0])
+        for k in range(n):
+            to = advance(y, k * yp)
+            apply_row(advance(x, k * xp), to, N, w, b, s[k], m[k], r[k], has_w, has_b, False)
         if address(mean) != 0:
             for k in range(n):
                 put(mean, at + (row + k) * step, like(mean, s[k] + m[k]))
@@ -341,3 +335,16 @@ def in_step(a, q, M, N, room):  # type: ignore[no-untyped-def]
     for i in range(N):
         copy[i] = a[i]
     return copy
+
+
+@inner
+def dense_rows(p, q, M, N, wb, limits, told, group, work):  # type: ignore[no-untyped-def]
+    """As `short_rows`, of rows that follow each other; ``work`` has room for all beside them.
+
+    It is an argument because numba frees an array after its last use, pointers or not.
+    """
+    stats = pointer(work, 0)
+    w_room = advance(stats, 3 * group)
+    w = in_step(wb[0], q, M, N, w_room)
+    b = in_step(wb[1], q, M, N, advance(w_room, N + SPARE))
+    short_rows(p, N, q, N, M, N, w, b, limits, told, stats, group)

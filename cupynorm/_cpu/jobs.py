@@ -10,40 +10,16 @@ from typing import Any
 import numpy as np
 from numba import from_dtype, types
 
-from cupynorm._cpu import backward
+from cupynorm._cpu import backward, forward, strips
 from cupynorm._cpu.compiled import inner, job
-from cupynorm._cpu.forward import (
-    CHUNK,
-    FROM_MEMORY,
-    GROUP,
-    SPARE,
-    apply_row,
-    chunks_of,
-    finish_row,
-    in_step,
-    known_moments,
-    long_rows,
-    moments,
-    pivot,
-    row_results,
-    short_rows,
-)
-from cupynorm._cpu.strips import (
-    GAP,
-    bring,
-    of_columns,
-    of_rows,
-    place,
-    put_back,
-    room_size,
-    start,
-)
+from cupynorm._cpu.forward import CHUNK, chunks_of
+from cupynorm._cpu.strips import GAP
 from cupynorm._cpu.vectors import address, advance, at, pointer, record_at, size_of, typed
 
 PLAN = np.dtype(
     [(name, "i8") for name in ("outer", "M", "N", "rows", "stats_outer", "stats_row")]
     + [(f"{a}_{way}", "i8") for a in ("x", "y", "dy", "dx") for way in ("outer", "row", "col")]
-    + [(name, "i8") for name in ("dense", "past", "omit")]
+    + [(name, "i8") for name in ("past", "omit")]
     + [(name, "f8") for name in ("eps", "low", "high")]
 )
 # A job closes over the checksum by what it hands on here, where nothing depends on it.
@@ -83,47 +59,47 @@ def _sharing(source: Any, may_omit: bool) -> Any:
     def strips_of(f, x, y, wb, told, lo, hi, group, work):  # type: ignore[no-untyped-def]
         # ``work`` is an argument because numba frees an array after its last use, pointers or not.
         (w, b), (mean, rstd), N, limits = wb, told, f.N, (f.eps, f.low, f.high)
-        strips = (f.M + f.rows - 1) // f.rows
+        pieces = (f.M + f.rows - 1) // f.rows
         stats = pointer(work, 0)
         parts = advance(stats, 3 * group)
         w_room = advance(parts, 3 * chunks_of(N))
-        b_room = advance(w_room, N + SPARE)
-        room = typed(advance(b_room, N + SPARE), w)
-        tile = advance(b_room, N + SPARE + room_size(f))
+        b_room = advance(w_room, N + forward.SPARE)
+        room = typed(advance(b_room, N + forward.SPARE), w)
+        tile = advance(b_room, N + forward.SPARE + strips.room_size(f))
         for block in range(lo, hi):
-            o, first = block // strips, block % strips * f.rows
-            n, target = min(f.rows, f.M - first), start(y, f.y_outer, f.y_row, o, first)
+            o, first = block // pieces, block % pieces * f.rows
+            n, target = min(f.rows, f.M - first), strips.start(y, f.y_outer, f.y_row, o, first)
             p, pp = source(f, x, o, first, n, tile, room)
             # Where the tile takes results of 16 bits, they come before what is still to be read.
-            q, qp = place(target, f.y_row, f.y_col, tile, N)
+            q, qp = strips.place(target, f.y_row, f.y_col, tile, N)
             if block == lo:
-                repeats = n * (hi - lo)
-                w, b = in_step(w, q, repeats, N, w_room), in_step(b, q, repeats, N, b_room)
+                w = forward.in_step(w, q, n * (hi - lo), N, w_room)
+                b = forward.in_step(b, q, n * (hi - lo), N, b_room)
             at_rows = mean, rstd, o * f.stats_outer + first * f.stats_row, f.stats_row
             if may_omit and f.omit:
                 for k in range(n):
                     row = advance(p, k * pp)
-                    s, m, r = known_moments(row, N, limits, at_rows, parts, room)
-                    row_results(row, advance(q, k * qp), N, w, b, s, m, r, False)
+                    s, m, r = forward.known_moments(row, N, limits, at_rows, parts, room)
+                    forward.row_results(row, advance(q, k * qp), N, w, b, s, m, r, False)
             elif N <= CHUNK:
-                short_rows(p, pp, q, qp, n, N, w, b, limits, at_rows, stats, group)
+                forward.short_rows(p, pp, q, qp, n, N, w, b, limits, at_rows, stats, group)
             else:
-                long_rows(p, pp, q, qp, n, N, w, b, limits, at_rows, parts)
-            put_back(target, f.y_row, f.y_col, tile, n, N)
+                forward.long_rows(p, pp, q, qp, n, N, w, b, limits, at_rows, parts)
+            strips.put_back(target, f.y_row, f.y_col, tile, n, N)
 
     @inner
     def share(f, x, y, wb, told, lo, hi):  # type: ignore[no-untyped-def]
-        N, most = f.N, max(1, min(f.rows, GROUP // f.N))  # rows whose phases go together
-        group = most if f.outer * f.M * N < FROM_MEMORY else max(1, most // 2)
-        size = 3 * group + 3 * chunks_of(N) + 2 * (N + SPARE)
+        N, most = f.N, max(1, min(f.rows, forward.GROUP // f.N))  # rows whose phases go together
+        group = most if f.outer * f.M * N < forward.FROM_MEMORY else max(1, most // 2)
+        size = 3 * group + 3 * chunks_of(N) + 2 * (N + forward.SPARE)
         if f.x_col != 1 or f.y_col != 1:
-            size += room_size(f) + f.rows * (N + GAP)
+            size += strips.room_size(f) + f.rows * (N + GAP)
         strips_of(f, x, y, wb, told, lo, hi, group, np.empty(size))
 
     return share
 
 
-_share, _share_of_columns = _sharing(of_rows, False), _sharing(of_columns, True)
+_share, _share_of_columns = _sharing(strips.of_rows, False), _sharing(strips.of_columns, True)
 
 
 @job
@@ -159,48 +135,45 @@ def _meet(p, n, q, size):  # type: ignore[no-untyped-def]
 
 @inner
 def _small(f, x, y, wb, told):  # type: ignore[no-untyped-def]
-    size = f.outer * f.M * f.N
-    if f.dense and (
-        (address(x) != address(y) and _meet(x, size, y, size))
-        or _meet(wb[0], f.N, y, size)
-        or _meet(wb[1], f.N, y, size)
-    ):
-        return True
+    size, group = f.M * f.N, max(1, min(f.M, forward.GROUP // f.N))
+    apart = address(x) == address(y) or not _meet(x, size, y, size)
+    if apart and not _meet(wb[0], f.N, y, size) and not _meet(wb[1], f.N, y, size):
+        at_rows, work = (*told, 0, f.stats_row), np.empty(3 * group + 2 * (f.N + forward.SPARE))
+        forward.dense_rows(x, y, f.M, f.N, wb, (f.eps, f.low, f.high), at_rows, group, work)
+        return False
+    return True
+
+
+@inner
+def _small_in_strips(f, x, y, wb, told):  # type: ignore[no-untyped-def]
     _share(f, x, y, wb, told, 0, f.outer * ((f.M + f.rows - 1) // f.rows))
     return False
 
 
 @job
-def small(checksum: int, kind: str) -> Any:
-    """``small(plan, x, y, w, b)``: normalize all rows.
+def small(checksum: int, kind: str, dense: bool = True, stats: bool = False) -> Any:
+    """``small(plan, x, y, w, b)``: normalize all rows; with ``mean, rstd`` after b if ``stats``.
 
-    x and y hold 16-bit kinds as uint16; an absent w or b is empty. Where all are dense it is True,
-    and nothing has been done, if y shares memory with w, b or a part of x.
+    x and y hold 16-bit kinds as uint16; an absent w or b is empty. Where all are dense, and of at
+    most CHUNK elements, it is True, and nothing has been done, if y shares memory with w, b or a
+    part of x. Strips, for any layout, are another function: to compile both takes twice as long.
+    Without statistics too: two arrays more cost a call 100 ns, a twentieth of it.
     """
-    computed = _computed(kind)
-    x_type, y_type, _, _, row, _ = _arrays(kind)
-
-    def small(plan, x, y, w, b):  # type: ignore[no-untyped-def]
-        f, wb = plan_at(plan, checksum), _two(w, b, computed)
-        return _small(f, at(x, kind), at(y, kind), wb, (at(0, computed), at(0, computed)))
-
-    return types.bool_(types.int64, x_type, y_type, row, row), small
-
-
-@job
-def small_with_stats(checksum: int, kind: str) -> Any:
-    """``small_with_stats(plan, x, y, w, b, mean, rstd)``: the same.
-
-    Two arrays more cost a call 100 ns, a twentieth of it.
-    """
-    computed = _computed(kind)
+    computed, all_rows = _computed(kind), _small if dense else _small_in_strips
     x_type, y_type, _, stat, row, _ = _arrays(kind)
 
     def small_with_stats(plan, x, y, w, b, mean, rstd):  # type: ignore[no-untyped-def]
-        f, wb = plan_at(plan, checksum), _two(w, b, computed)
-        return _small(f, at(x, kind), at(y, kind), wb, _two(mean, rstd, computed))
+        f, wb, told = plan_at(plan, checksum), _two(w, b, computed), _two(mean, rstd, computed)
+        return all_rows(f, at(x, kind), at(y, kind), wb, told)
 
-    return types.bool_(types.int64, x_type, y_type, row, row, stat, stat), small_with_stats
+    def small(plan, x, y, w, b):  # type: ignore[no-untyped-def]
+        f, wb, told = plan_at(plan, checksum), _two(w, b, computed), _two(0, 0, computed)
+        return all_rows(f, at(x, kind), at(y, kind), wb, told)
+
+    given = types.int64, x_type, y_type, row, row
+    if stats:
+        return types.bool_(*given, stat, stat), small_with_stats
+    return types.bool_(*given), small
 
 
 # --- chunks of long rows, few of them or strided: each by itself ----------------------------------
@@ -209,9 +182,9 @@ def small_with_stats(checksum: int, kind: str) -> Any:
 @inner
 def _chunk(f, item, backwards):  # type: ignore[no-untyped-def]
     """Of an item of the work: outer step, first row and rows of a strip; first column, columns."""
-    strips, chunks = (f.M + f.rows - 1) // f.rows, chunks_of(f.N)
-    c, block = item // (f.outer * strips), item % (f.outer * strips)
-    o, first, left = block // strips, block % strips * f.rows, c * CHUNK
+    pieces, chunks = (f.M + f.rows - 1) // f.rows, chunks_of(f.N)
+    c, block = item // (f.outer * pieces), item % (f.outer * pieces)
+    o, first, left = block // pieces, block % pieces * f.rows, c * CHUNK
     if backwards:
         left = (chunks - 1 - c) * CHUNK
     return o, first, min(f.rows, f.M - first), left, min(CHUNK, f.N - left)
@@ -221,11 +194,11 @@ def _chunk(f, item, backwards):  # type: ignore[no-untyped-def]
 def _moments(f, x, parts, lo, hi, tile):  # type: ignore[no-untyped-def]
     for item in range(lo, hi):
         o, first, n, left, size = _chunk(f, item, False)
-        source = advance(start(x, f.x_outer, f.x_row, o, first), left * f.x_col)
-        p, pp = bring(source, f.x_row, f.x_col, pointer(tile, 0), n, size)
+        source = advance(strips.start(x, f.x_outer, f.x_row, o, first), left * f.x_col)
+        p, pp = strips.bring(source, f.x_row, f.x_col, pointer(tile, 0), n, size)
         for k in range(n):
             q = advance(p, k * pp)
-            s, m, v = moments(q, size, pivot(q, size), f.low, f.high)
+            s, m, v = forward.moments(q, size, forward.pivot(q, size), f.low, f.high)
             i = 3 * ((o * f.M + first + k) * chunks_of(f.N) + left // CHUNK)
             parts[i], parts[i + 1], parts[i + 2] = s, m, v
 
@@ -236,16 +209,16 @@ def _results(f, x, y, w, b, stats, lo, hi, tile):  # type: ignore[no-untyped-def
     for item in range(lo, hi):
         # Backwards, as the end of x was read last; rows in turn share a chunk of weight and bias.
         o, first, n, left, size = _chunk(f, item, True)
-        source = advance(start(x, f.x_outer, f.x_row, o, first), left * f.x_col)
-        target = advance(start(y, f.y_outer, f.y_row, o, first), left * f.y_col)
-        p, pp = bring(source, f.x_row, f.x_col, here, n, size)
-        q, qp = place(target, f.y_row, f.y_col, here, size)
+        source = advance(strips.start(x, f.x_outer, f.x_row, o, first), left * f.x_col)
+        target = advance(strips.start(y, f.y_outer, f.y_row, o, first), left * f.y_col)
+        p, pp = strips.bring(source, f.x_row, f.x_col, here, n, size)
+        q, qp = strips.place(target, f.y_row, f.y_col, here, size)
         wc, bc = advance(w, left), advance(b, left)
         for k in range(n):
             u, v, i = advance(p, k * pp), advance(q, k * qp), 3 * (o * f.M + first + k)
             s, m, r = stats[i], stats[i + 1], stats[i + 2]
-            apply_row(u, v, size, wc, bc, s, m, r, has_w, has_b, f.past)
-        put_back(target, f.y_row, f.y_col, here, n, size)
+            forward.apply_row(u, v, size, wc, bc, s, m, r, has_w, has_b, f.past)
+        strips.put_back(target, f.y_row, f.y_col, here, n, size)
 
 
 @job
@@ -271,7 +244,7 @@ def finish(checksum: int, kind: str) -> Any:
             at_row = i // f.M * f.stats_outer + i % f.M * f.stats_row
             told = *_two(mean, rstd, computed), at_row, 0
             part = advance(found, 3 * i * chunks_of(f.N))
-            to[3 * i], to[3 * i + 1], to[3 * i + 2] = finish_row(part, f.N, f.eps, told, 0)
+            to[3 * i], to[3 * i + 1], to[3 * i + 2] = forward.finish_row(part, f.N, f.eps, told, 0)
 
     return finish
 
@@ -313,14 +286,14 @@ def _blocks(f, arrays, stats, w, sums, lo, hi, group, work):  # type: ignore[no-
         while row < end:
             o, first = row // f.M, row % f.M
             n = min(f.rows, end - row, f.M - first)
-            source = start(x, f.x_outer, f.x_row, o, first)
-            p, pp = bring(source, f.x_row, f.x_col, x_tile, n, N)
-            source = start(dy, f.dy_outer, f.dy_row, o, first)
-            q, qp = bring(source, f.dy_row, f.dy_col, g_tile, n, N)
+            source = strips.start(x, f.x_outer, f.x_row, o, first)
+            p, pp = strips.bring(source, f.x_row, f.x_col, x_tile, n, N)
+            source = strips.start(dy, f.dy_outer, f.dy_row, o, first)
+            q, qp = strips.bring(source, f.dy_row, f.dy_col, g_tile, n, N)
             t, tp, target = dx, 0, dx
             if has_dx:
-                target = start(dx, f.dx_outer, f.dx_row, o, first)
-                t, tp = place(target, f.dx_row, f.dx_col, g_tile, N)
+                target = strips.start(dx, f.dx_outer, f.dx_row, o, first)
+                t, tp = strips.place(target, f.dx_row, f.dx_col, g_tile, N)
             i = o * f.stats_outer + first * f.stats_row
             for k in range(0, n, group):
                 told = stats[0], stats[1], i + k * f.stats_row, f.stats_row
@@ -330,7 +303,7 @@ def _blocks(f, arrays, stats, w, sums, lo, hi, group, work):  # type: ignore[no-
                 qk, pk = advance(q, k * qp), advance(p, k * pp)
                 backward.short_rows(qk, qp, pk, pp, u, tp, count, N, w, told, to, here)
             if has_dx:
-                put_back(target, f.dx_row, f.dx_col, g_tile, n, N)
+                strips.put_back(target, f.dx_row, f.dx_col, g_tile, n, N)
             row += n
 
 
@@ -344,22 +317,14 @@ def _share_of_gradients(f, arrays, stats, w, sums, lo, hi):  # type: ignore[no-u
     _blocks(f, arrays, stats, w, sums, lo, hi, group, np.empty(size))
 
 
-@inner
-def _tables(dy, x, dx, kind):  # type: ignore[no-untyped-def]
-    return at(dy, kind), at(x, kind), at(dx, kind)
-
-
 @job
 def gradients(checksum: int, kind: str) -> Any:
     """``gradients(plan, lo, hi, dy, x, mean, rstd, w, dx, sums)``: of blocks of rows."""
     computed = _computed(kind)
 
     def gradients(plan, lo, hi, dy, x, mean, rstd, w, dx, sums):  # type: ignore[no-untyped-def]
-        f, arrays, stats = (
-            plan_at(plan, checksum),
-            _tables(dy, x, dx, kind),
-            _two(mean, rstd, computed),
-        )
+        f, stats = plan_at(plan, checksum), _two(mean, rstd, computed)
+        arrays = at(dy, kind), at(x, kind), at(dx, kind)
         _share_of_gradients(f, arrays, stats, at(w, computed), at(sums, computed), lo, hi)
 
     return gradients
@@ -383,8 +348,8 @@ def small_gradients(checksum: int, kind: str) -> Any:
 
     def small_gradients(plan, dy, x, mean, rstd, w, dx, dweight, dbias):  # type: ignore[no-untyped-def]
         f, stats = plan_at(plan, checksum), _two(mean, rstd, computed)
-        arrays, targets = _tables(dy, x, dx, kind), _two(dweight, dbias, computed)
-        sums = np.empty(2 * backward.sums_pitch(f.N) * backward.block_count(f.outer * f.M))
+        arrays, targets = (at(dy, kind), at(x, kind), at(dx, kind)), _two(dweight, dbias, computed)
+        sums = np.empty(backward.sums_size(f.outer * f.M, f.N))
         _small_gradients(f, arrays, stats, at(w, computed), targets, sums)
 
     tables = types.int64, given, given, stat, stat, row, made
@@ -490,9 +455,3 @@ def merge(checksum: int, kind: str) -> Any:
             backward.merge_sums(part, f.outer * f.M, f.N, narrow, room)
 
     return merge
-
-
-def sums_size(rows: int, N: int) -> int:
-    """Elements of the column sums of all blocks of rows."""
-    size: int = 2 * backward.block_count.py_func(rows) * backward.sums_pitch.py_func(N)
-    return size

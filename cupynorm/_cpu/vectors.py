@@ -186,6 +186,8 @@ def at(typingctx, address, kind):  # type: ignore[no-untyped-def]
 
     Or an array; 0 is that of an empty one.
     """
+    if not isinstance(kind, types.Literal):
+        return None
     is_array = isinstance(address, types.Array)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
