@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from tests.simt.cupy_stand_in import simulated_cupy
-from tests.simt.launch import SimtFault
+from tests.ptx.cupy_stand_in import simulated_cupy
+from tests.ptx.launch import PtxFault
 
 SCALE = """
 extern "C" __global__ void scale(const float* x, float* y, long long n, double factor) {
@@ -81,7 +81,7 @@ def test_function_is_strict(cupy, scale):
         function.max_dynamic_shared_size_bytes = 1
     with pytest.raises(TypeError, match="expected tuple"):
         cupy.RawKernel(SCALE, "scale", ["-std=c++17"])
-    with pytest.raises(SimtFault) as info:
+    with pytest.raises(PtxFault) as info:
         function((1,), (4,), (x, y, 4, 1))
     assert info.value.kind == "argument"
     function((0,), (4,), (x, y, 4, 1.0))  # a length below 1 is 1, as in CuPy
@@ -91,13 +91,13 @@ def test_function_is_strict(cupy, scale):
 def test_opt_in_shared_memory(cupy, scale):
     x, y = cupy.ones(4, "f4"), cupy.empty(4, "f4")
     big = 100 * 1024
-    with pytest.raises(SimtFault, match="max_dynamic_shared_size_bytes, which is 49152"):
+    with pytest.raises(PtxFault, match="max_dynamic_shared_size_bytes, which is 49152"):
         scale((1,), (4,), (x, y, 4, 1.0), shared_mem=big)
     scale.max_dynamic_shared_size_bytes = big
     scale((1,), (4,), (x, y, 4, 1.0), shared_mem=big)
-    with pytest.raises(SimtFault, match="the device takes 232448"):
+    with pytest.raises(PtxFault, match="the device takes 232448"):
         scale.max_dynamic_shared_size_bytes = 228 * 1024
-    with cupy.cuda.Device(1), pytest.raises(SimtFault):  # set per device
+    with cupy.cuda.Device(1), pytest.raises(PtxFault):  # set per device
         scale((1,), (4,), (cupy.ones(4, "f4"), cupy.empty(4, "f4"), 4, 1.0), shared_mem=big)
 
 
@@ -150,7 +150,7 @@ def test_what_nobody_wrote_stays_so_through_a_copy(cupy, scale):
     y = cupy.empty(8, "f4")
     copied = x.astype("f8").astype("f4")
     scale((1,), (8,), (copied, y, 4, 1.0))
-    with pytest.raises(SimtFault) as info:
+    with pytest.raises(PtxFault) as info:
         scale((1,), (8,), (copied, y, 5, 1.0))
     assert info.value.kind == "uninitialized"
 
@@ -166,7 +166,7 @@ def test_devices_are_apart(cupy, scale):
     assert cupy.cuda.runtime.getDevice() == 0
     assert (y.get() == 3).all()
     for call in (scale, function):
-        with pytest.raises(SimtFault) as info:
+        with pytest.raises(PtxFault) as info:
             call((1,), (8,), (far, y, 8, 3.0))
         assert info.value.kind == "wrong-device"
     assert cupy.simulator.compilations == [("scale", 1), ("scale", 0)]
@@ -181,7 +181,7 @@ def test_streams(cupy, scale):
     assert cupy.cuda.get_current_stream().ptr == 0
     scale.kernel((1,), (8,), (x, y, 8, 1.0), stream=cupy.cuda.ExternalStream(0x77))
     assert [launch.stream for launch in cupy.simulator.launches] == [stream.ptr, 0x77]
-    with cupy.cuda.Device(1), pytest.raises(SimtFault, match="stream belongs to device 0"):
+    with cupy.cuda.Device(1), pytest.raises(PtxFault, match="stream belongs to device 0"):
         scale.kernel((1,), (8,), (x, y, 8, 1.0), stream=stream)
 
 
@@ -206,7 +206,7 @@ def test_misaligned_place_and_interface(cupy, scale):
     seen = cupy.asarray(Foreign())
     assert seen.data.ptr == x.data.ptr + 8 and seen.shape == (6,)
     y = cupy.empty(8, "f4")
-    with pytest.raises(SimtFault, match="ends 4 bytes after x"):
+    with pytest.raises(PtxFault, match="ends 4 bytes after x"):
         scale((1,), (8,), (seen, y, 7, 1.0))
     assert cupy.from_dlpack(x).data.ptr == x.data.ptr
 
@@ -214,7 +214,7 @@ def test_misaligned_place_and_interface(cupy, scale):
 def test_freed_memory_is_out_of_reach(cupy, scale):
     y = cupy.empty(8, "f4")
     gone = cupy.ones(8, "f4").data.ptr  # the array dies here
-    with pytest.raises(SimtFault) as info:
+    with pytest.raises(PtxFault) as info:
         scale((1,), (8,), (gone, y, 8, 1.0))
     assert info.value.kind == "out-of-bounds"
 

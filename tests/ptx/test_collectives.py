@@ -1,0 +1,155 @@
+"""Shuffles, votes and barriers: right when met by all, caught and named when not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.ptx.launch import Buffer
+from tests.ptx.run_kernel import caught, entry, floats, good, ptx, unwritten, wrong
+
+FULL = "0xffffffffu"
+# Of each: the kind of fault, threads, n of a bad and of a good launch, the text, the line to blame,
+# words of the message.
+WRONG = {
+    "two-barriers": (
+        "barrier-divergence", 64, 32, 64, """
+if (i < n) {
+  y[i] = 1;
+  __syncthreads();  // first
+} else {
+  __syncthreads();  // second
+}""", None, ": __syncthreads();  // first", ": __syncthreads();  // second"),
+    "not-all-reach-it": (
+        "barrier-divergence", 64, 60, 64, "if (i >= n) return;\n__syncthreads();\ny[i] = 1;",
+        None, "waiting at __syncthreads, line", "exited"),
+    "barrier-against-warp-barrier": (
+        "barrier-divergence", 32, 5, 32, """
+if (i == n) __syncthreads();
+else __syncwarp();
+y[i] = 1;""", None, "1 thread(s), first 5: waiting at __syncthreads, line",
+        "31 thread(s), first 0: waiting in a warp operation with mask 0xffffffff, line",
+        ": if (i == n) __sync", ": else __sync"),
+    "shuffle-with-exited-lane": (
+        "exited-lane", 32, 31, 32,
+        f"if (i >= n) return;\ny[i] = __shfl_xor_sync({FULL}, 1.0f, 1);",
+        "y[i] = __shfl_xor_sync", "names lane 31"),
+    "shuffle-reads-outside": (
+        "not-in-mask", 4, 4, 3, "y[i] = __shfl_sync(0x0fu, 1.0f, (int)n);",
+        "y[i] = __shfl_sync", "reads lane 4"),
+    "shuffle-outside-mask": (
+        "not-in-mask", 32, 16, 8, "if (i < n) y[i] = __shfl_sync(0xffu, 1.0f, 0);",
+        "__shfl_sync", "does not name it"),
+    "vote-outside-mask": (
+        "not-in-mask", 32, 16, 8, "if (i < n) y[i] = __any_sync(0xffu, i > 2);", "__any_sync"),
+    "masks-differ": (
+        "mask-mismatch", 32, 16, 32,
+        f"y[i] = __shfl_xor_sync(i < n ? {FULL} : 0xfffffffeu, 1.0f, 1);", "__shfl_xor_sync"),
+    "operations-differ": (
+        "mask-mismatch", 32, 16, 32,
+        f"if (i < n) y[i] = __shfl_xor_sync({FULL}, 1.0f, 1);\nelse __syncwarp();",
+        None, ": if (i < n) y[i] = __shfl", ": else __syncwarp();"),
+    "a-ring-that-waits": (
+        "deadlock", 5, 0x11, 0, """
+y[i] = 1;
+if (n && i == 0) __syncwarp(0x3);
+if (n && i == 1) __syncwarp(0x6);
+if (n && i == 2) __syncwarp(0xc);
+if (n && i == 3) __syncwarp(0x18);
+if (n && i == 4) __syncwarp(n);""", None,
+        "waiting in a warp operation with mask 0x00000018, line"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong(name):
+    wrong(*WRONG[name])
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "while (*(volatile float*)x < n) {}",  # what another thread should write
+        "for (volatile float sum = *x; n > 0;) sum = sum + 1;",
+    ],
+)
+def test_endless_loop(loop):
+    words = "instructions with no barrier: an endless loop"
+    wrong("deadlock", 1, 5, 0, loop, None, words, f": {loop}", seeds=(None, 1))
+
+
+def test_shuffle_with_a_lane_that_was_never_there():
+    source = entry(f"y[i] = __shfl_xor_sync({FULL}, 1.0f, 1);")
+    caught("exited-lane", source, (31,), (floats(1), unwritten(32), 0), "__shfl_xor_sync")
+
+
+def test_only_the_barrier_of_all_threads_is_executed():
+    caught("argument", ptx("bar.sync 1;"), (32,), (unwritten(32),) * 2, "bar.sync 1;")
+    good(ptx("bar.sync 0;"), (32,), (unwritten(32),) * 2)
+
+
+SHUFFLES = """
+extern "C" __global__ void k(T* y) {
+  int lane = threadIdx.x;
+  T v = (T)(lane + 100);
+  y[lane] = __shfl_sync(0xffffffffu, v, lane * 3 + 1, W);
+  y[lane + 32] = __shfl_up_sync(0xffffffffu, v, 3, W);
+  y[lane + 64] = __shfl_down_sync(0xffffffffu, v, 3, W);
+  y[lane + 96] = __shfl_xor_sync(0xffffffffu, v, 5, W);
+  y[lane + 128] = __any_sync(0xffffffffu, lane == 9);
+  y[lane + 160] = __all_sync(0xffffffffu, lane == 9);
+  y[lane + 192] = __ballot_sync(0xffffffffu, lane % 3 == 0) >> 1;
+}
+"""
+
+
+@pytest.mark.parametrize("width", [32, 8, 2])
+@pytest.mark.parametrize("ctype", ["float", "double", "int", "unsigned", "long long"])
+def test_shuffles_and_votes(ctype, width):
+    dtype = {"float": "f4", "double": "f8", "int": "i4", "unsigned": "u4", "long long": "i8"}[ctype]
+    y = Buffer.empty(7 * 32 * np.dtype(dtype).itemsize, granule=4)
+    source = f"typedef {ctype} T;\nenum {{ W = {width} }};{SHUFFLES}"
+    good(source, (32,), (y,))
+    lane = np.arange(32)
+    low = lane // width * width
+    high = low + width - 1
+    xor = np.where((lane ^ 5) > high, lane, lane ^ 5)
+    wanted = [
+        low + (lane * 3 + 1) % width,
+        np.where(lane - 3 < low, lane, lane - 3),
+        np.where(lane + 3 > high, lane, lane + 3),
+        xor,
+    ]
+    got = y.to_numpy(dtype, (7, 32))
+    assert (got[:4] == np.array(wanted) + 100).all()
+    ballot = sum(1 << i for i in range(0, 32, 3)) >> 1
+    assert (got[4:] == np.array([[1], [0], [ballot]]).astype(dtype)).all()
+
+
+def test_votes_over_the_block():
+    source = """
+extern "C" __global__ void k(int* y) {
+  int i = threadIdx.x;
+  y[i] = __syncthreads_count(i % 3 == 0);
+  y[i + 64] = __syncthreads_or(i == 40);
+  y[i + 128] = __syncthreads_and(i == 40);
+}
+"""
+    y = Buffer.empty(4 * 192, granule=4)
+    good(source, (64,), (y,))
+    assert (y.to_numpy(np.int32, (3, 64)) == [[22], [1], [0]]).all()
+
+
+def test_full_mask_after_part_mask():
+    """Half of a warp may meet among itself while the other half already waits for all."""
+    source = """
+extern "C" __global__ void k(int* y) {
+  int v = threadIdx.x;
+  if (threadIdx.x < 16) v = __shfl_xor_sync(0x0000ffffu, v, 1);
+  y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, v, 16);
+}
+"""
+    y = Buffer.empty(128, granule=4)
+    good(source, (32,), (y,))
+    i = np.arange(32)
+    assert (y.to_numpy(np.int32) == np.where(i < 16, i + 16, (i - 16) ^ 1)).all()

@@ -1,0 +1,115 @@
+"""Good kernels give right results, the same bits in every order of the threads."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from tests.ptx.launch import Buffer, PtxFault
+from tests.ptx.run_kernel import COPY, floats, good, run, unwritten
+
+ROW_SUM = """
+template <int W> __device__ __forceinline__ float warp_sum(float v) {
+  for (int o = W / 2; o; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o, W);
+  return v;
+}
+extern "C" __global__ void __launch_bounds__(1024)
+    k(const float* __restrict__ x, float* y, long long n) {
+  __shared__ float part[32];
+  const float* row = x + blockIdx.x * n;
+  float sum = 0;
+  for (long long i = threadIdx.x; i < n; i += blockDim.x) sum = fmaf(row[i], row[i], sum);
+  sum = warp_sum<32>(sum);
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = warp_sum<32>(threadIdx.x % 32 < blockDim.x / 32 ? part[threadIdx.x % 32] : 0);
+  if (threadIdx.x == 0) y[blockIdx.x] = sqrtf(sum);
+}
+"""
+
+
+@pytest.mark.parametrize("threads", [32, 128, 1024])
+def test_seed_never_moves_a_bit(threads):
+    rows, n = 12, 3001
+    data = np.random.default_rng(1).standard_normal((rows, n), np.float32)
+    y = unwritten(rows)
+    good(ROW_SUM, (threads,), (Buffer.from_array(data, writable=False), y, n), grid=(rows,))
+    wanted = np.sqrt((data.astype(np.float64) ** 2).sum(1))
+    np.testing.assert_allclose(y.to_numpy(np.float32), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("blocks", "threads"), [(1, 256), (8, 32)])
+def test_seed_moves_the_order(blocks, threads):
+    """The last thread overruns; what ran before it is the order of warps, and of blocks."""
+    source = """
+extern "C" __global__ void k(volatile int* y) { y[blockIdx.x * blockDim.x + threadIdx.x] = 1; }
+"""
+    orders = set()
+    for seed in range(8):
+        y = Buffer.empty(4 * 255, name="y", granule=4)
+        with pytest.raises(PtxFault, match="out-of-bounds"):
+            run(source, (threads,), (y,), grid=(blocks,), seed=seed)
+        orders.add(y.defined().tobytes())
+    assert len(orders) > 4
+
+
+def test_lanes_that_parted_go_on_in_any_order():
+    """Which half is there first when the other half loads what it stores."""
+    source = """
+extern "C" __global__ void k(volatile int* y) {
+  if (threadIdx.x < 16) y[threadIdx.x] = 1;
+  else y[threadIdx.x] = y[threadIdx.x - 16];
+}
+"""
+    kinds = set()
+    for seed in range(8):
+        with pytest.raises(PtxFault) as info:
+            run(source, (32,), (Buffer.empty(128, granule=4),), seed=seed)
+        kinds.add(info.value.kind)
+    assert kinds == {"race", "uninitialized"}
+
+
+def test_indices_in_three_dimensions():
+    source = """
+extern "C" __global__ void k(int* y) {
+  unsigned b = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  unsigned t = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  y[b * (blockDim.x * blockDim.y * blockDim.z) + t] = b * 1000 + t;
+}
+"""
+    y = Buffer.empty(4 * 24 * 30, granule=4)
+    good(source, (2, 3, 5), (y,), grid=(2, 3, 4))
+    wanted = np.arange(24)[:, None] * 1000 + np.arange(30)
+    assert (y.to_numpy(np.int32, (24, 30)) == wanted).all()
+
+
+def test_subnormals_flush_as_cupy_compiles():
+    """Of float32 alone; the process keeps its own mode."""
+    text = 'extern "C" __global__ void k(const T* x, T* y) { y[0] = x[0] * (T)1e-10; }'
+    for ctype, dtype, small, wanted in (
+        ("float", np.float32, 1e-30, 0.0), ("double", np.float64, 1e-300, 1e-300 * 1e-10)
+    ):  # fmt: skip
+        x, y = Buffer.from_array(np.full(1, small, dtype)), Buffer.empty(8, granule=4)
+        good(f"typedef {ctype} T;\n{text}", (1,), (x, y))
+        assert y.to_numpy(dtype)[0] == wanted
+        assert dtype(small) * dtype(1e-10) != 0
+
+
+def test_launches_from_several_threads():
+    wrong = []
+
+    def work(seed):
+        y = unwritten(64)
+        for _ in range(20):
+            run(COPY, (64,), (floats(64), y), seed=seed)
+        if not (y.to_numpy(np.float32) == np.arange(64)).all():
+            wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong

@@ -1,0 +1,167 @@
+"""Bytes, sectors and bank conflicts, each against a number counted by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.ptx.run_kernel import COPY, LOAD4, caught, floats, good, unwritten
+
+
+def test_coalesced_vector_loads_use_every_sector():
+    x, y = floats(4096), unwritten(4096)
+    traffic = good(LOAD4, (256,), (x, y, 0), grid=(1,))
+    t = traffic["x"]
+    assert (t.read_bytes, t.reads, t.warp_reads, t.read_sectors) == (4096, 256, 8, 128)
+    assert (t.read_widths, t.written_bytes, t.read_sector_use) == ({16: 256}, 0, 1.0)
+    t = traffic[y]
+    assert (t.written_bytes, t.writes, t.warp_writes, t.write_sectors) == (4096, 256, 8, 128)
+    assert (t.write_widths, t.read_bytes, t.write_sector_use) == ({16: 256}, 0, 1.0)
+    # 16 bytes further on, a warp's 512 bytes touch 17 sectors.
+    t = good(LOAD4, (256,), (x, y, 4))["x"]
+    assert t.read_sectors == 8 * 17
+    assert (t.distinct_read_sectors, t.distinct_read_bytes) == (129, 4096)
+
+
+STRIDED = """
+extern "C" __global__ void k(const float* x, float* y, long long stride) {
+  y[threadIdx.x] = x[threadIdx.x * stride];
+}
+"""
+
+
+@pytest.mark.parametrize(("stride", "sectors"), [(1, 4), (2, 8), (3, 12), (8, 32), (100, 32)])
+def test_strided_loads(stride, sectors):
+    t = good(STRIDED, (64,), (floats(64 * stride), unwritten(64), stride))["x"]
+    assert (t.warp_reads, t.read_sectors) == (2, 2 * sectors)
+    assert t.read_sector_use == pytest.approx(4 / sectors)
+
+
+def test_every_lane_reads_one_word():
+    t = good(STRIDED, (64,), (floats(1), unwritten(64), 0))["x"]
+    assert (t.read_bytes, t.read_sectors, t.distinct_read_bytes) == (256, 2, 4)
+    assert t.read_sector_use == 4.0 and t.merged_read_sector_use == 1 / 8
+
+
+def test_column_walk_is_wasteful_per_access_but_merges():
+    """A thread per row: each access touches 32 sectors, and all bytes of each get used."""
+    source = """
+extern "C" __global__ void k(const float* x, float* y) {
+  float sum = 0;
+  for (int i = 0; i < 8; ++i) sum += x[threadIdx.x * 8 + i];
+  y[threadIdx.x] = sum;
+}
+"""
+    t = good(source, (32,), (floats(256), unwritten(32)))["x"]
+    assert (t.warp_reads, t.read_sectors) == (8, 256)
+    assert (t.read_sector_use, t.merged_read_sector_use) == (1 / 8, 1.0)
+
+
+def test_lanes_on_different_ways_are_joined_by_site_and_turn():
+    source = """
+extern "C" __global__ void k(const float* x, float* y, long long n) {
+  float sum = 0;
+  if (threadIdx.x < 3) sum = x[threadIdx.x];
+#pragma unroll 1
+  for (long long i = threadIdx.x; i < n; i += 32) sum += x[i];
+  y[threadIdx.x] = sum;
+}
+"""
+    t = good(source, (32,), (floats(80), unwritten(32), 80))["x"]
+    # The first 3 lanes alone; two full rows; the first 16 lanes.
+    assert (t.reads, t.warp_reads, t.read_sectors) == (83, 4, 1 + 4 + 4 + 2)
+
+
+def test_one_helper_called_twice_is_two_sites():
+    source = """
+__device__ __forceinline__ float get(const float* x) { return x[threadIdx.x]; }
+extern "C" __global__ void k(const float* x, float* y) {
+  float v = 0;
+  if (threadIdx.x < 8) v = get(x);
+  y[threadIdx.x] = v + get(x + 32);
+}
+"""
+    t = good(source, (32,), (floats(64), unwritten(32)))["x"]
+    assert (t.warp_reads, t.read_sectors) == (2, 1 + 4)
+
+
+def test_sites_name_the_lines():
+    source = """
+extern "C" __global__ void k(const float* x, float* y) {
+  float a = x[threadIdx.x];
+  float b = x[threadIdx.x * 8];
+  y[threadIdx.x] = a + b;
+}
+"""
+    sites = good(source, (32,), (floats(256), unwritten(32))).sites()
+    assert [(s.line, s.memory, s.write, s.sectors, s.bytes) for s in sites] == [
+        (3, "x", False, 4, 128), (4, "x", False, 32, 128), (5, "y", True, 4, 128),
+    ]  # fmt: skip
+    assert "float b = x[threadIdx.x * 8];" in sites[1].text
+
+
+def test_fault_inside_a_helper_names_its_callers():
+    source = """
+__device__ __forceinline__ float get(const float* x) { return x[threadIdx.x]; }
+__device__ __forceinline__ float next(const float* x) { return get(x + 64); }
+extern "C" __global__ void k(const float* x, float* y) {
+  float v = get(x);
+  y[threadIdx.x] = v + next(x);
+}
+"""
+    message = caught("out-of-bounds", source, (32,), (floats(64), unwritten(32)), "return x[")
+    lines = [row.strip() for row in message.splitlines()[-2:]]
+    rows = [row.strip() for row in source.splitlines()]
+    assert lines == [f"called from line 3: {rows[2]}", f"called from line 6: {rows[5]}"]
+
+
+def test_counting_can_be_switched_off():
+    x, y = floats(64), unwritten(64)
+    traffic = good(COPY, (64,), (x, y), count=False)
+    assert traffic.read_bytes == traffic.written_bytes == 0
+    assert (y.to_numpy(np.float32) == np.arange(64)).all()
+    caught("out-of-bounds", COPY, (65,), (x, y), count=False)
+
+
+BANKS = """
+extern __shared__ __align__(16) unsigned char shared[];
+extern "C" __global__ void k(float* y, long long stride) {
+  T* s = (T*)shared;
+  s[threadIdx.x * stride] = T();
+  __syncthreads();
+  T v = s[threadIdx.x * stride];
+  y[threadIdx.x] = SUM;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("ctype", "stride", "ways", "phases"),
+    [
+        ("float", 1, 1, 1), ("float", 2, 2, 1), ("float", 32, 32, 1), ("float", 33, 1, 1),
+        ("float2", 1, 1, 2), ("float2", 2, 2, 2), ("float2", 16, 16, 2), ("float2", 17, 1, 2),
+        ("float4", 1, 1, 4), ("float4", 2, 2, 4), ("float4", 8, 8, 4), ("float4", 9, 1, 4),
+    ],
+)  # fmt: skip
+def test_bank_conflicts(ctype, stride, ways, phases):
+    y, width = unwritten(32), {"float": 4, "float2": 8, "float4": 16}[ctype]
+    # All of it is used, else only a part would be loaded.
+    used = {"float": "v", "float2": "v.x + v.y", "float4": "v.x + v.y + v.z + v.w"}[ctype]
+    source = f"typedef {ctype} T;\n{BANKS.replace('SUM', used)}"
+    s = good(source, (32,), (y, stride), shared=32 * stride * width).shared
+    assert (s.warp_reads, s.warp_writes, s.read_bytes) == (1, 1, 32 * width)
+    assert (s.max_ways, s.wavefronts, s.minimal_wavefronts) == (ways, 2 * ways * phases, 2 * phases)
+
+
+def test_broadcast_is_no_conflict():
+    source = """
+extern __shared__ volatile float s[];
+extern "C" __global__ void k(float* y) {
+  if (threadIdx.x % 32 == 0) s[threadIdx.x] = 1;
+  __syncthreads();
+  y[threadIdx.x] = s[0] + s[threadIdx.x % 2 * 32];
+}
+"""
+    s = good(source, (64,), (unwritten(64),), shared=256).shared
+    assert (s.warp_reads, s.max_ways) == (4, 2)
+    assert s.wavefronts - s.minimal_wavefronts == 2
