@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from tests.ptx.launch import Buffer, DeviceLimits
-from tests.ptx.run_kernel import COPY, LOAD4, caught, floats, good, ptx, run, unwritten, wrong
+from tests.ptx.run_kernel import (
+    COPY,
+    LOAD4,
+    caught,
+    entry,
+    floats,
+    good,
+    ptx,
+    run,
+    unwritten,
+    wrong,
+)
 
 VECTOR = "*(float4*)(y + 4 * i) = *(float4*)(x + 4 * i + n);"
 VARIABLES = """
@@ -45,6 +56,15 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong(name):
     wrong(*WRONG[name])
+
+
+@pytest.mark.parametrize("nbytes", [1, 255, 4097])
+def test_a_byte_past_the_end(nbytes):
+    body = "y[0] = ((const unsigned char*)x)[n];"
+    args = Buffer.from_array(np.zeros(nbytes, np.uint8), name="x"), unwritten(1)
+    message = caught("out-of-bounds", entry(body), (1,), (*args, nbytes), body)
+    assert f"1-byte load outside every buffer: it ends 1 bytes after x ({nbytes} bytes" in message
+    good(entry(body), (1,), (*args, nbytes - 1))
 
 
 def test_alignment_is_that_of_the_address():
