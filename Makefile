@@ -59,8 +59,8 @@ test: compiler-check $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 compiler-check:
-	@command -v g++ >/dev/null || { echo "g++ is needed: the tests compile the CUDA text" \
-	  "with it and run it on the CPU. On Debian: apt-get install g++" >&2; exit 1; }
+	@command -v g++ >/dev/null || { echo "g++ is needed: it builds the engine that runs" \
+	  "the kernels on the CPU. On Debian: apt-get install g++" >&2; exit 1; }
 
 # The build backend goes first so that the package itself, editable, needs no isolated download of it.
 $(VENV)/.installed: pyproject.toml constraints.txt | python-check
@@ -111,5 +111,5 @@ bench: $(VENV)/.bench
 	$(VENV)/bin/python -m bench.dask --to "$(OUT)" $(DASK_ARGS)
 
 clean:
-	rm -rf $(VENV) .venvs out build dist docs/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis .simt_cache .nvrtc_cache
+	rm -rf $(VENV) .venvs out build dist docs/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis .nvrtc_cache
 	find cupynorm tests bench docs examples -name __pycache__ -type d -exec rm -rf {} +

@@ -160,7 +160,7 @@ class _Kernel:
 @contextlib.contextmanager
 def counting_cupy() -> Iterator[Any]:
     """`import cupy` gives such a CuPy inside; ``from_numpy`` makes an array of one."""
-    from tests.simt.cupy_stand_in import simulated_cupy
+    from tests.ptx.cupy_stand_in import simulated_cupy
 
     with simulated_cupy(reload=("cupynorm._cuda.arrays",)) as cupy:
         kind = type("ndarray", (_Array,), {"__module__": "cupy", "__slots__": ()})

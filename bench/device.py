@@ -238,8 +238,8 @@ class _Graph:
 @contextlib.contextmanager
 def simulated_cupy() -> Iterator[Any]:
     """`import cupy` and the package's own CuPy file speak of a simulated device inside."""
-    from tests.simt import cupy_stand_in
-    from tests.simt.simulated_kernel import Function
+    from tests.ptx import cupy_stand_in
+    from tests.ptx.simulated_kernel import Function
 
     with cupy_stand_in.simulated_cupy(reload=("cupynorm._cuda.arrays",), count=False) as cupy:
         cuda, plain, launch, capturing = cupy.cuda, cupy.simulator.alloc, Function.__call__, []

@@ -4,64 +4,35 @@
 // that the peer has started, and none reads from a peer: what is exchanged is sent, and read at home
 // after the next barrier, so that no block exits while others still need its memory.
 
-#if !defined(__CUDA_ARCH__)
-extern "C" int simt_cluster_rank();
-extern "C" void simt_cluster_arrive(int release);
-extern "C" void simt_cluster_wait();
-extern "C" void* simt_cluster_map(void* p, int rank);
-#endif
-
 // Which block of its cluster this is.
 __device__ __forceinline__ int cluster_rank() {
-#if defined(__CUDA_ARCH__)
     u32 rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return (int)rank;
-#else
-    return simt_cluster_rank();
-#endif
 }
 
 // The barrier of all threads of the cluster, in two halves. What a thread wrote before it arrived, to
 // its own block's memory or to a peer's, the others see after they have waited.
 __device__ __forceinline__ void cluster_arrive() {
-#if defined(__CUDA_ARCH__)
     asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
-#else
-    simt_cluster_arrive(1);
-#endif
 }
 
 __device__ __forceinline__ void cluster_wait() {
-#if defined(__CUDA_ARCH__)
     asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory");
-#else
-    simt_cluster_wait();
-#endif
 }
 
-#if defined(__CUDA_ARCH__)
 __device__ __forceinline__ u32 peer_address(const void* here, int rank) {
     u32 there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(here)), "r"(rank));
     return there;
 }
-#endif
 
 // Stores `value` where the block of that rank has what this one has at `here`.
 __device__ __forceinline__ void send(float* here, int rank, float value) {
-#if defined(__CUDA_ARCH__)
     asm volatile("st.shared::cluster.f32 [%0], %1;" : : "r"(peer_address(here, rank)), "f"(value) : "memory");
-#else
-    *(float*)simt_cluster_map(here, rank) = value;
-#endif
 }
 __device__ __forceinline__ void send(double* here, int rank, double value) {
-#if defined(__CUDA_ARCH__)
     asm volatile("st.shared::cluster.f64 [%0], %1;" : : "r"(peer_address(here, rank)), "d"(value) : "memory");
-#else
-    *(double*)simt_cluster_map(here, rank) = value;
-#endif
 }
 
 // The run of a row's chunks that one block of the cluster holds; no two blocks differ by more than one.

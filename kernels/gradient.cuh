@@ -45,16 +45,15 @@ struct GradientRow {
 // Issues the loads alone: what they bring is first looked at in `to_columns`.
 template <int LANES, int VECS, class X, class W, class A>
 __device__ __forceinline__ void fetch(
-    GradientRow<LANES, VECS, A>& r, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane,
-    bool wide = true) {
+    GradientRow<LANES, VECS, A>& r, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
     const bool live = row < a.rows;
     if (!live) n = 0;
     const X* x = a.x + (n ? row_offset(row, a.rows, a.M, a.x_outer, a.x_row) + first : 0);
     const X* dy = a.dy + (n ? row_offset(row, a.rows, a.M, a.dy_outer, a.dy_row) + first : 0);
     r.x_skew = skew_of(x);
     r.dy_skew = skew_of(dy);
-    load_granules(r.x, x, n, lane, wide);
-    load_granules(r.dy, dy, n, lane, wide);
+    load_granules(r.x, x, n, lane);
+    load_granules(r.dy, dy, n, lane);
     r.mean = live ? a.mean[row] : (A)0;
     r.rstd = live ? a.rstd[row] : (A)0;
 }
@@ -105,8 +104,8 @@ __device__ __forceinline__ void unpack_row(
     unpack(unseen(dy), s, (const X*)0);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-        h[i] = i < left ? (h[i] - mean) * rstd : (A)0;
-        g[i] = HAS_WEIGHT ? s[i] * w[i] : s[i];
+        h[i] = i < left ? product(h[i] - mean, rstd) : (A)0;
+        g[i] = HAS_WEIGHT ? product(s[i], w[i]) : s[i];
     }
 }
 
@@ -125,7 +124,7 @@ __device__ __forceinline__ GradientSums<A> lane_sums(
         sums.h += tree_sum(h);
         sums.g += tree_sum(g);
 #pragma unroll
-        for (int i = 0; i < V; ++i) h[i] *= g[i];
+        for (int i = 0; i < V; ++i) h[i] = product(h[i], g[i]);
         sums.gh += tree_sum(h);
     }
     return sums;
@@ -222,6 +221,20 @@ __device__ __forceinline__ void put_pieces(void* at, int step, const A (&v)[V]) 
     }
 }
 
+// One after another in global memory.
+template <class A, int V>
+__device__ __forceinline__ void store_pieces(A* at, const A (&v)[V]) {
+    typedef typename Pieces<A, V>::Piece Piece;
+    constexpr int E = 16 / (int)sizeof(A);
+#pragma unroll
+    for (int p = 0; p < Pieces<A, V>::count; ++p) {
+        Piece piece;
+#pragma unroll
+        for (int i = 0; i < E; ++i) piece.e[i] = v[p * E + i];
+        store16_to_keep(at + p * E, bit_cast<Vec>(piece));
+    }
+}
+
 template <class A, int V>
 __device__ __forceinline__ void get_pieces(const void* at, int step, A (&v)[V]) {
     typedef typename Pieces<A, V>::Piece Piece;
@@ -249,7 +262,7 @@ __device__ __forceinline__ void put_totals(
     for (int k = 0; k < VECS; ++k) {
         const int col = (k * LANES + lane) * V;
         if (col >= n) break;
-        if (DWEIGHT) put_pieces(partial_row<X>(partials, 0, index, count, N) + first + col, 1, totals.dweight[k]);
-        if (DBIAS) put_pieces(partial_row<X>(partials, DWEIGHT, index, count, N) + first + col, 1, totals.dbias[k]);
+        if (DWEIGHT) store_pieces(partial_row<X>(partials, 0, index, count, N) + first + col, totals.dweight[k]);
+        if (DBIAS) store_pieces(partial_row<X>(partials, DWEIGHT, index, count, N) + first + col, totals.dbias[k]);
     }
 }

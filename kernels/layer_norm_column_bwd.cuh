@@ -76,8 +76,8 @@ __device__ __forceinline__ void add_gradients(
             const A w = HAS_WEIGHT ? (A)to_float(weight[n + j]) : (A)1;
 #pragma unroll
             for (int i = 0; i < PAIR; ++i) {
-                v[i] = (v[i] - mean[i]) * rstd[i];
-                if (HAS_WEIGHT) s[i] *= w;
+                v[i] = product(v[i] - mean[i], rstd[i]);
+                if (HAS_WEIGHT) s[i] = product(s[i], w);
                 sums.h[i][j] += v[i];
                 sums.g[i][j] += s[i];
                 sums.gh[i][j] = multiply_add(s[i], v[i], sums.gh[i][j]);
@@ -152,11 +152,11 @@ __device__ __forceinline__ void differentiate_tile(
             if (r >= rows) continue;
             const A rstd = stats[R + r];
             const A s = (A)to_float(dy[n * Shape::PITCH + r]);
-            const A x_hat = ((A)to_float(x[n * Shape::PITCH + r]) - stats[r]) * rstd - stats[2 * R + r];
+            const A x_hat = product((A)to_float(x[n * Shape::PITCH + r]) - stats[r], rstd) - stats[2 * R + r];
             if (DWEIGHT) dweight = multiply_add(s, x_hat, dweight);
             if (DBIAS) dbias += s;
             if (DX) {
-                const A g = HAS_WEIGHT ? s * w : s;
+                const A g = HAS_WEIGHT ? product(s, w) : s;
                 const A dx = rstd * multiply_add(-x_hat, stats[4 * R + r], g - stats[3 * R + r]);
                 x[n * Shape::PITCH + r] = rounded(dx, (const X*)0);
             }
@@ -188,7 +188,7 @@ __device__ __forceinline__ void put_tile(const X* tile, X* to, i64 row_stride, i
             const X* from = tile + n * Shape::PITCH;
             X* at = to + n * col_stride;
             if (whole) {
-                if (lane * PAIR < rows) *(Wd*)(at + lane * PAIR) = *(const Wd*)(from + lane * PAIR);
+                if (lane * PAIR < rows) store_word(at + lane * PAIR, *(const Wd*)(from + lane * PAIR));
             } else {  // as load_along_rows
 #pragma unroll
                 for (int i = 0; i < PAIR; ++i)
@@ -210,7 +210,7 @@ __device__ __forceinline__ void put_tile(const X* tile, X* to, i64 row_stride, i
                 Word<X, 2> two;
                 if (n + 1 < N) {
                     get_two(from, Shape::PITCH, first_of_two(lane, span), two.e);
-                    *(Word<X, 2>*)(to + r * row_stride + n) = two;
+                    store_word(to + r * row_stride + n, two);
                 } else {
                     to[r * row_stride + n] = from[0];
                 }

@@ -15,9 +15,7 @@ struct Held {
 
 // As for vectors (types.cuh): each pass converts again, or the compiler would keep the first one's floats.
 __device__ __forceinline__ u32 unseen(u32 w) {
-#if defined(__CUDA_ARCH__)
     asm volatile("" : "+r"(w));
-#endif
     return w;
 }
 

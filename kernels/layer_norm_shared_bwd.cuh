@@ -83,7 +83,7 @@ struct NextGradient<STAGE_REGISTERS, AHEAD, THREADS, VECS, X> {
     __device__ __forceinline__ NextGradient(void*, int) {}
     template <class W>
     __device__ __forceinline__ void start(const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
-        if (AHEAD) fetch(next, a, row, first, n, lane, false);  // wide ones would spill on sm_120
+        if (AHEAD) fetch(next, a, row, first, n, lane);
     }
     __device__ __forceinline__ void put_carried() const {}
     template <class W>

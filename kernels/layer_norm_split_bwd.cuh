@@ -76,10 +76,10 @@ __device__ __forceinline__ void layer_norm_bwd_split_apply(
     RegisterTotals<APPLY_VECS, A, V> totals;
     totals.clear();
     GradientRow<32, APPLY_VECS, A> next;
-    fetch(next, a, part, first, n, lane, false);  // wide ones would spill on sm_120
+    fetch(next, a, part, first, n, lane);
     for (i64 row = part; row < a.rows; row += parts) {
         GradientRow<32, APPLY_VECS, A> r = next;
-        fetch(next, a, row + parts, first, n, lane, false);
+        fetch(next, a, row + parts, first, n, lane);
         const RowGradient<A> c = {gradients[3 * row], gradients[3 * row + 1], gradients[3 * row + 2]};
         to_columns<X>(r, lane);
         differentiate<X, DX, DWEIGHT, DBIAS, HAS_WEIGHT>(r, c, a.weight, first, n, lane, totals);

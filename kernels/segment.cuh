@@ -7,16 +7,11 @@
 // stores). Were the map to follow the address instead, the order of the sums, and so the bits of a
 // row, would depend on where the row lies. Only the granules at both ends are accessed in part, in
 // naturally aligned pieces of 8, 4 and 2 bytes; no byte outside the segment is touched.
-//
-// Where a thread can move 32 bytes at once, the lanes 2j and 2j + 1 move their columns of two rounds
-// k, k + 1 together, the one those of k, the other those of k + 1, and exchange a vector each: the map
-// above holds on every architecture.
 
 template <int LANES, int VECS>
 struct Segment {
     Vec v[VECS];
     Vec extra;  // granule LANES * VECS, which only a skewed segment has: lane 0's, until realigned
-    int wide;   // rounds that were loaded in pairs and wait for their exchange
 };
 
 __device__ __forceinline__ int skew_of(const void* p) { return (int)((u64)p & 15u); }
@@ -84,52 +79,21 @@ __device__ __forceinline__ void store_partial(const Vec& v, unsigned char* p, in
     store_piece<2, ELEMENT>(v, p, at, end, false);
 }
 
-// How many rounds of a segment of `bytes` at p are moved in pairs: the same for all lanes of a warp,
-// since only groups of 32 have several rounds. None of float64, whose sums leave no registers for the
-// exchange, and on the architectures in question wait for arithmetic rather than for memory.
-template <int LANES, int VECS, class T>
-__device__ __forceinline__ int wide_rounds(const T* p, int n) {
-    if (LANES < 32 || VECS < 2 || sizeof(T) == 8 || !has_wide_vectors() || ((u64)p & 31)) return 0;
-    const int whole = n / (PerVec<T>::count * LANES);
-    return (whole < VECS ? whole : VECS) & ~1;
-}
-
-// Granule at which a lane moves 32 bytes of the rounds k and k + 1.
-template <int LANES>
-__device__ __forceinline__ int wide_granule(int k, int lane) {
-    return (k + lane % 2) * LANES + lane / 2 * 2;
-}
-
-// Between what a lane moves of two rounds and what it holds of them. Both ways are the same.
-__device__ __forceinline__ void exchange_rounds(Vec& a, Vec& b, int lane) {
-    const bool odd = lane % 2;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const u32 other = __shfl_xor_sync(0xffffffffu, odd ? a.w[i] : b.w[i], 1, 32);
-        a.w[i] = odd ? other : a.w[i];
-        b.w[i] = odd ? b.w[i] : other;
-    }
-}
-
 // Granules of the n elements at p, as they lie in memory; bytes outside the segment read as zero.
 template <int LANES, int VECS, class T>
 __device__ __forceinline__ void load_granules(
-    Segment<LANES, VECS>& s, const T* p, int n, int lane, bool wide = true) {
+    Segment<LANES, VECS>& s, const T* p, int n, int lane) {
     const int skew = skew_of(p);
     const int end = skew + n * (int)sizeof(T);  // in bytes from the first granule
     const unsigned char* base = (const unsigned char*)p - skew;
     const int head = skew != 0;
-    s.wide = wide ? wide_rounds<LANES, VECS>(p, n) : 0;
 #pragma unroll
     for (int k = 0; k < VECS; ++k) {
         const int g = k * LANES + lane;
-        if (k < s.wide) {
-            if (k % 2 == 0) load32(base + 16 * wide_granule<LANES>(k, lane), s.v[k], s.v[k + 1 < VECS ? k + 1 : k]);
-        } else if (g >= head && 16 * g + 16 <= end) {
+        if (g >= head && 16 * g + 16 <= end)
             s.v[k] = load16(base + 16 * g);
-        } else {
+        else
             s.v[k] = Vec{{0u, 0u, 0u, 0u}};
-        }
     }
     s.extra = Vec{{0u, 0u, 0u, 0u}};
     if (head && lane == 0 && n > 0) s.v[0] = load_partial<sizeof(T)>(base, skew, end < 16 ? end : 16);
@@ -174,9 +138,6 @@ __device__ __forceinline__ Vec shuffle(const Vec& v, int from) {
 // may hold several rows, and the shuffles name all 32 lanes.
 template <int LANES, int VECS, class T>
 __device__ __forceinline__ void granules_to_columns(Segment<LANES, VECS>& s, int skew, int lane) {
-#pragma unroll
-    for (int k = 0; k + 1 < VECS; k += 2)
-        if (k < s.wide) exchange_rounds(s.v[k], s.v[k + 1], lane);
     if (!__any_sync(0xffffffffu, skew)) return;
 #pragma unroll
     for (int k = 0; k < VECS; ++k) {
@@ -205,18 +166,10 @@ __device__ __forceinline__ void store_granules(const Segment<LANES, VECS>& s, T*
     const int end = skew + n * (int)sizeof(T);
     unsigned char* base = (unsigned char*)p - skew;
     const int head = skew != 0;
-    const int wide = wide_rounds<LANES, VECS>(p, n);
 #pragma unroll
     for (int k = 0; k < VECS; ++k) {
         const int g = k * LANES + lane;
-        if (k < wide) {
-            if (k % 2) continue;
-            Vec a = s.v[k], b = s.v[k + 1 < VECS ? k + 1 : k];
-            exchange_rounds(a, b, lane);
-            store32(base + 16 * wide_granule<LANES>(k, lane), a, b);
-        } else if (g >= head && 16 * g + 16 <= end) {
-            store16(base + 16 * g, s.v[k]);
-        }
+        if (g >= head && 16 * g + 16 <= end) store16(base + 16 * g, s.v[k]);
     }
     if (head && lane == 0 && n > 0) store_partial<sizeof(T)>(s.v[0], base, skew, end < 16 ? end : 16);
     const int tail = end >> 4;

@@ -53,11 +53,11 @@ struct SharedTotals {
             A t[V];
             if (DWEIGHT) {
                 get_pieces(mine + k * PER_VEC, THREADS, t);
-                put_pieces(partial_row<X>(partials, 0, index, count, N) + first + col, 1, t);
+                store_pieces(partial_row<X>(partials, 0, index, count, N) + first + col, t);
             }
             if (DBIAS) {
                 get_pieces(mine + dbias_at + k * PER_VEC, THREADS, t);
-                put_pieces(partial_row<X>(partials, DWEIGHT, index, count, N) + first + col, 1, t);
+                store_pieces(partial_row<X>(partials, DWEIGHT, index, count, N) + first + col, t);
             }
         }
     }

@@ -1,21 +1,18 @@
 // Copies from global to shared memory that do not pass through registers.
 //
 // cp.async (sm_80) is issued by every thread; a bulk copy (sm_90) by one, and the hardware does the
-// rest. Where __CUDA_ARCH__ is not defined the tests' runtime stands in: it delivers a copy only when
-// someone has waited for it, so that whoever reads too early is caught.
+// rest.
 
 // How a row comes into shared memory: a constant of the plan, which knows the device.
 enum { STAGE_REGISTERS, STAGE_ASYNC, STAGE_BULK };
 
-#if defined(__CUDA_ARCH__)
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-#endif
 
 // Copies an aligned word of 4, 8 or 16 bytes. It has arrived after `staged()` and a barrier, or when
 // the barrier completes that `arrive_with_copies` was told of.
 template <class Word>
 __device__ __forceinline__ void stage(Word* to, const Word* from) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 800
     if (sizeof(Word) == 16)  // past L1: nobody reads x twice
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared_address(to)), "l"(from) : "memory");
     else
@@ -23,17 +20,13 @@ __device__ __forceinline__ void stage(Word* to, const Word* from) {
                      :
                      : "r"(shared_address(to)), "l"(from), "n"(sizeof(Word) == 16 ? 8 : (int)sizeof(Word))
                      : "memory");
-#elif defined(__CUDA_ARCH__)
-    *to = *from;
 #else
-    simt_copy_async(to, from, sizeof(Word));
+    *to = *from;
 #endif
 }
 __device__ __forceinline__ void staged() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");
-#elif !defined(__CUDA_ARCH__)
-    simt_wait_copies();
 #endif
 }
 
@@ -41,58 +34,37 @@ __device__ __forceinline__ void staged() {
 // u64 in shared memory. Whatever else a thread writes, others see after __syncthreads() alone.
 
 __device__ __forceinline__ void arrival_init(u64* arrival, u32 count) {
-#if defined(__CUDA_ARCH__)
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" : : "r"(shared_address(arrival)), "r"(count) : "memory");
-#else
-    simt_arrival_init(arrival, count);
-#endif
 }
 
 // Puts what this thread has done to shared memory before the bulk copies that it issues next.
 __device__ __forceinline__ void fence_bulk() {
-#if defined(__CUDA_ARCH__)
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#else
-    simt_fence_bulk();
-#endif
 }
 
 // This thread arrives when all that it has staged has.
 __device__ __forceinline__ void arrive_with_copies(u64* arrival) {
-#if defined(__CUDA_ARCH__)
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" : : "r"(shared_address(arrival)) : "memory");
-#else
-    simt_arrive_with_copies(arrival);
-#endif
 }
 
 // This thread arrives, and so many bytes of bulk copies are to come.
 __device__ __forceinline__ void arrive_expecting(u64* arrival, u32 bytes) {
-#if defined(__CUDA_ARCH__)
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
                  :
                  : "r"(shared_address(arrival)), "r"(bytes)
                  : "memory");
-#else
-    simt_arrive_expecting(arrival, bytes);
-#endif
 }
 
 // Both addresses and `bytes` are multiples of 16.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes, u64* arrival) {
-#if defined(__CUDA_ARCH__)
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :
                  : "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(arrival))
                  : "memory");
-#else
-    simt_copy_bulk(to, from, bytes, arrival);
-#endif
 }
 
 // Waits for the end of the barrier's phase 0, 1, 2, ..., of which `parity` is the last bit.
 __device__ __forceinline__ void wait_for(u64* arrival, u32 parity) {
-#if defined(__CUDA_ARCH__)
 #if __CUDA_ARCH__ >= 900
 #define CUPYNORM_WAIT "mbarrier.try_wait.parity"  // sleeps a while
 #else
@@ -105,21 +77,11 @@ __device__ __forceinline__ void wait_for(u64* arrival, u32 parity) {
                      : "r"(shared_address(arrival)), "r"(parity)
                      : "memory");
     } while (!done);
-#else
-    simt_arrival_wait(arrival, parity);
-#endif
 }
 
-// In one access: four of a word would meet in four banks.
-__device__ __forceinline__ Vec load_shared16(const Vec* p) {
-#if defined(__CUDA_ARCH__)
-    return *p;
-#else
-    typedef u32 quad __attribute__((vector_size(16)));
-    const quad q = *(const quad*)p;
-    return Vec{{q[0], q[1], q[2], q[3]}};
-#endif
-}
+// In one access: written out where it is used, the compiler would make it four of a word, whose lanes
+// meet in four banks.
+__device__ __forceinline__ Vec load_shared16(const Vec* p) { return *p; }
 
 // ---- a row in shared memory ------------------------------------------------------------------------
 

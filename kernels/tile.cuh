@@ -17,6 +17,15 @@ struct alignas(PAIR * sizeof(T)) Word {
     T e[PAIR];
 };
 
+// To global memory in one instruction: of two halves the compiler would make two.
+template <class T, int PAIR>
+__device__ __forceinline__ void store_word(T* to, const Word<T, PAIR>& word) {
+    if constexpr (sizeof(word) == 4 && PAIR == 2)
+        *(u32*)to = bit_cast<u32>(word);
+    else
+        *(Word<T, PAIR>*)to = word;
+}
+
 // Column n belongs to class n % 8, and a class is added up in order; the eight sums meet in one tree.
 // How many threads share a row, and how many rows a tile has, moves no bit of the result.
 enum { TILE_CLASSES = 8 };

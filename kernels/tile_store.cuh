@@ -50,7 +50,7 @@ __device__ __forceinline__ void store_along_rows(
                 continue;
             }
         }
-        if (r < rows) *(Wd*)(to + r) = out;
+        if (r < rows) store_word(to + r, out);
     }
 }
 
@@ -85,7 +85,7 @@ __device__ __forceinline__ void store_twos(
             }
             Y* to = y + r * row_stride + n;
             if (both)
-                *(Word<Y, 2>*)to = out;
+                store_word(to, out);
             else
                 to[0] = out.e[0];
         }

@@ -1,8 +1,7 @@
 // Element types, 16-byte vectors of them, and how each is loaded, stored and converted.
 //
-// Where __CUDA_ARCH__ is defined (NVRTC) the memory accesses and conversions are PTX; elsewhere the
-// same text is portable C++, so that the tests execute it on a CPU. Nothing is included: CuPy's disk
-// cache does not see the contents of headers, and cuda_fp16.h is not everywhere.
+// Nothing is included: CuPy's disk cache does not see the contents of headers, and cuda_fp16.h is not
+// everywhere.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -35,12 +34,7 @@ struct PerVec {
     static constexpr int count = 16 / (int)sizeof(T);  // elements of one vector
 };
 
-#if defined(__CUDA_ARCH__)
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#else
-extern "C" void* simt_dynamic_shared();
-#define DYNAMIC_SHARED(name) unsigned char* name = (unsigned char*)simt_dynamic_shared()
-#endif
 
 // ---- bits --------------------------------------------------------------------------------------
 
@@ -57,11 +51,7 @@ __device__ __forceinline__ To bit_cast(From from) {
 
 // Smallest k with 2^k >= n.
 __device__ __forceinline__ int ceil_log2(i64 n) {
-#if defined(__CUDA_ARCH__)
     return 64 - __clzll(n - 1);
-#else
-    return n > 1 ? 64 - __builtin_clzll((u64)(n - 1)) : 0;
-#endif
 }
 
 __device__ __forceinline__ void power_of_two(float& out, int exponent) {
@@ -75,6 +65,9 @@ __device__ __forceinline__ void power_of_two(double& out, int exponent) {
 // contract the same expression differently and a row's bits would depend on the kernel.
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+// And every product that is added to something, where it is not to be fused, is rounded first.
+__device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
 __device__ __forceinline__ float square_root(float a) { return sqrtf(a); }
 __device__ __forceinline__ double square_root(double a) { return sqrt(a); }
 
@@ -84,86 +77,37 @@ __device__ __forceinline__ double square_root(double a) { return sqrt(a); }
 
 __device__ __forceinline__ Vec load16(const unsigned char* p) {
     Vec v;
-#if defined(__CUDA_ARCH__)
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
                  : "l"(p));
-#else
-    typedef u32 quad __attribute__((vector_size(16)));
-    const quad q = *(const quad*)p;
-    for (int i = 0; i < 4; ++i) v.w[i] = q[i];
-#endif
     return v;
 }
 
 __device__ __forceinline__ void store16(unsigned char* p, const Vec& v) {
-#if defined(__CUDA_ARCH__)
     asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
                  :
                  : "l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
                  : "memory");
-#else
-    typedef u32 quad __attribute__((vector_size(16)));
-    *(quad*)p = quad{v.w[0], v.w[1], v.w[2], v.w[3]};
-#endif
 }
 
-// From sm_100 on a thread can move 32 bytes at once: CUDA 12.9 was the first to know how.
-#if defined(__CUDA_ARCH__)
-#define WIDE_VECTORS \
-    (__CUDA_ARCH__ >= 1000 && (__CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 9)))
-#endif
-__device__ __forceinline__ bool has_wide_vectors() {
-#if defined(__CUDA_ARCH__)
-    return WIDE_VECTORS;
-#else
-    return simt_wide_vectors();
-#endif
-}
-
-// Aligned to 32 bytes.
-__device__ __forceinline__ void load32(const unsigned char* p, Vec& lo, Vec& hi) {
-#if !defined(__CUDA_ARCH__)
-    u32 w[8];
-    simt_load32(p, w);
-    lo = Vec{{w[0], w[1], w[2], w[3]}};
-    hi = Vec{{w[4], w[5], w[6], w[7]}};
-#elif WIDE_VECTORS
-    asm volatile("ld.global.L1::no_allocate.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
-                 : "=r"(lo.w[0]), "=r"(lo.w[1]), "=r"(lo.w[2]), "=r"(lo.w[3]), "=r"(hi.w[0]), "=r"(hi.w[1]),
-                   "=r"(hi.w[2]), "=r"(hi.w[3])
-                 : "l"(p));
-#endif
-}
-
-__device__ __forceinline__ void store32(unsigned char* p, const Vec& lo, const Vec& hi) {
-#if !defined(__CUDA_ARCH__)
-    const u32 w[8] = {lo.w[0], lo.w[1], lo.w[2], lo.w[3], hi.w[0], hi.w[1], hi.w[2], hi.w[3]};
-    simt_store32(p, w);
-#elif WIDE_VECTORS
-    asm volatile("st.global.cs.v8.b32 [%0], {%1, %2, %3, %4, %5, %6, %7, %8};"
+// As plain stores the compiler would cut a vector up where it likes.
+__device__ __forceinline__ void store16_to_keep(void* p, const Vec& v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                  :
-                 : "l"(p), "r"(lo.w[0]), "r"(lo.w[1]), "r"(lo.w[2]), "r"(lo.w[3]), "r"(hi.w[0]), "r"(hi.w[1]),
-                   "r"(hi.w[2]), "r"(hi.w[3])
+                 : "l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
                  : "memory");
-#endif
 }
 
 // ---- conversions ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ float f16_to_float(u32 bits) {
     float f;
-#if defined(__CUDA_ARCH__)
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((u16)bits));
-#else
-    f = (float)bit_cast<_Float16>((u16)bits);
-#endif
     return f;
 }
 
 __device__ __forceinline__ u32 f16_pair(float lo, float hi) {
     u32 pair;
-#if defined(__CUDA_ARCH__)
 #if __CUDA_ARCH__ >= 800
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
 #else
@@ -171,9 +115,6 @@ __device__ __forceinline__ u32 f16_pair(float lo, float hi) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(a) : "f"(lo));
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(hi));
     pair = (u32)a | (u32)b << 16;
-#endif
-#else
-    pair = (u32)bit_cast<u16>((_Float16)lo) | (u32)bit_cast<u16>((_Float16)hi) << 16;
 #endif
     return pair;
 }
@@ -186,7 +127,7 @@ __device__ __forceinline__ u32 bf16_bits(float f) {
 }
 
 __device__ __forceinline__ u32 bf16_pair(float lo, float hi) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 800
     u32 pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
     return pair;
@@ -221,9 +162,7 @@ __device__ __forceinline__ double rounded(A v, const double*) {
 // A copy that the compiler must take for new. Each pass over a row unpacks its vectors again; for
 // sm_100 and later the compiler would rather keep the first pass's floats, and spill them.
 __device__ __forceinline__ Vec unseen(Vec v) {
-#if defined(__CUDA_ARCH__)
     asm volatile("" : "+r"(v.w[0]), "+r"(v.w[1]), "+r"(v.w[2]), "+r"(v.w[3]));
-#endif
     return v;
 }
 

@@ -184,7 +184,7 @@ def why_not(backend: Backend) -> str | None:
     """The reason why a backend cannot run here; None where it can."""
     library = backend.value.partition("-")[0].replace("strict", "array_api_strict")
     if backend is Backend.CUPY_SIMULATED:
-        return None if importlib.util.find_spec("tests.simt.cupy_stand_in") else "not built yet"
+        return None if importlib.util.find_spec("tests.ptx.cupy_stand_in") else "not built yet"
     if importlib.util.find_spec(library) is None:
         return f"{library} is not installed"
     return _why_no_cuda() if backend.on_gpu else None
@@ -235,7 +235,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @contextlib.contextmanager
 def _simulated() -> Iterator[None]:
     """CuPy's stand-in, and a `_cuda` that was imported with it and has no kernels of another."""
-    from tests.simt.cupy_stand_in import simulated_cupy
+    from tests.ptx.cupy_stand_in import simulated_cupy
 
     with simulated_cupy(reload=("cupynorm._cuda.arrays",)):
         yield

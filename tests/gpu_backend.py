@@ -11,14 +11,14 @@ import pytest
 from cupynorm._cuda.plan import Device, Stage
 from cupynorm._cuda.source import source_of
 from tests.conftest import Backend, why_not
-from tests.simt.launch import Buffer, launch
-from tests.simt.limits import DeviceLimits
+from tests.ptx.launch import Buffer, launch
+from tests.ptx.limits import DeviceLimits
 
 SM90 = Device(compute_capability=90, sm_count=132, shared_bytes=227 * 1024)
 
 
 class SimulatedMachine:
-    """The harness of `tests/simt`."""
+    """The engine of `tests/ptx`."""
 
     name = "simulated"
 

@@ -14,7 +14,7 @@ import cupynorm as cn
 from cupynorm._layout import result_strides
 from cupynorm._report.explain import _DEVICES
 from tests.conftest import _simulated
-from tests.simt.limits import DeviceLimits
+from tests.ptx.limits import DeviceLimits
 
 
 @pytest.fixture

@@ -220,7 +220,7 @@ def test_parameters_are_in_the_library_of_the_device(cupy_lib):
 
 
 def test_parameters_are_on_the_gpu_that_was_named():
-    from tests.simt.cupy_stand_in import simulated_cupy
+    from tests.ptx.cupy_stand_in import simulated_cupy
 
     with simulated_cupy(devices=2, reload=("cupynorm._cuda.arrays",)) as cupy:
         layer = cn.LayerNorm(5, device="cuda:1")

@@ -17,7 +17,7 @@ from docs._generate import images, kernels, plans, results
 from docs._generate.lanes import columns_per_vec, holder, tile_holder
 from tests.cuda.rows import At, Rows, execute
 from tests.gpu_backend import SIMULATED
-from tests.simt.fault import SimtFault
+from tests.ptx.fault import PtxFault
 
 PICTURES = kernels.pictures() | results.parts()
 DRAWN = sorted(name for name, text in PICTURES.items() if "<svg" in text)
@@ -31,7 +31,7 @@ def reader(memory, at, nbytes, launch):
     """Block and thread that read some bytes."""
     memory.defined()[at : at + nbytes] = 0
     try:
-        with pytest.raises(SimtFault, match="uninitialized") as caught:
+        with pytest.raises(PtxFault, match="uninitialized") as caught:
             launch()
     finally:
         memory.defined()[at : at + nbytes] = 1

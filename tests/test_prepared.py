@@ -168,7 +168,7 @@ def test_transforms_are_refused(torch):
 
 @pytest.fixture
 def sim():
-    from tests.simt.cupy_stand_in import simulated_cupy
+    from tests.ptx.cupy_stand_in import simulated_cupy
 
     with simulated_cupy(devices=2, reload=("cupynorm._cuda.arrays",)) as module:
         yield module

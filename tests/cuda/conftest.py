@@ -4,7 +4,7 @@ import pytest
 
 from tests.conftest import Backend, why_not
 from tests.cuda.calls import capability_for
-from tests.simt.cupy_stand_in import simulated_cupy
+from tests.ptx.cupy_stand_in import simulated_cupy
 
 HERE = ["simulated"] if why_not(Backend.CUPY) else ["simulated", "gpu"]
 

@@ -21,7 +21,7 @@ from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests import oracle
 from tests.conftest import np_dtype
 from tests.gpu_backend import Machine
-from tests.simt.launch import Traffic
+from tests.ptx.launch import Traffic
 
 FAMILIES = ("warp", "block", "shared", "split")
 DIRECTIONS = ("forward", "backward")

@@ -35,7 +35,7 @@ from cupynorm._layout import Problem
 from cupynorm._ops import Op
 from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests.cuda.rows import EACH, SHAPED, problem_of
-from tests.simt.limits import DeviceLimits
+from tests.ptx.limits import DeviceLimits
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = ("75", "80", "86", "89", "90", "100", "120")

@@ -12,8 +12,8 @@ from cupynorm._rules import ITEMSIZE
 from tests.cuda.rows import DX_ALONE, At, case, check, run
 from tests.gpu_backend import ON_EACH_MACHINE, SIMULATED
 from tests.nvrtc import build, grid, grid_bwd
-from tests.simt.launch import SimtFault
-from tests.simt.limits import DeviceLimits
+from tests.ptx.launch import PtxFault
+from tests.ptx.limits import DeviceLimits
 
 WAYS = {STAGE_REGISTERS: 75, STAGE_ASYNC: 80, STAGE_BULK: 90}
 CHUNKS = 2300  # vectors: two chunks and a part of a third, so that one group has two
@@ -137,7 +137,7 @@ def test_without_it_the_simulator_objects(name, monkeypatch):
     device = dataclasses.replace(SIMULATED.device, compute_capability=cc, sm_count=1, max_cluster=1)
     broken(monkeypatch, line, *instead)
     options = {"wanted": DX_ALONE} if call is backward else {}
-    with pytest.raises(SimtFault) as info:
+    with pytest.raises(PtxFault) as info:
         call(SIMULATED, device, at={"x": At(1, 2)}, **options)
     assert info.value.kind in kinds.split(), info.value
 

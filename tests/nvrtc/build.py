@@ -14,6 +14,12 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from cupy.cuda import nvrtc
+
+# Asked here and not where it is used: that loads the library, and later a stand-in may have taken
+# CuPy's place.
+NVRTC_VERSION = nvrtc.getVersion()
+
 # As CuPy 14.2 calls NVRTC for a RawKernel without options of its own; the -I of CuPy's headers are
 # left out, since the kernels include nothing. `test_cupy_passes_these_options` holds this to CuPy.
 CUPY_OPTIONS = (
@@ -42,13 +48,12 @@ class Facts:
     local: int  # .local declarations in the PTX
     loads128: int  # instructions in the PTX, of global memory
     stores128: int
-    loads256: int
-    stores256: int
     copies128: int  # cp.async past L1, to shared memory
     bulk_copies: int
     ftz: int  # float32 instructions that flush subnormals
     no_ftz: int  # those that could and do not
     approximate: int  # divisions and roots that are not IEEE
+    fusable: int  # products whose sum with something ptxas may fuse, or not, as it likes
 
 
 def options(arch: str) -> tuple[str, ...]:
@@ -58,9 +63,7 @@ def options(arch: str) -> tuple[str, ...]:
 @cache
 def version() -> str:
     """Version of the NVRTC in use; the wheel's patch level where the wheel is installed."""
-    from cupy.cuda import nvrtc
-
-    short = ".".join(str(part) for part in nvrtc.getVersion())
+    short = ".".join(str(part) for part in NVRTC_VERSION)
     try:
         wheel = importlib.metadata.version("nvidia-cuda-nvrtc-cu12")
     except importlib.metadata.PackageNotFoundError:
@@ -68,20 +71,30 @@ def version() -> str:
     return wheel if wheel.startswith(f"{short}.") else short
 
 
-def compile_text(source: str, chosen: tuple[str, ...]) -> tuple[str, bytes, str]:
-    """PTX, cubin and log; without the first two where it does not compile."""
-    from cupy.cuda import nvrtc
-
+def _compile(source: str, chosen: tuple[str, ...], *wanted: str) -> tuple[list[bytes], str]:
+    """What is wanted of NVRTC's getters, and its log; nothing where the text does not compile."""
     program = nvrtc.createProgram(source, "kernel.cu", (), ())
     try:
         try:
             nvrtc.compileProgram(program, chosen)
         except nvrtc.NVRTCError as error:
-            return "", b"", f"error: {error}\n{nvrtc.getProgramLog(program)}"
-        ptx = nvrtc.getPTX(program).rstrip(b"\0").decode()
-        return ptx, nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+            return [b""] * len(wanted), f"error: {error}\n{nvrtc.getProgramLog(program)}"
+        made = [getattr(nvrtc, name)(program) for name in wanted]
+        return made, nvrtc.getProgramLog(program)
     finally:
         nvrtc.destroyProgram(program)
+
+
+def compile_text(source: str, chosen: tuple[str, ...]) -> tuple[str, bytes, str]:
+    """PTX, cubin and log; without the first two where it does not compile."""
+    (ptx, cubin), log = _compile(source, chosen, "getPTX", "getCUBIN")
+    return ptx.rstrip(b"\0").decode(), cubin, log
+
+
+def ptx_of(source: str, chosen: tuple[str, ...]) -> tuple[str, str]:
+    """PTX and log, for a virtual architecture (compute_90), which has no cubin."""
+    (ptx,), log = _compile(source, chosen, "getPTX")
+    return ptx.rstrip(b"\0").decode(), log
 
 
 def ptxas() -> str | None:
@@ -121,6 +134,13 @@ _ARITHMETIC = re.compile(
 )
 
 
+def _fusable(ptx: str) -> int:
+    """Sums of a product that is not rounded by itself (`mul.rn`)."""
+    products = set(re.findall(r"\bmul(?:\.ftz)?\.f(?:32|64)\s+(%f\w+),", ptx))
+    sums = re.findall(r"\b(?:add|sub)(?:\.ftz)?\.f(?:32|64)\s+%f\w+, (%f\w+), (%f\w+);", ptx)
+    return sum(a in products or b in products for a, b in sums)
+
+
 def facts_of(ptx: str, log: str, name: str) -> Facts:
     """Read the PTX and ptxas's words; numbers that ptxas did not state are -1."""
     arithmetic = _ARITHMETIC.findall(ptx)
@@ -138,12 +158,11 @@ def facts_of(ptx: str, log: str, name: str) -> Facts:
         local=len(re.findall(r"^\s*\.local\b", ptx, re.M)),
         loads128=len(re.findall(r"\bld\.global(?:\.[\w:]+)*\.v4\.[bfu]32\b", ptx)),
         stores128=len(re.findall(r"\bst\.global(?:\.[\w:]+)*\.v4\.[bfu]32\b", ptx)),
-        loads256=len(re.findall(r"\bld\.global(?:\.[\w:]+)*\.v8\.b32\b", ptx)),
-        stores256=len(re.findall(r"\bst\.global(?:\.[\w:]+)*\.v8\.b32\b", ptx)),
         copies128=len(re.findall(r"\bcp\.async\.cg\.shared\.global\b.*, 16;", ptx)),
         bulk_copies=len(re.findall(r"\bcp\.async\.bulk\.shared::cluster\.global\b", ptx)),
         ftz=flushing,
         no_ftz=len(arithmetic) - flushing,
+        fusable=_fusable(ptx),
         approximate=len(re.findall(r"\b(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)\b", ptx)),
     )
 

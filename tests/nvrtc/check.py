@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cupynorm._cuda.plan import STAGE_ASYNC, STAGE_BULK, STAGE_REGISTERS, Stage
 from tests.nvrtc.build import Facts
-from tests.simt.limits import DeviceLimits
+from tests.ptx.limits import DeviceLimits
 
 # CUDA occupancy: a warp's registers come in pieces of 256, and warps by four, because the four
 # partitions of a multiprocessor each have a quarter of the registers.
@@ -66,18 +66,6 @@ def staging_in(stage: Stage) -> int:
     return stage.constants[2] if stage.family == "shared_bwd" else STAGE_REGISTERS
 
 
-def rounds_in(stage: Stage) -> int:
-    """Rounds of 32 lanes in which a warp moves a row; two together move 32 bytes a lane."""
-    kernel, constants = stage.kernel, stage.constants
-    if vecs_in_flight(stage) == (0, 0):
-        return 1
-    if stage.family in ("warp", "warp_bwd", "block"):
-        return constants[2] if constants[1] >= 32 else 1
-    if kernel in ("layer_norm_bwd_block", "layer_norm_bwd_shared"):
-        return constants[1]
-    return 2 if kernel == "layer_norm_bwd_split_apply" else 4  # of a chunk
-
-
 def faults(stage: Stage, facts: Facts, arch: str) -> list[str]:
     """Every promise of the plan that the compiled entry breaks; empty when it keeps them all."""
     limits = DeviceLimits.of(arch)
@@ -106,8 +94,6 @@ def faults(stage: Stage, facts: Facts, arch: str) -> list[str]:
         facts.registers,
     )
     found += _of_instructions(stage, facts) + _of_copies(stage, facts)
-    if int(arch) >= 100 and stage.x_dtype != "float64":
-        found += _of_wide_vectors(stage, facts)
     return found + ([refusal] if refusal else [])
 
 
@@ -116,20 +102,6 @@ def _of_copies(stage: Stage, facts: Facts) -> list[str]:
     held = {STAGE_ASYNC: facts.copies128, STAGE_BULK: facts.bulk_copies}
     wrong = [way for way, number in held.items() if (number > 0) != (way == staging)]
     return [f"staging {staging}, but copies by {held}"] if wrong else []
-
-
-def _of_wide_vectors(stage: Stage, facts: Facts) -> list[str]:
-    pairs = rounds_in(stage) // 2
-    loads, stores = vecs_in_flight(stage)
-    ahead = stage.kernel == "layer_norm_bwd_split_apply"
-    if ahead or (stage.family == "shared_bwd" and stage.constants[3]):
-        loads = 0  # fetched ahead, where no register is left for the exchange
-    found = []
-    if facts.loads256 < pairs * (loads > 0):
-        found.append(f"{facts.loads256} global loads of 256 bits, {pairs} pairs of rounds")
-    if facts.stores256 < pairs * (stores > 0):
-        found.append(f"{facts.stores256} global stores of 256 bits, {pairs} pairs of rounds")
-    return found
 
 
 def _of_instructions(stage: Stage, facts: Facts) -> list[str]:
@@ -143,4 +115,6 @@ def _of_instructions(stage: Stage, facts: Facts) -> list[str]:
         found.append(f"{facts.no_ftz} float32 instructions keep subnormals, {facts.ftz} flush them")
     if facts.approximate:
         found.append(f"{facts.approximate} divisions or roots are not IEEE")
+    if facts.fusable:
+        found.append(f"{facts.fusable} sums of products that ptxas may fuse or not")
     return found

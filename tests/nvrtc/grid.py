@@ -16,7 +16,7 @@ from cupynorm._ops import LAYER_NORM
 from cupynorm._rules import ITEMSIZE
 from tests.nvrtc import grid_bwd, grid_column
 from tests.nvrtc.build import CUPY_OPTIONS, without_comments
-from tests.simt.limits import DeviceLimits
+from tests.ptx.limits import DeviceLimits
 
 ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 DTYPES = tuple(ITEMSIZE)

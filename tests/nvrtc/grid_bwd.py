@@ -11,7 +11,7 @@ from cupynorm._cuda.rows import BACKWARD
 from cupynorm._layout import Problem
 from cupynorm._ops import LAYER_NORM
 from cupynorm._rules import ITEMSIZE, stats_dtype
-from tests.simt.limits import DeviceLimits
+from tests.ptx.limits import DeviceLimits
 
 _KINDS = ("warp", "block", "shared", "split", "cluster", "totals")
 FAMILIES = tuple(f"{kind}_bwd" for kind in _KINDS)

@@ -10,7 +10,7 @@ from cupynorm._cuda.plan import Device, Stage
 from cupynorm._layout import Problem
 from cupynorm._ops import LAYER_NORM
 from cupynorm._rules import stats_dtype
-from tests.simt.limits import DeviceLimits
+from tests.ptx.limits import DeviceLimits
 
 FAMILIES = ("column", "lanes", "columns", "column_bwd", "panels_bwd")
 # How x and y lie; of K7 y and what of NaN; of the backward ("d") x and dy.

@@ -12,7 +12,7 @@ from cupynorm._cuda.plan import Stage
 from tests.nvrtc.build import CUPY_OPTIONS, Facts, version
 from tests.nvrtc.check import blocks_that_fit
 from tests.nvrtc.grid import ARCHS, FAMILIES
-from tests.simt.limits import DeviceLimits
+from tests.ptx.limits import DeviceLimits
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 TABLE_PAGE = RESULTS / "compile-matrix.md"

@@ -20,7 +20,7 @@ from cupynorm._layout import Facts
 from cupynorm._ops import LAYER_NORM
 from cupynorm._torch import machines
 from tests.cuda.calls import capability_for
-from tests.simt.cupy_stand_in import simulated_cupy
+from tests.ptx.cupy_stand_in import simulated_cupy
 from tests.torch.cases import affine, check, check_gradients, expected, name_of, numbers, numpy_of
 
 # One N per kernel: K1 to K4, and K5 with few rows; K3's and K5's are K4's where it is.

@@ -40,7 +40,6 @@ class Simulator:
     l2_bytes: int
     seed: int | None = 0
     count: bool = True
-    flush: bool = True
     registers_per_thread: int | None = None
     launches: list[Launch] = field(default_factory=list)
     compilations: list[tuple[str, int]] = field(default_factory=list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .fault import SimtFault
+from .fault import PtxFault
 from .launch import launch, load
 from .simulated_array import Array
 from .simulated_device import current_stream
@@ -24,7 +24,7 @@ class Function:
     __slots__ = ("_code", "_device", "_name", "_opt_in", "_sim")
 
     def __init__(self, sim: Simulator, code: str, name: str) -> None:
-        load(code, name)
+        load(code, name, sim.limits.compute_capability)
         self._sim, self._code, self._name = sim, code, name
         self._device = sim.current_device
         self._opt_in = sim.limits.shared
@@ -46,10 +46,10 @@ class Function:
         pointer = current_stream(sim).ptr if stream is None else stream.ptr
         if sim.current_device != self._device:
             msg = f"{self._name} was loaded on device {self._device}, not on {sim.current_device}"
-            raise SimtFault("wrong-device", msg)
+            raise PtxFault("wrong-device", msg)
         if sim.streams.get(pointer, self._device) != self._device:
             msg = f"{self._name}: the stream belongs to device {sim.streams[pointer]}"
-            raise SimtFault("wrong-device", msg)
+            raise PtxFault("wrong-device", msg)
         # CuPy: missing lengths are 1, and so are lengths below 1.
         full_grid = tuple(max(1, int(n)) for n in (*grid, 1, 1)[:3])
         full_block = tuple(max(1, int(n)) for n in (*block, 1, 1)[:3])
@@ -59,7 +59,6 @@ class Function:
             passed,
             buffers=sim.buffers(), seed=sim.seed, limits=sim.limits, opt_in_shared=self._opt_in,
             registers_per_thread=sim.registers_per_thread, device=self._device, count=sim.count,
-            flush=sim.flush,
         )  # fmt: skip
         sim.launches.append(
             Launch(
@@ -71,7 +70,7 @@ class Function:
                 self._device,
                 passed,
                 traffic,
-                load(self._code, self._name).cluster[0],
+                load(self._code, self._name, sim.limits.compute_capability).cluster[0],
             )
         )
 
@@ -130,5 +129,5 @@ class RawKernel:
         most = self._sim.limits.opt_in_shared
         if not 0 <= nbytes <= most:
             msg = f"{self.name}: {nbytes} bytes of dynamic shared memory; the device takes {most}"
-            raise SimtFault("limits", msg)
+            raise PtxFault("limits", msg)
         self.kernel._opt_in = int(nbytes)

@@ -1,4 +1,4 @@
-"""Run a kernel's text on the CPU: `launch()` as a GPU's driver takes it, plus what it may touch."""
+"""Run a kernel on the CPU: `launch()` as a GPU's driver takes it, plus what it may touch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from .api import Fault, LaunchRequest, api
 from .buffer import Buffer
 from .counts import BufferTraffic, SharedTraffic, SiteTraffic, Traffic, collect
-from .fault import KINDS, SimtFault
+from .fault import KINDS, PtxFault
 from .kernel import Kernel, kernel
 from .limits import DeviceLimits
 
@@ -19,22 +21,22 @@ __all__ = [
     "Buffer",
     "BufferTraffic",
     "DeviceLimits",
+    "PtxFault",
     "SharedTraffic",
-    "SimtFault",
     "SiteTraffic",
     "Traffic",
     "launch",
     "load",
 ]
 
-# The runtime has one engine per process and runs one block at a time.
+# One engine per process, which runs one launch at a time.
 _lock = threading.RLock()
 
 
-def load(source: str, entry: str) -> Kernel:
-    """Compile and load, without a launch; the compiled library is cached on disk."""
+def load(source: str, entry: str, arch: str = "90") -> Kernel:
+    """Compile and decode, without a launch; the PTX is kept on disk."""
     with _lock:
-        return kernel(source, entry)
+        return kernel(source, entry, arch)
 
 
 def launch(
@@ -52,9 +54,8 @@ def launch(
     registers_per_thread: int | None = None,
     device: int = 0,
     count: bool = True,
-    flush: bool = True,
 ) -> Traffic:
-    """Run `entry` of `source`; raise SimtFault for what a GPU would punish.
+    """Run `entry` of `source`; raise PtxFault for what a GPU would punish.
 
     Parameters
     ----------
@@ -64,9 +65,12 @@ def launch(
     buffers : sequence of Buffer
         All memory that the kernel may touch.
     seed : int or None
-        Order of threads and blocks; None is the order of their numbers.
+        Order of warps and blocks. None is the order of their numbers. With 0 lanes that parted meet
+        again as soon as they can, which is what traffic is counted for; every other seed takes them
+        in any order, and warps a few instructions at a time; odd ones deliver copies at once, all
+        others as late as they may come.
     limits : DeviceLimits, optional
-        Of the device; sm_90 when not given.
+        Of the device, for whose architecture the text is compiled; sm_90 when not given.
     opt_in_shared : int, optional
         The function's attribute for dynamic shared memory beyond 48 KiB; when not given, whatever
         the launch needs.
@@ -76,14 +80,12 @@ def launch(
         Buffers of another device are out of reach.
     count : bool
         Whether to count traffic; the checks are made in any case.
-    flush : bool
-        Subnormals are zero, as CuPy's -ftz=true has it for float32. Here float64 flushes too, which
-        it does not on a GPU: switch it off to see float64 subnormals.
     """
     limits = limits or DeviceLimits.of("90")
     grid, block = _triple(grid), _triple(block)
     with _lock:
-        loaded = kernel(source, entry)
+        loaded = kernel(source, entry, limits.compute_capability)
+        program = loaded.program
         opt_in = shared_bytes if opt_in_shared is None else opt_in_shared
         refusal = limits.refuse(
             grid, block, shared_bytes, loaded.static_bytes, opt_in, registers_per_thread,
@@ -92,27 +94,43 @@ def launch(
         bounds, threads = loaded.launch_bounds, block[0] * block[1] * block[2]
         if not refusal and bounds and threads > bounds:
             refusal = f"block {block} has {threads} threads; its __launch_bounds__ allow {bounds}"
+        if not refusal and program.parameter_bytes > limits.parameters:
+            most = limits.parameters
+            refusal = f"{program.parameter_bytes} bytes of parameters; drivers take {most}"
         if not refusal and max(loaded.cluster[1:]) > 1:
-            refusal = f"a cluster of {loaded.cluster}: only those along x are simulated"
-        if not refusal and loaded.cluster[0] > 1 and loaded.static_bytes:
-            refusal = "static shared memory in a cluster is not simulated; take dynamic"
+            refusal = f"a cluster of {loaded.cluster}: only those along x are executed"
         if refusal:
-            raise SimtFault("limits", f"{entry}: {refusal}")
+            raise PtxFault("limits", f"{entry}: {refusal}")
         packed = loaded.pack(args)
         for b in buffers:
-            api().simt_region_set(b.region, b.writable, b.device != device)
+            api().ptx_region_set(b.region, b.writable, b.device != device)
         regions = (ctypes.c_void_p * max(1, len(buffers)))(*(b.region for b in buffers))
-        pointers = (ctypes.c_void_p * max(1, len(packed)))(*(ctypes.addressof(p) for p in packed))
+        gaps = _gaps(program.shared_spans, program.dynamic_from)
+        parameters = np.frombuffer(packed, np.uint8)
+        apart = bool(seed)
+        held = program.instructions, program.constants, program.suspects, parameters, gaps
         request = LaunchRequest(
-            loaded.address, ctypes.addressof(pointers), grid, block, loaded.cluster[0],
-            shared_bytes, seed is not None, count, flush, int(limits.compute_capability) >= 100,
+            *(array.ctypes.data for array in held), len(program.instructions),
+            program.register_bytes, program.predicates, program.suspect_count, len(gaps) // 2,
+            program.shared_granule.bit_length() - 1, grid, block, loaded.cluster[0],
+            program.dynamic_from + shared_bytes, seed is not None, apart, apart and seed % 2, count,
             (seed or 0) & (2**64 - 1), ctypes.addressof(regions), len(buffers),
-            loaded.static_region, *loaded.mapped_range,
         )  # fmt: skip
         fault = Fault()
-        if api().simt_launch(ctypes.byref(request), ctypes.byref(fault)):
+        ended = api().ptx_launch(ctypes.byref(request), ctypes.byref(fault))
+        if ended == 2:
+            raise MemoryError("no memory for the shared memory of a cluster")
+        if ended:
             raise loaded.exception(fault)
-        return collect(loaded.static_region, buffers, bool(shared_bytes), loaded.describe)
+        return collect(buffers, loaded.site)
+
+
+def _gaps(spans: Sequence[tuple[int, int]], dynamic_from: int) -> np.ndarray:
+    """(from, to) of shared memory that belongs to no variable."""
+    ends = [0, *(end for _, end in spans)]
+    starts = [*(start for start, _ in spans), dynamic_from]
+    gaps = [(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
+    return np.array(gaps or [(0, 0)], np.uint32).ravel()[: 2 * len(gaps) or None]
 
 
 def _triple(values: Iterable[int]) -> tuple[int, int, int]:

@@ -2,20 +2,23 @@
 #pragma once
 #include <sys/mman.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 
-#include "context.hpp"
-
-namespace simt {
+namespace ptx {
 
 using u8 = uint8_t;
 using u16 = uint16_t;
 using u32 = uint32_t;
 using u64 = uint64_t;
+using i8 = int8_t;
+using i16 = int16_t;
+using i32 = int32_t;
+using i64 = int64_t;
 
-// Read by launch.py through ctypes: keep the order of the fields.
+// Read by api.py through ctypes: keep the order of the fields.
 struct Counters {
   u64 read_bytes, written_bytes;                     // summed over lanes
   u64 reads, writes;                                 // accesses of single lanes
@@ -27,7 +30,7 @@ struct Counters {
   u64 wavefronts, minimal_wavefronts, max_ways;      // shared memory only
 };
 
-// Who touched a granule: the block's unique number, thread and clock, and the code address.
+// Who touched a granule: the block's unique number, thread and clock, and the instruction.
 struct Cell {
   u32 uid, who, pc;
 };
@@ -42,11 +45,12 @@ struct Stamp {
 // `remote` only counts: what blocks of a cluster do to each other's shared memory.
 enum class Space : int { buffer, shared, foreign, remote };
 
-// Of each byte: nobody wrote it, somebody did, a copy to it is in flight, it belongs to an mbarrier.
-enum : u8 { kUndefined, kDefined, kInFlight, kArrival };
+// Of each byte: nobody wrote it, somebody did, a copy to it is in flight, it belongs to an mbarrier,
+// it lies between two variables.
+enum : u8 { kUndefined, kDefined, kInFlight, kArrival, kNowhere };
 
 struct Region {
-  Counters counters;  // first: launch.py reads it at this address
+  Counters counters;  // first: api.py reads it at this address
   uintptr_t base, end;
   u8* defined;     // one byte per byte; of a buffer kUndefined or kDefined alone
   Cell* cells;     // three per granule: last writer, last reader, a reader far from that one
@@ -54,10 +58,10 @@ struct Region {
   Stamp* write_stamps;
   u32 granule_shift;
   int writable;
-  u32 special;  // copies in flight to it, and mbarriers
+  u32 special;  // copies in flight to it, mbarriers, and gaps between variables
   u32 sources;  // copies in flight from it
   Space space;
-  int rank;       // of the block in its cluster whose dynamic shared memory this is, or -1
+  int rank;       // of the block in its cluster whose shared memory this is, or -1
   Region* tally;  // where its accesses are counted: itself, but for the blocks of a cluster
   char name[96];
   void* mapping;
@@ -69,6 +73,8 @@ struct Region {
   size_t size() const { return end - base; }
 };
 
+constexpr size_t kPage = 4096;
+
 inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 inline void* map_pages(size_t bytes) {
@@ -77,7 +83,7 @@ inline void* map_pages(size_t bytes) {
   return p == MAP_FAILED ? nullptr : p;
 }
 
-// The shadow is mapped whole and committed by the kernel page by page as it is touched.
+// The shadow is mapped whole and committed by the system page by page as it is touched.
 inline bool map_shadow(Region& r) {
   size_t n = r.size();
   size_t granules = (n >> r.granule_shift) + 2;
@@ -134,4 +140,4 @@ inline void free_region(Region* r) {
   delete r;
 }
 
-}  // namespace simt
+}  // namespace ptx

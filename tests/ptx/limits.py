@@ -32,6 +32,7 @@ class DeviceLimits:
     shared: int = 48 * KIB
     registers: int = 64 * KIB
     registers_per_thread: int = 255
+    parameters: int = 4 * KIB  # bytes; drivers before CUDA 12.1 take no more
     cluster: int = 8  # the portable size; 16 would need an attribute that no CuPy call sets
 
     @classmethod

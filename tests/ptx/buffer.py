@@ -45,12 +45,12 @@ class Buffer:
         runtime = api()
         self.name, self.nbytes, self.writable, self.device = name, nbytes, writable, device
         shift = granule.bit_length() - 1
-        self.region = runtime.simt_region_new(nbytes, offset, shift, name.encode()[:95])
+        self.region = runtime.ptx_region_new(nbytes, offset, shift, name.encode()[:95])
         if not self.region:
             msg = f"no memory for a buffer of {nbytes} bytes"
             raise MemoryError(msg)
-        self.ptr: int = runtime.simt_region_base(self.region)
-        weakref.finalize(self, runtime.simt_region_free, self.region)
+        self.ptr: int = runtime.ptx_region_base(self.region)
+        weakref.finalize(self, runtime.ptx_region_free, self.region)
 
     @classmethod
     def empty(cls, nbytes: int, **options: Any) -> Buffer:
@@ -71,13 +71,13 @@ class Buffer:
 
     def defined(self) -> np.ndarray:
         """One bool per byte: whether anybody wrote it."""
-        return _view(self, api().simt_region_defined(self.region), self.nbytes).view(bool)
+        return _view(self, api().ptx_region_defined(self.region), self.nbytes).view(bool)
 
     def write(self, array: np.ndarray, start: int = 0) -> None:
         """Copy the array's elements in C order to byte `start`, which defines them."""
         raw = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
         self.bytes()[start : start + raw.size] = raw
-        api().simt_region_define(self.region, start, raw.size)
+        api().ptx_region_define(self.region, start, raw.size)
 
     def to_numpy(self, dtype: Any, shape: Any = None) -> np.ndarray:
         """Copy of the contents."""

@@ -19,13 +19,13 @@ KINDS = frozenset({
     "out-of-bounds",
     "race",
     "read-only",
-    "stack-overflow",
+    "read-only-path",  # by which the launch reads what it writes
     "uninitialized",
     "wrong-device",
 })  # fmt: skip
 
 
-class SimtFault(RuntimeError):
+class PtxFault(RuntimeError):
     """What a GPU would punish, or should: `kind` is one of KINDS, the message says where.
 
     `line` is the line of the kernel text, 0 where there is none.

@@ -9,7 +9,7 @@ from typing import Any
 from .api import Counters, SiteCounters, api
 from .buffer import Buffer
 
-Describe = Callable[[Sequence[int]], list[list[tuple[str, int]]]]
+Site = Callable[[int], tuple[str, int, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Traffic:
     buffers: tuple[BufferTraffic, ...]
     shared: SharedTraffic
     _sites: list[tuple[int, str, SiteCounters]] = field(default_factory=list, repr=False)
-    _describe: Describe | None = field(default=None, repr=False)
+    _site: Site | None = field(default=None, repr=False)
 
     def __getitem__(self, key: Any) -> BufferTraffic:
         """Of the buffer with a name, of a Buffer, or of an array of the CuPy stand-in."""
@@ -135,29 +135,24 @@ class Traffic:
 
     def sites(self) -> list[SiteTraffic]:
         """Per instruction of the kernel text, in the order of the lines: where waste comes from."""
-        if not self._sites or self._describe is None:
+        if not self._sites or self._site is None:
             return []
-        found = self._describe([pc for pc, _, _ in self._sites])
-        sites = [
-            SiteTraffic(
-                calls[0][1], calls[0][0], tuple(line for _, line in calls[1:]), memory,
-                bool(c.write), c.warp_accesses, c.bytes, c.sectors, c.wavefronts,
-                c.minimal_wavefronts,
-            )
-            for calls, (_, memory, c) in zip(found, self._sites, strict=True)
-        ]  # fmt: skip
+        sites = []
+        for pc, memory, c in self._sites:
+            text, line, callers = self._site(pc)
+            sites.append(
+                SiteTraffic(
+                    line, text, callers, memory, bool(c.write), c.warp_accesses, c.bytes, c.sectors,
+                    c.wavefronts, c.minimal_wavefronts,
+                )
+            )  # fmt: skip
         return sorted(sites, key=lambda s: (s.line, s.callers, s.memory, s.write))
 
 
-def collect(
-    static_region: int | None,
-    buffers: Sequence[Buffer],
-    dynamic: bool,
-    describe: Describe,
-) -> Traffic:
+def collect(buffers: Sequence[Buffer], site: Site) -> Traffic:
     """Counters of the launch that has just ended."""
     names = {b.region: b.name for b in buffers}
-    names[api().simt_remote_region()] = "remote shared memory"
+    names[api().ptx_remote_region()] = "remote shared memory"
     records = []
     for b in buffers:
         c = Counters.from_address(b.region)
@@ -166,19 +161,13 @@ def collect(
         for key in ("read_widths", "write_widths"):
             values[key] = {1 << i: n for i, n in enumerate(values[key]) if n}
         records.append(BufferTraffic(name=b.name, ptr=b.ptr, **values))
-    regions = [api().simt_dynamic_region()] if dynamic else []
-    regions += [static_region] if static_region else []
-    shared = [Counters.from_address(r) for r in regions]
+    shared = Counters.from_address(api().ptx_shared_region())
+    remote = Counters.from_address(api().ptx_remote_region())
     own = [f.name for f in fields(SharedTraffic) if not f.name.startswith("remote_")]
-    merged = {
-        name: (max if name == "max_ways" else sum)([getattr(c, name) for c in shared] or [0])
-        for name in own
-    }
-    if dynamic:
-        remote = Counters.from_address(api().simt_remote_region())
-        for name in ("read_bytes", "written_bytes", "warp_reads", "warp_writes"):
-            merged[f"remote_{name}"] = getattr(remote, name)
-    found = (SiteCounters * api().simt_sites(None))()
-    api().simt_sites(found)
+    merged = {name: getattr(shared, name) for name in own}
+    for name in ("read_bytes", "written_bytes", "warp_reads", "warp_writes"):
+        merged[f"remote_{name}"] = getattr(remote, name)
+    found = (SiteCounters * api().ptx_sites(None))()
+    api().ptx_sites(found)
     sites = [(c.pc, names.get(c.region, "shared memory"), c) for c in found]
-    return Traffic(tuple(records), SharedTraffic(**merged), sites, describe)
+    return Traffic(tuple(records), SharedTraffic(**merged), sites, site)

@@ -1,0 +1,1 @@
+"""Executes the PTX that NVRTC emits, on the CPU, and sees every access that it makes."""

@@ -1,1 +1,0 @@
-"""CUDA on the CPU: runs a kernel's very text, in fibers, and sees every access it makes."""
