@@ -186,16 +186,6 @@ def test_nan_and_inf_spoil_their_row_alone(engine, dtype):
         assert same_bits(transposed[clean], good[clean])
 
 
-def test_eps_follows_ieee(engine):
-    x = np.array([[1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0]], np.float32)
-    y, _, rstd = normalize(x, (1,), eps=0.0)
-    assert np.isnan(y[0]).all() and rstd[0, 0] == np.inf
-    assert np.isfinite(y[1]).all()
-    y, _, rstd = normalize(x, (1,), eps=-1.0)
-    assert np.isnan(y[0]).all() and np.isnan(rstd[0, 0])
-    assert_exact((y[1:], x[1:].mean(1, keepdims=True), rstd[1:]), x[1:], (1,), None, None, -1.0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_rows_bits_are_the_same_in_every_batch(engine, dtype, monkeypatch):
     """Alone, among others, at any alignment, on any number of threads, in pieces or whole."""
@@ -242,11 +232,3 @@ def test_sixteen_bit_rounding_in_the_loops(engine, dtype):
         with np.errstate(over="ignore"):
             want = bias.astype(dtype)
         np.testing.assert_array_equal(y.astype(np.float32), want.astype(np.float32))
-
-
-def test_warmup_and_describe():
-    ready = cn.warmup((7,), ["float32", "bfloat16"], device="cpu")
-    assert [name.rsplit(" ", 1)[1] for name in ready] == ["float32", "bfloat16"]
-    assert _cpu.describe().startswith("numba")
-    with _cpu.without_numba():
-        assert _cpu.describe() == "plain NumPy blocks"

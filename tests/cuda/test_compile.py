@@ -15,7 +15,6 @@ from tests.nvrtc.check import blocks_by_registers, faults
 from tests.ptx.limits import DeviceLimits
 from tests.report import put_table
 
-
 FULL = "90"  # the architecture that has every family
 
 

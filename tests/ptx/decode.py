@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from dataclasses import dataclass, field
@@ -209,7 +210,9 @@ class _Text:
 
     def kind(self, name: str) -> str:
         """Type of a register."""
-        return self.registers.get(name) or self.registers[re.sub(r"\d+$", "", name)]
+        if name not in self.registers:
+            self.registers[name] = self.registers[re.sub(r"\d+$", "", name)]
+        return self.registers[name]
 
     def is_register(self, token: str) -> bool:
         return token not in ("", "_") and _number(token) is None and token not in self.symbols
@@ -355,6 +358,7 @@ def _operand(text: str, resolve) -> str | list[str] | tuple:
     return resolve(text)
 
 
+@functools.cache
 def _number(text: str) -> int | None:
     """Bits of an immediate operand; None for a name."""
     if text[:2] in ("0f", "0F"):
@@ -455,24 +459,28 @@ class _Lives:
         self.reads = [registers([*op.reads, op.base, op.guard]) for op in ops]
         self.writes = [registers(op.writes) for op in ops]
         self._live(text)
-        first_last: dict[int, list[int]] = {}
-
-        def touch(mask: int, at: int) -> None:
-            while mask:
-                low = mask & -mask
-                span = first_last.setdefault(low.bit_length() - 1, [at, at])
-                span[0], span[1] = min(span[0], at), max(span[1], at)
-                mask ^= low
-
-        for at, (r, w) in enumerate(zip(self.reads, self.writes, strict=True)):
-            touch(r | w, at)
-        for (start, stop), into, out in zip(self.blocks, self.live_in, self.live_out, strict=True):
-            touch(into, start)
-            touch(out, stop - 1)
-        self._spans = {self.names[k]: tuple(span) for k, span in first_last.items()}
+        firsts, lasts = self._ends(1), self._ends(-1)
+        self._spans = {name: (firsts[k], lasts[k]) for k, name in enumerate(self.names)}
         entry = self.live_in[0] if self.live_in else 0
         unwritten = (name for name in self.names if entry >> number[name] & 1)
         self.unwritten = {name: k for k, name in enumerate(unwritten)}
+
+    def _ends(self, step: int) -> dict[int, int]:
+        """The first place of each register, or going back (-1) the last."""
+        live = self.live_in if step > 0 else self.live_out
+        found: dict[int, int] = {}
+        seen = 0
+        for (start, stop), held in list(zip(self.blocks, live, strict=True))[::step]:
+            places = range(start, stop)[::step]
+            masks = [held, *(self.reads[at] | self.writes[at] for at in places)]
+            for at, mask in zip((places[0], *places), masks, strict=True):
+                new = mask & ~seen
+                seen |= mask
+                while new:
+                    low = new & -new
+                    found[low.bit_length() - 1] = at
+                    new ^= low
+        return found
 
     def _live(self, text: _Text) -> None:
         ops = text.operations
@@ -531,21 +539,19 @@ def decode(ptx: str, entry: str) -> Program:
     text = _Text(ptx, entry)
     places = _Places(text)
     ops = text.operations
-    table = np.zeros(len(ops), INSTRUCTION)
+    records = []
     suspects: list[int] = []
     numbers = places.suspects.unwritten
-    for k, op in enumerate(ops):
+    for op in ops:
+        touched = [2 * numbers[n] for n in (*op.reads, op.base, op.guard) if n in numbers]
+        touched += [2 * numbers[n] + 1 for n in op.writes if n in numbers]
         try:
-            _encode(table[k], op, text, places)
+            records.append(_encoded(op, text, places, len(suspects) if touched else -1))
         except (KeyError, ValueError) as error:
             statement = ptx.split("\n")[op.line - 1]
             raise text.fail(op.line, statement, f"{error!s} is not known") from None
-        table[k]["suspect"] = -1
-        touched = [2 * numbers[n] for n in (*op.reads, op.base, op.guard) if n in numbers]
-        touched += [2 * numbers[n] + 1 for n in op.writes if n in numbers]
-        if touched:
-            table[k]["suspect"] = len(suspects)
-            suspects += [*touched, -1]
+        suspects += [*touched, -1] if touched else []
+    table = np.array(records, INSTRUCTION)
     shared = [op.width for op in ops if op.space in (1, 2) and op.mnemonic in ("load", "store")]
     return Program(
         entry, table, np.frombuffer(bytes(places.constants or b"\0"), np.uint8).copy(),
@@ -556,7 +562,8 @@ def decode(ptx: str, entry: str) -> Program:
     )  # fmt: skip
 
 
-def _encode(record: np.void, op: Operation, text: _Text, places: _Places) -> None:
+def _encoded(op: Operation, text: _Text, places: _Places, suspect: int) -> tuple:
+    """An instruction's fields, in INSTRUCTION's order."""
     handler = handlers()[op.mnemonic]
     wide = "l" if op.flags & WIDE_TARGET else "w"
     if op.mnemonic in _LETTERS:
@@ -567,17 +574,19 @@ def _encode(record: np.void, op: Operation, text: _Text, places: _Places) -> Non
         results, sources = "", "l"
     else:
         results, sources = handler.operands.replace("a", "").split(":")
-    record["handler"], record["negate"] = handler.number, op.negate
-    record["guard"] = places.of(op.guard, "p") if op.guard else -1
-    record["target"] = text.labels[op.target] if op.target else -1
-    record["space"], record["width"], record["count"] = op.space, op.width, op.count
-    record["flags"], record["used"], record["offset"] = op.flags, op.used, op.offset
-    if op.base:
-        narrow = _slot(text.kind(op.base)) == 4 if op.base in places.places else op.space in (1, 2)
-        record["wide_base"] = not narrow
-        record["base"] = places.of(op.base, "w" if narrow else "l")
-    for name, tokens, letters in (("dst", op.writes, results), ("src", op.reads, sources)):
+    operands = []
+    for tokens, letters in ((op.writes, results), (op.reads, sources)):
         if len(tokens) != len(letters):
             raise ValueError(f"{len(tokens)} operands for {letters!r}")
-        for k, (token, letter) in enumerate(zip(tokens, letters, strict=True)):
-            record[name][k] = places.of(token, letter)
+        rows = [places.of(*pair) for pair in zip(tokens, letters, strict=True)]
+        operands.append(rows + [0] * (8 - len(rows)))
+    base, wide_base = 0, False
+    if op.base:
+        narrow = _slot(text.kind(op.base)) == 4 if op.base in places.places else op.space in (1, 2)
+        base, wide_base = places.of(op.base, "w" if narrow else "l"), not narrow
+    return (
+        handler.number, op.negate, op.space, op.width, op.count, op.flags, wide_base,
+        places.of(op.guard, "p") if op.guard else -1,
+        text.labels[op.target] if op.target else -1,
+        suspect, base, op.used, 0, op.offset, *operands,
+    )  # fmt: skip

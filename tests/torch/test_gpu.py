@@ -77,49 +77,10 @@ def test_values_and_gradients(dtype, N):
     check_all(results, *given)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
-def test_half_with_float32_parameters(dtype):
-    x, weight, bias, dy = problem(768, rows=33, dtype=dtype)
-    weight, bias = (p.detach().float().requires_grad_() for p in (weight, bias))
-    results = forward_and_backward(x, weight, bias, dy)
-    assert [r.dtype for r in results] == [dtype, dtype, torch.float32, torch.float32]
-    check_all(results, x, weight, bias, dy)
-
-
 @each_family
 def test_without_parameters(N):
     x, _, _, dy = problem(N)
     y = cn_torch.layer_norm(x, (N,))
-    (dx,) = torch.autograd.grad(y, x, dy)
-    check(*cpu(y, x), 1)
-    check_gradients((*cpu(dx), None, None), *cpu(dy, x), 1)
-
-
-def test_several_normalized_axes():
-    x, dy = (numbers(3, 4, 6, 8, seed=s) for s in (1, 2))
-    x, dy = on_device(x, grad=True), on_device(dy)
-    weight, bias = on_device(*affine(4, 6, 8), grad=True)
-    y = cn_torch.layer_norm(x, (4, 6, 8), weight, bias)
-    grads = torch.autograd.grad(y, (x, weight, bias), dy)
-    check(*cpu(y, x), 3, *cpu(weight, bias))
-    check_gradients(cpu(*grads), *cpu(dy, x), 3, *cpu(weight))
-
-
-LAYOUTS = {
-    "permuted": lambda t: t.permute(1, 0, 2),
-    "stepped": lambda t: t[::2, ::2, ::3],
-    "transposed": lambda t: t.transpose(1, 2),
-    "padded": lambda t: t[..., 3:80],
-    "expanded": lambda t: t[:1].expand(4, 6, 90),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout):
-    whole, slope = on_device(numbers(4, 6, 90), numbers(4, 6, 90, seed=5))
-    x = LAYOUTS[layout](whole).detach().requires_grad_()
-    dy = LAYOUTS[layout](slope)
-    y = cn_torch.layer_norm(x, x.shape[-1:])
     (dx,) = torch.autograd.grad(y, x, dy)
     check(*cpu(y, x), 1)
     check_gradients((*cpu(dx), None, None), *cpu(dy, x), 1)
