@@ -21,7 +21,15 @@ from cupynorm._ops import LAYER_NORM
 from cupynorm._torch import machines
 from tests.cuda.calls import capability_for
 from tests.ptx.cupy_stand_in import simulated_cupy
-from tests.torch.cases import affine, check, check_gradients, expected, name_of, numbers, numpy_of
+from tests.torch.cases import (
+    LAYOUTS,
+    affine,
+    check,
+    check_gradients,
+    expected,
+    numbers,
+    numpy_of,
+)
 
 # One N per kernel: K1 to K4, and K5 with few rows; K3's and K5's are K4's where it is.
 FAMILIES = {"warp": 77, "block": 3001, "shared": 9001, "cluster": 9001, "split": 36_001}
@@ -127,11 +135,17 @@ def gpu(monkeypatch, request):
         sim.simulator.current_device = 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_kernel_forward_and_backward(gpu, family):
+CASES = [(family, torch.float32) for family in FAMILIES]
+CASES += [("warp", dtype) for dtype in (torch.float16, torch.bfloat16, torch.float64)]
+
+
+@pytest.mark.parametrize(("family", "dtype"), CASES, ids=str)
+def test_each_kernel_forward_and_backward(gpu, family, dtype):
+    """On torch's stream and on the tensors' device, which need not be the current one."""
+    gpu.sim.simulator.current_device = 0  # as after torch.cuda.set_device(0)
     N = FAMILIES[family]
-    x, (weight, bias) = numbers(3, N, grad=True), affine(N, grad=True)
-    dy = numbers(3, N, seed=4) - 3
+    x, (weight, bias) = numbers(3, N, dtype=dtype, grad=True), affine(N, grad=True)
+    dy = (numbers(3, N, seed=4) - 3).to(dtype)
     y = cn_torch.layer_norm(x, (N,), weight, bias)
     check(y, x, 1, weight, bias)
     forward = len(gpu.launches)
@@ -139,13 +153,6 @@ def test_each_kernel_forward_and_backward(gpu, family):
     y.backward(dy)
     check_gradients((x.grad, weight.grad, bias.grad), dy, x, 1, weight)
     assert any(name.startswith("layer_norm_bwd") for name in gpu.names[forward:])
-
-
-def test_everything_runs_on_torchs_stream_and_on_the_tensors_device(gpu):
-    gpu.sim.simulator.current_device = 0  # as after torch.cuda.set_device(0)
-    x, (weight, bias) = numbers(3, 77, grad=True), affine(77, grad=True)
-    y = cn_torch.layer_norm(x, (77,), weight, bias)
-    y.backward(numbers(3, 77))
     assert {(launch.stream, launch.device) for launch in gpu.launches} == {(STREAM, 1)}
     assert gpu.sim.simulator.current_device == 0
 
@@ -167,16 +174,6 @@ def test_nothing_is_allocated_but_through_torch(gpu, family):
     assert set(gpu.allocated) == {"aten.empty.memory_format"}  # K5's and the partials' workspaces
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=name_of)
-def test_dtypes(gpu, dtype):
-    x, (weight, bias) = numbers(3, 77, dtype=dtype, grad=True), affine(77, grad=True)
-    y = cn_torch.layer_norm(x, (77,), weight, bias)
-    check(y, x, 1, weight, bias)
-    dy = (numbers(3, 77, seed=4) - 3).to(dtype)
-    y.backward(dy)
-    check_gradients((x.grad, weight.grad, bias.grad), dy, x, 1, weight)
-
-
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)])
 def test_only_what_is_asked_for_is_written(gpu, wanted):
     tensors = numbers(4, 77), *affine(77)
@@ -187,22 +184,12 @@ def test_only_what_is_asked_for_is_written(gpu, wanted):
     check_gradients([t.grad for t in tensors], dy, tensors[0], 1, tensors[1])
 
 
-LAYOUTS = {
-    "padded": lambda: numbers(5, 90)[:, :77],
-    "permuted": lambda: numbers(6, 4, 77).permute(1, 0, 2),
-    "transposed": lambda: numbers(77, 5).T,
-    "stepped": lambda: numbers(8, 154)[::2, ::2],
-    "expanded": lambda: numbers(77).expand(4, 77),
-    "offset": lambda: numbers(386)[1:].view(5, 77),
-}
-
-
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(gpu, layout, keep):
     """What the kernels cannot walk is copied, by torch."""
-    x, (weight, bias) = LAYOUTS[layout](), affine(154, grad=True)
-    weight, bias = weight[::2], bias[::2]
+    x = LAYOUTS[layout]()
+    weight, bias = (t[::2] for t in affine(2 * x.shape[-1], grad=True))
     x.requires_grad_()
     norm = cn.layer_norm if keep else cn_torch.layer_norm
     y = norm(x, x.shape[-1:], weight, bias)
