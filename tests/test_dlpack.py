@@ -90,17 +90,11 @@ def test_results_pass_between_numpy_and_torch(dtype, order):
 
 
 @each_dtype
-def test_the_same_bits_under_either_name(dtype):
-    """And statistics and gradients pass, too."""
-    arrays = numbers(7, 40, dtype=dtype), numbers(40), numbers(40)
-    x, w, b = (torch.from_dlpack(a) for a in arrays)
-    results = cn.layer_norm(arrays[0], 40, *arrays[1:], return_stats=True)
-    theirs = cn.layer_norm(x, 40, w, b, return_stats=True)
-    for mine, its in zip(results, theirs, strict=True):
-        assert mine.tobytes() == np.from_dlpack(its).tobytes()
-    dy = numbers(7, 40, dtype=dtype)
-    gradients = cn.layer_norm_backward(dy, arrays[0], 40, *results[1:], arrays[1])
-    for array in (*results, *gradients):
+def test_statistics_and_gradients_pass_too(dtype):
+    """Of the bits under either name, `tests/frozen.json` tells."""
+    x, dy, w = numbers(7, 40, dtype=dtype), numbers(7, 40, dtype=dtype), numbers(40)
+    results = cn.layer_norm(x, 40, w, return_stats=True)
+    for array in (*results, *cn.layer_norm_backward(dy, x, 40, *results[1:], w)):
         t = torch.from_dlpack(array)
         assert address(np.from_dlpack(t)) == address(t) == address(array)
 
