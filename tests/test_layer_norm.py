@@ -3,7 +3,6 @@
 import inspect
 import itertools
 import math
-import types
 from fractions import Fraction
 
 import numpy as np
@@ -12,9 +11,8 @@ import pytest
 import cupynorm as cn
 from tests import oracle
 from tests.conftest import Backend, np_dtype, why_not
-from tests.cpu.in_threads import in_threads
+from tests.cpu.layouts import LAYOUTS
 from tests.directions import (
-    KINDS,
     axes_of,
     check,
     each_direction,
@@ -228,7 +226,7 @@ def test_out_of_any_layout(lib):
 
 
 def test_numpy_out_beside_x_in_its_memory(assert_close):
-    """Interleaved with x, x through another view, and of the other byte order."""
+    """Interleaved with x, and x through another view."""
     board = np.zeros((4, 20), np.float32)
     x, out = board[:, ::2], board[:, 1::2]
     x[...] = X3[0, :4]
@@ -238,11 +236,6 @@ def test_numpy_out_beside_x_in_its_memory(assert_close):
     assert_close(out, want, "float32", 10)
     cn.layer_norm(x, out=x[...])
     np.testing.assert_array_equal(x, out)
-    swapped, into = X3[0, :4].astype(">f4"), np.zeros((4, 10), ">f4")
-    cn.layer_norm(swapped, out=into)
-    np.testing.assert_array_equal(into, out)
-    cn.layer_norm(swapped, out=swapped)
-    np.testing.assert_array_equal(swapped, out)
 
 
 def test_jax_out_is_refused():
@@ -334,42 +327,28 @@ def test_bits_of_a_row_do_not_depend_on_its_layout(lib, n):
     assert_same_row(lib, lib.to_numpy(turned).T, y, strided=True)
 
 
-def test_calls_from_many_threads_at_once():
-    arrays = [RNG.standard_normal((50 + i, 96)).astype(np.float32) for i in range(8)]
-    want = [cn.layer_norm(x) for x in arrays]
-
-    def work(i):
-        for _ in range(20):
-            np.testing.assert_array_equal(cn.layer_norm(arrays[i]), want[i])
-
-    in_threads(8, work, 60)
-
-
 # --- NumPy arrays of every kind -----------------------------------------------------------------
 
 
 @pytest.mark.needs("numpy")
 @each_direction
-@pytest.mark.parametrize("kind", KINDS)
-def test_numpy_arrays_of_every_kind(lib, dtype, tmp_path, direction, kind):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numpy_arrays_of_every_kind(lib, dtype, direction, layout):
     """The bits of plain arrays, whatever the memory; results are plain, and can be written."""
     for axis in (0, 1, (0, 1)):
-        shape = [(33, 17)[a] for a in axes_of(2, axis=axis)]
-        plain = [
-            RNG.standard_normal(s).astype(np_dtype(dtype)) for s in ((33, 17), (33, 17), shape)
-        ]
-        want = run(direction, *plain, axis=axis)
-        stats = cn.layer_norm(plain[1], axis=axis, return_stats=True)[1:]
-        made = [KINDS[kind](a.copy(), tmp_path) for a in (*plain, *stats)]
-        for a, b in zip(made, (*plain, *stats), strict=True):
-            np.testing.assert_array_equal(a, b)
-        dy, x, weight, *stats = made
-        if direction == "backward":
-            found = cn.layer_norm_backward(dy, x, None, *stats, weight, axis=axis)
-        else:
-            found = run(direction, dy, x, weight, axis=axis)
-        check(lib, found, *plain, axis=axis)
-        assert found[0].dtype == x.dtype
+        shapes = (33, 17), (33, 17), [(33, 17)[a] for a in axes_of(2, axis=axis)]
+        plain = [RNG.standard_normal(s).astype(np_dtype(dtype)) for s in shapes]
+        plain += cn.layer_norm(plain[1], axis=axis, return_stats=True)[1:]
+
+        def results(dy, x, weight, mean, rstd, axis=axis):
+            if direction == "forward":
+                return cn.layer_norm(x, weight=weight, axis=axis, return_stats=True)
+            return cn.layer_norm_backward(dy, x, None, mean, rstd, weight, axis=axis)
+
+        want, made = results(*plain), [LAYOUTS[layout](a) for a in plain]
+        check(lib, want, *plain[:3], axis=axis)
+        found = results(*made)
+        assert found[0].dtype == made[1].dtype
         for got, value in zip(found, want, strict=True):
             assert type(got) is np.ndarray
             assert got.flags.writeable
@@ -380,18 +359,7 @@ def test_numpy_arrays_of_every_kind(lib, dtype, tmp_path, direction, kind):
 def test_broadcast_x(direction):
     """Results of rows that share memory do not."""
     dy, x = DY3[0, :5].astype(np.float32), np.broadcast_to(X3[0, 0].astype(np.float32), (5, 10))
-    weight = np.broadcast_to(np.float32(2), (10,))
-    numpy = types.SimpleNamespace(to_numpy=np.asarray)
-    found = run(direction, dy, x, weight)
-    check(numpy, found, dy, x, weight)
+    found, want = run(direction, dy, x), run(direction, dy, x.copy())
+    for got, value in zip(found, want, strict=True):
+        np.testing.assert_array_equal(got, value)
     assert all(found[0].strides) and found[0].flags.writeable
-    found[0][0] = 0
-    assert found[0][1].any()
-    same = cn.layer_norm(np.broadcast_to(np.float32(3), (2, 9)))
-    np.testing.assert_array_equal(same, 0)
-
-
-def test_ndarray_subclass_without_meaning_of_its_own_is_taken(assert_close):
-    x = X3.astype(np.float32).view(type("Tagged", (np.ndarray,), {}))
-    want = oracle.layer_norm(X3.astype(np.float32), (2,), None, None, 1e-5)[0]
-    assert_close(np.asarray(cn.layer_norm(x)), want, "float32", 10)

@@ -13,8 +13,3 @@ def engine(request):
     else:
         with arrays.without_numba():
             yield "numpy"
-
-
-@pytest.fixture(autouse=True)
-def memmap_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTEST_MEMMAP", str(tmp_path / "x"))

@@ -1,7 +1,6 @@
 """Arrays of any layout, and their bits."""
 
-import os
-from pathlib import Path
+import tempfile
 
 import numpy as np
 
@@ -20,6 +19,16 @@ def same_bits(a, b):
     return np.array_equal(bits(a), bits(b))
 
 
+def guarded(shape, dtype, order="C"):
+    """Array with a marked element before and after it, and a check that they still stand."""
+    memory = np.full(int(np.prod(shape)) + 2, 77, dtype)
+
+    def check():
+        assert memory[0] == 77 and memory[-1] == 77
+
+    return memory[1:-1].reshape(shape, order=order), check
+
+
 def unaligned(x):
     view = np.ndarray(x.shape, x.dtype, np.empty(x.nbytes + 1, np.uint8)[1:])
     view[...] = x
@@ -34,21 +43,29 @@ def read_only(x):
 
 
 def as_memmap(x):
-    path = Path(os.environ["PYTEST_MEMMAP"])
-    x.tofile(path)
-    return np.memmap(path, x.dtype, "r", shape=x.shape)
+    with tempfile.TemporaryFile() as file:
+        x.tofile(file)
+        return np.memmap(file, x.dtype, "r", shape=x.shape)
+
+
+def field_of_records(x):
+    records = np.zeros(x.shape, [("flag", "u1"), ("value", x.dtype)])
+    records["value"] = x
+    return records["value"]  # strides that are no multiple of the item size
 
 
 LAYOUTS = {
     "C": lambda x: x,
     "F": np.asfortranarray,
-    "reversed": lambda x: x[::-1, ..., ::-1].copy()[::-1, ..., ::-1],
+    "reversed": lambda x: np.flip(np.flip(x).copy()),
     "sliced rows": lambda x: np.concatenate([x, x], axis=-1)[..., : x.shape[-1]],
     "stepped": lambda x: np.repeat(x, 3, axis=-1)[..., ::3],
     "every other row": lambda x: np.repeat(x, 2, axis=0)[::2],
     "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
     "swapped axes": lambda x: np.ascontiguousarray(x.swapaxes(0, -1)).swapaxes(0, -1),
     "unaligned": unaligned,
+    "field of records": field_of_records,
+    "subclass": lambda x: x.view(type("Tagged", (np.ndarray,), {})),
     "read-only": read_only,
     "memmap": as_memmap,
 }
