@@ -7,11 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import cupynorm as cn
-from cupynorm._cpu import arrays as _cpu
 from tests import oracle
 from tests.cpu import door
-from tests.cpu.layouts import LAYOUTS, same_bits, values
+from tests.cpu.layouts import LAYOUTS, guarded, same_bits, values
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = ["float16", BF16, "float32", "float64"]
@@ -44,7 +42,9 @@ def test_every_width(engine, dtype):
     for N in WIDTHS:
         x = values((3, N), dtype, seed=N, offset=0.5)
         weight, bias = values((N,), dtype, seed=1), values((N,), dtype, seed=2)
-        result = normalize(x, (1,), weight, bias)
+        y, unharmed = guarded(x.shape, x.dtype)
+        result = normalize(x, (1,), weight, bias, y=y)
+        unharmed()
         # One or two values: y hangs on their difference, which float32 sums round like any other.
         assert_exact(result, x, (1,), weight, bias, 1e-5, slack=4)
 
@@ -82,7 +82,7 @@ def test_broadcast_input_and_scattered_output(engine, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["C", "F", "reversed", "stepped", "unaligned"])
+@pytest.mark.parametrize("layout", ["C", "F", "reversed", "stepped", "unaligned", "big-endian"])
 def test_in_place_gives_the_same_bits(engine, dtype, layout):
     for shape, axes in [((40, 77), (1,)), ((40, 77), (0,)), ((3, 9001), (1,)), ((3, 9001), (0,))]:
         x = LAYOUTS[layout](values(shape, dtype))
@@ -206,16 +206,6 @@ def test_a_rows_bits_are_the_same_in_every_batch(engine, dtype, monkeypatch):
                 memory[:] = x[row]
                 assert same_bits(normalize(memory, (0,), weight, weight)[0], y[row]), (N, row)
         assert same_bits(normalize(x[1:], (1,), weight, weight)[0], y[1:])
-
-
-def test_no_warning_from_helper_threads(engine, monkeypatch):
-    monkeypatch.setenv("CUPYNORM_NUM_THREADS", "3")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for shape in [(4000, 300), (2, 1100000)]:
-            y = normalize(np.full(shape, np.inf, np.float32), (1,))[0]
-            assert np.isnan(y).all()
-            normalize(np.full(shape, 3e38, np.float32), (1,), np.full(shape[1], 3e38), eps=0.0)
 
 
 @pytest.mark.parametrize("dtype", ["float16", BF16], ids=str)
