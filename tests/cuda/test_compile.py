@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import re
 import struct
 
@@ -10,7 +11,7 @@ import pytest
 from cupynorm._cuda.plan import CHUNK_VECS, STAGE_ASYNC, STAGE_BULK
 from cupynorm._cuda.rows import BACKWARD, FORWARD, REGISTERS
 from cupynorm._cuda.source import source_of
-from tests.nvrtc import build, grid, grid_bwd, report
+from tests.nvrtc import build, grid, report
 from tests.nvrtc.check import blocks_by_registers, faults
 from tests.ptx.limits import DeviceLimits
 from tests.report import put_table
@@ -57,25 +58,22 @@ def lengths(on_one_block, chunks):
     return (*range(1, on_one_block), *far, *(v + 1 for v in far))
 
 
-def test_sampled_lengths_miss_no_entry():
-    x_dtype = "bfloat16"
+@pytest.mark.parametrize(
+    ("kind", "x_dtype", "far", "rows"),
+    [
+        ("rows", "bfloat16", (3 * CHUNK_VECS, 114), (grid.FEW, 64, grid.MANY)),
+        ("rows_bwd", "bfloat16", (BACKWARD[-2].max_vecs + 2, 34), (grid.MANY,)),
+        ("rows_bwd", "float64", (BACKWARD[-2].max_vecs + 2, 34), (grid.MANY,)),
+    ],
+)
+def test_sampled_lengths_miss_no_entry(kind, x_dtype, far, rows):
+    way, flags = ("CCd", (x_dtype, None)) if kind == "rows_bwd" else ("CC", grid.NONE)
     every = {
         stage.name
-        for vecs in lengths(3 * CHUNK_VECS, 114)
-        for rows in (grid.FEW, 64, grid.MANY)
-        for stage in grid.stages(FULL, x_dtype, vecs, rows, (None, None))
+        for vecs, M in itertools.product(lengths(*far), rows)
+        for stage in grid.stages(FULL, x_dtype, grid.row_major(x_dtype, vecs, M, way), flags)
     }
-    assert every == set(grid.shapes(FULL, x_dtype))
-
-
-def test_sampled_lengths_miss_no_backward_entry():
-    for x_dtype in ("bfloat16", "float64"):
-        every = {
-            stage.name
-            for vecs in lengths(BACKWARD[-2].max_vecs + 2, 34)
-            for stage in grid_bwd.stages(FULL, x_dtype, vecs, x_dtype)
-        }
-        assert every == set(grid_bwd.shapes(FULL, x_dtype))
+    assert every == set(grid.shapes(kind, FULL, x_dtype))
 
 
 @pytest.mark.parametrize("arch", ["75", FULL])
@@ -151,7 +149,7 @@ def elf_sections(cubin: bytes) -> dict[str, bytes]:
 
 
 def short_stage(arch: str):
-    return grid.stages(arch, "float16", 30, grid.MANY, ("float16", "float16"))[0]
+    return grid.stages(arch, "float16", grid.row_major("float16", 30), ("float16", "float16"))[0]
 
 
 @pytest.mark.parametrize("arch", grid.ARCHS)
@@ -172,7 +170,8 @@ def test_cupy_passes_these_options(monkeypatch, arch):
 def test_the_wheels_ptxas_agrees(arch):
     if build.ptxas() is None:
         pytest.skip("nvidia-cuda-nvcc-cu12 is not installed")
-    stage = grid.stages(arch, "bfloat16", 2048, grid.MANY, ("bfloat16", "bfloat16"))[0]
+    shape = grid.row_major("bfloat16", 2048)
+    stage = grid.stages(arch, "bfloat16", shape, ("bfloat16", "bfloat16"))[0]
     ptx, _, log = build.compile_text(source_of(stage), (*build.options(arch), build.VERBOSE))
     facts = build.facts_of(ptx, log, stage.name)
     assert facts.registers > 0
@@ -249,7 +248,7 @@ KEEPING = COPY + '    asm volatile("add.f32 %0, %0, %0;" : "+f"(v.x)); y[n].x = 
 
 def stage_like(**changes):
     """A stage of one vector per thread, for the entries above."""
-    stage = grid.stages("90", "float32", 8, grid.MANY, (None, None))[0]
+    stage = grid.stages("90", "float32", grid.row_major("float32", 8))[0]
     return dataclasses.replace(
         stage, name="entry", constants=(128, 8, 1, 1), blocks_per_sm=1, **changes
     )

@@ -11,7 +11,7 @@ from cupynorm._cuda.source import source_of
 from cupynorm._rules import ITEMSIZE
 from tests.cuda.rows import DX_ALONE, At, case, check, run
 from tests.gpu_backend import ON_EACH_MACHINE, SIMULATED
-from tests.nvrtc import build, grid, grid_bwd
+from tests.nvrtc import build, grid
 from tests.ptx.launch import PtxFault
 from tests.ptx.limits import DeviceLimits
 
@@ -154,12 +154,17 @@ def test_without_its_ends_a_row_has_those_of_the_row_before(monkeypatch):
 
 # --- what the compiler makes of it --------------------------------------------------------------
 
-FLAGS = ("float32", "float32")
 INSTRUCTIONS = {
     "cp.async": r"\bcp\.async\.c[ag]\.shared\.global\b",
     "bulk": r"\bcp\.async\.bulk\.shared::cluster\.global\.mbarrier::complete_tx::bytes\b",
     "mbarrier": r"\bmbarrier\.init\b",
 }
+
+
+def shared_stages(arch, vecs, way="CC"):
+    """Without clusters, which would take K3's rows."""
+    shape = grid.row_major("float32", vecs, way=way)
+    return grid.stages(arch, "float32", shape, ("float32", "float32"), max_cluster=1)
 
 
 @pytest.mark.parametrize(
@@ -168,9 +173,8 @@ INSTRUCTIONS = {
 )
 def test_ptx_holds_the_copies_of_its_architecture(arch, held):
     pytest.importorskip("cupy", reason="cupy brings the way to NVRTC")
-    forward = grid.stages(arch, "float32", 3 * 1024, grid.MANY, FLAGS, 1)[0]
-    backward = grid_bwd.stages(arch, "float32", 1536, "float32")[0]
-    for stage in (forward, backward):
+    for vecs, way in ((3 * 1024, "CC"), (1536, "CCd")):
+        stage = shared_stages(arch, vecs, way)[0]
         assert stage.family.startswith("shared")
         ptx, _, log = build.compile_text(source_of(stage), build.options(arch))
         assert {name for name, text in INSTRUCTIONS.items() if re.search(text, ptx)} == held, log
@@ -182,9 +186,7 @@ def test_ptx_holds_the_copies_of_its_architecture(arch, held):
 def test_no_plan_asks_a_device_for_what_it_lacks():
     for arch in grid.ARCHS:
         names = " ".join(
-            stage.name
-            for vecs in (2049, 3072, 6000)
-            for stage in grid.stages(arch, "float32", vecs, grid.MANY, FLAGS, 1)
+            stage.name for vecs in (2049, 3072, 6000) for stage in shared_stages(arch, vecs)
         )
         newest = DeviceLimits.of(arch).compute_capability
         assert ("_bulk" in names) == (int(newest) >= 90)

@@ -9,19 +9,24 @@ from functools import cache
 
 from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device, Stage
+from cupynorm._cuda.rows import BACKWARD as TABLE_BWD
 from cupynorm._cuda.rows import FORWARD as TABLE
 from cupynorm._cuda.source import source_of
 from cupynorm._layout import Problem
 from cupynorm._ops import LAYER_NORM
-from cupynorm._rules import ITEMSIZE
-from tests.nvrtc import grid_bwd, grid_column
+from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests.nvrtc.build import CUPY_OPTIONS, without_comments
 from tests.ptx.limits import DeviceLimits
 
 ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 DTYPES = tuple(ITEMSIZE)
-FORWARD = ("warp", "block", "shared", "split", "cluster")
-FAMILIES = (*FORWARD, *grid_bwd.FAMILIES, *grid_column.FAMILIES)
+# By kind of problem: row-major rows forward and backward, and K6 and K7.
+KINDS = {
+    "rows": ("warp", "block", "shared", "split", "cluster"),
+    "rows_bwd": ("warp_bwd", "block_bwd", "shared_bwd", "split_bwd", "cluster_bwd", "totals_bwd"),
+    "columns": ("column", "lanes", "columns", "column_bwd", "panels_bwd"),
+}
+FAMILIES = tuple(itertools.chain(*KINDS.values()))
 # What a test run compiles: every dtype for one architecture, one for each other. The kept table has
 # every entry, and a test holds it to the text.
 RUNS = [
@@ -30,91 +35,144 @@ RUNS = [
     for dtype in (DTYPES if arch == "90" else [usual])
 ]
 
-Flags = tuple[str | None, str | None]  # dtypes of weight and bias
+# M, N, and how arrays lie: C or F of x and y, of K7 y alone; "d" is the backward's, of x and dy.
+Shape = tuple[int, int, str]
+Flags = tuple[str | None, str | None]  # dtypes of weight and bias, which no backward has
+Wanted = tuple[bool, bool, bool]  # dx, dweight, dbias
+Asked = tuple[str, Shape]  # a kernel, and what runs it
+NONE: Flags = (None, None)
+ALL: Wanted = (True, True, True)
 FEW, MANY = 1, 2**20  # rows
-_HELD = max(row.max_vecs for row in TABLE if row.family in ("warp", "block"))
-_LONGEST = max(row.max_vecs for row in TABLE if row.family == "shared")
-_MOST_CHUNKS = max(row.max_vecs for row in TABLE if row.cluster > 1) // CHUNK_VECS
+
+_WAYS = ("FF", "FC", "CF", "F", "C", "F_omit", "C_omit", "FFd", "FCd", "CFd")
+_TIGHT = 16  # columns of the registers' kernel
+# 72 as well: the widest tile of rows is asked for where registers end.
+_COLUMNS = (*range(8, 73, 8), *range(80, 2400, 24), 10_000)
+
+
+def row_major(x_dtype: str, vecs: int, rows: int = MANY, way: str = "CC") -> Shape:
+    """Rows of `vecs` whole vectors."""
+    return rows, vecs * VEC_BYTES // ITEMSIZE[x_dtype], way
 
 
 def stages(
-    arch: str, x_dtype: str, vecs: int, rows: int, flags: Flags, max_cluster: int = 8
+    arch: str,
+    x_dtype: str,
+    shape: Shape,
+    flags: Flags = NONE,
+    wanted: Wanted = ALL,
+    max_cluster: int = 8,
 ) -> tuple[Stage, ...]:
-    """What launches rows of `vecs` whole vectors."""
-    N = vecs * VEC_BYTES // ITEMSIZE[x_dtype]
-    dtypes = zip(("x", "weight", "bias"), (x_dtype, *flags), strict=True)
+    """What launches a matrix of that shape."""
+    M, N, way = shape
+    backward, letters = way.endswith("d"), way.removesuffix("_omit").rstrip("d")
+    dtypes = {"x": x_dtype, "weight": flags[0]}
+    names: tuple[str, ...] = ("x", "y")[-len(letters) :]
+    if backward:
+        totals = flags[0] or stats_dtype(x_dtype)
+        sums = zip(("dweight", "dbias"), wanted[1:], strict=True)
+        dtypes |= {name: totals for name, want in sums if want}
+        names, letters = ("x", "dy", "dx")[: 2 + wanted[0]], letters + letters[0]
+    else:
+        dtypes["bias"] = flags[1]
+    steps = {"F": (0, 1, M), "C": (0, N, 1)}
     problem = Problem(
-        LAYER_NORM, False, tuple((a, d) for a, d in dtypes if d), 1, rows, N,
-        (("x", (0, N, 1)), ("y", (0, N, 1))), (rows, 1), stats=True,
+        LAYER_NORM, backward, tuple((a, d) for a, d in dtypes.items() if d), 1, M, N,
+        tuple((a, steps[letter]) for a, letter in zip(names, letters, strict=False)), (M, 1),
+        stats=way == "CC", omit=way.endswith("omit"),
     )  # fmt: skip
-    limits = DeviceLimits.of(arch)
-    device = Device(int(arch), 100, limits.opt_in_shared, max_cluster)
+    device = Device(int(arch), 100, DeviceLimits.of(arch).opt_in_shared, max_cluster)
     return choose_plan(problem, device).stages
 
 
-def sampled_vecs() -> Iterator[tuple[int, int]]:
+def sampled(kind: str, x_dtype: str) -> Iterator[Shape]:
+    """Shapes enough to meet every entry, of rows by ascending length."""
+    if kind == "columns":
+        yield from itertools.product((64, 2**20), _COLUMNS, _WAYS)
+    elif kind == "rows":
+        yield from (row_major(x_dtype, *sizes) for sizes in _sampled_forward())
+    else:
+        yield from (
+            row_major(x_dtype, vecs, way="CCd") for vecs in sorted(set(_sampled_backward()))
+        )
+
+
+def _sampled_forward() -> Iterator[tuple[int, int]]:
     """(vecs, rows): every length held in registers; beyond, ends of chunks, and a row of 1 GiB."""
-    yield from ((vecs, MANY) for vecs in range(1, _HELD + 1))
+    held = max(row.max_vecs for row in TABLE if row.family in ("warp", "block"))
+    longest = max(row.max_vecs for row in TABLE if row.family == "shared")
+    most = max(row.max_vecs for row in TABLE if row.cluster > 1) // CHUNK_VECS
+    yield from ((vecs, MANY) for vecs in range(1, held + 1))
     for rows in (FEW, MANY):
-        for vecs in (*range(_HELD + 1, _LONGEST + 2, CHUNK_VECS // 8), _LONGEST + 1, 2**26):
+        for vecs in (*range(held + 1, longest + 2, CHUNK_VECS // 8), longest + 1, 2**26):
             yield vecs, rows
-        yield from ((chunks * CHUNK_VECS, rows) for chunks in range(3, _MOST_CHUNKS + 1))
+        yield from ((chunks * CHUNK_VECS, rows) for chunks in range(3, most + 1))
+
+
+def _sampled_backward() -> Iterator[int]:
+    """Each table row's longest, each number of vectors per thread of K3, and beyond."""
+    alone = [row for row in TABLE_BWD if row.cluster == 1]
+    for row in alone[:-1]:
+        yield from range(row.threads_per_row, row.max_vecs + 1, row.threads_per_row)
+    most = max(row.cluster * row.slots for row in TABLE_BWD)
+    yield from range(2 * CHUNK_VECS, most * CHUNK_VECS + 1, CHUNK_VECS // 4)
+    yield from (alone[-2].max_vecs + 1, 2**20)
 
 
 @cache
-def shapes(arch: str, x_dtype: str, max_cluster: int = 8) -> dict[str, tuple[int, int]]:
-    """By entry without weight and bias: the largest (vecs, rows) that runs it."""
-    found = {}
-    for vecs, rows in sampled_vecs():
-        for stage in stages(arch, x_dtype, vecs, rows, (None, None), max_cluster):
-            found[stage.name] = vecs, rows
-    return found
+def shapes(kind: str, arch: str, x_dtype: str, max_cluster: int = 8) -> dict[str, Asked]:
+    """By entry of the plainest call: its kernel, and the longest shape that runs it."""
+    flags: Flags = (x_dtype, None) if kind == "rows_bwd" else NONE
+    return {
+        stage.name: (stage.kernel, shape)
+        for shape in sampled(kind, x_dtype)
+        for stage in stages(arch, x_dtype, shape, flags, ALL, max_cluster)
+        if stage.family in KINDS[kind]
+    }
 
 
-def longest(arch: str, x_dtype: str, max_cluster: int = 8) -> dict[str, tuple[int, int]]:
-    """Of `shapes`, the longest of each kernel."""
-    last = {}
-    every = shapes(arch, x_dtype, max_cluster)
-    for name, (vecs, rows) in sorted(every.items(), key=lambda item: item[1]):
-        for stage in stages(arch, x_dtype, vecs, rows, (None, None), max_cluster):
-            if stage.name == name:
-                last[stage.kernel] = name
-    return {name: every[name] for name in last.values()}
-
-
-def usual_flags(x_dtype: str) -> tuple[Flags, ...]:
-    """The heaviest first: weight and bias of x's dtype, of float32, none."""
-    return tuple(dict.fromkeys([(x_dtype, x_dtype), ("float32", "float32"), (None, None)]))
-
-
-def rare_flags(x_dtype: str) -> tuple[Flags, ...]:
-    """Tried on one entry only: the code is the same everywhere."""
-    mixed = [("float64", "float64"), (x_dtype, "float32")] if x_dtype == "float16" else []
-    return ((x_dtype, None), (None, x_dtype), *mixed)
+def rare(family: str, x_dtype: str) -> list[tuple[Flags, Wanted]]:
+    """Tried on the longest of a kernel alone: the code is the same everywhere."""
+    if family == "warp":
+        mixed = [("float64", "float64"), (x_dtype, "float32")] if x_dtype == "float16" else []
+        return [(flags, ALL) for flags in ((x_dtype, None), (None, x_dtype), *mixed)]
+    if family in KINDS["rows_bwd"]:
+        some = ((True, False, False), (False, True, True), (True, True, False))
+        return [((x_dtype, None), wanted) for wanted in some]
+    return []
 
 
 def entries(arch: str, x_dtype: str, family: str, *, everything: bool = False) -> list[Stage]:
     """Stages to compile, without repeats: every one, or the longest of each kernel."""
-    for other in (grid_bwd, grid_column):
-        if family in other.FAMILIES:
-            return other.entries(arch, x_dtype, family, everything)
+    kind = next(kind for kind, families in KINDS.items() if family in families)
     # K3 is what a device without clusters takes: its copies differ by architecture all the same.
-    most = 1 if family == "shared" else 8
-    some = longest(arch, x_dtype, most)
-    first, *others = usual_flags(x_dtype)
-    wanted = [(some, first)]
-    if everything:
-        every = shapes(arch, x_dtype, most)
-        one = {name: shape for name, shape in some.items() if "_fwd_warp_" in name}
-        wanted = [(every, flags) for flags in (first, *others)]
-        wanted += [(one, flags) for flags in rare_flags(x_dtype)]
+    most = 1 if family.startswith("shared") else 8
+    every = shapes(kind, arch, x_dtype, most).values()
+    longest = dict(sorted(every, key=lambda asked: asked[1][1::-1])).values()  # of each kernel
+    # The heaviest first: weight and bias of x's dtype, of float32, none.
+    usual = [((d, d), ALL) for d in dict.fromkeys((x_dtype, "float32", None))]
+    if not everything:
+        usual = usual[:1]
+    all_shapes = dict.fromkeys(shape for _, shape in every)
+    if kind == "columns":
+        wanted = [(shape, how) for shape in all_shapes for how in usual]
+    elif everything:
+        wanted = [(shape, how) for how in usual for shape in all_shapes]
+        wanted += [(shape, how) for how in rare(family, x_dtype) for shape in longest]
+    else:
+        wanted = [(shape, usual[0]) for shape in longest]
     chosen = {}
-    for names, flags in wanted:
-        for vecs, rows in names.values():
-            for stage in stages(arch, x_dtype, vecs, rows, flags, most):
-                if stage.family == family:
-                    chosen[stage.name] = stage
-    return list(chosen.values())
+    for shape, how in wanted:
+        for stage in stages(arch, x_dtype, shape, *how, most):
+            if stage.family == family:
+                chosen[stage.name] = stage
+    found = list(chosen.values())
+    if everything or kind != "columns":
+        return found
+    # Of lanes that with the fewest registers to spare, of tiles the widest.
+    if family == "lanes":
+        return [stage for stage in found if stage.constants[1] == _TIGHT][:1]
+    return sorted(found, key=lambda stage: stage.constants[1])[-1:]
 
 
 def all_entries(arch: str) -> list[Stage]:
