@@ -1,4 +1,4 @@
-# make demo | test | lint | notebooks | instructions | gpu OUT=folder | bench | clean
+# make demo | emulate | test | lint | notebooks | instructions | gpu OUT=folder | bench | clean
 #
 # demo and test make virtual environments of their own and install into them once; a changed
 # pyproject.toml or constraints.txt installs again. gpu uses the python it is given: PYTHON=...
@@ -21,10 +21,11 @@ comma := ,
 DEMO_EXTRAS = $(EXTRAS)$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint notebooks instructions docs gpu bench clean python-check compiler-check
+.PHONY: help demo emulate test lint notebooks instructions docs gpu bench clean python-check compiler-check
 
 help:
 	@echo "make demo              install, normalize real data on every available path, save a picture"
+	@echo "make emulate           run handwritten digits through every kernel, without a GPU (a minute or two)"
 	@echo "make test              install all that the tests need, run them"
 	@echo "make lint              ruff and mypy"
 	@echo "make notebooks         run docs/notebooks/*.py and store what they show in the .ipynb"
@@ -43,6 +44,7 @@ python-check:
 demo: $(DEMO)/.installed
 	@mkdir -p out
 	$(DEMO)/bin/python -P -m cupynorm --picture out/demo.png
+	@command -v nvidia-smi >/dev/null || echo "No GPU here: 'make emulate' runs the kernels without one."
 
 $(DEMO)/.dependencies: pyproject.toml | python-check
 	$(PYTHON) -m venv $(DEMO)
@@ -57,6 +59,10 @@ $(DEMO)/.installed: $(DEMO)/.dependencies $(SOURCES)
 
 test: compiler-check $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# The PTX of every kernel on the CPU, on real data: kernel, architecture, error, bytes moved over the floor.
+emulate: compiler-check $(VENV)/.installed
+	$(VENV)/bin/python -m tests.ptx
 
 compiler-check:
 	@command -v g++ >/dev/null || { echo "g++ is needed: it builds the engine that runs" \

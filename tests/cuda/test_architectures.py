@@ -1,0 +1,25 @@
+"""Every row kernel as it is compiled for other architectures: the bits are those of sm_90."""
+
+import pytest
+
+from cupynorm._cuda.plan import Device
+from tests.cuda.rows import FAMILIES, At, case, length, run
+from tests.gpu_backend import SIMULATED, SimulatedMachine
+from tests.ptx.limits import DeviceLimits
+
+MACHINES = {
+    arch: SimulatedMachine(Device(int(arch), 132, DeviceLimits.of(arch).opt_in_shared))
+    for arch in ("75", "80", "100", "120")
+}
+
+
+@pytest.mark.parametrize("arch", MACHINES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("family", [*FAMILIES, "cluster"])
+def test_the_bits_of_sm_90(arch, direction, family):
+    """Rows at odd addresses of a 16-bit type, whose conversions differ, and of float32."""
+    for dtype, at in (("bfloat16", At(1, 2)), ("float32", At())):
+        data = case(direction, 3, length(family, dtype, direction), dtype)
+        places = dict.fromkeys(data.shaped, at)
+        expected, got = (run(m, data, family, at=places) for m in (SIMULATED, MACHINES[arch]))
+        assert got.bits() == expected.bits()
