@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+import cupynorm as cn
 import cupynorm.torch as cn_torch
-from tests.torch.cases import DTYPES, SHAPES, affine, check, name_of, numbers, numpy_of
+from tests.torch.cases import DTYPES, SHAPES, affine, check, name_of, numbers
 
 reference = torch.nn.functional.layer_norm
 
@@ -30,12 +31,6 @@ def test_values(loops, shape, n, affines, eps):
     y = cn_torch.layer_norm(x, shape[-n:], weight, bias, eps)
     check(y, x, n, weight, bias, eps)
     assert torch.equal(y.isnan(), reference(x, shape[-n:], weight, bias, eps).isnan())
-
-
-def test_a_large_result(loops):
-    """Memory from 4 MiB up is asked for in huge pages, and the loops go over threads."""
-    x = numbers(2000, 768)
-    check(cn_torch.layer_norm(x, (768,)), x, 1)
 
 
 def test_negated_memory():
@@ -304,10 +299,6 @@ def test_threads_are_torchs_unless_ours_are_set(monkeypatch):
 
 
 def test_functional_and_adapter_agree():
-    import cupynorm as cn
-
     x, (weight, bias) = numbers(5, 70), affine(70)
-    assert torch.equal(
-        cn.layer_norm(x, 70, weight, bias), cn_torch.layer_norm(x, (70,), weight, bias)
-    )
-    assert numpy_of(cn.layer_norm(x, 70)).shape == (5, 70)
+    y = cn_torch.layer_norm(x, (70,), weight, bias)
+    assert torch.equal(y, cn.layer_norm(x, 70, weight, bias))
