@@ -9,7 +9,8 @@ import cupynorm as cn
 from cupynorm._cpu import arrays as _cpu
 from cupynorm._cpu import blocks
 from tests import oracle
-from tests.conftest import ALL_DTYPES, np_dtype
+from tests.conftest import ALL_DTYPES
+from tests.cpu.layouts import same_bits, values
 
 pytest.importorskip("numba")
 
@@ -28,17 +29,12 @@ def no_copies(monkeypatch):
     monkeypatch.setattr(blocks, "forward", refuse)
 
 
-def values(shape, dtype, seed=0):
-    rng = np.random.default_rng([seed, *shape])
-    return (rng.standard_normal(shape) * 3 + 5).astype(np_dtype(dtype))
-
-
 def affine(N):
     return np.linspace(0.5, 2, N, dtype=np.float32), np.linspace(-1, 1, N, dtype=np.float32)
 
 
 def same(got, want):
-    return all(a.tobytes() == b.tobytes() for a, b in zip(got, want, strict=True))
+    return all(same_bits(a, b) for a, b in zip(got, want, strict=True))
 
 
 def laid(x):
