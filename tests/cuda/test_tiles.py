@@ -89,10 +89,10 @@ def test_no_plan_moves_a_bit(machine, dtype, way):
 def test_bits_of_a_row_are_its_own(machine, direction):
     """Whichever batch it stands in, and whichever way it is read and written."""
     data = case(direction, 200, 50)
-    whole = tiled(machine, data, "FC").rows()
-    check(tiled(machine, data, "FC"), data)
+    whole = tiled(machine, data, "FC")
+    check(whole, data)
     for way in WAYS:
-        assert tiled(machine, data.rows(slice(57, 80)), way).rows() == whole[57:80]
+        assert tiled(machine, data.rows(slice(57, 80)), way).rows() == whole.rows()[57:80]
 
 
 @ON_EACH_MACHINE
@@ -124,20 +124,26 @@ def test_two_columns_at_once(machine, way):
             assert widths == {4: 2 * 77 * (N // 2)} | ({2: 2 * 77} if N % 2 else {})
 
 
-@ON_EACH_MACHINE
-@pytest.mark.parametrize("N", [40, LONG])
-def test_in_place(machine, N):
-    """Also in two sweeps, the second of which reads again what the first did."""
-    data, device = case("forward", 100, N, "float16"), dataclasses.replace(SMALL, sm_count=1)
-    expected = tiled(machine, data, device=device).bits()
-    assert tiled(machine, data, device=device, in_place=True).bits() == expected
+ALONE = dataclasses.replace(SMALL, sm_count=1)
+AFFINE = [
+    ("float16", 100, 40, ALONE, "float64", None),
+    ("float16", 100, 40, ALONE, None, None),
+    ("float16", 100, LONG, ALONE, None, "float16"),  # in two sweeps: the second reads again
+    ("bfloat16", 520, 12, ONE_SM, "float64", "float16"),  # by lanes
+    ("bfloat16", 520, 12, ONE_SM, "float64", None),
+    ("bfloat16", 520, 12, ONE_SM, None, None),
+]
 
 
 @ON_EACH_MACHINE
-@pytest.mark.parametrize(("weight", "bias"), [("float64", None), (None, "float16"), (None, None)])
-def test_weight_and_bias_of_their_own(machine, weight, bias):
-    data = case("forward", 40, 20, "float16", weight, bias)
-    check(tiled(machine, data, "FC"), data)
+@pytest.mark.parametrize(("dtype", "rows", "N", "device", "weight", "bias"), AFFINE)
+def test_weight_and_bias_and_in_place(machine, dtype, rows, N, device, weight, bias):
+    data = case("forward", rows, N, dtype, weight, bias)
+    expected = tiled(machine, data)
+    check(expected, data)
+    result = tiled(machine, data, device=device, in_place=True)
+    assert result.bits() == expected.bits()
+    assert (result.plan.family == "lanes") == (device is ONE_SM)
 
 
 # --- backward: what is wanted, and more columns than two tiles hold -------------------------------
@@ -304,16 +310,6 @@ def test_no_address_moves_a_bit(machine, dtype):
             result = run(machine, data, at={"x": x, "y": y}, outer=2, device=ONE_SM, seed=seed)
             assert result.plan.family == "lanes"
             assert result.bits() == expected
-
-
-@ON_EACH_MACHINE
-@pytest.mark.parametrize(
-    ("weight", "bias"), [("float64", "float16"), ("float64", None), (None, None)]
-)
-def test_lanes_in_place_and_without_weight_or_bias(machine, weight, bias):
-    data = case("forward", 520, 12, "bfloat16", weight, bias)
-    expected = tiled(machine, data).bits()
-    assert by_lanes(machine, data, in_place=True).bits() == expected
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
