@@ -61,10 +61,8 @@ def test_gradients_for_every_pair_of_dtypes(loops, dtype, affine_dtype):
 def test_gradients_for_every_layout(loops, layout):
     x, n = (numbers(3, 4, 5), 2) if layout == "multi-axis" else (LAYOUTS[layout](), 1)
     shape = x.shape[x.ndim - n :]
-    turned_round = range(n - 1, -1, -1)
-    weight, bias = (
-        t.detach().permute(*turned_round).requires_grad_() for t in affine(*shape[::-1])
-    )
+    backwards = range(n - 1, -1, -1)
+    weight, bias = (t.detach().permute(*backwards).requires_grad_() for t in affine(*shape[::-1]))
     x.requires_grad_()
     turned = dy_of(x.shape[::-1]).permute(*range(x.ndim - 1, -1, -1))
     for dy in (dy_of(x.shape), turned, torch.ones(()).expand(x.shape)):
