@@ -165,6 +165,9 @@ def test_backward(lib, dtype, layout):
         want = cold(cn.layer_norm_backward, **given, **stats, output_mask=mask)
         assert told(lib, warm) == told(lib, want)
         assert [a is not None for a in want] == list(mask or (True, kind == "weight", True))
+        whole = cn.layer_norm_backward(**given, **stats, output_mask=(True, True, True))
+        pairs = zip(told(lib, want)[1:], told(lib, whole)[1:], strict=True)
+        assert all(a in (None, b) for a, b in pairs)  # whatever else is asked for
         if mask is None and 0 not in given["x"].shape:
             check(lib, want, **given)
 
