@@ -1,6 +1,5 @@
 """What `explain` says is what a call does; `warmup` compiles what a later call takes."""
 
-import io
 import itertools
 import subprocess
 import sys
@@ -222,8 +221,6 @@ def test_warmup_on_the_cpu_leaves_nothing_to_compile():
     [
         (lambda x: cn.explain(x, 7), ValueError, "trailing dimensions"),
         (lambda x: cn.explain(x.astype(np.int64)), TypeError, "int64.*astype"),
-        (lambda x: cn.explain(x, device="sm_91"), ValueError, "sm_91.*sm_90"),
-        (lambda x: cn.warmup(16, ["int32"], device="cpu"), TypeError, "int32"),
         (lambda x: cn.warmup(16, device="tpu"), ValueError, "'tpu'"),
     ],
 )
@@ -248,18 +245,9 @@ def test_when_warmup_draws_a_bar(monkeypatch, dtypes, progress, hidden):
         return items
 
     monkeypatch.setitem(sys.modules, "tqdm.auto", SimpleNamespace(tqdm=tqdm))
-    assert len(cn.warmup(16, dtypes, device="cpu", progress=progress)) == len(dtypes)
+    names = cn.warmup(16, dtypes, device="cpu", progress=progress)
+    assert [name.rsplit(" ", 1)[1] for name in names] == dtypes
     assert asked == ([] if progress is False else [(dtypes, "compiling loops", hidden)])
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_tqdm_itself_draws_where_someone_looks_on(monkeypatch, terminal):
-    pytest.importorskip("tqdm")
-    shown = io.StringIO()
-    shown.isatty = lambda: terminal
-    monkeypatch.setattr(sys, "stderr", shown)
-    cn.warmup(16, TWO, device="cpu")
-    assert ("compiling loops: " in shown.getvalue()) is terminal
 
 
 def test_without_tqdm_silence_unless_a_bar_is_asked_for(monkeypatch, capsys):
