@@ -109,27 +109,3 @@ def test_jax_grad_and_vmap(jax):
 
 
 # --- torch: the rest is in tests/torch ------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:Dynamo detected:UserWarning")
-def test_torch_compile_finds_no_graph_break(assert_close):
-    torch = pytest.importorskip("torch")
-    x, weight, bias = (torch.tensor(a) for a in (X, WEIGHT, BIAS))
-    about = {"fullgraph": True, "backend": "eager"}
-    compiled = torch.compile(lambda x: cn.layer_norm(x, (3, 8), weight, bias), **about)
-    assert_close(compiled(x).numpy(), WANT[0], "float32", 24)
-
-
-def test_torch_leaves_and_layouts():
-    torch = pytest.importorskip("torch")
-    x = torch.tensor(X[:2, :, :3], dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x, weight: cn.layer_norm(x, weight=weight, axis=(2, 0), return_stats=True),
-        (x, weight),
-    )
-    x = torch.randn(2, 5, 4, 3).to(memory_format=torch.channels_last)
-    y = cn.layer_norm(x, axis=1)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    native = torch.nn.functional.layer_norm(x.permute(0, 2, 3, 1), (5,)).permute(0, 3, 1, 2)
-    torch.testing.assert_close(y, native, rtol=1e-5, atol=1e-5)
