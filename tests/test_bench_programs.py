@@ -340,8 +340,9 @@ def test_predictions_are_below_the_copy_and_committed():
         assert path.read_text(encoding="utf-8") == text, "python -m bench.model --markdown"
 
 
-def test_frames_are_timed_and_their_peaks_told(tmp_path):
+def test_frames_are_timed_and_their_peaks_told(tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
+    monkeypatch.setenv("CUPYNORM_NUMBA", "0")  # of the processes whose memory is told
     frames = pytest.importorskip("bench.frames")
     command = ["--rows", "300", "--frames", "mixed", "--seconds", "0", "--to", str(tmp_path)]
     assert frames.main(command) == 0
