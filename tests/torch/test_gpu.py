@@ -1,7 +1,6 @@
 """`cupynorm.torch` on a GPU: values, torch's streams, allocator, graphs, compiler and autocast."""
 
 import contextlib
-import threading
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from tests.conftest import Backend, why_not
 torch = pytest.importorskip("torch")
 
 import cupynorm.torch as cn_torch  # noqa: E402
+from tests.cpu.in_threads import in_threads  # noqa: E402
 from tests.torch.cases import (  # noqa: E402
     DTYPES,
     TORCHSCRIPT,
@@ -75,15 +75,6 @@ def test_values_and_gradients(dtype, N):
     assert [r.dtype for r in results] == [dtype] * 4
     assert all(r.device == given[0].device for r in results)
     check_all(results, *given)
-
-
-@each_family
-def test_without_parameters(N):
-    x, _, _, dy = problem(N)
-    y = cn_torch.layer_norm(x, (N,))
-    (dx,) = torch.autograd.grad(y, x, dy)
-    check(*cpu(y, x), 1)
-    check_gradients((*cpu(dx), None, None), *cpu(dy, x), 1)
 
 
 def test_sums_over_200000_rows_are_no_worse_than_torchs():
@@ -185,11 +176,7 @@ def test_many_threads_with_a_stream_each():
                 results[i] = forward_and_backward(*given[i])
             torch.cuda.current_stream().synchronize()
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(given))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(len(given), work)
     for made, of in zip(results, given, strict=True):
         check_all(made, *of)
 
@@ -377,20 +364,6 @@ def test_results_come_from_torchs_allocator(N):
     assert backward == x.nbytes + 2 * weight.nbytes
 
 
-def test_modules_share_their_parameters():
-    """`requires_grad` keeps a tensor from being exported; what lies under it is shared."""
-    import cupy
-
-    theirs = torch.nn.LayerNorm(64, device=DEVICE)
-    mine = cn.LayerNorm.from_torch(theirs)
-    assert type(mine.weight) is cupy.ndarray
-    assert mine.weight.data.ptr == theirs.weight.data_ptr()
-    assert mine.bias.data.ptr == theirs.bias.data_ptr()
-    back = mine.to_torch()
-    assert back.weight.data_ptr() == theirs.weight.data_ptr()
-    assert back.weight.requires_grad
-
-
 def test_an_exporter_that_requires_grad_is_refused_by_torch():
     from cupynorm._cuda import arrays as _cuda
 
@@ -456,22 +429,3 @@ def test_autocast_gives_torchs_dtypes(dtype, under):
         assert mine.dtype == theirs.dtype
         bound = 16 * torch.finfo(dtype).eps
         torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound * 16)
-
-
-def test_a_model_under_autocast():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(64, 96), torch.nn.LayerNorm(96), torch.nn.GELU(), torch.nn.Linear(96, 8)
-    ).to(DEVICE)
-    ours = cn_torch.convert(model, inplace=False)
-    assert type(ours[1]) is cn_torch.LayerNorm and type(model[1]) is torch.nn.LayerNorm
-    x = on_device(numbers(33, 64) - 3)
-    grads = []
-    for m in (ours, model):
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = m(x).float().square().mean()
-        loss.backward()
-        grads.append([p.grad for p in m.parameters()])
-    for mine, theirs in zip(*grads, strict=True):
-        assert mine.dtype == theirs.dtype == torch.float32
-        torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.02)
