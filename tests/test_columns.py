@@ -316,18 +316,15 @@ def foreign(library, make):
     return lambda: make(pytest.importorskip(library))
 
 
-# What is given (columns alone, or arguments beside two columns of ones), and what is said.
+# What is given (columns alone, or arguments beside two columns of ones), and what is said. More
+# of them, to the letter, in frozen.py.
 REFUSED = [
     # lengths and shapes
-    ([ONES, np.ones(5)], ValueError, ("columns[1] has 5 elements", "has 4")),
-    ([ONES, np.ones((4, 1))], ValueError, ("columns[1] has shape (4, 1)", "reshape(-1)")),
-    ([], ValueError, ("columns is empty",)),
     (np.ones((4, 2)), TypeError, ("ndarray", "list(columns.T)")),
     ({"a": np.ones(3)}, TypeError, ("dict", "list(columns.values())")),
     ("ab", TypeError, ("str",)),
     ([(1, 2, 3, 4)], ValueError, ("a tuple of 4",)),
     # dtypes without numbers
-    ([ONES, np.array(["a", "b"])], TypeError, ("columns[1]", "str", "Encode")),
     ([ONES, np.array([1, "b"], object)], TypeError, ("object", "astype('float64')")),
     ([ONES, np.array([1j, 2])], TypeError, ("complex128", "columns[1].real")),
     ([ONES, np.array(["2020-01-01", "NaT"], "M8[D]")], TypeError,
@@ -351,16 +348,12 @@ REFUSED = [
     ([(X, X > 0)], TypeError, ("dtype bool", "packbits")),
     ([(X, np.ones(9, np.uint8), 1.5)], TypeError, ("offset of columns[0]",)),
     # weights, eps, dtype, out, nulls
-    ({"weight": np.ones(3)}, ValueError, ("weight has shape (3,)", "(2,)")),
     ({"bias": np.ones((1, 2))}, ValueError, ("bias has shape (1, 2)",)),
     ({"weight": np.ones(2, int)}, TypeError, ("weight has dtype int64",)),
     ({"bias": [1.0, 2.0]}, TypeError, ("bias is a builtins.list",)),
     ({"eps": np.nan}, ValueError, ("eps=nan",)),
     ({"eps": "x"}, TypeError, ("eps",)),
-    ({"nulls": "drop"}, ValueError, ("nulls='drop'", "omit")),
-    ({"dtype": "int32"}, TypeError, ("dtype='int32'", "bfloat16")),
     ({"dtype": "nonsense"}, TypeError, ("dtype='nonsense'",)),
-    ({"out": np.ones((2, 4))}, ValueError, ("out has shape (2, 4)", "(4, 2)")),
     ({"out": np.ones((4, 2), int)}, ValueError, ("out has dtype int64",)),
     ({"out": ROOM, "dtype": "float32"}, ValueError, ("out has dtype float64", "float32")),
     ({"out": FROZEN}, ValueError, ("read-only",)),

@@ -350,8 +350,6 @@ X = da.ones((6, 8), chunks=(3, 4), dtype=np.float32)
         (lambda: cd.layer_norm(X.astype(int)), TypeError, r"int64.*x.astype\('float32'\)"),
         (lambda: cd.layer_norm(X, 8, axis=1), TypeError, "both normalized_shape=8 and axis=1"),
         (lambda: cd.layer_norm(X, 7), ValueError, r"\(7,\).*\(6, 8\).*\(8,\)"),
-        (lambda: cd.layer_norm(X, axis=2), ValueError, "axis=2 is out of range"),
-        (lambda: cd.layer_norm(X, eps=math.inf), ValueError, "eps=inf"),
         (lambda: cd.layer_norm(X, weight=np.ones(7)), ValueError, r"weight has shape \(7,\).*\(8"),
         (lambda: cd.layer_norm(X, bias=da.ones(7)), ValueError, r"bias has shape \(7,\).*\(8,\)"),
         (lambda: cd.layer_norm(X, bias=np.ones(8, int)), TypeError, "bias has dtype int64"),
