@@ -1,10 +1,9 @@
-"""Dask arrays on worker processes: one killed, memory spilled, progress, the same bits."""
+"""Dask arrays on worker processes: one killed, memory spilled, the same bits."""
 
 import importlib
 import os
 import signal
 import time
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -126,22 +125,9 @@ def test_a_worker_is_killed_in_the_middle(client, chunks):
         time.sleep(0.05)
 
 
-def test_progress_and_dashboard(client, capsys):
-    """Bars of the dashboard are named and coloured by the first part of a key."""
+def test_names_of_a_dashboards_bars(client):
+    """They are named and coloured by the first part of a key."""
     with distributed.get_task_stream(client) as stream:
-        y = cd.layer_norm(made_there((50, 4000), (100, 8000))).persist()
-        distributed.progress(y, notebook=False, interval="10ms")
-        distributed.wait(y)
+        distributed.wait(cd.layer_norm(made_there((50, 4000), (100, 8000))).persist())
     shown = {distributed.utils.key_split(task["key"]) for task in stream.data}
     assert {"layer_norm", "layer_norm-moments", "layer_norm-statistics"} <= shown
-    said, deadline = "", time.monotonic() + 30
-    while "100% Completed" not in said and time.monotonic() < deadline:
-        said += capsys.readouterr().out
-        time.sleep(0.05)
-    assert "100% Completed" in said
-    pytest.importorskip("bokeh")
-    port = client.cluster.scheduler.services["dashboard"].port
-    for page in ("status", "individual-progress", "graph"):
-        with urlopen(f"http://127.0.0.1:{port}/{page}", timeout=30) as answer:
-            assert answer.status == 200
-            assert b"Bokeh" in answer.read()
