@@ -16,48 +16,50 @@ from tests.gpu_backend import SIMULATED
 from tests.report import put_table
 
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
-EACH_DTYPE = pytest.mark.parametrize("dtype", EPSILON)
 
-# N, offset, scale: the spread of the values around a common offset. 64 columns stay in one warp,
-# 1000 are odd in vectors, 5000 take a block, 20000 are merged from chunks.
-HALF = [(1000, 0.0, 1.0), (1000, 100.0, 1.0), (1000, 6e4, 2e3), (5000, 6e4, 2e3), (64, 0.0, 1e-3)]
+# rows, N, offset and scale of x, by direction; dy has mean 1/5 and deviation 1. 64 columns stay in
+# one warp, 1000 are odd in vectors, 5000 take a block, 20000 are merged from chunks.
+HALF = [
+    (6, 1000, 0.0, 1.0), (6, 1000, 100.0, 1.0), (6, 1000, 6e4, 2e3), (6, 5000, 6e4, 2e3),
+    (6, 64, 0.0, 1e-3),
+]  # fmt: skip
 SPREADS = (
     *((0.0, 1.0), (1e2, 1.0), (1e4, 1.0), (1e6, 1.0), (-1e6, 1e-1)),
     *((0.0, 1e-20), (0.0, 1e-3), (0.0, 1e6), (0.0, 1e18), (1e18, 1e14)),
 )
-FORWARD = {
-    "float32": [(N, *spread) for N in (64, 1000, 5000, 20000) for spread in SPREADS],
-    "float16": HALF,
-    "bfloat16": HALF,
-    "float64": [(1000, 1e6, 1.0), (20000, 1e12, 1.0), (1000, 0.0, 1e150)],
-}
-# rows, N, offset, scale; dy has mean 1/5 and deviation 1.
-BACKWARD = {
-    "float32": [
+CASES = {
+    ("forward", "float32"): [(6, N, *s) for N in (64, 1000, 5000, 20000) for s in SPREADS],
+    ("forward", "float16"): HALF,
+    ("forward", "bfloat16"): HALF,
+    ("forward", "float64"): [(6, 1000, 1e6, 1.0), (6, 20000, 1e12, 1.0), (6, 1000, 0.0, 1e150)],
+    ("backward", "float32"): [
         (6, 64, 0.0, 1.0), (6, 64, 1e2, 1.0), (6, 64, 1e6, 1.0), (6, 64, -1e6, 1e-1),
         (6, 1000, 0.0, 1.0), (6, 1000, 1e2, 1.0), (6, 1000, 1e4, 1.0), (6, 1000, 1e6, 1.0),
         (6, 1000, 0.0, 1e-3), (6, 1000, 0.0, 1e6), (6, 1000, 0.0, 1e18), (6, 1000, 1e18, 1e14),
         (3, 5000, 0.0, 1.0), (3, 5000, 1e6, 1.0), (300, 64, 0.0, 1.0), (300, 64, 1e4, 1.0),
     ],
-    "float16": [(6, 1000, 0.0, 1.0), (6, 1000, 100.0, 1.0), (6, 64, 6e4, 2e3), (300, 64, 0.0, 1.0)],
-    "bfloat16": [(6, 1000, 0.0, 1.0), (6, 64, 100.0, 1.0), (300, 64, 0.0, 1.0)],
-    "float64": [(6, 1000, 0.0, 1.0), (6, 1000, 1e6, 1.0), (6, 64, 1e12, 1.0), (300, 64, 0.0, 1.0)],
+    ("backward", "float16"): [
+        (6, 1000, 0.0, 1.0), (6, 1000, 100.0, 1.0), (6, 64, 6e4, 2e3), (300, 64, 0.0, 1.0),
+    ],
+    ("backward", "bfloat16"): [(6, 1000, 0.0, 1.0), (6, 64, 100.0, 1.0), (300, 64, 0.0, 1.0)],
+    ("backward", "float64"): [
+        (6, 1000, 0.0, 1.0), (6, 1000, 1e6, 1.0), (6, 64, 1e12, 1.0), (300, 64, 0.0, 1.0),
+    ],
 }  # fmt: skip
 # Errors that pass even where torch's are smaller, in roundings of the result, in which both lie at
 # random: of y its own; of the gradients those of rstd (half a unit to one), and of the operations
 # after it, half a unit each: five for dx (g, a product, two differences, times rstd), three for
 # each term of dweight and one for its sum.
-ALLOWED = {"y": 1.5}
-ALLOWED_BACKWARD = {"dx": 3.0, "dweight": 2.0, "dbias": 1.5}
+ALLOWED = {"forward": {"y": 1.5}, "backward": {"dx": 3.0, "dweight": 2.0, "dbias": 1.5}}
 
 # The rows over which dweight and dbias are summed; the simulator takes the first 4,000 of them.
 MANY_ROWS = [("float32", 0.0), ("float32", 1e4), ("float16", 0.0), ("bfloat16", 0.0)]
 SIMULATED_ROWS = 4_000
 
 
-def values(dtype, rows, N, offset, scale, seed=None):
+def values(dtype, rows, N, offset, scale):
     """dy, x and weight."""
-    rng = np.random.default_rng(seed or (rows, N))
+    rng = np.random.default_rng((rows, N))
     x = offset + scale * rng.standard_normal((rows, N))
     if dtype == "float16":
         x = np.clip(x, -65504, 65504)
@@ -127,6 +129,13 @@ def of_torch(*given):
 # --- the comparison -------------------------------------------------------------------------------
 
 
+def definition(*given):
+    if len(given) == 1:
+        return oracle.layer_norm(*given, (1,), None, None, 1e-5)[:1]
+    dy, x, weight = given
+    return oracle.layer_norm_backward(dy, x, (1,), weight, 1e-5)
+
+
 def errors(got, exact, dtype):
     """Largest errors in units of the rounding of each result."""
     found = []
@@ -136,57 +145,37 @@ def errors(got, exact, dtype):
     return found
 
 
-def compare(allowed, case, theirs, ours):
+TITLE = "Largest error of each result against float64, in units of its rounding (eps * max|exact|)"
+OF_PATHS = "".join(f"{path:>11}" for path in PATHS)
+HEADER = f"dtype      rows      N  offset   scale   result      torch{OF_PATHS}"
+
+
+def compare(direction, dtype, case, theirs, ours):
     """A line of the table for each result, and those in which a path is worse than torch."""
+    rows, N, offset, scale = case
     lines, worse = [], []
-    for i, name in enumerate(allowed):
+    for i, (name, least) in enumerate(ALLOWED[direction].items()):
         cells = "".join(f"{found[i]:>11.3g}" for found in ours.values())
-        label = "" if len(allowed) == 1 else f" {name:>8}"
-        lines.append(f"{case}{label}{theirs[i]:>11.3g}{cells}")
-        most = max(theirs[i], allowed[name])
+        told = f"{dtype:9}{rows:>6}{N:>7}{offset:>8.0e}{scale:>8.0e} {name:>8}"
+        lines.append(f"{told}{theirs[i]:>11.3g}{cells}")
+        most = max(theirs[i], least)
         worse += [(path, lines[-1]) for path, e in ours.items() if not e[i] <= most]
     return lines, worse
 
 
-OF_PATHS = "".join(f"{path:>11}" for path in PATHS)
-TITLE = "Largest error of y against float64, in units of y's rounding (eps * max|y|)"
-HEADER = f"dtype      offset   scale      N      torch{OF_PATHS}"
-TITLE_BACKWARD = (
-    "Largest error of each gradient against float64, in units of its rounding (eps * max|exact|)"
-)
-HEADER_BACKWARD = f"dtype      rows      N  offset   scale   result      torch{OF_PATHS}"
-
-
-@EACH_DTYPE
-def test_errors_of_y_are_never_worse_than_torchs(dtype, pytestconfig):
-    """Not worse beyond the rounding of y itself, in which both lie at random."""
+@pytest.mark.parametrize(("direction", "dtype"), CASES)
+def test_errors_are_never_worse_than_torchs(direction, dtype, pytestconfig):
+    """Not worse beyond the rounding of the result itself, in which both lie at random."""
     table, worse = [HEADER], []
-    for N, offset, scale in FORWARD[dtype]:
-        _, x, _ = values(dtype, 6, N, offset, scale, seed=N)
-        exact = oracle.layer_norm(x, (1,), None, None, 1e-5)[:1]
-        ours = {path: errors(call(x), exact, dtype) for path, call in PATHS.items()}
-        case = f"{dtype:9}{offset:>8.0e}{scale:>8.0e}{N:>7}"
-        lines, bad = compare(ALLOWED, case, errors(of_torch(x), exact, dtype), ours)
-        table, worse = table + lines, worse + bad
-    put_table(pytestconfig, TITLE, table)
-    assert not worse, worse
-
-
-def gradients_case(dtype, rows, N, offset, scale):
-    return f"{dtype:9}{rows:>6}{N:>7}{offset:>8.0e}{scale:>8.0e}"
-
-
-@EACH_DTYPE
-def test_errors_of_gradients_are_never_worse_than_torchs(dtype, pytestconfig):
-    table, worse = [HEADER_BACKWARD], []
-    for case in BACKWARD[dtype]:
-        given = values(dtype, *case)
-        exact = oracle.layer_norm_backward(*given[:2], (1,), given[2], 1e-5)
+    for case in CASES[direction, dtype]:
+        dy, x, weight = values(dtype, *case)
+        given = (x,) if direction == "forward" else (dy, x, weight)
+        exact = definition(*given)
         ours = {path: errors(call(*given), exact, dtype) for path, call in PATHS.items()}
         theirs = errors(of_torch(*given), exact, dtype)
-        lines, bad = compare(ALLOWED_BACKWARD, gradients_case(dtype, *case), theirs, ours)
+        lines, bad = compare(direction, dtype, case, theirs, ours)
         table, worse = table + lines, worse + bad
-    put_table(pytestconfig, TITLE_BACKWARD, table)
+    put_table(pytestconfig, f"{TITLE}, {direction}", table)
     assert not worse, worse
 
 
@@ -208,7 +197,7 @@ def test_sums_over_200000_rows(dtype, offset, pytestconfig):
     """
     case = (200_000, 8, offset, 1.0)
     given = values(dtype, *case)
-    exact = oracle.layer_norm_backward(*given[:2], (1,), given[2], 1e-5)
+    exact = definition(*given)
     on_cpu = {path: call for path, call in PATHS.items() if path != "kernels"}
     ours = {path: errors(call(*given), exact, dtype) for path, call in on_cpu.items()}
     threads, runs = torch.get_num_threads(), []
@@ -218,10 +207,10 @@ def test_sums_over_200000_rows(dtype, offset, pytestconfig):
     torch.set_num_threads(threads)
     theirs = [min(found) for found in zip(*runs, strict=True)]
     dy, x = (a[:SIMULATED_ROWS] for a in given[:2])
-    exact = oracle.layer_norm_backward(dy, x, (1,), given[2], 1e-5)
+    exact = definition(dy, x, given[2])
     got = run(SIMULATED, Case("backward", x, given[2], None, dy), "warp", sm_count=1)
     assert SIMULATED_ROWS / (got.plan.partials * got.plan.rows_per_block) > 200_000 / (132 * 32)
     ours["kernels"] = errors(got.arrays, exact, dtype)
-    lines, worse = compare(ALLOWED_BACKWARD, gradients_case(dtype, *case), theirs, ours)
-    put_table(pytestconfig, TITLE_BACKWARD, [HEADER_BACKWARD, *lines])
+    lines, worse = compare("backward", dtype, case, theirs, ours)
+    put_table(pytestconfig, f"{TITLE}, backward", [HEADER, *lines])
     assert not worse, worse
