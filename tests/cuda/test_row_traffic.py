@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 
-from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests.conftest import ALL_DTYPES
@@ -17,9 +16,9 @@ from tests.cuda.rows import (
     cols,
     device_for,
     length,
-    problem_of,
     run,
 )
+from tests.cuda.test_plan import plan_of
 from tests.gpu_backend import SIMULATED
 from tests.report import put_table
 
@@ -174,20 +173,10 @@ def test_the_split_kernels_own_sums():
     assert apply["workspace"].distinct_read_bytes == runs * gradients
 
 
-def dense_plan(direction, dtype, rows, N, device=SIMULATED.device):
-    """The plan of row-major arrays; of a backward all three gradients, with a weight."""
-    backward = direction == "backward"
-    dtypes = {"x": dtype}
-    if backward:
-        dtypes |= dict.fromkeys(("weight", "dweight", "dbias"), dtype)
-    strides = dict.fromkeys(SHAPED[direction], (rows * N, N))
-    return choose_plan(problem_of(dtypes, (1, rows, N), strides, backward), device)
-
-
 def workspace_share(dtype, chunks, rows):
     """Bytes of the workspace that the normalizing blocks read, over the bytes of x."""
     N = chunks * CHUNK_VECS * VEC_BYTES // ITEMSIZE[dtype]
-    plan = dense_plan("forward", dtype, rows, N, device_for(SIMULATED, "split"))
+    plan = plan_of("forward", N, dtype, device_for(SIMULATED, "split"), rows=rows)
     return plan.parts * plan.workspace_bytes / (rows * N * ITEMSIZE[dtype])
 
 
@@ -222,7 +211,7 @@ def test_workspace_is_a_few_percent_of_x(request):
 
 def partials_share(dtype, N, rows):
     """Bytes that partials move twice, over the bytes of dy, x and dx, on sm_90; the family."""
-    plan = dense_plan("backward", dtype, rows, N)
+    plan = plan_of("backward", N, dtype, rows=rows, weight=dtype, totals=(dtype, dtype))
     partials = 2 * plan.partials * plan.pitch * ITEMSIZE[stats_dtype(dtype)]
     return 2 * partials / (3 * rows * N * ITEMSIZE[dtype]), plan.family
 
