@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm._cuda.launch import choose_plan
 from tests import gpu_backend
 from tests.cpu.in_threads import in_threads
 from tests.cuda.calls import Spent
-from tests.cuda.rows import EACH, Case, device_for, length, problem_of, run, spread
+from tests.cuda.rows import EACH, Case, device_for, length, run, spread
 from tests.directions import backward
 from tests.directions import check as check_library
 
@@ -138,49 +137,6 @@ def test_dx_alone_needs_no_workspace_and_one_launch(sim):
     with Spent(sim) as nothing:
         cn.layer_norm_backward(dy, x, None, mean, rstd, output_mask=(False, False, False))
     assert (len(nothing.launches), nothing.allocations) == (0, 0)
-
-
-def test_launch_geometry_and_arguments(sim):
-    """A slice of a padded (2, 3, 120) array: pointers, rows, strides, N, eps in entry order."""
-    whole = sim.asarray(numbers(2, 4, 128))
-    x = whole[:, :3, 5:105]
-    weight, bias = (sim.asarray(numbers(100)) for _ in range(2))
-    with Spent(sim) as spent:
-        y, mean, rstd = cn.layer_norm(x, 100, weight, bias, 1e-3, return_stats=True)
-    (launch,) = spent.launches
-    pointers = tuple(a.data.ptr for a in (x, y, weight, bias, mean, rstd))
-    assert launch.args == (*pointers, 6, 3, 4 * 128, 128, 300, 100, 100, 1e-3)
-    assert type(launch.args[-1]) is float
-    assert launch.grid == (1, 1, 1) and launch.block == (128, 1, 1)
-    assert (launch.device, launch.stream, launch.shared_bytes) == (0, 0, 0)
-    x_traffic = launch.traffic[x]
-    assert x_traffic.read_bytes == 6 * 100 * 4  # and none of the padding
-
-
-def test_arguments_of_the_backward(sim):
-    """Slices of padded arrays: pointers, rows, strides of dy, x and dx, N, in entry order."""
-    dy = sim.asarray(numbers(2, 4, 128))[:, :3, 5:82]
-    x = sim.asarray(numbers(2, 5, 100))[:, 1:4, 3:80]
-    weight = sim.asarray(numbers(77))
-    _, mean, rstd = cn.layer_norm(x, weight=weight, return_stats=True)
-    with Spent(sim) as spent:
-        dx, dweight, dbias = cn.layer_norm_backward(dy, x, 77, mean, rstd, weight)
-    main, totals = spent.launches
-    *pointers, workspace = main.args[:7]
-    assert pointers == [a.data.ptr for a in (dy, x, mean, rstd, weight, dx)]
-    assert main.args[7:] == (6, 3, 4 * 128, 128, 500, 100, 3 * 77, 77, 77)
-    strides = {"dy": (4 * 128, 128), "x": (500, 100), "dx": (3 * 77, 77)}
-    dtypes = dict.fromkeys(("x", "weight", "dweight", "dbias"), "float32")
-    problem = problem_of(dtypes, (2, 3, 77), strides, backward=True)
-    from cupynorm._cuda import arrays as _cuda  # as the stand-in has it
-
-    plan = choose_plan(problem, _cuda.device_of(0))
-    assert main.grid == plan.stages[0].grid
-    assert totals.args == (
-        workspace, plan.partials, plan.pitch, 77, dweight.data.ptr, dbias.data.ptr,
-    )  # fmt: skip
-    assert workspace % 16 == 0
-    assert main.traffic[dy].read_bytes == main.traffic[x].read_bytes == 6 * 77 * 4
 
 
 def test_numbers_that_stay_are_made_once(monkeypatch):
