@@ -28,14 +28,9 @@ def make_cupy(
     devices: int = 1,
     seed: int | None = 0,
     count: bool = True,
-    l2_bytes: int = 50 * 1024 * 1024,
-    registers_per_thread: int | None = None,
 ) -> Any:
     """A fresh stand-in; `module.simulator` holds its launches, compilations and memory."""
-    sim = Simulator(
-        DeviceLimits.of(compute_capability), sm_count, devices, l2_bytes, seed, count,
-        registers_per_thread=registers_per_thread,
-    )  # fmt: skip
+    sim = Simulator(DeviceLimits.of(compute_capability), sm_count, devices, seed, count)
     bound = {"_sim": sim, "__module__": "cupy"}
     cupy: Any = ModuleType("cupy")
     cupy.__version__ = "14.2.0"
@@ -44,7 +39,7 @@ def make_cupy(
     cupy.ndarray = type("ndarray", (Array,), bound)
     cupy.RawKernel = type("RawKernel", (RawKernel,), bound)
     cupy.cuda = _make_cuda(sim, bound)
-    cupy.dtype, cupy.newaxis = np.dtype, None
+    cupy.dtype = np.dtype
     for name in _DTYPES.split():
         setattr(cupy, name, getattr(np, name))
     for function in (_creation(cupy), _conversion(cupy)):
@@ -60,30 +55,19 @@ def _make_cuda(sim: Simulator, bound: dict[str, Any]) -> Any:
     cuda.Stream.null = sim.null_stream = cuda.Stream(null=True)
     cuda.ExternalStream = _external_stream(cuda.Stream)
     cuda.MemoryPointer = MemoryPointer
-    cuda.alloc = sim.alloc
     cuda.get_current_stream = lambda device_id=None: current_stream(sim)
     cuda.is_available = lambda: sim.device_count > 0
     cuda.runtime = runtime = ModuleType("cupy.cuda.runtime")
-    limits = sim.limits
+    capability = sim.limits.compute_capability
     properties = {
-        "name": b"Simulated GPU sm_" + limits.compute_capability.encode(),
-        "major": int(limits.compute_capability[:-1]),
-        "minor": int(limits.compute_capability[-1]),
-        "multiProcessorCount": sim.sm_count,
+        "name": b"Simulated GPU sm_" + capability.encode(),
+        "major": int(capability[:-1]),
+        "minor": int(capability[-1]),
         "totalGlobalMem": 80 * 1024**3,
-        "sharedMemPerBlock": limits.shared,
-        "sharedMemPerBlockOptin": limits.opt_in_shared,
-        "sharedMemPerMultiprocessor": limits.shared_per_multiprocessor,
-        "regsPerMultiprocessor": limits.registers,
-        "maxThreadsPerMultiProcessor": limits.threads_per_multiprocessor,
-        "l2CacheSize": sim.l2_bytes,
-        "warpSize": 32,
     }
     vars(runtime).update(
         CUDARuntimeError=CUDARuntimeError,
-        is_hip=False,
         getDevice=lambda: sim.current_device,
-        setDevice=lambda device: setattr(sim, "current_device", device),
         getDeviceCount=lambda: sim.device_count,
         getDeviceProperties=lambda device: dict(properties),
         runtimeGetVersion=lambda: 12090,
@@ -162,9 +146,6 @@ def _conversion(cupy: Any) -> dict[str, Any]:
     def ascontiguousarray(a: Any, dtype: Any = None) -> Array:
         return asarray(a, dtype, order="C")
 
-    def asfortranarray(a: Any, dtype: Any = None) -> Array:
-        return asarray(a, dtype, order="F")
-
     def copyto(dst: Array, src: Any, casting: str = "same_kind", where: Any = None) -> None:
         if isinstance(src, Array) and not np.can_cast(src.dtype, dst.dtype, casting):
             msg = f"Cannot cast {src.dtype!r} to {dst.dtype!r} in {casting} casting mode"
@@ -180,13 +161,7 @@ def _conversion(cupy: Any) -> dict[str, Any]:
     def broadcast_to(a: Array, shape: Any) -> Array:
         return a._view_of(np.broadcast_to(a._host(), shape))
 
-    def may_share_memory(a: Array, b: Array, max_work: Any = None) -> bool:
-        return a.data.mem is b.data.mem and np.may_share_memory(a._host(), b._host())
-
-    functions = (
-        place, asarray, ascontiguousarray, asfortranarray, copyto, asnumpy, from_dlpack,
-        broadcast_to, may_share_memory,
-    )  # fmt: skip
+    functions = place, asarray, ascontiguousarray, copyto, asnumpy, from_dlpack, broadcast_to
     return {f.__name__: f for f in functions} | {
         "array": lambda a, **kw: asarray(a, copy=True, **kw)
     }

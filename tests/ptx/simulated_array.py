@@ -31,7 +31,6 @@ class Flags:
     def __init__(self, c: bool, f: bool, own: bool) -> None:
         self.c_contiguous, self.f_contiguous, self.owndata = c, f, own
         self.forc = c or f
-        self.fnc = f and not c
 
     def __getitem__(self, key: str) -> bool:
         return getattr(self, key.lower())
@@ -203,14 +202,7 @@ class Array:
         """The same bytes as another dtype."""
         return self._view_of(self._host().view(dtype))
 
-    def astype(
-        self,
-        dtype: Any,
-        order: str = "K",
-        casting: Any = None,
-        subok: Any = None,
-        copy: bool = True,
-    ) -> Array:
+    def astype(self, dtype: Any, order: str = "K", *, copy: bool = True) -> Array:
         """Converted copy, or the array itself where nothing changes and `copy` is false."""
         host = self._host()
         converted = host.astype(dtype, order=order, copy=copy)

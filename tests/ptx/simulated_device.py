@@ -28,24 +28,10 @@ class SimulatedDevice:
     @property
     def attributes(self) -> dict[str, int]:
         """Names as CUDA's, without the prefix cudaDevAttr."""
-        limits = self._sim.limits
         return {
-            "ComputeCapabilityMajor": int(limits.compute_capability[:-1]),
-            "ComputeCapabilityMinor": int(limits.compute_capability[-1]),
-            "L2CacheSize": self._sim.l2_bytes,
-            "MaxBlockDimX": limits.block[0],
-            "MaxGridDimX": limits.grid[0],
-            "MaxGridDimY": limits.grid[1],
-            "MaxRegistersPerBlock": limits.registers,
-            "MaxRegistersPerMultiprocessor": limits.registers,
-            "MaxSharedMemoryPerBlock": limits.shared,
-            "MaxSharedMemoryPerBlockOptin": limits.opt_in_shared,
-            "MaxSharedMemoryPerMultiprocessor": limits.shared_per_multiprocessor,
-            "MaxThreadsPerBlock": limits.threads,
-            "MaxThreadsPerMultiProcessor": limits.threads_per_multiprocessor,
+            "L2CacheSize": 50 * 1024 * KIB,
+            "MaxSharedMemoryPerBlockOptin": self._sim.limits.opt_in_shared,
             "MultiProcessorCount": self._sim.sm_count,
-            "ReservedSharedMemoryPerBlock": KIB,
-            "WarpSize": 32,
         }
 
     def use(self) -> None:

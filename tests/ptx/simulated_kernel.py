@@ -37,7 +37,6 @@ class Function:
         args: Any,
         shared_mem: int = 0,
         stream: Any = None,
-        enable_cooperative_groups: bool = False,
     ) -> None:
         for what, value in (("grid", grid), ("block", block)):
             if type(value) is not tuple:
@@ -55,24 +54,16 @@ class Function:
         full_block = tuple(max(1, int(n)) for n in (*block, 1, 1)[:3])
         passed = tuple(a.data.ptr if isinstance(a, Array) else a for a in args)
         traffic = launch(
-            self._code, self._name, full_grid, full_block, shared_mem,
-            passed,
+            self._code, self._name, full_grid, full_block, shared_mem, passed,
             buffers=sim.buffers(), seed=sim.seed, limits=sim.limits, opt_in_shared=self._opt_in,
-            registers_per_thread=sim.registers_per_thread, device=self._device, count=sim.count,
+            device=self._device, count=sim.count,
         )  # fmt: skip
-        sim.launches.append(
-            Launch(
-                self._name,
-                full_grid,
-                full_block,
-                shared_mem,
-                pointer,
-                self._device,
-                passed,
-                traffic,
-                load(self._code, self._name, sim.limits.compute_capability).cluster[0],
-            )
-        )
+        cluster, *_ = load(self._code, self._name, sim.limits.compute_capability).cluster
+        launched = Launch(
+            self._name, full_grid, full_block, shared_mem, pointer, self._device, passed, traffic,
+            cluster,
+        )  # fmt: skip
+        sim.launches.append(launched)
 
 
 class RawKernel:
@@ -81,15 +72,7 @@ class RawKernel:
     _sim: Simulator
 
     def __init__(
-        self,
-        code: str,
-        name: str,
-        options: tuple[str, ...] = (),
-        backend: str = "nvrtc",
-        translate_cucomplex: bool = False,
-        *,
-        enable_cooperative_groups: bool = False,
-        jitify: Any = None,
+        self, code: str, name: str, options: tuple[str, ...] = (), backend: str = "nvrtc"
     ) -> None:
         for what, value, wanted in (
             ("code", code, str), ("name", name, str), ("options", options, tuple),
@@ -98,7 +81,6 @@ class RawKernel:
             if type(value) is not wanted:
                 raise _wrong_type(what, wanted, value)
         self.code, self.name, self.options, self.backend = code, name, options, backend
-        self.enable_cooperative_groups = enable_cooperative_groups
         self._loaded: dict[int, Function] = {}
 
     @property
@@ -109,15 +91,8 @@ class RawKernel:
             self._loaded[device] = Function(self._sim, self.code, self.name)
         return self._loaded[device]
 
-    def compile(self, log_stream: Any = None) -> None:
-        """Compile for the current device, again if need be."""
-        self._loaded = {}
-        _ = self.kernel
-
     def __call__(self, grid: Any, block: Any, args: Any, **kwargs: Any) -> None:
-        self.kernel(
-            grid, block, args, enable_cooperative_groups=self.enable_cooperative_groups, **kwargs
-        )
+        self.kernel(grid, block, args, **kwargs)
 
     @property
     def max_dynamic_shared_size_bytes(self) -> int:

@@ -37,10 +37,8 @@ class Simulator:
     limits: DeviceLimits
     sm_count: int
     device_count: int
-    l2_bytes: int
     seed: int | None = 0
     count: bool = True
-    registers_per_thread: int | None = None
     launches: list[Launch] = field(default_factory=list)
     compilations: list[tuple[str, int]] = field(default_factory=list)
     allocations: int = 0
