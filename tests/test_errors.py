@@ -185,13 +185,6 @@ def test_statistics_dtype(name, dtype, other, wanted):
     refused(ValueError, *words, direction="backward", **call)
 
 
-def test_both_sides_are_needed():
-    call = good("backward")
-    for name in call:
-        with pytest.raises(TypeError, match=name):
-            cn.layer_norm_backward(**{k: v for k, v in call.items() if k != name})
-
-
 # --- what stands beside x: library and device ---------------------------------------------------
 
 

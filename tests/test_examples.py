@@ -152,46 +152,6 @@ def test_the_gradients_written_out_are_those_of_the_loss(digits, with_norm):
         np.testing.assert_allclose(gradients[name][at], slope, rtol=1e-6, atol=1e-9)
 
 
-class NormOnGpu:
-    """A norm on the GPU between dense layers on the host: the stand-in for CuPy has no products."""
-
-    def __init__(self, lib, size):
-        self.lib, self.norm = lib, cn.LayerNorm(size, device="cuda")
-        self.host = {name: lib.to_numpy(a) for name, a in self.norm.state_dict().items()}
-        self.zero_grad = self.norm.zero_grad
-
-    def __call__(self, h, keep):
-        self.norm.load_state_dict(self.host)
-        return self.lib.to_numpy(self.norm(self.lib.from_numpy(h), keep=keep))
-
-    def backward(self, dy):
-        return self.lib.to_numpy(self.norm.backward(self.lib.from_numpy(dy)))
-
-    @property
-    def grad(self):
-        return {name: self.lib.to_numpy(g) for name, g in self.norm.grad.items()}
-
-    def state_dict(self, prefix):
-        return {prefix + name: array for name, array in self.host.items()}
-
-
-def test_steps_with_the_norm_on_a_gpu(cupy_lib, digits):
-    options = digits.read_options(["--batch", "16"])
-    (x, labels), _ = digits.digits(np, 0)
-    trained = []
-    for norm in (cn.LayerNorm(digits.HIDDEN), NormOnGpu(cupy_lib, digits.HIDDEN)):
-        network = digits.Network(np, 0, norm)
-        velocity = {name: np.zeros_like(a) for name, a in network.parameters().items()}
-        before, _ = digits.measure(network, (x[:32], labels[:32]))
-        for rows in (slice(0, 16), slice(16, 32)):
-            digits.step(network, velocity, x[rows], labels[rows], options)
-        after, _ = digits.measure(network, (x[:32], labels[:32]))
-        assert after < before
-        trained.append(network.parameters())
-    for name, array in trained[0].items():
-        np.testing.assert_allclose(trained[1][name], array, rtol=1e-4, atol=1e-6)
-
-
 def test_the_digits_are_learned_on_a_gpu(cupy_lib, digits, capsys):
     if not cupy_lib.backend.on_gpu or digits.pick_device() != "cuda":
         pytest.skip("needs a GPU and CuPy with cuBLAS")

@@ -262,10 +262,6 @@ def test_no_drawer_for_everything():
     assert not {p.stem.strip("_") for p in PACKAGE.rglob("*.py")} & drawers
 
 
-def test_typed():
-    assert (PACKAGE / "py.typed").is_file()
-
-
 # --- the cost of import -------------------------------------------------------------------------
 
 OPTIONAL = (
