@@ -25,7 +25,7 @@ DEMO_EXTRAS = $(EXTRAS)$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA))
 
 help:
 	@echo "make demo              install, normalize real data on every available path, save a picture"
-	@echo "make emulate           run handwritten digits through every kernel, without a GPU (a minute or two)"
+	@echo "make emulate           run handwritten digits through every kernel, without a GPU (a minute)"
 	@echo "make test              install all that the tests need, run them"
 	@echo "make lint              ruff and mypy"
 	@echo "make notebooks         run docs/notebooks/*.py and store what they show in the .ipynb"

@@ -7,6 +7,8 @@ import threading
 import numpy as np
 import pytest
 
+from tests.ptx.__main__ import BACKWARD, FORWARD
+from tests.ptx.__main__ import run as digits_through
 from tests.ptx.launch import Buffer, PtxFault
 from tests.ptx.run_kernel import COPY, floats, good, run, unwritten
 
@@ -113,3 +115,10 @@ def test_launches_from_several_threads():
     for t in threads:
         t.join()
     assert not wrong
+
+
+@pytest.mark.parametrize(("case", "backward"), [(FORWARD[1], False), (BACKWARD[1], True)])
+def test_digits_through_a_kernel(case, backward):
+    """`make emulate`, of which a row is checked against float64 before it is shown."""
+    kernel, *_, moved, _ = digits_through(case, backward)
+    assert "_block_f32" in kernel and moved == "1.00"
