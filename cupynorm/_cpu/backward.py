@@ -3,6 +3,7 @@
 Rows are pointers, as in the forward. Which rows meet in one sum goes by their number alone.
 """
 
+from functools import partial
 from typing import Any
 
 from cupynorm._cpu.compiled import inner
@@ -89,7 +90,7 @@ def _read(p, i, count, rest):  # type: ignore[no-untyped-def]
     return load(p, i) if count == lanes(p) else load_first(p, i, count, rest)
 
 
-@inner
+@partial(inner, forceinline=True)
 def _with(x, dy, w, i, count, m, r, has_w, sum_h, sum_gh, sum_g):  # type: ignore[no-untyped-def]
     """Add h, g * h and g of one vector to their sums; lanes that are not there give 0."""
     zero = splat(x, like(x, 0))

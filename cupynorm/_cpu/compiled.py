@@ -30,10 +30,13 @@ class _Piece(JITCodeLibrary):  # type: ignore[misc]
         self._finalized = True
 
 
-def inner(function: Callable[..., Any]) -> Any:
-    """Compile for use inside other loops. Without fastmath: no sum is reordered, no fma fused."""
+def inner(function: Callable[..., Any], forceinline: bool = False) -> Any:
+    """Compile for use inside other loops. Without fastmath: no sum is reordered, no fma fused.
+
+    `forceinline`: where a call, which LLVM leaves of a long function, passes vectors by memory.
+    """
     flags = Flags()
-    flags.error_model, flags.nrt = "numpy", True
+    flags.error_model, flags.nrt, flags.forceinline = "numpy", True, forceinline
     flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
 
     @functools.cache
@@ -94,6 +97,5 @@ def _compile(define: Callable[..., Any], which: Any, number: int, keep: bool) ->
     # A file of the cache for each: numba's index of a file is read, changed and written without a
     # lock, and two processes could give one dtype the code of another.
     function.__qualname__ = "_".join(map(str, (define.__name__, *which)))
-    if signature is None:
-        signature = types.void(*[types.int64] * function.__code__.co_argcount)
+    signature = signature or types.void(*[types.int64] * function.__code__.co_argcount)
     return numba.njit(signature, nogil=True, error_model="numpy", cache=keep)(function)

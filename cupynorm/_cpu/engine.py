@@ -265,9 +265,8 @@ def _long_gradients(problem: Problem, plan: int, count: int, at: tuple[int, ...]
 def columns(found: Any, y: Array, weight: int, bias: int, eps: float, omit: bool) -> None:
     """Normalize the rows of a table into y (M, N), which is native and aligned, of any strides.
 
-    ``found`` holds (values, address of the bitmap or 0, its bit of row 0) for each column, which
-    is contiguous, of one of `strips.COLUMN_DTYPES`. With ``omit`` NaN is left out of a row's
-    statistics.
+    ``found``: (values, address of the bitmap or 0, its bit of row 0) of each column, contiguous, of
+    one of `strips.COLUMN_DTYPES`. With ``omit`` NaN is left out of a row's statistics.
     """
     from cupynorm._cpu import jobs, strips
 

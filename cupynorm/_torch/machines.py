@@ -1,7 +1,6 @@
 """What computes tensors, settled for one look: compiled loops, kernels, or torch's own functions.
 
-``run(*arrays)`` takes them in the order of `FORWARD` or `BACKWARD`, results too; None: absent, or
-not wanted.
+``run(*arrays)`` takes them in the order of `FORWARD` or `BACKWARD`, results too; None: not there.
 """
 
 import importlib.util
