@@ -62,7 +62,7 @@ CEILINGS = {
     "cupynorm": (57, 11_356, {".py"}),
     "bench": (24, 4_126, {".py"}),
     "tests": (None, 23_870, {".py", ".hpp", ".cpp"}),
-    "kernels": (29, 3_489, {".cuh"}),
+    "kernels": (29, 3_334, {".cuh"}),
 }
 MAX_LINES = 500  # of a file of the package, which is one idea
 MAX_POSITIONAL = 6  # of a function; who needs more takes a `Facts`, a `Problem` or a dataclass

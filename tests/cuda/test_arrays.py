@@ -141,7 +141,6 @@ def test_dx_alone_needs_no_workspace_and_one_launch(sim):
 
 def test_numbers_that_stay_are_made_once(monkeypatch):
     """As objects that the real CuPy takes as they are; where it has none, as they are."""
-    pytest.importorskip("cupy")
     from cupynorm._cuda import arrays
 
     given = (5, 2**40, 1e-5)

@@ -172,7 +172,6 @@ def shared_stages(arch, vecs, way="CC"):
     [("75", set()), ("80", {"cp.async", "mbarrier"}), ("90", {"bulk", "mbarrier"})],
 )
 def test_ptx_holds_the_copies_of_its_architecture(arch, held):
-    pytest.importorskip("cupy", reason="cupy brings the way to NVRTC")
     for vecs, way in ((3 * 1024, "CC"), (1536, "CCd")):
         stage = shared_stages(arch, vecs, way)[0]
         assert stage.family.startswith("shared")

@@ -7,7 +7,6 @@ float64, and how many bytes of the arrays moved over those of each input once an
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import NamedTuple
 
@@ -109,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -361,9 +361,7 @@ def _operand(text: str, resolve) -> str | list[str] | tuple:
 @functools.cache
 def _number(text: str) -> int | None:
     """Bits of an immediate operand; None for a name."""
-    if text[:2] in ("0f", "0F"):
-        return int(text[2:], 16)
-    if text[:2] in ("0d", "0D"):
+    if text[:2].lower() in ("0f", "0d"):
         return int(text[2:], 16)
     if re.fullmatch(r"-?(?:0[xX])?[0-9a-fA-F]+U?", text) and text[0] in "-0123456789":
         return int(text.rstrip("U"), 0)
