@@ -220,7 +220,7 @@ def ahead(device: Device, calls: Iterable[Callable[[], Any]]) -> None:
         device.synchronize()
 
 
-# -- without a GPU: tests/simt's stand-in, with graphs that record --------------------------------
+# -- without a GPU: tests/ptx's stand-in, with graphs that record --------------------------------
 
 
 class _Graph:

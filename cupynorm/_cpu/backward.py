@@ -91,7 +91,7 @@ def _read(p, i, count, rest):  # type: ignore[no-untyped-def]
 
 
 @partial(inner, forceinline=True)
-def _with(x, dy, w, i, count, m, r, has_w, sum_h, sum_gh, sum_g):  # type: ignore[no-untyped-def]
+def _add_terms(x, dy, w, i, count, m, r, has_w, sum_h, sum_gh, sum_g):  # type: ignore[no-untyped-def]
     """Add h, g * h and g of one vector to their sums; lanes that are not there give 0."""
     zero = splat(x, like(x, 0))
     h, g = mul(sub(_read(x, i, count, m), m), r), _read(dy, i, count, zero)
@@ -108,11 +108,11 @@ def _sums(x, dy, w, n, mean, rstd, has_w):  # type: ignore[no-untyped-def]
     h0 = h1 = gh0 = gh1 = g0 = g1 = splat(x, like(x, 0))
     i = 0
     while i + 2 * step <= n:
-        h0, gh0, g0 = _with(x, dy, w, i, step, m, r, has_w, h0, gh0, g0)
-        h1, gh1, g1 = _with(x, dy, w, i + step, step, m, r, has_w, h1, gh1, g1)
+        h0, gh0, g0 = _add_terms(x, dy, w, i, step, m, r, has_w, h0, gh0, g0)
+        h1, gh1, g1 = _add_terms(x, dy, w, i + step, step, m, r, has_w, h1, gh1, g1)
         i += 2 * step
     while i < n:
-        h0, gh0, g0 = _with(x, dy, w, i, min(step, n - i), m, r, has_w, h0, gh0, g0)
+        h0, gh0, g0 = _add_terms(x, dy, w, i, min(step, n - i), m, r, has_w, h0, gh0, g0)
         i += step
     return fold(add(h0, h1)), fold(add(gh0, gh1)), fold(add(g0, g1))
 

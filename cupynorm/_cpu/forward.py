@@ -83,7 +83,7 @@ def _sum(x, n):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _with(t, first, second):  # type: ignore[no-untyped-def]
+def _add_deviation(t, first, second):  # type: ignore[no-untyped-def]
     """Add t to one sum and its square to the other."""
     return add(first, t), fma(t, t, second)
 
@@ -103,16 +103,16 @@ def _sums(x, n, s):  # type: ignore[no-untyped-def]
     a = b = aa = bb = cc = dd = splat(x, like(x, 0))
     i = 0
     while i + 4 * step <= n:
-        a, aa = _with(sub(load(x, i), shift), a, aa)
-        b, bb = _with(sub(load(x, i + step), shift), b, bb)
-        a, cc = _with(sub(load(x, i + 2 * step), shift), a, cc)
-        b, dd = _with(sub(load(x, i + 3 * step), shift), b, dd)
+        a, aa = _add_deviation(sub(load(x, i), shift), a, aa)
+        b, bb = _add_deviation(sub(load(x, i + step), shift), b, bb)
+        a, cc = _add_deviation(sub(load(x, i + 2 * step), shift), a, cc)
+        b, dd = _add_deviation(sub(load(x, i + 3 * step), shift), b, dd)
         i += 4 * step
     while i + step <= n:
-        a, aa = _with(sub(load(x, i), shift), a, aa)
+        a, aa = _add_deviation(sub(load(x, i), shift), a, aa)
         i += step
     if i < n:
-        b, bb = _with(keep_last(sub(load(x, n - step), shift), n - i), b, bb)
+        b, bb = _add_deviation(keep_last(sub(load(x, n - step), shift), n - i), b, bb)
     return fold(add(a, b)), fold(add(add(aa, bb), add(cc, dd)))
 
 

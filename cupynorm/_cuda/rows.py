@@ -144,7 +144,7 @@ MAX_SECTIONS = 512
 SPLIT_MIN_VECS = 8 * CHUNK_VECS  # 128 KiB
 SPLIT_ROWS_PER_SM = 0.5
 SPLIT_BLOCKS_PER_SM = 3  # of the normalizing kernel, over all rows
-# Few rows leave processors idle under K4 too, but a shorter row is done before K5's second launch.
+# Few rows leave SMs idle under K4 too, but a shorter row is done before K5's second launch.
 CLUSTER_SPLIT_MIN_VECS = 64 * CHUNK_VECS  # 1 MiB
 # The backward goes from K4 to K5 where it would fill fewer multiprocessors than this share; dx has
 # the same bits there.

@@ -92,7 +92,6 @@ class _Text:
         self.labels: dict[str, int] = {}
         self.operations: list[Operation] = []
         self.spans: list[tuple[int, int]] = []
-        self.shared_end = 0
         head, body, line = _cut(ptx, entry)
         self._shared(ptx)
         self.parameters = self._parameters(head)

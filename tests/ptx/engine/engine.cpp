@@ -15,37 +15,28 @@ constexpr u64 kStepLimit = 1ull << 24;
 
 // ---- memory ----
 
-u64 element(const u8* at, const Instruction& i) {
-  u64 value = 0;
-  memcpy(&value, at, i.width);
+// What lies at `at` to the registers of one lane.
+void bring(Warp& w, const Instruction& i, u32 lane, const u8* at) {
   const u32 shift = 64 - 8 * i.width;
-  return i.flags & kSigned && i.width < 8 ? u64(i64(value << shift) >> shift) : value;
+  for (u32 k = 0; k < i.count; ++k) {
+    u64 value = 0;
+    memcpy(&value, at + k * i.width, i.width);
+    if (i.flags & kSigned) value = u64(i64(value << shift) >> shift);
+    if (i.flags & kWideTarget)
+      target<u64>(w, i.dst[k])[lane] = value;
+    else
+      target<u32>(w, i.dst[k])[lane] = u32(value);
+  }
 }
 
 void load_parameter(Warp& w, Group& group, const Instruction& i, u32 active) {
   ++group.pc;
-  for (u32 k = 0; k < i.count; ++k) {
-    const u64 value = element(g.parameters + i.offset + k * i.width, i);
-    each(active, [&](u32 lane) {
-      if (i.flags & kWideTarget)
-        target<u64>(w, i.dst[k])[lane] = value;
-      else
-        target<u32>(w, i.dst[k])[lane] = u32(value);
-    });
-  }
+  each(active, [&](u32 lane) { bring(w, i, lane, g.parameters + i.offset); });
 }
 
 void load(Warp& w, Group& group, const Instruction& i, u32 active) {
   ++group.pc;
-  access(w, active, i, false, [&](u32 lane, uintptr_t a) {
-    for (u32 k = 0; k < i.count; ++k) {
-      u64 value = element(reinterpret_cast<const u8*>(a) + k * i.width, i);
-      if (i.flags & kWideTarget)
-        target<u64>(w, i.dst[k])[lane] = value;
-      else
-        target<u32>(w, i.dst[k])[lane] = u32(value);
-    }
-  });
+  access(w, active, i, false, [&](u32 lane, uintptr_t a) { bring(w, i, lane, reinterpret_cast<const u8*>(a)); });
 }
 
 void store(Warp& w, Group& group, const Instruction& i, u32 active) {
@@ -384,7 +375,6 @@ EXPORT int ptx_launch(const LaunchRequest* q, Fault* out) {
   g.first_uid = g.next_uid;
   g.regions.assign(q->regions, q->regions + q->region_count);
   g.cluster.size = q->cluster;
-  g.shared_bytes = q->shared_bytes;
   if (!prepare_shared(q->cluster, q->shared_bytes, q->shared_granule_shift)) return 2;
   std::sort(g.regions.begin(), g.regions.end(), [](const Region* a, const Region* b) { return a->base < b->base; });
   g.guesses.assign(g.instructions, nullptr);

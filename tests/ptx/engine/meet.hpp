@@ -328,7 +328,7 @@ inline void check_exit(const Warp& last, u32 lane) {
   }
 }
 
-inline void leave(Warp& w, Group& group, const Instruction& i, u32 active) {
+inline void leave(Warp& w, Group& group, const Instruction&, u32 active) {
   Block& b = *w.block;
   const int lane = __builtin_ctz(active);
   if (w.arrived)
@@ -343,20 +343,18 @@ inline void leave(Warp& w, Group& group, const Instruction& i, u32 active) {
   ++group.pc;
   b.exited += count;
   g.cluster.exited += count;
+  bool awaited = b.waiting != 0;
   for (const Group& other : w.groups) {
     if (other.state == State::in_warp && other.named & active)
       fault(&w, __builtin_ctz(other.mask), g.program + other.pc, "exited-lane",
             "names lane %d in its mask 0x%08x, but that lane has exited", __builtin_ctz(other.named & active),
             other.named);
-    if (other.mask && other.state == State::in_barrier)
-      fault(&w, lane, nullptr, "barrier-divergence", "the thread exits while others wait at __syncthreads:%s",
-            describe_waiting(b).c_str());
+    awaited = awaited || (other.mask && other.state == State::in_barrier);
   }
-  if (b.waiting)
+  if (awaited)
     fault(&w, lane, nullptr, "barrier-divergence", "the thread exits while others wait at __syncthreads:%s",
           describe_waiting(b).c_str());
   if (b.exited == b.size) check_exit(w, u32(lane));
-  (void)i;
 }
 
 }  // namespace ptx

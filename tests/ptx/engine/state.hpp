@@ -168,7 +168,6 @@ struct Engine {
   std::vector<Region*> guesses;  // by instruction: where its last access fell
   Region* shared[kMaxCluster] = {};  // by rank
   Region* remote_shared = nullptr;
-  u32 shared_bytes = 0;
 };
 
 extern Engine g;
