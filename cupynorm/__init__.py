@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from cupynorm._report.explain import Explanation, explain
     from cupynorm._report.warmup import warmup
     from cupynorm.frames.columns import layer_norm_columns
-    from cupynorm.functional import layer_norm_backward
+    from cupynorm.functional import (
+        add_layer_norm,
+        add_rms_norm,
+        layer_norm_backward,
+        rms_norm,
+        rms_norm_backward,
+    )
     from cupynorm.modules import LayerNorm
     from cupynorm.prepared import PreparedLayerNorm, prepare
 
@@ -26,12 +32,16 @@ __all__ = [
     "LayerNormResult",
     "PreparedLayerNorm",
     "__version__",
+    "add_layer_norm",
+    "add_rms_norm",
     "explain",
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_columns",
     "plot",
     "prepare",
+    "rms_norm",
+    "rms_norm_backward",
     "show_config",
     "warmup",
 ]
@@ -41,12 +51,16 @@ _LAZY = {
     "LayerNorm": "cupynorm.modules",
     "LayerNormGradients": "cupynorm._ops",
     "PreparedLayerNorm": "cupynorm.prepared",
+    "add_layer_norm": "cupynorm.functional",
+    "add_rms_norm": "cupynorm.functional",
     "explain": "cupynorm._report.explain",
     "layer_norm_backward": "cupynorm.functional",
     "layer_norm_columns": "cupynorm.frames.columns",
     "prepare": "cupynorm.prepared",
-    "warmup": "cupynorm._report.warmup",
+    "rms_norm": "cupynorm.functional",
+    "rms_norm_backward": "cupynorm.functional",
     "show_config": "cupynorm._report.config",
+    "warmup": "cupynorm._report.warmup",
 }
 
 

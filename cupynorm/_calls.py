@@ -42,45 +42,53 @@ class Checked(NamedTuple):
         return self.arrays[self.facts.backward]
 
 
-def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any:
-    """Forward: y, or (y, mean, rstd) where `how` asks for statistics."""
+def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How, *added: Any) -> Any:
+    """Forward: y, or a tuple of y, the sum if there is one, and the statistics if they are wanted.
+
+    `added` is residual and sum_out, of an operation that has them.
+    """
     door = doors.get(type(x))
     if door is not None:
         if door.select is not None:
-            door = door.select(x, weight, bias, out)
+            door = door.select(x, weight, bias, out, *added)
         look = door.look
         if look is not None:
             try:
-                call = settled.get(
-                    (
-                        door,
-                        op.name,
-                        how,
-                        look(x),
-                        weight if weight is None else look(weight),
-                        bias if bias is None else look(bias),
-                        out if out is None else look(out),
-                    )
+                key: tuple[Any, ...] = (
+                    door,
+                    op.name,
+                    how,
+                    look(x),
+                    weight if weight is None else look(weight),
+                    bias if bias is None else look(bias),
+                    out if out is None else look(out),
                 )
+                if added:
+                    key += tuple(None if a is None else look(a) for a in added)
+                call = settled.get(key)
             except (AttributeError, TypeError):  # no array, or a shape that is a list
                 call = None
             if call is not None and (
-                type(how[2]) is float
+                (type(how[2]) is float or how[2] is None)
                 and (type(how[0]) is int or _rules.exact(how[0]))
                 and (how[1] is None or _rules.exact(how[1]))
             ):
-                return call(x, weight, bias, out)
-    checked = check(op, x, weight, bias, out, how)
-    result = _settle(checked, how, type(how[2]) is float)(*checked.arrays)
-    if out is None or checked.arrays[3] is out:
-        return result
-    return (out, *result[1:]) if checked.facts.stats else out  # the caller's own object
+                return call(x, weight, bias, out, *added) if added else call(x, weight, bias, out)
+    checked = check(op, x, weight, bias, out, how, *added)
+    plain = type(how[2]) is float or how[2] is None
+    result = _settle(checked, how, plain)(*checked.arrays)
+    given = out, *added[1:]  # the caller's own objects
+    if type(result) is not tuple:
+        return result if out is None else out
+    own = (made if a is None else a for a, made in zip(given, result, strict=False))
+    return *own, *result[len(given) :]
 
 
 def differentiate(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) -> tuple[Any, ...]:
     """Backward: (dx, dweight, dbias), None for what is not wanted.
 
-    `arrays` are dy, x, mean, rstd and weight; `how` is (normalized_shape, axis, output_mask).
+    `arrays` are dy, x, mean, rstd, weight and, where there is one, dsum, which is added to dx;
+    `how` is (normalized_shape, axis, output_mask).
     """
     mask = how[2]
     plain = mask is None or (type(mask) is tuple and {*map(type, mask)} == {bool})
@@ -121,65 +129,94 @@ def call_of(door: Any, facts: Facts, turn: tuple[int, ...] | None) -> Callable[.
         return call
     turned, back = _libraries.turned, tuple(int(i) for i in np.argsort(turn))
 
-    def forward(x: Any, weight: Any, bias: Any, out: Any) -> Any:
-        return call(x, turned(weight, turn), turned(bias, turn), out)
+    def forward(x: Any, weight: Any, bias: Any, *more: Any) -> Any:
+        return call(x, turned(weight, turn), turned(bias, turn), *more)
 
-    def backward(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> Any:
-        dx, *sums = call(dy, x, mean, rstd, turned(weight, turn))
+    def backward(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *dsum: Any) -> Any:
+        dx, *sums = call(dy, x, mean, rstd, turned(weight, turn), *dsum)
         return dx, *(turned(total, back) for total in sums)
 
     return backward if facts.backward else forward
 
 
-def check(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Checked:
+def check(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How, *added: Any) -> Checked:
     """Apply every rule that a forward call has, but for what needs addresses; nothing is run."""
     normalized_shape, axis, eps, order, stats = how
-    eps = _rules.check_eps(eps)
+    if eps is not None or op.center:
+        eps = _rules.check_eps(eps)
     _rules.check_order(order)
-    x, axes, turn = _check_x(x, normalized_shape, axis)
-    shape = tuple(x.shape)
+    x, axes, turn = _check_x(op, x, normalized_shape, axis)
+    shape, dtype = tuple(x.shape), _rules.dtype_name(x.dtype)
+    if eps is None:
+        eps = _rules.epsilon_of(dtype)
     affine = tuple(shape[a] for a in axes)
     if weight is not None:
         weight = checked_affine("weight", weight, x, affine)
     if bias is not None:
         bias = checked_affine("bias", bias, x, affine)
     if out is not None:
-        out = companion_of("out", out, x)
-        _rules.check_out(tuple(out.shape), out.dtype, shape, x.dtype, order)
-        _libraries.check_writable(out)
-    door = door_of(x, weight, bias, out)
+        out = _checked_out("out", out, "x", x, order)
+    if op.residual:
+        residual, sum_out = added
+        residual = companion_of("residual", residual, x)
+        name = _rules.dtype_name(residual.dtype)
+        _rules.check_residual(tuple(residual.shape), name, shape, dtype)
+        if sum_out is not None:
+            sum_out = _checked_out("sum_out", sum_out, "residual", residual, order)
+        added = residual, sum_out
+    door = door_of(x, weight, bias, out, *added)
     strides = {"x": door.strides(x)}
-    strides["y"] = _made(shape, strides["x"], order) if out is None else door.strides(out)
+    made = _made(shape, strides["x"], order)
+    strides["y"] = made if out is None else door.strides(out)
     given = {"x": x, "weight": weight, "bias": bias}
+    if op.residual:
+        given["residual"] = residual
+        strides["residual"] = door.strides(residual)
+        strides["sum"] = made if sum_out is None else door.strides(sum_out)
     dtypes = {k: _rules.dtype_name(a.dtype) for k, a in given.items() if a is not None}
     asked = eps, order, out is not None, bool(stats), door.device(x)
     facts = Facts(op, False, shape, tuple(sorted(axes)), dtypes, strides, *asked)
-    return Checked(door, facts, turn, (x, weight, bias, out))
+    return Checked(door, facts, turn, (x, weight, bias, out, *added))
+
+
+def _checked_out(label: str, out: Any, like: str, x: Any, order: str) -> Any:
+    """What a result is to be written to, beside an x that it is like."""
+    out = companion_of(label, out, x)
+    _rules.check_out(label, out, like, x, order)
+    _libraries.check_writable(label, out)
+    return out
 
 
 def _check_backward(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) -> Checked:
     """Apply every rule that a backward call has; nothing is run."""
-    dy, x, mean, rstd, weight = arrays
-    x, axes, turn = _check_x(x, *how[:2])
+    dy, x, mean, rstd, weight, *dsum = arrays
+    x, axes, turn = _check_x(op, x, *how[:2])
     shape, dtype = tuple(x.shape), _rules.dtype_name(x.dtype)
     if weight is not None:
         weight = checked_affine("weight", weight, x, tuple(shape[a] for a in axes))
-    mask = _rules.check_mask(how[2], weight is not None)
+    mask = _rules.check_mask(how[2], weight is not None, op.center)
     axes = tuple(sorted(axes))
     sums = _rules.stats_dtype(dtype)
     of_rows = _rules.stats_shape(shape, axes)
-    dy = _beside("dy", dy, x, shape, dtype)
-    mean, rstd = (_beside(k, a, x, of_rows, sums) for k, a in (("mean", mean), ("rstd", rstd)))
+    dy, *dsum = (
+        _beside((k, op.function), a, x, shape, dtype)
+        for k, a in zip(("dy", "dsum"), (dy, *dsum), strict=False)
+    )
+    if op.center:
+        mean = _beside(("mean", op.function), mean, x, of_rows, sums)
+    rstd = _beside(("rstd", op.function), rstd, x, of_rows, sums)
     dtypes = {"x": dtype}
     if weight is not None:
         dtypes["weight"] = sums = _rules.dtype_name(weight.dtype)
     dtypes |= {k: sums for k, wanted in zip(("dweight", "dbias"), mask[1:], strict=True) if wanted}
-    door = door_of(x, dy, mean, rstd, weight)
+    door = door_of(x, dy, mean, rstd, weight, *dsum)
     strides = {"x": door.strides(x), "dy": door.strides(dy)}
+    if dsum:
+        strides["dsum"] = door.strides(dsum[0])
     if mask[0]:
         strides["dx"] = _made(shape, strides["x"], "K")
     facts = Facts(op, True, shape, axes, dtypes, strides, device=door.device(x))
-    return Checked(door, facts, turn, (dy, x, mean, rstd, weight))
+    return Checked(door, facts, turn, (dy, x, mean, rstd, weight, *dsum))
 
 
 def _made(shape: tuple[int, ...], strides: tuple[int, ...] | None, order: str) -> Any:
@@ -191,13 +228,13 @@ def _made(shape: tuple[int, ...], strides: tuple[int, ...] | None, order: str) -
 
 
 def _check_x(
-    x: Any, normalized_shape: Any, axis: Any
+    op: Op, x: Any, normalized_shape: Any, axis: Any
 ) -> tuple[Any, tuple[int, ...], tuple[int, ...] | None]:
     """x as an array of a library, the axes as they were named, weight's permutation."""
     x = take_in("x", x)
     dtype = _rules.dtype_name(x.dtype)
     if dtype not in _rules.ITEMSIZE:
-        _rules.check_x_dtype(dtype, _libraries.cast_of("x", x))
+        _rules.check_x_dtype(dtype, _libraries.cast_of("x", x), op.function)
     axes = _rules.resolve_axes(tuple(x.shape), normalized_shape, axis)
     return x, axes, _rules.axis_order(axes)
 
@@ -212,13 +249,13 @@ def checked_affine(label: str, value: Any, x: Any, expected: tuple[int, ...]) ->
     return value
 
 
-def _beside(label: str, value: Any, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """An array that lives with x and has the shape and dtype that go with it."""
-    value = companion_of(label, value, x)
-    _rules.check_beside_x(label, tuple(value.shape), shape, tuple(x.shape))
+def _beside(of: tuple[str, str], value: Any, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """An array that lives with x and has the shape and dtype that go with it; `of`: as there."""
+    value = companion_of(of[0], value, x)
+    _rules.check_beside_x(of, tuple(value.shape), shape, tuple(x.shape))
     name = _rules.dtype_name(value.dtype)
     if name != dtype:
-        _rules.refuse_dtype_beside_x(label, name, dtype, _rules.dtype_name(x.dtype))
+        _rules.refuse_dtype_beside_x(of[0], name, dtype, _rules.dtype_name(x.dtype))
     return value
 
 

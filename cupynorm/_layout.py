@@ -21,16 +21,17 @@ class Facts(NamedTuple):
     backward: bool
     shape: tuple[int, ...]  # of x
     axes: tuple[int, ...]  # normalized, ascending
-    # Names by array: x, weight and bias where they are given; of a backward x and weight, and
-    # dweight and dbias where they are wanted.
+    # Names by array: x, weight, bias and residual where they are given, the sum's being residual's;
+    # of a backward x and weight, and dweight and dbias where they are wanted.
     dtypes: dict[str, str]
-    # Element strides by array of x's shape: x and y, of a backward x, dy and dx if wanted.
+    # Element strides by array of x's shape: x and y, with a residual that and sum; of a backward x
+    # and dy, dsum where it is given, and dx if wanted.
     # None where memory cannot be counted in elements: unaligned, or of the other byte order.
     strides: dict[str, tuple[int, ...] | None]
     eps: float = 0.0
     order: str = "K"  # of a y that is to be made
     out: bool = False  # y is given
-    stats: bool = False  # a forward gives mean and rstd, too
+    stats: bool = False  # a forward gives mean, if the op has one, and rstd, too
     device: Any = None  # that x is on: index of a GPU for CuPy, for torch its own name of it
 
     @property

@@ -171,10 +171,10 @@ def element_strides(x: Strided) -> tuple[int, ...]:
     return tuple(s // x.itemsize for s in x.strides)
 
 
-def check_writable(out: Any) -> None:
-    """Refuse an `out` that cannot be written, or whose elements share memory with each other."""
+def check_writable(label: str, out: Any) -> None:
+    """Refuse a result that cannot be written, or whose elements share memory with each other."""
     if isinstance(out, np.ndarray) and not out.flags.writeable:
-        msg = "out is read-only; pass a writable array, e.g. numpy.empty_like(x)"
+        msg = f"{label} is read-only; pass a writable array, e.g. numpy.empty_like(x)"
         raise ValueError(msg)
     if 0 in out.shape or (hasattr(out, "flags") and out.flags.c_contiguous):
         return
@@ -186,14 +186,32 @@ def check_writable(out: Any) -> None:
     for stride, n in sorted((abs(s), n) for s, n in zip(strides, out.shape, strict=True)):
         if n > 1 and stride < reach:
             msg = (
-                f"out with shape {tuple(out.shape)} and strides {tuple(strides)} may hold two "
+                f"{label} with shape {tuple(out.shape)} and strides {tuple(strides)} may hold two "
                 "elements at one address; pass an array of its own, e.g. empty_like(x)"
             )
             raise ValueError(msg)
         reach += stride * (n - 1)
 
 
-def check_overlap(label: str, other: Any, out: Any, *, same_allowed: bool) -> None:
+def check_apart(
+    x: Any, weight: Any, bias: Any, out: Any, residual: Any = None, sum_out: Any = None
+) -> None:
+    """Refuse results that overlap what is still to be read, or each other; None: not there.
+
+    Each may be an array of x's shape that is read, but not a part of one.
+    """
+    for name, result in (("out", out), ("sum_out", sum_out)):
+        for label, other in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
+            same = label in ("x", "residual")
+            if not (result is None or other is None or (same and result is other)):
+                check_overlap(label, other, result, same_allowed=same, name=name)
+    if out is not None and sum_out is not None:
+        check_overlap("sum_out", sum_out, out, same_allowed=False)
+
+
+def check_overlap(
+    label: str, other: Any, out: Any, *, same_allowed: bool, name: str = "out"
+) -> None:
     """Refuse an `out` that shares some but not all of its memory with an input.
 
     Writing there would change elements that are still to be read.
@@ -205,10 +223,10 @@ def check_overlap(label: str, other: Any, out: Any, *, same_allowed: bool) -> No
         return
     if a.touches(b):
         msg = (
-            f"out shares memory with {label} in part; pass {label} itself where that is meant "
-            "to be overwritten (only x may be), or a separate array"
+            f"{name} shares memory with {label} in part; pass {label} itself where that is meant "
+            f"to be overwritten (only {label} may be), or a separate array"
             if same_allowed
-            else f"out shares memory with {label}; pass a separate array"
+            else f"{name} shares memory with {label}; pass a separate array"
         )
         raise ValueError(msg)
 
@@ -238,17 +256,16 @@ class _Span:
         else:
             ptr = x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
             strides = tuple(x.strides)
-        self.key = (ptr, tuple(x.shape), strides)
-        self.itemsize = x.itemsize
+        self.key = (ptr, tuple(x.shape), strides, x.itemsize)
 
     def _address_only(self) -> np.ndarray[Any, Any]:
         # A zero-filled dtype of the right width: only addresses are ever looked at.
-        ptr, shape, strides = self.key
+        ptr, shape, strides, itemsize = self.key
         self.__array_interface__ = {
             "data": (ptr, True),
             "shape": shape,
             "strides": strides,
-            "typestr": f"|V{self.itemsize}",
+            "typestr": f"|V{itemsize}",
             "version": 3,
         }
         return np.asarray(self)

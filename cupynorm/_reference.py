@@ -14,14 +14,15 @@ from array_api_compat import array_namespace
 
 from cupynorm._layout import Facts
 from cupynorm._libraries import library_of
+from cupynorm._ops import LAYER_NORM, Op
 from cupynorm._rules import dtype_name, stats_dtype, stats_shape
 
 
 class Rows:
     """x seen as rows over `axes`, ascending: sums and means, in the dtype of the statistics."""
 
-    def __init__(self, xp: Any, x: Any, axes: tuple[int, ...]) -> None:
-        self.xp, self.x, self.axes = xp, x, axes
+    def __init__(self, xp: Any, x: Any, axes: tuple[int, ...], op: Op = LAYER_NORM) -> None:
+        self.xp, self.x, self.axes, self.op = xp, x, axes, op
         self.dtype = getattr(xp, stats_dtype(dtype_name(x.dtype)))
         self.shape = tuple(x.shape[a] for a in axes)  # of weight and bias
         self.n = math.prod(self.shape)
@@ -43,6 +44,10 @@ class Rows:
         shape = tuple(n if a in self.axes else 1 for a, n in enumerate(self.x.shape))
         return self.xp.reshape(self.wide(value), shape)
 
+    def scale(self, weight: Any) -> Any:
+        """What the weight multiplies x_hat by."""
+        return self.along(weight) + 1.0 if self.op.unit_weight else self.along(weight)
+
     def mean(self, terms: Any, factor: Any = None) -> Any:
         """Mean of each row, or of its product with `factor`; length 1 is kept."""
         scaled = terms if self.unit == 1.0 else terms * self.unit
@@ -56,8 +61,14 @@ class Rows:
         return self.xp.reshape(_sum(self.xp, terms, batch), self.shape) if batch else terms
 
     def standardized(self, eps: float) -> tuple[Any, Any, Any]:
-        """x_hat, mean and rstd as functions of x, by the corrected two-pass algorithm."""
+        """x_hat, mean and rstd as functions of x, by the corrected two-pass algorithm.
+
+        Without a centre there is no mean, and one pass.
+        """
         values = self.wide(self.x)
+        if not self.op.center:
+            rstd = 1.0 / self.xp.sqrt(self.mean(values, values) + eps)
+            return values * rstd, None, rstd
         start = self.mean(values)
         offset = values - start
         # `start` is rounded, at 1e6 in float32 by 0.03, and every offset is off by that much.
@@ -69,6 +80,8 @@ class Rows:
 
     def restored(self, mean: Any, rstd: Any) -> Any:
         """x_hat by the statistics that were given out, whose mean is rounded."""
+        if not self.op.center:
+            return self.wide(self.x) * rstd
         offset = self.wide(self.x) - mean
         return (offset - self.mean(offset)) * rstd
 
@@ -77,7 +90,7 @@ def normalize(rows: Rows, weight: Any, bias: Any, eps: float) -> tuple[Any, Any,
     """y in x's dtype; mean and rstd in that of the statistics, NaN where rows are empty."""
     y, mean, rstd = rows.standardized(eps)
     if weight is not None:
-        y = y * rows.along(weight)
+        y = y * rows.scale(weight)
     if bias is not None:
         y = y + rows.along(bias)
     return rows.narrow(y), mean, rstd
@@ -85,16 +98,17 @@ def normalize(rows: Rows, weight: Any, bias: Any, eps: float) -> tuple[Any, Any,
 
 def gradients(
     rows: Rows,
-    of: tuple[Any, Any, Any],
+    of: tuple[Any, ...],
     weight: Any,
     hat: tuple[Any, Any],
     wanted: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Any, Any, Any]:
     """dx in x's dtype; dweight and dbias in that of the statistics, None where y has no gradient.
 
-    `of` holds the gradients of y, mean and rstd, each of which may be None; `hat` x_hat and rstd.
+    `of` holds the gradients of y, mean and rstd, each of which may be None, and where there is one
+    that which flows into x from elsewhere; `hat` x_hat and rstd.
     """
-    dy, dmean, drstd = of
+    dy, dmean, drstd, *dsum = of
     x_hat, rstd = hat
     dx = dweight = dbias = None
     slope = None if dy is None else rows.wide(dy)
@@ -102,12 +116,14 @@ def gradients(
         if slope is None:
             dx = rows.xp.zeros_like(x_hat)
         else:
-            g = slope if weight is None else slope * rows.along(weight)
+            g = slope if weight is None else slope * rows.scale(weight)
             dx = _projected(rows, g, hat)
         if dmean is not None:
             dx = dx + dmean / rows.n
         if drstd is not None:
             dx = dx - drstd * rstd * rstd * x_hat / rows.n
+        if dsum:
+            dx = dx + rows.wide(dsum[0])
         dx = rows.narrow(dx)
     if slope is not None and wanted[1]:
         dweight = rows.over_rows(slope * x_hat)
@@ -126,14 +142,14 @@ def tangents(
     dx, dweight, dbias = of
     x_hat, rstd = hat
     zeros = rows.xp.zeros_like
-    dy, dmean, drstd = zeros(x_hat), zeros(rstd), zeros(rstd)
+    dy, dmean, drstd = zeros(x_hat), zeros(rstd) if rows.op.center else None, zeros(rstd)
     if dx is not None:
         slope = rows.wide(dx)
-        dmean = rows.mean(slope)
+        dmean = rows.mean(slope) if rows.op.center else None
         drstd = -rstd * rstd * rows.mean(slope, x_hat)
         dy = _projected(rows, slope, hat)
         if weight is not None:
-            dy = dy * rows.along(weight)
+            dy = dy * rows.scale(weight)
     if dweight is not None:
         dy = dy + x_hat * rows.along(dweight)
     if dbias is not None:
@@ -144,7 +160,8 @@ def tangents(
 def _projected(rows: Rows, z: Any, hat: tuple[Any, Any]) -> Any:
     """The derivative of x_hat by x, a symmetric matrix for each row, applied to z."""
     x_hat, rstd = hat
-    return rstd * (z - rows.mean(z) - x_hat * rows.mean(z, x_hat))
+    lifted = z - rows.mean(z) if rows.op.center else z
+    return rstd * (lifted - x_hat * rows.mean(z, x_hat))
 
 
 def _sum(xp: Any, terms: Any, axes: tuple[int, ...]) -> Any:
@@ -285,15 +302,23 @@ class Door:
     def normalizer(facts: Facts) -> Callable[..., Any]:
         """The forward of arrays of this kind."""
 
-        def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:
-            _check_memory(x, facts.order, out)
-            xp = array_namespace(x)
+        def call(x: Any, weight: Any, bias: Any, *more: Any) -> Any:
+            targets, xp, summed = [more[0], *more[2:]], array_namespace(x), x
+            for out in targets:
+                _check_memory(x, facts.order, out)
             with quiet(xp):
-                y, *stats = normalize(Rows(xp, x, facts.axes), weight, bias, facts.eps)
-            if out is not None:
-                out[...] = y
-                y = out
-            return (y, *stats) if facts.stats else y
+                if facts.op.residual:
+                    summed = xp.astype(x, more[1].dtype, copy=False) + more[1]
+                rows = Rows(xp, summed, facts.axes, facts.op)
+                y, mean, rstd = normalize(rows, weight, bias, facts.eps)
+            found = [xp.astype(y, x.dtype, copy=False), summed][: len(targets)]
+            for i, out in enumerate(targets):
+                if out is not None:
+                    out[...] = found[i]
+                    found[i] = out
+            if facts.stats:
+                found += [rstd] if mean is None else [mean, rstd]
+            return tuple(found) if len(found) > 1 else found[0]
 
         return call
 
@@ -303,12 +328,12 @@ class Door:
         dtypes = facts.dtypes
         wanted = "dx" in facts.strides, "dweight" in dtypes, "dbias" in dtypes
 
-        def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> tuple[Any, ...]:
+        def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *dsum: Any) -> tuple[Any, ...]:
             xp = array_namespace(x)
-            rows = Rows(xp, x, facts.axes)
+            rows = Rows(xp, x, facts.axes, facts.op)
             with quiet(xp):
                 hat = rows.restored(mean, rstd), rstd
-                dx, *sums = gradients(rows, (dy, None, None), weight, hat, wanted)
+                dx, *sums = gradients(rows, (dy, None, None, *dsum), weight, hat, wanted)
             named = zip(("dweight", "dbias"), sums, strict=True)
             return dx, *(
                 None if total is None else xp.astype(total, getattr(xp, dtypes[name]), copy=False)

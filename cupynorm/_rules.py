@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from cupynorm._ops import OPS, Op
+
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _CHOICES = "float16, bfloat16, float32 or float64"
 
@@ -60,11 +62,21 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-def check_x_dtype(name: str, cast: str = "x.astype('float32')") -> None:
+def check_x_dtype(
+    name: str, cast: str = "x.astype('float32')", function: str = "layer_norm"
+) -> None:
     """Refuse every dtype of x that is not one of the four floating ones."""
     if name not in ITEMSIZE:
-        msg = f"x has dtype {name}; layer_norm takes {_CHOICES}. Cast it first: {cast}"
+        msg = f"x has dtype {name}; {function} takes {_CHOICES}. Cast it first: {cast}"
         raise TypeError(msg)
+
+
+def resolve_op(name: Any) -> Op:
+    """Read the name of an operation."""
+    if name not in OPS:
+        msg = f"op={name!r} is not one of {', '.join(OPS)}; pass one of these names"
+        raise ValueError(msg)
+    return OPS[name]
 
 
 def integers(value: Any, label: str) -> tuple[int, ...]:
@@ -165,6 +177,16 @@ def exact(value: Any) -> bool:
 _INT = {int}
 
 
+def epsilon_of(x_dtype: str) -> float:
+    """The eps of an RMS norm that names none, as torch has it: of the dtype of the statistics."""
+    return float(np.finfo(stats_dtype(x_dtype)).eps)
+
+
+def default_eps(op: Op, eps: Any) -> Any:
+    """The eps of a call that may name none, None where it goes by x's dtype."""
+    return 1e-5 if eps is None and op.center else eps
+
+
 def check_eps(eps: Any) -> float:
     """Read eps: any finite real number."""
     if not isinstance(eps, numbers.Real) or isinstance(eps, bool):
@@ -193,27 +215,45 @@ def check_order(order: Any) -> None:
         raise ValueError(msg)
 
 
-def check_out(
-    shape: tuple[int, ...], dtype: Any, x_shape: tuple[int, ...], x_dtype: Any, order: str
-) -> None:
-    """Refuse an `out` whose shape or dtype is not x's, or a layout asked for twice."""
-    if shape != x_shape:
-        _refuse_out(f"out has shape {shape}, but x has shape {x_shape}", "make it x's shape")
-    if dtype != x_dtype:
-        _refuse_out(f"out has dtype {dtype}, but x has dtype {x_dtype}", "make it x's dtype")
+def check_out(label: str, out: Any, like: str, x: Any, order: str) -> None:
+    """Refuse a result whose shape or dtype is not that of x, or a layout asked for twice."""
+    for what, got, wanted in (
+        ("shape", tuple(out.shape), tuple(x.shape)),
+        ("dtype", out.dtype, x.dtype),
+    ):
+        if got != wanted:
+            fault = f"{label} has {what} {got}, but {like} has {what} {wanted}"
+            _refuse_out(fault, f"make it {like}'s {what}")
     if order != "K":
-        _refuse_out(f"got both out= and order={order!r}", "out keeps its own layout; drop order=")
+        fault = f"got both {label}= and order={order!r}"
+        _refuse_out(fault, f"{label} keeps its own layout; drop order=")
+
+
+def check_residual(shape: tuple[int, ...], dtype: str, x_shape: tuple[int, ...], x: str) -> None:
+    """Refuse a residual whose shape is not x's, or whose dtype does not go with x's."""
+    if shape != x_shape:
+        msg = f"residual has shape {shape}, but x has shape {x_shape}; make it x's shape"
+        raise ValueError(msg)
+    choices = (x, "float32") if ITEMSIZE[x] == 2 else (x,)
+    if dtype not in choices:
+        wanted = " or ".join(choices)
+        msg = f"residual has dtype {dtype}, but {wanted} goes with x of dtype {x}; cast residual"
+        raise ValueError(msg)
 
 
 def check_beside_x(
-    label: str, shape: tuple[int, ...], expected: tuple[int, ...], x_shape: tuple[int, ...]
+    of: tuple[str, str], shape: tuple[int, ...], expected: tuple[int, ...], x_shape: tuple[int, ...]
 ) -> None:
-    """Refuse a gradient or statistic whose shape does not go with x's."""
+    """Refuse a gradient or statistic whose shape does not go with x's.
+
+    `of` is what it is called and the name of the function that is differentiated.
+    """
     if shape != expected:
+        label, function = of
         way_out = (
-            "pass the gradient of layer_norm(x), which has x's shape"
-            if label == "dy"
-            else "pass what layer_norm(x, ..., return_stats=True) gave, for the same axes"
+            f"pass the gradient of {function}(x), which has x's shape"
+            if label in ("dy", "dsum")
+            else f"pass what {function}(x, ..., return_stats=True) gave, for the same axes"
         )
         msg = f"{label} has shape {shape}, but {expected} goes with x of shape {x_shape}; {way_out}"
         raise ValueError(msg)
@@ -225,18 +265,17 @@ def refuse_dtype_beside_x(label: str, dtype: str, expected: str, x_dtype: str) -
     raise ValueError(msg)
 
 
-def check_mask(output_mask: Any, has_weight: bool) -> tuple[bool, bool, bool]:
-    """Read which of dx, dweight and dbias are wanted."""
+def check_mask(output_mask: Any, has_weight: bool, has_bias: bool) -> tuple[bool, bool, bool]:
+    """Read which of dx, dweight and dbias are wanted; the last is where there may be a bias."""
     if output_mask is None:
-        return True, has_weight, True
+        return True, has_weight, has_bias
     mask = tuple(output_mask) if isinstance(output_mask, Iterable) else ()
-    if len(mask) != 3 or not all(isinstance(m, (bool, np.bool_)) for m in mask):
-        msg = (
-            f"output_mask={output_mask!r} is not three bools, for dx, dweight and dbias; "
-            "pass e.g. output_mask=(True, True, True)"
-        )
+    wanted = (True,) * (2 + has_bias)
+    if len(mask) != len(wanted) or not all(isinstance(m, (bool, np.bool_)) for m in mask):
+        which = "three bools, for dx, dweight and dbias" if has_bias else "two, for dx and dweight"
+        msg = f"output_mask={output_mask!r} is not {which}; pass e.g. output_mask={wanted}"
         raise TypeError(msg)
-    return bool(mask[0]), bool(mask[1]), bool(mask[2])
+    return bool(mask[0]), bool(mask[1]), has_bias and bool(mask[2])
 
 
 def _refuse_out(fault: str, way_out: str) -> NoReturn:

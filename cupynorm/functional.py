@@ -3,9 +3,27 @@
 from typing import Any
 
 from cupynorm import _calls, dask, frames
-from cupynorm._ops import LAYER_NORM, LayerNormGradients, LayerNormResult, Op
+from cupynorm._ops import (
+    ADD_LAYER_NORM,
+    ADD_RMS_NORM,
+    LAYER_NORM,
+    RMS_NORM,
+    ZERO_CENTERED,
+    LayerNormGradients,
+    LayerNormResult,
+    Op,
+    RMSNormGradients,
+    named,
+)
 
-__all__ = ["layer_norm", "layer_norm_backward"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "layer_norm",
+    "layer_norm_backward",
+    "rms_norm",
+    "rms_norm_backward",
+]
 
 
 def layer_norm(
@@ -99,6 +117,7 @@ def layer_norm_backward(
     *,
     axis: Any = None,
     output_mask: Any = None,
+    dsum: Any = None,
 ) -> LayerNormGradients:
     """Gradients of `layer_norm` from the gradient of its result.
 
@@ -126,6 +145,9 @@ def layer_norm_backward(
     output_mask : sequence of 3 bool, optional
         Which of dx, dweight and dbias to compute. By default dx and dbias, and dweight where
         weight is given.
+    dsum : array, optional
+        What flows into x from elsewhere, as into the sum of `add_layer_norm`: of dy's shape and
+        dtype. It is added to dx, before that is rounded.
 
     Returns
     -------
@@ -163,9 +185,235 @@ def layer_norm_backward(
     >>> dbias
     array([1., 1., 1.])
     """
-    arrays = dy, x, mean, rstd, weight
+    arrays = (dy, x, mean, rstd, weight) if dsum is None else (dy, x, mean, rstd, weight, dsum)
     found = _calls.differentiate(LAYER_NORM, arrays, (normalized_shape, axis, output_mask))
     return LayerNormGradients(*found)
+
+
+def rms_norm(
+    x: Any,
+    normalized_shape: Any = None,
+    weight: Any = None,
+    eps: float | None = None,
+    *,
+    axis: Any = None,
+    order: str = "K",
+    out: Any = None,
+    return_stats: bool = False,
+    zero_centered_weight: bool = False,
+) -> Any:
+    """Divide each row of x by its root mean square, then scale it.
+
+    ``y = x / sqrt(mean(x * x) + eps) * weight`` over the normalized axes of each sample; nothing
+    is subtracted, and there is no bias. Semantics of ``torch.nn.functional.rms_norm``.
+
+    Parameters
+    ----------
+    x : array
+        As for `layer_norm`, but for tables and Dask collections.
+    normalized_shape, weight : optional
+        As for `layer_norm`.
+    eps : float, optional
+        Added to the mean square. By default what torch takes: the epsilon of the dtype of the
+        statistics, 2**-23, or 2**-52 for float64 x.
+    axis, order, out : optional
+        As for `layer_norm`.
+    return_stats : bool, default False
+        Give the named tuple (y, rstd).
+    zero_centered_weight : bool, default False
+        Multiply by ``1 + weight``, as Gemma and TransformerEngine do.
+
+    Returns
+    -------
+    array or named tuple
+        y, in x's library, dtype and device; with `return_stats` (y, rstd).
+
+    Notes
+    -----
+    Statistics are float32 (float64 for float64 x). The formula is that of Zhang and Sennrich
+    (2019), "Root Mean Square Layer Normalization", arXiv:1910.07467. Errors, and what a row's bits
+    depend on: as for `layer_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> cn.rms_norm(np.array([[1.0, 1.0, 2.0], [10.0, 10.0, 20.0]]), eps=0.0).round(3)
+    array([[0.707, 0.707, 1.414],
+           [0.707, 0.707, 1.414]])
+    """
+    op = ZERO_CENTERED[RMS_NORM] if zero_centered_weight else RMS_NORM
+    how = normalized_shape, axis, eps, order, return_stats
+    return named(op, return_stats, _calls.normalize(op, x, weight, None, out, how))
+
+
+def rms_norm_backward(
+    dy: Any,
+    x: Any,
+    normalized_shape: Any,
+    rstd: Any,
+    weight: Any = None,
+    *,
+    axis: Any = None,
+    output_mask: Any = None,
+    dsum: Any = None,
+    zero_centered_weight: bool = False,
+) -> RMSNormGradients:
+    """Gradients of `rms_norm` from the gradient of its result.
+
+    With ``x_hat = x * rstd`` and ``g = dy * weight``, row by row
+    ``dx = rstd * (g - x_hat * sum(g * x_hat) / N)``, and ``dweight = sum(dy * x_hat)`` over all.
+
+    Parameters
+    ----------
+    dy, x, normalized_shape, rstd, weight, axis : array or optional
+        As for `layer_norm_backward`; x is the sum of an `add_rms_norm`.
+    output_mask : sequence of 2 bool, optional
+        Which of dx and dweight to compute. By default dx, and dweight where weight is given.
+    dsum : array, optional
+        As for `layer_norm_backward`.
+    zero_centered_weight : bool, default False
+        As in the forward call.
+
+    Returns
+    -------
+    named tuple
+        (dx, dweight), as of `layer_norm_backward`.
+
+    Notes
+    -----
+    The formula is that of Zhang and Sennrich (2019), arXiv:1910.07467.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> x = np.array([[3.0, 4.0]])
+    >>> y, rstd = cn.rms_norm(x, eps=0.0, return_stats=True)
+    >>> cn.rms_norm_backward(np.array([[1.0, 0.0]]), x, 2, rstd).dx.round(3)
+    array([[ 0.181, -0.136]])
+    """
+    op = ZERO_CENTERED[RMS_NORM] if zero_centered_weight else RMS_NORM
+    arrays = (dy, x, None, rstd, weight) if dsum is None else (dy, x, None, rstd, weight, dsum)
+    found = _calls.differentiate(op, arrays, (normalized_shape, axis, output_mask))
+    return RMSNormGradients(*found[:2])
+
+
+def add_layer_norm(
+    x: Any,
+    residual: Any,
+    normalized_shape: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *,
+    axis: Any = None,
+    order: str = "K",
+    out: Any = None,
+    sum_out: Any = None,
+    return_stats: bool = False,
+) -> Any:
+    """Add residual to x and normalize the sum, in one pass over memory.
+
+    ``sum = x + residual``, rounded to residual's dtype; ``y = layer_norm(sum)``, rounded to x's:
+    the bits of the two calls.
+
+    Parameters
+    ----------
+    x : array
+        As for `rms_norm`.
+    residual : array
+        What is added: of x's shape, library and device, and of x's dtype, or float32 beside 16-bit
+        x.
+    normalized_shape, weight, bias, eps, axis : optional
+        As for `layer_norm`.
+    order : {'K', 'C', 'F'}, default 'K'
+        Memory layout of y and of the sum: x's own, row-major, or column-major.
+    out, sum_out : array, optional
+        Where to write y and the sum. Each may be x or residual itself, where dtypes are the same,
+        and they share no memory with each other.
+    return_stats : bool, default False
+        Give the named tuple (y, sum, mean, rstd).
+
+    Returns
+    -------
+    named tuple
+        (y, sum); with `return_stats` (y, sum, mean, rstd).
+
+    Notes
+    -----
+    The gradient of x, and of residual, is the dx of `layer_norm_backward` for the sum, whose `dsum`
+    is what flows into the sum from elsewhere. The formula is that of Ba, Kiros and Hinton (2016),
+    arXiv:1607.06450.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> x, residual = np.array([[1.0, 2.0, 3.0]]), np.array([[1.0, 0.0, 1.0]])
+    >>> y, total = cn.add_layer_norm(x, residual, sum_out=residual)
+    >>> residual
+    array([[2., 2., 4.]])
+    """
+    how = normalized_shape, axis, eps, order, return_stats
+    found = _calls.normalize(ADD_LAYER_NORM, x, weight, bias, out, how, residual, sum_out)
+    return named(ADD_LAYER_NORM, return_stats, found)
+
+
+def add_rms_norm(
+    x: Any,
+    residual: Any,
+    normalized_shape: Any = None,
+    weight: Any = None,
+    eps: float | None = None,
+    *,
+    axis: Any = None,
+    order: str = "K",
+    out: Any = None,
+    sum_out: Any = None,
+    return_stats: bool = False,
+    zero_centered_weight: bool = False,
+) -> Any:
+    """Add residual to x and divide the sum by its root mean square, in one pass over memory.
+
+    ``sum = x + residual``, rounded to residual's dtype; ``y = rms_norm(sum)``, rounded to x's: the
+    bits of the two calls.
+
+    Parameters
+    ----------
+    x, residual, normalized_shape, weight : array or optional
+        As for `add_layer_norm`.
+    eps : float, optional
+        As for `rms_norm`.
+    axis, order, out, sum_out : optional
+        As for `add_layer_norm`.
+    return_stats : bool, default False
+        Give the named tuple (y, sum, rstd).
+    zero_centered_weight : bool, default False
+        As for `rms_norm`.
+
+    Returns
+    -------
+    named tuple
+        (y, sum); with `return_stats` (y, sum, rstd).
+
+    Notes
+    -----
+    Gradients are those of `rms_norm_backward`, as for `add_layer_norm`. The formula is that of
+    Zhang and Sennrich (2019), arXiv:1910.07467.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> y, total = cn.add_rms_norm(np.array([[1.0, 2.0]]), np.array([[2.0, 2.0]]), eps=0.0)
+    >>> y.round(3)
+    array([[0.849, 1.131]])
+    """
+    op = ZERO_CENTERED[ADD_RMS_NORM] if zero_centered_weight else ADD_RMS_NORM
+    how = normalized_shape, axis, eps, order, return_stats
+    found = _calls.normalize(op, x, weight, None, out, how, residual, sum_out)
+    return named(op, return_stats, found)
 
 
 def _forward(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: _calls.How) -> Any:

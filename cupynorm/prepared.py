@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from cupynorm import _calls, _rules, dask, frames
-from cupynorm._ops import LAYER_NORM, LayerNormResult
+from cupynorm._ops import LAYER_NORM, named
 
 __all__ = ["PreparedLayerNorm", "prepare"]
 
@@ -44,7 +44,7 @@ class PreparedLayerNorm:
     )
 
     def __init__(self, checked: _calls.Checked, how: _calls.How, door: Any) -> None:
-        _, self._facts, self._turn, (x, weight, bias, _) = checked
+        _, self._facts, self._turn, (x, weight, bias, *_) = checked
         self._door, self._how, self._affine = door, how, (weight, bias)
         self._looks, self._device = _looks(door, (x, weight, bias)), str(x.device)
         self._call = _calls.call_of(door, self._facts, self._turn)
@@ -78,10 +78,10 @@ class PreparedLayerNorm:
             if select is not None and (why := select(x, weight, bias, out).refuses_prepared):
                 raise ValueError(why)
             found = self._by_rules(x, out)
-        return LayerNormResult(*found) if facts.stats else found
+        return named(facts.op, True, found) if facts.stats else found
 
-    def _by_rules(self, x: Any, out: Any) -> Any:
-        return _calls.normalize(self._facts.op, x, *self._affine, out, self._how)
+    def _by_rules(self, x: Any, out: Any, *added: Any) -> Any:
+        return _calls.normalize(self._facts.op, x, *self._affine, out, self._how, *added)
 
     def __repr__(self) -> str:
         """What it takes."""
@@ -91,6 +91,7 @@ class PreparedLayerNorm:
         parts = (
             f"<cupynorm.PreparedLayerNorm of {library} {facts.dtypes['x']} {facts.shape} "
             f"on {self._device}",
+            *([] if facts.op == LAYER_NORM else [facts.op.name]),
             f"axes {facts.axes}",
             " and ".join(affine) if affine else "no weight or bias",
             f"eps {facts.eps}",
@@ -103,7 +104,7 @@ class PreparedLayerNorm:
         """Rebuild it where it is unpickled or copied, for the weight and bias that come along."""
         door = type(self._door).__module__
         state = self._facts, self._turn, self._how, self._looks[0], self._device
-        return _rebuilt, (door, state, self._affine)
+        return _rebuilt, (type(self), door, state, self._affine)
 
     def _admit(self, x: Any) -> None:
         """Refuse an x that this call was not prepared for."""
@@ -128,8 +129,24 @@ class PreparedLayerNorm:
         raise ValueError(msg)
 
 
-def _rebuilt(door: str, state: tuple[Any, ...], affine: tuple[Any, Any]) -> PreparedLayerNorm:
-    call = PreparedLayerNorm.__new__(PreparedLayerNorm)
+class PreparedAddNorm(PreparedLayerNorm):
+    """As `PreparedLayerNorm`, where a residual is added first: ``f(x, residual)``."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Any, residual: Any, out: Any = None, sum_out: Any = None) -> Any:  # type: ignore[override]
+        """Normalize x + residual, into `out`, and give the sum, into `sum_out`."""
+        if type(x) not in self._door.types:
+            self._refuse("type", _name(type(x)), _name(self._door.types[0]))
+        self._admit(x)
+        found = self._by_rules(x, out, residual, sum_out)
+        return named(self._facts.op, self._facts.stats, found)
+
+
+def _rebuilt(
+    kind: type[PreparedLayerNorm], door: str, state: tuple[Any, ...], affine: tuple[Any, Any]
+) -> PreparedLayerNorm:
+    call = kind.__new__(kind)
     call._door, call._affine = import_module(door).DOOR, affine
     call._facts, call._turn, call._how, x_look, call._device = state
     call._looks = x_look, *_looks(call._door, affine)
@@ -151,13 +168,17 @@ def prepare(
     normalized_shape: Any = None,
     weight: Any = None,
     bias: Any = None,
-    eps: float = 1e-5,
+    eps: float | None = None,
     *,
     axis: Any = None,
     order: str = "K",
     return_stats: bool = False,
+    op: str = "layer_norm",
+    residual: Any = None,
 ) -> PreparedLayerNorm:
     """Settle all of a `layer_norm` call that does not depend on the values of x.
+
+    Or of another operation, which `op` names.
 
     Argument rules, the plan, and the kernel, compiled if need be, are looked up here, so that a
     call of the result costs a few comparisons and a launch. ``f(x, out=y)`` allocates nothing and
@@ -175,14 +196,20 @@ def prepare(
         written into them later counts, and so does other memory that they are given (a torch
         parameter's ``.data``). If their memory cannot be used as it is (not row-major; on the CPU,
         another dtype than that of the statistics), each call makes copies of them.
-    eps : float, default 1e-5
-        As for `layer_norm`.
+    eps : float, optional
+        As for `layer_norm`; by default that of the operation.
     axis : int or tuple of int, optional
         As for `layer_norm`.
     order : {'K', 'C', 'F'}, default 'K'
         As for `layer_norm`.
     return_stats : bool, default False
         As for `layer_norm`: whether each call gives mean and rstd, too.
+    op : str, default 'layer_norm'
+        The function: 'layer_norm', 'rms_norm', 'add_layer_norm' or 'add_rms_norm', and with
+        'zero_centered_' before its name for ``1 + weight``.
+    residual : array, optional
+        An example of what is added, of an operation that adds. Its call is
+        ``f(x, residual, out=y, sum_out=residual)``.
 
     Returns
     -------
@@ -221,10 +248,12 @@ def prepare(
     >>> f(x)[0].round(3)
     array([-2.449,  0.   ,  2.449])
     """
-    how = normalized_shape, axis, eps, order, return_stats
+    operation = _rules.resolve_op(op)
+    how = normalized_shape, axis, _rules.default_eps(operation, eps), order, return_stats
     if dask.is_collection(x) or frames.is_table(x):
         _refuse_kind(x)
-    checked = _calls.check(LAYER_NORM, x, weight, bias, None, how)
+    added = (residual, None) if operation.residual else ()
+    checked = _calls.check(operation, x, weight, bias, None, how, *added)
     door = _calls.doors[type(checked.x)]  # whoever may watch this example
     if door.look is None:
         _refuse_kind(x)
@@ -235,7 +264,7 @@ def prepare(
                 "call cupynorm.torch.layer_norm"
             )
             raise TypeError(msg)
-    return PreparedLayerNorm(checked, how, door)
+    return (PreparedAddNorm if added else PreparedLayerNorm)(checked, how, door)
 
 
 def _refuse_kind(x: Any) -> NoReturn:

@@ -11,7 +11,7 @@ import numpy as np
 from cupynorm import _rules
 from cupynorm._cpu import blocks, engine
 from cupynorm._layout import Facts, as_table, row_major_strides
-from cupynorm._libraries import check_overlap
+from cupynorm._libraries import check_apart
 
 Array = np.ndarray[Any, Any]
 Call = Callable[..., Any]
@@ -64,8 +64,15 @@ class Door:
         return describe()
 
     def normalizer(self, facts: Facts) -> Call:
-        """Give ``call(x, weight, bias, out)``: y, or (y, mean, rstd) if these are wanted."""
+        """Give ``call(x, weight, bias, out)``: y, or (y, mean, rstd) if these are wanted.
+
+        With a residual it is ``call(x, weight, bias, out, residual, sum_out)``, which gives the sum
+        after y; where nothing is centred there is no mean.
+        """
+        if facts.op.residual:
+            return _adding(facts)
         shape, stats, of_rows = facts.shape, facts.stats, facts.stats_shape
+        of_means, first = (of_rows, 0) if facts.op.center else ((0, 0), 1)
         kind = facts.dtypes["x"]
         dtype, compute = _rules.numpy_dtype(kind), np.dtype(engine.computed(kind))
         empty, like = np.empty, functools.partial(np.empty_like, order=facts.order)
@@ -82,37 +89,39 @@ class Door:
                 y = empty(shape, dtype)
             else:
                 y = like(x)
-            told = (empty(of_rows, compute), empty(of_rows, compute)) if stats else ()
+            told = (empty(of_means, compute), empty(of_rows, compute)) if stats else ()
             if fits and not plain():  # the least Python around the loops
                 w = none if weight is None else weight
                 b = none if bias is None else bias
                 if do(at, x, y, w, b, *told) if stats else do(at, x, y, w, b):
-                    _check_out(x, weight, bias, y)  # says what y shares memory with
-                return (y, *told) if stats else y
-            if out is not None:
-                _check_out(x, weight, bias, out)
+                    check_apart(x, weight, bias, y)  # says what y shares memory with
+                return (y, *told[first:]) if stats else y
+            check_apart(x, weight, bias, out)
             (in_blocks if plain() else run)(x, y, weight, bias, *told)
             if fits is None:
                 # Where rows are not dense the loops do not look at overlap.
                 apart = out is None or (do and small.plan.dense)
                 fits = do is not None and apart and small.fits(x, y, weight, bias, *told)
-            return (y, *told) if stats else y
+            return (y, *told[first:]) if stats else y
 
         return call
 
     def differentiator(self, facts: Facts) -> Call:
-        """Give ``call(dy, x, mean, rstd, weight)``: dx, dweight and dbias, None if not wanted."""
+        """Give ``call(dy, x, mean, rstd, weight)``: dx, dweight and dbias, None if not wanted.
+
+        There is no mean where nothing is centred, and dsum after weight where it is given.
+        """
         dtypes, shape = facts.dtypes, facts.affine_shape
         to_weight, to_bias = (
             _rules.numpy_dtype(dtypes[k]) if k in dtypes else None for k in ("dweight", "dbias")
         )
         in_blocks, run, to_x = _backward_in_blocks(facts), _backward(facts), "dx" in facts.strides
 
-        def call(dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None) -> Any:
+        def call(dy: Array, x: Array, mean: Any, rstd: Array, weight: Any, dsum: Any = None) -> Any:
             dx = np.empty_like(x, order="K") if to_x else None
             dweight = None if to_weight is None else np.empty(shape, to_weight)
             dbias = None if to_bias is None else np.empty(shape, to_bias)
-            (in_blocks if plain() else run)(dy, x, mean, rstd, weight, dx, dweight, dbias)
+            (in_blocks if plain() else run)(dy, x, mean, rstd, weight, dx, dweight, dbias, dsum)
             return dx, dweight, dbias
 
         return call
@@ -121,13 +130,37 @@ class Door:
 DOOR = Door()
 
 
+def _adding(facts: Facts) -> Call:
+    """The call of an operation that adds a residual first."""
+    compute = np.dtype(engine.computed(facts.dtypes["x"]))
+    in_blocks, (run, _) = _forward_in_blocks(facts), _forward(facts)
+    first, like = 0 if facts.op.center else 1, functools.partial(np.empty_like, order=facts.order)
+
+    def call(x: Array, weight: Any, bias: Any, out: Any, residual: Array, sum_out: Any) -> Any:
+        check_apart(x, weight, bias, out, residual, sum_out)
+        y = like(x) if out is None else out
+        total = like(x, residual.dtype) if sum_out is None else sum_out
+        told: Any = [np.empty(facts.stats_shape, compute) for _ in range(2)]
+        told = (None,) * first + tuple(told[first:]) if facts.stats else (None, None)
+        (in_blocks if plain() else run)(x, y, weight, bias, *told, residual, total)
+        return y, total, *(a for a in told if a is not None)
+
+    return call
+
+
 # --- what loops take ------------------------------------------------------------------------------
 
 
-def _affine(value: Array | None, compute: np.dtype[Any]) -> Array | None:
-    """Weight, bias or a statistic as a row in the type that the loops compute in."""
+def _affine(value: Array | None, compute: np.dtype[Any], unit: bool = False) -> Array | None:
+    """Weight, bias or a statistic as a row in the type that the loops compute in.
+
+    Of a weight that is told from one, what it multiplies by.
+    """
     if value is None:
         return None
+    if unit:
+        told: Array = _affine(value, compute) + compute.type(1)
+        return told
     if value.dtype == compute and value.flags.c_contiguous and value.flags.aligned:
         return value if value.ndim == 1 else value.reshape(-1)
     with np.errstate(all="ignore"):  # a float64 weight may be Inf in float32
@@ -163,18 +196,10 @@ def _stored(kind: str) -> np.dtype[Any]:
 
 
 def _address(a: Array | None) -> int:
-    return 0 if a is None else a.ctypes.data
+    return a.ctypes.data if a is not None and a.size else 0
 
 
 # --- forward ------------------------------------------------------------------------------------
-
-
-def _check_out(x: Array, weight: Array | None, bias: Array | None, out: Array) -> None:
-    if out is not x:
-        check_overlap("x", x, out, same_allowed=True)
-    for label, other in (("weight", weight), ("bias", bias)):
-        if other is not None:
-            check_overlap(label, other, out, same_allowed=False)
 
 
 def _copied(a: Array, turn: tuple[int, ...], shape: tuple[int, ...]) -> Array:
@@ -184,15 +209,23 @@ def _copied(a: Array, turn: tuple[int, ...], shape: tuple[int, ...]) -> Array:
 
 
 def _forward_in_blocks(facts: Facts) -> Call:
-    """``run(x, y, weight, bias)``, or ``run(x, y, weight, bias, mean, rstd)``."""
-    compute = np.dtype(engine.computed(facts.dtypes["x"]))
+    """``run(x, y, weight, bias)``, or ``run(x, y, weight, bias, mean, rstd)``.
 
-    def run(x: Array, y: Array, weight: Array | None, bias: Array | None, *told: Array) -> None:
+    Or, of an operation with these, ``run(x, y, weight, bias, mean, rstd, residual, sum)``.
+    """
+    compute, op = np.dtype(engine.computed(facts.dtypes["x"])), facts.op
+    rule = facts.eps, op.center
+
+    def run(x: Array, y: Array, weight: Array | None, bias: Array | None, *more: Any) -> None:
+        mean, rstd, *added = more or (None, None)
         if facts.size:
-            w, b = _affine(weight, compute), _affine(bias, compute)
-            blocks.forward(x, facts.axes, w, b, facts.eps, (y, *(told or (None, None))))
-        for statistic in told if not facts.size else ():
-            statistic.fill(np.nan)
+            w, b = _affine(weight, compute, op.unit_weight), _affine(bias, compute)
+            results = y, mean if op.center else None, rstd, *added[1:]
+            blocks.forward((x, *added[:1]), facts.axes, w, b, rule, results)
+            return
+        for statistic in (mean, rstd):
+            if statistic is not None:
+                statistic.fill(np.nan)
 
     return run
 
@@ -206,10 +239,11 @@ def _forward(facts: Facts) -> tuple[Call, _Small]:
     problem = engine.problem_in_place(facts)
     if problem is None:
         return _forward_on_copy(facts), _Small()
-    none, stored = np.empty(0, compute), _stored(kind)
+    none, stored, unit = np.empty(0, compute), _stored(kind), facts.op.unit_weight
 
     def taken(x: Any, y: Any, weight: Any, bias: Any, *told: Any) -> Any:
-        w, b = (none if a is None else _affine(a, compute) for a in (weight, bias))
+        w = none if weight is None else _affine(weight, compute, unit)
+        b = none if bias is None else _affine(bias, compute)
         return _seen(x, stored), _seen(y, stored), w, b, *[_seen(a, compute) for a in told]
 
     small = _Small(*engine.small_normalizer(problem, facts.eps), taken)
@@ -217,9 +251,9 @@ def _forward(facts: Facts) -> tuple[Call, _Small]:
         return small.run, small
     by_address = engine.normalizer(problem, facts.eps)
 
-    def large(x: Any, y: Any, weight: Any, bias: Any, *told: Any) -> None:
-        w, b = _affine(weight, compute), _affine(bias, compute)
-        by_address(*map(_address, (x, y, w, b, *(told or (None, None)))))
+    def large(x: Any, y: Any, weight: Any, bias: Any, *more: Any) -> None:
+        w, b = _affine(weight, compute, unit), _affine(bias, compute)
+        by_address(*map(_address, (x, y, w, b, *(more or (None, None)))))
 
     return large, _Small()
 
@@ -228,10 +262,14 @@ def _forward_on_copy(facts: Facts) -> Call:
     turn, table = as_table(facts)
     on_table, _ = _forward(table)
 
-    def run(x: Any, y: Any, weight: Any, bias: Any, *told: Any) -> None:
-        copy, to = _copied(x, turn, table.shape), y.transpose(turn)
-        on_table(copy, copy, weight, bias, *told)
-        np.copyto(to, copy.reshape(to.shape))
+    def run(x: Any, y: Any, weight: Any, bias: Any, *more: Any) -> None:
+        told, added = more[:2], more[2:]
+        copies = [_copied(a, turn, table.shape) for a in (x, *added[:1])]
+        # Each result in the place of what goes into it.
+        on_table(copies[0], copies[0], weight, bias, *told, *copies[1:], *copies[1:])
+        for copy, result in zip(copies, (y, *added[1:]), strict=True):
+            to = result.transpose(turn)
+            np.copyto(to, copy.reshape(to.shape))
 
     return run
 
@@ -239,7 +277,7 @@ def _forward_on_copy(facts: Facts) -> Call:
 # --- backward -----------------------------------------------------------------------------------
 
 
-def _round(sums: Any, to: tuple[Array | None, ...]) -> None:
+def _round(sums: Any, to: Sequence[Array | None]) -> None:
     """Round sums in float64 once, into arrays of any of the four dtypes."""
     with np.errstate(all="ignore"):
         for i, total in enumerate(to):
@@ -248,14 +286,15 @@ def _round(sums: Any, to: tuple[Array | None, ...]) -> None:
 
 
 def _backward_in_blocks(facts: Facts) -> Call:
-    """``run(dy, x, mean, rstd, weight, dx, dweight, dbias)``; None: absent, not wanted."""
-    compute = np.dtype(engine.computed(facts.dtypes["x"]))
+    """``run(dy, x, mean, rstd, weight, dx, dweight, dbias, dsum)``; None: absent, not wanted."""
+    compute, unit = np.dtype(engine.computed(facts.dtypes["x"])), facts.op.unit_weight
 
-    def run(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, dx: Any, *to: Any) -> None:
+    def run(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *more: Any) -> None:
+        dx, *to, dsum = more
         sums: Any = np.zeros((2, facts.N))
         if facts.size:
-            w, summed = _affine(weight, compute), any(total is not None for total in to)
-            sums = blocks.backward((dy, x, mean, rstd), facts.axes, w, dx, summed)
+            w, summed = _affine(weight, compute, unit), any(total is not None for total in to)
+            sums = blocks.backward((dy, x, mean, rstd, dsum), facts.axes, w, dx, summed)
         _round(sums, to)
 
     return run
@@ -271,13 +310,19 @@ def _backward(facts: Facts) -> Call:
     if problem is None:
         return _backward_on_copies(facts)
     wide = any(dtypes.get(k, compute.name) != compute.name for k in ("dweight", "dbias"))
-    row, table, stored = np.empty(0, compute), np.empty((0, 0), _stored(kind)), _stored(kind)
+    row, unit = np.empty(0, compute), facts.op.unit_weight
+    table, stat, stored = np.empty((0, 0), _stored(kind)), np.empty((0, 0), compute), _stored(kind)
 
-    def taken(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, dx: Any, *to: Any) -> Any:
-        stats = [_seen(np.ascontiguousarray(a, compute), compute) for a in (mean, rstd)]
-        w, *sums = (row if a is None else _affine(a, compute) for a in (weight, *to))
-        slopes = table if dx is None else _seen(dx, stored)
-        return _seen(dy, stored), _seen(x, stored), *stats, w, slopes, *sums
+    def taken(dy: Any, x: Any, *more: Any) -> Any:
+        mean, rstd, weight, dx, *to, dsum = more
+        stats = [
+            stat if a is None else _seen(np.ascontiguousarray(a, compute), compute)
+            for a in (mean, rstd)
+        ]
+        w = row if weight is None else _affine(weight, compute, unit)
+        sums = (row if a is None else _affine(a, compute) for a in to)
+        tables = (table if a is None else _seen(a, stored) for a in (dsum, dx))
+        return _seen(dy, stored), _seen(x, stored), *stats, w, *tables, *sums
 
     if not wide:
         small = _Small(*engine.small_differentiator(problem), taken)
@@ -285,10 +330,11 @@ def _backward(facts: Facts) -> Call:
             return small.run
     by_address = engine.differentiator(problem, wide_sums=wide)
 
-    def large(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, dx: Any, *to: Any) -> None:
-        m, r, w = (_affine(a, compute) for a in (mean, rstd, weight))
-        sums = tuple(None if a is None else np.empty(facts.N) for a in to) if wide else to
-        by_address(*map(_address, (dy, x, m, r, w, dx, *sums)))
+    def large(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *more: Any) -> None:
+        (m, r), w = (_affine(a, compute) for a in (mean, rstd)), _affine(weight, compute, unit)
+        dx, *to, dsum = more
+        sums = [None if a is None else np.empty(facts.N) for a in to] if wide else to
+        by_address(*map(_address, (dy, x, m, r, w, dx, *sums, dsum)))
         if wide:
             _round(sums, to)
 
@@ -299,12 +345,18 @@ def _backward_on_copies(facts: Facts) -> Call:
     turn, table = as_table(facts)
     on_tables = _backward(table)
 
-    def run(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, dx: Any, *to: Any) -> None:
+    def run(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *more: Any) -> None:
+        dx, *to, dsum = more
         source, gradient = (_copied(a, turn, table.shape) for a in (x, dy))
-        on_tables(gradient, source, mean, rstd, weight, None if dx is None else gradient, *to)
+        added = None if dsum is None else _copied(dsum, turn, table.shape)
+        # dx may take the place of dy, but where it holds first what it is added to.
+        place: Any = None
+        if dx is not None:
+            place = gradient if added is None else added
+        on_tables(gradient, source, mean, rstd, weight, place, *to, added)
         if dx is not None:
             target = dx.transpose(turn)
-            np.copyto(target, gradient.reshape(target.shape))
+            np.copyto(target, place.reshape(target.shape))
 
     return run
 

@@ -82,6 +82,7 @@ def group_size(M, N):  # type: ignore[no-untyped-def]
 # Elements whose sums are float32; those of a longer row meet in float64.
 _PIECE = 512
 FIELDS = 5  # of a row: what finish_row() puts
+ADDS = 2  # to what dx holds; 1: overwrites it, 0: no dx is wanted
 
 
 @inner
@@ -131,12 +132,15 @@ def row_sums(x, dy, w, n, mean, rstd, has_w):  # type: ignore[no-untyped-def]
 
 
 @inner
-def finish_row(stats, k, mean, rstd, sum_h, sum_gh, sum_g, N):  # type: ignore[no-untyped-def]
-    """Put mean, rstd, what x_hat is above h (mean is rounded), -mean(g), -mean(g * x_hat)."""
-    lack = sum_h / N
+def finish_row(stats, k, mean, rstd, sum_h, sum_gh, sum_g, N, center):  # type: ignore[no-untyped-def]
+    """Put mean, rstd, what x_hat is above h (mean is rounded), -mean(g), -mean(g * x_hat).
+
+    Where nothing is centred, h is x_hat and g is not, either.
+    """
+    lack = sum_h / N if center else 0.0
     i = FIELDS * k
     stats[i], stats[i + 1] = mean, rstd
-    stats[i + 2], stats[i + 3] = -lack, -sum_g / N
+    stats[i + 2], stats[i + 3] = -lack, -sum_g / N if center else 0.0
     stats[i + 4] = (lack * sum_g - sum_gh) / N
 
 
@@ -153,14 +157,16 @@ def _splats(stats, k):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _cell(x, dy, dx, i, count, w, row, has_w, has_dx):  # type: ignore[no-untyped-def]
-    """One vector of one row: write dx, give dy and x_hat."""
+def _cell(x, dy, dx, i, count, w, row, has_w, writes):  # type: ignore[no-untyped-def]
+    """One vector of one row: write dx, or add it to what is there, and give dy and x_hat."""
     m, r, lack, c1, c2 = row
     d = _read(dy, i, count, splat(x, like(x, 0)))
     x_hat = fma(sub(_read(x, i, count, m), m), r, lack)
-    if has_dx:
+    if writes:
         # dy * w is rounded as in its sum: where all of a row are equal, nothing must be left over.
         g = mul(fma(x_hat, c2, add(mul(d, w) if has_w else d, c1)), r)
+        if writes == ADDS:
+            g = add(g, _read(dx, i, count, splat(x, like(x, 0))))
         if count == lanes(x):
             store(dx, i, g)
         else:
@@ -169,26 +175,26 @@ def _cell(x, dy, dx, i, count, w, row, has_w, has_dx):  # type: ignore[no-untype
 
 
 @inner
-def _of_one(x, xp, dy, dyp, dx, dxp, i, count, w, rows, has_w, has_dx):  # type: ignore[no-untyped-def]
+def _of_one(x, xp, dy, dyp, dx, dxp, i, count, w, rows, has_w, writes):  # type: ignore[no-untyped-def]
     """One vector of a row: write dx, give dy * x_hat and dy."""
-    d, h = _cell(x, dy, dx, i, count, w, rows[0], has_w, has_dx)
+    d, h = _cell(x, dy, dx, i, count, w, rows[0], has_w, writes)
     return mul(d, h), d
 
 
 @inner
-def _of_two(x, xp, dy, dyp, dx, dxp, i, count, w, rows, has_w, has_dx):  # type: ignore[no-untyped-def]
+def _of_two(x, xp, dy, dyp, dx, dxp, i, count, w, rows, has_w, writes):  # type: ignore[no-untyped-def]
     """Vectors below each other: write dx, give the sums of dy * x_hat and of dy."""
-    d, h = _cell(x, dy, dx, i, count, w, rows[0], has_w, has_dx)
+    d, h = _cell(x, dy, dx, i, count, w, rows[0], has_w, writes)
     x, dy, dx = advance(x, xp), advance(dy, dyp), advance(dx, dxp)
-    e, k = _cell(x, dy, dx, i, count, w, rows[1], has_w, has_dx)
+    e, k = _cell(x, dy, dx, i, count, w, rows[1], has_w, writes)
     return fma(d, h, mul(e, k)), add(d, e)
 
 
 @inner
-def _of_four(x, xp, dy, dyp, dx, dxp, i, count, w, rows, has_w, has_dx):  # type: ignore[no-untyped-def]
-    a, b = _of_two(x, xp, dy, dyp, dx, dxp, i, count, w, rows[:2], has_w, has_dx)
+def _of_four(x, xp, dy, dyp, dx, dxp, i, count, w, rows, has_w, writes):  # type: ignore[no-untyped-def]
+    a, b = _of_two(x, xp, dy, dyp, dx, dxp, i, count, w, rows[:2], has_w, writes)
     x, dy, dx = advance(x, 2 * xp), advance(dy, 2 * dyp), advance(dx, 2 * dxp)
-    c, d = _of_two(x, xp, dy, dyp, dx, dxp, i, count, w, rows[2:], has_w, has_dx)
+    c, d = _of_two(x, xp, dy, dyp, dx, dxp, i, count, w, rows[2:], has_w, writes)
     return add(a, c), add(b, d)
 
 
@@ -209,8 +215,8 @@ def _adding(cells: Any, count: int) -> Any:
     second, third, fourth = 1 % count, 2 % count, 3 % count  # no row that is not there is read
 
     @inner
-    def add_up(x, xp, dy, dyp, dx, dxp, n, w, stats, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
-        step, i = lanes(x), 0
+    def add_up(x, xp, dy, dyp, dx, dxp, n, w, stats, to, has_w, writes):  # type: ignore[no-untyped-def]
+        step, i, (to_w, to_b) = lanes(x), 0, to
         rows = (  # before the loop: for all that LLVM knows, its stores may change them
             _splats(stats, 0),
             _splats(stats, second),
@@ -219,12 +225,12 @@ def _adding(cells: Any, count: int) -> Any:
         )
         while i + step <= n:
             v = _weights(w, i, step, has_w)
-            a, b = cells(x, xp, dy, dyp, dx, dxp, i, step, v, rows, has_w, has_dx)
+            a, b = cells(x, xp, dy, dyp, dx, dxp, i, step, v, rows, has_w, writes)
             _grow(to_w, to_b, i, a, b)
             i += step
         if i < n:
             v = _weights(w, i, n - i, has_w)
-            a, b = cells(x, xp, dy, dyp, dx, dxp, i, n - i, v, rows, has_w, has_dx)
+            a, b = cells(x, xp, dy, dyp, dx, dxp, i, n - i, v, rows, has_w, writes)
             _grow(to_w, to_b, i, a, b)
 
     return add_up
@@ -234,41 +240,44 @@ _add_one, _add_two, _add_four = _adding(_of_one, 1), _adding(_of_two, 2), _addin
 
 
 @inner
-def add_rows(x, xp, dy, dyp, dx, dxp, M, n, w, stats, to_w, to_b, has_w, has_dx):  # type: ignore[no-untyped-def]
+def add_rows(x, xp, dy, dyp, dx, dxp, M, n, w, stats, to, has_w, writes):  # type: ignore[no-untyped-def]
     """Write dx of M rows of n elements, and add their dy * x_hat and dy to to_w and to_b.
 
-    ``stats`` holds what finish_row() put for each row; to_w and to_b have whole vectors.
+    ``stats`` holds what finish_row() put for each row; to_w and to_b have whole vectors; for
+    ``writes`` see ADDS.
     """
     k = 0
     while k < M:
         p, q, t = advance(x, k * xp), advance(dy, k * dyp), advance(dx, k * dxp)
         row = advance(stats, FIELDS * k)
         if M - k >= 4:
-            _add_four(p, xp, q, dyp, t, dxp, n, w, row, to_w, to_b, has_w, has_dx)
+            _add_four(p, xp, q, dyp, t, dxp, n, w, row, to, has_w, writes)
             k += 4
         elif M - k >= 2:
-            _add_two(p, xp, q, dyp, t, dxp, n, w, row, to_w, to_b, has_w, has_dx)
+            _add_two(p, xp, q, dyp, t, dxp, n, w, row, to, has_w, writes)
             k += 2
         else:
-            _add_one(p, xp, q, dyp, t, dxp, n, w, row, to_w, to_b, has_w, has_dx)
+            _add_one(p, xp, q, dyp, t, dxp, n, w, row, to, has_w, writes)
             k += 1
 
 
 @inner
-def short_rows(q, qp, p, pp, t, tp, M, N, w, stats, sums, room):  # type: ignore[no-untyped-def]
+def short_rows(q, qp, p, pp, t, tp, M, N, w, stats, sums, room, adds):  # type: ignore[no-untyped-def]
     """Write dx of a group of rows to t, and add to their column sums.
 
-    q, p, t: dy, x and dx, and their pitches; w and t may be null. ``stats`` is mean, rstd, the
-    index there of the first row and the step to the next, ``sums`` where the sums of dy * x_hat and
-    of dy are, ``room`` FIELDS for each row.
+    q, p, t: dy, x and dx, and their pitches; w and t may be null. ``stats`` is mean, null where
+    nothing is centred, rstd, the index there of the first row and the step to the next, ``sums``
+    where the sums of dy * x_hat and of dy are, ``room`` FIELDS for each row. ``adds``: dx holds
+    what it is added to.
     """
     mean, rstd, at, step = stats
-    has_w = address(w) != 0
+    has_w, center = address(w) != 0, address(mean) != 0
+    writes = (address(t) != 0) * (1 + adds)
     for k in range(M):
-        m, r = mean[at + k * step], rstd[at + k * step]
+        m, r = mean[at + k * step] if center else like(rstd, 0), rstd[at + k * step]
         h, gh, g = row_sums(advance(p, k * pp), advance(q, k * qp), w, N, m, r, has_w)
-        finish_row(room, k, m, r, h, gh, g, N)
-    add_rows(p, pp, q, qp, t, tp, M, N, w, room, sums[0], sums[1], has_w, address(t) != 0)
+        finish_row(room, k, m, r, h, gh, g, N, center)
+    add_rows(p, pp, q, qp, t, tp, M, N, w, room, sums, has_w, writes)
 
 
 @inner

@@ -12,6 +12,7 @@ import numpy as np
 from cupynorm._cpu.engine import computed, safe_range
 
 Array = np.ndarray[Any, Any]
+Rule = tuple[float, bool]  # eps, and whether the mean is subtracted
 
 _BLOCK = 1 << 16  # elements of a block: 256 KiB of float32, within the L2 of one core
 _ROWS = 16  # rows whose neighbours share a cache line of float32 where an axis is strided
@@ -76,43 +77,50 @@ def _gathered(source: Array, room: Array, N: int) -> Array:
     return flat.reshape(-1, N)
 
 
-def _wide_moments(x: Array) -> tuple[float, float, float]:  # x: (n,), out of the safe range
-    n = x.size
-    wide = x.astype(np.float64)
-    mean = float(np.add.reduce(wide / n))  # the sum of float64 rows near the maximum overflows
-    s = float(x.dtype.type(mean))
-    d = wide - s
-    m = float(np.add.reduce(d / n))
+def _wide_moments(x: Array, center: bool) -> tuple[float, float, float]:
+    """Moments of the n elements of x, out of the safe range."""
+    n, s, m = x.size, 0.0, 0.0
+    d = wide = x.astype(np.float64)
+    if center:
+        # The sum of float64 rows near the maximum overflows.
+        s = float(x.dtype.type(float(np.add.reduce(wide / n))))
+        d = wide - s
+        m = float(np.add.reduce(d / n))
     return s, m, float(np.add.reduce((d / n) * d)) - m * m
 
 
 def _normalize(
-    x: Array, d: Array, w: Array | None, b: Array | None, eps: float, omit: bool = False
+    x: Array, d: Array, w: Array | None, b: Array | None, rule: Rule, omit: bool = False
 ) -> tuple[Array, Array]:
     """Write the normalized rows of x to d, both (R, n); give mean and rstd in float64.
 
     With ``omit`` NaN is left out of a row's statistics, and stays.
     """
+    eps, center = rule
     n: Any = x.shape[1]
     lost = np.isnan(x) if omit else None
     np.copyto(d, x)
     if lost is not None:
         n = np.add.reduce(~lost, axis=1, dtype=np.float64)
         d[lost] = 0
-    rounded = (row_sums(d) / n).astype(d.dtype)
-    np.subtract(x, rounded[:, None], out=d)
-    if lost is not None:
-        d[lost] = 0
-    s, m, v = rounded.astype(np.float64), row_sums(d) / n, row_sums(d, d) / n
+    s = m = np.zeros(len(x))
+    if center:
+        rounded = (row_sums(d) / n).astype(d.dtype)
+        np.subtract(x, rounded[:, None], out=d)
+        if lost is not None:
+            d[lost] = 0
+        s, m = rounded.astype(np.float64), row_sums(d) / n
+    v = row_sums(d, d) / n
     low, high = safe_range(d.dtype.name, eps)
     unsafe = np.flatnonzero(~((v > low) & (v < high)))  # NaN goes the long way with the rest
     v -= m * m
     for row in unsafe:
         values = x[row] if lost is None else x[row][~lost[row]]
-        s[row], m[row], v[row] = _wide_moments(values)
+        s[row], m[row], v[row] = _wide_moments(values, center)
         np.subtract(x[row], d.dtype.type(s[row]), out=d[row])
     r = 1.0 / np.sqrt(v + eps)
-    d -= m.astype(d.dtype)[:, None]
+    if center:
+        d -= m.astype(d.dtype)[:, None]
     d *= r.astype(d.dtype)[:, None]
     if w is not None:
         d *= w
@@ -124,27 +132,33 @@ def _normalize(
 
 
 def forward(
-    x: Array,
+    given: tuple[Array, ...],
     axes: tuple[int, ...],
     w: Array | None,
     b: Array | None,
-    eps: float,
-    results: tuple[Array, Array | None, Array | None],
+    rule: Rule,
+    results: tuple[Array | None, ...],
 ) -> None:
     """Normalize x over ``axes`` into y, mean and rstd; y may be x.
 
-    w and b are rows in the dtype of the statistics.
+    w and b are rows in the dtype of the statistics. ``given`` is x, or x and residual, whose sum is
+    the last of the ``results`` and is normalized.
     """
+    x = given[0]
     turn, rows = _turn(x, axes)
-    xt, yt = (a.transpose(turn) for a in (x, results[0]))
-    mean, rstd = (None if a is None else a.transpose(turn) for a in results[1:])
+    xt, *residual = (a.transpose(turn) for a in given)
+    turned: list[Any] = [None if a is None else a.transpose(turn) for a in results]
+    yt, mean, rstd, *total = turned
     N = math.prod(xt.shape[rows:])
     rooms = _rooms(2, x, N)
     with np.errstate(all="ignore"):
         for block in _blocks(xt.shape[:rows], N):
-            values = _gathered(xt[block], rooms[0], N)
+            source = xt[block]
+            if residual:
+                source = np.add(source, residual[0][block], out=total[0][block])
+            values = _gathered(source, rooms[0], N)
             d = rooms[1][: values.size].reshape(values.shape)
-            told = _normalize(values, d, w, b, eps)
+            told = _normalize(values, d, w, b, rule)
             np.copyto(yt[block], d.reshape(yt[block].shape), casting="unsafe")
             for whole, part in zip((mean, rstd), told, strict=True):
                 if whole is not None:
@@ -168,7 +182,7 @@ def columns(
                     bits = validity[first // 8 : (offset + hi + 7) // 8]
                     valid = np.unpackbits(bits, bitorder="little")[first % 8 :][: hi - lo]
                     x[valid == 0, j] = np.nan
-            _normalize(x, d, w, b, eps, omit)
+            _normalize(x, d, w, b, (eps, True), omit)
             np.copyto(y[lo:hi], d, casting="unsafe")
 
 
@@ -185,7 +199,7 @@ def _column_sums(a: Array) -> Array:  # a: (R, n) -> (n,) float64
 
 
 def backward(
-    given: tuple[Array, Array, Array, Array],
+    given: tuple[Array | None, ...],
     axes: tuple[int, ...],
     w: Array | None,
     dx: Array | None,
@@ -193,11 +207,12 @@ def backward(
 ) -> Array | None:  # (2, N)
     """Write dx, which may be dy; if ``summed``, give sums of dy * x_hat and of dy in float64.
 
-    ``given``: dy, x, mean and rstd.
+    ``given``: dy, x, mean, None where there is no centre, rstd, and dsum, which may be None.
     """
-    x = given[1]
+    x: Any = given[1]
     turn, rows = _turn(x, axes)
-    dyt, xt, mean, rstd = (a.transpose(turn) for a in given)
+    turned: list[Any] = [None if a is None else a.transpose(turn) for a in given]
+    dyt, xt, mean, rstd, dsum = turned
     dxt = None if dx is None else dx.transpose(turn)
     N = math.prod(xt.shape[rows:])
     rooms = _rooms(3, x, N)
@@ -206,10 +221,12 @@ def backward(
         for block in _blocks(xt.shape[:rows], N):
             h, g = _gathered(xt[block], rooms[0], N), _gathered(dyt[block], rooms[1], N)
             t = rooms[2][: h.size].reshape(h.shape)
-            m, r = (a[block].astype(h.dtype).reshape(-1, 1) for a in (mean, rstd))
-            h -= m
+            r = rstd[block].astype(h.dtype).reshape(-1, 1)
+            if mean is not None:
+                h -= mean[block].astype(h.dtype).reshape(-1, 1)
             h *= r
-            h -= (row_sums(h) / N).astype(h.dtype)[:, None]  # what the rounded mean lacks
+            if mean is not None:
+                h -= (row_sums(h) / N).astype(h.dtype)[:, None]  # what the rounded mean lacks
             if sums is not None:
                 sums[0] += _column_sums(np.multiply(g, h, out=t))
                 sums[1] += _column_sums(g)
@@ -217,10 +234,13 @@ def backward(
                 continue
             if w is not None:
                 g *= w
-            c1, c2 = row_sums(g) / N, row_sums(g, h) / N
-            g -= c1.astype(g.dtype)[:, None]
+            c2 = row_sums(g, h) / N
+            if mean is not None:
+                g -= (row_sums(g) / N).astype(g.dtype)[:, None]
             h *= c2.astype(h.dtype)[:, None]
             g -= h
             g *= r
+            if dsum is not None:
+                g += _gathered(dsum[block], rooms[2], N)
             np.copyto(dxt[block], g.reshape(dxt[block].shape), casting="unsafe")
     return sums

@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,9 @@ def _plan(problem: Problem, rows: int, eps: float = 0.0) -> Plan:
     for array, steps in problem.strides:
         for way, step in zip(("outer", "row", "col"), steps, strict=True):
             names[f"{array}_{way}"] = step
-    names.setdefault("dx_col", 1)
+    # Arrays that may need a tile: y takes that of x, the sum that of residual, dx that of dy.
+    read = [name for name, _ in problem.strides if name in ("x", "residual", "dy", "dsum")]
+    names["tiles"] = 0 if problem.row_major else len(read)
     # 16 bits are not written past the caches.
     bytes_of_y = problem.rows * problem.N * {"float32": 4, "float64": 8}.get(_kind(problem), 0)
     names |= {"rows": rows, "past": bytes_of_y >= _PAST, **_limits(_kind(problem), eps)}
@@ -138,10 +141,11 @@ def small_normalizer(problem: Problem, eps: float) -> tuple[Any, Any]:
     """
     from cupynorm._cpu import forward, jobs
 
-    if problem.rows * problem.N >= ALONE or problem.N > forward.CHUNK:
+    large = problem.rows * problem.N >= ALONE or problem.N > forward.CHUNK
+    if large or problem.op.residual:
         return None, None
     plan = _plan(problem, _rows_of_block(problem), eps)
-    return jobs.small(_kind(problem), plan.dense, problem.stats), plan
+    return jobs.small(_kind(problem), plan.dense, problem.stats, problem.op.center), plan
 
 
 def normalizer(
@@ -149,26 +153,28 @@ def normalizer(
 ) -> Call:
     """Give ``call(x, y, weight, bias, mean, rstd)``, which takes addresses; 0: absent.
 
-    weight, bias, mean and rstd are contiguous, or lie by ``problem.stats_strides``, float32
-    (float64 for float64 x). ``num_threads`` is asked at each call where more than one pays.
+    Of an operation that has them, residual and sum come last. weight, bias, mean and rstd are
+    contiguous, or lie by ``problem.stats_strides``, float32 (float64 for float64 x).
+    ``num_threads`` is asked at each call where more than one pays.
     """
     from cupynorm._cpu import forward, jobs
 
     kind, size, chunks = _kind(problem), problem.rows * problem.N, -(-problem.N // forward.CHUNK)
     rows, scattered = _rows_of_block(problem), not problem.row_major and chunks > 1
     plan, strips = _plan(problem, rows, eps), problem.outer * -(-problem.M // rows)
-    do = jobs.rows(kind)
+    nothing = () if problem.op.residual else (0, 0)
+    do = jobs.rows(kind, problem.op.center, problem.dtype("residual") or "")
     by_chunks = _by_chunks(problem, eps) if scattered or chunks >= _LONG else None
 
-    def alone(x: int, y: int, weight: int, bias: int, mean: int, rstd: int) -> None:
-        do(plan.at, 0, strips, x, y, weight, bias, mean, rstd)
+    def alone(*given: int) -> None:
+        do(plan.at, 0, strips, *given, *nothing)
 
     def call(*given: int) -> None:
         count = _useful(size, num_threads)
         if by_chunks is not None and (scattered or (4 * count > problem.rows and count > 1)):
             by_chunks(count, *given)
         else:
-            threads.run(lambda lo, hi: do(plan.at, lo, hi, *given), strips, count)
+            threads.run(lambda lo, hi: do(plan.at, lo, hi, *given, *nothing), strips, count)
 
     return alone if size < ALONE and by_chunks is None else call
 
@@ -184,14 +190,21 @@ def _by_chunks(problem: Problem, eps: float) -> Call:
     kind, chunks = _kind(problem), -(-problem.N // forward.CHUNK)
     rows = 1 if problem.row_major else _rows_of_block(problem)
     plan, items = _plan(problem, rows, eps), problem.outer * -(-problem.M // rows) * chunks
+    met, op, wide = plan, problem.op, problem.dtype("residual") or ""
+    if op.residual:  # whose results are those of the sum
+        strides = {"x": problem.steps("sum"), "y": problem.steps("y")}
+        met = _plan(replace(problem, strides=tuple(strides.items())), rows, eps)
 
-    def call(count: int, x: int, y: int, weight: int, bias: int, mean: int, rstd: int) -> None:
+    def call(count: int, x: int, y: int, *more: int) -> None:
+        weight, bias, mean, rstd, *added = more
+        residual, total = added or (0, 0)
         parts, stats = np.empty((problem.rows, chunks, 3)), np.empty((problem.rows, 3))
         at, to = parts.ctypes.data, stats.ctypes.data
-        take, give = jobs.chunk_moments(kind), jobs.chunk_results(kind)
-        threads.run(lambda lo, hi: take(plan.at, lo, hi, x, at), items, count)
+        take, give = jobs.chunk_moments(kind, op.center, wide), jobs.chunk_results(kind, wide)
+        threads.run(lambda lo, hi: take(plan.at, lo, hi, x, residual, total, at), items, count)
         jobs.finish(kind)(plan.at, at, mean, rstd, to)
-        threads.run(lambda lo, hi: give(plan.at, lo, hi, x, y, weight, bias, to), items, count)
+        source = total or x
+        threads.run(lambda lo, hi: give(met.at, lo, hi, source, y, weight, bias, to), items, count)
 
     return call
 
@@ -204,7 +217,7 @@ def _gradient_plan(problem: Problem) -> Plan:
 
 
 def small_differentiator(problem: Problem) -> tuple[Any, Any]:
-    """As `small_normalizer`, by ``do(plan.at, dy, x, mean, rstd, weight, dx, dweight, dbias)``."""
+    """As `small_normalizer`; `jobs.small_gradients` says which arrays it takes."""
     from cupynorm._cpu import jobs
 
     if problem.rows * problem.N >= ALONE or problem.N > LONGEST:
@@ -220,6 +233,8 @@ def differentiator(
 ) -> Call:
     """Give ``call(dy, x, mean, rstd, weight, dx, dweight, dbias)``, as `normalizer` does.
 
+    What is added to dx may come last.
+
     With ``wide_sums`` dweight and dbias are float64, so that the caller can round them once.
     """
     from cupynorm._cpu import backward, jobs
@@ -229,7 +244,8 @@ def differentiator(
     blocks, long = backward.block_count(rows), one_table(problem) and problem.N > LONGEST
 
     def call(*given: int) -> None:
-        *arrays, dweight, dbias = given
+        dweight, dbias = given[6:8]
+        arrays = *given[:5], *(given[8:] or (0,)), given[5]
         count = _useful(size, num_threads)
         summed = bool(dweight or dbias)
         sums = np.empty(backward.sums_size(rows, problem.N) if summed else 0, computed(kind))
@@ -250,7 +266,7 @@ def _long_gradients(problem: Problem, plan: int, count: int, at: tuple[int, ...]
     from cupynorm._cpu import backward, forward, jobs
 
     kind, M, chunks = _kind(problem), problem.M, -(-problem.N // forward.CHUNK)
-    dy, x, mean, rstd, weight, dx, sums = at
+    dy, x, mean, rstd, weight, dsum, dx, sums = at
     parts, stats = np.empty((M, chunks, 3)), np.empty(backward.FIELDS * M, computed(kind))
     found, told = parts.ctypes.data, stats.ctypes.data
     take, give = jobs.long_sums(kind), jobs.long_gradients(kind)
@@ -259,7 +275,9 @@ def _long_gradients(problem: Problem, plan: int, count: int, at: tuple[int, ...]
     )
     jobs.long_finish(kind)(plan, found, mean, rstd, told)
     items = backward.block_count(M) * chunks
-    threads.run(lambda lo, hi: give(plan, lo, hi, dy, x, weight, told, dx, sums), items, count)
+    threads.run(
+        lambda lo, hi: give(plan, lo, hi, dy, x, weight, told, dsum, dx, sums), items, count
+    )
 
 
 def columns(found: Any, y: Array, weight: int, bias: int, eps: float, omit: bool) -> None:
@@ -274,7 +292,7 @@ def columns(found: Any, y: Array, weight: int, bias: int, eps: float, omit: bool
     rows = min(M, strips.rows_of_strip(N))
     y_row, y_col = (step // y.itemsize for step in y.strides)
     names = {"outer": 1, "M": M, "N": N, "rows": rows, "y_row": y_row, "y_col": y_col}
-    plan = Plan(False, **names, omit=omit, **_limits(kind, eps))
+    plan = Plan(False, **names, omit=omit, tiles=1, **_limits(kind, eps))
     table = np.zeros((5, N), np.int64)
     for j, (x, bitmap, bit) in enumerate(found):
         number = strips.COLUMN_DTYPES.index(x.dtype.name)

@@ -165,6 +165,22 @@ def moments(x, n, near, low, high):  # type: ignore[no-untyped-def]
 
 
 @inner
+def origin(x, n):  # type: ignore[no-untyped-def]
+    """As `pivot`, where nothing is centred."""
+    return like(x, 0)
+
+
+@inner
+def squares(x, n, near, low, high):  # type: ignore[no-untyped-def]
+    """As `moments`, where nothing is centred: 0, 0 and the mean square."""
+    _, v = _about(x, n, like(x, 0))
+    if low < v < high:
+        return 0.0, 0.0, v
+    _, v = _wide_sums(x, n, 0.0)
+    return 0.0, 0.0, v
+
+
+@inner
 def _scaled(x, w, b, i, s, m, r, has_w, has_b):  # type: ignore[no-untyped-def]
     """Compute the vector ((x - s) - m) * r * w + b at i; s, m and r are vectors."""
     t = mul(sub(sub(load(x, i), s), m), r)
@@ -232,9 +248,11 @@ def merge(parts, N):  # type: ignore[no-untyped-def]
 
 
 @inner
-def short_rows(p, xp, q, yp, M, N, w, b, limits, told, stats, group):  # type: ignore[no-untyped-def]
+def short_rows(p, xp, q, yp, M, N, w, b, rule, told, stats, group):  # type: ignore[no-untyped-def]
     """Normalize M rows of at most CHUNK elements at p, pitch xp, into those at q, pitch yp.
 
+    ``rule`` is eps, the range of variances that need no second look, and functions, which are types
+    to the compiler: `pivot` and `moments`, or `origin` and `squares`, and what brings rows.
     w, b and the pointers in ``told`` may be null: mean and rstd, the index there of the first row,
     and the step to the next. ``stats`` points to three numbers for each row of a group.
     """
@@ -246,11 +264,11 @@ def short_rows(p, xp, q, yp, M, N, w, b, limits, told, stats, group):  # type: i
         # Phase by phase over a group of rows: alone, each row would wait for its own divisions and
         # square root, which take longer than 64 elements.
         for k in range(n):
-            s[k] = pivot(advance(x, k * xp), N)
+            s[k] = rule[3](advance(x, k * xp), N)
         for k in range(n):
-            s[k], m[k], r[k] = moments(advance(x, k * xp), N, s[k], limits[1], limits[2])
+            s[k], m[k], r[k] = rule[4](advance(x, k * xp), N, s[k], rule[1], rule[2])
         for k in range(n):
-            r[k] = 1.0 / math.sqrt(r[k] + limits[0])
+            r[k] = 1.0 / math.sqrt(r[k] + rule[0])
         for k in range(n):
             to = advance(y, k * yp)
             apply_row(advance(x, k * xp), to, N, w, b, s[k], m[k], r[k], has_w, has_b, False)
@@ -263,11 +281,11 @@ def short_rows(p, xp, q, yp, M, N, w, b, limits, told, stats, group):  # type: i
 
 
 @inner
-def row_moments(p, n, limits, parts):  # type: ignore[no-untyped-def]
+def row_moments(p, n, rule, parts):  # type: ignore[no-untyped-def]
     """Moments of the chunks of n elements at p, into three numbers for each at ``parts``."""
     for c in range(chunks_of(n)):
         size, x = min(CHUNK, n - c * CHUNK), advance(p, c * CHUNK)
-        s, m, v = moments(x, size, pivot(x, size), limits[1], limits[2])
+        s, m, v = rule[4](x, size, rule[3](x, size), rule[1], rule[2])
         parts[3 * c], parts[3 * c + 1], parts[3 * c + 2] = s, m, v
 
 
@@ -295,7 +313,7 @@ def finish_row(parts, N, eps, told, row):  # type: ignore[no-untyped-def]
 
 
 @inner
-def known_moments(x, N, limits, told, parts, known):  # type: ignore[no-untyped-def]
+def known_moments(x, N, rule, told, parts, known):  # type: ignore[no-untyped-def]
     """Moments of those of N values that are not NaN: as if they were all of the row.
 
     ``known`` has room for N.
@@ -307,16 +325,16 @@ def known_moments(x, N, limits, told, parts, known):  # type: ignore[no-untyped-
         count += 1 if value == value else 0
     if count == 0:  # of nothing; what is left of the row is NaN
         return 0.0, 0.0, 0.0
-    row_moments(known, count, limits, parts)
-    return finish_row(parts, count, limits[0], told, 0)
+    row_moments(known, count, rule, parts)
+    return finish_row(parts, count, rule[0], told, 0)
 
 
 @inner
-def long_rows(p, xp, q, yp, M, N, w, b, limits, told, parts):  # type: ignore[no-untyped-def]
+def long_rows(p, xp, q, yp, M, N, w, b, rule, told, parts):  # type: ignore[no-untyped-def]
     """As `short_rows`, for more than CHUNK elements; ``parts``: as for `row_moments`."""
     for row in range(M):
-        row_moments(advance(p, row * xp), N, limits, parts)
-        s, m, r = finish_row(parts, N, limits[0], told, row)
+        row_moments(advance(p, row * xp), N, rule, parts)
+        s, m, r = finish_row(parts, N, rule[0], told, row)
         row_results(advance(p, row * xp), advance(q, row * yp), N, w, b, s, m, r, False)
 
 
@@ -338,7 +356,7 @@ def in_step(a, q, M, N, room):  # type: ignore[no-untyped-def]
 
 
 @inner
-def dense_rows(p, q, M, N, wb, limits, told, group, work):  # type: ignore[no-untyped-def]
+def dense_rows(p, q, M, N, wb, rule, told, group, work):  # type: ignore[no-untyped-def]
     """As `short_rows`, of rows that follow each other; ``work`` has room for all beside them.
 
     It is an argument because numba frees an array after its last use, pointers or not.
@@ -347,4 +365,4 @@ def dense_rows(p, q, M, N, wb, limits, told, group, work):  # type: ignore[no-un
     w_room = advance(stats, 3 * group)
     w = in_step(wb[0], q, M, N, w_room)
     b = in_step(wb[1], q, M, N, advance(w_room, N + SPARE))
-    short_rows(p, N, q, N, M, N, w, b, limits, told, stats, group)
+    short_rows(p, N, q, N, M, N, w, b, rule, told, stats, group)

@@ -14,12 +14,24 @@ from cupynorm._cpu import backward, forward, strips
 from cupynorm._cpu.compiled import inner, job
 from cupynorm._cpu.forward import CHUNK, chunks_of
 from cupynorm._cpu.strips import GAP
-from cupynorm._cpu.vectors import address, advance, at, pointer, record_at, size_of, typed
+from cupynorm._cpu.vectors import (
+    address,
+    advance,
+    at,
+    like,
+    move,
+    pointer,
+    raw,
+    record_at,
+    size_of,
+    typed,
+)
 
+_TABLES = ("x", "y", "residual", "sum", "dy", "dx", "dsum")
 PLAN = np.dtype(
     [(name, "i8") for name in ("outer", "M", "N", "rows", "stats_outer", "stats_row")]
-    + [(f"{a}_{way}", "i8") for a in ("x", "y", "dy", "dx") for way in ("outer", "row", "col")]
-    + [(name, "i8") for name in ("past", "omit")]
+    + [(f"{a}_{way}", "i8") for a in _TABLES for way in ("outer", "row", "col")]
+    + [(name, "i8") for name in ("past", "omit", "tiles")]
     + [(name, "f8") for name in ("eps", "low", "high")]
 )
 # A job closes over the checksum by what it hands on here, where nothing depends on it.
@@ -52,13 +64,13 @@ def _two(p, q, kind):  # type: ignore[no-untyped-def]
 # --- forward ------------------------------------------------------------------------------------
 
 
-def _sharing(source: Any, may_omit: bool) -> Any:
-    """Make what normalizes strips that ``source`` brings; NaN may be left out of statistics."""
+def _sharing(may_omit: bool) -> Any:
+    """Make what normalizes strips; NaN may be left out of statistics."""
 
     @inner
-    def strips_of(f, x, y, wb, told, lo, hi, group, work):  # type: ignore[no-untyped-def]
+    def strips_of(f, x, y, wb, told, rule, lo, hi, group, work):  # type: ignore[no-untyped-def]
         # ``work`` is an argument because numba frees an array after its last use, pointers or not.
-        (w, b), (mean, rstd), N, limits = wb, told, f.N, (f.eps, f.low, f.high)
+        (w, b), (mean, rstd), N = wb, told, f.N
         pieces = (f.M + f.rows - 1) // f.rows
         stats = pointer(work, 0)
         parts = advance(stats, 3 * group)
@@ -69,7 +81,7 @@ def _sharing(source: Any, may_omit: bool) -> Any:
         for block in range(lo, hi):
             o, first = block // pieces, block % pieces * f.rows
             n, target = min(f.rows, f.M - first), strips.start(y, f.y_outer, f.y_row, o, first)
-            p, pp = source(f, x, o, first, n, tile, room)
+            p, pp = rule[5](f, x, (o, first, n, 0, N), tile, room)
             # Where the tile takes results of 16 bits, they come before what is still to be read.
             q, qp = strips.place(target, f.y_row, f.y_col, tile, N)
             if block == lo:
@@ -79,37 +91,49 @@ def _sharing(source: Any, may_omit: bool) -> Any:
             if may_omit and f.omit:
                 for k in range(n):
                     row = advance(p, k * pp)
-                    s, m, r = forward.known_moments(row, N, limits, at_rows, parts, room)
+                    s, m, r = forward.known_moments(row, N, rule, at_rows, parts, room)
                     forward.row_results(row, advance(q, k * qp), N, w, b, s, m, r, False)
             elif N <= CHUNK:
-                forward.short_rows(p, pp, q, qp, n, N, w, b, limits, at_rows, stats, group)
+                forward.short_rows(p, pp, q, qp, n, N, w, b, rule, at_rows, stats, group)
             else:
-                forward.long_rows(p, pp, q, qp, n, N, w, b, limits, at_rows, parts)
+                forward.long_rows(p, pp, q, qp, n, N, w, b, rule, at_rows, parts)
             strips.put_back(target, f.y_row, f.y_col, tile, n, N)
 
     @inner
-    def share(f, x, y, wb, told, lo, hi):  # type: ignore[no-untyped-def]
+    def share(f, x, y, wb, told, rule, lo, hi):  # type: ignore[no-untyped-def]
         N, most = f.N, max(1, min(f.rows, forward.GROUP // f.N))  # rows whose phases go together
         group = most if f.outer * f.M * N < forward.FROM_MEMORY else max(1, most // 2)
         size = 3 * group + 3 * chunks_of(N) + 2 * (N + forward.SPARE)
-        if f.x_col != 1 or f.y_col != 1:
-            size += strips.room_size(f) + f.rows * (N + GAP)
-        strips_of(f, x, y, wb, told, lo, hi, group, np.empty(size))
+        if f.tiles:
+            size += strips.room_size(f) + f.tiles * f.rows * (N + GAP)
+        strips_of(f, x, y, wb, told, rule, lo, hi, group, np.empty(size))
 
     return share
 
 
-_share, _share_of_columns = _sharing(strips.of_rows, False), _sharing(strips.of_columns, True)
+_share, _share_of_columns = _sharing(False), _sharing(True)
+
+
+def _taking(center: bool, source: Any) -> tuple[Any, Any, Any]:
+    """What takes a pivot, and moments, and what brings rows: to the compiler, types."""
+    taken = (forward.pivot, forward.moments) if center else (forward.origin, forward.squares)
+    return *taken, source
 
 
 @job
-def rows(checksum: int, kind: str) -> Any:
-    """``rows(plan, lo, hi, x, y, w, b, mean, rstd)``: normalize the strips lo to hi."""
-    computed = _computed(kind)
+def rows(checksum: int, kind: str, center: bool = True, wide: str = "") -> Any:
+    """``rows(plan, lo, hi, x, y, w, b, mean, rstd, residual, total)``: normalize strips lo to hi.
 
-    def rows(plan, lo, hi, x, y, w, b, mean, rstd):  # type: ignore[no-untyped-def]
+    Where residual is added to x, it and the sum are of the dtype ``wide``.
+    """
+    computed, given = _computed(kind), wide or kind
+    near, measure, source = _taking(center, strips.of_sums if wide else strips.of_rows)
+
+    def rows(plan, lo, hi, x, y, w, b, mean, rstd, residual, total):  # type: ignore[no-untyped-def]
         f, wb, told = plan_at(plan, checksum), _two(w, b, computed), _two(mean, rstd, computed)
-        _share(f, at(x, kind), at(y, kind), wb, told, lo, hi)
+        arrays = at(x, kind), *_two(residual, total, given)
+        rule = f.eps, f.low, f.high, near, measure, source
+        _share(f, arrays, at(y, kind), wb, told, rule, lo, hi)
 
     return rows
 
@@ -117,12 +141,12 @@ def rows(checksum: int, kind: str) -> Any:
 @job
 def table(checksum: int, kind: str) -> Any:
     """``table(plan, lo, hi, columns, y, w, b)``: the same, of a table given as columns."""
-    computed = _computed(kind)
+    computed, (near, measure, source) = _computed(kind), _taking(True, strips.of_columns)
 
     def table(plan, lo, hi, columns, y, w, b):  # type: ignore[no-untyped-def]
         f, wb = plan_at(plan, checksum), _two(w, b, computed)
-        none = at(0, computed)
-        _share_of_columns(f, at(columns, "int64"), at(y, kind), wb, (none, none), lo, hi)
+        none, rule = at(0, computed), (f.eps, f.low, f.high, near, measure, source)
+        _share_of_columns(f, at(columns, "int64"), at(y, kind), wb, (none, none), rule, lo, hi)
 
     return table
 
@@ -134,24 +158,26 @@ def _meet(p, n, q, size):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _small(f, x, y, wb, told):  # type: ignore[no-untyped-def]
+def _small(f, x, y, wb, told, rule):  # type: ignore[no-untyped-def]
     size, group = f.M * f.N, max(1, min(f.M, forward.GROUP // f.N))
     apart = address(x) == address(y) or not _meet(x, size, y, size)
     if apart and not _meet(wb[0], f.N, y, size) and not _meet(wb[1], f.N, y, size):
         at_rows, work = (*told, 0, f.stats_row), np.empty(3 * group + 2 * (f.N + forward.SPARE))
-        forward.dense_rows(x, y, f.M, f.N, wb, (f.eps, f.low, f.high), at_rows, group, work)
+        forward.dense_rows(x, y, f.M, f.N, wb, rule, at_rows, group, work)
         return False
     return True
 
 
 @inner
-def _small_in_strips(f, x, y, wb, told):  # type: ignore[no-untyped-def]
-    _share(f, x, y, wb, told, 0, f.outer * ((f.M + f.rows - 1) // f.rows))
+def _small_in_strips(f, x, y, wb, told, rule):  # type: ignore[no-untyped-def]
+    _share(f, (x,), y, wb, told, rule, 0, f.outer * ((f.M + f.rows - 1) // f.rows))
     return False
 
 
 @job
-def small(checksum: int, kind: str, dense: bool = True, stats: bool = False) -> Any:
+def small(
+    checksum: int, kind: str, dense: bool = True, stats: bool = False, center: bool = True
+) -> Any:
     """``small(plan, x, y, w, b)``: normalize all rows; with ``mean, rstd`` after b if ``stats``.
 
     x and y hold 16-bit kinds as uint16; an absent w or b is empty. Where all are dense, and of at
@@ -160,15 +186,18 @@ def small(checksum: int, kind: str, dense: bool = True, stats: bool = False) -> 
     Without statistics too: two arrays more cost a call 100 ns, a twentieth of it.
     """
     computed, all_rows = _computed(kind), _small if dense else _small_in_strips
+    near, measure, source = _taking(center, strips.of_rows)
     x_type, y_type, _, stat, row, _ = _arrays(kind)
 
     def small_with_stats(plan, x, y, w, b, mean, rstd):  # type: ignore[no-untyped-def]
         f, wb, told = plan_at(plan, checksum), _two(w, b, computed), _two(mean, rstd, computed)
-        return all_rows(f, at(x, kind), at(y, kind), wb, told)
+        rule = f.eps, f.low, f.high, near, measure, source
+        return all_rows(f, at(x, kind), at(y, kind), wb, told, rule)
 
     def small(plan, x, y, w, b):  # type: ignore[no-untyped-def]
         f, wb, told = plan_at(plan, checksum), _two(w, b, computed), _two(0, 0, computed)
-        return all_rows(f, at(x, kind), at(y, kind), wb, told)
+        rule = f.eps, f.low, f.high, near, measure, source
+        return all_rows(f, at(x, kind), at(y, kind), wb, told, rule)
 
     given = types.int64, x_type, y_type, row, row
     if stats:
@@ -191,14 +220,15 @@ def _chunk(f, item, backwards):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _moments(f, x, parts, lo, hi, tile):  # type: ignore[no-untyped-def]
+def _moments(f, x, rule, parts, lo, hi, tile):  # type: ignore[no-untyped-def]
+    here = pointer(tile, 0)
     for item in range(lo, hi):
-        o, first, n, left, size = _chunk(f, item, False)
-        source = advance(strips.start(x, f.x_outer, f.x_row, o, first), left * f.x_col)
-        p, pp = strips.bring(source, f.x_row, f.x_col, pointer(tile, 0), n, size)
+        part = _chunk(f, item, False)
+        o, first, n, left, size = part
+        p, pp = rule[5](f, x, part, here, here)
         for k in range(n):
             q = advance(p, k * pp)
-            s, m, v = forward.moments(q, size, forward.pivot(q, size), f.low, f.high)
+            s, m, v = rule[4](q, size, rule[3](q, size), rule[1], rule[2])
             i = 3 * ((o * f.M + first + k) * chunks_of(f.N) + left // CHUNK)
             parts[i], parts[i + 1], parts[i + 2] = s, m, v
 
@@ -208,10 +238,10 @@ def _results(f, x, y, w, b, stats, lo, hi, tile):  # type: ignore[no-untyped-def
     has_w, has_b, here = address(w) != 0, address(b) != 0, pointer(tile, 0)
     for item in range(lo, hi):
         # Backwards, as the end of x was read last; rows in turn share a chunk of weight and bias.
-        o, first, n, left, size = _chunk(f, item, True)
-        source = advance(strips.start(x, f.x_outer, f.x_row, o, first), left * f.x_col)
+        part = _chunk(f, item, True)
+        o, first, n, left, size = part
         target = advance(strips.start(y, f.y_outer, f.y_row, o, first), left * f.y_col)
-        p, pp = strips.bring(source, f.x_row, f.x_col, here, n, size)
+        p, pp = strips.of_rows(f, (x,), part, here, here)
         q, qp = strips.place(target, f.y_row, f.y_col, here, size)
         wc, bc = advance(w, left), advance(b, left)
         for k in range(n):
@@ -222,13 +252,15 @@ def _results(f, x, y, w, b, stats, lo, hi, tile):  # type: ignore[no-untyped-def
 
 
 @job
-def chunk_moments(checksum: int, kind: str) -> Any:
-    """``chunk_moments(plan, lo, hi, x, parts)``: of chunks of rows."""
+def chunk_moments(checksum: int, kind: str, center: bool = True, wide: str = "") -> Any:
+    """``chunk_moments(plan, lo, hi, x, residual, total, parts)``: of chunks of rows, as `rows`."""
+    given = wide or kind
+    near, measure, source = _taking(center, strips.of_sums if wide else strips.of_rows)
 
-    def chunk_moments(plan, lo, hi, x, parts):  # type: ignore[no-untyped-def]
-        f = plan_at(plan, checksum)
-        tile = np.empty(f.rows * (CHUNK + GAP) if f.x_col != 1 else 0)
-        _moments(f, at(x, kind), at(parts, "float64"), lo, hi, tile)
+    def chunk_moments(plan, lo, hi, x, residual, total, parts):  # type: ignore[no-untyped-def]
+        f, arrays = plan_at(plan, checksum), (at(x, kind), *_two(residual, total, given))
+        rule, to = (f.eps, f.low, f.high, near, measure, source), at(parts, "float64")
+        _moments(f, arrays, rule, to, lo, hi, np.empty(f.tiles * f.rows * (CHUNK + GAP)))
 
     return chunk_moments
 
@@ -250,15 +282,15 @@ def finish(checksum: int, kind: str) -> Any:
 
 
 @job
-def chunk_results(checksum: int, kind: str) -> Any:
-    """``chunk_results(plan, lo, hi, x, y, w, b, stats)``: normalize chunks of rows."""
-    computed = _computed(kind)
+def chunk_results(checksum: int, kind: str, wide: str = "") -> Any:
+    """``chunk_results(plan, lo, hi, x, y, w, b, stats)``: normalize them; x may be `wide`."""
+    computed, given = _computed(kind), wide or kind
 
     def chunk_results(plan, lo, hi, x, y, w, b, stats):  # type: ignore[no-untyped-def]
         f = plan_at(plan, checksum)
-        tile = np.empty(f.rows * (CHUNK + GAP) if f.x_col != 1 or f.y_col != 1 else 0)
+        tile = np.empty(f.tiles * f.rows * (CHUNK + GAP))
         wp, bp, s = at(w, computed), at(b, computed), at(stats, "float64")
-        _results(f, at(x, kind), at(y, kind), wp, bp, s, lo, hi, tile)
+        _results(f, at(x, given), at(y, kind), wp, bp, s, lo, hi, tile)
 
     return chunk_results
 
@@ -269,12 +301,13 @@ def chunk_results(checksum: int, kind: str) -> Any:
 @inner
 def _blocks(f, arrays, stats, w, sums, lo, hi, group, work):  # type: ignore[no-untyped-def]
     # ``work``: as for `_strips`.
-    (dy, x, dx), N, total, wide = arrays, f.N, f.outer * f.M, backward.sums_pitch(f.N)
-    size, has_dx = backward.block_rows(total), address(dx) != 0
+    (dy, x, dsum, dx), N, total, wide = arrays, f.N, f.outer * f.M, backward.sums_pitch(f.N)
+    size, has_dx, has_dsum = backward.block_rows(total), address(dx) != 0, address(dsum) != 0
     spare = typed(pointer(work, 0), w)
     here = typed(pointer(work, 2 * wide), w)
     x_tile = pointer(work, 2 * wide + backward.FIELDS * group)
     g_tile = advance(x_tile, f.rows * (N + GAP))
+    d_tile = advance(g_tile, has_dsum * f.rows * (N + GAP))
     for block in range(lo, hi):
         part = spare
         if address(sums) != 0:
@@ -293,7 +326,10 @@ def _blocks(f, arrays, stats, w, sums, lo, hi, group, work):  # type: ignore[no-
             t, tp, target = dx, 0, dx
             if has_dx:
                 target = strips.start(dx, f.dx_outer, f.dx_row, o, first)
-                t, tp = strips.place(target, f.dx_row, f.dx_col, g_tile, N)
+                t, tp = strips.place(target, f.dx_row, f.dx_col, d_tile, N)
+                if has_dsum:  # dx begins as what is added to it
+                    source = strips.start(dsum, f.dsum_outer, f.dsum_row, o, first)
+                    move(raw(source), f.dsum_row, f.dsum_col, raw(t), tp, 1, n, N)
             i = o * f.stats_outer + first * f.stats_row
             for k in range(0, n, group):
                 told = stats[0], stats[1], i + k * f.stats_row, f.stats_row
@@ -301,9 +337,9 @@ def _blocks(f, arrays, stats, w, sums, lo, hi, group, work):  # type: ignore[no-
                 if has_dx:
                     u = advance(t, k * tp)
                 qk, pk = advance(q, k * qp), advance(p, k * pp)
-                backward.short_rows(qk, qp, pk, pp, u, tp, count, N, w, told, to, here)
+                backward.short_rows(qk, qp, pk, pp, u, tp, count, N, w, told, to, here, has_dsum)
             if has_dx:
-                strips.put_back(target, f.dx_row, f.dx_col, g_tile, n, N)
+                strips.put_back(target, f.dx_row, f.dx_col, d_tile, n, N)
             row += n
 
 
@@ -312,19 +348,18 @@ def _share_of_gradients(f, arrays, stats, w, sums, lo, hi):  # type: ignore[no-u
     total = f.outer * f.M
     group = min(f.rows, backward.group_size(total, f.N))
     size = 2 * backward.sums_pitch(f.N) + backward.FIELDS * group
-    if f.x_col != 1 or f.dy_col != 1 or f.dx_col != 1:
-        size += 2 * f.rows * (f.N + GAP)
+    size += f.tiles * f.rows * (f.N + GAP)
     _blocks(f, arrays, stats, w, sums, lo, hi, group, np.empty(size))
 
 
 @job
 def gradients(checksum: int, kind: str) -> Any:
-    """``gradients(plan, lo, hi, dy, x, mean, rstd, w, dx, sums)``: of blocks of rows."""
+    """``gradients(plan, lo, hi, dy, x, mean, rstd, w, dsum, dx, sums)``: of blocks of rows."""
     computed = _computed(kind)
 
-    def gradients(plan, lo, hi, dy, x, mean, rstd, w, dx, sums):  # type: ignore[no-untyped-def]
+    def gradients(plan, lo, hi, dy, x, mean, rstd, w, dsum, dx, sums):  # type: ignore[no-untyped-def]
         f, stats = plan_at(plan, checksum), _two(mean, rstd, computed)
-        arrays = at(dy, kind), at(x, kind), at(dx, kind)
+        arrays = *_two(dy, x, kind), *_two(dsum, dx, kind)
         _share_of_gradients(f, arrays, stats, at(w, computed), at(sums, computed), lo, hi)
 
     return gradients
@@ -339,20 +374,21 @@ def _small_gradients(f, arrays, stats, w, targets, sums):  # type: ignore[no-unt
 
 @job
 def small_gradients(checksum: int, kind: str) -> Any:
-    """``small_gradients(plan, dy, x, mean, rstd, w, dx, dweight, dbias)``: of all rows, and merged.
+    """``small_gradients(plan, dy, x, mean, rstd, w, dsum, dx, dweight, dbias)``: of all rows.
 
-    dy, x and dx hold 16-bit kinds as uint16; what is absent is empty.
+    They are merged. dy, x, dsum and dx hold 16-bit kinds as uint16; what is absent is empty.
     """
     computed = _computed(kind)
     given, made, stat, _, row, result = _arrays(kind)
 
-    def small_gradients(plan, dy, x, mean, rstd, w, dx, dweight, dbias):  # type: ignore[no-untyped-def]
+    def small_gradients(plan, dy, x, mean, rstd, w, dsum, dx, dweight, dbias):  # type: ignore[no-untyped-def]
         f, stats = plan_at(plan, checksum), _two(mean, rstd, computed)
-        arrays, targets = (at(dy, kind), at(x, kind), at(dx, kind)), _two(dweight, dbias, computed)
+        arrays = at(dy, kind), at(x, kind), at(dsum, kind), at(dx, kind)
+        targets = _two(dweight, dbias, computed)
         sums = np.empty(backward.sums_size(f.outer * f.M, f.N))
         _small_gradients(f, arrays, stats, at(w, computed), targets, sums)
 
-    tables = types.int64, given, given, stat, stat, row, made
+    tables = types.int64, given, given, stat, stat, row, given, made
     return types.void(*tables, result, result), small_gradients
 
 
@@ -370,7 +406,8 @@ def long_sums(checksum: int, kind: str) -> Any:
             p = advance(at(x, kind), row * f.x_row + left)
             q = advance(at(dy, kind), row * f.dy_row + left)
             wp, n = advance(at(w, computed), left), min(CHUNK, f.N - left)
-            h, gh, g = backward.row_sums(p, q, wp, n, m[row], r[row], w != 0)
+            middle = m[row] if mean != 0 else like(r, 0)
+            h, gh, g = backward.row_sums(p, q, wp, n, middle, r[row], w != 0)
             to[3 * item], to[3 * item + 1], to[3 * item + 2] = h, gh, g
 
     return long_sums
@@ -390,16 +427,18 @@ def long_finish(checksum: int, kind: str) -> Any:
             for c in range(chunks):
                 i = 3 * (row * chunks + c)
                 h, gh, g = h + part[i], gh + part[i + 1], g + part[i + 2]
-            backward.finish_row(to, row, m[row], r[row], h, gh, g, f.N)
+            middle = m[row] if mean != 0 else like(r, 0)
+            backward.finish_row(to, row, middle, r[row], h, gh, g, f.N, mean != 0)
 
     return long_finish
 
 
 @inner
 def _long_gradients(f, arrays, w, stats, sums, lo, hi, spare):  # type: ignore[no-untyped-def]
-    dy, x, dx = arrays
+    dy, x, dsum, dx = arrays
     size, pitch, chunks = backward.block_rows(f.M), backward.sums_pitch(f.N), chunks_of(f.N)
-    has_w, has_dx = address(w) != 0, address(dx) != 0
+    has_w, has_dx, has_dsum = address(w) != 0, address(dx) != 0, address(dsum) != 0
+    writes = has_dx * (1 + has_dsum)
     for item in range(lo, hi):
         # Backwards, as the end of x and dy was read last.
         block, c = backward.block_count(f.M) - 1 - item // chunks, chunks - 1 - item % chunks
@@ -417,20 +456,22 @@ def _long_gradients(f, arrays, w, stats, sums, lo, hi, spare):  # type: ignore[n
             k, t = min(backward.LONG_ROWS, end - row), dx
             if has_dx:
                 t = advance(dx, row * f.dx_row + left)
+                if has_dsum:
+                    source = advance(dsum, row * f.dsum_row + left)
+                    move(raw(source), f.dsum_row, 1, raw(t), f.dx_row, 1, k, n)
             p, q = advance(x, row * f.x_row + left), advance(dy, row * f.dy_row + left)
             s = advance(stats, backward.FIELDS * row)
-            backward.add_rows(
-                p, f.x_row, q, f.dy_row, t, f.dx_row, k, n, wp, s, to_w, to_b, has_w, has_dx
-            )
+            to = to_w, to_b
+            backward.add_rows(p, f.x_row, q, f.dy_row, t, f.dx_row, k, n, wp, s, to, has_w, writes)
 
 
 @job
 def long_gradients(checksum: int, kind: str) -> Any:
-    """``long_gradients(plan, lo, hi, dy, x, w, stats, dx, sums)``: of chunks of blocks of rows."""
+    """``long_gradients(plan, lo, hi, dy, x, w, stats, dsum, dx, sums)``: of chunks of blocks."""
     computed = _computed(kind)
 
-    def long_gradients(plan, lo, hi, dy, x, w, stats, dx, sums):  # type: ignore[no-untyped-def]
-        f, arrays = plan_at(plan, checksum), (at(dy, kind), at(x, kind), at(dx, kind))
+    def long_gradients(plan, lo, hi, dy, x, w, stats, dsum, dx, sums):  # type: ignore[no-untyped-def]
+        f, arrays = plan_at(plan, checksum), (*_two(dy, x, kind), *_two(dsum, dx, kind))
         wp, s, to = at(w, computed), at(stats, computed), at(sums, computed)
         _long_gradients(f, arrays, wp, s, to, lo, hi, np.empty(2 * CHUNK))
 

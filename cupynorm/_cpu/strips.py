@@ -6,7 +6,23 @@ Rows of a table come from its columns, each of any dtype, with validity bitmaps 
 import numpy as np
 
 from cupynorm._cpu.compiled import inner
-from cupynorm._cpu.vectors import F16C, advance, at, item, like, move, raw, typed
+from cupynorm._cpu.vectors import (
+    F16C,
+    add,
+    advance,
+    at,
+    item,
+    lanes,
+    like,
+    load,
+    load_first,
+    move,
+    raw,
+    splat,
+    store,
+    store_first,
+    typed,
+)
 
 # A strip is read along whichever of its strides is 1 and turned in registers, so that the
 # arithmetic of contiguous rows does the rest and a row's bits are the same in every layout.
@@ -54,9 +70,48 @@ def start(p, outer, row, o, m):  # type: ignore[no-untyped-def]
 
 
 @inner
-def of_rows(f, x, o, first, n, tile, room):  # type: ignore[no-untyped-def]
-    """Bring the rows of a strip from memory that the record tells of."""
-    return bring(start(x, f.x_outer, f.x_row, o, first), f.x_row, f.x_col, tile, n, f.N)
+def of_rows(f, arrays, part, tile, room):  # type: ignore[no-untyped-def]
+    """Bring a part of the rows of x, the first of ``arrays``, where the record tells it lies.
+
+    It is the outer step, the first row and how many, the first column and how many.
+    """
+    o, first, n, left, size = part
+    source = advance(start(arrays[0], f.x_outer, f.x_row, o, first), left * f.x_col)
+    return bring(source, f.x_row, f.x_col, tile, n, size)
+
+
+@inner
+def _add(p, pp, q, qp, t, tp, n, N):  # type: ignore[no-untyped-def]
+    """Write the sum of n rows at p and n at q to t, which may be either."""
+    step = lanes(p)
+    for k in range(n):
+        a, b, c, i = advance(p, k * pp), advance(q, k * qp), advance(t, k * tp), 0
+        while i + step <= N:
+            store(c, i, add(load(a, i), load(b, i)))
+            i += step
+        if i < N:
+            zero = splat(a, like(a, 0))
+            there = add(load_first(a, i, N - i, zero), load_first(b, i, N - i, zero))
+            store_first(c, i, N - i, there)
+
+
+@inner
+def of_sums(f, arrays, part, tile, room):  # type: ignore[no-untyped-def]
+    """Bring rows of x and of residual, and put their sum, which is what is normalized.
+
+    The second of two tiles takes residual and the sum, the first what comes of it.
+    """
+    (_, residual, total), (o, first, n, left, size) = arrays, part
+    p, pp = of_rows(f, arrays, part, tile, room)
+    other = advance(tile, f.rows * (size + GAP))
+    source = start(residual, f.residual_outer, f.residual_row, o, first)
+    source = advance(source, left * f.residual_col)
+    q, qp = bring(source, f.residual_row, f.residual_col, other, n, size)
+    target = advance(start(total, f.sum_outer, f.sum_row, o, first), left * f.sum_col)
+    t, tp = place(target, f.sum_row, f.sum_col, other, size)
+    _add(p, pp, q, qp, t, tp, n, size)
+    put_back(target, f.sum_row, f.sum_col, other, n, size)
+    return t, tp
 
 
 # --- columns ------------------------------------------------------------------------------------
@@ -152,8 +207,8 @@ def room_size(f):  # type: ignore[no-untyped-def]
 
 
 @inner
-def of_columns(f, columns, o, first, n, tile, room):  # type: ignore[no-untyped-def]
+def of_columns(f, columns, part, tile, room):  # type: ignore[no-untyped-def]
     """Bring the rows of a strip from columns."""
     p = typed(tile, room)
-    bring_columns(columns, f.N, first, n, p, room, f.rows + GAP)
+    bring_columns(columns, f.N, part[1], part[2], p, room, f.rows + GAP)
     return p, f.N + GAP

@@ -11,8 +11,7 @@ from cupynorm._cuda.tiles import bytes_beyond_floor
 from cupynorm._display import Sections, Table
 from cupynorm._layout import Facts, Problem, kernel_problem_of, result_strides
 from cupynorm._libraries import library_of
-from cupynorm._ops import LAYER_NORM
-from cupynorm._rules import ITEMSIZE, stats_dtype
+from cupynorm._rules import ITEMSIZE, default_eps, resolve_op, stats_dtype
 
 # One example per compute capability, for asking what a GPU would run that is not at hand:
 # multiprocessors, and shared memory that a block may opt in to, from the CUDA programming guide's
@@ -48,12 +47,17 @@ _BACKWARD = {
 }
 
 
+_STATISTICS = {True: "corrected two-pass", False: "mean of squares"}  # by whether there is a centre
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Explanation(Table):
     """What `layer_norm` or its backward would run; prints as aligned text, a table in a notebook.
 
     Attributes
     ----------
+    op : str
+        Name of the operation.
     path, kernel : str
         'cuda', 'cpu' or 'reference', and what does the work.
     rows, cols : int
@@ -82,6 +86,7 @@ class Explanation(Table):
     'K1 warp: lanes of one warp hold a row in registers'
     """
 
+    op: str
     path: str
     kernel: str
     rows: int
@@ -104,7 +109,7 @@ class Explanation(Table):
             ("path", self.path),
             ("kernel", self.kernel),
             ("problem", f"{self.rows} rows of {self.cols}, {self.dtype}"),
-            ("statistics", f"{self.stats_dtype}, corrected two-pass"),
+            ("statistics", f"{self.stats_dtype}, {_STATISTICS[resolve_op(self.op).center]}"),
         ]
         rows += [("launch", text) for text in self.launches]
         if self.threads_per_row is not None:
@@ -120,7 +125,7 @@ def explain(
     normalized_shape: Any = None,
     weight: Any = None,
     bias: Any = None,
-    eps: float = 1e-5,
+    eps: float | None = None,
     *,
     axis: Any = None,
     order: str = "K",
@@ -128,10 +133,13 @@ def explain(
     return_stats: bool = False,
     device: str | None = None,
     backward: bool = False,
+    op: str = "layer_norm",
+    residual: Any = None,
+    sum_out: Any = None,
 ) -> Explanation:
     """Tell what `layer_norm`, or its backward, would run for the same arguments.
 
-    Nothing is run.
+    Or another operation, which `op` names. Nothing is run.
 
     Parameters
     ----------
@@ -144,6 +152,10 @@ def explain(
         others CuPy arrays of the same shape, strides and dtype there.
     backward : bool, default False
         Explain `layer_norm_backward` instead, for a dy that lies in memory as y does.
+    op : str, default 'layer_norm'
+        As for `prepare`.
+    residual, sum_out : array, optional
+        As for `add_layer_norm`, of an operation that adds.
 
     Returns
     -------
@@ -162,8 +174,10 @@ def explain(
     >>> cn.explain(np.ones((64, 1000), np.float32), device="sm_90").threads_per_row
     32
     """
-    how = normalized_shape, axis, eps, order, return_stats
-    checked = _calls.check(LAYER_NORM, x, weight, bias, out, how)
+    operation = resolve_op(op)
+    how = normalized_shape, axis, default_eps(operation, eps), order, return_stats
+    added = (residual, sum_out) if operation.residual else ()
+    checked = _calls.check(operation, x, weight, bias, out, how, *added)
     facts, path = checked.facts, _path(checked)
     if backward:
         facts = of_backward(facts)
@@ -187,6 +201,7 @@ def explain(
             kernel, beyond = _kernel(facts, problem, plan)
             moved = floor + beyond + 2 * _x_bytes(facts) * len(copies)
     return Explanation(
+        op=op,
         path=path,
         kernel=kernel,
         rows=math.prod(facts.stats_shape),
@@ -222,10 +237,11 @@ def _in_words(checked: _calls.Checked, path: str) -> str:
 
 def of_backward(facts: Facts) -> Facts:
     """Those of a backward for a dy that lies as y does."""
-    dtypes = {name: dtype for name, dtype in facts.dtypes.items() if name != "bias"}
+    dtypes = {name: d for name, d in facts.dtypes.items() if name in ("x", "weight")}
     if "weight" in dtypes:
         dtypes["dweight"] = dtypes["weight"]
-    dtypes["dbias"] = dtypes.get("weight") or stats_dtype(dtypes["x"])
+    if facts.op.center:
+        dtypes["dbias"] = dtypes.get("weight") or stats_dtype(dtypes["x"])
     x = facts.strides["x"]
     dx = None if x is None else result_strides(facts.shape, x, "K")
     strides = {"x": x, "dy": facts.strides["y"], "dx": dx}
@@ -266,10 +282,17 @@ def _x_bytes(facts: Facts) -> int:
 
 def _floor(facts: Facts) -> int:
     """Bytes that any way of doing it moves."""
-    vectors = sum(ITEMSIZE[dtype] for name, dtype in facts.dtypes.items() if name != "x")
-    stats = 2 * ITEMSIZE[stats_dtype(facts.dtypes["x"])] * math.prod(facts.stats_shape)
+    dtypes = facts.dtypes
+    vectors = sum(ITEMSIZE[d] for name, d in dtypes.items() if name not in ("x", "residual"))
+    stats = (
+        (1 + facts.op.center) * ITEMSIZE[stats_dtype(dtypes["x"])] * math.prod(facts.stats_shape)
+    )
     stats *= facts.stats or facts.backward
-    return len(facts.strides) * _x_bytes(facts) + facts.N * vectors + stats
+    arrays = sum(
+        ITEMSIZE[dtypes["residual" if name in ("residual", "sum") else "x"]]
+        for name in facts.strides
+    )
+    return facts.size * arrays + facts.N * vectors + stats
 
 
 def _launch(stage: Stage) -> str:

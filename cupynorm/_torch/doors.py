@@ -8,6 +8,7 @@ import torch
 
 from cupynorm import _reference
 from cupynorm._layout import Facts
+from cupynorm._ops import LAYER_NORM
 from cupynorm._torch import autograd, operators
 from cupynorm._torch.tensors import Tensors
 from cupynorm._torch.watch import (
@@ -43,6 +44,8 @@ class Differentiable(Tensors):
 
     def normalizer(self, facts: Facts) -> Callable[..., Any]:
         """The settled forward, which autograd remembers."""
+        if facts.op != LAYER_NORM:  # torch differentiates what array-API calls do
+            return _reference.DOOR.normalizer(facts)
         if facts.out:
             _refuse_out()
         if facts.stats:  # which are differentiable too
@@ -81,6 +84,8 @@ class Shown:
 
     def normalizer(self, facts: Facts) -> Callable[..., Any]:
         """The forward, with nothing settled but the arguments."""
+        if facts.op != LAYER_NORM:  # torch differentiates what array-API calls do
+            return _reference.DOOR.normalizer(facts)
         order, stats = facts.order, facts.stats
 
         def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:

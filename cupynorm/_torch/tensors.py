@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from cupynorm import _memo
+from cupynorm import _memo, _reference
 from cupynorm._layout import Facts, row_major_strides
 from cupynorm._libraries import check_overlap
 from cupynorm._ops import LAYER_NORM
@@ -52,6 +52,8 @@ class Tensors:
 
     def normalizer(self, facts: Facts) -> Callable[..., Any]:
         """The settled forward."""
+        if facts.op != LAYER_NORM:  # torch differentiates what array-API calls do
+            return _reference.DOOR.normalizer(facts)
         run, new = machines.run_of(facts), _maker(facts, "y")
         shape, stats = facts.stats_shape, facts.stats
         clash = _overlap(facts) if facts.out and facts.size else None
@@ -92,6 +94,8 @@ class Tensors:
 
     def differentiator(self, facts: Facts) -> Callable[..., Any]:
         """The settled backward."""
+        if facts.op != LAYER_NORM or "dsum" in facts.strides:
+            return _reference.DOOR.differentiator(facts)
         new, shape = _maker(facts, "dx"), facts.affine_shape
         to_weight, to_bias = (
             getattr(torch, facts.dtypes[k]) if k in facts.dtypes else None

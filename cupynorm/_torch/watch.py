@@ -24,7 +24,13 @@ _is_grad_enabled = torch.is_grad_enabled
 
 
 def answer(
-    answers: Sequence[Any], x: Any, a: Any = None, b: Any = None, c: Any = None, d: Any = None
+    answers: Sequence[Any],
+    x: Any,
+    a: Any = None,
+    b: Any = None,
+    c: Any = None,
+    d: Any = None,
+    *more: Any,
 ) -> Any:
     """What goes with who is to hear of a call on these tensors, of which all but x may be None.
 
@@ -42,6 +48,7 @@ def answer(
         or (b is not None and type(b) not in _PLAIN)
         or (c is not None and type(c) not in _PLAIN)
         or (d is not None and type(d) not in _PLAIN)
+        or (more and any(e is not None and type(e) not in _PLAIN for e in more))
     ):
         return answers[WATCHED]
     if _is_grad_enabled() and (
@@ -50,6 +57,7 @@ def answer(
         or (b is not None and b.requires_grad)
         or (c is not None and c.requires_grad)
         or (d is not None and d.requires_grad)
+        or (more and any(e is not None and e.requires_grad for e in more))
     ):
         return answers[GRADIENT]
     return answers[ARITHMETIC]

@@ -276,7 +276,7 @@ def _checked_out(
         wanted = name if name in _rules.ITEMSIZE else "a float of 16 to 64 bits"
         msg = f"out has dtype {y.dtype}, but the result is {wanted}; drop dtype=, or make it that"
         raise ValueError(msg)
-    _libraries.check_writable(y)
+    _libraries.check_writable("out", y)
     others = list(zip(("weight", "bias"), affine, strict=True))
     for j, column in enumerate(columns):
         others += [(f"columns[{j}]", part) for part in column[:2]]
