@@ -4,10 +4,10 @@
 //     h = (x - mean) * rstd     l = sum(h) / N         what the rounded mean lacks, times rstd
 //     g = dy * weight           x_hat = h - l
 //     c1 = sum(g) / N           c2 = sum(g * x_hat) / N = (sum(g * h) - l * sum(g)) / N
-//     dx = rstd * (g - c1 - x_hat * c2)
+//     dx = rstd * (g - c1 - x_hat * c2) + dsum         dsum: what flows into x + residual from elsewhere
 //     dweight = sum over rows of dy * x_hat            dbias = sum over rows of dy
 //
-// The three sums of a row need one exchange. Without l a row of values near 1e6 would lose most of
+// Without a centre mean, l and c1 are zero. With `unit_weight` g = dy * (1 + weight). The three sums of a row need one exchange. Without l a row of values near 1e6 would lose most of
 // its digits, here as in the forward.
 
 // The arguments of every backward kernel that writes dx, in the order of its entry.
@@ -16,7 +16,7 @@ struct GradientArguments {
     typedef typename Accumulator<X>::type A;
     const X* dy;      // rows of N columns, unit stride inside a row
     const X* x;       // the same
-    const A* mean;    // (rows,)
+    const A* mean;    // (rows,), or null without a centre
     const A* rstd;    // (rows,)
     const W* weight;  // (N,) or null
     X* dx;            // as x, or null
@@ -25,6 +25,9 @@ struct GradientArguments {
     i64 M;
     i64 dy_outer, dy_row, x_outer, x_row, dx_outer, dx_row;  // element strides
     i64 N;
+    // Of an operation with a residual alone.
+    const X* dsum;
+    i64 dsum_outer, dsum_row;
 };
 
 // Columns of one row of partials: whole vectors, so that each is stored in 16-byte pieces.
@@ -38,30 +41,46 @@ __device__ __forceinline__ i64 pitch_of(i64 N) {
 template <int LANES, int VECS, class A>
 struct GradientRow {
     Segment<LANES, VECS> x, dy;
-    int x_skew, dy_skew;
+    int x_skew, dy_skew, n;
     A mean, rstd;
 };
 
 // Issues the loads alone: what they bring is first looked at in `to_columns`.
-template <int LANES, int VECS, class X, class W, class A>
+template <class Op, bool ALIGNED, int LANES, int VECS, class X, class W, class A>
 __device__ __forceinline__ void fetch(
     GradientRow<LANES, VECS, A>& r, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
     const bool live = row < a.rows;
-    if (!live) n = 0;
+    r.n = n = live ? n : 0;
     const X* x = a.x + (n ? row_offset(row, a.rows, a.M, a.x_outer, a.x_row) + first : 0);
     const X* dy = a.dy + (n ? row_offset(row, a.rows, a.M, a.dy_outer, a.dy_row) + first : 0);
     r.x_skew = skew_of(x);
     r.dy_skew = skew_of(dy);
-    load_granules(r.x, x, n, lane);
-    load_granules(r.dy, dy, n, lane);
-    r.mean = live ? a.mean[row] : (A)0;
+    load_granules<ALIGNED>(r.x, x, n, lane);
+    load_granules<ALIGNED>(r.dy, dy, n, lane);
+    r.mean = Op::center && live ? a.mean[row] : (A)0;
     r.rstd = live ? a.rstd[row] : (A)0;
 }
 
-template <class X, int LANES, int VECS, class A>
+template <bool ALIGNED, class X, int LANES, int VECS, class A>
 __device__ __forceinline__ void to_columns(GradientRow<LANES, VECS, A>& r, int lane) {
-    granules_to_columns<LANES, VECS, X>(r.x, r.x_skew, lane);
-    granules_to_columns<LANES, VECS, X>(r.dy, r.dy_skew, lane);
+    granules_to_columns<ALIGNED, X>(r.x, r.x_skew, r.n, lane);
+    granules_to_columns<ALIGNED, X>(r.dy, r.dy_skew, r.n, lane);
+}
+
+// dsum of the same columns; it is asked for while the sums of the row are taken, and waited for after them.
+template <bool ALIGNED, int LANES, int VECS, class X, class W>
+__device__ __forceinline__ void fetch_dsum(
+    Segment<LANES, VECS>& s, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
+    if (row >= a.rows) n = 0;
+    load_granules<ALIGNED>(
+        s, a.dsum + (n ? row_offset(row, a.rows, a.M, a.dsum_outer, a.dsum_row) + first : 0), n, lane);
+}
+template <bool ALIGNED, int LANES, int VECS, class X, class W>
+__device__ __forceinline__ void take_dsum(
+    Segment<LANES, VECS>& s, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
+    if (row >= a.rows) n = 0;
+    const X* p = a.dsum + (n ? row_offset(row, a.rows, a.M, a.dsum_outer, a.dsum_row) + first : 0);
+    granules_to_columns<ALIGNED, X>(s, skew_of(p), n, lane);
 }
 
 // sum(h), sum(g), sum(g * h).
@@ -70,8 +89,9 @@ struct GradientSums {
     A h, g, gh;
 };
 
-template <int LANES, class A>
+template <class Op, int LANES, class A>
 __device__ __forceinline__ GradientSums<A> warp_sum(const GradientSums<A>& s) {
+    if (!Op::center) return GradientSums<A>{0, 0, warp_sum<LANES>(s.gh)};
     return GradientSums<A>{warp_sum<LANES>(s.h), warp_sum<LANES>(s.g), warp_sum<LANES>(s.gh)};
 }
 
@@ -85,34 +105,34 @@ __device__ __forceinline__ void put_sums(A* sums, const GradientSums<A>& s, int 
 }
 
 // The sums over a block, through A sums[3][WARPS]: written before one barrier, read after it.
-template <int WARPS, class A>
+template <class Op, int WARPS, class A>
 __device__ __forceinline__ GradientSums<A> block_sums(A* sums, const GradientSums<A>& mine, int warp, int lane) {
-    put_sums<WARPS>(sums, warp_sum<32>(mine), warp, lane);
+    put_sums<WARPS>(sums, warp_sum<Op, 32>(mine), warp, lane);
     __syncthreads();
     // Every group of WARPS lanes adds the warps' sums in the same tree.
     const A* from = sums + lane % WARPS;
-    return warp_sum<WARPS>(GradientSums<A>{from[0], from[WARPS], from[2 * WARPS]});
+    return warp_sum<Op, WARPS>(GradientSums<A>{from[0], from[WARPS], from[2 * WARPS]});
 }
 
-// h and g of one vector. dy is zero past the row's end, x - mean is not: it is left out.
-template <class X, bool HAS_WEIGHT, class W, class A, int V>
+// h and g of vector k, s is dy. dy is zero past the row's end, x - mean is not: it is left out.
+template <class Op, bool HAS_WEIGHT, bool ALIGNED, class X, int LANES, int VECS, class A, class Weight, int V>
 __device__ __forceinline__ void unpack_row(
-    const Vec& x, const Vec& dy, A mean, A rstd, const W* weight, i64 col, int left, A (&h)[V], A (&s)[V], A (&g)[V]) {
+    const GradientRow<LANES, VECS, A>& r, int k, int left, const Weight& weight, A (&h)[V], A (&s)[V], A (&g)[V]) {
     A w[V];
-    if (HAS_WEIGHT) load_affine(weight, col, left, w);
-    unpack(unseen(x), h, (const X*)0);
-    unpack(unseen(dy), s, (const X*)0);
+    if (HAS_WEIGHT) weight.get(k, w);
+    unpack(unseen(r.x.v[k]), h, (const X*)0);
+    unpack(unseen(r.dy.v[k]), s, (const X*)0);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-        h[i] = i < left ? product(h[i] - mean, rstd) : (A)0;
-        g[i] = HAS_WEIGHT ? product(s[i], w[i]) : s[i];
+        h[i] = !Op::center ? product(h[i], r.rstd) : (ALIGNED ? left > 0 : i < left) ? product(h[i] - r.mean, r.rstd) : (A)0;
+        g[i] = HAS_WEIGHT ? product(s[i], weight_of<Op>(w[i])) : s[i];
     }
 }
 
-// The sums over the columns that a lane holds.
-template <class X, bool HAS_WEIGHT, int LANES, int VECS, class W, class A>
+// The sums over the n columns that a lane holds.
+template <class Op, bool HAS_WEIGHT, bool ALIGNED, class X, int LANES, int VECS, class A, class Weight>
 __device__ __forceinline__ GradientSums<A> lane_sums(
-    const GradientRow<LANES, VECS, A>& r, const W* weight, i64 first, int n, int lane) {
+    const GradientRow<LANES, VECS, A>& r, const Weight& weight, int n, int lane) {
     constexpr int V = PerVec<X>::count;
     GradientSums<A> sums = {0, 0, 0};
 #pragma unroll
@@ -120,9 +140,11 @@ __device__ __forceinline__ GradientSums<A> lane_sums(
         const int col = (k * LANES + lane) * V;
         if (col >= n) break;
         A h[V], s[V], g[V];
-        unpack_row<X, HAS_WEIGHT>(r.x.v[k], r.dy.v[k], r.mean, r.rstd, weight, first + col, n - col, h, s, g);
-        sums.h += tree_sum(h);
-        sums.g += tree_sum(g);
+        unpack_row<Op, HAS_WEIGHT, ALIGNED, X>(r, k, n - col, weight, h, s, g);
+        if (Op::center) {
+            sums.h += tree_sum(h);
+            sums.g += tree_sum(g);
+        }
 #pragma unroll
         for (int i = 0; i < V; ++i) h[i] = product(h[i], g[i]);
         sums.gh += tree_sum(h);
@@ -136,8 +158,9 @@ struct RowGradient {
     A lack, c1, c2;
 };
 
-template <class A>
+template <class Op, class A>
 __device__ __forceinline__ RowGradient<A> row_gradient(const GradientSums<A>& s, i64 N) {
+    if (!Op::center) return RowGradient<A>{0, 0, s.gh / (A)N};
     const A lack = s.h / (A)N;
     return RowGradient<A>{lack, s.g / (A)N, multiply_add(-lack, s.g, s.gh) / (A)N};
 }
@@ -164,37 +187,47 @@ struct RegisterTotals {
     }
 };
 
-// Adds the row to `totals` and turns r.x into dx.
-template <class X, bool DX, bool DWEIGHT, bool DBIAS, bool HAS_WEIGHT, int LANES, int VECS, class W, class A, class Totals>
+// Adds the row to `totals` and turns r.x into dx. `dsum` is looked at where Op has a residual.
+template <class Op, bool DX, bool DWEIGHT, bool DBIAS, bool HAS_WEIGHT, bool ALIGNED, class X, int LANES, int VECS, class A, class Weight, class Totals>
 __device__ __forceinline__ void differentiate(
-    GradientRow<LANES, VECS, A>& r, const RowGradient<A>& c, const W* weight, i64 first, int n, int lane,
-    Totals& totals) {
+    GradientRow<LANES, VECS, A>& r, const RowGradient<A>& c, const Weight& weight, const Segment<LANES, VECS>& dsum,
+    int n, int lane, Totals& totals) {
     constexpr int V = PerVec<X>::count;
 #pragma unroll
     for (int k = 0; k < VECS; ++k) {
         const int col = (k * LANES + lane) * V;
         if (col >= n) break;
-        A h[V], s[V], g[V];
-        unpack_row<X, HAS_WEIGHT && DX>(
-            r.x.v[k], r.dy.v[k], r.mean, r.rstd, weight, first + col, n - col, h, s, g);
+        A h[V], s[V], g[V], more[V];
+        unpack_row<Op, HAS_WEIGHT && DX, ALIGNED, X>(r, k, n - col, weight, h, s, g);
+        if (Op::center) {
 #pragma unroll
-        for (int i = 0; i < V; ++i) h[i] -= c.lack;
+            for (int i = 0; i < V; ++i) h[i] -= c.lack;
+        }
         totals.template add<DWEIGHT, DBIAS>(k, s, h);
-        if (DX) {
+        if constexpr (DX) {
+            if (Op::residual) unpack(dsum.v[k], more, (const X*)0);
 #pragma unroll
-            for (int i = 0; i < V; ++i) g[i] = r.rstd * multiply_add(-h[i], c.c2, g[i] - c.c1);
+            for (int i = 0; i < V; ++i) {
+                g[i] = multiply_add(-h[i], c.c2, Op::center ? g[i] - c.c1 : g[i]);
+                g[i] = Op::residual ? multiply_add(r.rstd, g[i], more[i]) : r.rstd * g[i];
+            }
             pack(r.x.v[k], g, (const X*)0);
         }
     }
 }
 
-// Writes r.x, which holds dx by now. Every lane of the warp must come here.
-template <bool DX, int LANES, int VECS, class X, class W, class A>
-__device__ __forceinline__ void store_dx(
-    GradientRow<LANES, VECS, A>& r, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
+// What comes after the sums of a row: dx, and what it adds to dweight and dbias. Every lane of the warp must
+// come here.
+template <class Op, bool DX, bool DWEIGHT, bool DBIAS, bool HAS_WEIGHT, bool ALIGNED, int LANES, int VECS, class X, class W, class A, class Weight, class Totals>
+__device__ __forceinline__ void finish_row(
+    GradientRow<LANES, VECS, A>& r, const RowGradient<A>& c, const GradientArguments<X, W>& a, const Weight& weight,
+    Segment<LANES, VECS>& dsum, i64 row, i64 first, int n, int lane, Totals& totals) {
+    if (Op::residual && DX) take_dsum<ALIGNED>(dsum, a, row, first, n, lane);
+    differentiate<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED, X>(r, c, weight, dsum, n, lane, totals);
     if (!DX) return;
     if (row >= a.rows) n = 0;
-    store_columns(r.x, a.dx + (n ? row_offset(row, a.rows, a.M, a.dx_outer, a.dx_row) + first : 0), n, lane);
+    store_columns<ALIGNED>(
+        r.x, a.dx + (n ? row_offset(row, a.rows, a.M, a.dx_outer, a.dx_row) + first : 0), n, lane);
 }
 
 // ---- sums of V accumulators, in 16-byte pieces -----------------------------------------------------
@@ -207,32 +240,26 @@ struct Pieces {
     };
 };
 
-// Element i of piece p lies at p * step pieces: lanes that are neighbours meet different banks.
+// Piece p lies at p * step pieces of shared memory: lanes that are neighbours meet different banks.
+template <class A, int V>
+__device__ __forceinline__ typename Pieces<A, V>::Piece piece_of(const A (&v)[V], int p) {
+    typename Pieces<A, V>::Piece piece;
+#pragma unroll
+    for (int i = 0; i < 16 / (int)sizeof(A); ++i) piece.e[i] = v[p * (16 / (int)sizeof(A)) + i];
+    return piece;
+}
 template <class A, int V>
 __device__ __forceinline__ void put_pieces(void* at, int step, const A (&v)[V]) {
-    typedef typename Pieces<A, V>::Piece Piece;
-    constexpr int E = 16 / (int)sizeof(A);
 #pragma unroll
-    for (int p = 0; p < Pieces<A, V>::count; ++p) {
-        Piece piece;
-#pragma unroll
-        for (int i = 0; i < E; ++i) piece.e[i] = v[p * E + i];
-        ((Piece*)at)[p * step] = piece;
-    }
+    for (int p = 0; p < Pieces<A, V>::count; ++p) ((typename Pieces<A, V>::Piece*)at)[p * step] = piece_of(v, p);
 }
 
 // One after another in global memory.
 template <class A, int V>
 __device__ __forceinline__ void store_pieces(A* at, const A (&v)[V]) {
-    typedef typename Pieces<A, V>::Piece Piece;
-    constexpr int E = 16 / (int)sizeof(A);
 #pragma unroll
-    for (int p = 0; p < Pieces<A, V>::count; ++p) {
-        Piece piece;
-#pragma unroll
-        for (int i = 0; i < E; ++i) piece.e[i] = v[p * E + i];
-        store16_to_keep(at + p * E, bit_cast<Vec>(piece));
-    }
+    for (int p = 0; p < Pieces<A, V>::count; ++p)
+        store16_to_keep(at + p * (16 / (int)sizeof(A)), bit_cast<Vec>(piece_of(v, p)));
 }
 
 template <class A, int V>
@@ -266,3 +293,68 @@ __device__ __forceinline__ void put_totals(
         if (DBIAS) store_pieces(partial_row<X>(partials, DWEIGHT, index, count, N) + first + col, totals.dbias[k]);
     }
 }
+
+// ---- dweight and dbias of a block's columns in shared memory -------------------------------------------
+// A thread reads and writes only its own, so they need no barrier.
+//
+// Shared memory: Piece totals[dweight, dbias][VECS][pieces][THREADS] (those that are wanted).
+
+template <int THREADS, class A, int V>
+struct SharedTotals {
+    unsigned char* mine;    // this thread's first piece of dweight, or of dbias where that is alone
+    int dbias_at;           // bytes from there to dbias
+    static constexpr int PER_VEC = Pieces<A, V>::count * THREADS * 16;  // bytes
+
+    // Those of the vectors from `vec` on.
+    __device__ __forceinline__ SharedTotals from(int vec) const {
+        return SharedTotals{mine + vec * PER_VEC, dbias_at};
+    }
+
+    template <int VECS, bool DWEIGHT, bool DBIAS>
+    __device__ __forceinline__ void clear() {
+        const A zero[V] = {};
+#pragma unroll
+        for (int k = 0; k < VECS; ++k) {
+            if (DWEIGHT) put_pieces(mine + k * PER_VEC, THREADS, zero);
+            if (DBIAS) put_pieces(mine + dbias_at + k * PER_VEC, THREADS, zero);
+        }
+    }
+
+    template <bool DWEIGHT, bool DBIAS>
+    __device__ __forceinline__ void add(int k, const A (&s)[V], const A (&x_hat)[V]) {
+        A t[V];
+        if (DWEIGHT) {
+            unsigned char* at = mine + k * PER_VEC;
+            get_pieces(at, THREADS, t);
+#pragma unroll
+            for (int i = 0; i < V; ++i) t[i] = multiply_add(s[i], x_hat[i], t[i]);
+            put_pieces(at, THREADS, t);
+        }
+        if (DBIAS) {
+            unsigned char* at = mine + dbias_at + k * PER_VEC;
+            get_pieces(at, THREADS, t);
+#pragma unroll
+            for (int i = 0; i < V; ++i) t[i] += s[i];
+            put_pieces(at, THREADS, t);
+        }
+    }
+
+    // Leaves them as partial `index` of `count`.
+    template <class X, int VECS, bool DWEIGHT, bool DBIAS>
+    __device__ __forceinline__ void leave(A* partials, i64 index, i64 count, i64 N, i64 first, int n, int lane) const {
+#pragma unroll
+        for (int k = 0; k < VECS; ++k) {
+            const int col = (k * 32 + lane) * V;
+            if (col >= n) break;
+            A t[V];
+            if (DWEIGHT) {
+                get_pieces(mine + k * PER_VEC, THREADS, t);
+                store_pieces(partial_row<X>(partials, 0, index, count, N) + first + col, t);
+            }
+            if (DBIAS) {
+                get_pieces(mine + dbias_at + k * PER_VEC, THREADS, t);
+                store_pieces(partial_row<X>(partials, DWEIGHT, index, count, N) + first + col, t);
+            }
+        }
+    }
+};

@@ -1,4 +1,4 @@
-// What the row kernels share: where a row lies, and the step from statistics to y.
+// What the row kernels share: where a row lies, weight and bias, the step from statistics to y.
 
 // The arguments of every row kernel, in the order of its entry.
 template <class X, class W, class B>
@@ -15,6 +15,10 @@ struct RowArguments {
     i64 x_outer, x_row, y_outer, y_row;  // element strides
     i64 N;
     double eps;
+    // Of an operation with a residual alone: as x; `sum` may be x, residual or y.
+    const X* residual;
+    X* sum;
+    i64 residual_outer, residual_row, sum_outer, sum_row;
 };
 
 // One 64-bit offset per row; everything inside a row is 32-bit.
@@ -28,85 +32,192 @@ __device__ __forceinline__ int at_most(i64 n, int limit) {
     return n < 0 ? 0 : n < limit ? (int)n : limit;
 }
 
-// Elements [col, col + V) of weight or bias in the accumulator's type, in the widest aligned loads.
-template <int V, class W, class A>
-__device__ __forceinline__ void load_affine(const W* __restrict__ p, i64 col, int left, A (&out)[V]) {
-    constexpr int BYTES = V * (int)sizeof(W);
-    constexpr int WIDTH = BYTES < 16 ? BYTES : 16;
-    p += col;
-    if (left >= V && ((u64)p & (WIDTH - 1)) == 0) {
-        struct alignas(WIDTH) Wide {
-            W e[WIDTH / sizeof(W)];
-        };
+// ---- weight and bias ---------------------------------------------------------------------------------
+
+template <int BYTES>
+struct alignas(BYTES < 16 ? BYTES : 16) Words {
+    u32 w[BYTES / 4];
+};
+
+// Weight or bias of the columns of a segment. HELD: they are loaded at once, and stay in registers as they
+// lie in memory; else each vector's when it is asked for.
+template <bool HAS, bool HELD, bool ALIGNED, int LANES, int VECS, int V, class W>
+struct Affine {
+    typedef Words<V * (int)sizeof(W)> Packed;
+    Packed held[HAS && HELD ? VECS : 1];
+    const W* from;
+    int n, lane;
+
+    // Of n columns at p.
+    __device__ __forceinline__ Affine(const W* p, int n, int lane) : from(p), n(n), lane(lane) {
 #pragma unroll
-        for (int j = 0; j < BYTES / WIDTH; ++j) {
-            const Wide wide = ((const Wide*)p)[j];
-#pragma unroll
-            for (int i = 0; i < WIDTH / (int)sizeof(W); ++i)
-                out[j * (WIDTH / (int)sizeof(W)) + i] = (A)to_float(wide.e[i]);
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < V; ++i) out[i] = i < left ? (A)to_float(p[i]) : (A)0;
+        for (int k = 0; k < VECS; ++k)
+            if (HAS && HELD) held[HELD ? k : 0] = load(k);
     }
+
+    __device__ __forceinline__ Packed load(int k) const {
+        const int col = (k * LANES + lane) * V;
+        const int left = n - col;
+        Packed out;
+        if (ALIGNED || (left >= V && ((u64)from & (alignof(Packed) - 1)) == 0)) {
+            if (left > 0)
+                out = *(const Packed*)(from + col);
+            else
+                clear(out);
+            return out;
+        }
+        clear(out);
+        constexpr int PER_WORD = sizeof(W) == 2 ? 2 : 1;
+        if constexpr (sizeof(W) == 8) {
+#pragma unroll
+            for (int i = 0; i < V; ++i) {
+                const u64 bits = i < left ? ((const u64*)from)[col + i] : 0;
+                out.w[2 * i] = (u32)bits;
+                out.w[2 * i + 1] = (u32)(bits >> 32);
+            }
+        } else if constexpr (sizeof(W) == 4) {
+#pragma unroll
+            for (int i = 0; i < V; ++i) out.w[i] = i < left ? ((const u32*)from)[col + i] : 0;
+        } else {
+#pragma unroll
+            for (int i = 0; i < V; ++i)
+                if (i < left) out.w[i / PER_WORD] |= (u32)((const u16*)from)[col + i] << 16 * (i % PER_WORD);
+        }
+        return out;
+    }
+    static __device__ __forceinline__ void clear(Packed& out) {
+#pragma unroll
+        for (int i = 0; i < (int)sizeof(Packed) / 4; ++i) out.w[i] = 0;
+    }
+
+    // Of vector k, in the accumulator's type.
+    template <class A>
+    __device__ __forceinline__ void get(int k, A (&out)[V]) const {
+        if constexpr (HAS) unpack_words(HELD ? held[HELD ? k : 0] : load(k), out);
+    }
+    template <class A>
+    static __device__ __forceinline__ void unpack_words(const Packed& packed, A (&out)[V]) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) out[i] = (A)element(packed.w, i, (const W*)0);
+    }
+
+    // Vector by vector in order: what is not held is asked for one vector ahead, so that two are on their
+    // way and no more. A store of y after each keeps the compiler from loading all at once, and spilling.
+    struct Turns {
+        Packed next;
+    };
+    __device__ __forceinline__ Turns begin() const {
+        Turns turns;
+        if (HAS && !HELD && ALIGNED) turns.next = load(0);
+        return turns;
+    }
+    template <class A>
+    __device__ __forceinline__ void get(int k, A (&out)[V], Turns& turns) const {
+        if constexpr (HAS) {
+            const Packed now = HELD ? held[HELD ? k : 0] : ALIGNED ? turns.next : load(k);
+            if (!HELD && ALIGNED && k + 1 < VECS) turns.next = load(k + 1);
+            unpack_words(now, out);
+        }
+    }
+};
+
+// Registers that weight and bias may take while the sums of a row are on their way.
+enum { HELD_WORDS = 32 };
+
+template <class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS, int VECS>
+__device__ __forceinline__ constexpr bool holds_affine() {
+    return VECS * PerVec<X>::count * (HAS_WEIGHT * (int)sizeof(W) + HAS_BIAS * (int)sizeof(B)) <= 4 * HELD_WORDS;
 }
 
-// Turns the columns of `v` from x into y. `col` is the vector's first column, `left` the number of
-// its columns that exist.
-template <class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS, int ROWS, class A>
-__device__ __forceinline__ void normalize(
-    Vec* const (&v)[ROWS], const RowStats<A> (&stats)[ROWS], const W* weight, const B* bias, i64 col, int left) {
-    constexpr int V = PerVec<X>::count;
-    A w[V], b[V];
-    if (HAS_WEIGHT) load_affine(weight, col, left, w);
-    if (HAS_BIAS) load_affine(bias, col, left, b);
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        A t[V];
-        unpack(unseen(*v[r]), t, (const X*)0);
-#pragma unroll
-        for (int i = 0; i < V; ++i) {
-            t[i] = multiply_add(t[i] - stats[r].mean, stats[r].rstd, stats[r].shift);
-            if (HAS_WEIGHT && HAS_BIAS)
-                t[i] = multiply_add(t[i], w[i], b[i]);
-            else if (HAS_WEIGHT)
-                t[i] = t[i] * w[i];
-            else if (HAS_BIAS)
-                t[i] = t[i] + b[i];
-        }
-        pack(*v[r], t, (const X*)0);
-    }
-}
+// ---- from x to y -------------------------------------------------------------------------------------
 
-template <int LANES, int VECS, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS, int ROWS, class A>
-__device__ __forceinline__ void normalize_segments(
-    Segment<LANES, VECS> (&s)[ROWS], const RowStats<A> (&stats)[ROWS], const W* weight, const B* bias,
-    i64 first, int n, int lane) {
+// Turns columns of x into y and writes n[r] of them to y[r]. Every lane of the warp must come here.
+template <class Op, class X, int LANES, int VECS, int ROWS, class A, bool HELD, bool ALIGNED, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
+__device__ __forceinline__ void normalize_to(
+    X* const (&y)[ROWS], const int (&n)[ROWS], Segment<LANES, VECS> (&s)[ROWS], const RowStats<A> (&stats)[ROWS],
+    const Affine<HAS_WEIGHT, HELD, ALIGNED, LANES, VECS, PerVec<X>::count, W>& weight,
+    const Affine<HAS_BIAS, HELD, ALIGNED, LANES, VECS, PerVec<X>::count, B>& bias, int lane) {
     constexpr int V = PerVec<X>::count;
+    auto weights = weight.begin();
+    auto biases = bias.begin();
 #pragma unroll
     for (int k = 0; k < VECS; ++k) {
-        const int col = (k * LANES + lane) * V;
-        if (col >= n) break;
-        Vec* v[ROWS];
+        if (!ALIGNED && (k * LANES + lane) * V >= weight.n) break;
+        A w[V], b[V];
+        weight.get(k, w, weights);
+        bias.get(k, b, biases);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) v[r] = &s[r].v[k];
-        normalize<X, W, B, HAS_WEIGHT, HAS_BIAS>(v, stats, weight, bias, first + col, n - col);
+        for (int r = 0; r < ROWS; ++r) {
+            A t[V];
+            unpack(unseen(s[r].v[k]), t, (const X*)0);
+#pragma unroll
+            for (int i = 0; i < V; ++i)
+                t[i] = affine<HAS_WEIGHT, HAS_BIAS>(
+                    normalized<Op, X>(t[i], stats[r]), HAS_WEIGHT ? weight_of<Op>(w[i]) : (A)0, HAS_BIAS ? b[i] : (A)0);
+            pack(s[r].v[k], t, (const X*)0);
+            const int col = (k * LANES + lane) * V;
+            if (ALIGNED && col < n[r]) store16((unsigned char*)(y[r] + col), s[r].v[k]);
+        }
+    }
+    if constexpr (!ALIGNED) {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) store_columns<false>(s[r], y[r], n[r], lane);
     }
 }
 
-// Writes a segment of columns to p. Every lane of the warp must come here.
-template <int LANES, int VECS, class T>
-__device__ __forceinline__ void store_columns(Segment<LANES, VECS>& s, T* p, int n, int lane) {
-    columns_to_granules<LANES, VECS, T>(s, n ? skew_of(p) : 0, lane);
-    // In place, a lane may write the edge that another one has read; shuffles order no memory.
-    __syncwarp(0xffffffffu);
-    store_granules(s, p, n, lane);
+// ---- the residual ------------------------------------------------------------------------------------
+
+// A segment of x becomes x + residual, rounded, and is written to `sum`. Both are columns by now. Every
+// lane of the warp must come here.
+template <bool ALIGNED, class X, int LANES, int VECS>
+__device__ __forceinline__ void add_residual(
+    Segment<LANES, VECS>& s, const Segment<LANES, VECS>& residual, X* sum, int n, int lane) {
+    typedef typename Accumulator<X>::type A;
+#pragma unroll
+    for (int k = 0; k < VECS; ++k) {
+        A t[PerVec<X>::count], u[PerVec<X>::count];
+        unpack(s.v[k], t, (const X*)0);
+        unpack(residual.v[k], u, (const X*)0);
+#pragma unroll
+        for (int i = 0; i < PerVec<X>::count; ++i) t[i] += u[i];
+        pack(s.v[k], t, (const X*)0);
+    }
+    Segment<LANES, VECS> out = s;
+    store_columns<ALIGNED>(out, sum, n, lane);
 }
 
-template <class A>
-__device__ __forceinline__ void store_stats(A* mean, A* rstd, i64 row, const RowStats<A>& stats) {
-    if (mean) {
-        mean[row] = stats.mean;
-        rstd[row] = stats.rstd;
-    }
+// Loads n columns of a row of x and, where there is one, of the residual; `take_row` waits for them.
+template <class Op, int LANES, int VECS>
+struct LoadedRow {
+    Segment<LANES, VECS> x, residual;
+};
+
+template <class Op, bool ALIGNED, int LANES, int VECS, class X, class W, class B>
+__device__ __forceinline__ void load_row(
+    LoadedRow<Op, LANES, VECS>& s, const RowArguments<X, W, B>& a, i64 row, i64 first, int n, int lane) {
+    load_granules<ALIGNED>(
+        s.x, a.x + (n ? row_offset(row, a.rows, a.M, a.x_outer, a.x_row) + first : 0), n, lane);
+    if (Op::residual)
+        load_granules<ALIGNED>(
+            s.residual, a.residual + (n ? row_offset(row, a.rows, a.M, a.residual_outer, a.residual_row) + first : 0),
+            n, lane);
+}
+
+// What is normalized, as columns. Every lane of the warp must come here.
+template <class Op, bool ALIGNED, int LANES, int VECS, class X, class W, class B>
+__device__ __forceinline__ void take_row(
+    LoadedRow<Op, LANES, VECS>& s, const RowArguments<X, W, B>& a, i64 row, i64 first, int n, int lane) {
+    const i64 at = n ? row_offset(row, a.rows, a.M, a.x_outer, a.x_row) + first : 0;
+    granules_to_columns<ALIGNED, X>(s.x, skew_of(a.x + at), n, lane);
+    if (!Op::residual) return;
+    const i64 of_residual = n ? row_offset(row, a.rows, a.M, a.residual_outer, a.residual_row) + first : 0;
+    granules_to_columns<ALIGNED, X>(s.residual, skew_of(a.residual + of_residual), n, lane);
+    X* sum = a.sum + (n ? row_offset(row, a.rows, a.M, a.sum_outer, a.sum_row) + first : 0);
+    add_residual<ALIGNED>(s.x, s.residual, sum, n, lane);
+}
+
+// Where n columns of a row of y are.
+template <class X, class W, class B>
+__device__ __forceinline__ X* place_of(const RowArguments<X, W, B>& a, i64 row, i64 first, int n) {
+    return a.y + (n ? row_offset(row, a.rows, a.M, a.y_outer, a.y_row) + first : 0);
 }

@@ -6,51 +6,50 @@
 // columns, takes the rest from the next lane by a shuffle and shifts (and the other way round for
 // stores). Were the map to follow the address instead, the order of the sums, and so the bits of a
 // row, would depend on where the row lies. Only the granules at both ends are accessed in part, in
-// naturally aligned pieces of 8, 4 and 2 bytes; no byte outside the segment is touched.
+// naturally aligned pieces; no byte outside the segment is touched.
+//
+// ALIGNED says that every row begins on a 16-byte boundary and ends with a whole vector, and weight and
+// bias begin on one, which the host knows at each launch: nothing is skewed, no vector is cut. The map
+// from elements to lanes is the same, and so are the bits.
 
 template <int LANES, int VECS>
 struct Segment {
     Vec v[VECS];
-    Vec extra;  // granule LANES * VECS, which only a skewed segment has: lane 0's, until realigned
+    Vec extra;  // the granule that ends in part, until `granules_to_columns`; after `columns_to_granules`
+                // granule LANES * VECS, which only a skewed segment has
 };
 
 __device__ __forceinline__ int skew_of(const void* p) { return (int)((u64)p & 15u); }
+
+// Bytes [at, end) of the granule at p, by whole words and, at both ends of 16-bit elements, half ones;
+// the rest is zero. Each load goes to a register of its own, so that nobody waits for one before the
+// next is issued; therefore a half word at the front lies in the lower half until `settle_front`.
+template <int ELEMENT>
+__device__ __forceinline__ Vec load_partial(const unsigned char* p, int at, int end) {
+    Vec v = {{0u, 0u, 0u, 0u}};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int first = 4 * i, half = first + (at > first ? 2 : 0);
+        if (at <= first && first + 4 <= end)
+            v.w[i] = *(const u32*)(p + first);
+        else if (ELEMENT == 2 && at <= half && half + 2 <= end)
+            v.w[i] = *(const u16*)(p + half);
+    }
+    return v;
+}
+template <int ELEMENT>
+__device__ __forceinline__ void settle_front(Vec& v, int at) {
+    if constexpr (ELEMENT == 2) {
+        if (!(at & 2)) return;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v.w[i] <<= at >> 2 == i ? 16 : 0;
+    }
+}
 
 // One naturally aligned piece of a granule: does [at, at + BYTES) lie in it, and if so move on.
 template <int BYTES>
 __device__ __forceinline__ bool takes_piece(int at, int end, bool rising) {
     return at + BYTES <= end && (!rising || (at & BYTES));
-}
-
-template <int BYTES, int ELEMENT>
-__device__ __forceinline__ void load_piece(Vec& v, const unsigned char* p, int& at, int end, bool rising) {
-    if (BYTES < ELEMENT || !takes_piece<BYTES>(at, end, rising)) return;
-    if (BYTES == 8) {
-        const u64 bits = *(const u64*)(p + at);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            v.w[2 * i] |= at == 8 * i ? (u32)bits : 0u;
-            v.w[2 * i + 1] |= at == 8 * i ? (u32)(bits >> 32) : 0u;
-        }
-    } else {
-        const u32 bits = BYTES == 4 ? *(const u32*)(p + at) : (u32) * (const u16*)(p + at) << 8 * (at & 2);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) v.w[i] |= at >> 2 == i ? bits : 0u;
-    }
-    at += BYTES;
-}
-
-// Bytes [at, end) of the granule at p; the rest of the result is zero.
-template <int ELEMENT>
-__device__ __forceinline__ Vec load_partial(const unsigned char* p, int at, int end) {
-    Vec v = {{0u, 0u, 0u, 0u}};
-    load_piece<2, ELEMENT>(v, p, at, end, true);
-    load_piece<4, ELEMENT>(v, p, at, end, true);
-    load_piece<8, ELEMENT>(v, p, at, end, true);
-    load_piece<8, ELEMENT>(v, p, at, end, false);
-    load_piece<4, ELEMENT>(v, p, at, end, false);
-    load_piece<2, ELEMENT>(v, p, at, end, false);
-    return v;
 }
 
 template <int BYTES, int ELEMENT>
@@ -79,31 +78,28 @@ __device__ __forceinline__ void store_partial(const Vec& v, unsigned char* p, in
     store_piece<2, ELEMENT>(v, p, at, end, false);
 }
 
-// Granules of the n elements at p, as they lie in memory; bytes outside the segment read as zero.
-template <int LANES, int VECS, class T>
-__device__ __forceinline__ void load_granules(
-    Segment<LANES, VECS>& s, const T* p, int n, int lane) {
-    const int skew = skew_of(p);
+// Granules of the n elements at p, as they lie in memory; bytes outside the segment read as zero. The
+// loads alone: what they bring is first looked at in `granules_to_columns`.
+template <bool ALIGNED, int LANES, int VECS, class T>
+__device__ __forceinline__ void load_granules(Segment<LANES, VECS>& s, const T* p, int n, int lane) {
+    const int skew = ALIGNED ? 0 : skew_of(p);
     const int end = skew + n * (int)sizeof(T);  // in bytes from the first granule
     const unsigned char* base = (const unsigned char*)p - skew;
     const int head = skew != 0;
 #pragma unroll
     for (int k = 0; k < VECS; ++k) {
         const int g = k * LANES + lane;
-        if (g >= head && 16 * g + 16 <= end)
+        if (g >= head && 16 * g + (ALIGNED ? 0 : 15) < end)
             s.v[k] = load16(base + 16 * g);
         else
             s.v[k] = Vec{{0u, 0u, 0u, 0u}};
     }
-    s.extra = Vec{{0u, 0u, 0u, 0u}};
-    if (head && lane == 0 && n > 0) s.v[0] = load_partial<sizeof(T)>(base, skew, end < 16 ? end : 16);
-    const int tail = end >> 4;  // the granule that ends in part
-    if ((end & 15) && tail >= head && lane == tail % LANES) {
-        const Vec part = load_partial<sizeof(T)>(base + 16 * tail, 0, end & 15);
-#pragma unroll
-        for (int k = 0; k < VECS; ++k)
-            if (tail == k * LANES + lane) s.v[k] = part;
-        if (tail == VECS * LANES) s.extra = part;
+    if constexpr (!ALIGNED) {
+        s.extra = Vec{{0u, 0u, 0u, 0u}};
+        if (head && lane == 0 && n > 0) s.v[0] = load_partial<sizeof(T)>(base, skew, end < 16 ? end : 16);
+        const int tail = end >> 4;  // the granule that ends in part
+        if ((end & 15) && tail >= head && lane == tail % LANES)
+            s.extra = load_partial<sizeof(T)>(base + 16 * tail, 0, end & 15);
     }
 }
 
@@ -136,50 +132,72 @@ __device__ __forceinline__ Vec shuffle(const Vec& v, int from) {
 
 // From granules to columns. Every lane of the warp must come here, whatever its row's skew: a warp
 // may hold several rows, and the shuffles name all 32 lanes.
-template <int LANES, int VECS, class T>
-__device__ __forceinline__ void granules_to_columns(Segment<LANES, VECS>& s, int skew, int lane) {
-    if (!__any_sync(0xffffffffu, skew)) return;
+template <bool ALIGNED, class T, int LANES, int VECS>
+__device__ __forceinline__ void granules_to_columns(Segment<LANES, VECS>& s, int skew, int n, int lane) {
+    if constexpr (!ALIGNED) {
+        if (lane == 0) settle_front<sizeof(T)>(s.v[0], skew);
+        const int tail = (skew + n * (int)sizeof(T)) >> 4;
 #pragma unroll
-    for (int k = 0; k < VECS; ++k) {
-        // Lane 0 passes on what follows the last lane's granule: its own next one.
-        const Vec mine = lane ? s.v[k] : k + 1 < VECS ? s.v[k + 1 < VECS ? k + 1 : k] : s.extra;
-        s.v[k] = funnel<sizeof(T)>(s.v[k], shuffle<LANES>(mine, (lane + 1) % LANES), skew);
+        for (int k = 0; k < VECS; ++k)
+            if (tail == k * LANES + lane && tail >= (skew != 0)) s.v[k] = s.extra;
+        if (!__any_sync(0xffffffffu, skew)) return;
+#pragma unroll
+        for (int k = 0; k < VECS; ++k) {
+            // Lane 0 passes on what follows the last lane's granule: its own next one.
+            Vec mine = s.v[k];
+            if (lane == 0) mine = k + 1 < VECS ? s.v[k + 1 < VECS ? k + 1 : k] : s.extra;
+            if (lane == 0 && k + 1 == VECS && tail < VECS * LANES) mine = Vec{{0u, 0u, 0u, 0u}};
+            s.v[k] = funnel<sizeof(T)>(s.v[k], shuffle<LANES>(mine, (lane + 1) % LANES), skew);
+        }
     }
 }
 
 // From columns to granules, for a destination `skew` bytes past a boundary; `extra` is the last lane's.
-template <int LANES, int VECS, class T>
+template <bool ALIGNED, class T, int LANES, int VECS>
 __device__ __forceinline__ void columns_to_granules(Segment<LANES, VECS>& s, int skew, int lane) {
-    s.extra = Vec{{0u, 0u, 0u, 0u}};
-    if (!__any_sync(0xffffffffu, skew)) return;
-    s.extra = funnel<sizeof(T)>(s.v[VECS - 1], s.extra, 16 - skew);
+    if constexpr (!ALIGNED) {
+        s.extra = Vec{{0u, 0u, 0u, 0u}};
+        if (!__any_sync(0xffffffffu, skew)) return;
+        s.extra = funnel<sizeof(T)>(s.v[VECS - 1], s.extra, 16 - skew);
 #pragma unroll
-    for (int k = VECS - 1; k >= 0; --k) {
-        const Vec mine = lane < LANES - 1 ? s.v[k] : s.v[k > 0 ? k - 1 : 0];
-        s.v[k] = funnel<sizeof(T)>(shuffle<LANES>(mine, (lane + LANES - 1) % LANES), s.v[k], 16 - skew);
+        for (int k = VECS - 1; k >= 0; --k) {
+            const Vec mine = lane < LANES - 1 ? s.v[k] : s.v[k > 0 ? k - 1 : 0];
+            s.v[k] = funnel<sizeof(T)>(shuffle<LANES>(mine, (lane + LANES - 1) % LANES), s.v[k], 16 - skew);
+        }
     }
 }
 
-template <int LANES, int VECS, class T>
+template <bool ALIGNED, int LANES, int VECS, class T>
 __device__ __forceinline__ void store_granules(const Segment<LANES, VECS>& s, T* p, int n, int lane) {
-    const int skew = skew_of(p);
+    const int skew = ALIGNED ? 0 : skew_of(p);
     const int end = skew + n * (int)sizeof(T);
     unsigned char* base = (unsigned char*)p - skew;
     const int head = skew != 0;
 #pragma unroll
     for (int k = 0; k < VECS; ++k) {
         const int g = k * LANES + lane;
-        if (g >= head && 16 * g + 16 <= end) store16(base + 16 * g, s.v[k]);
+        if (g >= head && 16 * g + (ALIGNED ? 0 : 15) < end) store16(base + 16 * g, s.v[k]);
     }
-    if (head && lane == 0 && n > 0) store_partial<sizeof(T)>(s.v[0], base, skew, end < 16 ? end : 16);
-    const int tail = end >> 4;
-    if ((end & 15) && tail >= head) {
-        Vec part = s.extra;
+    if constexpr (!ALIGNED) {
+        if (head && lane == 0 && n > 0) store_partial<sizeof(T)>(s.v[0], base, skew, end < 16 ? end : 16);
+        const int tail = end >> 4;
+        if ((end & 15) && tail >= head) {
+            Vec part = s.extra;
 #pragma unroll
-        for (int k = 0; k < VECS; ++k)
-            if (tail == k * LANES + lane) part = s.v[k];
-        // Granule LANES * VECS is the last lane's overhang.
-        const int owner = tail == VECS * LANES ? LANES - 1 : tail % LANES;
-        if (lane == owner) store_partial<sizeof(T)>(part, base + 16 * tail, 0, end & 15);
+            for (int k = 0; k < VECS; ++k)
+                if (tail == k * LANES + lane) part = s.v[k];
+            // Granule LANES * VECS is the last lane's overhang.
+            const int owner = tail == VECS * LANES ? LANES - 1 : tail % LANES;
+            if (lane == owner) store_partial<sizeof(T)>(part, base + 16 * tail, 0, end & 15);
+        }
     }
+}
+
+// Writes a segment of columns to p. Every lane of the warp must come here.
+template <bool ALIGNED, int LANES, int VECS, class T>
+__device__ __forceinline__ void store_columns(Segment<LANES, VECS>& s, T* p, int n, int lane) {
+    columns_to_granules<ALIGNED, T>(s, n ? skew_of(p) : 0, lane);
+    // In place, a lane may write the edge that another one has read; shuffles order no memory.
+    if (!ALIGNED) __syncwarp(0xffffffffu);
+    store_granules<ALIGNED>(s, p, n, lane);
 }

@@ -136,11 +136,6 @@ __device__ __forceinline__ void load_along_columns(T* tile, const T* x, i64 row_
     }
 }
 
-template <class A>
-__device__ __forceinline__ A tree_sum(const A (&t)[1]) {
-    return t[0];
-}
-
 // ---- statistics of the rows of a tile --------------------------------------------------------------
 
 // Adds the values that the PARTS threads of a row hold, through A red[PARTS][R].
@@ -171,54 +166,74 @@ __device__ __forceinline__ void read_word(const T* at, A (&out)[PAIR]) {
     for (int i = 0; i < PAIR; ++i) out[i] = (A)to_float(word.e[i]);
 }
 
+// How the rows of a thread's word are looked at, and whether they still are.
+template <class Op, class X, int PAIR>
+struct TileLook {
+    Look<Op, X> of[PAIR];
+    bool open[PAIR];
+    bool first;
+
+    __device__ __forceinline__ TileLook() : first(true) {
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i) open[i] = true;
+    }
+};
+
 // Moments of `cols` columns (a chunk at most) for the rows of this thread's word, and how many elements
 // they are of: with OMIT those that are not NaN. Every thread of a row gets the same. Shared memory:
 // A red[3 + OMIT][PARTS][R]; each part is written before one barrier and read after it, and the next
 // chunk comes to it only after another.
-template <int THREADS, int R, bool OMIT, class T, class A, int PAIR>
+template <class Op, int THREADS, int R, bool OMIT, class T, class X, class A, int PAIR>
 __device__ __forceinline__ void tile_moments(
-    const T* tile, int rows, int cols, A q, A* red, Moments<A> (&m)[PAIR], A (&count)[PAIR]) {
+    const T* tile, int rows, int cols, A p, A* red, const TileLook<Op, X, PAIR>& look, Moments<A> (&m)[PAIR],
+    A (&count)[PAIR]) {
     typedef Tile<T, R> Shape;
     constexpr int LANES = R / PAIR, PARTS = THREADS / LANES, J = TILE_CLASSES / PARTS, SIZE = PARTS * R;
     const int r = threadIdx.x % LANES * PAIR, part = threadIdx.x / LANES;
     const int end = r < rows ? cols : 0;  // what lies past the rows that exist was never written
-    A s[PAIR][J], c[PAIR][J], sum[PAIR], mean[PAIR];
+    A s[PAIR][J], c[PAIR][J], sum[PAIR], mean[PAIR], factor[PAIR];
 #pragma unroll
     for (int i = 0; i < PAIR; ++i) {
         count[i] = (A)cols;
+        mean[i] = look.of[i].mean;
+        factor[i] = Range<X>::everywhere ? p : p * look.of[i].scale;
 #pragma unroll
         for (int j = 0; j < J; ++j) s[i][j] = c[i][j] = 0;
     }
-    for (int n = part * J; n < end; n += TILE_CLASSES) {
+    if (OMIT || (Op::center && look.first)) {
+        for (int n = part * J; n < end; n += TILE_CLASSES) {
 #pragma unroll
-        for (int j = 0; j < J; ++j) {
-            if (n + j >= end) break;
-            A v[PAIR];
-            read_word(tile + (n + j) * Shape::PITCH + r, v);
+            for (int j = 0; j < J; ++j) {
+                if (n + j >= end) break;
+                A v[PAIR];
+                read_word(tile + (n + j) * Shape::PITCH + r, v);
 #pragma unroll
-            for (int i = 0; i < PAIR; ++i) {
-                if (OMIT && v[i] != v[i]) continue;
-                s[i][j] += v[i];
-                c[i][j] += 1;
+                for (int i = 0; i < PAIR; ++i) {
+                    if (OMIT && v[i] != v[i]) continue;
+                    s[i][j] += v[i];
+                    c[i][j] += 1;
+                }
             }
         }
-    }
 #pragma unroll
-    for (int i = 0; i < PAIR; ++i) {
-        sum[i] = tree_sum(s[i]);
-        if (OMIT) count[i] = tree_sum(c[i]);
-    }
-    if (PARTS > 1) {
-        put_part<PARTS, R>(red, part, r, sum);
-        if (OMIT) put_part<PARTS, R>(red + 3 * SIZE, part, r, count);
-        __syncthreads();
-        add_parts<PARTS, R>(red, r, sum);
-        if (OMIT) add_parts<PARTS, R>(red + 3 * SIZE, r, count);
+        for (int i = 0; i < PAIR; ++i) {
+            sum[i] = tree_sum(s[i]);
+            if (OMIT) count[i] = tree_sum(c[i]);
+        }
+        if (PARTS > 1) {
+            put_part<PARTS, R>(red, part, r, sum);
+            if (OMIT) put_part<PARTS, R>(red + 3 * SIZE, part, r, count);
+            __syncthreads();
+            add_parts<PARTS, R>(red, r, sum);
+            if (OMIT) add_parts<PARTS, R>(red + 3 * SIZE, r, count);
+        }
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i)
+            if (!look.of[i].again()) mean[i] = sum[i] / count[i];
     }
     A sq[PAIR][J], squares[PAIR];
 #pragma unroll
     for (int i = 0; i < PAIR; ++i) {
-        mean[i] = sum[i] / count[i];
 #pragma unroll
         for (int j = 0; j < J; ++j) s[i][j] = sq[i][j] = 0;
     }
@@ -231,9 +246,9 @@ __device__ __forceinline__ void tile_moments(
 #pragma unroll
             for (int i = 0; i < PAIR; ++i) {
                 if (OMIT && v[i] != v[i]) continue;
-                v[i] -= mean[i];
-                s[i][j] += v[i];
-                sq[i][j] = multiply_add(v[i] * q, v[i], sq[i][j]);
+                v[i] = Op::center ? multiply_add(v[i], factor[i], -mean[i] * p) : v[i] * factor[i];
+                if (Op::center) s[i][j] += v[i];
+                sq[i][j] = multiply_add(v[i], v[i], sq[i][j]);
             }
         }
     }
@@ -243,14 +258,14 @@ __device__ __forceinline__ void tile_moments(
         squares[i] = tree_sum(sq[i]);
     }
     if (PARTS > 1) {
-        put_part<PARTS, R>(red + SIZE, part, r, sum);
+        if (Op::center) put_part<PARTS, R>(red + SIZE, part, r, sum);
         put_part<PARTS, R>(red + 2 * SIZE, part, r, squares);
         __syncthreads();
-        add_parts<PARTS, R>(red + SIZE, r, sum);
+        if (Op::center) add_parts<PARTS, R>(red + SIZE, r, sum);
         add_parts<PARTS, R>(red + 2 * SIZE, r, squares);
     }
 #pragma unroll
-    for (int i = 0; i < PAIR; ++i) m[i] = corrected(mean[i], sum[i], squares[i], q, count[i]);
+    for (int i = 0; i < PAIR; ++i) m[i] = corrected<Op>(mean[i], sum[i], squares[i], p, count[i]);
 }
 
 // What is known of the rows of a word after some chunks.
@@ -270,29 +285,172 @@ struct TileRuns {
 
 // Takes in the chunks of a panel of `cols` columns. The first chunk that holds anything gives the shift
 // that the means are told from.
-template <int THREADS, int R, bool OMIT, class T, class A, int PAIR>
-__device__ __forceinline__ void add_panel(const T* tile, int rows, int cols, A q, A* red, TileRuns<PAIR, A>& t) {
+template <class Op, int THREADS, int R, bool OMIT, class T, class X, class A, int PAIR>
+__device__ __forceinline__ void add_panel(
+    const T* tile, int rows, int cols, A p, A* red, const TileLook<Op, X, PAIR>& look, TileRuns<PAIR, A>& t) {
     constexpr int CHUNK = TileChunk<T>::cols;
     for (int c = 0; c < cols; c += CHUNK) {
         const int n = cols - c < CHUNK ? cols - c : CHUNK;
         Moments<A> m[PAIR];
         A count[PAIR];
-        tile_moments<THREADS, R, OMIT>(tile + c * Tile<T, R>::PITCH, rows, n, q, red, m, count);
+        tile_moments<Op, THREADS, R, OMIT>(tile + c * Tile<T, R>::PITCH, rows, n, p, red, look, m, count);
 #pragma unroll
         for (int i = 0; i < PAIR; ++i) {
             if (OMIT && count[i] == 0) continue;
             if (t.run[i].count == 0) t.shift[i] = m[i].hi;
-            t.run[i] = merge(t.run[i], run_of(m[i], count[i], t.shift[i]), q);
+            t.run[i] = merge(t.run[i], run_of(m[i], count[i], t.shift[i]), p);
         }
     }
 }
 
 // The statistics of a row of which `run` has told all. Without a valid element all are NaN.
-template <class A>
-__device__ __forceinline__ RowStats<A> tile_stats(const Run<A>& run, A shift, A q, double eps) {
-    Moments<A> m = {shift, run.mean, run.m2q};
-    renormalize(m.hi, m.lo);
-    const A rstd = (A)1 / square_root(m.m2q / (run.count * q) + (A)eps);
-    if (run.count == 0) m.hi = m.m2q / run.count;
-    return RowStats<A>{m.hi, rstd, -m.lo * rstd};
+template <class Op, class A>
+__device__ __forceinline__ RowStats<A> tile_stats(const Run<A>& run, A shift, A p, A scale, double eps) {
+    RowStats<A> stats = row_stats(Moments<A>{shift, run.mean, run.m2}, p, scale, run.count, eps);
+    if (run.count == 0) stats.mean = stats.rstd;
+    return stats;
+}
+
+// Puts the statistics of what has been looked at into A stats[4][R] of shared memory, and says whether some
+// row of the block has to be looked at again. Every thread must come here.
+template <class Op, int R, class X, class A, int PAIR>
+__device__ __forceinline__ bool take_stats(
+    TileLook<Op, X, PAIR>& look, const TileRuns<PAIR, A>& runs, int r, bool writes, A p, i64 N, double eps, A* stats) {
+    bool again = false;
+#pragma unroll
+    for (int i = 0; i < PAIR; ++i) {
+        if (!look.open[i]) continue;
+        const Run<A>& run = runs.run[i];
+        if (writes) {
+            const RowStats<A> found = tile_stats<Op>(run, runs.shift[i], p, look.of[i].scale, eps);
+            stats[r + i] = found.mean;
+            stats[R + r + i] = found.rstd;
+            stats[2 * R + r + i] = found.shift;
+            stats[3 * R + r + i] = found.scale;
+        }
+        look.open[i] = look.of[i].next(runs.shift[i], run.mean, run.m2, N, eps);
+        again = again || look.open[i];
+    }
+    look.first = false;
+    if (Range<X>::everywhere) {
+        __syncthreads();
+        return false;
+    }
+    return __syncthreads_or(again);
+}
+
+template <int R, class A>
+__device__ __forceinline__ RowStats<A> stats_of(const A* stats, int r) {
+    return RowStats<A>{stats[r], stats[R + r], stats[2 * R + r], stats[3 * R + r]};
+}
+
+// ---- from a tile to y: normalized, and written along the rows or along the columns ---------------------
+
+// One column of the rows of a warp, where pairs of 16-bit rows lie on no boundary: lanes write rows that
+// are neighbours. Each its own two, one after the other, they would touch every sector twice.
+template <class Y>
+__device__ __forceinline__ void store_by_turns(Y* y, const Word<Y, 2>& mine, int rows, int lane) {
+    const u32 word = bit_cast<u32>(mine);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const u32 other = __shfl_sync(0xffffffffu, word, half * 16 + lane / 2, 32);
+        const int r = half * 32 + lane;
+        if (r < rows) y[r] = Y{(u16)(other >> 16 * (lane % 2))};
+    }
+}
+
+// Columns [first, first + cols) of a y whose rows lie next to each other; each thread has its own rows,
+// and their statistics.
+template <class Op, int THREADS, int R, bool HAS_WEIGHT, bool HAS_BIAS, class T, class Y, class W, class B, class A, int PAIR>
+__device__ __forceinline__ void store_along_rows(
+    const T* tile, Y* y, i64 col_stride, const W* weight, const B* bias, i64 first, int rows, int cols,
+    const RowStats<A> (&stats)[PAIR]) {
+    typedef Word<Y, PAIR> Wd;
+    constexpr int LANES = R / PAIR, PARTS = THREADS / LANES;
+    const int r = threadIdx.x % LANES * PAIR, lane = threadIdx.x % 32;
+    const bool whole = ((u64)y & (sizeof(Wd) - 1)) == 0 && col_stride % PAIR == 0 && rows % PAIR == 0;
+    for (int n = threadIdx.x / LANES; n < cols; n += PARTS) {
+        const A w = HAS_WEIGHT ? weight_of<Op>((A)to_float(weight[first + n])) : (A)0;
+        const A b = HAS_BIAS ? (A)to_float(bias[first + n]) : (A)0;
+        A t[PAIR];
+        Wd out;
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i) t[i] = 0;
+        if (r < rows) read_word(tile + n * Tile<T, R>::PITCH + r, t);
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i) {
+            out.e[i] = rounded(affine<HAS_WEIGHT, HAS_BIAS>(normalized<Op, T>(t[i], stats[i]), w, b), (const Y*)0);
+        }
+        Y* to = y + n * col_stride;
+        if constexpr (PAIR == 2) {
+            if (!whole) {  // of all threads or of none
+                const int begin = r - 2 * lane;  // of the warp's rows
+                store_by_turns(to + begin, out, rows - begin, lane);
+                continue;
+            }
+        }
+        if (r < rows) store_word(to + r, out);
+    }
+}
+
+// Of a y of 16 bits whose columns lie next to each other, two at once: a warp writes 128 bytes.
+template <class Op, int THREADS, int R, bool HAS_WEIGHT, bool HAS_BIAS, class T, class Y, class W, class B, class A>
+__device__ __forceinline__ void store_twos(
+    const T* tile, Y* y, i64 row_stride, const W* weight, const B* bias, i64 first, int rows, int cols,
+    const A* stats) {
+    constexpr int PITCH = Tile<T, R>::PITCH;
+    const int span = span_of((cols + 1) / 2), lane = threadIdx.x % 32;
+    for (int n = lane % span * 2; n < cols; n += span * 2) {
+        const bool both = n + 1 < cols;
+        A w[2], b[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            w[j] = HAS_WEIGHT && (!j || both) ? weight_of<Op>((A)to_float(weight[first + n + j])) : (A)0;
+            b[j] = HAS_BIAS && (!j || both) ? (A)to_float(bias[first + n + j]) : (A)0;
+        }
+        for (int i = threadIdx.x / 32; i < R * span / 32; i += THREADS / 32) {
+            const int r = row_of_turn(i, lane, span);
+            if (r >= rows) continue;
+            T x[2];
+            if (both)
+                get_two(tile + n * PITCH + r, PITCH, first_of_two(lane, span), x);
+            else
+                x[0] = x[1] = tile[n * PITCH + r];
+            Word<Y, 2> out;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const A x_hat = normalized<Op, T>((A)to_float(x[j]), stats_of<R>(stats, r));
+                out.e[j] = rounded(affine<HAS_WEIGHT, HAS_BIAS>(x_hat, w[j], b[j]), (const Y*)0);
+            }
+            Y* to = y + r * row_stride + n;
+            if (both)
+                store_word(to, out);
+            else
+                to[0] = out.e[0];
+        }
+    }
+}
+
+// The same of a y whose columns lie next to each other, or anyhow; the statistics of all rows are in
+// A stats[4][R] of shared memory.
+template <class Op, int THREADS, int R, bool HAS_WEIGHT, bool HAS_BIAS, class T, class Y, class W, class B, class A>
+__device__ __forceinline__ void store_along_columns(
+    const T* tile, Y* y, i64 row_stride, i64 col_stride, const W* weight, const B* bias, i64 first, int rows,
+    int cols, const A* stats) {
+    if (col_stride == 1 && in_twos(y, row_stride)) {
+        store_twos<Op, THREADS, R, HAS_WEIGHT, HAS_BIAS>(tile, y, row_stride, weight, bias, first, rows, cols, stats);
+        return;
+    }
+    const int span = span_of(cols), lane = threadIdx.x % 32;
+    for (int n = lane % span; n < cols; n += span) {
+        const A w = HAS_WEIGHT ? weight_of<Op>((A)to_float(weight[first + n])) : (A)0;
+        const A b = HAS_BIAS ? (A)to_float(bias[first + n]) : (A)0;
+        for (int i = threadIdx.x / 32; i < R * span / 32; i += THREADS / 32) {
+            const int r = row_of_turn(i, lane, span);
+            if (r >= rows) continue;
+            const A x = (A)to_float(tile[n * Tile<T, R>::PITCH + r]);
+            const A x_hat = normalized<Op, T>(x, stats_of<R>(stats, r));
+            y[r * row_stride + n * col_stride] = rounded(affine<HAS_WEIGHT, HAS_BIAS>(x_hat, w, b), (const Y*)0);
+        }
+    }
 }

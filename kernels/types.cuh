@@ -61,6 +61,12 @@ __device__ __forceinline__ void power_of_two(double& out, int exponent) {
     out = bit_cast<double>((u64)(1023 + exponent) << 52);
 }
 
+// 1 / p of a power of two.
+__device__ __forceinline__ float inverse_of(float p) { return bit_cast<float>(0x7f000000u - bit_cast<u32>(p)); }
+__device__ __forceinline__ double inverse_of(double p) {
+    return bit_cast<double>(0x7fe0000000000000ull - bit_cast<u64>(p));
+}
+
 // Every a*b+c of the statistics is written out as one fma. Left to the compiler, two kernels could
 // contract the same expression differently and a row's bits would depend on the kernel.
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
@@ -164,6 +170,24 @@ __device__ __forceinline__ double rounded(A v, const double*) {
 __device__ __forceinline__ Vec unseen(Vec v) {
     asm volatile("" : "+r"(v.w[0]), "+r"(v.w[1]), "+r"(v.w[2]), "+r"(v.w[3]));
     return v;
+}
+
+// As for vectors.
+__device__ __forceinline__ u32 unseen(u32 w) {
+    asm volatile("" : "+r"(w));
+    return w;
+}
+
+// Element i of those that lie packed in words. `T*` only names the type.
+__device__ __forceinline__ float element(const u32* w, int i, const float*) { return bit_cast<float>(unseen(w[i])); }
+__device__ __forceinline__ double element(const u32* w, int i, const double*) {
+    return bit_cast<double>((u64)unseen(w[2 * i]) | (u64)unseen(w[2 * i + 1]) << 32);
+}
+template <class T>
+__device__ __forceinline__ float element(const u32* w, int i, const T*) {
+    T v;
+    v.bits = (u16)(unseen(w[i / 2]) >> 16 * (i % 2));
+    return to_float(v);
 }
 
 // The elements of a vector, in column order. `T*` only names the type.

@@ -1,6 +1,6 @@
 """What each kernel entry is given: one table, for its C text and for its launches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # By name and in order, as the structs in `kernels/` have them; a star is on what is written to.
 ROWS = "x *y weight bias *mean *rstd rows M x_outer x_row y_outer y_row N eps"
@@ -19,10 +19,10 @@ COLUMN_GRADIENT = (
 # Of what addresses point to: X, W and B are the types of x, weight and bias, A is the accumulator.
 # Any other name is a 64-bit integer and eps a double, because CuPy passes Python's numbers so.
 POINTERS = {
-    **dict.fromkeys(("x", "y", "dy", "dx"), "X"),
+    **dict.fromkeys(("x", "y", "dy", "dx", "residual", "sum", "dsum"), "X"),
     **dict.fromkeys(("weight", "dweight"), "W"),
     **dict.fromkeys(("bias", "dbias"), "B"),
-    **dict.fromkeys(("mean", "rstd", "partials", "moments", "sums", "gradients"), "A"),
+    **dict.fromkeys(("mean", "rstd", "partials", "moments", "stats", "sums", "gradients"), "A"),
     "table": "ColumnSource",
 }
 
@@ -74,26 +74,38 @@ def _gradient(more: str = "") -> Entry:
 
 _COLUMN_GRADIENT = Entry("X W", COLUMN_GRADIENT, struct="ColumnGradientArguments")
 
+# By what follows `norm_` in the name of a template of `kernels/`.
 ENTRIES = {
-    "layer_norm_fwd_warp": _rows(),
-    "layer_norm_fwd_block": _rows(),
-    "layer_norm_fwd_shared": _rows(),
-    "layer_norm_fwd_cluster": _rows(),
-    "layer_norm_fwd_split_stats": Entry(
-        "X A", "x *moments rows M x_outer x_row N sections chunks_per_section"
-    ),
-    "layer_norm_fwd_split_normalize": _rows("moments sections chunks_per_section parts"),
-    "layer_norm_fwd_column": _column("panel"),
-    "layer_norm_fwd_lanes": _column(),
-    "layer_norm_fwd_columns": Entry("X W B", "table *y weight bias M y_row y_col N eps panel"),
-    "layer_norm_bwd_warp": _gradient(),
-    "layer_norm_bwd_block": _gradient(),
-    "layer_norm_bwd_shared": _gradient(),
-    "layer_norm_bwd_cluster": _gradient(),
-    "layer_norm_bwd_split_sums": _gradient("*sums sections chunks_per_section"),
-    "layer_norm_bwd_split_merge": Entry("A", "sums *gradients rows sections N"),
-    "layer_norm_bwd_split_apply": _gradient("gradients parts"),
-    "layer_norm_bwd_column": _COLUMN_GRADIENT,
-    "layer_norm_bwd_column_panels": _COLUMN_GRADIENT,
+    "fwd_warp": _rows(),
+    "fwd_block": _rows(),
+    "fwd_shared": _rows(),
+    "fwd_split_stats": _rows("*moments sections chunks_per_section"),
+    "fwd_split_merge": _rows("*moments *stats sections chunks_per_section"),
+    "fwd_split_normalize": _rows("stats parts"),
+    "fwd_column": _column("panel"),
+    "fwd_lanes": _column(),
+    "fwd_columns": Entry("X W B", "table *y weight bias M y_row y_col N eps panel"),
+    "bwd_warp": _gradient(),
+    "bwd_block": _gradient(),
+    "bwd_shared": _gradient(),
+    "bwd_cluster": _gradient(),
+    "bwd_split_sums": _gradient("*sums sections chunks_per_section"),
+    "bwd_split_merge": Entry("A", "sums *gradients rows sections N"),
+    "bwd_split_apply": _gradient("gradients parts"),
+    "bwd_column": _COLUMN_GRADIENT,
+    "bwd_column_panels": _COLUMN_GRADIENT,
     "column_totals": Entry("A W B", "partials count pitch N *dweight *dbias"),
 }
+# What the structs have at their ends for operations with a residual.
+_RESIDUAL = {
+    "RowArguments": "residual *sum residual_outer residual_row sum_outer sum_row",
+    "GradientArguments": "dsum dsum_outer dsum_row",
+}
+
+
+def entry_of(template: str, residual: bool) -> Entry:
+    """What a kernel is given, with the residual where an operation has one."""
+    entry = ENTRIES[template]
+    if residual and entry.struct in _RESIDUAL:
+        return replace(entry, given=f"{entry.given} {_RESIDUAL[entry.struct]}")
+    return entry

@@ -190,7 +190,7 @@ class Door:
                     or (b < high and low < b + b_bytes)
                 ):  # perhaps; the exact rule decides
                     _check_apart(x, weight, bias, out)
-            if alone and as_they_lie:
+            if alone and as_they_lie and not (at | to | w | b) & settled.low_bits:
                 function(grid, block, (at, to, w, b, *more), shared_bytes)
                 return y
             if not stats:

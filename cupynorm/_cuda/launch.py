@@ -1,5 +1,6 @@
 """From a problem and a device to a settled launch, which takes addresses and a stream."""
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterable
@@ -7,20 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from cupynorm._cuda import rows, tiles
-from cupynorm._cuda.arguments import ENTRIES
-from cupynorm._cuda.plan import Device, Plan, Stage
+from cupynorm._cuda.arguments import entry_of
+from cupynorm._cuda.plan import VEC_BYTES, Device, Plan, Stage
 from cupynorm._layout import Problem
 
 # A loaded kernel: called with grid, block, arguments, bytes of shared memory and a stream, or None
 # for CuPy's current one.
 Function = Callable[..., None]
+# With its grid, block, bytes of shared memory, and what picks its arguments from all.
+Launch = tuple[Function, Any, Any, int, Callable[[Any], tuple[Any, ...]]]
 
 # Addresses in the order in which a launch takes them; 0 for what is absent.
 FORWARD = ("x", "y", "weight", "bias", "mean", "rstd")
 BACKWARD = ("dy", "x", "mean", "rstd", "weight", "dx", "dweight", "dbias")
+RESIDUAL = ("residual", "sum", "dsum")  # after these, where there is one
 COLUMNS = ("table", "y", "weight", "bias")
 
-# The numbers that kernels/layer_norm_columns.cuh gives the types.
+# The numbers that kernels/columns.cuh gives the types.
 COLUMN_TYPES = (
     *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
     *("float16", "bfloat16", "float32", "float64"),
@@ -54,12 +58,19 @@ class Ready:
     # the workspace. That is the first entry's own order, so that one launch needs no picking.
     before: tuple[Any, ...]
     after: tuple[Any, ...]
-    launches: tuple[tuple[Function, Any, Any, int, Callable[[Any], tuple[Any, ...]]], ...]
+    launches: tuple[Launch, ...]
+    # The same for any address, where `launches` want every one to be a multiple of 16.
+    skewed: Callable[[], tuple[Launch, ...]] | None
 
     @property
     def alone(self) -> bool:
         """Whether one launch, which takes all in that order, does it."""
         return len(self.launches) == 1 and self.launches[0][-1] is tuple
+
+    @property
+    def low_bits(self) -> int:
+        """Those that no address may have that `launches` are given."""
+        return 0 if self.skewed is None else VEC_BYTES - 1
 
     def run(
         self, pointers: Iterable[int], eps: Any = 0.0, workspace: int = 0, stream: Any = None
@@ -78,10 +89,13 @@ class Ready:
         stream : object with ``ptr``, optional
             Where to launch; CuPy's current stream by default. The device is the current one.
         """
+        pointers, launches = tuple(pointers), self.launches
+        if self.skewed is not None and functools.reduce(operator.or_, pointers) & self.low_bits:
+            launches = self.skewed()
         given = (*pointers, *self.before, eps, *self.after)
         if self.plan.workspace:
             given += tuple(workspace + begin for _, begin in self.plan.workspace)
-        for function, grid, block, shared_bytes, pick in self.launches:
+        for function, grid, block, shared_bytes, pick in launches:
             function(grid, block, pick(given), shared_bytes, stream)
 
 
@@ -98,17 +112,22 @@ def ready(
     """
     plan = choose_plan(problem, device)
     pointers = BACKWARD if problem.backward else FORWARD if problem.has("x") else COLUMNS
+    pointers += tuple(name for name in RESIDUAL if problem.has(name))
     places = [name for name, _ in plan.workspace]
-    entries = [ENTRIES[stage.kernel].names for stage in plan.stages]
+    entries = [entry_of(stage.template, stage.op.residual).names for stage in plan.stages]
     fixed = [n for n in dict.fromkeys(itertools.chain(*entries)) if n not in (*pointers, *places)]
     at = fixed.index("eps") if "eps" in fixed else len(fixed)
     before, after = fixed[:at], fixed[at + 1 :]
     order = (*pointers, *before, "eps", *after, *places)
     constants = _constants(problem, plan)
 
-    def launch(stage: Stage, names: tuple[str, ...]) -> tuple[Any, ...]:
+    def launch(stage: Stage, names: tuple[str, ...]) -> Launch:
         pick = tuple if names == order else operator.itemgetter(*map(order.index, names))
         return load(stage), stage.grid, stage.block, stage.shared_bytes, pick
+
+    @functools.cache
+    def skewed() -> tuple[Launch, ...]:
+        return tuple(launch(s.skewed, n) for s, n in zip(plan.stages, entries, strict=True))
 
     return Ready(
         plan,
@@ -117,6 +136,7 @@ def ready(
         pack(constants[name] for name in before),
         pack(constants[name] for name in after),
         tuple(map(launch, plan.stages, entries)),
+        skewed if any(stage.aligned for stage in plan.stages) else None,
     )
 
 

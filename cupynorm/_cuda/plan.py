@@ -1,18 +1,22 @@
 """What a plan is, and what all of them share; pure Python, the same anywhere."""
 
+from __future__ import annotations
+
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cupynorm._layout import Problem
+from cupynorm._ops import LAYER_NORM, Op
 from cupynorm._rules import ITEMSIZE, stats_dtype
 
 PREDICTED = "predicted, bench/results/model.md"
 CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 MAX_GRID_X = 2**31 - 1
 TOTALS_THREADS = 1024
+ROW_FAMILIES = ("warp", "block", "shared", "cluster", "split")
 
-# The unit of K3, K4 and K5, as `kernels/chunk.cuh` has it.
+# The unit of K3, K4 and K5, as `kernels/statistics.cuh` has it.
 VEC_BYTES = 16
 CHUNK_VECS = 1024  # 256 threads of 4 vectors, 16 KiB
 CHUNK_THREADS = 256
@@ -25,6 +29,7 @@ STAGE_BULK = 2  # bulk copies, which one thread issues
 STAGE_LABELS = ("", "_async", "_bulk")  # in an entry's name
 _ARRIVAL_BYTES = 8
 
+ALIGNED = "_aligned"  # at the end of an entry's name
 KEPT = 1024  # bytes of each block's shared memory that the system takes, from sm_80 on
 
 
@@ -73,9 +78,9 @@ class Device:
 class Stage:
     """One kernel launch: what to compile and how to launch it."""
 
-    kernel: str  # the __device__ template in kernels/
+    template: str  # of kernels/, but for `norm_`
     family: str
-    constants: tuple[int, ...]  # its leading template arguments
+    constants: tuple[int, ...]  # its leading template arguments, but for Op and ALIGNED
     name: str  # of the extern "C" entry, which states the specialization
     x_dtype: str
     weight_dtype: str | None
@@ -85,6 +90,17 @@ class Stage:
     shared_bytes: int
     blocks_per_sm: int
     cluster: int = 1  # blocks that run together
+    op: Op = LAYER_NORM
+    # Whether it may be launched on rows, weight and bias that begin on 16-byte boundaries alone; None of a
+    # kernel that does not ask.
+    aligned: bool | None = None
+
+    @property
+    def skewed(self) -> Stage:
+        """The same for any address."""
+        if not self.aligned:
+            return self
+        return replace(self, aligned=False, name=self.name.removesuffix(ALIGNED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +171,7 @@ def make_stage(
     shared_bytes: int = 0,
     cluster: int = 1,
 ) -> Stage:
-    """Make the stage of a kernel of `kernels/layer_norm_*.cuh`.
+    """Make the stage of a kernel of `kernels/`; of an aligned one where the pitches of x allow it.
 
     Raises
     ------
@@ -171,21 +187,28 @@ def make_stage(
         raise ValueError(msg)
     dtype, weight, bias = (problem.dtype(array) for array in ("x", "weight", "bias"))
     dtype = str(dtype)
-    if kind == "split_merge":  # which sees sums alone
+    template = f"{'bwd' if problem.backward else 'fwd'}_{kind}"
+    if template == "bwd_split_merge":  # which sees sums alone
         dtype = stats_dtype(dtype)
     if kind in ("split_stats", "split_merge"):
         weight = bias = None
-    results = ""
+    asks = family in ROW_FAMILIES and template != "bwd_split_merge"
+    aligned = asks and _in_whole_vectors(problem)
+    op, results = problem.op, ""
+    if problem.backward:  # where a residual is seen by what else flows into the sum
+        op = replace(op, residual=problem.has("dsum") and problem.has("dx"))
     if problem.backward and kind not in ("split_sums", "split_merge"):
         flags = wanted(problem)
         constants = (*constants, *map(int, flags))
-        results = "_".join(n for n, want in zip(("dx", "dw", "db"), flags, strict=True) if want)
-    kernel = f"{problem.op.name}_{'bwd' if problem.backward else 'fwd'}_{kind}"
+        gives = zip(("dx", "dw", "db", "dsum"), (*flags, op.residual), strict=True)
+        results = "_".join(n for n, want in gives if want)
+    name = f"{problem.op.name}_{template}"
+    name = _entry_name(name, CODES[dtype], label, results, w=weight, b=bias)
     return Stage(
-        kernel=kernel,
+        template="fwd_shared" if template == "fwd_cluster" else template,
         family=f"{family}_bwd" if problem.backward else family,
         constants=constants,
-        name=_entry_name(kernel, CODES[dtype], label, results, w=weight, b=bias),
+        name=name + ALIGNED * aligned,
         x_dtype=dtype,
         weight_dtype=weight,
         bias_dtype=bias,
@@ -194,7 +217,15 @@ def make_stage(
         shared_bytes=shared_bytes,
         blocks_per_sm=blocks_per_sm,
         cluster=cluster,
+        op=op,
+        aligned=aligned if asks else None,
     )
+
+
+def _in_whole_vectors(problem: Problem) -> bool:
+    """Whether rows end with whole vectors, and all begin on a boundary where the first does."""
+    steps = [s for _, strides in problem.strides for s in strides[:2]]
+    return all(n * ITEMSIZE[str(problem.dtype("x"))] % VEC_BYTES == 0 for n in (problem.N, *steps))
 
 
 def _entry_name(*parts: str, **dtypes: str | None) -> str:
@@ -210,7 +241,7 @@ def totals_stages(problem: Problem) -> tuple[Stage, ...]:
         return ()
     kind = stats_dtype(str(problem.dtype("x")))  # of the partials
     stage = Stage(
-        kernel="column_totals",
+        template="column_totals",
         family="totals_bwd",
         constants=(),
         name=_entry_name("column_totals", CODES[kind], dw=dweight, db=dbias),

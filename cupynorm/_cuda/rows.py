@@ -12,6 +12,7 @@ from cupynorm._cuda.plan import (
     CHUNK_THREADS,
     CHUNK_VECS,
     PREDICTED,
+    STAGE_BULK,
     STAGE_LABELS,
     STAGE_REGISTERS,
     VEC_BYTES,
@@ -89,25 +90,23 @@ FORWARD = (
     Row("warp", 64, 32, 128, 2, 6, 5),
     Row("warp", 128, 32, 128, 1, 8, 8),
     Row("warp", 256, 32, 128, 1, 6, 4),
-    Row("block", 512, 64, 128, 1, 6, 4),
+    Row("block", 512, 64, 64, 1, 12, 8),
     Row("block", 1024, 128, 128, 1, 6, 4),
     Row("block", 2048, 256, 256, 1, 3, 2),
     # K4 follows K2: K3's one block on a multiprocessor cannot load while it stores. Quack's limits
     # for 16-bit types (32, 64, 128 KiB), which leave a block two chunks; for wider types twice
     # theirs: more than four chunks a block (64 KiB) would leave too few blocks on a multiprocessor
     # to load while another one stores. A row is skipped where the device's shared memory does not
-    # hold `blocks_per_sm` blocks; the fourth is for devices that are short of it. The blocks of the
-    # last row stand alone: with fewer threads they would have less than 48 KiB in flight, and with
-    # 1024 float64 would spill, as K3's does.
+    # hold `blocks_per_sm` blocks; the last is for longer rows, and for devices that are short of it. Its
+    # blocks stand alone on a multiprocessor; with more threads float64 would spill.
     cluster_row(2, 256, 8, 4, 3),
     cluster_row(4, 256, 16, 8, 3),
     cluster_row(8, 256, 32, 32, 3),
-    cluster_row(8, 512, 32, 32, 1),
-    cluster_row(8, 768, 112, 112, 1),
+    cluster_row(8, 512, 112, 112, 1),
     Row("shared", 7 * CHUNK_VECS, 512, 512, 1, 1, 1),
     # Not 1024 threads: those leave 64 registers each, and float64 spills.
     Row("shared", 15 * CHUNK_VECS, 768, 768, 1, 1, 1),
-    Row("split", 2**60, CHUNK_THREADS, CHUNK_THREADS, 1, 3, 3),
+    Row("split", 2**60, CHUNK_THREADS, CHUNK_THREADS, 1, 3, 2),
 )
 # Under K1 and K2 a thread holds at most two vectors of x and two of dy, and as many of the row that
 # comes next, beside up to 32 registers of dweight and dbias. K3's limit is the device's shared
@@ -153,12 +152,12 @@ SPLIT_BLOCKS_PER_SM_BWD = 0.25
 # Rows that a block adds up before it leaves a partial sum: that costs 16 bytes a column, written
 # and read again, where a row of float32 moves 12.
 ROWS_PER_PARTIAL = 4
-# kernels/layer_norm_shared_bwd.cuh: up to so many vectors a thread, the next row is copied to
+# kernels/shared.cuh: up to so many vectors a thread, the next row is copied to
 # shared memory where that has room. One more of float64, and sm_100 spills.
 COPIED_VECS = {"float16": 8, "bfloat16": 8, "float32": 8, "float64": 7}
 # Where it has none, it is fetched into registers. One more of float64, and sm_120 spills.
 AHEAD_VECS = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 3}
-APPLY_VECS = 2  # kernels/layer_norm_split_bwd.cuh
+APPLY_VECS = 2  # kernels/split.cuh
 APPLY_BLOCKS_PER_SM = 2
 MERGE_THREADS = 128
 # The share of the multiprocessors that surely take part, by cluster size: they come in groups
@@ -216,8 +215,6 @@ class _Call:
         most = -(-self.chunks // row.cluster)  # chunks of a block
         vecs = self.vecs if row.cluster == 1 else most * CHUNK_VECS
         staged = copied_bytes(vecs, rows=1, arrivals=most)
-        if row.family == "shared" and self.device.staging == STAGE_REGISTERS:
-            staged = VEC_BYTES * vecs
         merged = 3 * self.chunks if row.family == "cluster" else 0
         return staged + (most * CHUNK_PARTIALS + merged) * size
 
@@ -227,7 +224,9 @@ class _Call:
         if self.vecs > (row.max_vecs_16bit if narrow else row.max_vecs):
             return False
         if row.family == "shared":
-            return self.shared_bytes(row) <= self.device.shared_bytes
+            # A row is copied there; one with a residual comes through registers.
+            reach = self.backward or self.device.staging or self.problem.op.residual
+            return bool(reach) and self.shared_bytes(row) <= self.device.shared_bytes
         if row.family == "cluster":
             fits = self.device.holds(self.shared_bytes(row), row.blocks_per_sm)
             return row.cluster <= self.device.clusters and fits
@@ -314,7 +313,7 @@ def _specialize(call: _Call, row: Row, copies: bool) -> tuple[tuple[int, ...], s
     if row.family == "cluster":
         label = f"c{row.cluster}_t{row.threads}"
         if not call.backward:
-            return (row.cluster, row.threads), label, 0
+            return (row.cluster, row.threads, STAGE_BULK), label, 0
         ahead = row.ahead_f64 if call.dtype == "float64" else row.ahead
         held = (row.cluster, row.threads, row.chunks, int(ahead))
         return held, f"{label}_v{per_thread}", 0
@@ -324,11 +323,10 @@ def _specialize(call: _Call, row: Row, copies: bool) -> tuple[tuple[int, ...], s
             return constants, label, 0
         return (*constants, row.rows_per_group), f"{label}_r{row.rows_per_group}", 0
     if row.family == "block":
-        lanes = () if call.backward else (row.threads_per_row,)
-        return (row.threads, *lanes, per_thread), label, 0
+        return (row.threads, per_thread), label, 0
     staging, next_row = call.device.staging, 0
     if not call.backward:
-        return (row.threads, staging), f"t{row.threads}{STAGE_LABELS[staging]}", 0
+        return (1, row.threads, staging), f"t{row.threads}{STAGE_LABELS[staging]}", 0
     # The same for all rows of so many vectors a thread: one entry for them.
     longest = call.shared_bytes(row) + next_row_bytes(per_thread * row.threads_per_row)
     few = copies and per_thread <= COPIED_VECS[call.dtype]
@@ -342,23 +340,23 @@ def _specialize(call: _Call, row: Row, copies: bool) -> tuple[tuple[int, ...], s
 
 
 def _split_plan(call: _Call, row: Row, rows_per_partial: int) -> Plan:
-    """K5: first the sums of sections; they depend on N alone, as the bits of a row must.
+    """K5: the sums of sections, which depend on N alone, as the bits of a row must; their merge; then y.
 
-    Forward each part of a row merges them and normalizes; backward they are merged, then dx is
-    taken with the sums over rows, by columns.
+    Backward dx is taken with the sums over rows, by columns.
     """
     rows, sm_count, shared = call.problem.rows, call.device.sm_count, call.shared_bytes(row)
     per_section = -(-call.chunks // MAX_SECTIONS)
     sections = -(-call.chunks // per_section)
     places = {"moments": 3 * call.size * rows * sections}
     if not call.backward:
-        # Every part merges all sections of its row again: no more than keep the device busy.
         parts = max(-(-SPLIT_BLOCKS_PER_SM * sm_count // rows), -(-call.chunks // 64))
         parts = -(-call.chunks // -(-call.chunks // min(call.chunks, parts)))
         stages: tuple[Stage, ...] = (
             _stage(call, row, "split_stats", rows * sections, shared),
-            _stage(call, row, "split_normalize", rows * parts, shared),
+            _stage(call, row, "split_merge", rows, shared),
+            _stage(call, row, "split_normalize", rows * parts, 0),
         )
+        places["stats"] = 4 * call.size * rows
     else:
         runs = -(-call.vecs // (CHUNK_THREADS * APPLY_VECS))  # blocks that stand side by side
         parts = -(-APPLY_BLOCKS_PER_SM * sm_count // runs)
@@ -410,8 +408,8 @@ def _stage(call: _Call, row: Row, kind: str, grid: int, shared_bytes: int, **spe
         kind,
         family=row.family,
         grid=grid,
-        threads=MERGE_THREADS if kind == "split_merge" else row.threads,
-        blocks_per_sm=call.blocks_per_sm(row),
+        threads=MERGE_THREADS if call.backward and kind == "split_merge" else row.threads,
+        blocks_per_sm=1 if kind == "split_merge" else call.blocks_per_sm(row),
         shared_bytes=shared_bytes,
         cluster=row.cluster,
         **special,

@@ -5,33 +5,22 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from cupynorm._cuda.arguments import ENTRIES
+from cupynorm._cuda.arguments import entry_of
 from cupynorm._cuda.plan import Stage
 
-_SHARED = ("types", "segment", "reduce", "moments", "rows")
-_STAGED = (*_SHARED, "chunk", "stage", "staged_chunks")
-_TILED = (*_SHARED, "chunk", "stage", "tile", "tile_store")
-_TILED_BWD = (*_SHARED, "gradient", "stage", "tile")
-_FAMILIES = {
-    "warp": (*_SHARED, "layer_norm_warp"),
-    "block": (*_SHARED, "layer_norm_block"),
-    "shared": (*_STAGED, "layer_norm_shared"),
-    "cluster": (*_STAGED, "cluster", "layer_norm_cluster"),
-    "split": (*_SHARED, "chunk", "layer_norm_split"),
-    "column": (*_TILED, "layer_norm_column"),
-    "lanes": (*_TILED, "layer_norm_column", "layer_norm_lanes"),
-    "columns": (*_TILED, "layer_norm_columns"),
-    "column_bwd": (*_TILED_BWD, "layer_norm_column_bwd"),
-    "panels_bwd": (*_TILED_BWD, "layer_norm_column_bwd", "layer_norm_column_bwd_panels"),
-    "warp_bwd": (*_SHARED, "gradient", "layer_norm_warp_bwd"),
-    "block_bwd": (*_SHARED, "gradient", "layer_norm_block_bwd"),
-    "shared_bwd": (*_SHARED, "gradient", "stage", "shared_totals", "layer_norm_shared_bwd"),
-    "cluster_bwd": (
-        *(*_SHARED, "chunk", "cluster"),
-        *("gradient", "shared_totals", "layer_norm_cluster_bwd"),
-    ),
-    "split_bwd": (*_SHARED, "chunk", "gradient", "layer_norm_split_bwd"),
-    "totals_bwd": ("types", "reduce", "column_totals"),
+_ROWS = ("types", "ops", "segment", "statistics", "rows", "gradient")
+_TILES = (*_ROWS, "stage", "tile")
+_TEXTS = {
+    "warp": (*_ROWS, "registers"),
+    "block": (*_ROWS, "registers"),
+    "shared": (*_ROWS, "stage", "cluster", "shared"),
+    "cluster": (*_ROWS, "stage", "cluster", "shared"),
+    "split": (*_ROWS, "split"),
+    "column": (*_TILES, "column"),
+    "lanes": (*_TILES, "column", "lanes"),
+    "columns": (*_TILES, "columns"),
+    "panels": (*_TILES, "column"),
+    "totals": (*_ROWS[:4], "totals"),
 }
 
 _TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "float", "float64": "double"}
@@ -54,11 +43,12 @@ def source_of(stage: Stage) -> str:
     Everything is in one string, because CuPy's disk cache does not see the contents of included
     headers and would run a stale binary after an upgrade.
     """
-    return "\n".join([*(_text(name) for name in _FAMILIES[stage.family]), _entry_of(stage)])
+    texts = _TEXTS[stage.family.removesuffix("_bwd")]
+    return "\n".join([*map(_text, texts), _entry_of(stage)])
 
 
 def _entry_of(stage: Stage) -> str:
-    entry, X = ENTRIES[stage.kernel], _TYPES[stage.x_dtype]
+    entry, X = entry_of(stage.template, stage.op.residual), _TYPES[stage.x_dtype]
     names = {
         "X": X,
         "W": _TYPES[stage.weight_dtype] if stage.weight_dtype else X,
@@ -67,16 +57,27 @@ def _entry_of(stage: Stage) -> str:
     }
     kinds = entry.types.split()
     has = (("W", stage.weight_dtype), ("B", stage.bias_dtype))
-    template = [str(c) for c in stage.constants] + [names[kind] for kind in kinds]
-    template += [str(dtype is not None).lower() for kind, dtype in has if kind in kinds]
+    function, template = stage.template, [str(c) for c in stage.constants]
+    if stage.aligned is not None:
+        template.insert(0, _flag(stage.aligned))
+    if function != "column_totals":
+        function = f"norm_{function}"
+        traits = stage.op.center, stage.op.unit_weight, stage.op.residual
+        template.insert(0, f"Op<{', '.join(map(_flag, traits))}>")
+    template += [names[kind] for kind in kinds]
+    template += [_flag(dtype is not None) for kind, dtype in has if kind in kinds]
     passed, body = list(entry.fields), ""
     if entry.struct:
         types = ", ".join(names[kind] for kind in kinds)
         body = f"const {entry.struct}<{types}> a = {{{', '.join(passed)}}};\n    "
         passed = ["a", *entry.names[len(passed) :]]
-    body += f"{stage.kernel}<{', '.join(template)}>({', '.join(passed)});"
+    body += f"{function}<{', '.join(template)}>({', '.join(passed)});"
     bounds = f"__launch_bounds__({stage.block[0]}, {stage.blocks_per_sm})"
     if stage.cluster > 1:  # stated here, so that a plain launch makes clusters: CuPy has no other
         bounds = f"__cluster_dims__({stage.cluster}, 1, 1) {bounds}"
     parameters = entry.parameters.format(**names)
     return f'extern "C" __global__ void {bounds}\n{stage.name}({parameters}) {{\n    {body}\n}}\n'
+
+
+def _flag(value: bool) -> str:
+    return str(value).lower()

@@ -38,7 +38,7 @@ SHAPES: tuple[Shape, ...] = (
 _WIDEST_PANELS = 2  # of SHAPES
 LEAST_PANEL = 32
 
-# kernels/layer_norm_lanes.cuh: what a thread holds of a column, so that a warp reads 256 bytes.
+# kernels/lanes.cuh: what a thread holds of a column, so that a warp reads 256 bytes.
 LANE_BYTES = 8
 LANE_THREADS = 64  # few: blocks that end one by one leave no gap between a wave's reads and writes
 # Columns in registers, and the blocks that a multiprocessor holds of them without a spill. Ten
@@ -79,7 +79,7 @@ class Tile:
         exchanges = self.exchanges * (threads // words) * rows
         if self.backward:  # five numbers a row, and the sums over rows
             return 2 * tile + (exchanges + 5 * rows + 2 * _slots(cols, threads)) * size
-        return tile + (exchanges + 3 * rows) * size
+        return tile + (exchanges + 4 * rows) * size
 
     def fits(self, shape: Shape, cols: int, device: Device) -> bool:
         """Whether a multiprocessor holds as many blocks as a shape is to have."""
@@ -121,8 +121,8 @@ def plan_of(problem: Problem, device: Device) -> Plan:
 def _plan(problem: Problem, tile: Tile, device: Device, kind: str, label: str) -> Plan:
     shape, panel = _shape(tile, device)
     blocks_per_sm = tile.blocks_per_sm(shape)
-    # The 16-bit pairs of K7 beside its counts spill at 80 registers, too.
-    if label == "C_omit" and ITEMSIZE[str(problem.dtype("x"))] == 2:
+    # K7's counts spill at 80 registers, too: of 16-bit pairs, and of float32 on sm_120.
+    if label == "C_omit":
         blocks_per_sm = min(blocks_per_sm, 2)
     words, threads, _ = shape
     rows = tile.rows(shape)

@@ -345,7 +345,7 @@ def execute(
 
     def load(stage: Stage) -> Any:
         def launch(grid: Any, block: Any, args: Any, shared_bytes: int, stream: Any) -> None:
-            if stage.kernel == "column_totals" and not add and machine.name == "simulated":
+            if stage.template == "column_totals" and not add and machine.name == "simulated":
                 add_partials(machine, {m.ptr: m for m in held}, stage, *args)
             else:
                 traffic.append(machine.run(stage, args, held, seed))

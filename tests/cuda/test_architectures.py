@@ -18,6 +18,8 @@ MACHINES = {
 @pytest.mark.parametrize("family", [*FAMILIES, "cluster"])
 def test_the_bits_of_sm_90(arch, direction, family):
     """Rows at odd addresses of a 16-bit type, whose conversions differ, and of float32."""
+    if (arch, family, direction) == ("75", "shared", "forward"):
+        pytest.skip("rows are copied to shared memory from sm_80 on")
     # 64 KiB hold the rows of x and dy, and not the sums over rows besides.
     sums = (arch, family) != ("75", "shared")
     for dtype, at in (("bfloat16", At(1, 2)), ("float32", At())):

@@ -4,13 +4,12 @@ import re
 
 import pytest
 
-from cupynorm._cuda.arguments import ENTRIES
+from cupynorm._cuda.arguments import ENTRIES, entry_of
 from cupynorm._cuda.launch import COLUMN_TYPES
-from cupynorm._cuda.source import _FAMILIES, kernels_folder
+from cupynorm._cuda.source import kernels_folder
 
 TEXT = "\n".join(
-    (kernels_folder() / f"{name}.cuh").read_text(encoding="utf-8")
-    for name in sorted({name for family in _FAMILIES.values() for name in family})
+    path.read_text(encoding="utf-8") for path in sorted(kernels_folder().iterdir(), key=str)
 )
 KERNELS = sorted(ENTRIES)
 
@@ -28,21 +27,22 @@ def parameters(entry):
     return [tuple(p.replace("{", "").replace("}", "").rsplit(" ", 1)) for p in entry.split(", ")]
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_fields_and_parameters_are_those_of_the_kernel(kernel):
+def test_fields_and_parameters_are_those_of_the_kernel(kernel, residual):
     """By name, order and type: the struct's, and what the kernel takes beside it or without one."""
-    entry = ENTRIES[kernel]
+    entry = entry_of(kernel, residual)
     mine = parameters(entry.parameters)
-    signature = re.search(rf"void {kernel}\(([^)]*)\)", TEXT)[1]
+    signature = re.search(rf"void (?:norm_)?{kernel}\(([^)]*)\)", TEXT)[1]
     taken = [tuple(p.rsplit(" ", 1)) for p in re.split(r",\s+(?![^<]*>)", signature.strip())]
     if entry.struct:
         body = re.search(
             rf"struct {entry.struct} {{\n(?:    typedef[^\n]*\n)?(.*?)\n}};", TEXT, re.S
         )[1]
-        fields = declared(body.rstrip().removesuffix(";"))
+        fields = declared(body.rstrip().removesuffix(";"))[: len(entry.fields)]
         assert mine[: len(fields)] == fields
         types = ", ".join(entry.types.split())
-        assert taken[0] == (f"const {entry.struct}<{types}>&", "a")
+        assert taken[0][0] == f"const {entry.struct}<{types}>&"
         mine, taken = mine[len(fields) :], taken[1:]
     assert len(mine) == len(taken)
     for (kind, name), (theirs, called) in zip(mine, taken, strict=True):
@@ -52,14 +52,14 @@ def test_fields_and_parameters_are_those_of_the_kernel(kernel):
 
 
 def test_every_kernel_has_an_entry():
-    found = set(re.findall(r"void (layer_norm_(?:fwd|bwd)_\w+|column_totals)\(", TEXT))
+    found = set(re.findall(r"void (?:norm_)?((?:fwd|bwd)_\w+|column_totals)\(", TEXT))
     assert found == set(ENTRIES)
 
 
 def test_types_of_columns_have_their_numbers():
     told = re.search(
         r"enum \{\s*(.*?),?\s*\};",
-        (kernels_folder() / "layer_norm_columns.cuh").read_text(encoding="utf-8"),
+        (kernels_folder() / "columns.cuh").read_text(encoding="utf-8"),
         re.S,
     )[1]
     assert tuple(re.split(r",\s*", told.lower())) == COLUMN_TYPES

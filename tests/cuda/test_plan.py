@@ -178,7 +178,7 @@ def check_grids(call, plan, device):
     if wanted and rows >= ROWS_PER_PARTIAL:
         assert plan.partials * ROWS_PER_PARTIAL < rows + ROWS_PER_PARTIAL
     last = plan.stages[-1]
-    assert (last.kernel == "column_totals") == bool(wanted)
+    assert (last.template == "column_totals") == bool(wanted)
     assert not wanted or last.grid == (wanted * -(-call.N // 32), 1, 1)
 
 
@@ -516,9 +516,9 @@ def test_rows_choose_between_cluster_and_split_backward(totals):
 
 
 def test_constants_agree_with_the_kernel_text():
-    text = (kernels_folder() / "layer_norm_split_bwd.cuh").read_text(encoding="utf-8")
+    text = (kernels_folder() / "split.cuh").read_text(encoding="utf-8")
     assert f"APPLY_VECS = {APPLY_VECS}," in text
-    chunk = (kernels_folder() / "chunk.cuh").read_text(encoding="utf-8")
+    chunk = (kernels_folder() / "statistics.cuh").read_text(encoding="utf-8")
     warps, vecs = (
         int(re.search(rf"\b{name} = (\d+),", chunk)[1]) for name in ("CHUNK_WARPS", "CHUNK_VECS")
     )
@@ -529,10 +529,10 @@ def test_constants_agree_with_the_kernel_text():
 
 
 CODE = "(?:f16|bf16|f32|f64)"
-AFFINE = rf"(?:_w_(?P<w>{CODE}))?(?:_b_(?P<b>{CODE}))?"
+AFFINE = rf"(?:_w_(?P<w>{CODE}))?(?:_b_(?P<b>{CODE}))?(?:_aligned)?"
 GIVES = r"(?:_dx)?(?:_dw)?(?:_db)?"
 NAMES = [
-    rf"layer_norm_fwd_(?:warp|block|shared|cluster|split_stats|split_normalize)"
+    rf"layer_norm_fwd_(?:warp|block|shared|cluster|split_stats|split_merge|split_normalize)"
     rf"_(?P<x>{CODE})(?:_c(?P<c>[248]))?(?:_t(?P<t>\d+))?(?P<s>_async|_bulk)?"
     rf"(?:_v(?P<v>\d+))?(?:_r(?P<r>\d+))?{AFFINE}",
     rf"layer_norm_bwd_(?:warp|block|shared)_(?P<x>{CODE})_t(?P<t>\d+)_v(?P<v>\d)(?P<s>_bulk)?"
@@ -588,7 +588,7 @@ def test_one_source_per_name_and_one_name_per_source(direction, least):
             assert (said["w"], said["b"]) == tuple(CODES.get(d) for d in affine)
             assert said["s"] == ("_bulk" if stage.family == "shared" else None)
             if stage.family in REGISTERS:
-                assert [int(said[key]) for key in "tv"] == list(stage.constants[1:3])
+                assert [int(said[key]) for key in "tv"] == list(stage.constants[-2:] if stage.family == "block" else stage.constants[1:3])
         # Without the name: two names must not hide one kernel.
         body = source.replace(f"{stage.name}(", "entry(")
         assert by_source.setdefault(body, stage.name) == stage.name

@@ -92,6 +92,34 @@ def test_offsets_scales_and_outliers(machine, direction, family):
     assert (worst < most * 2.0**-23).all()
 
 
+# Rows whose variance is beyond the range of the statistics, or flushes to zero: offset and scale.
+BEYOND = {
+    "bfloat16": ((0, 1e30), (2e38, 1e37), (0, 1e-30), (1e-20, 1e-20)),
+    "float32": ((0, 1e30), (1e30, 1e25), (3e38, 1e36), (0, 1e-17), (1e-25, 1e-30), (0, 1e-36)),
+    "float64": ((0, 1e200), (1e300, 1e290), (1.5e308, 1e306), (0, 1e-180), (0, 1e-300)),
+}
+
+
+@pytest.mark.parametrize("dtype", BEYOND)
+@pytest.mark.parametrize("family", [*FAMILIES, "cluster"])
+def test_rows_beyond_the_range_of_their_squares(machine, family, dtype):
+    """A row is looked at again, scaled; the others keep their bits. Both ends of the range, eps 0."""
+    N = length(family, dtype)
+    plainest = plain(len(BEYOND[dtype]) + 1, N, dtype, scale=1.0, offset=0.0)
+    usual = run(machine, plainest.rows([-1]), family, eps=0.0)
+    offset, scale = np.array([*BEYOND[dtype], (0, 1)]).T[:, :, None]
+    x = (plainest.x.astype(np.float64).clip(-3, 3) * scale + offset).astype(plainest.x.dtype)
+    x[-1] = plainest.x[-1]
+    result = run(machine, dataclasses.replace(plainest, x=x), family, eps=0.0)
+    assert result.rows()[-1] == usual.rows()[0]
+    y, mean, _ = oracle.layer_norm(x, (1,), None, None, 0.0)
+    worst = np.abs(result.arrays[0].astype(np.float64) - y).max(1) / np.abs(y).max(1)
+    assert (worst <= 2 * oracle.tolerance(dtype, N)).all(), worst
+    np.testing.assert_allclose(
+        result.arrays[1], mean[:, 0], rtol=1e-6, atol=0 if dtype == "float64" else 2.0**-126
+    )
+
+
 @EACH_FAMILY
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_constant_rows(machine, family, dtype):

@@ -34,35 +34,34 @@ def blocks_that_fit(limits: DeviceLimits, facts: Facts, stage: Stage) -> dict[st
 
 def vecs_in_flight(stage: Stage) -> tuple[int, int]:
     """16-byte accesses that a thread must have, unrolled: loads of x and dy, stores of y or dx."""
-    kernel, constants = stage.kernel, stage.constants
-    sums_alone = kernel in ("column_totals", "layer_norm_bwd_split_merge")
+    kernel, constants = stage.template, stage.constants
+    sums_alone = kernel in ("column_totals", "bwd_split_merge")
     if sums_alone or "d_column" in kernel or stage.family == "lanes":
         return 0, 0  # K6 and K7 move words along the rows
-    if kernel.startswith("layer_norm_bwd"):
-        if kernel == "layer_norm_bwd_split_sums":
+    if stage.family.endswith("_bwd"):
+        if kernel == "bwd_split_sums":
             return 2 * 4, 0
-        shared = "shared" in kernel
-        vecs = 2 if kernel == "layer_norm_bwd_split_apply" else constants[-4 - 2 * shared]
-        if kernel == "layer_norm_bwd_cluster":
+        shared = kernel == "bwd_shared"
+        vecs = 2 if kernel == "bwd_split_apply" else constants[-4 - 2 * shared]
+        if kernel == "bwd_cluster":
             vecs = 4 * constants[2]  # of as many chunks
         copied = shared and constants[-5] != STAGE_REGISTERS
         return 0 if copied else 2 * vecs, vecs * constants[-3]
-    if stage.family == "shared":
-        return 4 * (constants[1] == STAGE_REGISTERS), 4  # of a chunk
-    if stage.family == "cluster":
-        return 0, 4
+    if kernel == "fwd_shared":
+        return 0, 4  # of a chunk
+    if kernel == "fwd_split_merge":
+        return 0, 0  # but for a row that is looked at again
     if stage.family == "split":
-        return 4, 0 if kernel.endswith("_stats") else 4
+        return 4, 4 * (kernel == "fwd_split_normalize")
     rows = constants[3] if stage.family == "warp" else 1
-    return constants[2] * rows, constants[2] * rows
+    vecs = constants[2] if stage.family == "warp" else constants[1]
+    return vecs * rows, vecs * rows
 
 
 def staging_in(stage: Stage) -> int:
     """How K3 and K4 bring their rows into shared memory; other kernels bring none."""
-    if stage.family == "shared":
-        return stage.constants[1]
-    if stage.family == "cluster":
-        return STAGE_BULK
+    if stage.template == "fwd_shared":
+        return stage.constants[2]
     return stage.constants[2] if stage.family == "shared_bwd" else STAGE_REGISTERS
 
 

@@ -124,7 +124,7 @@ def shapes(kind: str, arch: str, x_dtype: str, max_cluster: int = 8) -> dict[str
     """By entry of the plainest call: its kernel, and the longest shape that runs it."""
     flags: Flags = (x_dtype, None) if kind == "rows_bwd" else NONE
     return {
-        stage.name: (stage.kernel, shape)
+        stage.name: (stage.template, shape)
         for shape in sampled(kind, x_dtype)
         for stage in stages(arch, x_dtype, shape, flags, ALL, max_cluster)
         if stage.family in KINDS[kind]

@@ -1,7 +1,7 @@
 // K7: columns of their own, each with its address, type and validity, to one matrix. K6's tile, but every
 // column is converted on its way in; it holds the type of the statistics.
 //
-// Shared memory: A tile[panel][PITCH], then A red[3 + OMIT][PARTS][R], then A stats[3][R].
+// Shared memory: A tile[panel][PITCH], then A red[3 + OMIT][PARTS][R], then A stats[4][R].
 
 // One column, as the table in global memory has it.
 struct ColumnSource {
@@ -11,16 +11,24 @@ struct ColumnSource {
     i64 type;
 };
 
-// `type`, as cupynorm/_cuda_columns.py numbers them.
+// `type`, as cupynorm/_cuda/launch.py numbers them.
 enum {
     BOOL, UINT8, INT8, UINT16, INT16, UINT32, INT32, UINT64, INT64, FLOAT16, BFLOAT16, FLOAT32, FLOAT64,
 };
 
+// Each width into a register of its own, and nothing is done to what comes: the first use of a value is the
+// wait for it, and that is to come after the last load.
 __device__ __forceinline__ u64 load_bits(u64 values, i64 at, i64 type) {
-    if (type <= INT8) return ((const unsigned char*)values)[at];
-    if (type <= INT16 || type == FLOAT16 || type == BFLOAT16) return ((const u16*)values)[at];
-    if (type <= INT32 || type == FLOAT32) return ((const u32*)values)[at];
-    return ((const u64*)values)[at];
+    u32 lo = 0, hi = 0;
+    if (type <= INT8)
+        asm volatile("ld.global.u8 %0, [%1];" : "=r"(lo) : "l"(values + at));
+    else if (type <= INT16 || type == FLOAT16 || type == BFLOAT16)
+        asm volatile("ld.global.u16 %0, [%1];" : "=r"(lo) : "l"(values + 2 * at));
+    else if (type <= INT32 || type == FLOAT32)
+        asm volatile("ld.global.u32 %0, [%1];" : "=r"(lo) : "l"(values + 4 * at));
+    else
+        asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(lo), "=r"(hi) : "l"(values + 8 * at));
+    return (u64)lo | (u64)hi << 32;
 }
 
 template <class A>
@@ -57,27 +65,26 @@ __device__ __forceinline__ void load_columns(A* tile, const ColumnSource* table,
     for (int n = threadIdx.x / R; n < cols; n += AHEAD * PARTS) {
         u64 bits[AHEAD];
         u32 valid[AHEAD];
-        int type[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
             if (n + j * PARTS >= cols) break;
             const ColumnSource c = table[n + j * PARTS];
-            type[j] = (int)c.type;
             bits[j] = load_bits(c.values, row * c.stride, c.type);
-            valid[j] = c.validity ? ((const unsigned char*)c.validity)[row >> 3] >> (row & 7) & 1u : 1u;
+            valid[j] = 0xffu;
+            if (c.validity) asm volatile("ld.global.u8 %0, [%1];" : "=r"(valid[j]) : "l"(c.validity + (row >> 3)));
         }
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
             if (n + j * PARTS >= cols) break;
-            A v = value_of<A>(bits[j], type[j]);
-            if (!valid[j]) set_nan(v);
+            A v = value_of<A>(bits[j], table[n + j * PARTS].type);
+            if (!(valid[j] >> (row & 7) & 1u)) set_nan(v);
             tile[(n + j * PARTS) * Tile<A, R>::PITCH] = v;
         }
     }
 }
 
-template <int THREADS, int R, bool OUT_ROWS, bool OMIT, class Y, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
-__device__ __forceinline__ void layer_norm_fwd_columns(
+template <class Op, int THREADS, int R, bool OUT_ROWS, bool OMIT, class Y, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
+__device__ __forceinline__ void norm_fwd_columns(
     const ColumnSource* table, Y* y, const W* weight, const B* bias, i64 M, i64 y_row, i64 y_col, i64 N, double eps,
     i64 panel) {
     typedef typename Accumulator<Y>::type A;
@@ -89,38 +96,38 @@ __device__ __forceinline__ void layer_norm_fwd_columns(
     const i64 m = (i64)blockIdx.x * R;
     const int rows = at_most(M - m, R), r = threadIdx.x % R;
     y += m * y_row;
-    const A q = scale_for<A>(N);
+    const A p = factor_for<A>(N);
     const i64 panels = (N + panel - 1) / panel;
 
+    TileLook<Op, A, 1> look;  // the columns' own types may hold what y's does not
     TileRuns<1, A> runs;
-    runs.clear();
-    for (i64 p = 0; p < panels; ++p) {
-        const i64 first = p * panel;
+    do {
+        runs.clear();
+        for (i64 i = 0; i < panels; ++i) {
+            const i64 first = i * panel;
+            const int cols = at_most(N - first, (int)panel);
+            if (i) __syncthreads();  // before the tile of the panel before is overwritten
+            if (panels > 1 || look.first) {
+                load_columns<THREADS, R>(tile, table + first, m, rows, cols);
+                __syncthreads();
+            }
+            add_panel<Op, THREADS, R, OMIT>(tile, rows, cols, p, red, look, runs);
+        }
+    } while (take_stats<Op, R>(look, runs, r, threadIdx.x < R, p, N, eps, stats));
+    const RowStats<A> mine[1] = {stats_of<R>(stats, r)};
+    for (i64 i = panels - 1; i >= 0; --i) {
+        const i64 first = i * panel;
         const int cols = at_most(N - first, (int)panel);
-        if (p) __syncthreads();  // before the tile of the panel before is overwritten
-        load_columns<THREADS, R>(tile, table + first, m, rows, cols);
-        __syncthreads();
-        add_panel<THREADS, R, OMIT>(tile, rows, cols, q, red, runs);
-    }
-    const RowStats<A> mine[1] = {tile_stats(runs.run[0], runs.shift[0], q, eps)};
-    if (!OUT_ROWS && threadIdx.x < R) {
-        stats[r] = mine[0].mean;
-        stats[R + r] = mine[0].rstd;
-        stats[2 * R + r] = mine[0].shift;
-    }
-    for (i64 p = panels - 1; p >= 0; --p) {
-        const i64 first = p * panel;
-        const int cols = at_most(N - first, (int)panel);
-        if (p < panels - 1) {
+        if (i < panels - 1) {
             __syncthreads();
             load_columns<THREADS, R>(tile, table + first, m, rows, cols);
+            __syncthreads();
         }
-        __syncthreads();
         if (OUT_ROWS)
-            store_along_rows<THREADS, R, HAS_WEIGHT, HAS_BIAS>(
+            store_along_rows<Op, THREADS, R, HAS_WEIGHT, HAS_BIAS>(
                 tile, y + first * y_col, y_col, weight, bias, first, rows, cols, mine);
         else
-            store_along_columns<THREADS, R, HAS_WEIGHT, HAS_BIAS>(
+            store_along_columns<Op, THREADS, R, HAS_WEIGHT, HAS_BIAS>(
                 tile, y + first * y_col, y_row, y_col, weight, bias, first, rows, cols, stats);
     }
 }

@@ -13,24 +13,6 @@ struct Held {
     u32 w[COLS][WORDS];
 };
 
-// As for vectors (types.cuh): each pass converts again, or the compiler would keep the first one's floats.
-__device__ __forceinline__ u32 unseen(u32 w) {
-    asm volatile("" : "+r"(w));
-    return w;
-}
-
-// The element of row `e` among a column's words.
-__device__ __forceinline__ float held_value(const u32* w, int e, const float*) { return bit_cast<float>(unseen(w[e])); }
-__device__ __forceinline__ double held_value(const u32* w, int e, const double*) {
-    return bit_cast<double>((u64)unseen(w[2 * e]) | (u64)unseen(w[2 * e + 1]) << 32);
-}
-template <class X>
-__device__ __forceinline__ float held_value(const u32* w, int e, const X*) {
-    X x;
-    x.bits = (u16)(unseen(w[e / 2]) >> 16 * (e % 2));
-    return to_float(x);
-}
-
 // Puts ROWS values in a column's words.
 template <int ROWS>
 __device__ __forceinline__ void put_held(u32* w, const float (&v)[ROWS], const float*) {
@@ -116,31 +98,39 @@ __device__ __forceinline__ void load_lanes(
 
 // ---- statistics of the rows of a thread ---------------------------------------------------------------
 
-template <int COLS, int ROWS, class X, class A>
-__device__ __forceinline__ RowStats<A> held_stats(const Held<COLS, ROWS, X>& held, int e, int N, A q, double eps) {
+template <class Op, int COLS, int ROWS, class X, class A>
+__device__ __forceinline__ RowStats<A> held_stats(const Held<COLS, ROWS, X>& held, int e, int N, A p, double eps) {
     A s[TILE_CLASSES], sq[TILE_CLASSES];
+    Look<Op, X> look;
+    if (Op::center) {
 #pragma unroll
-    for (int j = 0; j < TILE_CLASSES; ++j) s[j] = 0;
+        for (int j = 0; j < TILE_CLASSES; ++j) s[j] = 0;
 #pragma unroll
-    for (int n = 0; n < COLS; ++n)
-        if (is_column<COLS>(n, N)) s[n % TILE_CLASSES] += held_value(held.w[n], e, (const X*)0);
-    const A mean = tree_sum(s) / (A)N;
-#pragma unroll
-    for (int j = 0; j < TILE_CLASSES; ++j) s[j] = sq[j] = 0;
-#pragma unroll
-    for (int n = 0; n < COLS; ++n) {
-        if (!is_column<COLS>(n, N)) continue;
-        const A v = held_value(held.w[n], e, (const X*)0) - mean;
-        s[n % TILE_CLASSES] += v;
-        sq[n % TILE_CLASSES] = multiply_add(v * q, v, sq[n % TILE_CLASSES]);
+        for (int n = 0; n < COLS; ++n)
+            if (is_column<COLS>(n, N)) s[n % TILE_CLASSES] += element(held.w[n], e, (const X*)0);
+        look.mean = tree_sum(s) / (A)N;
     }
-    const Moments<A> m = corrected(mean, tree_sum(s), tree_sum(sq), q, (A)N);
-    return tile_stats(run_of(m, (A)N, m.hi), m.hi, q, eps);
+    for (;;) {
+        const A scale = look.scale, factor = Range<X>::everywhere ? p : p * scale, off = -look.mean * p;
+#pragma unroll
+        for (int j = 0; j < TILE_CLASSES; ++j) s[j] = sq[j] = 0;
+#pragma unroll
+        for (int n = 0; n < COLS; ++n) {
+            if (!is_column<COLS>(n, N)) continue;
+            const A x = element(held.w[n], e, (const X*)0);
+            const A v = Op::center ? multiply_add(x, factor, off) : x * factor;
+            if (Op::center) s[n % TILE_CLASSES] += v;
+            sq[n % TILE_CLASSES] = multiply_add(v, v, sq[n % TILE_CLASSES]);
+        }
+        const Moments<A> m = corrected<Op>(look.mean, tree_sum(s), tree_sum(sq), p, (A)N);
+        if (!look.next(m.hi, m.lo, m.m2, N, eps))
+            return tile_stats<Op>(run_of(m, (A)N, m.hi), m.hi, p, scale, eps);
+    }
 }
 
 // Normalizes what is held and writes it. Weight and bias of eight columns are asked for before the first
 // of them is written: of all at once, and they would take the registers that hold x.
-template <bool WHOLE, int E, bool HAS_WEIGHT, bool HAS_BIAS, int COLS, int ROWS, class X, class W, class B, class A>
+template <class Op, bool WHOLE, int E, bool HAS_WEIGHT, bool HAS_BIAS, int COLS, int ROWS, class X, class W, class B, class A>
 __device__ __forceinline__ void store_lanes(
     const Held<COLS, ROWS, X>& held, X* y, i64 col_stride, const W* weight, const B* bias,
     const RowStats<A> (&stats)[ROWS], int rows, int N, int lane) {
@@ -152,7 +142,7 @@ __device__ __forceinline__ void store_lanes(
 #pragma unroll
         for (int j = 0; j < GROUP; ++j) {
             const bool here = is_column<COLS>(first + j, N);
-            w[j] = HAS_WEIGHT && here ? (A)to_float(weight[first + j]) : (A)0;
+            w[j] = HAS_WEIGHT && here ? weight_of<Op>((A)to_float(weight[first + j])) : (A)0;
             b[j] = HAS_BIAS && here ? (A)to_float(bias[first + j]) : (A)0;
         }
 #pragma unroll
@@ -161,8 +151,7 @@ __device__ __forceinline__ void store_lanes(
             A t[ROWS];
 #pragma unroll
             for (int e = 0; e < ROWS; ++e) {
-                t[e] = held_value(held.w[first + j], e, (const X*)0);
-                t[e] = multiply_add(t[e] - stats[e].mean, stats[e].rstd, stats[e].shift);
+                t[e] = normalized<Op, X>(element(held.w[first + j], e, (const X*)0), stats[e]);
                 t[e] = affine<HAS_WEIGHT, HAS_BIAS>(t[e], w[j], b[j]);
             }
             u32 out[Held<COLS, ROWS, X>::WORDS];
@@ -175,22 +164,22 @@ __device__ __forceinline__ void store_lanes(
     }
 }
 
-template <bool WHOLE, int E, int COLS, int ROWS, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
+template <class Op, bool WHOLE, int E, int COLS, int ROWS, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
 __device__ __forceinline__ void normalize_lanes(
     const ColumnArguments<X, W, B>& a, i64 outer, i64 m, int rows, int lane) {
     typedef typename Accumulator<X>::type A;
     const int N = (int)a.N;
-    const A q = scale_for<A>(a.N);
+    const A p = factor_for<A>(a.N);
     Held<COLS, ROWS, X> held;
     load_lanes<WHOLE, E>(held, a.x + outer * a.x_outer + m, a.x_col, rows, N, lane);
     RowStats<A> stats[ROWS];
 #pragma unroll
     for (int e = 0; e < ROWS; ++e) {
-        stats[e] = held_stats(held, e, N, q, a.eps);
+        stats[e] = held_stats<Op>(held, e, N, p, a.eps);
         const int r = row_of_lane<E>(e, lane);
         if (WHOLE || r < rows) store_stats(a.mean, a.rstd, outer * a.stats_outer + (m + r) * a.stats_row, stats[e]);
     }
-    store_lanes<WHOLE, E, HAS_WEIGHT, HAS_BIAS>(
+    store_lanes<Op, WHOLE, E, HAS_WEIGHT, HAS_BIAS>(
         held, a.y + outer * a.y_outer + m, a.y_col, a.weight, a.bias, stats, rows, N, lane);
 }
 
@@ -202,14 +191,14 @@ __device__ __forceinline__ bool takes_pieces(const ColumnArguments<X, W, B>& a) 
     return (((u64)a.x | (u64)a.y | steps * sizeof(X)) & (BYTES - 1)) == 0;
 }
 
-template <int THREADS, int COLS, int ROWS, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
-__device__ __forceinline__ void layer_norm_fwd_lanes(const ColumnArguments<X, W, B>& a) {
+template <class Op, int THREADS, int COLS, int ROWS, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
+__device__ __forceinline__ void norm_fwd_lanes(const ColumnArguments<X, W, B>& a) {
     const i64 groups = (a.M + THREADS * ROWS - 1) / (THREADS * ROWS);
     const i64 outer = blockIdx.x / groups;
     const i64 m = (blockIdx.x - outer * groups) * (THREADS * ROWS) + (threadIdx.x & ~31u) * ROWS;
     const int rows = at_most(a.M - m, 32 * ROWS), lane = threadIdx.x % 32;
     if (rows == 32 * ROWS && takes_pieces<ROWS>(a))
-        normalize_lanes<true, ROWS, COLS, ROWS, X, W, B, HAS_WEIGHT, HAS_BIAS>(a, outer, m, rows, lane);
+        normalize_lanes<Op, true, ROWS, COLS, ROWS, X, W, B, HAS_WEIGHT, HAS_BIAS>(a, outer, m, rows, lane);
     else if (rows > 0)
-        normalize_lanes<false, 1, COLS, ROWS, X, W, B, HAS_WEIGHT, HAS_BIAS>(a, outer, m, rows, lane);
+        normalize_lanes<Op, false, 1, COLS, ROWS, X, W, B, HAS_WEIGHT, HAS_BIAS>(a, outer, m, rows, lane);
 }

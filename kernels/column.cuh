@@ -1,4 +1,100 @@
-// K6 backward: a tile of x and one of dy, so that each is read once in whichever layout it has and dx
+// K6: arrays whose normalized axis is strided. A block takes R neighbouring rows through a tile in shared
+// memory: read along the rows or along the columns, written either way, so that a column-major matrix
+// becomes a row-major one in the same pass. Rows that are longer than a panel of the tile are swept
+// twice, the second time backwards, as the last panel is still there and the ones before it in L2.
+//
+// Shared memory: X tile[panel][PITCH], then A red[3][PARTS][R], then A stats[4][R].
+
+template <class X, class W, class B>
+struct ColumnArguments {
+    typedef typename Accumulator<X>::type A;
+    const X* x;
+    X* y;
+    const W* weight;  // (N,) or null
+    const B* bias;    // (N,) or null
+    A* mean;          // (rows,) or null
+    A* rstd;          // (rows,) or null
+    i64 rows;         // outer * M
+    i64 M;
+    i64 x_outer, x_row, x_col, y_outer, y_row, y_col;  // element strides; of row and col one is 1
+    i64 stats_outer, stats_row;                        // of mean and rstd
+    i64 N;
+    double eps;
+};
+
+// Columns [first, first + cols) of a tile, in whichever layout they have.
+template <int THREADS, int R, bool ROWS, class X>
+__device__ __forceinline__ void get_tile(
+    X* tile, const X* from, i64 row_stride, i64 col_stride, i64 first, int rows, int cols) {
+    if (ROWS)
+        load_along_rows<THREADS, R>(tile, from + first * col_stride, col_stride, rows, cols);
+    else
+        load_along_columns<THREADS, R>(tile, from + first, row_stride, rows, cols);
+}
+
+template <class Op, int THREADS, int R, bool IN_ROWS, bool OUT_ROWS, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
+__device__ __forceinline__ void norm_fwd_column(const ColumnArguments<X, W, B>& a, i64 panel) {
+    typedef typename Accumulator<X>::type A;
+    typedef Tile<X, R> Shape;
+    constexpr int PAIR = Shape::PAIR, LANES = R / PAIR, PARTS = THREADS / LANES;
+    DYNAMIC_SHARED(shared);
+    X* tile = (X*)shared;
+    const i64 tile_bytes = (panel * Shape::PITCH * (i64)sizeof(X) + 15) / 16 * 16;
+    A* red = (A*)(shared + tile_bytes);
+    A* stats = red + 3 * PARTS * R;
+    const i64 groups = (a.M + R - 1) / R;
+    const i64 outer = blockIdx.x / groups, m = (blockIdx.x - outer * groups) * R;
+    const int rows = at_most(a.M - m, R);
+    const X* x = a.x + outer * a.x_outer + m * a.x_row;
+    X* y = a.y + outer * a.y_outer + m * a.y_row;
+    const A p = factor_for<A>(a.N);
+    const i64 panels = (a.N + panel - 1) / panel;
+    const int r = threadIdx.x % LANES * PAIR;
+
+    TileLook<Op, X, PAIR> look;
+    TileRuns<PAIR, A> runs;
+    do {
+        runs.clear();
+        for (i64 i = 0; i < panels; ++i) {
+            const i64 first = i * panel;
+            const int cols = at_most(a.N - first, (int)panel);
+            if (i) __syncthreads();  // before the tile of the panel before is overwritten
+            if (panels > 1 || look.first) {
+                get_tile<THREADS, R, IN_ROWS>(tile, x, a.x_row, a.x_col, first, rows, cols);
+                staged();
+                __syncthreads();
+            }
+            add_panel<Op, THREADS, R, false>(tile, rows, cols, p, red, look, runs);
+        }
+    } while (take_stats<Op, R>(look, runs, r, threadIdx.x < LANES, p, a.N, a.eps, stats));
+    RowStats<A> mine[PAIR];
+#pragma unroll
+    for (int i = 0; i < PAIR; ++i) mine[i] = stats_of<R>(stats, r + i);
+    if (threadIdx.x < LANES) {
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i)
+            if (r + i < rows) store_stats(a.mean, a.rstd, outer * a.stats_outer + (m + r + i) * a.stats_row, mine[i]);
+    }
+    for (i64 i = panels - 1; i >= 0; --i) {
+        const i64 first = i * panel;
+        const int cols = at_most(a.N - first, (int)panel);
+        if (i < panels - 1) {
+            __syncthreads();
+            get_tile<THREADS, R, IN_ROWS>(tile, x, a.x_row, a.x_col, first, rows, cols);
+            staged();
+            __syncthreads();
+        }
+        if (OUT_ROWS)
+            store_along_rows<Op, THREADS, R, HAS_WEIGHT, HAS_BIAS>(
+                tile, y + first * a.y_col, a.y_col, a.weight, a.bias, first, rows, cols, mine);
+        else
+            store_along_columns<Op, THREADS, R, HAS_WEIGHT, HAS_BIAS>(
+                tile, y + first * a.y_col, a.y_row, a.y_col, a.weight, a.bias, first, rows, cols, stats);
+    }
+}
+
+// ---- backward --------------------------------------------------------------------------------------------
+// A tile of x and one of dy, so that each is read once in whichever layout it has and dx
 // is written once in x's. The grid is as large as the device holds; each block goes from tile to tile
 // and keeps its sums over rows in shared memory.
 //
@@ -53,7 +149,7 @@ struct TileShare {
 
 // Adds `cols` columns to the sums of each row. Of several such runs all but the last have a multiple of
 // TILE_CLASSES columns.
-template <int THREADS, int R, bool HAS_WEIGHT, class X, class W, class A, int PAIR, int J>
+template <class Op, int THREADS, int R, bool HAS_WEIGHT, class X, class W, class A, int PAIR, int J>
 __device__ __forceinline__ void add_gradients(
     const X* x, const X* dy, const W* weight, int rows, int cols, const A* stats, TileSums<PAIR, J, A>& sums) {
     typedef Tile<X, R> Shape;
@@ -73,13 +169,15 @@ __device__ __forceinline__ void add_gradients(
             A v[PAIR], s[PAIR];
             read_word(x + (n + j) * Shape::PITCH + r, v);
             read_word(dy + (n + j) * Shape::PITCH + r, s);
-            const A w = HAS_WEIGHT ? (A)to_float(weight[n + j]) : (A)1;
+            const A w = HAS_WEIGHT ? weight_of<Op>((A)to_float(weight[n + j])) : (A)1;
 #pragma unroll
             for (int i = 0; i < PAIR; ++i) {
                 v[i] = product(v[i] - mean[i], rstd[i]);
                 if (HAS_WEIGHT) s[i] = product(s[i], w);
-                sums.h[i][j] += v[i];
-                sums.g[i][j] += s[i];
+                if (Op::center) {
+                    sums.h[i][j] += v[i];
+                    sums.g[i][j] += s[i];
+                }
                 sums.gh[i][j] = multiply_add(s[i], v[i], sums.gh[i][j]);
             }
         }
@@ -87,7 +185,7 @@ __device__ __forceinline__ void add_gradients(
 }
 
 // What the sums of each row come to, into `stats`.
-template <int THREADS, int R, class X, class A, int PAIR, int J>
+template <class Op, int THREADS, int R, class X, class A, int PAIR, int J>
 __device__ __forceinline__ void put_gradients(const TileSums<PAIR, J, A>& sums, i64 N, A* red, A* stats) {
     typedef TileShare<THREADS, R, X> Share;
     constexpr int PARTS = Share::PARTS;
@@ -109,43 +207,33 @@ __device__ __forceinline__ void put_gradients(const TileSums<PAIR, J, A>& sums, 
     }
 #pragma unroll
     for (int i = 0; i < PAIR; ++i) {
-        const RowGradient<A> c = row_gradient(GradientSums<A>{sum[0][i], sum[1][i], sum[2][i]}, N);
+        const RowGradient<A> c = row_gradient<Op>(GradientSums<A>{sum[0][i], sum[1][i], sum[2][i]}, N);
         stats[2 * R + r + i] = c.lack;
         stats[3 * R + r + i] = c.c1;
         stats[4 * R + r + i] = c.c2;
     }
 }
 
-// Columns [first, first + cols) of a tile, in whichever layout they have.
-template <int THREADS, int R, bool ROWS, class X>
-__device__ __forceinline__ void get_tile(
-    X* tile, const X* from, i64 row_stride, i64 col_stride, i64 first, int rows, int cols) {
-    if (ROWS)
-        load_along_rows<THREADS, R>(tile, from + first * col_stride, col_stride, rows, cols);
-    else
-        load_along_columns<THREADS, R>(tile, from + first, row_stride, rows, cols);
-}
-
 // Mean and rstd of a tile's rows; of those that do not exist, zero.
-template <int THREADS, int R, class X, class W, class A>
+template <class Op, int THREADS, int R, class X, class W, class A>
 __device__ __forceinline__ void get_stats(
     A* stats, const ColumnGradientArguments<X, W>& a, i64 outer, i64 m, int rows) {
     for (int r = threadIdx.x; r < R; r += THREADS) {
         const i64 at = outer * a.stats_outer + (m + r) * a.stats_row;
-        stats[r] = r < rows ? a.mean[at] : (A)0;
+        stats[r] = Op::center && r < rows ? a.mean[at] : (A)0;
         stats[R + r] = r < rows ? a.rstd[at] : (A)0;
     }
 }
 
 // Turns the tile of x into dx and adds to `totals` what each thread's columns have of dweight and dbias.
-template <int THREADS, int R, bool DX, bool DWEIGHT, bool DBIAS, bool HAS_WEIGHT, class X, class W, class A>
+template <class Op, int THREADS, int R, bool DX, bool DWEIGHT, bool DBIAS, bool HAS_WEIGHT, class X, class W, class A>
 __device__ __forceinline__ void differentiate_tile(
     X* x, const X* dy, const W* weight, int rows, int N, const A* stats, A* totals, int slots) {
     typedef Tile<X, R> Shape;
     const int span = column_span<THREADS>(N), lane = threadIdx.x % 32;
     const int turns = span < 32 ? R * span / 32 : R * span / THREADS;
     for (int n = threadIdx.x % span, slot = threadIdx.x; n < N; n += span, slot += THREADS) {
-        const A w = HAS_WEIGHT ? (A)to_float(weight[n]) : (A)1;
+        const A w = HAS_WEIGHT ? weight_of<Op>((A)to_float(weight[n])) : (A)1;
         A dweight = 0, dbias = 0;
         for (int i = span < 32 ? threadIdx.x / 32 : 0; i < turns; i += span < 32 ? THREADS / 32 : 1) {
             const int r = span < 32 ? row_of_turn(i, lane, span) : i * (THREADS / span) + (int)threadIdx.x / span;
@@ -219,8 +307,8 @@ __device__ __forceinline__ void put_tile(const X* tile, X* to, i64 row_stride, i
     }
 }
 
-template <int THREADS, int R, bool X_ROWS, bool DY_ROWS, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
-__device__ __forceinline__ void layer_norm_bwd_column(const ColumnGradientArguments<X, W>& a) {
+template <class Op, int THREADS, int R, bool X_ROWS, bool DY_ROWS, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
+__device__ __forceinline__ void norm_bwd_column(const ColumnGradientArguments<X, W>& a) {
     typedef typename Accumulator<X>::type A;
     typedef Tile<X, R> Shape;
     constexpr int PARTS = TileShare<THREADS, R, X>::PARTS;
@@ -243,15 +331,15 @@ __device__ __forceinline__ void layer_norm_bwd_column(const ColumnGradientArgume
         const X* from_dy = a.dy + outer * a.dy_outer + m * a.dy_row;
         get_tile<THREADS, R, X_ROWS>(x, from_x, a.x_row, a.x_col, 0, rows, N);
         get_tile<THREADS, R, DY_ROWS>(dy, from_dy, a.dy_row, a.dy_col, 0, rows, N);
-        get_stats<THREADS, R>(stats, a, outer, m, rows);
+        get_stats<Op, THREADS, R>(stats, a, outer, m, rows);
         staged();
         __syncthreads();
         TileSums<Shape::PAIR, TileShare<THREADS, R, X>::J, A> sums;
         sums.clear();
-        add_gradients<THREADS, R, HAS_WEIGHT>(x, dy, a.weight, rows, N, stats, sums);
-        put_gradients<THREADS, R, X>(sums, N, red, stats);
+        add_gradients<Op, THREADS, R, HAS_WEIGHT>(x, dy, a.weight, rows, N, stats, sums);
+        put_gradients<Op, THREADS, R, X>(sums, N, red, stats);
         __syncthreads();
-        differentiate_tile<THREADS, R, DX, DWEIGHT, DBIAS, HAS_WEIGHT>(
+        differentiate_tile<Op, THREADS, R, DX, DWEIGHT, DBIAS, HAS_WEIGHT>(
             x, dy, a.weight, rows, N, stats, totals, (int)a.slots);
         __syncthreads();  // dx is written by others than made it, and the next tile overwrites this one
         if (DX) {
@@ -267,5 +355,85 @@ __device__ __forceinline__ void layer_norm_bwd_column(const ColumnGradientArgume
         if (DBIAS)
             a.partials[((DWEIGHT ? (i64)gridDim.x : 0) + blockIdx.x) * N + n] =
                 column_total<THREADS>(totals + a.slots, n, N);
+    }
+}
+
+// ---- backward, in panels -----------------------------------------------------------------------------------
+// Rows that are longer than a pair of tiles: a tile of rows is swept twice by panels of
+// PANEL columns, first for the sums of its rows, then backwards for dx and the sums over rows, as the
+// last panel is still there and the ones before it are the likeliest to be in L2. x and dy are read
+// twice, but for the last panel, and dx is written once. The sums of a row are those of one tile: a panel
+// has a whole number of classes' rounds.
+//
+// A block's sums over rows go to its own partials after every panel: nobody else writes there, and a
+// tile reads and writes them once for its R rows. Shared memory as above, with
+// PANEL columns in place of N.
+
+// Adds what the threads of a block hold of `cols` columns to the block's partials at `to`; the first
+// tile finds nothing there.
+template <int THREADS, class A>
+__device__ __forceinline__ void add_partials(A* to, const A* totals, int cols, bool first_tile) {
+    for (int n = threadIdx.x; n < cols; n += THREADS) {
+        const A total = column_total<THREADS>(totals, n, cols);
+        to[n] = first_tile ? total : to[n] + total;
+    }
+}
+
+template <class Op, int THREADS, int R, int PANEL, bool X_ROWS, bool DY_ROWS, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
+__device__ __forceinline__ void norm_bwd_column_panels(const ColumnGradientArguments<X, W>& a) {
+    typedef typename Accumulator<X>::type A;
+    typedef Tile<X, R> Shape;
+    typedef TileShare<THREADS, R, X> Share;
+    static_assert(PANEL % TILE_CLASSES == 0, "or a panel would begin with another class");
+    constexpr int TILE_BYTES = (PANEL * Shape::PITCH * (int)sizeof(X) + 15) / 16 * 16;
+    DYNAMIC_SHARED(shared);
+    X* x = (X*)shared;
+    X* dy = (X*)(shared + TILE_BYTES);
+    A* red = (A*)(shared + 2 * TILE_BYTES);
+    A* stats = red + 3 * Share::PARTS * R;
+    A* totals = stats + 5 * R;
+    const i64 groups = (a.M + R - 1) / R, tiles = a.rows / a.M * groups;
+    const i64 panels = (a.N + PANEL - 1) / PANEL;
+
+    for (i64 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        const i64 outer = t / groups, m = (t - outer * groups) * R;
+        const int rows = at_most(a.M - m, R);
+        const X* from_x = a.x + outer * a.x_outer + m * a.x_row;
+        const X* from_dy = a.dy + outer * a.dy_outer + m * a.dy_row;
+        X* to = a.dx + outer * a.dx_outer + m * a.dx_row;
+        get_stats<Op, THREADS, R>(stats, a, outer, m, rows);
+        TileSums<Share::PAIR, Share::J, A> sums;
+        sums.clear();
+        // Panels 0, 1, ..., panels - 1 for the sums, then back to 0 for dx.
+        for (i64 step = 0; step < 2 * panels; ++step) {
+            const i64 first = (step < panels ? step : 2 * panels - 1 - step) * PANEL;
+            const int cols = at_most(a.N - first, PANEL);
+            const W* weight = HAS_WEIGHT ? a.weight + first : a.weight;
+            if (step != panels) {
+                __syncthreads();  // the panel before is done with
+                get_tile<THREADS, R, X_ROWS>(x, from_x, a.x_row, a.x_col, first, rows, cols);
+                get_tile<THREADS, R, DY_ROWS>(dy, from_dy, a.dy_row, a.dy_col, first, rows, cols);
+                staged();
+                __syncthreads();
+            }
+            if (step < panels) {
+                add_gradients<Op, THREADS, R, HAS_WEIGHT>(x, dy, weight, rows, cols, stats, sums);
+                if (step < panels - 1) continue;
+                put_gradients<Op, THREADS, R, X>(sums, a.N, red, stats);
+                __syncthreads();
+                continue;
+            }
+            if (DWEIGHT || DBIAS)  // each thread its own
+                for (int i = threadIdx.x; i < 2 * a.slots; i += THREADS) totals[i] = 0;
+            differentiate_tile<Op, THREADS, R, DX, DWEIGHT, DBIAS, HAS_WEIGHT>(
+                x, dy, weight, rows, cols, stats, totals, (int)a.slots);
+            __syncthreads();  // dx and the sums are read by others than made them
+            if (DX) put_tile<THREADS, R, X_ROWS>(x, to + first * a.dx_col, a.dx_row, a.dx_col, rows, cols);
+            A* partials = a.partials + (i64)blockIdx.x * a.N + first;
+            if (DWEIGHT) add_partials<THREADS>(partials, totals, cols, t == blockIdx.x);
+            if (DBIAS)
+                add_partials<THREADS>(
+                    partials + (DWEIGHT ? (i64)gridDim.x * a.N : 0), totals + a.slots, cols, t == blockIdx.x);
+        }
     }
 }

@@ -1,0 +1,388 @@
+// K3 and K4: rows beyond 32 KiB in shared memory, of one block or of a cluster of 2, 4 or 8 (sm_90 and
+// newer). Forward and backward.
+
+// ---- forward -----------------------------------------------------------------------------------------
+// Each block stages a run of the row's chunks (K3: all), a chunk at a time: the sums of a chunk begin when
+// it has arrived, while the chunks after it are on their way. The blocks of a cluster send the moments of
+// their chunks to each other, and all merge them in the tree of K5, so that a row has the same bits in all
+// three. With several blocks on a multiprocessor one stores while others load.
+//
+// With a residual the row comes through registers, and lies in columns.
+//
+// Shared memory, for the most chunks that a block holds: Vec staged[most * CHUNK_THREADS * CHUNK_VECS + 1]
+// (K3: ceil(N / V) + 1), u64 arrived[most], A partial[most][CHUNK_PARTIALS]; K4 then A moments[chunks][3].
+
+// The moments of all chunks of a row, merged as K5 merges its sections: 32 at a time, then those.
+template <class X, class A, class Of>
+__device__ __forceinline__ Moments<A> merge_chunks(const Of& moments_of, int chunks, int N, A p, int lane) {
+    const A shift = moments_of(0).hi;
+    Run<A> run = {0, 0, 0};
+    for (int c = lane; c - lane < chunks; c += 32) {
+        Run<A> mine = {0, 0, 0};
+        if (c < chunks) mine = run_of(moments_of(c), (A)at_most(N - c * Chunk<X>::cols, Chunk<X>::cols), shift);
+        run = merge(run, warp_merge(mine, p), p);
+    }
+    return Moments<A>{shift, run.mean, run.m2};
+}
+
+// x + residual, rounded, to shared memory and to `sum`: this block's columns [begin, begin + n).
+template <class Op, bool ALIGNED, int GROUPS, class X, class W, class B>
+__device__ __forceinline__ void bring_sums(
+    StagedRow<X>& staged, const RowArguments<X, W, B>& a, i64 row, int begin, int n, int chunks, int group, int warp,
+    int lane) {
+    constexpr int V = PerVec<X>::count;
+    for (int c = group; c < chunks; c += GROUPS) {
+        const WarpPart<X> part(n, c, warp);
+        LoadedRow<Op, 32, CHUNK_VECS> loaded;
+        load_row<Op, ALIGNED>(loaded, a, row, begin + part.first, part.n, lane);
+        take_row<Op, ALIGNED>(loaded, a, row, begin + part.first, part.n, lane);
+#pragma unroll
+        for (int k = 0; k < CHUNK_VECS; ++k)
+            if ((k * 32 + lane) * V < part.n) staged.at[part.first / V + k * 32 + lane] = loaded.x.v[k];
+    }
+    staged.skew = 0;
+}
+
+template <class Op, bool ALIGNED, int CLUSTER, int THREADS, int STAGING, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
+__device__ __forceinline__ void norm_fwd_shared(const RowArguments<X, W, B>& a) {
+    typedef typename Accumulator<X>::type A;
+    constexpr int GROUPS = THREADS / CHUNK_THREADS, COLS = Chunk<X>::cols, V = PerVec<X>::count;
+    constexpr bool HELD = ALIGNED && sizeof(X) < 8;  // or there are too few registers
+    DYNAMIC_SHARED(shared);
+    int rank = 0;
+    if constexpr (CLUSTER > 1) {
+        rank = cluster_rank();
+        cluster_arrive();  // this block has started
+    }
+    const int N = (int)a.N;
+    const int chunks = (N + COLS - 1) / COLS, most = (chunks + CLUSTER - 1) / CLUSTER;
+    const ChunkRun own = chunks_of_block<CLUSTER>(chunks, rank);
+    const int begin = own.begin * COLS, n_own = at_most(N - begin, own.count * COLS);
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32 % CHUNK_WARPS;
+    const int group = threadIdx.x / CHUNK_THREADS;
+    const i64 row = blockIdx.x / CLUSTER;
+    const A p = factor_for<A>(a.N);
+    StagedRow<X> staged(
+        (Vec*)shared, a.x + row_offset(row, a.rows, a.M, a.x_outer, a.x_row) + begin, n_own);
+    u64* arrived = (u64*)(staged.at + (CLUSTER > 1 ? most * CHUNK_THREADS * CHUNK_VECS : staged.vecs) + 1);
+    A* partials = (A*)(arrived + most);
+    A* moments = partials + most * CHUNK_PARTIALS;
+    if constexpr (Op::residual)
+        bring_sums<Op, ALIGNED, GROUPS>(staged, a, row, begin, n_own, own.count, group, warp, lane);
+    else
+        start_row<ALIGNED, STAGING, THREADS>(staged, arrived, own.count);
+
+    Segment<32, CHUNK_VECS> s[1];
+    Look<Op, X> look;
+    Moments<A> m;
+    A scale;
+    for (;;) {
+        if (!look.again()) {
+            for (int i = group; i < own.count; i += GROUPS) {
+                if constexpr (!Op::residual) wait_for_chunk(staged, arrived, i);
+                take_part<ALIGNED>(s[0], staged, WarpPart<X>(n_own, i, warp), lane);
+                const A sum = warp_sum<32>(lane_sum<X, A>(s[0].v));
+                if (lane == 0) partials[i * CHUNK_PARTIALS + warp] = sum;
+            }
+            __syncthreads();
+        }
+        for (int i = group; i < own.count; i += GROUPS) {
+            if constexpr (!Op::center && !Op::residual) wait_for_chunk(staged, arrived, i);
+            const WarpPart<X> part(n_own, i, warp);
+            take_part<ALIGNED>(s[0], staged, part, lane);
+            put_deviations<Op, ALIGNED>(
+                partials + i * CHUNK_PARTIALS, s[0], look, p, at_most(n_own - i * COLS, COLS), part.n, warp, lane);
+        }
+        __syncthreads();
+        const auto of_chunk = [&](int c) {
+            return chunk_moments(look, partials + (c - own.begin) * CHUNK_PARTIALS, at_most(N - c * COLS, COLS), p);
+        };
+        if constexpr (CLUSTER == 1) {
+            m = merge_chunks<X>(of_chunk, chunks, N, p, lane);
+        } else {
+            if (!look.turn) cluster_wait();  // all blocks have started
+            const int sent = threadIdx.x / CLUSTER, to = threadIdx.x % CLUSTER;
+            if (sent < own.count) {
+                A* here = moments + 3 * (own.begin + sent);
+                m = of_chunk(own.begin + sent);
+                send(here, to, m.hi);
+                send(here + 1, to, m.lo);
+                send(here + 2, to, m.m2);
+            }
+            cluster_arrive();
+            cluster_wait();
+            const auto received = [&](int c) { return Moments<A>{moments[3 * c], moments[3 * c + 1], moments[3 * c + 2]}; };
+            m = merge_chunks<X>(received, chunks, N, p, lane);
+        }
+        scale = look.scale;
+        if (!look.next(m.hi, m.lo, m.m2, a.N, a.eps)) break;  // of all blocks or of none
+        if constexpr (CLUSTER > 1) {  // all have read what is sent anew
+            cluster_arrive();
+            cluster_wait();
+        } else {
+            __syncthreads();
+        }
+    }
+    const RowStats<A> stats[1] = {row_stats(m, p, scale, (A)N, a.eps)};
+    if (rank == 0 && threadIdx.x == 0) store_stats(a.mean, a.rstd, row, stats[0]);
+
+    for (int i = group; i < own.count; i += GROUPS) {
+        const WarpPart<X> part(n_own, i, warp);
+        take_part<ALIGNED>(s[0], staged, part, lane);
+        const int first = begin + (part.n ? part.first : 0);
+        const Affine<HAS_WEIGHT, HELD, ALIGNED, 32, CHUNK_VECS, V, W> weight(a.weight + (HAS_WEIGHT ? first : 0), part.n, lane);
+        const Affine<HAS_BIAS, HELD, ALIGNED, 32, CHUNK_VECS, V, B> bias(a.bias + (HAS_BIAS ? first : 0), part.n, lane);
+        X* const y[1] = {place_of(a, row, first, part.n)};
+        const int count[1] = {part.n};
+        normalize_to<Op>(y, count, s, stats, weight, bias, lane);
+    }
+}
+
+// ---- K3 backward: rows beyond K2's whose dweight and dbias fit shared memory ----------------------------
+// As K2, but the sums over rows lie in shared memory. Where x and dy of one row fit beside them, the next
+// row is copied there while a row is worked on, and costs no registers. Elsewhere it is fetched into
+// registers if they hold it (AHEAD).
+//
+// Shared memory: SharedTotals, then A sums[2][3][WARPS]; with copies then Vec x[vecs + 1], dy[vecs + 1],
+// stats, u64 arrival.
+
+// The row that comes next, copied to shared memory.
+template <class Op, bool ALIGNED, int STAGING, bool AHEAD, int THREADS, int VECS, class X>
+struct NextGradient {
+    typedef typename Accumulator<X>::type A;
+    StagedRow<X> x, dy;
+    Vec* stats;  // mean and rstd
+    u64* arrival;
+    u32 phase;
+    // What a few threads bring through registers: x's ends in the second warp, dy's in the third, the
+    // statistics in the fourth. It is loaded when the copies start, and put in its place later.
+    Vec carried;
+
+    __device__ __forceinline__ NextGradient(void* at, int N)
+        : x((Vec*)at, (const X*)0, N), dy(x.at + x.vecs + 1, (const X*)0, N), phase(0) {
+        stats = dy.at + x.vecs + 1;
+        arrival = (u64*)(stats + 1);
+        if (threadIdx.x == 0) arrival_init(arrival, arrivals<STAGING, THREADS>());
+        __syncthreads();
+    }
+
+    template <class W>
+    __device__ __forceinline__ void start(const GradientArguments<X, W>& a, i64 row, i64, int, int) {
+        if (row >= a.rows) return;
+        x = StagedRow<X>(x.at, a.x + row_offset(row, a.rows, a.M, a.x_outer, a.x_row), (int)a.N);
+        dy = StagedRow<X>(dy.at, a.dy + row_offset(row, a.rows, a.M, a.dy_outer, a.dy_row), (int)a.N);
+        const int x_granules = x.granules_of(0, x.vecs), dy_granules = dy.granules_of(0, dy.vecs);
+        if (STAGING == STAGE_BULK && threadIdx.x == 0) {
+            fence_bulk();
+            arrive_expecting(arrival, 16 * (x_granules + dy_granules));
+        }
+        x.template copy<STAGING, THREADS>(0, x_granules, arrival);
+        dy.template copy<STAGING, THREADS>(0, dy_granules, arrival);
+        if (STAGING == STAGE_ASYNC) arrive_with_copies(arrival);
+        if (!ALIGNED && threadIdx.x / 2 == 16) carried = x.load_edge(threadIdx.x % 2);
+        if (!ALIGNED && threadIdx.x / 2 == 32) carried = dy.load_edge(threadIdx.x % 2);
+        if (threadIdx.x == 96) {
+            const A t[16 / sizeof(A)] = {Op::center ? a.mean[row] : (A)0, a.rstd[row]};
+            pack(carried, t, (const A*)0);
+        }
+    }
+
+    // To be called between `start` and a barrier that comes before the row is taken.
+    __device__ __forceinline__ void put_carried() const {
+        if (!ALIGNED && threadIdx.x / 2 == 16) x.put_edge(threadIdx.x % 2, carried);
+        if (!ALIGNED && threadIdx.x / 2 == 32) dy.put_edge(threadIdx.x % 2, carried);
+        if (threadIdx.x == 96) *stats = carried;
+    }
+
+    template <class W>
+    __device__ __forceinline__ void take(
+        GradientRow<32, VECS, A>& r, const GradientArguments<X, W>&, i64, i64, int, int lane) {
+        wait_for(arrival, phase);
+        phase ^= 1;
+        const int mine = threadIdx.x / 32 * 32 * VECS + lane;
+#pragma unroll
+        for (int k = 0; k < VECS; ++k) {
+            r.x.v[k] = x.template columns<ALIGNED>(mine + k * 32);
+            r.dy.v[k] = dy.template columns<ALIGNED>(mine + k * 32);
+        }
+        A t[16 / sizeof(A)];
+        unpack(load_shared16(stats), t, (const A*)0);
+        r.mean = t[0];
+        r.rstd = t[1];
+        __syncthreads();  // before the next copies
+    }
+    __device__ __forceinline__ void settle(GradientRow<32, VECS, A>&, int) const {}
+};
+
+// The same in registers, or fetched when it is its turn.
+template <class Op, bool ALIGNED, bool AHEAD, int THREADS, int VECS, class X>
+struct NextGradient<Op, ALIGNED, STAGE_REGISTERS, AHEAD, THREADS, VECS, X> {
+    typedef typename Accumulator<X>::type A;
+    GradientRow<32, VECS, A> next;
+
+    __device__ __forceinline__ NextGradient(void*, int) {}
+    template <class W>
+    __device__ __forceinline__ void start(const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
+        if (AHEAD) fetch<Op, ALIGNED>(next, a, row, first, n, lane);
+    }
+    __device__ __forceinline__ void put_carried() const {}
+    template <class W>
+    __device__ __forceinline__ void take(
+        GradientRow<32, VECS, A>& r, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
+        if (AHEAD)
+            r = next;
+        else
+            fetch<Op, ALIGNED>(r, a, row, first, n, lane);
+    }
+    __device__ __forceinline__ void settle(GradientRow<32, VECS, A>& r, int lane) const { to_columns<ALIGNED, X>(r, lane); }
+};
+
+template <class Op, bool ALIGNED, int THREADS, int VECS, int STAGING, bool AHEAD, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
+__device__ __forceinline__ void norm_bwd_shared(const GradientArguments<X, W>& a) {
+    typedef typename Accumulator<X>::type A;
+    constexpr int V = PerVec<X>::count;
+    constexpr int WARPS = THREADS / 32;
+    constexpr int COLS = 32 * VECS * V;  // columns of one warp
+    typedef SharedTotals<THREADS, A, V> Totals;
+    DYNAMIC_SHARED(shared);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first = warp * COLS;
+    const int n = at_most(a.N - first, COLS);
+    Totals totals = {shared + 16 * threadIdx.x, DWEIGHT ? VECS * Totals::PER_VEC : 0};
+    A* sums = (A*)(shared + ((int)DWEIGHT + (int)DBIAS) * VECS * Totals::PER_VEC);
+    totals.template clear<VECS, DWEIGHT, DBIAS>();
+
+    NextGradient<Op, ALIGNED, STAGING, AHEAD, THREADS, VECS, X> next(sums + 2 * 3 * WARPS, (int)a.N);
+    next.start(a, blockIdx.x, first, n, lane);
+    next.put_carried();
+    if (STAGING != STAGE_REGISTERS) __syncthreads();
+    const Affine<HAS_WEIGHT, false, ALIGNED, 32, VECS, V, W> weight(a.weight + (HAS_WEIGHT && n ? first : 0), n, lane);
+    int half = 0;
+    for (i64 row = blockIdx.x; row < a.rows; row += gridDim.x) {
+        GradientRow<32, VECS, A> r;
+        Segment<32, VECS> dsum;
+        next.take(r, a, row, first, n, lane);
+        next.start(a, row + gridDim.x, first, n, lane);
+        next.settle(r, lane);
+        const GradientSums<A> mine = lane_sums<Op, HAS_WEIGHT, ALIGNED, X>(r, weight, n, lane);
+        // Not before: here threads have no registers to spare.
+        if (Op::residual && DX) fetch_dsum<ALIGNED>(dsum, a, row, first, n, lane);
+        if (row + gridDim.x < a.rows) next.put_carried();
+        const RowGradient<A> c = row_gradient<Op>(block_sums<Op, WARPS>(sums + half, mine, warp, lane), a.N);
+        half = 3 * WARPS - half;
+        finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(r, c, a, weight, dsum, row, first, n, lane, totals);
+    }
+    totals.template leave<X, VECS, DWEIGHT, DBIAS>(a.partials, blockIdx.x, gridDim.x, a.N, first, n, lane);
+}
+
+// ---- K4 backward: rows beyond K3's, 2, 4 or 8 blocks per row --------------------------------------------
+// Each block holds a run of the row's chunks of x and dy in registers, and dweight and dbias of its own
+// columns in shared memory, which shrink with the size of the cluster. The sums of every chunk go to all
+// blocks of the cluster and are added in the tree of K5, so that dx has the bits that K5 gives it.
+// Clusters go round the rows as blocks do in K3.
+//
+// Shared memory: SharedTotals, then A sums[SLOTS][3][CHUNK_WARPS] of this block's chunks, then
+// A all[2][chunks][3]: peers send the next row's while this row's are read.
+
+// Adds the warps' sums of every chunk of this block, and sends them to all blocks. By one warp: eight
+// lanes have one chunk, and each of them the block that it sends to.
+template <class Op, int CLUSTER, class A>
+__device__ __forceinline__ void send_sums(const A* sums, A* all, const ChunkRun& own, int lane) {
+    const int slot = lane / CHUNK_WARPS, to = lane % CHUNK_WARPS;
+    GradientSums<A> s = {0, 0, 0};
+    if (slot < own.count) {
+        const A* from = sums + slot * 3 * CHUNK_WARPS + lane % CHUNK_WARPS;
+        s = GradientSums<A>{from[0], from[CHUNK_WARPS], from[2 * CHUNK_WARPS]};
+    }
+    s = warp_sum<Op, CHUNK_WARPS>(s);
+    if (slot >= own.count || to >= CLUSTER) return;
+    A* there = all + 3 * (own.begin + slot);
+    send(there, to, s.h);
+    send(there + 1, to, s.g);
+    send(there + 2, to, s.gh);
+}
+
+template <class Op, bool ALIGNED, int CLUSTER, int THREADS, int CHUNKS, bool AHEAD, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
+__device__ __forceinline__ void norm_bwd_cluster(const GradientArguments<X, W>& a) {
+    typedef typename Accumulator<X>::type A;
+    constexpr int V = PerVec<X>::count;
+    constexpr int GROUPS = THREADS / CHUNK_THREADS, SLOTS = GROUPS * CHUNKS;
+    constexpr int COLS = Chunk<X>::cols, WARP_COLS = Chunk<X>::warp_cols;
+    typedef SharedTotals<THREADS, A, V> Totals;
+    typedef GradientRow<32, CHUNK_VECS, A> Part;
+    typedef Affine<HAS_WEIGHT, false, ALIGNED, 32, CHUNK_VECS, V, W> Weight;
+    static_assert(SLOTS * CHUNK_WARPS <= 32 && SLOTS * CLUSTER <= 32, "one warp sends and merges");
+    DYNAMIC_SHARED(shared);
+    const int rank = cluster_rank();
+    cluster_arrive();  // this block has started
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % CHUNK_WARPS;
+    const int group = threadIdx.x / CHUNK_THREADS;
+    const int chunks = (int)((a.N + COLS - 1) / COLS);
+    const ChunkRun own = chunks_of_block<CLUSTER>(chunks, rank);
+    const i64 cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+    int first[CHUNKS], n[CHUNKS];
+#pragma unroll
+    for (int j = 0; j < CHUNKS; ++j) {
+        const int slot = j * GROUPS + group;
+        first[j] = (own.begin + slot) * COLS + warp * WARP_COLS;
+        n[j] = slot < own.count ? at_most(a.N - first[j], WARP_COLS) : 0;
+    }
+    Totals totals = {shared + 16 * threadIdx.x, DWEIGHT ? CHUNKS * CHUNK_VECS * Totals::PER_VEC : 0};
+    A* sums = (A*)(shared + ((int)DWEIGHT + (int)DBIAS) * CHUNKS * CHUNK_VECS * Totals::PER_VEC);
+    A* all = sums + SLOTS * 3 * CHUNK_WARPS;
+    totals.template clear<CHUNKS * CHUNK_VECS, DWEIGHT, DBIAS>();
+
+    Part next[CHUNKS];
+#pragma unroll
+    for (int j = 0; j < CHUNKS; ++j)
+        if (AHEAD) fetch<Op, ALIGNED>(next[j], a, cluster, first[j], n[j], lane);
+    cluster_wait();  // all blocks have started
+    int half = 0;
+    for (i64 row = cluster; row < a.rows; row += clusters) {
+        Part r[CHUNKS];
+        Segment<32, CHUNK_VECS> dsum[CHUNKS];
+#pragma unroll
+        for (int j = 0; j < CHUNKS; ++j) {
+            if (AHEAD)
+                r[j] = next[j];
+            else
+                fetch<Op, ALIGNED>(r[j], a, row, first[j], n[j], lane);
+            if (Op::residual && DX) fetch_dsum<ALIGNED>(dsum[j], a, row, first[j], n[j], lane);
+        }
+#pragma unroll
+        for (int j = 0; j < CHUNKS; ++j) {
+            to_columns<ALIGNED, X>(r[j], lane);
+            const Weight weight(a.weight + (HAS_WEIGHT && n[j] ? first[j] : 0), n[j], lane);
+            const GradientSums<A> s =
+                warp_sum<Op, 32>(lane_sums<Op, HAS_WEIGHT, ALIGNED, X>(r[j], weight, n[j], lane));
+            put_sums<CHUNK_WARPS>(sums + (j * GROUPS + group) * 3 * CHUNK_WARPS, s, warp, lane);
+        }
+        __syncthreads();
+        if (threadIdx.x < 32) send_sums<Op, CLUSTER>(sums, all + half, own, lane);
+        cluster_arrive();
+        // Only now: the arrival waits for every load that was issued before it.
+#pragma unroll
+        for (int j = 0; j < CHUNKS; ++j)
+            if (AHEAD) fetch<Op, ALIGNED>(next[j], a, row + clusters, first[j], n[j], lane);
+        cluster_wait();
+        GradientSums<A> s = {0, 0, 0};
+        if (lane < chunks) {
+            const A* from = all + half + 3 * lane;
+            s = GradientSums<A>{from[0], from[1], from[2]};
+        }
+        half = 3 * chunks - half;
+        const RowGradient<A> c = row_gradient<Op>(warp_sum<Op, 32>(s), a.N);
+#pragma unroll
+        for (int j = 0; j < CHUNKS; ++j) {
+            Totals mine = totals.from(j * CHUNK_VECS);
+            const Weight weight(a.weight + (HAS_WEIGHT && n[j] ? first[j] : 0), n[j], lane);
+            finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(
+                r[j], c, a, weight, dsum[j], row, first[j], n[j], lane, mine);
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < CHUNKS; ++j)
+        totals.from(j * CHUNK_VECS)
+            .template leave<X, CHUNK_VECS, DWEIGHT, DBIAS>(a.partials, cluster, clusters, a.N, first[j], n[j], lane);
+}
