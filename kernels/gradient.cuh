@@ -41,7 +41,6 @@ __device__ __forceinline__ i64 pitch_of(i64 N) {
 template <int LANES, int VECS, class A>
 struct GradientRow {
     Segment<LANES, VECS> x, dy;
-    int x_skew, dy_skew, n;
     A mean, rstd;
 };
 
@@ -50,37 +49,27 @@ template <class Op, bool ALIGNED, int LANES, int VECS, class X, class W, class A
 __device__ __forceinline__ void fetch(
     GradientRow<LANES, VECS, A>& r, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
     const bool live = row < a.rows;
-    r.n = n = live ? n : 0;
-    const X* x = a.x + (n ? row_offset(row, a.rows, a.M, a.x_outer, a.x_row) + first : 0);
-    const X* dy = a.dy + (n ? row_offset(row, a.rows, a.M, a.dy_outer, a.dy_row) + first : 0);
-    r.x_skew = skew_of(x);
-    r.dy_skew = skew_of(dy);
-    load_granules<ALIGNED>(r.x, x, n, lane);
-    load_granules<ALIGNED>(r.dy, dy, n, lane);
+    if (!live) n = 0;
+    load_granules<ALIGNED>(r.x, row_at(a.x, a, a.x_outer, a.x_row, row, first, n), n, lane);
+    load_granules<ALIGNED>(r.dy, row_at(a.dy, a, a.dy_outer, a.dy_row, row, first, n), n, lane);
     r.mean = Op::center && live ? a.mean[row] : (A)0;
     r.rstd = live ? a.rstd[row] : (A)0;
 }
 
 template <bool ALIGNED, class X, int LANES, int VECS, class A>
-__device__ __forceinline__ void to_columns(GradientRow<LANES, VECS, A>& r, int lane) {
-    granules_to_columns<ALIGNED, X>(r.x, r.x_skew, r.n, lane);
-    granules_to_columns<ALIGNED, X>(r.dy, r.dy_skew, r.n, lane);
+__device__ __forceinline__ void to_columns(GradientRow<LANES, VECS, A>& r, int n, int lane) {
+    granules_to_columns<ALIGNED, X>(r.x, n, lane);
+    granules_to_columns<ALIGNED, X>(r.dy, n, lane);
 }
 
-// dsum of the same columns; it is asked for while the sums of the row are taken, and waited for after them.
-template <bool ALIGNED, int LANES, int VECS, class X, class W>
+// dsum of the same columns, where there is one: asked for while the sums of the row are taken.
+template <class Op, bool ALIGNED, int LANES, int VECS, class X, class W>
 __device__ __forceinline__ void fetch_dsum(
     Segment<LANES, VECS>& s, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
-    if (row >= a.rows) n = 0;
-    load_granules<ALIGNED>(
-        s, a.dsum + (n ? row_offset(row, a.rows, a.M, a.dsum_outer, a.dsum_row) + first : 0), n, lane);
-}
-template <bool ALIGNED, int LANES, int VECS, class X, class W>
-__device__ __forceinline__ void take_dsum(
-    Segment<LANES, VECS>& s, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
-    if (row >= a.rows) n = 0;
-    const X* p = a.dsum + (n ? row_offset(row, a.rows, a.M, a.dsum_outer, a.dsum_row) + first : 0);
-    granules_to_columns<ALIGNED, X>(s, skew_of(p), n, lane);
+    if constexpr (Op::residual) {
+        if (row >= a.rows) n = 0;
+        load_granules<ALIGNED>(s, row_at(a.dsum, a, a.dsum_outer, a.dsum_row, row, first, n), n, lane);
+    }
 }
 
 // sum(h), sum(g), sum(g * h).
@@ -222,12 +211,12 @@ template <class Op, bool DX, bool DWEIGHT, bool DBIAS, bool HAS_WEIGHT, bool ALI
 __device__ __forceinline__ void finish_row(
     GradientRow<LANES, VECS, A>& r, const RowGradient<A>& c, const GradientArguments<X, W>& a, const Weight& weight,
     Segment<LANES, VECS>& dsum, i64 row, i64 first, int n, int lane, Totals& totals) {
-    if (Op::residual && DX) take_dsum<ALIGNED>(dsum, a, row, first, n, lane);
+    if constexpr (Op::residual) granules_to_columns<ALIGNED, X>(dsum, n, lane);
     differentiate<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED, X>(r, c, weight, dsum, n, lane, totals);
-    if (!DX) return;
-    if (row >= a.rows) n = 0;
-    store_columns<ALIGNED>(
-        r.x, a.dx + (n ? row_offset(row, a.rows, a.M, a.dx_outer, a.dx_row) + first : 0), n, lane);
+    if constexpr (DX) {
+        if (row >= a.rows) n = 0;
+        store_columns<ALIGNED>(r.x, row_at(a.dx, a, a.dx_outer, a.dx_row, row, first, n), n, lane);
+    }
 }
 
 // ---- sums of V accumulators, in 16-byte pieces -----------------------------------------------------

@@ -55,7 +55,7 @@ __device__ __forceinline__ void norm_fwd_warp(const RowArguments<X, W, B>& a) {
     for (int r = 0; r < ROWS; ++r) {
         const i64 row = first + r * GROUPS;
         n[r] = row < a.rows ? N : 0;
-        y[r] = place_of(a, row, 0, n[r]);
+        y[r] = row_at(a.y, a, a.y_outer, a.y_row, row, 0, n[r]);
         if (n[r] && lane == 0) store_stats(a.mean, a.rstd, row, stats[r]);
     }
     normalize_to<Op>(y, n, s, stats, weight, bias, lane);
@@ -84,8 +84,8 @@ __device__ __forceinline__ void norm_fwd_block(const RowArguments<X, W, B>& a) {
 
     LoadedRow<Op, 32, VECS> loaded;
     load_row<Op, ALIGNED>(loaded, a, row, first, n, lane);
-    const Affine<HAS_WEIGHT, HELD, ALIGNED, 32, VECS, V, W> weight(a.weight + (HAS_WEIGHT ? first : 0), n, lane);
-    const Affine<HAS_BIAS, HELD, ALIGNED, 32, VECS, V, B> bias(a.bias + (HAS_BIAS ? first : 0), n, lane);
+    const Affine<HAS_WEIGHT, HELD, ALIGNED, 32, VECS, V, W> weight(a.weight + first, n, lane);
+    const Affine<HAS_BIAS, HELD, ALIGNED, 32, VECS, V, B> bias(a.bias + first, n, lane);
     take_row<Op, ALIGNED>(loaded, a, row, first, n, lane);
     Segment<32, VECS> s[1] = {loaded.x};
 
@@ -116,7 +116,7 @@ __device__ __forceinline__ void norm_fwd_block(const RowArguments<X, W, B>& a) {
     const RowStats<A> stats[1] = {row_stats(m, p, look.scale, N, a.eps)};
 
     if (threadIdx.x == 0) store_stats(a.mean, a.rstd, row, stats[0]);
-    X* const y[1] = {place_of(a, row, first, n)};
+    X* const y[1] = {row_at(a.y, a, a.y_outer, a.y_row, row, first, n)};
     const int of_row[1] = {n};
     normalize_to<Op>(y, of_row, s, stats, weight, bias, lane);
 }
@@ -197,8 +197,8 @@ __device__ __forceinline__ void norm_bwd_warp(const GradientArguments<X, W>& a) 
         GradientRow<LANES, VECS, A> r = next;
         Segment<LANES, VECS> dsum;
         fetch<Op, ALIGNED>(next, a, row + step, 0, N, lane);
-        if (Op::residual && DX) fetch_dsum<ALIGNED>(dsum, a, row, 0, N, lane);
-        to_columns<ALIGNED, X>(r, lane);
+        fetch_dsum<Op, ALIGNED>(dsum, a, row, 0, N, lane);
+        to_columns<ALIGNED, X>(r, N, lane);
         const GradientSums<A> sums =
             warp_sum<Op, LANES>(lane_sums<Op, HAS_WEIGHT, ALIGNED, X>(r, weight, N, lane));
         const RowGradient<A> c = row_gradient<Op>(sums, a.N);
@@ -236,14 +236,14 @@ __device__ __forceinline__ void norm_bwd_block(const GradientArguments<X, W>& a)
     totals.clear();
     GradientRow<32, VECS, A> next;
     fetch<Op, ALIGNED>(next, a, blockIdx.x, first, n, lane);
-    const Affine<HAS_WEIGHT, true, ALIGNED, 32, VECS, V, W> weight(a.weight + (HAS_WEIGHT ? first : 0), n, lane);
+    const Affine<HAS_WEIGHT, true, ALIGNED, 32, VECS, V, W> weight(a.weight + first, n, lane);
     int half = 0;
     for (i64 row = blockIdx.x; row < a.rows; row += gridDim.x) {
         GradientRow<32, VECS, A> r = next;
         Segment<32, VECS> dsum;
         fetch<Op, ALIGNED>(next, a, row + gridDim.x, first, n, lane);
-        if (Op::residual && DX) fetch_dsum<ALIGNED>(dsum, a, row, first, n, lane);
-        to_columns<ALIGNED, X>(r, lane);
+        fetch_dsum<Op, ALIGNED>(dsum, a, row, first, n, lane);
+        to_columns<ALIGNED, X>(r, n, lane);
         const GradientSums<A> mine = lane_sums<Op, HAS_WEIGHT, ALIGNED, X>(r, weight, n, lane);
         const RowGradient<A> c = row_gradient<Op>(block_sums<Op, WARPS>(sums + half, mine, warp, lane), a.N);
         half = 3 * WARPS - half;

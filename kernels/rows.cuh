@@ -28,6 +28,13 @@ __device__ __forceinline__ i64 row_offset(i64 row, i64 rows, i64 M, i64 outer_st
     return outer * outer_stride + (row - outer * M) * row_stride;
 }
 
+// Where n columns of a row begin, from `first` on; anywhere if there are none.
+template <class T, class Arguments>
+__device__ __forceinline__ T* row_at(
+    T* p, const Arguments& a, i64 outer_stride, i64 row_stride, i64 row, i64 first, int n) {
+    return n ? p + row_offset(row, a.rows, a.M, outer_stride, row_stride) + first : p;
+}
+
 __device__ __forceinline__ int at_most(i64 n, int limit) {
     return n < 0 ? 0 : n < limit ? (int)n : limit;
 }
@@ -167,25 +174,6 @@ __device__ __forceinline__ void normalize_to(
 
 // ---- the residual ------------------------------------------------------------------------------------
 
-// A segment of x becomes x + residual, rounded, and is written to `sum`. Both are columns by now. Every
-// lane of the warp must come here.
-template <bool ALIGNED, class X, int LANES, int VECS>
-__device__ __forceinline__ void add_residual(
-    Segment<LANES, VECS>& s, const Segment<LANES, VECS>& residual, X* sum, int n, int lane) {
-    typedef typename Accumulator<X>::type A;
-#pragma unroll
-    for (int k = 0; k < VECS; ++k) {
-        A t[PerVec<X>::count], u[PerVec<X>::count];
-        unpack(s.v[k], t, (const X*)0);
-        unpack(residual.v[k], u, (const X*)0);
-#pragma unroll
-        for (int i = 0; i < PerVec<X>::count; ++i) t[i] += u[i];
-        pack(s.v[k], t, (const X*)0);
-    }
-    Segment<LANES, VECS> out = s;
-    store_columns<ALIGNED>(out, sum, n, lane);
-}
-
 // Loads n columns of a row of x and, where there is one, of the residual; `take_row` waits for them.
 template <class Op, int LANES, int VECS>
 struct LoadedRow {
@@ -195,29 +183,31 @@ struct LoadedRow {
 template <class Op, bool ALIGNED, int LANES, int VECS, class X, class W, class B>
 __device__ __forceinline__ void load_row(
     LoadedRow<Op, LANES, VECS>& s, const RowArguments<X, W, B>& a, i64 row, i64 first, int n, int lane) {
-    load_granules<ALIGNED>(
-        s.x, a.x + (n ? row_offset(row, a.rows, a.M, a.x_outer, a.x_row) + first : 0), n, lane);
-    if (Op::residual)
+    load_granules<ALIGNED>(s.x, row_at(a.x, a, a.x_outer, a.x_row, row, first, n), n, lane);
+    if constexpr (Op::residual)
         load_granules<ALIGNED>(
-            s.residual, a.residual + (n ? row_offset(row, a.rows, a.M, a.residual_outer, a.residual_row) + first : 0),
-            n, lane);
+            s.residual, row_at(a.residual, a, a.residual_outer, a.residual_row, row, first, n), n, lane);
 }
 
-// What is normalized, as columns. Every lane of the warp must come here.
+// What is normalized, as columns: x, or x + residual, rounded, which is also written to `sum`. Every lane of
+// the warp must come here.
 template <class Op, bool ALIGNED, int LANES, int VECS, class X, class W, class B>
 __device__ __forceinline__ void take_row(
     LoadedRow<Op, LANES, VECS>& s, const RowArguments<X, W, B>& a, i64 row, i64 first, int n, int lane) {
-    const i64 at = n ? row_offset(row, a.rows, a.M, a.x_outer, a.x_row) + first : 0;
-    granules_to_columns<ALIGNED, X>(s.x, skew_of(a.x + at), n, lane);
-    if (!Op::residual) return;
-    const i64 of_residual = n ? row_offset(row, a.rows, a.M, a.residual_outer, a.residual_row) + first : 0;
-    granules_to_columns<ALIGNED, X>(s.residual, skew_of(a.residual + of_residual), n, lane);
-    X* sum = a.sum + (n ? row_offset(row, a.rows, a.M, a.sum_outer, a.sum_row) + first : 0);
-    add_residual<ALIGNED>(s.x, s.residual, sum, n, lane);
-}
-
-// Where n columns of a row of y are.
-template <class X, class W, class B>
-__device__ __forceinline__ X* place_of(const RowArguments<X, W, B>& a, i64 row, i64 first, int n) {
-    return a.y + (n ? row_offset(row, a.rows, a.M, a.y_outer, a.y_row) + first : 0);
+    typedef typename Accumulator<X>::type A;
+    granules_to_columns<ALIGNED, X>(s.x, n, lane);
+    if constexpr (Op::residual) {
+        granules_to_columns<ALIGNED, X>(s.residual, n, lane);
+#pragma unroll
+        for (int k = 0; k < VECS; ++k) {
+            A t[PerVec<X>::count], u[PerVec<X>::count];
+            unpack(s.x.v[k], t, (const X*)0);
+            unpack(s.residual.v[k], u, (const X*)0);
+#pragma unroll
+            for (int i = 0; i < PerVec<X>::count; ++i) t[i] += u[i];
+            pack(s.x.v[k], t, (const X*)0);
+        }
+        Segment<LANES, VECS> out = s.x;
+        store_columns<ALIGNED>(out, row_at(a.sum, a, a.sum_outer, a.sum_row, row, first, n), n, lane);
+    }
 }

@@ -17,6 +17,7 @@ struct Segment {
     Vec v[VECS];
     Vec extra;  // the granule that ends in part, until `granules_to_columns`; after `columns_to_granules`
                 // granule LANES * VECS, which only a skewed segment has
+    int skew;  // of what was loaded
 };
 
 __device__ __forceinline__ int skew_of(const void* p) { return (int)((u64)p & 15u); }
@@ -46,36 +47,16 @@ __device__ __forceinline__ void settle_front(Vec& v, int at) {
     }
 }
 
-// One naturally aligned piece of a granule: does [at, at + BYTES) lie in it, and if so move on.
-template <int BYTES>
-__device__ __forceinline__ bool takes_piece(int at, int end, bool rising) {
-    return at + BYTES <= end && (!rising || (at & BYTES));
-}
-
-template <int BYTES, int ELEMENT>
-__device__ __forceinline__ void store_piece(const Vec& v, unsigned char* p, int& at, int end, bool rising) {
-    if (BYTES < ELEMENT || !takes_piece<BYTES>(at, end, rising)) return;
-    if (BYTES == 8) {
-        const u32 lo = at ? v.w[2] : v.w[0], hi = at ? v.w[3] : v.w[1];
-        *(u64*)(p + at) = (u64)lo | (u64)hi << 32;
-    } else {
-        const u32 word = at & 8 ? (at & 4 ? v.w[3] : v.w[2]) : (at & 4 ? v.w[1] : v.w[0]);
-        if (BYTES == 4)
-            *(u32*)(p + at) = word;
-        else
-            *(u16*)(p + at) = (u16)(word >> 8 * (at & 2));
-    }
-    at += BYTES;
-}
-
 template <int ELEMENT>
 __device__ __forceinline__ void store_partial(const Vec& v, unsigned char* p, int at, int end) {
-    store_piece<2, ELEMENT>(v, p, at, end, true);
-    store_piece<4, ELEMENT>(v, p, at, end, true);
-    store_piece<8, ELEMENT>(v, p, at, end, true);
-    store_piece<8, ELEMENT>(v, p, at, end, false);
-    store_piece<4, ELEMENT>(v, p, at, end, false);
-    store_piece<2, ELEMENT>(v, p, at, end, false);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int first = 4 * i, half = first + (at > first ? 2 : 0);
+        if (at <= first && first + 4 <= end)
+            *(u32*)(p + first) = v.w[i];
+        else if (ELEMENT == 2 && at <= half && half + 2 <= end)
+            *(u16*)(p + half) = (u16)(v.w[i] >> 8 * (half - first));
+    }
 }
 
 // Granules of the n elements at p, as they lie in memory; bytes outside the segment read as zero. The
@@ -95,9 +76,10 @@ __device__ __forceinline__ void load_granules(Segment<LANES, VECS>& s, const T* 
             s.v[k] = Vec{{0u, 0u, 0u, 0u}};
     }
     if constexpr (!ALIGNED) {
+        const int tail = end >> 4;
+        s.skew = skew;
         s.extra = Vec{{0u, 0u, 0u, 0u}};
         if (head && lane == 0 && n > 0) s.v[0] = load_partial<sizeof(T)>(base, skew, end < 16 ? end : 16);
-        const int tail = end >> 4;  // the granule that ends in part
         if ((end & 15) && tail >= head && lane == tail % LANES)
             s.extra = load_partial<sizeof(T)>(base + 16 * tail, 0, end & 15);
     }
@@ -133,10 +115,10 @@ __device__ __forceinline__ Vec shuffle(const Vec& v, int from) {
 // From granules to columns. Every lane of the warp must come here, whatever its row's skew: a warp
 // may hold several rows, and the shuffles name all 32 lanes.
 template <bool ALIGNED, class T, int LANES, int VECS>
-__device__ __forceinline__ void granules_to_columns(Segment<LANES, VECS>& s, int skew, int n, int lane) {
+__device__ __forceinline__ void granules_to_columns(Segment<LANES, VECS>& s, int n, int lane) {
     if constexpr (!ALIGNED) {
+        const int skew = s.skew, tail = (skew + n * (int)sizeof(T)) >> 4;
         if (lane == 0) settle_front<sizeof(T)>(s.v[0], skew);
-        const int tail = (skew + n * (int)sizeof(T)) >> 4;
 #pragma unroll
         for (int k = 0; k < VECS; ++k)
             if (tail == k * LANES + lane && tail >= (skew != 0)) s.v[k] = s.extra;

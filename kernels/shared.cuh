@@ -131,9 +131,9 @@ __device__ __forceinline__ void norm_fwd_shared(const RowArguments<X, W, B>& a) 
         const WarpPart<X> part(n_own, i, warp);
         take_part<ALIGNED>(s[0], staged, part, lane);
         const int first = begin + (part.n ? part.first : 0);
-        const Affine<HAS_WEIGHT, HELD, ALIGNED, 32, CHUNK_VECS, V, W> weight(a.weight + (HAS_WEIGHT ? first : 0), part.n, lane);
-        const Affine<HAS_BIAS, HELD, ALIGNED, 32, CHUNK_VECS, V, B> bias(a.bias + (HAS_BIAS ? first : 0), part.n, lane);
-        X* const y[1] = {place_of(a, row, first, part.n)};
+        const Affine<HAS_WEIGHT, HELD, ALIGNED, 32, CHUNK_VECS, V, W> weight(a.weight + first, part.n, lane);
+        const Affine<HAS_BIAS, HELD, ALIGNED, 32, CHUNK_VECS, V, B> bias(a.bias + first, part.n, lane);
+        X* const y[1] = {row_at(a.y, a, a.y_outer, a.y_row, row, first, part.n)};
         const int count[1] = {part.n};
         normalize_to<Op>(y, count, s, stats, weight, bias, lane);
     }
@@ -212,7 +212,7 @@ struct NextGradient {
         r.rstd = t[1];
         __syncthreads();  // before the next copies
     }
-    __device__ __forceinline__ void settle(GradientRow<32, VECS, A>&, int) const {}
+    __device__ __forceinline__ void settle(GradientRow<32, VECS, A>&, int, int) const {}
 };
 
 // The same in registers, or fetched when it is its turn.
@@ -235,7 +235,7 @@ struct NextGradient<Op, ALIGNED, STAGE_REGISTERS, AHEAD, THREADS, VECS, X> {
         else
             fetch<Op, ALIGNED>(r, a, row, first, n, lane);
     }
-    __device__ __forceinline__ void settle(GradientRow<32, VECS, A>& r, int lane) const { to_columns<ALIGNED, X>(r, lane); }
+    __device__ __forceinline__ void settle(GradientRow<32, VECS, A>& r, int n, int lane) const { to_columns<ALIGNED, X>(r, n, lane); }
 };
 
 template <class Op, bool ALIGNED, int THREADS, int VECS, int STAGING, bool AHEAD, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
@@ -257,17 +257,17 @@ __device__ __forceinline__ void norm_bwd_shared(const GradientArguments<X, W>& a
     next.start(a, blockIdx.x, first, n, lane);
     next.put_carried();
     if (STAGING != STAGE_REGISTERS) __syncthreads();
-    const Affine<HAS_WEIGHT, false, ALIGNED, 32, VECS, V, W> weight(a.weight + (HAS_WEIGHT && n ? first : 0), n, lane);
+    const Affine<HAS_WEIGHT, false, ALIGNED, 32, VECS, V, W> weight(a.weight + first, n, lane);
     int half = 0;
     for (i64 row = blockIdx.x; row < a.rows; row += gridDim.x) {
         GradientRow<32, VECS, A> r;
         Segment<32, VECS> dsum;
         next.take(r, a, row, first, n, lane);
         next.start(a, row + gridDim.x, first, n, lane);
-        next.settle(r, lane);
+        next.settle(r, n, lane);
         const GradientSums<A> mine = lane_sums<Op, HAS_WEIGHT, ALIGNED, X>(r, weight, n, lane);
         // Not before: here threads have no registers to spare.
-        if (Op::residual && DX) fetch_dsum<ALIGNED>(dsum, a, row, first, n, lane);
+        fetch_dsum<Op, ALIGNED>(dsum, a, row, first, n, lane);
         if (row + gridDim.x < a.rows) next.put_carried();
         const RowGradient<A> c = row_gradient<Op>(block_sums<Op, WARPS>(sums + half, mine, warp, lane), a.N);
         half = 3 * WARPS - half;
@@ -348,12 +348,12 @@ __device__ __forceinline__ void norm_bwd_cluster(const GradientArguments<X, W>& 
                 r[j] = next[j];
             else
                 fetch<Op, ALIGNED>(r[j], a, row, first[j], n[j], lane);
-            if (Op::residual && DX) fetch_dsum<ALIGNED>(dsum[j], a, row, first[j], n[j], lane);
+            fetch_dsum<Op, ALIGNED>(dsum[j], a, row, first[j], n[j], lane);
         }
 #pragma unroll
         for (int j = 0; j < CHUNKS; ++j) {
-            to_columns<ALIGNED, X>(r[j], lane);
-            const Weight weight(a.weight + (HAS_WEIGHT && n[j] ? first[j] : 0), n[j], lane);
+            to_columns<ALIGNED, X>(r[j], n[j], lane);
+            const Weight weight(a.weight + first[j], n[j], lane);
             const GradientSums<A> s =
                 warp_sum<Op, 32>(lane_sums<Op, HAS_WEIGHT, ALIGNED, X>(r[j], weight, n[j], lane));
             put_sums<CHUNK_WARPS>(sums + (j * GROUPS + group) * 3 * CHUNK_WARPS, s, warp, lane);
@@ -376,7 +376,7 @@ __device__ __forceinline__ void norm_bwd_cluster(const GradientArguments<X, W>& 
 #pragma unroll
         for (int j = 0; j < CHUNKS; ++j) {
             Totals mine = totals.from(j * CHUNK_VECS);
-            const Weight weight(a.weight + (HAS_WEIGHT && n[j] ? first[j] : 0), n[j], lane);
+            const Weight weight(a.weight + first[j], n[j], lane);
             finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(
                 r[j], c, a, weight, dsum[j], row, first[j], n[j], lane, mine);
         }

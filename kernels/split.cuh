@@ -153,11 +153,11 @@ __device__ __forceinline__ void norm_fwd_split_normalize(const RowArguments<X, W
         LoadedRow<Loads, 32, CHUNK_VECS> loaded;
         load_row<Loads, ALIGNED>(loaded, a, row, col, n, lane);
         const i64 first = n ? col : 0;
-        const Affine<HAS_WEIGHT, false, ALIGNED, 32, CHUNK_VECS, V, W> weight(a.weight + (HAS_WEIGHT ? first : 0), n, lane);
-        const Affine<HAS_BIAS, false, ALIGNED, 32, CHUNK_VECS, V, B> bias(a.bias + (HAS_BIAS ? first : 0), n, lane);
+        const Affine<HAS_WEIGHT, false, ALIGNED, 32, CHUNK_VECS, V, W> weight(a.weight + first, n, lane);
+        const Affine<HAS_BIAS, false, ALIGNED, 32, CHUNK_VECS, V, B> bias(a.bias + first, n, lane);
         take_row<Loads, ALIGNED>(loaded, a, row, col, n, lane);
         Segment<32, CHUNK_VECS> s[1] = {loaded.x};
-        X* const y[1] = {place_of(a, row, col, n)};
+        X* const y[1] = {row_at(a.y, a, a.y_outer, a.y_row, row, col, n)};
         const int count[1] = {n};
         normalize_to<Op>(y, count, s, of_row, weight, bias, lane);
     }
@@ -189,8 +189,8 @@ __device__ __forceinline__ void norm_bwd_split_sums(
         GradientRow<32, CHUNK_VECS, A> r;
         fetch<Op, ALIGNED>(r, a, row, col, n, lane);
         const Affine<HAS_WEIGHT, false, ALIGNED, 32, CHUNK_VECS, PerVec<X>::count, W> weight(
-            a.weight + (HAS_WEIGHT && n ? col : 0), n, lane);
-        to_columns<ALIGNED, X>(r, lane);
+            a.weight + col, n, lane);
+        to_columns<ALIGNED, X>(r, n, lane);
         const GradientSums<A> s = lane_sums<Op, HAS_WEIGHT, ALIGNED, X>(r, weight, n, lane);
         mine.h += s.h;
         mine.g += s.g;
@@ -242,14 +242,14 @@ __device__ __forceinline__ void norm_bwd_split_apply(
     totals.clear();
     GradientRow<32, APPLY_VECS, A> next;
     fetch<Op, ALIGNED>(next, a, part, first, n, lane);
-    const Affine<HAS_WEIGHT, ALIGNED, ALIGNED, 32, APPLY_VECS, V, W> weight(a.weight + (HAS_WEIGHT && n ? first : 0), n, lane);
+    const Affine<HAS_WEIGHT, ALIGNED, ALIGNED, 32, APPLY_VECS, V, W> weight(a.weight + first, n, lane);
     for (i64 row = part; row < a.rows; row += parts) {
         GradientRow<32, APPLY_VECS, A> r = next;
         Segment<32, APPLY_VECS> dsum;
         fetch<Op, ALIGNED>(next, a, row + parts, first, n, lane);
-        if (Op::residual && DX) fetch_dsum<ALIGNED>(dsum, a, row, first, n, lane);
+        fetch_dsum<Op, ALIGNED>(dsum, a, row, first, n, lane);
         const RowGradient<A> c = {gradients[3 * row], gradients[3 * row + 1], gradients[3 * row + 2]};
-        to_columns<ALIGNED, X>(r, lane);
+        to_columns<ALIGNED, X>(r, n, lane);
         finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(r, c, a, weight, dsum, row, first, n, lane, totals);
     }
     put_totals<X, DWEIGHT, DBIAS, 32>(a.partials, part, parts, a.N, totals, first, n, lane);

@@ -106,6 +106,7 @@ struct Look {
         if (Range<X>::everywhere || turn == Op::looks) return false;
         if (turn) {
             mean = hi + lo;
+            if (mean != mean) return false;
         } else {
             A least, most;
             power_of_two(least, Range<X>::LOW);

@@ -230,6 +230,8 @@ __device__ __forceinline__ void tile_moments(
 #pragma unroll
         for (int i = 0; i < PAIR; ++i)
             if (!look.of[i].again()) mean[i] = sum[i] / count[i];
+    } else if (PARTS > 1) {
+        __syncthreads();  // what the chunk before has left in `red` is still read
     }
     A sq[PAIR][J], squares[PAIR];
 #pragma unroll

@@ -129,7 +129,7 @@ BACKWARD = (
     cluster_bwd_row(4, 512, 1, True, False),
     cluster_bwd_row(8, 512, 1, True, False),
     cluster_bwd_row(8, 768, 1, False, False),
-    cluster_bwd_row(8, 512, 2, False, False),
+    cluster_bwd_row(8, 256, 4, False, False),  # with 512 threads of two chunks odd rows spill
     cluster_bwd_row(2, 256, 1, True, True),
     cluster_bwd_row(4, 256, 1, True, True),
     cluster_bwd_row(8, 256, 1, True, True),

@@ -588,7 +588,9 @@ def test_one_source_per_name_and_one_name_per_source(direction, least):
             assert (said["w"], said["b"]) == tuple(CODES.get(d) for d in affine)
             assert said["s"] == ("_bulk" if stage.family == "shared" else None)
             if stage.family in REGISTERS:
-                assert [int(said[key]) for key in "tv"] == list(stage.constants[-2:] if stage.family == "block" else stage.constants[1:3])
+                assert [int(said[key]) for key in "tv"] == list(
+                    stage.constants[-2:] if stage.family == "block" else stage.constants[1:3]
+                )
         # Without the name: two names must not hide one kernel.
         body = source.replace(f"{stage.name}(", "entry(")
         assert by_source.setdefault(body, stage.name) == stage.name

@@ -285,7 +285,7 @@ CLUSTERS = [
     ("backward", "float16", 4, 1, {"wanted": DX_ALONE}, (4, 512, 1, 1)),
     ("backward", "float32", 8, 1, {"wanted": DX_ALONE}, (8, 512, 1, 1)),
     ("backward", "bfloat16", 16, 1, {"wanted": DX_ALONE}, (8, 768, 1, 0)),
-    ("backward", "float64", 24, 1, {"wanted": (True, False, True)}, (8, 512, 2, 0)),
+    ("backward", "float64", 24, 1, {"wanted": (True, False, True)}, (8, 256, 4, 0)),
 ]
 
 
