@@ -61,7 +61,7 @@ MAY_IMPORT = {
 CEILINGS = {
     "cupynorm": (57, 11_356, {".py"}),
     "bench": (24, 4_126, {".py"}),
-    "tests": (None, 23_860, {".py", ".hpp", ".cpp"}),
+    "tests": (None, 24_245, {".py", ".hpp", ".cpp"}),
     "kernels": (29, 3_334, {".cuh"}),
 }
 MAX_LINES = 500  # of a file of the package, which is one idea
