@@ -141,11 +141,11 @@ def kernel_problem_of(facts: Facts) -> Problem:
     """Fold a call for the kernels: rows, or a tile of strided columns, or row-major copies.
 
     Row kernels want columns of unit stride, and rows numbered as mean and rstd are. A tile wants
-    each array to have rows or columns of unit stride. What fits neither is met as a copy, which
-    `Problem.copies` names with the reason.
+    each array to have rows or columns of unit stride, and knows no residual. What fits neither is
+    met as a copy, which `Problem.copies` names with the reason.
     """
     found = _fold_rows(facts)
-    if found.copies:
+    if found.copies and not {"residual", "dsum"} & facts.strides.keys():
         return _fold_tile(facts) or found
     return found
 

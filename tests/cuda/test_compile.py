@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import itertools
 import re
-import struct
 
 import pytest
 
@@ -13,6 +12,7 @@ from cupynorm._cuda.rows import BACKWARD, FORWARD, REGISTERS
 from cupynorm._cuda.source import source_of
 from tests.nvrtc import build, grid, report
 from tests.nvrtc.check import blocks_by_registers, faults
+from tests.nvrtc.facts import machine_facts
 from tests.ptx.limits import DeviceLimits
 from tests.report import put_table
 
@@ -22,16 +22,20 @@ FULL = "90"  # the architecture that has every family
 @pytest.mark.parametrize(("arch", "x_dtype"), grid.RUNS)
 def test_entries_keep_what_the_plan_states(arch, x_dtype, pytestconfig):
     """The longest of each kernel, with the registers of the kept table, which has all of them."""
-    found, records, kept = {}, [], kept_registers(arch)
+    found, records, kept, stages = {}, [], kept_registers(arch), []
     for family in grid.FAMILIES:
-        stages = grid.entries(arch, x_dtype, family)
-        assert stages or not is_there(arch, x_dtype, family)
-        for stage in stages:
-            facts = build.build(source_of(stage), stage.name, arch)
-            records.append(report.record_of(arch, stage, facts))
-            found[stage.name] = faults(stage, facts, arch)
-            if kept and kept[stage.name] != str(facts.registers):
-                found[stage.name].append(f"{facts.registers} registers, not {kept[stage.name]}")
+        of_family = [s for op in grid.OPS for s in grid.entries(arch, x_dtype, family, op)]
+        assert of_family or not is_there(arch, x_dtype, family)
+        stages += of_family
+    facts = {}
+    for batch in build.batches((arch, stage.name, source_of(stage)) for stage in stages):
+        facts |= build.build_batch(batch)
+    for stage in stages:
+        of_it = facts[arch, stage.name]
+        records.append(report.record_of(arch, stage, of_it))
+        found[stage.name] = faults(stage, of_it, arch)
+        if kept and kept[stage.name] != str(of_it.registers):
+            found[stage.name].append(f"{of_it.registers} registers, not {kept[stage.name]}")
     put_table(pytestconfig, report.title(), [report.line(arch, x_dtype, records)])
     assert not {name: what for name, what in found.items() if what}
 
@@ -137,17 +141,6 @@ def compile_with_cupy(monkeypatch, source: str, arch: str) -> tuple[tuple[str, .
     return seen[-1], caught.value.args[0]
 
 
-def elf_sections(cubin: bytes) -> dict[str, bytes]:
-    at, size, count, names = struct.unpack_from("<Q10xHHH", cubin, 40)
-    headers = [struct.unpack_from("<IIQQQQ", cubin, at + i * size) for i in range(count)]
-    held = [cubin[offset : offset + length] for *_, offset, length in headers]
-    ends = [held[names].index(b"\0", header[0]) for header in headers]
-    return {
-        held[names][header[0] : end].decode(): content
-        for header, end, content in zip(headers, ends, held, strict=True)
-    }
-
-
 def short_stage(arch: str):
     return grid.stages(arch, "float16", grid.row_major("float16", 30), ("float16", "float16"))[0]
 
@@ -158,24 +151,12 @@ def test_cupy_passes_these_options(monkeypatch, arch):
     theirs, cubin = compile_with_cupy(monkeypatch, source, arch)
     assert not re.search(r"^\s*#\s*include", source, re.M)  # or its -I would matter
     assert tuple(o for o in theirs if not o.startswith("-I")) == build.options(arch)
-    assert build.compile_text(source, build.options(arch))[1] == cubin
-    _, verbose, _ = build.compile_text(source, (*build.options(arch), build.VERBOSE))
-    # From sm_100 on a note in the cubin holds ptxas's command line; the rest is the same.
-    here, there = elf_sections(verbose), elf_sections(cubin)
-    assert any(name.startswith(".text.layer_norm_fwd") for name in there)
-    assert {name for name in there if here.get(name) != there[name]} <= {".note.nv.tkinfo"}
-
-
-@pytest.mark.parametrize("arch", grid.ARCHS)
-def test_the_wheels_ptxas_agrees(arch):
-    if build.ptxas() is None:
-        pytest.skip("nvidia-cuda-nvcc-cu12 is not installed")
-    shape = grid.row_major("bfloat16", 2048)
-    stage = grid.stages(arch, "bfloat16", shape, ("bfloat16", "bfloat16"))[0]
-    ptx, _, log = build.compile_text(source_of(stage), (*build.options(arch), build.VERBOSE))
-    facts = build.facts_of(ptx, log, stage.name)
-    assert facts.registers > 0
-    assert build.facts_of(ptx, build.run_ptxas(ptx, arch), stage.name) == facts
+    ptx, ours, _ = build.compile_text(source, build.options(arch))
+    assert ours == cubin
+    # And the wheel's ptxas makes the same of the PTX, here and where the table is made.
+    name = short_stage(arch).name
+    assert build.code_of(ptx, name, arch) == build.elf_sections(cubin)[f".text.{name}"]
+    assert ptx == build.ptx_of(source, build.virtual_options(arch))[0]
 
 
 # ---- the cache and the kept table ----------------------------------------------------------------
@@ -183,9 +164,10 @@ def test_the_wheels_ptxas_agrees(arch):
 
 def test_cache_is_asked_by_all_that_goes_in(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "CACHE", tmp_path / "cache")
-    calls = []
-    compile_text = build.compile_text
-    monkeypatch.setattr(build, "compile_text", lambda *a: calls.append(a) or compile_text(*a))
+    calls, assembled = [], []
+    ptx_of, run_ptxas = build.ptx_of, build.run_ptxas
+    monkeypatch.setattr(build, "ptx_of", lambda *a: calls.append(a) or ptx_of(*a))
+    monkeypatch.setattr(build, "run_ptxas", lambda *a: assembled.append(a) or run_ptxas(*a))
     source = """extern "C" __global__ void entry(float4* y) {
         y[threadIdx.x].x /= 3;  // a comment
     }"""
@@ -194,7 +176,62 @@ def test_cache_is_asked_by_all_that_goes_in(monkeypatch, tmp_path):
     assert len(calls) == 1
     build.build(source, "entry", "80")
     build.build(source.replace("3;", "5;"), "entry", "90")
-    assert len(calls) == 3
+    assert len(calls) == len(assembled) == 3
+    # Another text of the same PTX.
+    assert build.build(source.replace("3;", "(1 + 2);"), "entry", "90") == first
+    assert (len(calls), len(assembled)) == (4, 3)
+
+
+def test_entries_built_together_are_as_built_alone(monkeypatch, tmp_path):
+    stages = grid.entries("90", "float64", "split", everything=True)
+    wanted = [(arch, s.name, source_of(s)) for s in stages for arch in ("80", "86", "89", "90")]
+    monkeypatch.setattr(build, "CACHE", tmp_path / "together")
+    (batch,) = build.batches(wanted)
+    together = build.build_batch(batch)
+    assert len(together) == len(wanted)
+    monkeypatch.setattr(build, "CACHE", tmp_path / "alone")
+    for arch, name, source in wanted[:: 3 * 4 + 1]:
+        assert build.build(source, name, arch) == together[arch, name]
+
+
+@pytest.mark.parametrize(
+    ("family", "x_dtype"), [("split", "float16"), ("shared", "float32"), ("column", "float64")]
+)
+def test_architectures_have_what_is_taken_for_them(family, x_dtype):
+    """The longest of all kernels are looked at where the table is made."""
+    wanted = [
+        (arch, stage.name, source_of(stage))
+        for arch in grid.ARCHS
+        for stage in grid.entries(arch, x_dtype, family)[:1]
+    ]
+    entries = [entry for batch in build.batches(wanted) for entry in batch]
+    assert any(len(entry.archs) > 1 for entry in entries)
+    assert not [wrong for entry in entries for wrong in build.taken_for_another(entry)]
+
+
+def test_an_architecture_of_its_own_is_found():
+    source = entry_source("#if __CUDA_ARCH__ == 860\n" + COPY + "#endif")
+    entry = build.Entry("entry", source, ("80", "86", "89"))
+    assert build.taken_for_another(entry) == ["PTX of sm_86", "code of sm_89"]
+
+
+SASS = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/                   LDG.E R8, desc[UR4][R2.64+0x10] ;
+        /*0020*/              @!P0 LDG.E.64 R10, [R12.64] ;
+        /*0030*/                   FADD.FTZ R14, R11, R15 ;
+        /*0040*/                   LDGSTS.E.BYPASS.128 [R3], [R12.64] ;
+        /*0050*/                   LDG.E.U16 R5, [R12.64] ;
+        /*0060*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0070*/                   EXIT ;
+        /*0080*/                   NOP;
+"""
+
+
+def test_machine_code_is_read():
+    # 62 bytes in 8 instructions; three loads before the add has the third's upper half.
+    assert machine_facts(SASS) == (8 * 16 / 62, 3)
+    assert machine_facts(SASS.replace("R11, R15", "R9, R15")) == (8 * 16 / 62, 5)
 
 
 def test_kept_table_is_of_the_current_kernels():
@@ -203,9 +240,11 @@ def test_kept_table_is_of_the_current_kernels():
     assert state and state[1] == grid.state_of_the_text(), (
         f"{report.TABLE_PAGE.name} is of other kernels or plans; run `{report.COMMAND}`"
     )
-    names = report.TABLE_ROWS.read_text(encoding="utf-8")
-    for stage in grid.all_entries(FULL):
-        assert f"\n{stage.name}," in names
+    with report.TABLE_ROWS.open(encoding="utf-8", newline="") as lines:
+        kept = {
+            (a, row["entry"]) for row in csv.DictReader(lines) for a in grid.ARCHS if row[f"sm_{a}"]
+        }
+    assert kept == {(arch, stage.name) for arch in grid.ARCHS for stage in grid.all_entries(arch)}
 
 
 # ---- what the matrix must not let pass: each kind of fault, in an entry made to have it ----------

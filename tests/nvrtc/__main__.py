@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from cupynorm._cuda.plan import Stage
 from cupynorm._cuda.source import source_of
-from tests.nvrtc import grid, report
-from tests.nvrtc.build import build
+from tests.nvrtc import build, grid, report
 from tests.nvrtc.check import faults
+from tests.nvrtc.facts import Facts
 
 
-def _compile(job: tuple[str, Stage]) -> tuple[report.Record, list[str]]:
-    arch, stage = job
-    facts = build(source_of(stage), stage.name, arch)
-    return report.record_of(arch, stage, facts), faults(stage, facts, arch)
+def _chosen(archs: list[str], everything: bool) -> Iterator[tuple[str, Stage]]:
+    for arch, x_dtype, family, op in itertools.product(archs, grid.DTYPES, grid.FAMILIES, grid.OPS):
+        every = everything and op is grid.OPS[0]
+        for stage in grid.entries(arch, x_dtype, family, op, everything=every):
+            yield arch, stage
+
+
+def _batches(stages: dict[tuple[str, str], Stage]) -> list[tuple[build.Entry, ...]]:
+    return build.batches((arch, name, source_of(s)) for (arch, name), s in stages.items())
+
+
+def _machine_code(stage: Stage) -> tuple[float, int]:
+    return build.machine_code(source_of(stage), stage.name, build.READ)
 
 
 def _commit() -> str:
@@ -41,23 +52,30 @@ def main() -> int:
     if chosen.write and not (chosen.all and set(chosen.arch) == set(grid.ARCHS)):
         parser.error("--write keeps the table of everything: it needs --all and no --arch")
     state = grid.state_of_the_text()
-    jobs = [
-        (arch, stage)
-        for arch in chosen.arch
-        for x_dtype in grid.DTYPES
-        for family in grid.FAMILIES
-        for stage in grid.entries(arch, x_dtype, family, everything=chosen.all)
-    ]
-    records, bad = [], 0
+    stages = {(arch, stage.name): stage for arch, stage in _chosen(chosen.arch, chosen.all)}
+    longest = {(arch, stage.name): stage for arch, stage in _chosen(chosen.arch, False)}
+    samples = [entry for batch in _batches(longest) for entry in batch]
+    read = [key for key in longest if key[0] == build.READ and chosen.write]
+    facts: dict[tuple[str, str], Facts] = {}
+    bad = []
     with ProcessPoolExecutor(chosen.jobs) as pool:
-        for record, found in pool.map(_compile, jobs, chunksize=4):
-            records.append(record)
-            bad += bool(found)
-            for fault in found:
-                print(f"sm_{record['arch']} {record['name']}: {fault}", flush=True)
+        batches = _batches(stages)
+        for done, found in enumerate(pool.map(build.build_batch, batches), 1):
+            facts |= found
+            print(f"{done} of {len(batches)} batches", end="\r", file=sys.stderr, flush=True)
+        for entry, wrong in zip(samples, pool.map(build.taken_for_another, samples), strict=True):
+            bad += [f"{entry.name}: {what} is not what is taken for it" for what in wrong]
+        code = dict(zip(read, pool.map(_machine_code, (longest[k] for k in read)), strict=True))
+    for (arch, name), stage in stages.items():
+        bad += [f"sm_{arch} {name}: {fault}" for fault in faults(stage, facts[arch, name], arch)]
+    print(*bad, sep="\n")
+    records = [
+        report.record_of(arch, stage, facts[arch, name], code.get((arch, name)))
+        for (arch, name), stage in stages.items()
+    ]
     for row in report.summary(records):
         print("  ".join(cell.ljust(22) for cell in row).rstrip())
-    print(f"{len(records)} entries, {bad} with faults. Cells: {report.LEGEND}")
+    print(f"{len(records)} entries, {len(bad)} faults. Cells: {report.LEGEND}")
     if bad:
         return 1
     if chosen.write:

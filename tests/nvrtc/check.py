@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cupynorm._cuda.plan import STAGE_ASYNC, STAGE_BULK, STAGE_REGISTERS, Stage
-from tests.nvrtc.build import Facts
+from tests.nvrtc.facts import Facts
 from tests.ptx.limits import DeviceLimits
 
 # CUDA occupancy: a warp's registers come in pieces of 256, and warps by four, because the four

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 from cupynorm._cuda.launch import choose_plan
@@ -13,13 +13,15 @@ from cupynorm._cuda.rows import BACKWARD as TABLE_BWD
 from cupynorm._cuda.rows import FORWARD as TABLE
 from cupynorm._cuda.source import source_of
 from cupynorm._layout import Problem
-from cupynorm._ops import LAYER_NORM
+from cupynorm._ops import ADD_LAYER_NORM, LAYER_NORM, RMS_NORM, Op
 from cupynorm._rules import ITEMSIZE, stats_dtype
-from tests.nvrtc.build import CUPY_OPTIONS, without_comments
+from tests.nvrtc.build import CUPY_OPTIONS, Entry, without_comments
 from tests.ptx.limits import DeviceLimits
 
 ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 DTYPES = tuple(ITEMSIZE)
+# Every entry of the first; of others the longest of each kernel, whose code differs by a type.
+OPS = (LAYER_NORM, RMS_NORM, ADD_LAYER_NORM)
 # By kind of problem: row-major rows forward and backward, and K6 and K7.
 KINDS = {
     "rows": ("warp", "block", "shared", "split", "cluster"),
@@ -43,9 +45,11 @@ Asked = tuple[str, Shape]  # a kernel, and what runs it
 NONE: Flags = (None, None)
 ALL: Wanted = (True, True, True)
 FEW, MANY = 1, 2**20  # rows
+NO: Shape = (0, 0, "")
 
 _WAYS = ("FF", "FC", "CF", "F", "C", "F_omit", "C_omit", "FFd", "FCd", "CFd")
 _TIGHT = 16  # columns of the registers' kernel
+_STEP = 16  # of sampled sizes, the fewest between which plans do not change to and fro
 # 72 as well: the widest tile of rows is asked for where registers end.
 _COLUMNS = (*range(8, 73, 8), *range(80, 2400, 24), 10_000)
 
@@ -55,6 +59,7 @@ def row_major(x_dtype: str, vecs: int, rows: int = MANY, way: str = "CC") -> Sha
     return rows, vecs * VEC_BYTES // ITEMSIZE[x_dtype], way
 
 
+@cache
 def stages(
     arch: str,
     x_dtype: str,
@@ -62,6 +67,7 @@ def stages(
     flags: Flags = NONE,
     wanted: Wanted = ALL,
     max_cluster: int = 8,
+    op: Op = LAYER_NORM,
 ) -> tuple[Stage, ...]:
     """What launches a matrix of that shape."""
     M, N, way = shape
@@ -73,16 +79,24 @@ def stages(
         sums = zip(("dweight", "dbias"), wanted[1:], strict=True)
         dtypes |= {name: totals for name, want in sums if want}
         names, letters = ("x", "dy", "dx")[: 2 + wanted[0]], letters + letters[0]
+        if op.residual:
+            names, letters = (*names, "dsum"), letters + letters[0]
     else:
         dtypes["bias"] = flags[1]
+        if op.residual:
+            names, letters = (*names, "residual", "sum"), letters + "CC"
     steps = {"F": (0, 1, M), "C": (0, N, 1)}
     problem = Problem(
-        LAYER_NORM, backward, tuple((a, d) for a, d in dtypes.items() if d), 1, M, N,
+        op, backward, tuple((a, d) for a, d in dtypes.items() if d), 1, M, N,
         tuple((a, steps[letter]) for a, letter in zip(names, letters, strict=False)), (M, 1),
         stats=way == "CC", omit=way.endswith("omit"),
     )  # fmt: skip
-    device = Device(int(arch), 100, DeviceLimits.of(arch).opt_in_shared, max_cluster)
-    return choose_plan(problem, device).stages
+    planned = choose_plan(problem, _device(arch, max_cluster)).stages
+    return tuple(dict.fromkeys(s for stage in planned for s in (stage, stage.skewed)))
+
+
+def _device(arch: str, max_cluster: int) -> Device:
+    return Device(int(arch), 100, DeviceLimits.of(arch).opt_in_shared, max_cluster)
 
 
 def sampled(kind: str, x_dtype: str) -> Iterator[Shape]:
@@ -119,16 +133,61 @@ def _sampled_backward() -> Iterator[int]:
     yield from (alone[-2].max_vecs + 1, 2**20)
 
 
-@cache
-def shapes(kind: str, arch: str, x_dtype: str, max_cluster: int = 8) -> dict[str, Asked]:
+def _met(
+    sizes: list[Shape], ask: Callable[[Shape], tuple[Stage, ...]]
+) -> dict[Shape, tuple[Stage, ...]]:
+    """Stages of every `_STEP`th size, and of both next to where an entry takes another's place."""
+    met = {shape: ask(shape) for shape in (*sizes[::_STEP], sizes[-1])}
+
+    def halve(some: list[Shape]) -> None:
+        names = [[stage.name for stage in met[shape]] for shape in (some[0], some[-1])]
+        if len(some) > 2 and names[0] != names[1]:
+            middle = len(some) // 2
+            met[some[middle]] = ask(some[middle])
+            halve(some[: middle + 1])
+            halve(some[middle:])
+
+    for begin in range(0, len(sizes), _STEP):
+        halve(sizes[begin : begin + _STEP + 1])
+    return met
+
+
+def shapes(
+    kind: str, arch: str, x_dtype: str, max_cluster: int = 8, op: Op = LAYER_NORM
+) -> dict[str, Asked]:
     """By entry of the plainest call: its kernel, and the longest shape that runs it."""
+    devices = {arch: _device(arch, max_cluster) for arch in ARCHS}
+    facts = {a: (d.shared_bytes, d.staging, d.clusters) for a, d in devices.items()}
+    # Of architectures that plans cannot tell apart, one is asked.
+    first = next(a for a in ARCHS if facts[a] == facts[arch])
+    return _shapes(kind, first, x_dtype, max_cluster, op)
+
+
+@cache
+def _shapes(kind: str, arch: str, x_dtype: str, max_cluster: int, op: Op) -> dict[str, Asked]:
     flags: Flags = (x_dtype, None) if kind == "rows_bwd" else NONE
-    return {
-        stage.name: (stage.template, shape)
-        for shape in sampled(kind, x_dtype)
-        for stage in stages(arch, x_dtype, shape, flags, ALL, max_cluster)
-        if stage.family in KINDS[kind]
-    }
+    every = dict.fromkeys(sampled(kind, x_dtype))
+    met: dict[Shape, tuple[Stage, ...]] = {}
+    for _, line in itertools.groupby(sorted(every, key=_line), key=lambda shape: _line(shape)[:2]):
+        met |= _met(
+            list(line), lambda shape: stages(arch, x_dtype, shape, flags, ALL, max_cluster, op)
+        )
+    found: dict[str, Asked] = {}
+    for shape in (shape for shape in every if shape in met):
+        for stage in met[shape]:
+            if stage.family in KINDS[kind] and shape[1] >= found.get(stage.name, ("", NO))[1][1]:
+                found[stage.name] = _kind_of(stage), shape
+    return found
+
+
+def _line(shape: Shape) -> tuple[int, str, int]:
+    """Sorts shapes that differ by their size alone next to each other."""
+    return shape[0], shape[2], shape[1]
+
+
+def _kind_of(stage: Stage) -> str:
+    """The kernel, and which of its two."""
+    return stage.template + "_aligned" * bool(stage.aligned)
 
 
 def rare(family: str, x_dtype: str) -> list[tuple[Flags, Wanted]]:
@@ -142,12 +201,16 @@ def rare(family: str, x_dtype: str) -> list[tuple[Flags, Wanted]]:
     return []
 
 
-def entries(arch: str, x_dtype: str, family: str, *, everything: bool = False) -> list[Stage]:
+def entries(
+    arch: str, x_dtype: str, family: str, op: Op = LAYER_NORM, *, everything: bool = False
+) -> list[Stage]:
     """Stages to compile, without repeats: every one, or the longest of each kernel."""
     kind = next(kind for kind, families in KINDS.items() if family in families)
+    if op.residual and kind == "columns":
+        return []  # through row-major copies
     # K3 is what a device without clusters takes: its copies differ by architecture all the same.
     most = 1 if family.startswith("shared") else 8
-    every = shapes(kind, arch, x_dtype, most).values()
+    every = shapes(kind, arch, x_dtype, most, op).values()
     longest = dict(sorted(every, key=lambda asked: asked[1][1::-1])).values()  # of each kernel
     # The heaviest first: weight and bias of x's dtype, of float32, none.
     usual = [((d, d), ALL) for d in dict.fromkeys((x_dtype, "float32", None))]
@@ -161,10 +224,11 @@ def entries(arch: str, x_dtype: str, family: str, *, everything: bool = False) -
         wanted += [(shape, how) for how in rare(family, x_dtype) for shape in longest]
     else:
         wanted = [(shape, usual[0]) for shape in longest]
-    chosen = {}
+    chosen: dict[str, Stage] = {}
     for shape, how in wanted:
-        for stage in stages(arch, x_dtype, shape, *how, most):
-            if stage.family == family:
+        for stage in stages(arch, x_dtype, shape, *how, most, op):
+            most_shared = chosen.get(stage.name, stage).shared_bytes
+            if stage.family == family and stage.shared_bytes >= most_shared:
                 chosen[stage.name] = stage
     found = list(chosen.values())
     if everything or kind != "columns":
@@ -181,7 +245,8 @@ def all_entries(arch: str) -> list[Stage]:
         stage
         for x_dtype in DTYPES
         for family in FAMILIES
-        for stage in entries(arch, x_dtype, family, everything=True)
+        for op in OPS
+        for stage in entries(arch, x_dtype, family, op, everything=op is OPS[0])
     ]
 
 
@@ -190,11 +255,12 @@ def state_of_the_text() -> str:
     went_in = hashlib.sha256("\0".join(CUPY_OPTIONS).encode())
     for arch in ARCHS:
         for stage in all_entries(arch):
+            entry = Entry(stage.name, source_of(stage), (arch,))
             went_in.update(f"{arch} {stage.name} {stage.block} {stage.blocks_per_sm}\n".encode())
-            went_in.update(_hash_of(source_of(stage)))
+            went_in.update(_hash_of(entry.head) + entry.text.encode())
     return went_in.hexdigest()[:16]
 
 
 @cache
-def _hash_of(source: str) -> bytes:
-    return hashlib.sha256(without_comments(source).encode()).digest()
+def _hash_of(head: str) -> bytes:
+    return hashlib.sha256(without_comments(head).encode()).digest()

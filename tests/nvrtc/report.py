@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cupynorm._cuda.plan import Stage
-from tests.nvrtc.build import CUPY_OPTIONS, Facts, version
+from tests.nvrtc.build import CUPY_OPTIONS, READ, version
 from tests.nvrtc.check import blocks_that_fit
-from tests.nvrtc.grid import ARCHS, FAMILIES
+from tests.nvrtc.facts import Facts
+from tests.nvrtc.grid import ARCHS, DTYPES, FAMILIES
 from tests.ptx.limits import DeviceLimits
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
@@ -23,14 +24,19 @@ LEGEND = "entries · most registers · bytes spilled · least occupancy"
 Record = dict[str, Any]
 
 
-def record_of(arch: str, stage: Stage, facts: Facts) -> Record:
-    """What the table needs of one compiled entry, in types that travel between processes."""
+def record_of(
+    arch: str, stage: Stage, facts: Facts, code: tuple[float, int] | None = None
+) -> Record:
+    """What the table needs of one compiled entry, of some with what machine code shows."""
     limits = DeviceLimits.of(arch)
     blocks = min(blocks_that_fit(limits, facts, stage).values())
     return {
         "arch": arch,
         "family": stage.family,
         "name": stage.name,
+        "kernel": stage.kernel,
+        "x_dtype": stage.x_dtype,
+        "code": code,
         "registers": facts.registers,
         "spilled": facts.spill_stores + facts.spill_loads + facts.stack,
         "occupancy": blocks * stage.block[0] / limits.threads_per_multiprocessor,
@@ -69,9 +75,31 @@ def line(arch: str, x_dtype: str, records: list[Record]) -> str:
     return f"sm_{arch:<4} {x_dtype:<9}" + "".join(f"{cell:>21}" for cell in cells)
 
 
+def machine_table(records: Iterable[Record]) -> list[list[str]]:
+    """Rows by kernel, columns by dtype, under a heading."""
+    cells: dict[str, dict[str, str]] = {}
+    for record in records:
+        if record["code"]:
+            instructions, loads = record["code"]
+            per_16 = f"{instructions:.0f}" if instructions else "-"
+            cell = f"{per_16} · {loads} · `{record['name']}`"
+            cells.setdefault(record["kernel"], {})[record["x_dtype"]] = cell
+    return [
+        ["", *DTYPES],
+        *([kernel, *(row.get(d, "-") for d in DTYPES)] for kernel, row in cells.items()),
+    ]
+
+
+def _markdown(header: list[str], *body: list[str]) -> list[str]:
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in body),
+    ]
+
+
 def kept_page(state: str, commit: str, records: list[Record]) -> str:
     """Text of the kept page."""
-    header, *body = summary(records)
     lines = [
         "# Compile matrix",
         "",
@@ -88,9 +116,13 @@ def kept_page(state: str, commit: str, records: list[Record]) -> str:
         "",
         f"Each cell: {LEGEND}.",
         "",
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *("| " + " | ".join(row) + " |" for row in body),
+        *_markdown(*summary(records)),
+        "",
+        f"Machine code for sm_{READ}, of the longest entry of each kernel: instructions per 16",
+        "bytes of global memory · most loads before one of them is used. Both are of the text, not",
+        "of a run: branches for rows that are aligned or not all count, bulk copies have no size.",
+        "",
+        *_markdown(*machine_table(records)),
     ]
     return "\n".join(lines) + "\n"
 

@@ -11,9 +11,10 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.nvrtc.build import CACHE, options, ptx_of, version
+from tests.nvrtc.build import CACHE, ptx_of, version, virtual_options
 
 HERE = Path(__file__).resolve().parent / "engine"
 CXX = os.environ.get("CXX", "g++")
@@ -72,21 +73,30 @@ def _publish(made: Path, path: Path) -> None:
         os.link(made, path)
 
 
-def compile_ptx(source: str, arch: str) -> str:
-    """PTX of the text for compute capability `arch`, with its lines; PTX comes back as it is."""
-    if re.search(r"^\s*\.version \d", source, re.M):
-        return source
-    chosen = (*(o.replace("sm_", "compute_") for o in options(arch)), "-lineinfo")
-    went_in = "\0".join([source, *chosen, version()])
-    path = CACHE / f"{hashlib.sha256(went_in.encode()).hexdigest()[:32]}.ptx"
+def kept(kind: str, make: Callable[[], bytes], *went_in: str) -> bytes:
+    """What was made of that, from the disk; made and kept where it is not there."""
+    path = CACHE / f"{hashlib.sha256(chr(0).join(went_in).encode()).hexdigest()[:32]}.{kind}"
     if path.exists():
-        return path.read_text(encoding="utf-8")
-    ptx, log = ptx_of(source, chosen)
-    if not ptx:
-        raise CompileError(log)
+        return path.read_bytes()
+    made = make()
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-        made = Path(scratch) / "kernel.ptx"
-        made.write_text(ptx, encoding="utf-8")
-        _publish(made, path)
-    return ptx
+        part = Path(scratch) / "part"
+        part.write_bytes(made)
+        _publish(part, path)
+    return made
+
+
+def compile_ptx(source: str, arch: str, *more: str) -> str:
+    """PTX of the text for compute capability `arch`; PTX comes back as it is."""
+    if re.search(r"^\s*\.version \d", source, re.M):
+        return source
+    chosen = (*virtual_options(arch), *more)
+
+    def compiled() -> bytes:
+        ptx, log = ptx_of(source, chosen)
+        if not ptx:
+            raise CompileError(log)
+        return ptx.encode()
+
+    return kept("ptx", compiled, source, *chosen, version()).decode()

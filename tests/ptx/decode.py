@@ -65,7 +65,7 @@ class Program:
     instructions: np.ndarray
     constants: np.ndarray
     suspects: np.ndarray
-    operations: list[Operation]
+    sites: list[tuple[int, ...]]  # of each instruction: its line of the PTX, and `Operation.site`
     parameters: list[Parameter]
     register_bytes: int
     predicates: int
@@ -102,6 +102,7 @@ class _Text:
         self.cluster = (*dims, 1, 1, 1)[:3]
         self._sites: dict[tuple[int, int], tuple[int, ...]] = {}
         self._site: tuple[int, ...] = ()
+        self._checked: set[str] = set()  # operands
         self._body(body, line)
         known = {name for name, at in self.labels.items() if at < len(self.operations)}
         for op in self.operations:
@@ -153,8 +154,8 @@ class _Text:
         used = 2**32 - 1
         for row in body.split("\n"):
             line += 1
-            rest = row.split("//")[0].strip()
-            if re.match(r"\.loc\s", rest):
+            rest = row.partition("//")[0].strip()
+            if rest.startswith((".loc ", ".loc\t")):
                 self._locate(rest)
                 continue
             if rest.startswith(".pragma"):
@@ -210,7 +211,7 @@ class _Text:
     def kind(self, name: str) -> str:
         """Type of a register."""
         if name not in self.registers:
-            self.registers[name] = self.registers[re.sub(r"\d+$", "", name)]
+            self.registers[name] = self.registers[name.rstrip("0123456789")]
         return self.registers[name]
 
     def is_register(self, token: str) -> bool:
@@ -218,9 +219,9 @@ class _Text:
 
     def _statement(self, statement: str, line: int, scopes: list[dict], used: int) -> None:
         guard, negate, whole = "", False, statement
-        if found := re.match(r"@(!?)(%?\w+)\s+", statement):
-            negate, guard = bool(found[1]), found[2]
-            statement = statement[found.end() :]
+        if statement[0] == "@":
+            guard, _, statement = statement[1:].replace("\t", " ").partition(" ")
+            negate, guard = guard[0] == "!", guard.lstrip("!")
         mnemonic, _, rest = statement.replace("\t", " ").strip().partition(" ")
 
         def resolve(token: str) -> str:
@@ -229,12 +230,15 @@ class _Text:
                     return scope[token]
             return token
 
-        operands = [_operand(text, resolve) for text in _split(rest)]
+        # The outermost scope gives names as they are.
+        operands = [_operand(part, resolve if len(scopes) > 1 else str) for part in _split(rest)]
         op = Operation(mnemonic, line, self._site, guard=resolve(guard), negate=negate, used=used)
         try:
             self._operate(op, operands)
-            for token in filter(self.is_register, (*op.writes, *op.reads, op.base, op.guard)):
-                BITS[self.kind(token)]
+            for token in {*op.writes, *op.reads, op.base, op.guard} - self._checked:
+                if self.is_register(token):
+                    BITS[self.kind(token)]
+                self._checked.add(token)
         except (KeyError, ValueError, IndexError) as error:
             raise self.fail(line, whole, f"{error!s} is not known") from None
         if guard and mnemonic.startswith(MEETING):
@@ -277,7 +281,7 @@ class _Text:
             wide = f"{op.mnemonic}.wide"
             if BITS[self.kind(operands[1])] == 64 and wide in handlers():
                 op.mnemonic = wide
-        results, sources = handlers()[op.mnemonic].operands.split(":")
+        results, sources = _letters_of(op.mnemonic)
         flat: list = []
         for operand in operands:
             if isinstance(operand, tuple) and operand[0] == "|":
@@ -375,6 +379,7 @@ class _Places:
         self.ops = text.operations
         self.constants = bytearray()
         self._known: dict[tuple[int, int], int] = {}
+        self._held: dict[tuple[str, str], int] = {}
         self.suspects = _Lives(text)
         self.places, self.register_bytes = self._rows()
         names = [n for n in self.suspects.names if text.kind(n) == "pred"]
@@ -405,6 +410,11 @@ class _Places:
 
     def of(self, token: str, letter: str) -> int:
         """What an instruction holds for an operand."""
+        if (token, letter) not in self._held:
+            self._held[token, letter] = self._of(token, letter)
+        return self._held[token, letter]
+
+    def _of(self, token: str, letter: str) -> int:
         if letter == "p":
             if token == "_":
                 return -1
@@ -439,18 +449,20 @@ class _Lives:
     def __init__(self, text: _Text) -> None:
         ops = text.operations
         self.names: list[str] = []
-        number: dict[str, int] = {}
+        bits: dict[str, int] = {}
 
         def bit(name: str) -> int:
-            if name not in number:
-                number[name] = len(self.names)
-                self.names.append(name)
-            return 1 << number[name]
+            if not text.is_register(name):
+                return 0
+            self.names.append(name)
+            return 1 << len(self.names) - 1
 
         def registers(tokens: list[str]) -> int:
             out = 0
             for token in tokens:
-                out |= bit(token) if text.is_register(token) else 0
+                if token not in bits:
+                    bits[token] = bit(token)
+                out |= bits[token]
             return out
 
         self.reads = [registers([*op.reads, op.base, op.guard]) for op in ops]
@@ -459,7 +471,7 @@ class _Lives:
         firsts, lasts = self._ends(1), self._ends(-1)
         self._spans = {name: (firsts[k], lasts[k]) for k, name in enumerate(self.names)}
         entry = self.live_in[0] if self.live_in else 0
-        unwritten = (name for name in self.names if entry >> number[name] & 1)
+        unwritten = (name for name in self.names if entry & bits[name])
         self.unwritten = {name: k for k, name in enumerate(unwritten)}
 
     def _ends(self, step: int) -> dict[int, int]:
@@ -531,6 +543,11 @@ _LETTERS = {
 }  # fmt: skip
 
 
+@functools.cache
+def _letters_of(mnemonic: str) -> list[str]:
+    return handlers()[mnemonic].operands.split(":")
+
+
 def decode(ptx: str, entry: str) -> Program:
     """The program of one entry."""
     text = _Text(ptx, entry)
@@ -552,7 +569,8 @@ def decode(ptx: str, entry: str) -> Program:
     shared = [op.width for op in ops if op.space in (1, 2) and op.mnemonic in ("load", "store")]
     return Program(
         entry, table, np.frombuffer(bytes(places.constants or b"\0"), np.uint8).copy(),
-        np.array(suspects or [-1], np.int32), ops, text.parameters, places.register_bytes,
+        np.array(suspects or [-1], np.int32), [(op.line, *op.site) for op in ops],
+        text.parameters, places.register_bytes,
         len(places.predicates) + 1, len(numbers), text.static, text.dynamic_from, text.spans,
         min(shared, default=4),
         text.max_threads, text.cluster,
@@ -564,13 +582,15 @@ def _encoded(op: Operation, text: _Text, places: _Places, suspect: int) -> tuple
     handler = handlers()[op.mnemonic]
     wide = "l" if op.flags & WIDE_TARGET else "w"
     if op.mnemonic in _LETTERS:
-        results, sources = (s.replace("v", wide * op.count) for s in _LETTERS[op.mnemonic])
+        results, sources = _LETTERS[op.mnemonic]
+        results, sources = results * op.count and wide * op.count, sources and wide * op.count
     elif op.mnemonic.startswith("cp.async.bulk"):
         results, sources = "", "lww"
     elif op.mnemonic.startswith(("cp.async.ca", "cp.async.cg")):
         results, sources = "", "l"
     else:
-        results, sources = handler.operands.replace("a", "").split(":")
+        results, sources = _letters_of(op.mnemonic)
+        sources = sources.replace("a", "")
     operands = []
     for tokens, letters in ((op.writes, results), (op.reads, sources)):
         if len(tokens) != len(letters):

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .api import Fault
 from .buffer import Buffer
-from .build import CompileError, compile_ptx
-from .decode import decode
+from .build import CompileError, compile_ptx, engine_path, kept
+from .decode import Program, decode
 from .fault import PtxFault
 
 _KINDS = {"f": "floating-point number", "b": "struct"}
+
+
+def program_of(ptx: str, entry: str) -> Program:
+    """The decoded entry; kept on disk, for the other process that runs tests."""
+    went_in = (ptx, entry, engine_path().name, Path(decode.__code__.co_filename).read_text())
+    return pickle.loads(kept("program", lambda: pickle.dumps(decode(ptx, entry)), *went_in))
 
 
 class Kernel:
@@ -23,11 +31,12 @@ class Kernel:
 
     def __init__(self, source: str, entry: str, arch: str) -> None:
         self.entry = entry
+        self._source, self._arch = source, arch
         try:
             ptx = compile_ptx(source, arch)
         except CompileError as error:
             raise PtxFault("compile", f"{entry}: {error}") from None
-        self.program = decode(ptx, entry)
+        self.program = program_of(ptx, entry)
         self._lines = source.splitlines()
         self._is_ptx = ptx is source
         self.cluster = self.program.cluster
@@ -53,14 +62,20 @@ class Kernel:
             packed[p.offset : p.offset + p.size] = raw
         return bytes(packed)
 
+    @functools.cached_property
+    def _sites(self) -> list[tuple[int, ...]]:
+        """Lines of each instruction: compiled again, since few launches ask for them."""
+        located = program_of(compile_ptx(self._source, self._arch, "-lineinfo"), self.entry)
+        assert located.instructions.tobytes() == self.program.instructions.tobytes()
+        return located.sites
+
     def site(self, pc: int) -> tuple[str, int, tuple[int, ...]]:
         """Of an instruction: (`line 12: its text`, 12, lines that it was inlined at)."""
-        known = 0 <= pc < len(self.program.operations)
-        operation = self.program.operations[pc] if known else None
-        lines = () if operation is None else (operation.line,) if self._is_ptx else operation.site
+        of_ptx, *lines = self._sites[pc] if 0 <= pc < len(self._sites) else (0,)
+        lines = [of_ptx] if self._is_ptx else lines
         if not lines or not 0 < lines[0] <= len(self._lines):
             return "an unknown line", 0, ()
-        return self._text(lines[0]), lines[0], lines[1:]
+        return self._text(lines[0]), lines[0], tuple(lines[1:])
 
     def _text(self, line: int) -> str:
         known = 0 < line <= len(self._lines)
