@@ -192,7 +192,7 @@ struct NextGradient {
     __device__ __forceinline__ void put_carried() const {
         if (!ALIGNED && threadIdx.x / 2 == 16) x.put_edge(threadIdx.x % 2, carried);
         if (!ALIGNED && threadIdx.x / 2 == 32) dy.put_edge(threadIdx.x % 2, carried);
-        if (threadIdx.x == 96) *stats = carried;
+        if (threadIdx.x == 96) store_shared16(stats, carried);
     }
 
     template <class W>

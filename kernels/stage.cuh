@@ -82,6 +82,13 @@ __device__ __forceinline__ void wait_for(u64* arrival, u32 parity) {
 // In one access: written out where it is used, the compiler would make it four of a word, whose lanes
 // meet in four banks.
 __device__ __forceinline__ Vec load_shared16(const Vec* p) { return *p; }
+// The compiler would write words that nobody has set, and then some of them again.
+__device__ __forceinline__ void store_shared16(Vec* p, const Vec& v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(shared_address(p)), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
+                 : "memory");
+}
 
 // ---- a row in shared memory ------------------------------------------------------------------------
 

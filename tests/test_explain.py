@@ -181,6 +181,7 @@ def test_warmup_of_long_rows_covers_few_and_many(cupy):
     names = cn.warmup((2, 200_000), ["float32"], affine=False)
     assert [name.split("_f32")[0] for name in names] == [
         "layer_norm_fwd_split_stats",
+        "layer_norm_fwd_split_merge",
         "layer_norm_fwd_split_normalize",
         "layer_norm_fwd_cluster",
     ]

@@ -21,7 +21,7 @@ from cupynorm._cuda.launch import (
 from cupynorm._cuda.plan import Device, Stage
 from cupynorm._cuda.source import source_of
 from cupynorm._layout import Facts, Problem, kernel_problem_of, row_major_strides, rows_last
-from cupynorm._libraries import check_overlap, element_strides
+from cupynorm._libraries import check_apart, element_strides
 from cupynorm._ops import LAYER_NORM
 from cupynorm._rules import ITEMSIZE, dtype_name, numpy_dtype, stats_dtype
 
@@ -142,12 +142,13 @@ class Door:
     def normalizer(self, facts: Facts) -> Callable[[Any, Any, Any, Any], Any]:
         """``call(x, weight, bias, out)`` gives y, or (y, mean, rstd) where the facts say so.
 
-        All arrays that come look like the first ones.
+        With a residual it is ``call(x, weight, bias, out, residual, sum_out)``, which gives the sum
+        after y; where nothing is centred there is no mean. All arrays that come look like the first
+        ones.
         """
-        if facts.op != LAYER_NORM:
-            raise NotImplementedError("CuPy arrays have layer_norm alone so far; call that")
+        if facts.op.residual:
+            return _adding(facts)
         index, shape, order = facts.device or 0, facts.shape, facts.order
-        stats = stats_dtype(facts.dtypes["x"]) if facts.stats else ""
         if not facts.size:
             return functools.partial(_of_nothing, facts)
         settled, (eps,) = ready_on(index, kernel_problem_of(facts)), packed((facts.eps,))
@@ -189,23 +190,24 @@ class Door:
                     or (w < high and low < w + w_bytes)
                     or (b < high and low < b + b_bytes)
                 ):  # perhaps; the exact rule decides
-                    _check_apart(x, weight, bias, out)
+                    check_apart(x, weight, bias, out)
             if alone and as_they_lie and not (at | to | w | b) & settled.low_bits:
                 function(grid, block, (at, to, w, b, *more), shared_bytes)
                 return y
-            if not stats:
+            if not facts.stats:
                 _launch(settled, FORWARD, facts.axes, (x, y, weight, bias, None, None), eps)
                 return y
-            mean, rstd = (empty(facts.stats_shape, dtype=stats) for _ in range(2))
-            _launch(settled, FORWARD, facts.axes, (x, y, weight, bias, mean, rstd), eps)
-            return y, mean, rstd
+            told = _statistics(facts)
+            _launch(settled, FORWARD, facts.axes, (x, y, weight, bias, *told), eps)
+            return y, *(a for a in told if a is not None)
 
         return call
 
-    def differentiator(self, facts: Facts) -> Callable[[Any, Any, Any, Any, Any], Any]:
-        """``call(dy, x, mean, rstd, weight)`` gives (dx, dweight, dbias), None for the unwanted."""
-        if facts.op != LAYER_NORM or "dsum" in facts.strides:
-            raise NotImplementedError("CuPy arrays have no dsum= or RMS norm so far; drop these")
+    def differentiator(self, facts: Facts) -> Callable[..., Any]:
+        """``call(dy, x, mean, rstd, weight)`` gives (dx, dweight, dbias), None for the unwanted.
+
+        A dsum comes after these.
+        """
         index, affine_shape = facts.device or 0, facts.affine_shape
         dtypes = {
             name: numpy_dtype(facts.dtypes[name])
@@ -215,17 +217,17 @@ class Door:
         wanted = "dx" in facts.strides or bool(dtypes)
         settled = ready_on(index, kernel_problem_of(facts)) if facts.size and wanted else None
 
-        def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> Any:
+        def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *dsum: Any) -> Any:
             if get_device() != index:
                 with cupy.cuda.Device(index):
-                    return call(dy, x, mean, rstd, weight)
+                    return call(dy, x, mean, rstd, weight, *dsum)
             dx = empty_like(x) if "dx" in facts.strides else None
             new = empty if facts.size else cupy.zeros  # the sum over no rows
             sums = {name: new(affine_shape, dtype=dtype) for name, dtype in dtypes.items()}
             results = dx, sums.get("dweight"), sums.get("dbias")
             if settled is not None:
-                given = dy, x, mean, rstd, weight, *results
-                _launch(settled, BACKWARD, facts.axes, given)
+                given = dy, x, mean, rstd, weight, *results, *dsum
+                _launch(settled, (*BACKWARD, "dsum"), facts.axes, given)
             return results
 
         return call
@@ -234,14 +236,64 @@ class Door:
 DOOR = Door()
 
 
+def _statistics(facts: Facts) -> tuple[Any, Any]:
+    """Mean and rstd to be written, None for what a call does not give; the mean of nothing is NaN."""
+    given = facts.stats and facts.op.center, facts.stats
+    dtype, value = stats_dtype(facts.dtypes["x"]), np.nan
+    new = empty if facts.size else functools.partial(cupy.full, fill_value=value)
+    mean, rstd = (new(facts.stats_shape, dtype=dtype) if want else None for want in given)
+    return mean, rstd
+
+
 def _of_nothing(facts: Facts, x: Any, weight: Any, bias: Any, out: Any) -> Any:
-    """A call on an empty x: the mean of nothing is NaN."""
+    """A call on an empty x."""
     with cupy.cuda.Device(x.data.device_id):
         y = empty_like(x, order=facts.order) if out is None else out
-        if not facts.stats:
-            return y
-        dtype = stats_dtype(facts.dtypes["x"])
-        return y, *(cupy.full(facts.stats_shape, np.nan, dtype=dtype) for _ in range(2))
+        told = [a for a in _statistics(facts) if a is not None]
+        return (y, *told) if told else y
+
+
+def _adding(facts: Facts) -> Callable[..., Any]:
+    """The call of an operation that adds a residual first."""
+    index, wide = facts.device or 0, facts.dtypes["residual"]
+    if wide != facts.dtypes["x"]:
+        return _adding_wide(facts)
+    settled = ready_on(index, kernel_problem_of(facts)) if facts.size else None
+
+    def call(x: Any, weight: Any, bias: Any, out: Any, residual: Any, sum_out: Any) -> Any:
+        if get_device() != index:
+            with cupy.cuda.Device(index):
+                return call(x, weight, bias, out, residual, sum_out)
+        check_apart(x, weight, bias, out, residual, sum_out)
+        y, total = (empty_like(x, order=facts.order) if a is None else a for a in (out, sum_out))
+        told = _statistics(facts)
+        if settled is not None:
+            names = *FORWARD, "residual", "sum"
+            given = x, y, weight, bias, *told, residual, total
+            _launch(settled, names, facts.axes, given, facts.eps)
+        return y, total, *(a for a in told if a is not None)
+
+    return call
+
+
+def _adding_wide(facts: Facts) -> Callable[..., Any]:
+    """The same of a float32 residual beside 16-bit x: by a copy of x, and of y."""
+    wide = facts.dtypes["residual"]
+    strides = facts.strides | dict.fromkeys("xy", row_major_strides(facts.shape, ()))
+    dtypes = facts.dtypes | {"x": wide}
+    on_wide = _adding(facts._replace(dtypes=dtypes, strides=strides, order="C", out=False))
+
+    def call(x: Any, weight: Any, bias: Any, out: Any, residual: Any, sum_out: Any) -> Any:
+        check_apart(x, weight, bias, out, residual, sum_out)
+        with cupy.cuda.Device(x.data.device_id):
+            y = empty_like(x, order=facts.order) if out is None else out
+            total = empty_like(x, dtype=wide, order=facts.order) if sum_out is None else sum_out
+            copy = x.astype(wide, order="C")
+            y_wide, *others = on_wide(copy, weight, bias, copy, residual, total)
+            y[...] = y_wide
+        return y, *others
+
+    return call
 
 
 def _reach(facts: Facts, name: str) -> tuple[int, int]:
@@ -251,15 +303,8 @@ def _reach(facts: Facts, name: str) -> tuple[int, int]:
     return sum(e for e in ends if e < 0), sum(e for e in ends if e > 0) + size
 
 
-def _check_apart(x: Any, weight: Any, bias: Any, out: Any) -> None:
-    check_overlap("x", x, out, same_allowed=True)
-    for name, array in (("weight", weight), ("bias", bias)):
-        if array is not None:
-            check_overlap(name, array, out, same_allowed=False)
-
-
-_WRITTEN = ("y", "dx")
-_SHAPED_AS_X = ("x", "dy", *_WRITTEN)
+_WRITTEN = ("y", "dx", "sum")
+_SHAPED_AS_X = ("x", "dy", "residual", "dsum", *_WRITTEN)
 
 
 def _launch(
@@ -283,13 +328,13 @@ def _launch(
         return a if name in _SHAPED_AS_X else cupy.ascontiguousarray(a)
 
     # Held until the launch; after that CuPy's pool orders reuse by stream.
-    held = [met(name, a) for name, a in zip(names, arrays, strict=True)]
+    held = [met(name, a) for name, a in zip(names, arrays, strict=False)]  # a dsum may lack
     nbytes = settled.workspace_bytes
     workspace = empty(nbytes, dtype="uint8") if nbytes else None
     at = 0 if workspace is None else workspace.data.ptr
     settled.run((0 if a is None else a.data.ptr for a in held), eps, at)
     if settled.copies:
-        for name, a, copy in zip(names, arrays, held, strict=True):
+        for name, a, copy in zip(names, arrays, held, strict=False):
             if name in _WRITTEN and name in settled.copies:
                 a.transpose(rows_last(a.ndim, axes))[...] = copy
 

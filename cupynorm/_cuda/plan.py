@@ -91,8 +91,8 @@ class Stage:
     blocks_per_sm: int
     cluster: int = 1  # blocks that run together
     op: Op = LAYER_NORM
-    # Whether it may be launched on rows, weight and bias that begin on 16-byte boundaries alone; None of a
-    # kernel that does not ask.
+    # Whether rows, weight and bias have to begin on 16-byte boundaries; None of a kernel that does
+    # not ask.
     aligned: bool | None = None
 
     @property

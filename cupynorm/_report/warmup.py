@@ -98,8 +98,11 @@ def _of_gpu(shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> 
         for rows in (1, 2**20)
     )
     calls = (few, many, of_backward(many)) if backward else (few, many)
-    plans = [_cuda.ready_on(index, kernel_problem_of(facts)).plan for facts in calls]
-    return [stage.name for plan in plans for stage in plan.stages]
+    ready = [_cuda.ready_on(index, kernel_problem_of(facts)) for facts in calls]
+    for settled in ready:
+        if settled.skewed is not None:  # a view may begin at any address
+            settled.skewed()
+    return [stage.name for settled in ready for stage in settled.plan.stages]
 
 
 def _behind_a_bar(dtypes: Sequence[str], label: str, progress: bool | None) -> Iterable[str]:

@@ -116,7 +116,7 @@ def check_capacity(call, plan, device):
     if plan.family in REGISTERS or (backward and plan.family == "shared"):
         lanes, held = plan.threads_per_row, plan.vecs_per_thread
         assert lanes * (held - 1) < vecs <= lanes * held
-        told = (held,) if backward and plan.family != "warp" else (lanes, held)
+        told = (held,) if plan.family != "warp" else (lanes, held)
         assert stage.constants[: 1 + len(told)] == (stage.block[0], *told)
         assert not backward or plan.rows_per_block * lanes == stage.block[0]
     elif plan.family == "shared":
@@ -341,14 +341,17 @@ def ends(direction, dtype, device, most):
 
 def test_limits_on_sm_90():
     """Written out: where the kernels change, in chunks of 16 KiB."""
-    wide = [(8, (2, 256)), (16, (4, 256)), (32, (8, 256)), (112, (8, 768))]
+    wide = [
+        (n, (*c, 2)) for n, c in ((8, (2, 256)), (16, (4, 256)), (32, (8, 256)), (112, (8, 512)))
+    ]
     assert ends("forward", "float32", SM90, 130) == wide
-    assert ends("forward", "float16", SM90, 130) == [(4, (2, 256)), (8, (4, 256)), *wide[2:]]
-    assert ends("forward", "float64", SM90, 130) == [*wide[:3], (104, (8, 768))]
+    narrow = [(4, (2, 256, 2)), (8, (4, 256, 2)), *wide[2:]]
+    assert ends("forward", "float16", SM90, 130) == narrow
+    assert ends("forward", "float64", SM90, 130) == [*wide[:3], (104, (8, 512, 2))]
     ours = [(4, (2, 512, 1, 1)), (8, (4, 512, 1, 1)), (16, (8, 512, 1, 1)), (24, (8, 768, 1, 0))]
     theirs = [(n, (*c, 1, 1, 1)) for n, c in ours]
     assert ends("backward", "float16", SM90, 40) == theirs
-    last = (32, (8, 512, 2, 0, 1, 1, 1))
+    last = (32, (8, 256, 4, 0, 1, 1, 1))
     assert ends("backward", "float32", SM90, 40) == [*theirs, last]
     # The longest row of the forward: 8 blocks of 14 chunks, 1.75 MiB; one more fits no block.
     stage = of_chunks("forward", 112, "float16").stages[0]
@@ -381,7 +384,7 @@ def test_no_more_clusters_than_run_at_once():
     assert resident_clusters(8, 1, 4) == 1
 
 
-@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if int(c) < 90])
+@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if 80 <= int(c) < 90])
 @EACH_DTYPE
 def test_shared_memory_is_used_up_to_the_last_vector(capability, dtype):
     """K3 ends where the device's shared memory does, and K5 begins with the next vector."""
@@ -588,9 +591,8 @@ def test_one_source_per_name_and_one_name_per_source(direction, least):
             assert (said["w"], said["b"]) == tuple(CODES.get(d) for d in affine)
             assert said["s"] == ("_bulk" if stage.family == "shared" else None)
             if stage.family in REGISTERS:
-                assert [int(said[key]) for key in "tv"] == list(
-                    stage.constants[-2:] if stage.family == "block" else stage.constants[1:3]
-                )
+                at = 1 if stage.family == "warp" else 0
+                assert [int(said[key]) for key in "tv"] == list(stage.constants[at : at + 2])
         # Without the name: two names must not hide one kernel.
         body = source.replace(f"{stage.name}(", "entry(")
         assert by_source.setdefault(body, stage.name) == stage.name

@@ -103,7 +103,7 @@ BEYOND = {
 @pytest.mark.parametrize("dtype", BEYOND)
 @pytest.mark.parametrize("family", [*FAMILIES, "cluster"])
 def test_rows_beyond_the_range_of_their_squares(machine, family, dtype):
-    """A row is looked at again, scaled; the others keep their bits. Both ends of the range, eps 0."""
+    """A row is looked at again, scaled; the others keep their bits. Both ends, with eps 0."""
     N = length(family, dtype)
     plainest = plain(len(BEYOND[dtype]) + 1, N, dtype, scale=1.0, offset=0.0)
     usual = run(machine, plainest.rows([-1]), family, eps=0.0)

@@ -56,13 +56,16 @@ def test_forward_has_the_same_bits_each_way(machine, dtype):
     """Whatever the alignment: of x, of its pitch, and with x and y in one place."""
     seen, ways = set(), set()
     for device in devices(machine, sm_count=1):
+        if device.staging == STAGE_REGISTERS:
+            continue  # K5's rows
         for options in ({}, {"at": {"x": At(1, 2)}}, {"at": {"x": At(3)}, "in_place": True}):
             result, data = forward(machine, device, dtype, **options)
             check(result, data)
             seen.add(result.bits())
-            ways.add(result.plan.stages[0].constants[1])
+            ways.add(result.plan.stages[0].constants[2])
     assert len(seen) == 1
-    assert ways == {way for way, cc in WAYS.items() if cc <= machine.device.compute_capability}
+    capability = machine.device.compute_capability
+    assert ways == {way for way, cc in WAYS.items() if way and cc <= capability}
 
 
 @ON_EACH_MACHINE
@@ -172,7 +175,7 @@ def shared_stages(arch, vecs, way="CC"):
     [("75", set()), ("80", {"cp.async", "mbarrier"}), ("90", {"bulk", "mbarrier"})],
 )
 def test_ptx_holds_the_copies_of_its_architecture(arch, held):
-    for vecs, way in ((3 * 1024, "CC"), (1536, "CCd")):
+    for vecs, way in ((3 * 1024, "CC"), (1536, "CCd"))[arch == "75" :]:
         stage = shared_stages(arch, vecs, way)[0]
         assert stage.family.startswith("shared")
         ptx, _, log = build.compile_text(source_of(stage), build.options(arch))

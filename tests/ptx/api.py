@@ -113,6 +113,7 @@ def api() -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     assert library.ptx_instruction_bytes() == INSTRUCTION.itemsize
+    library.ptx_handler(2**32 - 1, None, None)  # fills the table: a program may come from the disk
     return library
 
 
