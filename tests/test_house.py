@@ -61,7 +61,7 @@ MAY_IMPORT = {
 CEILINGS = {
     "cupynorm": (57, 12_110, {".py"}),
     "bench": (24, 4_126, {".py"}),
-    "tests": (None, 24_110, {".py", ".hpp", ".cpp"}),
+    "tests": (None, 24_160, {".py", ".hpp", ".cpp"}),
     "kernels": (29, 3_334, {".cuh"}),
 }
 MAX_LINES = 500  # of a file of the package, which is one idea
