@@ -9,7 +9,10 @@ import cupynorm as cn
 from tests import oracle
 
 EVERY = (True, True, True)
-each_direction = pytest.mark.parametrize("direction", ["forward", "backward"])
+# Of layer norm, and of RMS norm.
+each_direction = pytest.mark.parametrize(
+    "direction", ["forward", "backward", "rms forward", "rms backward"]
+)
 
 
 def stats_dtype(dtype):
@@ -33,10 +36,19 @@ def backward(dy, x, normalized_shape=None, weight=None, *, axis=None, eps=1e-5, 
 
 
 def run(direction, dy, x, weight=None, bias=None, eps=1e-5, **how):
-    """(y, mean, rstd), or (dx, dweight, dbias)."""
+    """(y, mean, rstd), or (dx, dweight, dbias); of RMS norm without mean and dbias."""
     if direction == "backward":
         return backward(dy, x, weight=weight, eps=eps, output_mask=EVERY, **how)
-    return cn.layer_norm(x, weight=weight, bias=bias, eps=eps, return_stats=True, **how)
+    if direction == "forward":
+        return cn.layer_norm(x, weight=weight, bias=bias, eps=eps, return_stats=True, **how)
+    try:
+        found = cn.rms_norm(x, weight=weight, eps=eps, return_stats=True, **how)
+    except NotImplementedError as error:  # goes when the kernels know it
+        pytest.skip(str(error))
+    if direction == "rms forward":
+        return found
+    given = dy, x, how.pop("normalized_shape", None), found.rstd, weight
+    return cn.rms_norm_backward(*given, output_mask=EVERY[:2], **how)
 
 
 def check(lib, found, dy, x, weight=None, bias=None, eps=1e-5, **how):
@@ -48,23 +60,27 @@ def check(lib, found, dy, x, weight=None, bias=None, eps=1e-5, **how):
     dy, x, *affine = host
     weight, bias = (None if a is None else a.transpose(turn) for a in affine)
     got = [None if a is None else np.asarray(lib.to_numpy(a)) for a in arrays]
-    if isinstance(found, cn.LayerNormGradients):
-        sums = (None if a is None else a.transpose(turn) for a in got[1:])
-        oracle.assert_gradients([got[0], *sums], dy, x, axes, weight, float(eps))
+    center = "rms" not in type(found).__name__.lower()
+    if type(found).__name__.endswith("Gradients"):
+        sums = [None if a is None else a.transpose(turn) for a in got[1:]]
+        sums += [None] * (not center)
+        oracle.assert_gradients([got[0], *sums], dy, x, axes, weight, float(eps), center)
         return
     n = math.prod(x.shape[a] for a in axes)
-    wanted = oracle.layer_norm(x, axes, weight, bias, float(eps))
+    wanted = oracle.layer_norm(x, axes, weight, bias if center else None, float(eps), center)
+    if not center:  # there is no mean
+        wanted = wanted[::2]
     for a, want in zip(got, wanted, strict=isinstance(found, tuple)):
         assert a.shape == want.shape
         bound = oracle.tolerance(a.dtype.name, n)
         np.testing.assert_allclose(a.astype(np.float64), want, rtol=bound, atol=bound)
 
 
-def laid_out(lib, values, layout):
+def laid_out(lib, values, layout, dtype="float32"):
     """The same values in memory of another order."""
     if layout == "sliced":
-        return lib.array(np.repeat(values, 2, axis=2))[:, :, ::2]
+        return lib.array(np.repeat(values, 2, axis=2), dtype)[:, :, ::2]
     if layout == "turned":
-        turned = lib.array(np.ascontiguousarray(values.transpose(1, 2, 0)))
+        turned = lib.array(np.ascontiguousarray(values.transpose(1, 2, 0)), dtype)
         return turned.permute(2, 0, 1) if hasattr(turned, "permute") else turned.transpose(2, 0, 1)
-    return lib.array(np.asarray(values, order=layout))
+    return lib.array(np.asarray(values, order=layout), dtype)

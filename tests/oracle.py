@@ -1,8 +1,9 @@
-"""Layer norm as the definition says it, in the widest floats NumPy has; knows nothing of cupynorm.
+"""Layer and RMS norm as the definitions say them, in the widest floats NumPy has.
 
-Every test compares with this. The statistics are two-pass in `numpy.longdouble` (64 bits of
-mantissa on x86, 53 where the compiler has no more), and the mean is corrected by the mean of what
-it leaves over, so that a common offset of 1e12 times the deviation costs no digit of float64.
+It knows nothing of cupynorm. Every test compares with this. The statistics are two-pass in
+`numpy.longdouble` (64 bits of mantissa on x86, 53 where the compiler has no more), and the mean is
+corrected by the mean of what it leaves over, so that a common offset of 1e12 times the deviation
+costs no digit of float64.
 """
 
 import math
@@ -21,10 +22,16 @@ _LEAST = {
 _EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
 
-def _standardized(x, axes, eps):
-    """x_hat, mean and rstd in the widest floats, and the axes, counted from 0 and ascending."""
+def _standardized(x, axes, eps, center=True):
+    """x_hat, mean and rstd in the widest floats, and the axes, counted from 0 and ascending.
+
+    Without a centre the mean is that of nothing, 0.
+    """
     axes = tuple(sorted(a % np.ndim(x) for a in axes))
     wide = np.asarray(x).astype(np.float64).astype(np.longdouble)
+    if not center:
+        rstd = 1 / np.sqrt((wide * wide).mean(axis=axes, keepdims=True) + np.longdouble(eps))
+        return wide * rstd, 0 * rstd, rstd, axes
     mean = wide.mean(axis=axes, keepdims=True)
     d = wide - mean
     lack = d.mean(axis=axes, keepdims=True)
@@ -41,9 +48,9 @@ def _along(x, axes, a):
 
 
 @np.errstate(all="ignore")  # Inf, NaN and negative var + eps are legal rows
-def layer_norm(x, axes, weight, bias, eps):
-    """y, mean and rstd in float64, mean and rstd with length 1 on axes."""
-    y, mean, rstd, axes = _standardized(x, axes, eps)
+def layer_norm(x, axes, weight, bias, eps, center=True):
+    """y, mean and rstd in float64, mean and rstd with length 1 on axes; RMS norm without centre."""
+    y, mean, rstd, axes = _standardized(x, axes, eps, center)
     if weight is not None:
         y = y * _along(y, axes, weight)
     if bias is not None:
@@ -52,17 +59,17 @@ def layer_norm(x, axes, weight, bias, eps):
 
 
 @np.errstate(all="ignore")
-def layer_norm_backward(dy, x, axes, weight, eps):
+def layer_norm_backward(dy, x, axes, weight, eps, center=True):
     """dx, dweight and dbias in float64; the latter two have the shape of the normalized axes."""
-    slope, g, x_hat, rstd, axes, batch = _backward_terms(dy, x, axes, weight, eps)
-    c1 = g.mean(axis=axes, keepdims=True)
+    slope, g, x_hat, rstd, axes, batch = _backward_terms(dy, x, axes, weight, eps, center)
+    c1 = g.mean(axis=axes, keepdims=True) if center else 0
     c2 = (g * x_hat).mean(axis=axes, keepdims=True)
     sums = ((slope * x_hat).sum(axis=batch), slope.sum(axis=batch))
     return tuple(a.astype(np.float64) for a in (rstd * (g - c1 - x_hat * c2), *sums))
 
 
 @np.errstate(all="ignore")
-def gradient_scales(dy, x, axes, weight, eps):
+def gradient_scales(dy, x, axes, weight, eps, center=True):
     """The size of what is added up and cancels on the way to each gradient, in float64.
 
     An error of x_hat is one of max(1, |x_hat|), because the mean is among its terms. For dx the
@@ -70,7 +77,7 @@ def gradient_scales(dy, x, axes, weight, eps):
     is the root of the sum of the squared terms, because errors of rows have any sign, and the
     total, to which a sum of terms of one sign rises.
     """
-    slope, g, x_hat, rstd, axes, batch = _backward_terms(dy, x, axes, weight, eps)
+    slope, g, x_hat, rstd, axes, batch = _backward_terms(dy, x, axes, weight, eps, center)
     size, g = np.maximum(np.abs(x_hat), 1), np.abs(g)
     c1 = g.mean(axis=axes, keepdims=True)
     c2 = (g * size).mean(axis=axes, keepdims=True)
@@ -81,8 +88,8 @@ def gradient_scales(dy, x, axes, weight, eps):
     return tuple(a.astype(np.float64) for a in (rstd * (g + c1 + size * c2), *sums))
 
 
-def _backward_terms(dy, x, axes, weight, eps):
-    x_hat, _, rstd, axes = _standardized(x, axes, eps)
+def _backward_terms(dy, x, axes, weight, eps, center):
+    x_hat, _, rstd, axes = _standardized(x, axes, eps, center)
     slope = np.asarray(dy).astype(np.float64).astype(np.longdouble)
     g = slope if weight is None else slope * _along(x_hat, axes, weight)
     batch = tuple(a for a in range(x_hat.ndim) if a not in axes)
@@ -106,7 +113,7 @@ def tolerance(dtype, N):
     return _EPS[np.dtype(dtype).name] + gradient_tolerance(dtype, N)
 
 
-def gradient_excess(got, dy, x, axes, weight=None, eps=1e-5):
+def gradient_excess(got, dy, x, axes, weight=None, eps=1e-5, center=True):
     """Largest error of dx, dweight and dbias over the bound: at most 1; 0 for one that is None.
 
     The bound is one epsilon of the result's dtype relative to it, and `gradient_tolerance` of its
@@ -114,8 +121,8 @@ def gradient_excess(got, dy, x, axes, weight=None, eps=1e-5):
     """
     N = math.prod(np.shape(x)[a] for a in axes)
     rows = np.size(x) // N
-    want = layer_norm_backward(dy, x, axes, weight, eps)
-    scales = gradient_scales(dy, x, axes, weight, eps)
+    want = layer_norm_backward(dy, x, axes, weight, eps, center)
+    scales = gradient_scales(dy, x, axes, weight, eps, center)
     excess = []
     for a, exact, scale, terms in zip(got, want, scales, (N, rows, rows), strict=True):
         if a is None:
@@ -135,9 +142,9 @@ def gradient_excess(got, dy, x, axes, weight=None, eps=1e-5):
     return excess
 
 
-def assert_gradients(got, dy, x, axes, weight=None, eps=1e-5):
+def assert_gradients(got, dy, x, axes, weight=None, eps=1e-5, center=True):
     """Compare dx, dweight and dbias (None: not computed) with the definition."""
-    excess = gradient_excess(got, dy, x, axes, weight, eps)
+    excess = gradient_excess(got, dy, x, axes, weight, eps, center)
     said = ", ".join(
         f"{n} {e:.3g}" for n, e in zip(("dx", "dweight", "dbias"), excess, strict=True)
     )

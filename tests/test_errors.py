@@ -9,10 +9,12 @@ import cupynorm as cn
 from tests.directions import each_direction
 
 X = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-CALLS = {"forward": cn.layer_norm, "backward": cn.layer_norm_backward}
+CALLS = {"forward": cn.layer_norm, "backward": cn.layer_norm_backward,
+         "rms forward": cn.rms_norm, "rms backward": cn.rms_norm_backward}  # fmt: skip
 # What stands beside x.
 COMPANIONS = [("forward", "weight"), ("forward", "bias"), ("forward", "out"), ("backward", "dy"),
-              ("backward", "mean"), ("backward", "rstd"), ("backward", "weight")]  # fmt: skip
+              ("backward", "mean"), ("backward", "rstd"), ("backward", "weight"),
+              ("rms forward", "weight"), ("rms backward", "rstd")]  # fmt: skip
 SHAPES = {"weight": (4,), "bias": (4,), "mean": (2, 3, 1), "rstd": (2, 3, 1)}  # the others: x's
 
 each_companion = pytest.mark.parametrize(("direction", "name"), COMPANIONS)
@@ -25,8 +27,9 @@ def ones(name):
 def good(direction, make=np.asarray):
     """A call that is taken, by the names of its parameters."""
     call = {"x": make(X.copy())}
-    if direction == "backward":
-        call |= {n: make(ones(n)) for n in ("dy", "mean", "rstd")} | {"normalized_shape": None}
+    if direction.endswith("backward"):
+        stats = ("rstd",) if "rms" in direction else ("mean", "rstd")
+        call |= {n: make(ones(n)) for n in ("dy", *stats)} | {"normalized_shape": None}
     return call
 
 

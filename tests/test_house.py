@@ -61,8 +61,8 @@ MAY_IMPORT = {
 CEILINGS = {
     "cupynorm": (57, 12_110, {".py"}),
     "bench": (24, 4_126, {".py"}),
-    "tests": (None, 24_620, {".py", ".hpp", ".cpp"}),
-    "kernels": (16, 3_720, {".cuh"}),
+    "tests": (None, 25_040, {".py", ".hpp", ".cpp"}),
+    "kernels": (16, 3_730, {".cuh"}),
 }
 MAX_LINES = 500  # of a file of the package, which is one idea
 MAX_POSITIONAL = 6  # of a function; who needs more takes a `Facts`, a `Problem` or a dataclass

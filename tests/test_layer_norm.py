@@ -66,8 +66,8 @@ def test_normalized_shape_and_axis(lib, direction, how):
     for affine in ((weight, bias), (None, None))[: 1 if lib.backend.compiles else 2]:
         found = run(direction, dy, x, *affine, **how)
         check(lib, found, dy, x, *affine, **how)
-        if direction == "backward":
-            assert tuple(found.dweight.shape) == tuple(found.dbias.shape) == shape
+        if direction.endswith("backward"):
+            assert {tuple(total.shape) for total in found[1:]} == {shape}
 
 
 def test_one_axis_and_one_element(lib):
@@ -96,8 +96,9 @@ def test_dtype_and_affine(lib, dtype, direction, affine):
     weight = lib.array(RNG.standard_normal(10), dtype) if "weight" in affine else None
     bias = lib.array(RNG.standard_normal(10), dtype) if "bias" in affine else None
     found = run(direction, dy, x, weight, bias, normalized_shape=10)
-    sums = dtype if direction == "backward" and weight is not None else stats_dtype(dtype)
-    assert [lib.dtype(a) for a in found] == [dtype, sums, sums]
+    backward = direction.endswith("backward")
+    sums = dtype if backward and weight is not None else stats_dtype(dtype)
+    assert [lib.dtype(a) for a in found] == [dtype, *[sums] * (len(found) - 1)]
     assert all(type(a) is type(x) for a in found)
     check(lib, found, dy, x, weight, bias)
 
@@ -110,14 +111,14 @@ def test_weight_and_bias_of_other_dtypes(lib, dtype, direction):
     pairs = itertools.product(lib.backend.dtypes, repeat=2)
     if lib.backend.compiles:
         pairs = [("float64", "float16")]
-    elif direction == "backward":
+    elif direction.endswith("backward"):
         pairs = [(other, other) for other in lib.backend.dtypes]
     for weight_dtype, bias_dtype in pairs:
         weight = lib.array(RNG.standard_normal(10), weight_dtype)
         bias = lib.array(RNG.standard_normal(10), bias_dtype)
         found = run(direction, dy, x, weight, bias)
-        sums = weight_dtype if direction == "backward" else stats_dtype(dtype)
-        assert [lib.dtype(a) for a in found] == [dtype, sums, sums]
+        sums = weight_dtype if direction.endswith("backward") else stats_dtype(dtype)
+        assert [lib.dtype(a) for a in found] == [dtype, *[sums] * (len(found) - 1)]
         check(lib, found, dy, x, weight, bias)
 
 
@@ -151,15 +152,19 @@ def test_eps_where_the_variance_is_zero_or_less_is_ieee(lib):
 def test_the_result_is_a_named_tuple(lib, direction):
     dy, x, weight = lib.array(DY3), lib.array(X3), lib.array(np.ones((4, 10)))
     found = run(direction, dy, x, weight, axis=(0, 2))
-    if direction == "forward":
-        kind, fields, small = cn.LayerNormResult, ("y", "mean", "rstd"), (1, 6, 1)
-        y = cn.layer_norm(x, weight=weight, axis=(0, 2))  # statistics change no bit of it
+    if direction.endswith("forward"):
+        fields, small = ("y", "mean", "rstd"), (1, 6, 1)
+        norm = cn.rms_norm if "rms" in direction else cn.layer_norm
+        y = norm(x, weight=weight, axis=(0, 2), eps=1e-5)  # statistics change no bit of it
         np.testing.assert_array_equal(lib.to_numpy(found.y), lib.to_numpy(y))
     else:
-        kind, fields, small = cn.LayerNormGradients, ("dx", "dweight", "dbias"), (4, 10)
-    assert isinstance(found, kind)
-    assert found._fields == fields
-    assert [tuple(a.shape) for a in found] == [(4, 6, 10), small, small]
+        fields, small = ("dx", "dweight", "dbias"), (4, 10)
+    if "rms" in direction:
+        assert found._fields == tuple(f for f in fields if f not in ("mean", "dbias"))
+    else:
+        assert isinstance(found, (cn.LayerNormResult, cn.LayerNormGradients))
+        assert found._fields == fields
+    assert [tuple(a.shape) for a in found] == [(4, 6, 10), *[small] * (len(found) - 1)]
 
 
 @each_direction
@@ -335,15 +340,18 @@ def test_bits_of_a_row_do_not_depend_on_its_layout(lib, n):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_numpy_arrays_of_every_kind(lib, dtype, direction, layout):
     """The bits of plain arrays, whatever the memory; results are plain, and can be written."""
+    norm, gradients = cn.layer_norm, cn.layer_norm_backward
+    if "rms" in direction:
+        norm, gradients = cn.rms_norm, cn.rms_norm_backward
     for axis in (0, 1, (0, 1)):
         shapes = (33, 17), (33, 17), [(33, 17)[a] for a in axes_of(2, axis=axis)]
         plain = [RNG.standard_normal(s).astype(np_dtype(dtype)) for s in shapes]
-        plain += cn.layer_norm(plain[1], axis=axis, return_stats=True)[1:]
+        plain += norm(plain[1], axis=axis, eps=1e-5, return_stats=True)[1:]
 
-        def results(dy, x, weight, mean, rstd, axis=axis):
-            if direction == "forward":
-                return cn.layer_norm(x, weight=weight, axis=axis, return_stats=True)
-            return cn.layer_norm_backward(dy, x, None, mean, rstd, weight, axis=axis)
+        def results(dy, x, weight, *stats, axis=axis):
+            if direction.endswith("forward"):
+                return norm(x, weight=weight, axis=axis, eps=1e-5, return_stats=True)
+            return gradients(dy, x, None, *stats, weight, axis=axis)
 
         want, made = results(*plain), [LAYOUTS[layout](a) for a in plain]
         check(lib, want, *plain[:3], axis=axis)

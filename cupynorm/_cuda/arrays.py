@@ -237,7 +237,7 @@ DOOR = Door()
 
 
 def _statistics(facts: Facts) -> tuple[Any, Any]:
-    """Mean and rstd to be written, None for what a call does not give; the mean of nothing is NaN."""
+    """Mean and rstd to be written, None for what is not given; the mean of nothing is NaN."""
     given = facts.stats and facts.op.center, facts.stats
     dtype, value = stats_dtype(facts.dtypes["x"]), np.nan
     new = empty if facts.size else functools.partial(cupy.full, fill_value=value)

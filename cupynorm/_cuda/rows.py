@@ -97,8 +97,8 @@ FORWARD = (
     # for 16-bit types (32, 64, 128 KiB), which leave a block two chunks; for wider types twice
     # theirs: more than four chunks a block (64 KiB) would leave too few blocks on a multiprocessor
     # to load while another one stores. A row is skipped where the device's shared memory does not
-    # hold `blocks_per_sm` blocks; the last is for longer rows, and for devices that are short of it.
-    # Its blocks stand alone on a multiprocessor; with more threads float64 would spill.
+    # hold `blocks_per_sm` blocks; the last is for longer rows, and for devices short of it. Its
+    # blocks stand alone on a multiprocessor; with more threads float64 would spill.
     cluster_row(2, 256, 8, 4, 3),
     cluster_row(4, 256, 16, 8, 3),
     cluster_row(8, 256, 32, 32, 3),
