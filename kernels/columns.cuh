@@ -31,23 +31,17 @@ __device__ __forceinline__ u64 load_bits(u64 values, i64 at, i64 type) {
     return (u64)lo | (u64)hi << 32;
 }
 
+// Few cases, since eight columns' stand in a row: an integer's bits are extended to 64, then converted.
 template <class A>
 __device__ __forceinline__ A value_of(u64 bits, i64 type) {
-    switch (type) {
-        case BOOL: return (A)(bits != 0);
-        case UINT8: return (A)(unsigned char)bits;
-        case INT8: return (A)(signed char)bits;
-        case UINT16: return (A)(u16)bits;
-        case INT16: return (A)(short)bits;
-        case UINT32: return (A)(u32)bits;
-        case INT32: return (A)(int)bits;
-        case UINT64: return (A)bits;
-        case INT64: return (A)(i64)bits;
-        case FLOAT16: return (A)f16_to_float((u32)bits);
-        case BFLOAT16: return (A)bit_cast<float>((u32)bits << 16);
-        case FLOAT32: return (A)bit_cast<float>((u32)bits);
-        default: return (A)bit_cast<double>(bits);
-    }
+    if (type == FLOAT32) return (A)bit_cast<float>((u32)bits);
+    if (type == FLOAT64) return (A)bit_cast<double>(bits);
+    if (type == FLOAT16) return (A)f16_to_float((u32)bits);
+    if (type == BFLOAT16) return (A)bit_cast<float>((u32)bits << 16);
+    if (type == BOOL) return (A)(bits != 0);
+    if (type & 1) return (A)bits;  // unsigned
+    const int above = type == INT8 ? 56 : type == INT16 ? 48 : type == INT32 ? 32 : 0;
+    return (A)((i64)(bits << above) >> above);
 }
 
 __device__ __forceinline__ void set_nan(float& v) { v = bit_cast<float>(0x7fc00000u); }
