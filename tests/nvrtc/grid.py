@@ -186,7 +186,7 @@ def _shapes(kind: str, arch: str, x_dtype: str, max_cluster: int, op: Op) -> dic
     for shape in (shape for shape in every if shape in met):
         for stage in met[shape]:
             if stage.family in KINDS[kind] and shape[1] >= found.get(stage.name, ("", NO))[1][1]:
-                found[stage.name] = _kind_of(stage), shape
+                found[stage.name] = kind_of(stage), shape
     return found
 
 
@@ -200,7 +200,7 @@ def _lines(kind: str, x_dtype: str) -> tuple[list[Shape], list[list[Shape]]]:
     return every, list(lines.values())
 
 
-def _kind_of(stage: Stage) -> str:
+def kind_of(stage: Stage) -> str:
     """The kernel, and which of its two."""
     return stage.template + "_aligned" * bool(stage.aligned)
 
