@@ -60,8 +60,8 @@ def vecs_in_flight(stage: Stage) -> tuple[int, int]:
 
 def staging_in(stage: Stage) -> int:
     """How K3 and K4 bring their rows into shared memory; other kernels bring none."""
-    if stage.template == "fwd_shared":
-        return stage.constants[2]
+    if stage.template == "fwd_shared":  # with a residual through registers
+        return STAGE_REGISTERS if stage.op.residual else stage.constants[2]
     return stage.constants[2] if stage.family == "shared_bwd" else STAGE_REGISTERS
 
 

@@ -166,26 +166,41 @@ def shapes(
 @cache
 def _shapes(kind: str, arch: str, x_dtype: str, max_cluster: int, op: Op) -> dict[str, Asked]:
     flags: Flags = (x_dtype, None) if kind == "rows_bwd" else NONE
-    every = dict.fromkeys(sampled(kind, x_dtype))
+
+    def ask(shape: Shape) -> tuple[Stage, ...]:
+        return stages(arch, x_dtype, shape, flags, ALL, max_cluster, op)
+
+    every, lines = _lines(kind, x_dtype)
     met: dict[Shape, tuple[Stage, ...]] = {}
-    for _, line in itertools.groupby(sorted(every, key=_line), key=lambda shape: _line(shape)[:2]):
-        met |= _met(
-            list(line), lambda shape: stages(arch, x_dtype, shape, flags, ALL, max_cluster, op)
-        )
+    if op is OPS[0]:
+        for line in lines:
+            met |= _met(line, ask)
+    else:  # where the first's entries end, as the plans are much the same, and between
+        longest = [shape for _, shape in _shapes(kind, arch, x_dtype, max_cluster, OPS[0]).values()]
+        met = {
+            shape: ask(shape)
+            for line in (longest, *(line[:: 4 * _STEP] for line in lines))
+            for shape in line
+        }
     found: dict[str, Asked] = {}
     for shape in (shape for shape in every if shape in met):
         for stage in met[shape]:
             if stage.family in KINDS[kind] and shape[1] >= found.get(stage.name, ("", NO))[1][1]:
-                found[stage.name] = _kind_of(stage), shape
+                found[stage.name] = kind_of(stage), shape
     return found
 
 
-def _line(shape: Shape) -> tuple[int, str, int]:
-    """Sorts shapes that differ by their size alone next to each other."""
-    return shape[0], shape[2], shape[1]
+@cache
+def _lines(kind: str, x_dtype: str) -> tuple[list[Shape], list[list[Shape]]]:
+    """The sampled shapes, and those that differ by their length alone, by ascending length."""
+    every = list(dict.fromkeys(sampled(kind, x_dtype)))
+    lines: dict[tuple[int, str], list[Shape]] = {}
+    for shape in sorted(every, key=lambda shape: shape[1]):
+        lines.setdefault((shape[0], shape[2]), []).append(shape)
+    return every, list(lines.values())
 
 
-def _kind_of(stage: Stage) -> str:
+def kind_of(stage: Stage) -> str:
     """The kernel, and which of its two."""
     return stage.template + "_aligned" * bool(stage.aligned)
 

@@ -12,7 +12,7 @@ from cupynorm._cuda.plan import Stage
 from tests.nvrtc.build import CUPY_OPTIONS, READ, version
 from tests.nvrtc.check import blocks_that_fit
 from tests.nvrtc.facts import Facts
-from tests.nvrtc.grid import ARCHS, DTYPES, FAMILIES
+from tests.nvrtc.grid import ARCHS, DTYPES, FAMILIES, kind_of
 from tests.ptx.limits import DeviceLimits
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
@@ -34,7 +34,7 @@ def record_of(
         "arch": arch,
         "family": stage.family,
         "name": stage.name,
-        "kernel": stage.kernel,
+        "kernel": f"{stage.op.name} {kind_of(stage)}",
         "x_dtype": stage.x_dtype,
         "code": code,
         "registers": facts.registers,
