@@ -201,9 +201,11 @@ def check_apart(
     Each may be an array of x's shape that is read, but not a part of one.
     """
     for name, result in (("out", out), ("sum_out", sum_out)):
+        if result is None:
+            continue
         for label, other in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
             same = label in ("x", "residual")
-            if not (result is None or other is None or (same and result is other)):
+            if not (other is None or (same and result is other)):
                 check_overlap(label, other, result, same_allowed=same, name=name)
     if out is not None and sum_out is not None:
         check_overlap("sum_out", sum_out, out, same_allowed=False)

@@ -71,7 +71,7 @@ MAX_POSITIONAL = 6  # of a function; who needs more takes a `Facts`, a `Problem`
 COMPILED = {
     f"_cpu.{name}" for name in ("backward", "engine", "forward", "jobs", "strips", "vectors")
 }
-MOST_WITH_MORE = 42
+MOST_WITH_MORE = 36
 
 
 def room_of(path):

@@ -134,14 +134,14 @@ def _adding(facts: Facts) -> Call:
     """The call of an operation that adds a residual first."""
     compute = np.dtype(engine.computed(facts.dtypes["x"]))
     in_blocks, (run, _) = _forward_in_blocks(facts), _forward(facts)
-    first, like = 0 if facts.op.center else 1, functools.partial(np.empty_like, order=facts.order)
+    of_rows, like = facts.stats_shape, functools.partial(np.empty_like, order=facts.order)
+    wanted = facts.stats and facts.op.center, facts.stats
 
     def call(x: Array, weight: Any, bias: Any, out: Any, residual: Array, sum_out: Any) -> Any:
         check_apart(x, weight, bias, out, residual, sum_out)
         y = like(x) if out is None else out
         total = like(x, residual.dtype) if sum_out is None else sum_out
-        told: Any = [np.empty(facts.stats_shape, compute) for _ in range(2)]
-        told = (None,) * first + tuple(told[first:]) if facts.stats else (None, None)
+        told = [np.empty(of_rows, compute) if want else None for want in wanted]
         (in_blocks if plain() else run)(x, y, weight, bias, *told, residual, total)
         return y, total, *(a for a in told if a is not None)
 
@@ -239,12 +239,14 @@ def _forward(facts: Facts) -> tuple[Call, _Small]:
     problem = engine.problem_in_place(facts)
     if problem is None:
         return _forward_on_copy(facts), _Small()
-    none, stored, unit = np.empty(0, compute), _stored(kind), facts.op.unit_weight
+    none, stat, unit = np.empty(0, compute), np.empty((0, 0), compute), facts.op.unit_weight
+    stored, wide = _stored(kind), _stored(facts.dtypes.get("residual", kind))
 
-    def taken(x: Any, y: Any, weight: Any, bias: Any, *told: Any) -> Any:
+    def taken(x: Any, y: Any, weight: Any, bias: Any, *more: Any) -> Any:
         w = none if weight is None else _affine(weight, compute, unit)
         b = none if bias is None else _affine(bias, compute)
-        return _seen(x, stored), _seen(y, stored), w, b, *[_seen(a, compute) for a in told]
+        told = [stat if a is None else _seen(a, compute) for a in more[:2]]
+        return _seen(x, stored), _seen(y, stored), w, b, *told, *[_seen(a, wide) for a in more[2:]]
 
     small = _Small(*engine.small_normalizer(problem, facts.eps), taken)
     if small.do:

@@ -141,11 +141,22 @@ def small_normalizer(problem: Problem, eps: float) -> tuple[Any, Any]:
     """
     from cupynorm._cpu import forward, jobs
 
-    large = problem.rows * problem.N >= ALONE or problem.N > forward.CHUNK
-    if large or problem.op.residual:
+    if problem.rows * problem.N >= ALONE or problem.N > forward.CHUNK:
         return None, None
-    plan = _plan(problem, _rows_of_block(problem), eps)
-    return jobs.small(_kind(problem), plan.dense, problem.stats, problem.op.center), plan
+    rows, kind, center = _rows_of_block(problem), _kind(problem), problem.op.center
+    plan = _plan(problem, rows, eps)
+    if problem.op.residual:
+        do, strips = (
+            jobs.rows(kind, center, problem.dtype("residual"), True),
+            _strips(problem, rows),
+        )
+        return lambda at, *arrays: do(at, 0, strips, *arrays), plan
+    return jobs.small(kind, plan.dense, problem.stats, center), plan
+
+
+def _strips(problem: Problem, rows: int) -> int:
+    """Count the strips of so many rows."""
+    return problem.outer * -(-problem.M // rows)
 
 
 def normalizer(
@@ -161,7 +172,7 @@ def normalizer(
 
     kind, size, chunks = _kind(problem), problem.rows * problem.N, -(-problem.N // forward.CHUNK)
     rows, scattered = _rows_of_block(problem), not problem.row_major and chunks > 1
-    plan, strips = _plan(problem, rows, eps), problem.outer * -(-problem.M // rows)
+    plan, strips = _plan(problem, rows, eps), _strips(problem, rows)
     nothing = () if problem.op.residual else (0, 0)
     do = jobs.rows(kind, problem.op.center, problem.dtype("residual") or "")
     by_chunks = _by_chunks(problem, eps) if scattered or chunks >= _LONG else None
@@ -189,7 +200,7 @@ def _by_chunks(problem: Problem, eps: float) -> Call:
 
     kind, chunks = _kind(problem), -(-problem.N // forward.CHUNK)
     rows = 1 if problem.row_major else _rows_of_block(problem)
-    plan, items = _plan(problem, rows, eps), problem.outer * -(-problem.M // rows) * chunks
+    plan, items = _plan(problem, rows, eps), _strips(problem, rows) * chunks
     met, op, wide = plan, problem.op, problem.dtype("residual") or ""
     if op.residual:  # whose results are those of the sum
         strides = {"x": problem.steps("sum"), "y": problem.steps("y")}

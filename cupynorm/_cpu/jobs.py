@@ -114,20 +114,19 @@ def _sharing(may_omit: bool) -> Any:
 _share, _share_of_columns = _sharing(False), _sharing(True)
 
 
-def _taking(center: bool, source: Any) -> tuple[Any, Any, Any]:
-    """What takes a pivot, and moments, and what brings rows: to the compiler, types."""
-    taken = (forward.pivot, forward.moments) if center else (forward.origin, forward.squares)
-    return *taken, source
+def _measures(center: bool) -> tuple[Any, Any]:
+    """What takes a pivot, and moments: constants to a job, and types to the compiler."""
+    return (forward.pivot, forward.moments) if center else (forward.origin, forward.squares)
 
 
 @job
-def rows(checksum: int, kind: str, center: bool = True, wide: str = "") -> Any:
+def rows(checksum: int, kind: str, center: bool = True, wide: str = "", small: bool = False) -> Any:
     """``rows(plan, lo, hi, x, y, w, b, mean, rstd, residual, total)``: normalize strips lo to hi.
 
-    Where residual is added to x, it and the sum are of the dtype ``wide``.
+    residual and total, their sum with x, are of the dtype ``wide``. As ``small`` it takes arrays.
     """
-    computed, given = _computed(kind), wide or kind
-    near, measure, source = _taking(center, strips.of_sums if wide else strips.of_rows)
+    source, given = (strips.of_sums, wide) if wide else (strips.of_rows, kind)
+    computed, (near, measure) = _computed(kind), _measures(center)
 
     def rows(plan, lo, hi, x, y, w, b, mean, rstd, residual, total):  # type: ignore[no-untyped-def]
         f, wb, told = plan_at(plan, checksum), _two(w, b, computed), _two(mean, rstd, computed)
@@ -135,13 +134,16 @@ def rows(checksum: int, kind: str, center: bool = True, wide: str = "") -> Any:
         rule = f.eps, f.low, f.high, near, measure, source
         _share(f, arrays, at(y, kind), wb, told, rule, lo, hi)
 
-    return rows
+    if not small:
+        return rows
+    (x, y, _, stat, row, _), more = _arrays(kind), _arrays(given)[:2]
+    return types.void(*[types.int64] * 3, x, y, row, row, stat, stat, *more), rows
 
 
 @job
 def table(checksum: int, kind: str) -> Any:
     """``table(plan, lo, hi, columns, y, w, b)``: the same, of a table given as columns."""
-    computed, (near, measure, source) = _computed(kind), _taking(True, strips.of_columns)
+    computed, (near, measure), source = _computed(kind), _measures(True), strips.of_columns
 
     def table(plan, lo, hi, columns, y, w, b):  # type: ignore[no-untyped-def]
         f, wb = plan_at(plan, checksum), _two(w, b, computed)
@@ -186,7 +188,7 @@ def small(
     Without statistics too: two arrays more cost a call 100 ns, a twentieth of it.
     """
     computed, all_rows = _computed(kind), _small if dense else _small_in_strips
-    near, measure, source = _taking(center, strips.of_rows)
+    (near, measure), source = _measures(center), strips.of_rows
     x_type, y_type, _, stat, row, _ = _arrays(kind)
 
     def small_with_stats(plan, x, y, w, b, mean, rstd):  # type: ignore[no-untyped-def]
@@ -254,8 +256,8 @@ def _results(f, x, y, w, b, stats, lo, hi, tile):  # type: ignore[no-untyped-def
 @job
 def chunk_moments(checksum: int, kind: str, center: bool = True, wide: str = "") -> Any:
     """``chunk_moments(plan, lo, hi, x, residual, total, parts)``: of chunks of rows, as `rows`."""
-    given = wide or kind
-    near, measure, source = _taking(center, strips.of_sums if wide else strips.of_rows)
+    source, given = (strips.of_sums, wide) if wide else (strips.of_rows, kind)
+    near, measure = _measures(center)
 
     def chunk_moments(plan, lo, hi, x, residual, total, parts):  # type: ignore[no-untyped-def]
         f, arrays = plan_at(plan, checksum), (at(x, kind), *_two(residual, total, given))
