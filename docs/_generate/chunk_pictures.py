@@ -40,7 +40,7 @@ def shared(plan: Plan, N: int) -> Drawing:
     d = Drawing(
         WIDTH,
         "K3: one row in shared memory",
-        f"K3, rows of {N} float16 on sm_75: one row in {plan.stages[0].name}, {threads} threads, "
+        f"K3, rows of {N} float16 on sm_80: one row in {plan.stages[0].name}, {threads} threads, "
         f"{plan.stages[0].shared_bytes / 1024:.0f} KiB of shared memory. A color is a group of 256 "
         "threads.",
     )
@@ -56,13 +56,13 @@ def shared(plan: Plan, N: int) -> Drawing:
         d.line([(c * scale + scale / 2, 150), (c * scale + scale / 2, 160), (WIDTH / 2, 178)])
     text = f"a barrier, then {len(owners)} lanes of every warp merge (count, mean, squares)"
     d.text(WIDTH / 2, 196, text + " by shuffles", 12, "middle")
-    d.text(WIDTH / 2, 214, "and each thread normalizes what it staged itself", 12, "middle")
+    d.text(WIDTH / 2, 214, "and each thread normalizes what it summed", 12, "middle")
     return d
 
 
 def cluster(plan: Plan, N: int) -> Drawing:
     """K4: a row in the shared memory of several blocks, and what they send each other."""
-    blocks = plan.stages[0].constants[0]
+    blocks = plan.stages[0].cluster
     owners = _owners(plan, N)
     ranks = [h.block for h, _ in owners]
     colors = [tint(2 * r, 2 * blocks + 1) for r in ranks]
@@ -98,8 +98,8 @@ def cluster(plan: Plan, N: int) -> Drawing:
 
 
 def split(plan: Plan, N: int) -> Drawing:
-    """K5: sections, the workspace, and the second kernel's way back."""
-    stats, normalize = plan.stages
+    """K5: sections, the workspace, and the last kernel's way back."""
+    stats, _, normalize = plan.stages
     cols = CHUNK_VECS * plan.chunks_per_section * columns_per_vec(plan)
     d = Drawing(
         WIDTH,
@@ -121,8 +121,8 @@ def split(plan: Plan, N: int) -> Drawing:
         x = s * scale + scale / 2
         d.box(s * scale, 110, scale, 14, tint(s, plan.sections), line=0.5)
         d.line([(x, 124), (x, 130), (WIDTH / 2, 150)])
-    d.text(WIDTH / 2, 166, "every block of the second kernel merges them all", 12, "middle")
-    d.text(0, 194, "second kernel: backwards, while L2 still holds the end", bold=True)
+    d.text(WIDTH / 2, 166, "second kernel: a block for each row merges them", 12, "middle")
+    d.text(0, 194, "third kernel: backwards, while L2 still holds the end", bold=True)
     parts = plan.parts
     for p in range(parts):
         index = normalize.grid[0] - 1 - (parts + p)  # of row 1

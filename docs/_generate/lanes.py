@@ -50,11 +50,9 @@ def _warp(plan: Plan, row: int, vec: int, vecs: int) -> Holder:
 
 
 def _block(plan: Plan, row: int, vec: int, total: int) -> Holder:
-    threads, threads_per_row, vecs = plan.stages[0].constants
-    block, place = divmod(row, threads // threads_per_row)
-    warp, rest = divmod(vec, 32 * vecs)
+    warp, rest = divmod(vec, 32 * plan.vecs_per_thread)
     k, lane = divmod(rest, 32)
-    return Holder(block, place * threads_per_row + warp * 32 + lane, k)
+    return Holder(row, warp * 32 + lane, k)
 
 
 def _in_chunk(vec: int) -> tuple[int, int, int]:
@@ -66,7 +64,7 @@ def _in_chunk(vec: int) -> tuple[int, int, int]:
 
 
 def _shared(plan: Plan, row: int, vec: int, vecs: int) -> Holder:
-    threads = plan.stages[0].constants[0]
+    threads = plan.stages[0].block[0]
     chunk, thread, k = _in_chunk(vec)
     turn, group = divmod(chunk, threads // CHUNK_THREADS)
     return Holder(row, group * CHUNK_THREADS + thread, 4 * turn + k)

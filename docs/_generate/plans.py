@@ -5,9 +5,8 @@ from cupynorm._cuda.plan import Device, Plan
 from cupynorm._layout import Problem
 from cupynorm._ops import LAYER_NORM
 
-__all__ = ["A100", "H100", "ROWS", "T4", "column_plan", "columns_plan", "problem_of", "row_plan"]
+__all__ = ["A100", "H100", "ROWS", "column_plan", "columns_plan", "problem_of", "row_plan"]
 
-T4 = Device(75, 40, 64 * 1024)
 A100 = Device(80, 108, 163 * 1024)
 H100 = Device(90, 132, 227 * 1024)
 
@@ -15,7 +14,7 @@ H100 = Device(90, 132, 227 * 1024)
 ROWS = {
     "warp": (4096, 50, "float32", H100),
     "block": (4096, 5000, "float16", H100),
-    "shared": (4096, 28_000, "float16", T4),
+    "shared": (4096, 28_000, "float16", A100),
     "cluster": (4096, 50_000, "float32", H100),
     "split": (2, 200_000, "float32", A100),
 }

@@ -171,12 +171,12 @@ def without_comments(source: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def kept(make: Callable[[], Any] | None, *went_in: str) -> Any:
+def kept(make: Callable[[], Any] | None, *went_in: str, anew: bool = False) -> Any:
     """What was made of that, from the disk; made and kept where it is not there, if it can be."""
     versions = (version(), _wheels_version("nvidia-cuda-nvcc-cu12"), _FACTS_TEXT)
     name = hashlib.sha256("\0".join([*went_in, *versions]).encode()).hexdigest()[:32]
     path = CACHE / f"{name}.json"
-    if path.exists():
+    if path.exists() and not anew:
         return json.loads(path.read_text())
     if make is None:
         return None
@@ -247,7 +247,8 @@ def _compile_batch(batch: tuple[Entry, ...]) -> None:
     complaints = complaints_of(log)
     digests = {e.name: digest_of(around, bodies[e.name], e.name, complaints) for e in batch}
     for entry in batch:
-        kept(lambda e=entry: digests[e.name], "digest", *_text_key(entry))
+        # Over one that an interrupted run has left: another batch may have had another PTX.
+        kept(lambda e=entry: digests[e.name], "digest", *_text_key(entry), anew=True)
     for code in dict.fromkeys(code for entry in batch for code in entry.codes.values()):
         names = {digests[e.name]: e.name for e in batch if code in e.codes.values()}
         new = [(digest, name) for digest, name in names.items() if kept(None, digest, code) is None]
