@@ -90,10 +90,12 @@ def test_the_grid_has_every_row_of_the_tables(arch):
             assert f"_fwd_{row.family}_f32_t{row.threads_per_row}_v{most}" in names
     for row in BACKWARD:
         assert f"_bwd_{row.family}_" in names or (row.cluster > 1 and int(arch) < 90)
-    for part in ("fwd_shared", "fwd_split_stats", "fwd_split_normalize", "column_totals"):
+    for part in ("fwd_split_stats", "fwd_split_normalize", "column_totals"):
         assert f"{part}_" in names
     for part in ("sums", "merge", "apply"):
         assert f"_bwd_split_{part}_" in names
+    # Without copies that pass registers by, K5 takes the rows.
+    assert ("fwd_shared" in names) == (int(arch) >= 80)
     assert ("fwd_cluster" in names) == (int(arch) >= 90)
 
 
@@ -183,7 +185,7 @@ def test_cache_is_asked_by_all_that_goes_in(monkeypatch, tmp_path):
 
 
 def test_entries_built_together_are_as_built_alone(monkeypatch, tmp_path):
-    stages = grid.entries("90", "float64", "split", everything=True)
+    stages = grid.entries("90", "float64", "split", everything=True)[: build.BATCH]
     wanted = [(arch, s.name, source_of(s)) for s in stages for arch in ("80", "86", "89", "90")]
     monkeypatch.setattr(build, "CACHE", tmp_path / "together")
     (batch,) = build.batches(wanted)
@@ -194,15 +196,13 @@ def test_entries_built_together_are_as_built_alone(monkeypatch, tmp_path):
         assert build.build(source, name, arch) == together[arch, name]
 
 
-@pytest.mark.parametrize(
-    ("family", "x_dtype"), [("split", "float16"), ("shared", "float32"), ("column", "float64")]
-)
-def test_architectures_have_what_is_taken_for_them(family, x_dtype):
+@pytest.mark.parametrize("family", ["shared", "column"])
+def test_architectures_have_what_is_taken_for_them(family):
     """The longest of all kernels are looked at where the table is made."""
     wanted = [
         (arch, stage.name, source_of(stage))
         for arch in grid.ARCHS
-        for stage in grid.entries(arch, x_dtype, family)[:1]
+        for stage in grid.entries(arch, "float64", family)[:1]
     ]
     entries = [entry for batch in build.batches(wanted) for entry in batch]
     assert any(len(entry.archs) > 1 for entry in entries)
