@@ -4,7 +4,7 @@
 //     h = (x - mean) * rstd     l = sum(h) / N         what the rounded mean lacks, times rstd
 //     g = dy * weight           x_hat = h - l
 //     c1 = sum(g) / N           c2 = sum(g * x_hat) / N = (sum(g * h) - l * sum(g)) / N
-//     dx = rstd * (g - c1 - x_hat * c2) + dsum         dsum: what flows into x + residual from elsewhere
+//     dx = rstd * (g - c1 - x_hat * c2)         rounded; dsum, if there is one, is added to that
 //     dweight = sum over rows of dy * x_hat            dbias = sum over rows of dy
 //
 // Without a centre mean, l and c1 are zero. With `unit_weight` g = dy * (1 + weight). The three sums of a row need one exchange. Without l a row of values near 1e6 would lose most of
@@ -60,16 +60,6 @@ template <bool ALIGNED, class X, int LANES, int VECS, class A>
 __device__ __forceinline__ void to_columns(GradientRow<LANES, VECS, A>& r, int n, int lane) {
     granules_to_columns<ALIGNED, X>(r.x, n, lane);
     granules_to_columns<ALIGNED, X>(r.dy, n, lane);
-}
-
-// dsum of the same columns, where there is one: asked for while the sums of the row are taken.
-template <class Op, bool ALIGNED, int LANES, int VECS, class X, class W>
-__device__ __forceinline__ void fetch_dsum(
-    Segment<LANES, VECS>& s, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
-    if constexpr (Op::residual) {
-        if (row >= a.rows) n = 0;
-        load_granules<ALIGNED>(s, row_at(a.dsum, a, a.dsum_outer, a.dsum_row, row, first, n), n, lane);
-    }
 }
 
 // sum(h), sum(g), sum(g * h).
@@ -176,17 +166,16 @@ struct RegisterTotals {
     }
 };
 
-// Adds the row to `totals` and turns r.x into dx. `dsum` is looked at where Op has a residual.
+// Adds the row to `totals` and turns r.x into dx.
 template <class Op, bool DX, bool DWEIGHT, bool DBIAS, bool HAS_WEIGHT, bool ALIGNED, class X, int LANES, int VECS, class A, class Weight, class Totals>
 __device__ __forceinline__ void differentiate(
-    GradientRow<LANES, VECS, A>& r, const RowGradient<A>& c, const Weight& weight, const Segment<LANES, VECS>& dsum,
-    int n, int lane, Totals& totals) {
+    GradientRow<LANES, VECS, A>& r, const RowGradient<A>& c, const Weight& weight, int n, int lane, Totals& totals) {
     constexpr int V = PerVec<X>::count;
 #pragma unroll
     for (int k = 0; k < VECS; ++k) {
         const int col = (k * LANES + lane) * V;
         if (col >= n) break;
-        A h[V], s[V], g[V], more[V];
+        A h[V], s[V], g[V];
         unpack_row<Op, HAS_WEIGHT && DX, ALIGNED, X>(r, k, n - col, weight, h, s, g);
         if (Op::center) {
 #pragma unroll
@@ -194,12 +183,8 @@ __device__ __forceinline__ void differentiate(
         }
         totals.template add<DWEIGHT, DBIAS>(k, s, h);
         if constexpr (DX) {
-            if (Op::residual) unpack(dsum.v[k], more, (const X*)0);
 #pragma unroll
-            for (int i = 0; i < V; ++i) {
-                g[i] = multiply_add(-h[i], c.c2, Op::center ? g[i] - c.c1 : g[i]);
-                g[i] = Op::residual ? multiply_add(r.rstd, g[i], more[i]) : r.rstd * g[i];
-            }
+            for (int i = 0; i < V; ++i) g[i] = r.rstd * multiply_add(-h[i], c.c2, Op::center ? g[i] - c.c1 : g[i]);
             pack(r.x.v[k], g, (const X*)0);
         }
     }
@@ -210,11 +195,15 @@ __device__ __forceinline__ void differentiate(
 template <class Op, bool DX, bool DWEIGHT, bool DBIAS, bool HAS_WEIGHT, bool ALIGNED, int LANES, int VECS, class X, class W, class A, class Weight, class Totals>
 __device__ __forceinline__ void finish_row(
     GradientRow<LANES, VECS, A>& r, const RowGradient<A>& c, const GradientArguments<X, W>& a, const Weight& weight,
-    Segment<LANES, VECS>& dsum, i64 row, i64 first, int n, int lane, Totals& totals) {
-    if constexpr (Op::residual) granules_to_columns<ALIGNED, X>(dsum, n, lane);
-    differentiate<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED, X>(r, c, weight, dsum, n, lane, totals);
+    i64 row, i64 first, int n, int lane, Totals& totals) {
+    differentiate<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED, X>(r, c, weight, n, lane, totals);
     if constexpr (DX) {
         if (row >= a.rows) n = 0;
+        if constexpr (Op::residual) {  // in the place of dy, or registers would not do
+            load_granules<ALIGNED>(r.dy, row_at(a.dsum, a, a.dsum_outer, a.dsum_row, row, first, n), n, lane);
+            granules_to_columns<ALIGNED, X>(r.dy, n, lane);
+            add_vectors<X>(r.x, r.dy);
+        }
         store_columns<ALIGNED>(r.x, row_at(a.dx, a, a.dx_outer, a.dx_row, row, first, n), n, lane);
     }
 }

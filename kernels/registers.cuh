@@ -195,15 +195,13 @@ __device__ __forceinline__ void norm_bwd_warp(const GradientArguments<X, W>& a) 
     // By the block's first row: the shuffles name all lanes, so all groups of a warp go on together.
     for (i64 first = (i64)blockIdx.x * GROUPS; first < a.rows; first += step, row += step) {
         GradientRow<LANES, VECS, A> r = next;
-        Segment<LANES, VECS> dsum;
         fetch<Op, ALIGNED>(next, a, row + step, 0, N, lane);
-        fetch_dsum<Op, ALIGNED>(dsum, a, row, 0, N, lane);
         to_columns<ALIGNED, X>(r, N, lane);
         const GradientSums<A> sums =
             warp_sum<Op, LANES>(lane_sums<Op, HAS_WEIGHT, ALIGNED, X>(r, weight, N, lane));
         const RowGradient<A> c = row_gradient<Op>(sums, a.N);
         // A group without a row holds zeros: they add nothing, and none of it is written.
-        finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(r, c, a, weight, dsum, row, 0, N, lane, totals);
+        finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(r, c, a, weight, row, 0, N, lane, totals);
     }
     if (!DWEIGHT && !DBIAS) return;
     add_groups<LANES, VECS, A, V, DWEIGHT, DBIAS>(totals);
@@ -240,14 +238,12 @@ __device__ __forceinline__ void norm_bwd_block(const GradientArguments<X, W>& a)
     int half = 0;
     for (i64 row = blockIdx.x; row < a.rows; row += gridDim.x) {
         GradientRow<32, VECS, A> r = next;
-        Segment<32, VECS> dsum;
         fetch<Op, ALIGNED>(next, a, row + gridDim.x, first, n, lane);
-        fetch_dsum<Op, ALIGNED>(dsum, a, row, first, n, lane);
         to_columns<ALIGNED, X>(r, n, lane);
         const GradientSums<A> mine = lane_sums<Op, HAS_WEIGHT, ALIGNED, X>(r, weight, n, lane);
         const RowGradient<A> c = row_gradient<Op>(block_sums<Op, WARPS>(sums + half, mine, warp, lane), a.N);
         half = 3 * WARPS - half;
-        finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(r, c, a, weight, dsum, row, first, n, lane, totals);
+        finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(r, c, a, weight, row, first, n, lane, totals);
     }
     put_totals<X, DWEIGHT, DBIAS, 32>(a.partials, blockIdx.x, gridDim.x, a.N, totals, first, n, lane);
 }

@@ -189,24 +189,30 @@ __device__ __forceinline__ void load_row(
             s.residual, row_at(a.residual, a, a.residual_outer, a.residual_row, row, first, n), n, lane);
 }
 
+// a + b, rounded, into a.
+template <class X, int LANES, int VECS>
+__device__ __forceinline__ void add_vectors(Segment<LANES, VECS>& a, const Segment<LANES, VECS>& b) {
+    typedef typename Accumulator<X>::type A;
+#pragma unroll
+    for (int k = 0; k < VECS; ++k) {
+        A t[PerVec<X>::count], u[PerVec<X>::count];
+        unpack(a.v[k], t, (const X*)0);
+        unpack(b.v[k], u, (const X*)0);
+#pragma unroll
+        for (int i = 0; i < PerVec<X>::count; ++i) t[i] += u[i];
+        pack(a.v[k], t, (const X*)0);
+    }
+}
+
 // What is normalized, as columns: x, or x + residual, rounded, which is also written to `sum`. Every lane of
 // the warp must come here.
 template <class Op, bool ALIGNED, int LANES, int VECS, class X, class W, class B>
 __device__ __forceinline__ void take_row(
     LoadedRow<Op, LANES, VECS>& s, const RowArguments<X, W, B>& a, i64 row, i64 first, int n, int lane) {
-    typedef typename Accumulator<X>::type A;
     granules_to_columns<ALIGNED, X>(s.x, n, lane);
     if constexpr (Op::residual) {
         granules_to_columns<ALIGNED, X>(s.residual, n, lane);
-#pragma unroll
-        for (int k = 0; k < VECS; ++k) {
-            A t[PerVec<X>::count], u[PerVec<X>::count];
-            unpack(s.x.v[k], t, (const X*)0);
-            unpack(s.residual.v[k], u, (const X*)0);
-#pragma unroll
-            for (int i = 0; i < PerVec<X>::count; ++i) t[i] += u[i];
-            pack(s.x.v[k], t, (const X*)0);
-        }
+        add_vectors<X>(s.x, s.residual);
         Segment<LANES, VECS> out = s.x;
         store_columns<ALIGNED>(out, row_at(a.sum, a, a.sum_outer, a.sum_row, row, first, n), n, lane);
     }

@@ -261,17 +261,14 @@ __device__ __forceinline__ void norm_bwd_shared(const GradientArguments<X, W>& a
     int half = 0;
     for (i64 row = blockIdx.x; row < a.rows; row += gridDim.x) {
         GradientRow<32, VECS, A> r;
-        Segment<32, VECS> dsum;
         next.take(r, a, row, first, n, lane);
         next.start(a, row + gridDim.x, first, n, lane);
         next.settle(r, n, lane);
         const GradientSums<A> mine = lane_sums<Op, HAS_WEIGHT, ALIGNED, X>(r, weight, n, lane);
-        // Not before: here threads have no registers to spare.
-        fetch_dsum<Op, ALIGNED>(dsum, a, row, first, n, lane);
         if (row + gridDim.x < a.rows) next.put_carried();
         const RowGradient<A> c = row_gradient<Op>(block_sums<Op, WARPS>(sums + half, mine, warp, lane), a.N);
         half = 3 * WARPS - half;
-        finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(r, c, a, weight, dsum, row, first, n, lane, totals);
+        finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(r, c, a, weight, row, first, n, lane, totals);
     }
     totals.template leave<X, VECS, DWEIGHT, DBIAS>(a.partials, blockIdx.x, gridDim.x, a.N, first, n, lane);
 }
@@ -341,14 +338,12 @@ __device__ __forceinline__ void norm_bwd_cluster(const GradientArguments<X, W>& 
     int half = 0;
     for (i64 row = cluster; row < a.rows; row += clusters) {
         Part r[CHUNKS];
-        Segment<32, CHUNK_VECS> dsum[CHUNKS];
 #pragma unroll
         for (int j = 0; j < CHUNKS; ++j) {
             if (AHEAD)
                 r[j] = next[j];
             else
                 fetch<Op, ALIGNED>(r[j], a, row, first[j], n[j], lane);
-            fetch_dsum<Op, ALIGNED>(dsum[j], a, row, first[j], n[j], lane);
         }
 #pragma unroll
         for (int j = 0; j < CHUNKS; ++j) {
@@ -378,7 +373,7 @@ __device__ __forceinline__ void norm_bwd_cluster(const GradientArguments<X, W>& 
             Totals mine = totals.from(j * CHUNK_VECS);
             const Weight weight(a.weight + first[j], n[j], lane);
             finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(
-                r[j], c, a, weight, dsum[j], row, first[j], n[j], lane, mine);
+                r[j], c, a, weight, row, first[j], n[j], lane, mine);
         }
     }
 #pragma unroll

@@ -245,12 +245,10 @@ __device__ __forceinline__ void norm_bwd_split_apply(
     const Affine<HAS_WEIGHT, ALIGNED, ALIGNED, 32, APPLY_VECS, V, W> weight(a.weight + first, n, lane);
     for (i64 row = part; row < a.rows; row += parts) {
         GradientRow<32, APPLY_VECS, A> r = next;
-        Segment<32, APPLY_VECS> dsum;
         fetch<Op, ALIGNED>(next, a, row + parts, first, n, lane);
-        fetch_dsum<Op, ALIGNED>(dsum, a, row, first, n, lane);
         const RowGradient<A> c = {gradients[3 * row], gradients[3 * row + 1], gradients[3 * row + 2]};
         to_columns<ALIGNED, X>(r, n, lane);
-        finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(r, c, a, weight, dsum, row, first, n, lane, totals);
+        finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(r, c, a, weight, row, first, n, lane, totals);
     }
     put_totals<X, DWEIGHT, DBIAS, 32>(a.partials, part, parts, a.N, totals, first, n, lane);
 }

@@ -193,8 +193,10 @@ class _Call:
         return -(-self.vecs // row.threads_per_row)
 
     def blocks_per_sm(self, row: Row) -> int:
-        """Occupancy that the registers must allow."""
-        return row.blocks_per_sm_f64 if self.dtype == "float64" else row.blocks_per_sm
+        """Occupancy that the registers must allow; a row's residual takes as many as the row."""
+        blocks = row.blocks_per_sm_f64 if self.dtype == "float64" else row.blocks_per_sm
+        adds = self.problem.op.residual and not self.backward
+        return max(1, blocks * 2 // 3) if adds else blocks
 
     def shared_bytes(self, row: Row) -> int:
         """Shared memory of a block, without a place for the next row."""
