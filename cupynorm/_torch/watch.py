@@ -63,9 +63,9 @@ def answer(
     return answers[ARITHMETIC]
 
 
-def watch_on(x: Any, a: Any = None, b: Any = None) -> int:
+def watch_on(x: Any, a: Any = None, b: Any = None, c: Any = None) -> int:
     """Who is to hear of a call on these tensors, of which all but x may be None."""
-    watch: int = answer((ARITHMETIC, GRADIENT, WATCHED, COMPILED), x, a, b)
+    watch: int = answer((ARITHMETIC, GRADIENT, WATCHED, COMPILED), x, a, b, c)
     return watch
 
 
