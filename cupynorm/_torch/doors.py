@@ -87,7 +87,8 @@ class Shown:
 
     def normalizer(self, facts: Facts) -> Callable[..., Any]:
         """The forward, with nothing settled but the arguments."""
-        order, how = facts.order, (facts.op, facts.axes, facts.eps, facts.order != "C")
+        order = facts.order
+        how: autograd.Call = facts.op, facts.axes, facts.eps, order != "C"
 
         def call(x: Any, weight: Any, bias: Any, out: Any, *added: Any) -> Any:
             targets = out, *added[1:]
@@ -114,15 +115,16 @@ class Shown:
         """y, the sum of an operation that has one, and the statistics."""
         given = x, weight, bias, *residual
         own = any(map(has_own_dispatch, given)) or not _has_operators(x)
-        watch, (op, *how) = watch_on(*given), call
+        watch, (op, axes, eps, keep) = watch_on(*given), call
         by_formula = own or (watch == COMPILED and transformed())
-        operator = watch == COMPILED or (watch == WATCHED and (not transformed() or functionalized()))
+        operator = watch == COMPILED or (
+            watch == WATCHED and (not transformed() or functionalized())
+        )
         if operator and not by_formula:
-            axes, eps, keep = how
             return tuple(operators.FORWARD[op.name](x, axes, weight, bias, eps, keep, *residual))
         if residual:
             total = x.to(residual[0].dtype) + residual[0]
-            y, *stats = self._forward(total, weight, bias, (op.alone, *how))
+            y, *stats = self._forward(total, weight, bias, (op.alone, axes, eps, keep))
             return y.to(x.dtype), total, *stats
         by = autograd.formula if by_formula else autograd.apply_transformably
         return by(x, weight, bias, call)

@@ -76,7 +76,6 @@ def _of_nothing(facts: Facts) -> Run:
 
 def _functions(facts: Facts) -> Run:
     """By torch's own functions, on any device."""
-
     if facts.backward:
         gradients = _reference.DOOR.differentiator(facts)
 
@@ -161,7 +160,7 @@ def _meeting(facts: Facts, name: str, copied: bool, compute: Any) -> Callable[[A
 
 def _by_address(facts: Facts, copied: Sequence[str], compute: Any, launch: Launch) -> Run:
     """Meet each array, launch on the addresses, put back the results that were met elsewhere."""
-    names = BACKWARD if facts.backward else FORWARD
+    names: tuple[str, ...] = BACKWARD if facts.backward else FORWARD
     names += tuple(name for name in RESIDUAL if name in facts.strides)
     meets = [_meeting(facts, name, name in copied, compute) for name in names]
     order = rows_last(len(facts.shape), facts.axes)

@@ -86,8 +86,8 @@ class Tensors:
                 return call(x, weight, bias, out, *added)
             x, *residual = (t.resolve_neg() for t in given)
             y, *total = (t if t is None else t.resolve_neg() for t in targets)
-            met = {"x": x, "y": y, **dict(zip(("residual", "sum"), (*residual, *total)))}
-            strides = {name: self.strides(t) for name, t in met.items() if t is not None}
+            met = zip(("x", "y", "residual", "sum"), (x, y, *residual, *total), strict=False)
+            strides = {name: self.strides(t) for name, t in met if t is not None}
             again = Tensors.normalizer(self, facts._replace(strides={**facts.strides, **strides}))
             made = again(x, weight, bias, y, *residual, *total)
             found = list(made) if stats or residual else [made]
@@ -111,10 +111,10 @@ class Tensors:
 
         def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *dsum: Any) -> Three:
             if negatable and any(t.is_neg() for t in (dy, x, *dsum)):
-                dy, x, *dsum = (t.resolve_neg() for t in (dy, x, *dsum))
-                met = zip(("dy", "x", "dsum"), map(self.strides, (dy, x, *dsum)), strict=False)
+                told = [t.resolve_neg() for t in (dy, x, *dsum)]
+                met = zip(("dy", "x", "dsum"), map(self.strides, told), strict=False)
                 again = self.differentiator(facts._replace(strides={**facts.strides, **dict(met)}))
-                found: Three = again(dy, x, mean, rstd, weight, *dsum)
+                found: Three = again(*told[:2], mean, rstd, weight, *told[2:])
                 return found
             dx = new(x)
             dweight = None if to_weight is None else _for_sum(x, weight, shape, to_weight)
@@ -195,9 +195,7 @@ def forward(x: Any, weight: Any, bias: Any, call: tuple[Any, ...], *residual: An
     return settled(x, weight, bias, None, *residual, *(None for _ in residual))
 
 
-def backward(
-    dy: Any, x: Any, stats: Any, weight: Any, call: tuple[Any, ...], *dsum: Any
-) -> Three:
+def backward(dy: Any, x: Any, stats: Any, weight: Any, call: tuple[Any, ...], *dsum: Any) -> Three:
     """dx, dweight and dbias of arguments that fit, None where not wanted.
 
     `stats` are mean and rstd, `call` is op, axes, what is wanted, and the dtypes of dweight and
