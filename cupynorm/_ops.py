@@ -18,6 +18,11 @@ class Op:
         """Name of the public function, for sentences."""
         return self.name.removeprefix("zero_centered_")
 
+    @property
+    def alone(self) -> "Op":
+        """The operation on a sum that is there already, which is what has a backward."""
+        return OPS[self.name.replace("add_", "")]
+
 
 LAYER_NORM = Op("layer_norm")
 RMS_NORM = Op("rms_norm", center=False)

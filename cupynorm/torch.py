@@ -1,26 +1,36 @@
-"""LayerNorm for torch: a function, a module, and the conversion of a whole model."""
+"""Norms for torch: functions, modules, and the conversion of a whole model."""
 
 import copy
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.nn.utils import parametrize
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from cupynorm import _calls, _rules
-from cupynorm._ops import LAYER_NORM
+from cupynorm._ops import OPS, Op, named
+from cupynorm._torch import conversion
 from cupynorm._torch.doors import DOOR
 from cupynorm._torch.machines import check_device
+from cupynorm._torch.watch import autocast, is_for_torch, refuse_no_tensor, tracing
 
-__all__ = ["LayerNorm", "convert", "layer_norm"]
+__all__ = [
+    "LayerNorm",
+    "RMSNorm",
+    "add_layer_norm",
+    "add_rms_norm",
+    "convert",
+    "layer_norm",
+    "revert",
+    "rms_norm",
+]
 
 _log = logging.getLogger(__name__)
 
 _calls.doors |= dict.fromkeys(DOOR.types, DOOR)  # not first within torch.compile
 
-_tracing = torch._C._get_tracing_state  # torch.jit.is_tracing() costs five times as much
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
@@ -90,55 +100,187 @@ def layer_norm(
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps
         )
-    if (type(input) is not Tensor or _tracing() is not None) and _is_for_torch(input):
-        return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
+    return _normalize(OPS["layer_norm"], (input, weight, bias), normalized_shape, eps)
+
+
+def rms_norm(
+    input: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    eps: float | None = None,
+    *,
+    zero_centered_weight: bool = False,
+) -> Any:
+    """Divide by the root mean square, as ``torch.nn.functional.rms_norm`` does, then scale.
+
+    ``y = x / sqrt(mean(x * x) + eps) * weight`` over the trailing dimensions.
+
+    Parameters
+    ----------
+    input, normalized_shape, weight
+        As for `layer_norm`.
+    eps : float, optional
+        Added to the mean square; by default as torch has it, 2**-23, or 2**-52 for float64 input.
+    zero_centered_weight : bool, default False
+        Multiply by ``1 + weight``, as Gemma does.
+
+    Returns
+    -------
+    Tensor
+        As of `layer_norm`, which tells of gradients, compilers, devices and errors, too.
+
+    Notes
+    -----
+    The formula is that of Zhang and Sennrich (2019), "Root Mean Square Layer Normalization",
+    arXiv:1910.07467.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cupynorm.torch
+    >>> cupynorm.torch.rms_norm(torch.tensor([[1.0, 1.0, 2.0]]), (3,))
+    tensor([[0.7071, 0.7071, 1.4142]])
+    """
+    if has_torch_function_variadic(input, weight):
+        told = {"zero_centered_weight": zero_centered_weight}
+        given = input, normalized_shape, weight, eps
+        return handle_torch_function(rms_norm, (input, weight), *given, **told)
+    op = OPS["zero_centered_rms_norm" if zero_centered_weight else "rms_norm"]
+    return _normalize(op, (input, weight, None), normalized_shape, eps)
+
+
+def add_layer_norm(
+    input: Any,
+    residual: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Any:
+    """Add residual to input and normalize the sum, in one pass over memory.
+
+    The bits of ``sum = input + residual``, rounded to residual's dtype, and `layer_norm` of it.
+
+    Parameters
+    ----------
+    input, normalized_shape, weight, bias, eps
+        As for `layer_norm`.
+    residual : Tensor
+        Of `input`'s shape and device; of its dtype, or float32 beside 16 bits.
+
+    Returns
+    -------
+    named tuple
+        (y, sum), both differentiable: y of `input`'s dtype, the sum of residual's, with autocast
+        as without.
+
+    Notes
+    -----
+    Of gradients, compilers, devices and errors, and of the formula, `layer_norm` tells.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cupynorm.torch
+    >>> x = torch.tensor([[1.0, 2.0, 3.0]])
+    >>> cupynorm.torch.add_layer_norm(x, x, (3,)).sum
+    tensor([[2., 4., 6.]])
+    """
+    if has_torch_function_variadic(input, residual, weight, bias):
+        given = input, residual, normalized_shape, weight, bias, eps
+        return handle_torch_function(add_layer_norm, (input, residual, weight, bias), *given)
+    return _normalize(OPS["add_layer_norm"], (input, weight, bias, residual), normalized_shape, eps)
+
+
+def add_rms_norm(
+    input: Any,
+    residual: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    eps: float | None = None,
+    *,
+    zero_centered_weight: bool = False,
+) -> Any:
+    """Add residual to input and divide the sum by its root mean square, in one pass over memory.
+
+    The bits of ``sum = input + residual``, rounded to residual's dtype, and `rms_norm` of it.
+
+    Parameters
+    ----------
+    input, residual, normalized_shape, weight
+        As for `add_layer_norm`.
+    eps, zero_centered_weight : optional
+        As for `rms_norm`.
+
+    Returns
+    -------
+    named tuple
+        (y, sum), as of `add_layer_norm`.
+
+    Notes
+    -----
+    The formula is that of Zhang and Sennrich (2019), arXiv:1910.07467.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cupynorm.torch
+    >>> x = torch.tensor([[1.0, 1.0, 2.0]])
+    >>> cupynorm.torch.add_rms_norm(x, x, (3,)).y
+    tensor([[0.7071, 0.7071, 1.4142]])
+    """
+    if has_torch_function_variadic(input, residual, weight):
+        given = input, residual, normalized_shape, weight, eps
+        told = {"zero_centered_weight": zero_centered_weight}
+        return handle_torch_function(add_rms_norm, (input, residual, weight), *given, **told)
+    op = OPS["zero_centered_add_rms_norm" if zero_centered_weight else "add_rms_norm"]
+    return _normalize(op, (input, weight, None, residual), normalized_shape, eps)
+
+
+def _normalize(op: Op, given: tuple[Any, ...], normalized_shape: Any, eps: Any) -> Any:
+    """Of input, weight, bias and, where there is one, residual."""
+    input, weight, bias, *residual = given
+    if (type(input) is not Tensor or tracing() is not None) and is_for_torch(input):
+        return _by_torch(op, given, normalized_shape, eps)
     if not input.is_cpu:
         if type(input) in DOOR.types and not torch.compiler.is_compiling():
             check_device(input.device)
-        input, weight, bias = _autocast(input, weight, bias)
+        if not residual:
+            input, weight, bias = autocast(input, weight, bias)
     if type(normalized_shape) is Size:
         normalized_shape = tuple(normalized_shape)
     how = normalized_shape, None, eps, "C", False
     try:
-        return _calls.normalize(LAYER_NORM, input, weight, bias, None, how)
+        if not residual:
+            return _calls.normalize(op, input, weight, bias, None, how)
+        return named(
+            op, False, _calls.normalize(op, input, weight, bias, None, how, *residual, None)
+        )
     except RuntimeError:  # of a tensor without shape or address
-        if not _is_for_torch(input):
+        if not is_for_torch(input):
             raise
     except (TypeError, ValueError):
-        _refuse_no_tensor("weight", weight)
-        _refuse_no_tensor("bias", bias)
+        labels = "weight", "bias", "residual"
+        for label, value in zip(labels, (weight, bias, *residual), strict=False):
+            refuse_no_tensor(label, value)
         if input.dtype not in _DTYPES:  # the rules call it x
-            _rules.check_x_dtype(_rules.dtype_name(input.dtype), "input.to(torch.float32)")
+            name = _rules.dtype_name(input.dtype)
+            _rules.check_x_dtype(name, "input.to(torch.float32)", op.function)
         raise
-    return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
+    return _by_torch(op, given, normalized_shape, eps)
 
 
-def _is_for_torch(x: Any) -> bool:
-    """Whether torch's own layer_norm is to be called: x is nested, sparse, or being scripted."""
-    _refuse_no_tensor("input", x, "torch.as_tensor(input), or call cupynorm.layer_norm")
-    return x.layout is not torch.strided or x.is_nested or _tracing() is not None
-
-
-def _refuse_no_tensor(label: str, value: Any, way_out: str = "") -> None:
-    """Refuse what is neither a tensor nor None."""
-    if (value is None and label != "input") or isinstance(value, Tensor):
-        return
-    kind = type(value)
-    way_out = way_out or f"torch.as_tensor({label})"
-    msg = f"{label} is a {kind.__module__}.{kind.__qualname__}, not a torch.Tensor; pass {way_out}"
-    raise TypeError(msg)
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """What torch's list of autocast operators says of layer_norm: float32 on CUDA, nothing else.
-
-    On the CPU it is on neither list, and the input keeps its dtype.
-    """
-    device = tensors[0].device.type
-    if device != "cuda" or not torch.is_autocast_enabled("cuda"):
-        return tensors
-    half = (torch.float16, torch.bfloat16)
-    return tuple(t.float() if t is not None and t.dtype in half else t for t in tensors)
+def _by_torch(op: Op, given: tuple[Any, ...], normalized_shape: Any, eps: Any) -> Any:
+    """The same by torch's own functions."""
+    input, weight, bias, *residual = given
+    x = input.to(residual[0].dtype) + residual[0] if residual else input
+    if weight is not None and op.unit_weight:
+        weight = weight + 1
+    if op.center:
+        y = torch.nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)
+    else:
+        y = torch.nn.functional.rms_norm(x, normalized_shape, weight, eps)
+    return named(op, False, (y.to(input.dtype), x)) if residual else y
 
 
 class LayerNorm(torch.nn.LayerNorm):  # type: ignore[misc]
@@ -212,31 +354,90 @@ class LayerNorm(torch.nn.LayerNorm):  # type: ignore[misc]
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-def convert(model: Any, inplace: bool = True) -> Any:
-    """Let every ``torch.nn.LayerNorm`` of a model run on cupynorm.
+class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
+    """``torch.nn.RMSNorm`` whose forward and backward are cupynorm's.
+
+    As `LayerNorm` is to ``torch.nn.LayerNorm``; `cupynorm.torch.rms_norm` computes it.
+
+    Parameters
+    ----------
+    normalized_shape, elementwise_affine, device, dtype
+        As for `LayerNorm`, without a bias.
+    eps : float, optional
+        As for `cupynorm.torch.rms_norm`.
+
+    Notes
+    -----
+    The formula is that of Zhang and Sennrich (2019), arXiv:1910.07467.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cupynorm.torch
+    >>> cupynorm.torch.RMSNorm(3)(torch.tensor([[1.0, 1.0, 2.0]])).detach()
+    tensor([[0.7071, 0.7071, 1.4142]])
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize the trailing dimensions of x, as `cupynorm.torch.rms_norm`.
+
+        Parameters
+        ----------
+        x : Tensor of shape ``(..., *normalized_shape)``
+            As for `LayerNorm.forward`.
+
+        Returns
+        -------
+        Tensor
+            As `cupynorm.torch.rms_norm` gives it.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import cupynorm.torch
+        >>> cupynorm.torch.RMSNorm(4).forward(torch.ones(2, 4)).shape
+        torch.Size([2, 4])
+        """
+        if torch.jit.is_scripting():  # TorchScript can run torch's operators alone
+            return torch.nn.functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+_OF_TORCH = {torch.nn.LayerNorm: LayerNorm, torch.nn.RMSNorm: RMSNorm}
+
+
+def convert(model: Any, inplace: bool = True, *, also: Mapping[type, str] | None = None) -> Any:
+    """Let every ``torch.nn.LayerNorm`` and ``torch.nn.RMSNorm`` of a model run on cupynorm.
 
     The modules stay the objects they are and change class only, so parameters, optimizers, hooks,
-    parametrizations, devices and shared modules stay as they were. Subclasses of
-    ``torch.nn.LayerNorm`` are left alone, as their ``forward`` may be another. Convert before
-    ``torch.compile``, FSDP or other wrappers.
+    parametrizations, devices and shared modules stay as they were. Subclasses are left alone, as
+    their ``forward`` may be another. Convert before ``torch.compile``, FSDP or other wrappers.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Any module; it may itself be a LayerNorm.
+        Any module; it may itself be a norm.
     inplace : bool, default True
         Whether to change `model` itself; otherwise a deep copy.
+    also : mapping of class to str, optional
+        Classes of other libraries that are RMS norms, with 'rms_norm', or 'zero_centered' where
+        they multiply by ``1 + weight``: ``{LlamaRMSNorm: "rms_norm", GemmaRMSNorm:
+        "zero_centered"}`` of transformers. They become subclasses of these. Each module is first
+        held against its own ``forward``, on values of few rows and other weights.
 
     Returns
     -------
     torch.nn.Module
         The model. How many were converted goes to the logger ``cupynorm.torch`` at level INFO,
-        and at level WARNING, which Python prints by default, where there is no LayerNorm at all.
+        and at level WARNING, which Python prints by default, where there is no norm at all.
 
     Raises
     ------
     TypeError
         If `model` is not a module.
+    ValueError
+        If a module of a class in `also` gives other results than said, by more than rounding, or
+        has no weight or eps that can be found. Then nothing is converted.
 
     Examples
     --------
@@ -247,34 +448,51 @@ def convert(model: Any, inplace: bool = True) -> Any:
     >>> sum(isinstance(m, cupynorm.torch.LayerNorm) for m in model.modules())
     1
     """
-    if not isinstance(model, torch.nn.Module):
-        msg = f"model is a {type(model).__qualname__}, not a torch.nn.Module; pass the module"
-        raise TypeError(msg)
+    conversion.check_module(model)
     if not inplace:
         model = copy.deepcopy(model)
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
-    count = 0
-    for module in norms:
-        target = _converted_class(module)
-        if target is not None:
-            module.__class__ = target
-            count += 1
-    others = sum(not isinstance(m, LayerNorm) for m in norms)
-    aside = f"; left {others} of a subclass of torch.nn.LayerNorm as they are" if others else ""
+    kinds = conversion.replacements(model, also or {}, rms_norm) | _OF_TORCH
+    said = conversion.change(model, kinds)
+    norms = [m for m in model.modules() if isinstance(m, (*_OF_TORCH, conversion.Replaced))]
+    others = sum(not isinstance(m, (*kinds.values(), conversion.Replaced)) for m in norms)
+    aside = f"; left {others} of a subclass of torch's norms as they are" if others else ""
     if len(norms) > others:
-        _log.info("converted %d LayerNorm modules of %s%s", count, type(model).__name__, aside)
+        _log.info("converted %s modules of %s%s", said, type(model).__name__, aside)
     else:
-        _log.warning("found no torch.nn.LayerNorm to convert in %s%s", type(model).__name__, aside)
+        _log.warning("found no norm to convert in %s%s", type(model).__name__, aside)
     return model
 
 
-def _converted_class(module: Any) -> Any:
-    """The class that a LayerNorm is to have; None for one that is to stay as it is."""
-    kind = type(module)
-    if kind is torch.nn.LayerNorm:
-        return LayerNorm
-    if parametrize.is_parametrized(module) and kind.__bases__ == (torch.nn.LayerNorm,):
-        # Each parametrized module has a class of its own, with properties for its parameters; a
-        # deep copy shares it with its original, which is to stay as it is.
-        return type(kind.__name__, (LayerNorm,), dict(vars(kind)))
-    return None
+def revert(model: Any) -> Any:
+    """Undo `convert`, in place: every module has its former class, and gives its former bits.
+
+    A `LayerNorm` or `RMSNorm` that was made as one becomes torch's, too.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Converted or not.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model; how many were changed goes to the logger, as for `convert`.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cupynorm.torch
+    >>> model = cupynorm.torch.convert(torch.nn.Sequential(torch.nn.RMSNorm(8)))
+    >>> type(cupynorm.torch.revert(model)[0])
+    <class 'torch.nn.modules.normalization.RMSNorm'>
+    """
+    conversion.check_module(model)
+    former = {ours: theirs for theirs, ours in _OF_TORCH.items()}
+    said = conversion.change(model, former | conversion.originals(model))
+    _log.info("reverted %s modules of %s", said, type(model).__name__)
+    return model

@@ -44,7 +44,9 @@ DOORS = {
 BY_NAME = {
     ("_report", "_cuda.plan"),
     ("_report", "_cuda.tiles"),
+    ("torch", "_torch.conversion"),
     ("torch", "_torch.machines"),
+    ("torch", "_torch.watch"),
     *((top, f"_report.{p.stem}") for top in FLOORS[0] for p in (PACKAGE / "_report").glob("*.py")),
 }
 # Beyond the standard library, numpy and array_api_compat, at import time.

@@ -8,7 +8,6 @@ import torch
 
 from cupynorm import _reference
 from cupynorm._layout import Facts
-from cupynorm._ops import LAYER_NORM
 from cupynorm._torch import autograd, operators
 from cupynorm._torch.tensors import Tensors
 from cupynorm._torch.watch import (
@@ -44,19 +43,23 @@ class Differentiable(Tensors):
 
     def normalizer(self, facts: Facts) -> Callable[..., Any]:
         """The settled forward, which autograd remembers."""
-        if facts.op != LAYER_NORM:  # torch differentiates what array-API calls do
-            return _reference.DOOR.normalizer(facts)
         if facts.out:
             _refuse_out()
         if facts.stats:  # which are differentiable too
             return SHOWN.normalizer(facts)
         plain = super().normalizer(facts._replace(stats=True))
-        how, apply = (plain, facts.axes, facts.eps), autograd.apply_eagerly
+        how, apply = (plain, facts.op.alone, facts.axes, facts.eps), autograd.apply_eagerly
 
         def call(x: Any, weight: Any, bias: Any, out: None) -> Any:
             return apply(x, weight, bias, how)
 
-        return call
+        def adding(x: Any, weight: Any, bias: Any, *more: Any) -> Any:
+            _, residual, sum_out = more
+            if sum_out is not None:
+                _refuse_out()
+            return apply(x, weight, bias, how, residual)
+
+        return adding if facts.op.residual else call
 
     def differentiator(self, facts: Facts) -> Callable[..., Any]:
         """The backward in torch's own functions, which it can differentiate in turn."""
@@ -84,35 +87,47 @@ class Shown:
 
     def normalizer(self, facts: Facts) -> Callable[..., Any]:
         """The forward, with nothing settled but the arguments."""
-        if facts.op != LAYER_NORM:  # torch differentiates what array-API calls do
-            return _reference.DOOR.normalizer(facts)
-        order, stats = facts.order, facts.stats
+        order = facts.order
+        how: autograd.Call = facts.op, facts.axes, facts.eps, order != "C"
 
-        def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:
-            tensors = [t for t in (x, weight, bias, out) if t is not None]
+        def call(x: Any, weight: Any, bias: Any, out: Any, *added: Any) -> Any:
+            targets = out, *added[1:]
+            tensors = [t for t in (x, weight, bias, out, *added) if t is not None]
             watched = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-            if out is not None and watched:
+            if watched and any(target is not None for target in targets):
                 _refuse_out()
-            y, mean, rstd = self._forward(x, weight, bias, (facts.axes, facts.eps, order != "C"))
-            if out is not None:
-                out[...] = y
-                y = out
-            elif order != "K":
-                y = _ordered(y, order)
-            return (y, mean, rstd) if stats else y
+            found = list(self._forward(x, weight, bias, how, *added[:1]))
+            for i, target in enumerate(targets):
+                if target is not None:
+                    target[...] = found[i]
+                    found[i] = target
+                elif order != "K":
+                    found[i] = _ordered(found[i], order)
+            if not facts.stats:
+                found = found[: len(targets)]
+            return tuple(found) if len(found) > 1 else found[0]
 
         return call
 
-    def _forward(self, x: Any, weight: Any, bias: Any, call: autograd.Three) -> autograd.Three:
-        own = any(has_own_dispatch(t) for t in (x, weight, bias)) or not _has_operators(x)
-        watch = watch_on(x, weight, bias)
-        if own or (watch == COMPILED and transformed()):
-            return autograd.formula(x, weight, bias, call)
-        if watch < WATCHED or (watch == WATCHED and transformed() and not functionalized()):
-            return autograd.apply_transformably(x, weight, bias, call)
-        axes, eps, keep = call
-        y, mean, rstd = operators.layer_norm_fwd(x, axes, weight, bias, eps, keep)
-        return y, mean, rstd
+    def _forward(
+        self, x: Any, weight: Any, bias: Any, call: autograd.Call, *residual: Any
+    ) -> tuple[Any, ...]:
+        """y, the sum of an operation that has one, and the statistics."""
+        given = x, weight, bias, *residual
+        own = any(map(has_own_dispatch, given)) or not _has_operators(x)
+        watch, (op, axes, eps, keep) = watch_on(*given), call
+        by_formula = own or (watch == COMPILED and transformed())
+        operator = watch == COMPILED or (
+            watch == WATCHED and (not transformed() or functionalized())
+        )
+        if operator and not by_formula:
+            return tuple(operators.FORWARD[op.name](x, axes, weight, bias, eps, keep, *residual))
+        if residual:
+            total = x.to(residual[0].dtype) + residual[0]
+            y, *stats = self._forward(total, weight, bias, (op.alone, axes, eps, keep))
+            return y.to(x.dtype), total, *stats
+        by = autograd.formula if by_formula else autograd.apply_transformably
+        return by(x, weight, bias, call)
 
     @staticmethod
     def differentiator(facts: Facts) -> Callable[..., Any]:

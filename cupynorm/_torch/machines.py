@@ -1,6 +1,7 @@
 """What computes tensors, settled for one look: compiled loops, kernels, or torch's own functions.
 
-``run(*arrays)`` takes them in the order of `FORWARD` or `BACKWARD`, results too; None: not there.
+``run(*arrays)`` takes them in the order of `FORWARD` or `BACKWARD`, and after these of `RESIDUAL`,
+results too; None: not there.
 """
 
 import importlib.util
@@ -10,15 +11,13 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-import array_api_compat.torch as xp
 import torch
 
 from cupynorm import _reference
 from cupynorm._cpu import engine, threads
 from cupynorm._cpu.arrays import plain
-from cupynorm._cuda.launch import BACKWARD, FORWARD
+from cupynorm._cuda.launch import BACKWARD, FORWARD, RESIDUAL
 from cupynorm._layout import Facts, as_table, kernel_problem_of, rows_last
-from cupynorm._reference import Rows
 from cupynorm._rules import ITEMSIZE
 
 Run = Callable[..., None]
@@ -77,20 +76,23 @@ def _of_nothing(facts: Facts) -> Run:
 
 def _functions(facts: Facts) -> Run:
     """By torch's own functions, on any device."""
+    if facts.backward:
+        gradients = _reference.DOOR.differentiator(facts)
 
-    def forward(x: Any, y: Any, weight: Any, bias: Any, *stats: Any) -> None:
+        def backward(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *more: Any) -> None:
+            with torch.no_grad():
+                _store(gradients(dy, x, mean, rstd, weight, *more[3:]), more[:3])
+
+        return backward
+    results = _reference.DOOR.normalizer(facts._replace(stats=True, order="K"))
+
+    def forward(x: Any, y: Any, weight: Any, bias: Any, *more: Any) -> None:
+        stats, residual = more[:2] if facts.op.center else more[1:2], more[2:3]
         with torch.no_grad():
-            found = _reference.normalize(Rows(xp, x, facts.axes), weight, bias, facts.eps)
-            _store(found, (y, *stats))
+            found = results(x, weight, bias, None, *residual, *(None for _ in residual))
+            _store(found, (y, *more[3:], *stats))
 
-    def backward(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *targets: Any) -> None:
-        wanted = targets[0] is not None, targets[1] is not None, targets[2] is not None
-        with torch.no_grad():
-            rows = Rows(xp, x, facts.axes)
-            hat = rows.restored(mean, rstd), rstd
-            _store(_reference.gradients(rows, (dy, None, None), weight, hat, wanted), targets)
-
-    return backward if facts.backward else forward
+    return forward
 
 
 def _store(results: tuple[Any, ...], targets: tuple[Any, ...]) -> None:
@@ -112,7 +114,8 @@ def bytes_of(facts: Facts, name: str) -> int:
     if strides is None:
         return ITEMSIZE[facts.dtypes.get(name, "float16")] * facts.N
     steps = zip(strides, facts.shape, strict=True)
-    return ITEMSIZE[facts.dtypes["x"]] * (1 + sum(s * (n - 1) for s, n in steps))
+    kind = facts.dtypes["residual" if name in ("residual", "sum") else "x"]
+    return ITEMSIZE[kind] * (1 + sum(s * (n - 1) for s, n in steps))
 
 
 def _check_memory(name: str, tensor: Any, nbytes: int) -> None:
@@ -132,31 +135,37 @@ def _check_memory(name: str, tensor: Any, nbytes: int) -> None:
 def _meeting(facts: Facts, name: str, copied: bool, compute: Any) -> Callable[[Any], Any]:
     """How an array is met: as it lies, or as memory of its own, with the rows last.
 
-    Small ones become contiguous, and where `compute` is a dtype, of that.
+    Small ones become contiguous, and where `compute` is a dtype, of that; then a weight is what
+    x_hat is multiplied by, as loops know no other.
     """
     order = rows_last(len(facts.shape), facts.axes)
-    if name in ("y", "dx") and copied:
+    if name in ("y", "sum", "dx") and copied:
         return lambda a: torch.empty(a.permute(order).shape, dtype=a.dtype, device=a.device)
     if name in ("dx", "dweight", "dbias"):
         return lambda a: torch.empty_like(a, dtype=compute) if copied else a
     nbytes = 1 if name in ("mean", "rstd") else bytes_of(facts, name)
+    told_from_one = name == "weight" and facts.op.unit_weight
 
     def meet(a: Any) -> Any:
         _check_memory(name, a, nbytes)
         if name in facts.strides:
             return a.permute(order).contiguous() if copied else a
         a = a.detach().resolve_neg()
-        return (a if compute is None else a.to(compute)).contiguous()
+        if compute is not None:
+            a = a.to(compute) + 1 if told_from_one else a.to(compute)
+        return a.contiguous()
 
     return meet
 
 
 def _by_address(facts: Facts, copied: Sequence[str], compute: Any, launch: Launch) -> Run:
     """Meet each array, launch on the addresses, put back the results that were met elsewhere."""
-    names = BACKWARD if facts.backward else FORWARD
+    names: tuple[str, ...] = BACKWARD if facts.backward else FORWARD
+    names += tuple(name for name in RESIDUAL if name in facts.strides)
     meets = [_meeting(facts, name, name in copied, compute) for name in names]
     order = rows_last(len(facts.shape), facts.axes)
-    written = [i for i, name in enumerate(names) if name in copied and name not in ("x", "dy")]
+    results = "y", "sum", "dx", "dweight", "dbias"
+    written = [i for i, name in enumerate(names) if name in copied and name in results]
 
     def run(*arrays: Any) -> None:
         # The names keep copies alive until they are on the stream; torch's allocator orders reuse
@@ -196,20 +205,22 @@ def _loops(facts: Facts) -> Run:
         return general
     usual: bool | None = None  # whether weight and bias lie as loops take them; shows at once
 
-    def forward(x: Any, y: Any, weight: Any, bias: Any, mean: Any, rstd: Any) -> None:
+    def forward(x: Any, y: Any, weight: Any, bias: Any, mean: Any, rstd: Any, *added: Any) -> None:
         nonlocal usual
         if usual is None:
-            usual = _lies(weight, compute) and _lies(bias, compute)
+            as_they_are = _lies(weight, compute) and _lies(bias, compute)
+            usual = as_they_are and not (facts.op.unit_weight and weight is not None)
         at, to = x.data_ptr(), y.data_ptr()
         w = LOW if weight is None else weight.data_ptr()
         b = LOW if bias is None else bias.data_ptr()
-        if not usual or at < LOW or to < LOW or w < LOW or b < LOW or plain():
-            general(x, y, weight, bias, mean, rstd)
+        more = [a.data_ptr() for a in added]
+        low = at < LOW or to < LOW or w < LOW or b < LOW or (more and min(more) < LOW)
+        if not usual or low or plain():
+            general(x, y, weight, bias, mean, rstd, *added)
             return
-        m = r = 0
-        if mean is not None:
-            m, r = mean.data_ptr(), rstd.data_ptr()
-        loops(at, to, 0 if weight is None else w, 0 if bias is None else b, m, r)
+        m = 0 if mean is None else mean.data_ptr()
+        r = 0 if rstd is None else rstd.data_ptr()
+        loops(at, to, 0 if weight is None else w, 0 if bias is None else b, m, r, *more)
 
     return forward
 

@@ -1,86 +1,103 @@
-"""The operators `cupynorm::layer_norm_fwd` and `_bwd`, for compilers, exporters and tracers."""
+"""An operator for each operation and direction, for compilers, exporters and tracers.
+
+`cupynorm::layer_norm_fwd` and `_bwd`, and so on by the names of operations; an addition has no
+backward of its own.
+"""
 
 from typing import Any
 
 import torch
 
-from cupynorm._rules import check_affine_shape, stats_shape
+from cupynorm._ops import OPS, Op
+from cupynorm._rules import check_affine_shape, check_residual, dtype_name, stats_shape
 from cupynorm._torch import tensors
 
 _library = torch.library.Library("cupynorm", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
-# keep: y has x's strides, else it is row-major. wanted: dx, dweight, dbias.
-_library.define(
-    "layer_norm_fwd(Tensor x, int[] axes, Tensor? weight, Tensor? bias, float eps, bool keep)"
-    " -> (Tensor y, Tensor mean, Tensor rstd)",
-    tags=_tags,
-)
-_library.define(
-    "layer_norm_bwd(Tensor dy, Tensor x, int[] axes, Tensor mean, Tensor rstd, Tensor? weight,"
-    " bool[3] wanted, ScalarType dweight_dtype, ScalarType dbias_dtype)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    tags=_tags,
-)
-# Of which each argument is one of a schema, so that more than six are named by position.
-layer_norm_fwd = torch.ops.cupynorm.layer_norm_fwd.default
-_layer_norm_bwd = torch.ops.cupynorm.layer_norm_bwd.default
+FORWARD: dict[str, Any] = {}  # by name of the operation
+_BACKWARD: dict[str, Any] = {}
 
 
-def _fwd(
-    x: Any, axes: list[int], weight: Any, bias: Any, eps: float, keep: bool
-) -> tuple[Any, Any, Any]:
-    _check_shapes(x, axes, weight, bias)
-    return tensors.forward(x, weight, bias, (tuple(axes), eps, keep))
+def _define(op: Op) -> None:
+    residual = ", Tensor residual" if op.residual else ""
+    results = ["y"] + ["sum"] * op.residual + ["mean"] * op.center + ["rstd"]
+    told = ", ".join(f"Tensor {name}" for name in results)
+    # keep: y has x's strides, else it is row-major. wanted: dx, dweight, dbias.
+    schemas = [
+        f"{op.name}_fwd(Tensor x, int[] axes, Tensor? weight, Tensor? bias, float eps, bool keep"
+        f"{residual}) -> ({told})"
+    ]
+    if not op.residual:
+        schemas.append(
+            f"{op.name}_bwd(Tensor dy, Tensor x, int[] axes, Tensor? mean, Tensor rstd,"
+            " Tensor? weight, bool[3] wanted, ScalarType dweight_dtype, ScalarType dbias_dtype,"
+            " Tensor? dsum=None) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+        )
+    for schema in schemas:
+        _library.define(schema, tags=_tags)
+
+    def fwd(x: Any, axes: list[int], weight: Any, *more: Any) -> Any:
+        bias, eps, keep, *added = more
+        _check_shapes(x, axes, weight, bias, *added)
+        return tensors.forward(x, weight, bias, (op, tuple(axes), eps, keep), *added)
+
+    def fwd_fake(x: Any, axes: list[int], weight: Any, *more: Any) -> Any:
+        _, _, keep, *added = more
+        shape, dtype = stats_shape(x.shape, axes), tensors.stats_dtype(x.dtype)
+        y = tensors.new_y(x, keep)
+        total = (torch.empty_like(y, dtype=residual.dtype) for residual in added)
+        return y, *total, *(x.new_empty(shape, dtype=dtype) for _ in range(1 + op.center))
+
+    def bwd(dy: Any, x: Any, axes: list[int], mean: Any, rstd: Any, *rest: Any) -> tuple[Any, ...]:
+        weight, wanted, to_weight, to_bias, *dsum = rest
+        _check_shapes(x, axes, weight)
+        call = op, tuple(axes), tuple(wanted), (to_weight, to_bias)
+        given = (t for t in dsum if t is not None)
+        grads = tensors.backward(dy, x, (mean, rstd), weight, call, *given)
+        # A schema has no optional results: what is not wanted is an empty tensor.
+        return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+    made = {"fwd": (fwd, fwd_fake, FORWARD), "bwd": (bwd, _bwd_fake, _BACKWARD)}
+    for direction, (function, fake, operators) in list(made.items())[: len(schemas)]:
+        name = f"{op.name}_{direction}"
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, function, device)
+        torch.library.register_fake(f"cupynorm::{name}", fake, lib=_library)
+        operators[op.name] = getattr(torch.ops.cupynorm, name).default
 
 
-def _check_shapes(x: Any, axes: list[int], *values: Any) -> None:
+def _check_shapes(
+    x: Any, axes: list[int], weight: Any, bias: Any = None, residual: Any = None
+) -> None:
     """A saved program may be run with any tensors; addresses alone would not tell."""
     shape = tuple(x.shape[a] for a in axes)
-    for label, value in zip(("weight", "bias"), values, strict=False):
+    for label, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.shape != shape:
             check_affine_shape(label, tuple(value.shape), shape)
+    if residual is not None:
+        of_residual, of_x = ((tuple(t.shape), dtype_name(t.dtype)) for t in (residual, x))
+        check_residual(*of_residual, *of_x)
 
 
-def _bwd(dy: Any, x: Any, axes: list[int], mean: Any, rstd: Any, *rest: Any) -> tuple[Any, ...]:
-    weight, wanted, *dtypes = rest
-    _check_shapes(x, axes, weight)
-    call = tuple(axes), tuple(wanted), tuple(dtypes)
-    grads = tensors.backward(dy, x, (mean, rstd), weight, call)
-    # A schema has no optional results: what is not wanted is an empty tensor.
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
-
-
-for _device in ("CPU", "CUDA"):
-    _library.impl("layer_norm_fwd", _fwd, _device)
-    _library.impl("layer_norm_bwd", _bwd, _device)
-
-
-@torch.library.register_fake("cupynorm::layer_norm_fwd", lib=_library)  # type: ignore[untyped-decorator]
-def _fwd_fake(
-    x: Any, axes: list[int], weight: Any, bias: Any, eps: float, keep: bool
-) -> tuple[Any, Any, Any]:
-    shape = stats_shape(x.shape, axes)
-    dtype = tensors.stats_dtype(x.dtype)
-    mean, rstd = x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
-    return tensors.new_y(x, keep), mean, rstd
-
-
-@torch.library.register_fake("cupynorm::layer_norm_bwd", lib=_library)  # type: ignore[untyped-decorator]
 def _bwd_fake(dy: Any, x: Any, axes: list[int], *rest: Any) -> tuple[Any, ...]:
     _, _, _, wanted, *dtypes = rest
     shape = [x.shape[a] for a in axes]
     dx = torch.empty_like(x) if wanted[0] else x.new_empty(0)
     sums = (
         x.new_empty(shape, dtype=dtype) if want else x.new_empty(0)
-        for want, dtype in zip(wanted[1:], dtypes, strict=True)
+        for want, dtype in zip(wanted[1:], dtypes[:2], strict=True)
     )
     return (dx, *sums)
 
 
-def layer_norm_bwd(
-    dy: Any, x: Any, stats: tuple[Any, Any], weight: Any, call: tuple[Any, Any, Any]
+for _op in OPS.values():
+    _define(_op)
+
+
+def backward(
+    dy: Any, x: Any, stats: tuple[Any, Any], weight: Any, call: tuple[Any, ...], *dsum: Any
 ) -> tuple[Any, ...]:
     """dx, dweight and dbias by the operator, None where not wanted; as `tensors.backward`."""
-    axes, wanted, dtypes = call
-    grads = _layer_norm_bwd(dy, x, axes, *stats, weight, wanted, *dtypes)
+    op, axes, wanted, dtypes = call
+    grads = _BACKWARD[op.name](dy, x, axes, *stats, weight, wanted, *dtypes, *dsum)
     return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))

@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 
-from cupynorm import _memo, _reference
+from cupynorm import _memo
 from cupynorm._layout import Facts, row_major_strides
-from cupynorm._libraries import check_overlap
-from cupynorm._ops import LAYER_NORM
+from cupynorm._libraries import check_apart, check_overlap
 from cupynorm._rules import dtype_name
 from cupynorm._torch import machines
 from cupynorm._torch.machines import bytes_of, nothing
@@ -51,51 +50,56 @@ class Tensors:
         return a.device
 
     def normalizer(self, facts: Facts) -> Callable[..., Any]:
-        """The settled forward."""
-        if facts.op != LAYER_NORM:  # torch differentiates what array-API calls do
-            return _reference.DOOR.normalizer(facts)
-        run, new = machines.run_of(facts), _maker(facts, "y")
-        shape, stats = facts.stats_shape, facts.stats
-        clash = _overlap(facts) if facts.out and facts.size else None
+        """The settled forward, which takes residual and sum_out, where there are these, last."""
+        run, new, new_sum = machines.run_of(facts), _maker(facts, "y"), _maker(facts, "sum")
+        shape, stats, op = facts.stats_shape, facts.stats, facts.op
+        clash: Any = _overlap(facts) if facts.out and facts.size else None
+        if op.residual:
+            clash = check_apart
 
         def plain(x: Any, weight: Any, bias: Any, out: None) -> Any:
             y = new(x)
             run(x, y, weight, bias, None, None)
             return y
 
-        def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:
+        def call(x: Any, weight: Any, bias: Any, out: Any, *added: Any) -> Any:
             if clash is not None:
-                clash(x, weight, bias, out)
+                clash(x, weight, bias, out, *added)
             y = new(x) if out is None else out
+            if added and added[1] is None:
+                added = added[0], new_sum(added[0])
             if not stats:
-                run(x, y, weight, bias, None, None)
-                return y
+                run(x, y, weight, bias, None, None, *added)
+                return (y, added[1]) if added else y
             kind = stats_dtype(x.dtype)
-            mean, rstd = x.new_empty(shape, dtype=kind), x.new_empty(shape, dtype=kind)
-            run(x, y, weight, bias, mean, rstd)
-            return y, mean, rstd
+            mean = x.new_empty(shape, dtype=kind) if op.center else None
+            rstd = x.new_empty(shape, dtype=kind)
+            run(x, y, weight, bias, mean, rstd, *added)
+            return (y, *added[1:], mean, rstd) if op.center else (y, *added[1:], rstd)
 
         if not _negatable(facts):
-            return call if facts.out or stats else plain
+            return call if facts.out or stats or op.residual else plain
 
-        def resolving(x: Any, weight: Any, bias: Any, out: Any) -> Any:
-            if out is not None and out.is_neg():
-                fresh = torch.empty_strided(out.shape, out.stride(), dtype=x.dtype, device=x.device)
-                found = call(x, weight, bias, fresh)
-                out.copy_(fresh)
-                return (out, *found[1:]) if stats else out
-            if not x.is_neg():
-                return call(x, weight, bias, out)
-            x = x.resolve_neg()
-            given = facts._replace(strides={**facts.strides, "x": self.strides(x)})
-            return self.normalizer(given)(x, weight, bias, out)
+        def resolving(x: Any, weight: Any, bias: Any, out: Any, *added: Any) -> Any:
+            given, targets = (x, *added[:1]), (out, *added[1:])
+            if not any(t is not None and t.is_neg() for t in (*given, *targets)):
+                return call(x, weight, bias, out, *added)
+            x, *residual = (t.resolve_neg() for t in given)
+            y, *total = (t if t is None else t.resolve_neg() for t in targets)
+            met = zip(("x", "y", "residual", "sum"), (x, y, *residual, *total), strict=False)
+            strides = {name: self.strides(t) for name, t in met if t is not None}
+            again = Tensors.normalizer(self, facts._replace(strides={**facts.strides, **strides}))
+            made = again(x, weight, bias, y, *residual, *total)
+            found = list(made) if stats or residual else [made]
+            for i, target in enumerate(targets):
+                if target is not None:
+                    found[i] = target.copy_(found[i])
+            return tuple(found) if len(found) > 1 else found[0]
 
         return resolving
 
     def differentiator(self, facts: Facts) -> Callable[..., Any]:
-        """The settled backward."""
-        if facts.op != LAYER_NORM or "dsum" in facts.strides:
-            return _reference.DOOR.differentiator(facts)
+        """The settled backward, which takes dsum, where there is one, last."""
         new, shape = _maker(facts, "dx"), facts.affine_shape
         to_weight, to_bias = (
             getattr(torch, facts.dtypes[k]) if k in facts.dtypes else None
@@ -105,17 +109,17 @@ class Tensors:
         wanted = "dx" in facts.strides or to_weight is not None or to_bias is not None
         run = machines.run_of(facts) if wanted else nothing
 
-        def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> Three:
-            if negatable and (dy.is_neg() or x.is_neg()):
-                dy, x = dy.resolve_neg(), x.resolve_neg()
-                met = {**facts.strides, "dy": self.strides(dy), "x": self.strides(x)}
-                again = self.differentiator(facts._replace(strides=met))
-                found: Three = again(dy, x, mean, rstd, weight)
+        def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *dsum: Any) -> Three:
+            if negatable and any(t.is_neg() for t in (dy, x, *dsum)):
+                told = [t.resolve_neg() for t in (dy, x, *dsum)]
+                met = zip(("dy", "x", "dsum"), map(self.strides, told), strict=False)
+                again = self.differentiator(facts._replace(strides={**facts.strides, **dict(met)}))
+                found: Three = again(*told[:2], mean, rstd, weight, *told[2:])
                 return found
             dx = new(x)
             dweight = None if to_weight is None else _for_sum(x, weight, shape, to_weight)
             dbias = None if to_bias is None else _for_sum(x, weight, shape, to_bias)
-            run(dy, x, mean, rstd, weight, dx, dweight, dbias)
+            run(dy, x, mean, rstd, weight, dx, dweight, dbias, *dsum)
             return dx, dweight, dbias
 
         return call
@@ -138,11 +142,12 @@ def _negatable(facts: Facts) -> bool:
 
 
 def _maker(facts: Facts, name: str) -> Callable[[Any], Any]:
-    """What makes memory for a result of x's shape; nothing, if that is not wanted."""
+    """What makes memory for a result like x, or for a sum like residual; nothing, if unwanted."""
     strides = facts.strides.get(name)
     if strides is None:
         return nothing
-    if strides == facts.strides["x"] == row_major_strides(facts.shape, ()):
+    like = facts.strides["residual" if name == "sum" else "x"]
+    if strides == like == row_major_strides(facts.shape, ()):
         return torch.empty_like  # type: ignore[no-any-return]
     return lambda x: torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
@@ -170,46 +175,47 @@ def _overlap(facts: Facts) -> Callable[..., None]:
 _PLAIN = Tensors()
 
 
-def forward(x: Any, weight: Any, bias: Any, call: Three) -> Three:
-    """y, mean and rstd of arguments that fit; `call` is axes, eps and whether y keeps x's strides.
+def forward(x: Any, weight: Any, bias: Any, call: tuple[Any, ...], *residual: Any) -> Any:
+    """y, the sum if there is one, and the statistics, of arguments that fit.
 
-    Nobody watches, or whoever does has been told.
+    `call` is op, axes, eps and whether y keeps x's strides. Nobody watches, or whoever does has
+    been told.
     """
-    axes, eps, keep = call
-    y = new_y(x, keep)
-    rows = {"weight": weight, "bias": bias}
-    key = ("tensors forward", axes, eps, *(_look(t) for t in (x, y, weight, bias)))
+    op, axes, eps, keep = call
+    key = ("tensors forward", op.name, *call[1:], *map(_look, (x, weight, bias, *residual)))
     settled = _memo.settled.get(key)
     if settled is None:
-        dtypes = _names({"x": x, **rows})
-        strides: dict[str, Any] = {"x": _PLAIN.strides(x), "y": _PLAIN.strides(y)}
-        facts = Facts(
-            LAYER_NORM, False, tuple(x.shape), axes, dtypes, strides, eps, device=x.device
-        )
-        settled = _memo.keep(key, _PLAIN.normalizer(facts._replace(out=True, stats=True)))
-    found: Three = settled(x, weight, bias, y)
-    return found
+        added = dict(zip(("residual",), residual, strict=False))
+        dtypes = _names({"x": x, "weight": weight, "bias": bias, **added})
+        made = new_y(x.detach().to("meta"), keep)
+        arrays = {"x": x, "y": made, **added, **dict.fromkeys(("sum",)[: len(added)], made)}
+        strides: dict[str, Any] = {name: _PLAIN.strides(a) for name, a in arrays.items()}
+        facts = Facts(op, False, tuple(x.shape), axes, dtypes, strides, eps, device=x.device)
+        settled = _memo.keep(key, _PLAIN.normalizer(facts._replace(stats=True)))
+    return settled(x, weight, bias, None, *residual, *(None for _ in residual))
 
 
-def backward(dy: Any, x: Any, stats: Any, weight: Any, call: Three) -> Three:
+def backward(dy: Any, x: Any, stats: Any, weight: Any, call: tuple[Any, ...], *dsum: Any) -> Three:
     """dx, dweight and dbias of arguments that fit, None where not wanted.
 
-    `stats` are mean and rstd, `call` is axes, what is wanted, and the dtypes of dweight and dbias.
+    `stats` are mean and rstd, `call` is op, axes, what is wanted, and the dtypes of dweight and
+    dbias.
     """
-    axes, wanted, dtypes = call
-    key = ("tensors backward", call, *(_look(t) for t in (dy, x, *stats, weight)))
+    op, axes, wanted, dtypes = call
+    key = ("tensors backward", op.name, *call[1:], *map(_look, (dy, x, *stats, weight, *dsum)))
     settled = _memo.settled.get(key)
     if settled is None:
         names = _names({"x": x, "weight": weight})
         for name, want, dtype in zip(("dweight", "dbias"), wanted[1:], dtypes, strict=True):
             if want:
                 names[name] = dtype_name(dtype)
-        strides: dict[str, Any] = {"x": _PLAIN.strides(x), "dy": _PLAIN.strides(dy)}
+        met = zip(("x", "dy", "dsum"), (x, dy, *dsum), strict=False)
+        strides: dict[str, Any] = {name: _PLAIN.strides(a) for name, a in met}
         if wanted[0]:
             strides["dx"] = tuple(torch.empty_like(x, device="meta").stride())
-        facts = Facts(LAYER_NORM, True, tuple(x.shape), axes, names, strides, device=x.device)
+        facts = Facts(op, True, tuple(x.shape), axes, names, strides, device=x.device)
         settled = _memo.keep(key, _PLAIN.differentiator(facts))
-    found: Three = settled(dy, x, *stats, weight)
+    found: Three = settled(dy, x, *stats, weight, *dsum)
     return found
 
 

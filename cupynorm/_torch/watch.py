@@ -17,7 +17,7 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 # Private names of torch, each with a public one that costs ten times as much or none at all.
 _transforms_active = torch._C._are_functorch_transforms_active
 _modes_active = torch._C._len_torch_dispatch_stack
-_tracing = torch._C._get_tracing_state
+tracing = torch._C._get_tracing_state
 _of_batched_grads = torch._C._functorch.is_legacy_batchedtensor
 _is_compiling = torch.compiler.is_dynamo_compiling  # what else traces shows by types and modes
 _is_grad_enabled = torch.is_grad_enabled
@@ -42,7 +42,7 @@ def answer(
         _transforms_active()
         or forward_ad._current_level >= 0
         or _modes_active()
-        or _tracing() is not None
+        or tracing() is not None
         or type(x) not in _PLAIN
         or (a is not None and type(a) not in _PLAIN)
         or (b is not None and type(b) not in _PLAIN)
@@ -63,9 +63,9 @@ def answer(
     return answers[ARITHMETIC]
 
 
-def watch_on(x: Any, a: Any = None, b: Any = None) -> int:
+def watch_on(x: Any, a: Any = None, b: Any = None, c: Any = None) -> int:
     """Who is to hear of a call on these tensors, of which all but x may be None."""
-    watch: int = answer((ARITHMETIC, GRADIENT, WATCHED, COMPILED), x, a, b)
+    watch: int = answer((ARITHMETIC, GRADIENT, WATCHED, COMPILED), x, a, b, c)
     return watch
 
 
@@ -100,3 +100,34 @@ def differentiable_only(dy: Any) -> bool:
     a vmap of its own.
     """
     return transformed() or bool(_of_batched_grads(dy))
+
+
+# --- what is torch's own affair -------------------------------------------------------------------
+
+
+def is_for_torch(x: Any) -> bool:
+    """Whether torch's own functions are to be called: x is nested, sparse, or being scripted."""
+    refuse_no_tensor("input", x, "torch.as_tensor(input), or call cupynorm.layer_norm")
+    return x.layout is not torch.strided or x.is_nested or tracing() is not None
+
+
+def refuse_no_tensor(label: str, value: Any, way_out: str = "") -> None:
+    """Refuse what is neither a tensor nor None."""
+    if (value is None and label in ("weight", "bias")) or isinstance(value, torch.Tensor):
+        return
+    kind = type(value)
+    way_out = way_out or f"torch.as_tensor({label})"
+    msg = f"{label} is a {kind.__module__}.{kind.__qualname__}, not a torch.Tensor; pass {way_out}"
+    raise TypeError(msg)
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """What torch's list of autocast operators says of norms: float32 on CUDA, nothing else.
+
+    On the CPU they are on neither list, and the input keeps its dtype.
+    """
+    device = tensors[0].device.type
+    if device != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return tensors
+    half = (torch.float16, torch.bfloat16)
+    return tuple(t.float() if t is not None and t.dtype in half else t for t in tensors)
