@@ -239,6 +239,15 @@ def as_table(facts: Facts) -> tuple[tuple[int, ...], Facts]:
     return rows_last(len(facts.shape), facts.axes), table
 
 
+def widened(facts: Facts) -> Facts | None:
+    """A call with row-major x and y of the residual's dtype, for kernels; None if x has it."""
+    wide = facts.dtypes.get("residual", facts.dtypes["x"])
+    if wide == facts.dtypes["x"]:
+        return None
+    strides = facts.strides | dict.fromkeys("xy", row_major_strides(facts.shape, ()))
+    return facts._replace(dtypes=facts.dtypes | {"x": wide}, strides=strides, order="C", out=True)
+
+
 def result_strides(shape: tuple[int, ...], strides: tuple[int, ...], order: str) -> tuple[int, ...]:
     """Element strides that `empty_like(x, order=order)` gives: dense, for 'K' in x's axis order."""
     axes = list(range(len(shape)))

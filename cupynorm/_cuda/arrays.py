@@ -20,7 +20,14 @@ from cupynorm._cuda.launch import (
 )
 from cupynorm._cuda.plan import Device, Stage
 from cupynorm._cuda.source import source_of
-from cupynorm._layout import Facts, Problem, kernel_problem_of, row_major_strides, rows_last
+from cupynorm._layout import (
+    Facts,
+    Problem,
+    kernel_problem_of,
+    row_major_strides,
+    rows_last,
+    widened,
+)
 from cupynorm._libraries import check_apart, element_strides
 from cupynorm._ops import LAYER_NORM
 from cupynorm._rules import ITEMSIZE, dtype_name, numpy_dtype, stats_dtype
@@ -255,9 +262,9 @@ def _of_nothing(facts: Facts, x: Any, weight: Any, bias: Any, out: Any) -> Any:
 
 def _adding(facts: Facts) -> Callable[..., Any]:
     """The call of an operation that adds a residual first."""
-    index, wide = facts.device or 0, facts.dtypes["residual"]
-    if wide != facts.dtypes["x"]:
-        return _adding_wide(facts)
+    index, wide = facts.device or 0, widened(facts)
+    if wide is not None:
+        return _adding_wide(facts, _adding(wide))
     settled = ready_on(index, kernel_problem_of(facts)) if facts.size else None
 
     def call(x: Any, weight: Any, bias: Any, out: Any, residual: Any, sum_out: Any) -> Any:
@@ -276,12 +283,9 @@ def _adding(facts: Facts) -> Callable[..., Any]:
     return call
 
 
-def _adding_wide(facts: Facts) -> Callable[..., Any]:
-    """The same of a float32 residual beside 16-bit x: by a copy of x, and of y."""
+def _adding_wide(facts: Facts, on_wide: Callable[..., Any]) -> Callable[..., Any]:
+    """The same of a float32 residual beside 16-bit x: by a copy of x, which y comes to, too."""
     wide = facts.dtypes["residual"]
-    strides = facts.strides | dict.fromkeys("xy", row_major_strides(facts.shape, ()))
-    dtypes = facts.dtypes | {"x": wide}
-    on_wide = _adding(facts._replace(dtypes=dtypes, strides=strides, order="C", out=False))
 
     def call(x: Any, weight: Any, bias: Any, out: Any, residual: Any, sum_out: Any) -> Any:
         check_apart(x, weight, bias, out, residual, sum_out)
@@ -289,8 +293,8 @@ def _adding_wide(facts: Facts) -> Callable[..., Any]:
             y = empty_like(x, order=facts.order) if out is None else out
             total = empty_like(x, dtype=wide, order=facts.order) if sum_out is None else sum_out
             copy = x.astype(wide, order="C")
-            y_wide, *others = on_wide(copy, weight, bias, copy, residual, total)
-            y[...] = y_wide
+            _, *others = on_wide(copy, weight, bias, copy, residual, total)
+            y[...] = copy
         return y, *others
 
     return call

@@ -17,7 +17,7 @@ from cupynorm import _reference
 from cupynorm._cpu import engine, threads
 from cupynorm._cpu.arrays import plain
 from cupynorm._cuda.launch import BACKWARD, FORWARD, RESIDUAL
-from cupynorm._layout import Facts, as_table, kernel_problem_of, rows_last
+from cupynorm._layout import Facts, as_table, kernel_problem_of, rows_last, widened
 from cupynorm._rules import ITEMSIZE
 
 Run = Callable[..., None]
@@ -263,10 +263,24 @@ def _stream(index: int) -> _Stream:
     return _Stream(torch.cuda.current_stream(index).cuda_stream if raw is None else raw(index))
 
 
+def _on_copies(on_wide: Run) -> Run:
+    """Of a float32 residual beside 16-bit x: by a copy of x, which y comes to, too."""
+
+    def run(x: Any, y: Any, weight: Any, bias: Any, mean: Any, rstd: Any, *added: Any) -> None:
+        copy = x.detach().to(added[0].dtype).contiguous()
+        on_wide(copy, copy, weight, bias, mean, rstd, *added)
+        y.copy_(copy)
+
+    return run
+
+
 def kernels(facts: Facts, index: int) -> Run:
     """By kernels on a GPU: on torch's current stream, scratch from torch's allocator."""
     from cupynorm._cuda.arrays import ready_on
 
+    wide = widened(facts)
+    if wide is not None:
+        return _on_copies(kernels(wide, index))
     problem = kernel_problem_of(facts)
     ready = ready_on(index, problem)
     nbytes = ready.workspace_bytes

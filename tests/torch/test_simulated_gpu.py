@@ -157,6 +157,28 @@ def test_each_kernel_forward_and_backward(gpu, family, dtype):
     assert gpu.sim.simulator.current_device == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_residual_in_float32(gpu, dtype):
+    """Beside x of its dtype one launch; beside 16 bits a copy of x is normalized."""
+    given = [numbers(3, 77, dtype=dtype), numbers(3, 77, seed=5), affine(77)[0]]
+    flow = numbers(3, 77, seed=4) - 3, numbers(3, 77, seed=6) - 3
+    found = []
+    for norm in (cn_torch.add_rms_norm, None):
+        x, residual, weight = (t.clone().requires_grad_() for t in given)
+        if norm is None:
+            total = x + residual
+            y = torch.nn.functional.rms_norm(total, (77,), weight, 1e-5).to(dtype)
+        else:
+            y, total = norm(x, residual, (77,), weight, 1e-5)
+        torch.autograd.backward((y, total), (flow[0].to(dtype), flow[1]))
+        found.append((y, total, x.grad, residual.grad, weight.grad))
+    assert gpu.names[0].startswith("add_rms_norm_fwd_warp_f32")
+    assert any("bwd_warp_f32" in name and "dsum" in name for name in gpu.names)
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert torch.equal(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("family", ["split"])
 def test_nothing_is_allocated_but_through_torch(gpu, family):
     """The simulator would count memory that CuPy hands out."""
