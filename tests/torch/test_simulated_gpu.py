@@ -80,7 +80,7 @@ class Gpu:
     def run_of(self, facts):
         """What runs on copies of its arguments, of which some are written."""
         launch = machines.kernels(facts, 1)
-        written = (5, 6, 7) if facts.backward else (1, 4, 5)
+        written = (5, 6, 7) if facts.backward else (1, 4, 5, 7)[: 3 + facts.op.residual]
 
         def run(*arrays):
             moved = [self.moved(t, written=i not in written) for i, t in enumerate(arrays)]
