@@ -170,7 +170,7 @@ def test_warmup_compiles_what_a_call_takes(cupy):
     names = cn.warmup(100, ["float32", "float16"])
     assert len(names) == 2
     compiled = len(cupy.simulator.compilations)
-    assert compiled == 2
+    assert compiled == 3  # rows of float32 are whole vectors, which have two kernels
     w = cupy.asarray(np.ones(100, np.float32))
     cn.layer_norm(cupy.asarray(np.ones((7, 100), np.float32)), weight=w, bias=w)
     assert len(cupy.simulator.compilations) == compiled

@@ -111,8 +111,8 @@ def ready(
     are the same at each call into what such a function takes at least cost.
     """
     plan = choose_plan(problem, device)
-    pointers = BACKWARD if problem.backward else FORWARD if problem.has("x") else COLUMNS
-    pointers += tuple(name for name in RESIDUAL if problem.has(name))
+    known = BACKWARD if problem.backward else FORWARD if problem.has("x") else COLUMNS
+    pointers = *known, *(name for name in RESIDUAL if problem.has(name))
     places = [name for name, _ in plan.workspace]
     entries = [entry_of(stage.template, stage.op.residual).names for stage in plan.stages]
     fixed = [n for n in dict.fromkeys(itertools.chain(*entries)) if n not in (*pointers, *places)]
