@@ -39,15 +39,15 @@ def affine(*shape, dtype=torch.float32, grad=False):
     return weight.requires_grad_(grad), bias.requires_grad_(grad)
 
 
-def expected(x, n, weight=None, bias=None, eps=1e-5):
+def expected(x, n, weight=None, bias=None, eps=1e-5, center=True):
     """The oracle's y, mean and rstd, normalized over the last n dimensions."""
     w, b = (None if a is None else numpy_of(a) for a in (weight, bias))
-    return oracle.layer_norm(numpy_of(x), tuple(range(x.ndim - n, x.ndim)), w, b, eps)
+    return oracle.layer_norm(numpy_of(x), tuple(range(x.ndim - n, x.ndim)), w, b, eps, center)
 
 
-def check(y, x, n, weight=None, bias=None, eps=1e-5):
+def check(y, x, n, weight=None, bias=None, eps=1e-5, center=True):
     """Compare y with the oracle under its one tolerance rule."""
-    want = expected(x, n, weight, bias, eps)[0]
+    want = expected(x, n, weight, bias, eps, center)[0]
     assert y.shape == x.shape
     bound = oracle.tolerance(name_of(y.dtype), int(np.prod(x.shape[x.ndim - n :])))
     np.testing.assert_allclose(
@@ -55,10 +55,10 @@ def check(y, x, n, weight=None, bias=None, eps=1e-5):
     )
 
 
-def check_gradients(grads, dy, x, n, weight=None, eps=1e-5):
+def check_gradients(grads, dy, x, n, weight=None, eps=1e-5, center=True):
     """Compare dx, dweight and dbias, of which some may be None, with the oracle."""
     dy, x, weight, *grads = (None if a is None else numpy_of(a) for a in (dy, x, weight, *grads))
-    oracle.assert_gradients(grads, dy, x, tuple(range(x.ndim - n, x.ndim)), weight, eps)
+    oracle.assert_gradients(grads, dy, x, tuple(range(x.ndim - n, x.ndim)), weight, eps, center)
 
 
 LAYOUTS = {

@@ -1,0 +1,308 @@
+"""RMS norm, 1 + weight and the fused adds on tensors: one body over the operations."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
+
+import cupynorm as cn
+import cupynorm.torch as ct
+from cupynorm._ops import OPS
+from cupynorm._torch import operators
+from tests.torch.cases import (
+    DTYPES,
+    LAYOUTS,
+    TORCHSCRIPT,
+    affine,
+    check,
+    check_gradients,
+    name_of,
+    numbers,
+)
+from tests.torch.test_compile import TREESPEC, operators_of
+
+pytestmark = [pytest.mark.filterwarnings(TORCHSCRIPT), pytest.mark.filterwarnings(TREESPEC)]
+
+double, functional = torch.float64, torch.nn.functional
+WHOLE = ["rms_norm", "zero_centered_rms_norm"]
+ADDING = ["add_layer_norm", "add_rms_norm", "zero_centered_add_rms_norm"]
+EACH = [*WHOLE, *ADDING]
+whole, adding, each = (pytest.mark.parametrize("op", ops) for ops in (WHOLE, ADDING, EACH))
+
+
+def ours(op, x, weight=None, *residual, n=1, eps=1e-5):
+    """One result, or (y, sum)."""
+    how = {"zero_centered_weight": True} if OPS[op].unit_weight else {}
+    function = getattr(ct, OPS[op].function)
+    return function(x, *residual, x.shape[x.ndim - n :], weight, eps=eps, **how)
+
+
+def by_torch(op, x, weight=None, *residual, eps=1e-5):
+    """The same by torch's own functions."""
+    total = x.to(residual[0].dtype) + residual[0] if residual else x
+    w = weight if weight is None or not OPS[op].unit_weight else 1 + weight
+    shape = x.shape[-1:]
+    y = (
+        functional.layer_norm(total, shape, w, None, eps)
+        if OPS[op].center
+        else functional.rms_norm(total, shape, w, eps)
+    )
+    return (y.to(x.dtype), total) if residual else y
+
+
+def two_calls(op, x, weight, residual, n=1):
+    """The calls that a fused add replaces."""
+    total = x.to(residual.dtype) + residual
+    if not OPS[op].center:
+        return ours(OPS[op].alone.name, total, weight, n=n).to(x.dtype), total
+    return ct.layer_norm(total, x.shape[x.ndim - n :], weight).to(x.dtype), total
+
+
+def given(op, *shape, dtype=torch.float32, wide=None):
+    """x, weight and, for an operation that adds one, residual; all require grad."""
+    arrays = [numbers(*shape, dtype=dtype), affine(shape[-1], dtype=dtype)[0]]
+    arrays += [numbers(*shape, dtype=wide or dtype, seed=5)] * OPS[op].residual
+    return [a.requires_grad_() for a in arrays]
+
+
+def total(found):
+    """A number that both results flow into, each with slopes of its own."""
+    results = found if isinstance(found, tuple) else (found,)
+    slopes = (numbers(*r.shape, seed=7 + i).to(r.dtype) - 3 for i, r in enumerate(results))
+    return sum((r * s).double().sum() for r, s in zip(results, slopes, strict=True))
+
+
+# --- values and first derivatives ---------------------------------------------------------------
+
+
+@whole
+@pytest.mark.parametrize("affine_dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_every_pair_of_dtypes(loops, op, dtype, affine_dtype):
+    x, dy = numbers(40, 33, dtype=dtype, grad=True), (numbers(40, 33, seed=9) - 3).to(dtype)
+    weight = affine(33, dtype=affine_dtype, grad=True)[0]
+    y = ours(op, x, weight)
+    scale = weight.to(double) + 1 if OPS[op].unit_weight else weight
+    check(y, x, 1, scale, center=False)
+    y.backward(dy)
+    assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (dtype, dtype, affine_dtype)
+    check_gradients((x.grad, weight.grad, None), dy, x, 1, scale, center=False)
+
+
+@each
+@pytest.mark.parametrize("layout", [*LAYOUTS, "multi-axis"])
+def test_every_layout(loops, op, layout):
+    x, n = (numbers(3, 4, 5), 2) if layout == "multi-axis" else (LAYOUTS[layout](), 1)
+    weight = affine(*x.shape[x.ndim - n :])[0].requires_grad_()
+    residual = [numbers(*x.shape, seed=5).requires_grad_()] * OPS[op].residual
+    x.requires_grad_()
+    found = ours(op, x, weight, *residual, n=n)
+    got = torch.autograd.grad(total(found), (x, weight, *residual))
+    if residual:
+        assert all(r.is_contiguous() for r in found)
+        want = two_calls(op, x, weight, *residual, n=n)
+        assert all(map(torch.equal, found, want))
+        torch.testing.assert_close(
+            got, torch.autograd.grad(total(want), (x, weight, *residual)), rtol=1e-5, atol=1e-5
+        )
+        return
+    scale = weight + 1 if OPS[op].unit_weight else weight
+    check(found, x, n, scale, center=False)
+    dy = numbers(*x.shape, seed=7) - 3
+    check_gradients((*got, None), dy, x, n, scale, center=False)
+
+
+@adding
+@pytest.mark.parametrize("wide", [None, torch.float32], ids=["same", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=name_of)
+def test_the_fused_add_has_the_bits_of_two_calls(loops, op, dtype, wide):
+    x, weight, residual = given(op, 20, 700, dtype=dtype, wide=wide)
+    found, want = ours(op, x, weight, residual), two_calls(op, x, weight, residual)
+    assert all(map(torch.equal, found, want))
+    assert [r.dtype for r in found] == [dtype, wide or dtype]
+    for parts in (slice(2), slice(1), slice(1, 2)):  # both results, and each alone
+        loss = total(found[parts])
+        leaves = x, residual, *([weight] if parts.start is None else [])
+        got = torch.autograd.grad(loss, leaves, retain_graph=True)
+        exact = torch.autograd.grad(total(want[parts]), leaves, retain_graph=True)
+        assert [g.dtype for g in got] == [a.dtype for a in leaves]
+        # dsum is added before dx is rounded, where two calls round twice
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(got, exact, rtol=4 * eps, atol=16 * eps)
+
+
+def test_results_may_be_given():
+    x, residual = numbers(4, 9), numbers(4, 9, seed=5)
+    want = cn.add_rms_norm(x, residual)
+    out, negated = torch.empty(4, 9), torch.complex(x, residual).conj()
+    found = cn.add_rms_norm(x.clone(), summed := residual.clone(), out=out, sum_out=summed)
+    assert found.y is out
+    assert found.sum is summed
+    assert all(map(torch.equal, found, want))
+    found = cn.add_rms_norm(negated.real, -negated.imag, sum_out=negated.imag)
+    assert torch.equal(found.y, want.y)
+    assert torch.equal(negated.imag, want.sum)
+    memory = numbers(5, 9)
+    with pytest.raises(ValueError, match="sum_out shares memory with x in part"):
+        cn.add_rms_norm(memory[1:], residual, sum_out=memory[:-1])
+    with pytest.raises(ValueError, match="autograd cannot follow"):
+        cn.add_rms_norm(x.requires_grad_(), residual, sum_out=residual)
+
+
+# --- further derivatives and transforms ---------------------------------------------------------
+
+
+@each
+def test_gradcheck(op):
+    tensors = given(op, 3, 5, dtype=double)
+
+    def function(*tensors):
+        return ours(op, *tensors, eps=0.5)
+
+    batched = {"check_batched_grad": True, "check_batched_forward_grad": True}
+    assert gradcheck(function, tensors, check_forward_ad=True, **batched)
+    assert gradgradcheck(function, tensors, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@each
+def test_transforms(op):
+    x, *others = (a.detach() for a in given(op, 3, 5, dtype=double))
+
+    def scalar(f):
+        return lambda x, *others: total(f(op, x, *others)) ** 2
+
+    for transform in (jacrev, jacfwd, hessian):
+        got, want = (transform(scalar(f))(x, *others) for f in (ours, by_torch))
+        torch.testing.assert_close(got, want)
+    weights = torch.stack([others[0], others[0] + 1])
+    batch = torch.stack([x, x * 2]), weights, *(torch.stack([o, o - 1]) for o in others[1:])
+    for dims in ((0, 0, 0), (0, None, 0), (None, 0, None)):
+        args = [
+            a if d == 0 else b
+            for a, b, d in zip(batch, (x, *others), dims[: len(batch)], strict=True)
+        ]
+        got, want = (
+            vmap(grad(scalar(f), tuple(range(len(args)))), dims[: len(args)])(*args)
+            for f in (ours, by_torch)
+        )
+        torch.testing.assert_close(got, want)
+
+
+@each
+def test_the_statistics_are_differentiable(op):
+    x, weight, *residual = given(op, 3, 5, dtype=double)
+    how = {"zero_centered_weight": True} if OPS[op].unit_weight else {}
+
+    def function(*tensors):
+        x, weight, *residual = tensors
+        norm = getattr(cn, OPS[op].function)
+        return norm(x, *residual, weight=weight, return_stats=True, **how)
+
+    assert gradcheck(function, [x, weight, *residual], check_forward_ad=True)
+
+
+# --- compilers and tracers ----------------------------------------------------------------------
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_the_graph_holds_one_operator_each_way(op, dtype):
+    wide = torch.float32 if OPS[op].residual else None
+    tensors = given(op, 4, 8, dtype=dtype, wide=wide)
+    _, graphs = operators_of(lambda *t: total(ours(op, *t)), *tensors)
+    named = [[name for name in graph if "cupynorm" in name] for graph in graphs]
+    alone = OPS[op].alone.name
+    assert named == [[f"cupynorm.{op}_fwd.default"], [f"cupynorm.{alone}_bwd.default"]]
+    got = [t.grad for t in tensors]
+    want = torch.autograd.grad(total(ours(op, *tensors)), tensors)
+    assert all(map(torch.equal, got, want))
+
+
+@each
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(op, grad):
+    x, weight, *residual = given(op, 4, 3, 8)
+    tensors = [t.detach().requires_grad_(grad) for t in (x, weight, *residual)]
+    args = tensors[0].transpose(0, 1), [2], tensors[1], None, 0.5, True, *tensors[2:]
+    torch.library.opcheck(operators.FORWARD[op], args)
+
+
+@each
+def test_export(op):
+    x, weight, *residual = (t.detach() for t in given(op, 4, 8))
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return tuple(ours(op, *tensors)) if residual else ours(op, *tensors)
+
+    program = torch.export.export(Module(), (x, weight, *residual))
+    assert sum("cupynorm" in str(node.target) for node in program.graph.nodes) == 1
+    got = program.module()(x, weight, *residual)
+    torch.testing.assert_close(got, Module()(x, weight, *residual), rtol=0, atol=0)
+
+
+# --- modules ------------------------------------------------------------------------------------
+
+
+class Scaled(torch.nn.Module):
+    """An RMS norm as another library writes it."""
+
+    def __init__(self, N, eps=1e-6):
+        super().__init__()
+        self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(N)), eps
+
+    def forward(self, x):
+        wide = x.float()
+        rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * (wide * rstd).to(x.dtype)
+
+
+class WithEpsOutside(Scaled):
+    def forward(self, x):
+        return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+
+
+class WithoutEps(Scaled):
+    def __init__(self, N):
+        super().__init__(N, eps=None)
+
+
+def test_a_class_that_is_none_is_refused_with_the_numbers():
+    for kind, name, sentence in (
+        (Scaled, "zero_centered", r"in torch\.float32 its result is .*, where ours is .*9.5e-07"),
+        (WithEpsOutside, "rms_norm", "is not what also= says"),
+        (WithoutEps, "rms_norm", "none of eps, variance_epsilon, epsilon"),
+        (Scaled, "layer_norm", "pass 'rms_norm' or 'zero_centered'"),
+    ):
+        net = torch.nn.Sequential(torch.nn.RMSNorm(8), kind(8))
+        with pytest.raises(ValueError, match=sentence):
+            ct.convert(net, also={kind: name})
+        assert [type(m) for m in net] == [torch.nn.RMSNorm, kind]
+
+
+def test_converted_and_reverted():
+    net = torch.nn.Sequential(torch.nn.RMSNorm(8), Scaled(8), torch.nn.LayerNorm(8))
+    torch.nn.utils.parametrize.register_parametrization(net[1], "weight", torch.nn.Identity())
+    net.append(Scaled(8))
+    kinds, parameters = [type(m) for m in net], list(net.parameters())
+    x = numbers(3, 8)
+    before = net(x)
+    ct.convert(ct.convert(net, also={Scaled: "rms_norm"}), also={Scaled: "rms_norm"})
+    assert isinstance(net[0], ct.RMSNorm)
+    assert repr(net[3]) == "Scaled()"
+    assert all(isinstance(net[i], kinds[i]) for i in (0, 2, 3))
+    assert not {type(m) for m in net} & {*kinds}
+    torch.testing.assert_close(net(x), before)
+    half, wide = x.bfloat16(), net[3](x.bfloat16())
+    assert wide.dtype == Scaled(8)(half).dtype == torch.float32  # as its library promotes
+    copied = copy.deepcopy(net[3]), pickle.loads(pickle.dumps(net[3]))
+    assert {type(c) for c in copied} == {type(net[3])}
+    ct.revert(net)
+    assert [k.__bases__ if i == 1 else k for i, k in enumerate(map(type, net))] == [
+        k.__bases__ if i == 1 else k for i, k in enumerate(kinds)
+    ]
+    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+    assert torch.equal(net(x), before)
