@@ -206,7 +206,7 @@ def prepare(
         As for `layer_norm`: whether each call gives mean and rstd, too.
     op : str, default 'layer_norm'
         The function: 'layer_norm', 'rms_norm', 'add_layer_norm' or 'add_rms_norm', and with
-        'zero_centered_' before its name for ``1 + weight``.
+        ``zero_centered_`` before its name for ``1 + weight``.
     residual : array, optional
         An example of what is added, of an operation that adds. Its call is
         ``f(x, residual, out=y, sum_out=residual)``.
