@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         rms_norm,
         rms_norm_backward,
     )
-    from cupynorm.modules import LayerNorm
+    from cupynorm.modules import LayerNorm, RMSNorm
     from cupynorm.prepared import PreparedLayerNorm, prepare
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [
     "LayerNormGradients",
     "LayerNormResult",
     "PreparedLayerNorm",
+    "RMSNorm",
     "__version__",
     "add_layer_norm",
     "add_rms_norm",
@@ -51,6 +52,7 @@ _LAZY = {
     "LayerNorm": "cupynorm.modules",
     "LayerNormGradients": "cupynorm._ops",
     "PreparedLayerNorm": "cupynorm.prepared",
+    "RMSNorm": "cupynorm.modules",
     "add_layer_norm": "cupynorm.functional",
     "add_rms_norm": "cupynorm.functional",
     "explain": "cupynorm._report.explain",

@@ -1,4 +1,4 @@
-"""`cn.LayerNorm`: against torch's and the oracle, its memory, its state and its files."""
+"""`cn.LayerNorm` and `cn.RMSNorm`: against torch's and the oracle, memory, state, files."""
 
 import copy
 import inspect
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm import modules
+from cupynorm import _ops, _rules, modules
 from tests import oracle
 from tests.conftest import ALL_DTYPES, Backend, np_dtype
 from tests.directions import check
@@ -31,6 +31,11 @@ VARIANTS = {
     "plain": {"elementwise_affine": False},
     "eps": {"eps": 0.5},
 }
+KINDS = {"LayerNorm": VARIANTS, "RMSNorm": {k: v for k, v in VARIANTS.items() if k != "no-bias"}}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_variant = pytest.mark.parametrize(
+    ("kind", "variant"), [(kind, name) for kind, variants in KINDS.items() for name in variants]
+)
 COMPILED = (("float16", "affine"), ("float32", "no-bias"))  # of the stand-in for a GPU
 
 
@@ -59,11 +64,12 @@ def random_layer(dtype="float32", shape=5, **variant):
 # --- as torch's ---------------------------------------------------------------------------------
 
 
-def test_name_and_signature_are_torchs():
-    assert modules.__all__ == ["LayerNorm"]
-    assert cn.LayerNorm is modules.LayerNorm
-    ours = inspect.signature(cn.LayerNorm).parameters
-    theirs = inspect.signature(torch.nn.LayerNorm).parameters
+@each_kind
+def test_name_and_signature_are_torchs(kind):
+    assert modules.__all__ == [*KINDS]
+    assert getattr(cn, kind) is getattr(modules, kind)
+    ours = inspect.signature(getattr(cn, kind)).parameters
+    theirs = inspect.signature(getattr(torch.nn, kind)).parameters
     assert list(ours) == list(theirs)
     assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
     assert [p.kind for p in ours.values()] == [p.kind for p in theirs.values()]
@@ -71,8 +77,11 @@ def test_name_and_signature_are_torchs():
 
 @pytest.mark.parametrize("shape", [64, (3, 4), [3, 4], (7,), torch.Size([2, 5]), np.int64(6), 0])
 @pytest.mark.parametrize("variant", [*VARIANTS.values(), {"eps": 1}, {"eps": 1e-12}], ids=str)
-def test_attributes_state_and_repr_are_torchs(shape, variant):
-    ours, theirs = cn.LayerNorm(shape, **variant), torch.nn.LayerNorm(shape, **variant)
+@each_kind
+def test_attributes_state_and_repr_are_torchs(kind, shape, variant):
+    if kind == "RMSNorm" and "bias" in variant:
+        return
+    ours, theirs = (getattr(lib, kind)(shape, **variant) for lib in (cn, torch.nn))
     assert repr(ours).replace("np.int64(6)", "6") == repr(theirs).replace("np.int64(6)", "6")
     assert ours.normalized_shape == theirs.normalized_shape
     assert ours.eps == theirs.eps
@@ -96,22 +105,27 @@ def test_a_subclass_keeps_its_class_and_its_forward():
     assert type(Norm.from_torch(Theirs(3))) is Norm
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_forward_and_backward(lib, dtype, variant):
+@each_variant
+def test_forward_and_backward(lib, dtype, kind, variant):
     if lib.backend.compiles and (dtype, variant) not in COMPILED:
         return
-    layer = cn.LayerNorm((4, 6), dtype=dtype, device=device_of(lib), **VARIANTS[variant])
+    norm, gradients = getattr(cn, kind), getattr(_ops, f"{kind}Gradients")
+    layer = norm((4, 6), dtype=dtype, device=device_of(lib), **VARIANTS[variant])
     for array in layer.state_dict().values():
         array[...] = lib.array(RNG.standard_normal((4, 6)), dtype)
     x, dy = (lib.from_numpy(values(3, 5, 4, 6, dtype=dtype)) for _ in range(2))
     y = layer(x)
-    found = cn.LayerNormGradients(
-        layer.backward(dy), layer.grad.get("weight"), layer.grad.get("bias")
-    )
+    rstd = layer._kept[-1]
+    dx, sums = layer.backward(dy), [layer.grad.get(n) for n in ("weight", "bias")]
+    found = gradients(dx, *sums[: len(gradients._fields) - 1])
     assert set(layer.grad) == set(layer.state_dict())
     assert {lib.dtype(a) for a in (y, *found) if a is not None} == {dtype}
-    how = {"eps": layer.eps, "normalized_shape": (4, 6)}
-    check(lib, y, None, x, layer.weight, layer.bias, **how)
+    eps = _rules.epsilon_of(dtype) if layer.eps is None else layer.eps
+    how = {"eps": eps, "normalized_shape": (4, 6)}
+    if kind == "LayerNorm":
+        check(lib, y, None, x, layer.weight, layer.bias, **how)
+    else:
+        check(lib, _ops.RMSNormResult(y, rstd), None, x, layer.weight, **how)
     check(lib, found, dy, x, layer.weight, **how)
 
 
@@ -556,21 +570,21 @@ def test_without_safetensors_it_says_what_to_install(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_memory_is_shared_with_torch(dtype, variant):
-    kind = getattr(torch, dtype)
-    module = torch.nn.LayerNorm((2, 3), dtype=kind, **VARIANTS[variant])
-    layer = cn.LayerNorm.from_torch(module)
+@each_variant
+def test_memory_is_shared_with_torch(dtype, kind, variant):
+    of_torch, dtype_of_torch = getattr(torch.nn, kind), getattr(torch, dtype)
+    module = of_torch((2, 3), dtype=dtype_of_torch, **VARIANTS[variant])
+    layer = getattr(cn, kind).from_torch(module)
     back = layer.to_torch()
     assert repr(layer) == repr(module) == repr(back)
-    assert type(back) is torch.nn.LayerNorm
+    assert type(back) is of_torch
     assert list(layer.state_dict()) == list(module.state_dict()) == list(back.state_dict())
     for name, array in layer.state_dict().items():
         theirs, again = getattr(module, name), getattr(back, name)
         assert array.dtype == np_dtype(dtype)
         assert array.ctypes.data == theirs.data_ptr() == again.data_ptr()
         assert isinstance(again, torch.nn.Parameter) and again.requires_grad
-        assert again.dtype == kind
+        assert again.dtype == dtype_of_torch
         array[...] = 3
         assert (theirs == 3).all()
         with torch.no_grad():
@@ -595,6 +609,8 @@ def test_what_from_torch_does_not_take():
     for module in (torch.nn.RMSNorm(3), torch.nn.BatchNorm1d(3), torch.ones(3), None):
         with pytest.raises(TypeError, match=r"takes a torch\.nn\.LayerNorm"):
             cn.LayerNorm.from_torch(module)
+    with pytest.raises(TypeError, match=r"takes a torch\.nn\.RMSNorm"):
+        cn.RMSNorm.from_torch(torch.nn.LayerNorm(3))
     with pytest.raises(ValueError, match="weight is on meta"):
         cn.LayerNorm.from_torch(torch.nn.LayerNorm(3, device="meta"))
 

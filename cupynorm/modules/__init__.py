@@ -1,4 +1,4 @@
-"""A layer that keeps its parameters: forward, backward, files, and the way from and to torch.
+"""Layers that keep their parameters: forward, backward, files, and the way from and to torch.
 
 It calls the public functions and knows arrays; it imports no other adapter, nor a path.
 """
@@ -6,14 +6,215 @@ It calls the public functions and knows arrays; it imports no other adapter, nor
 from typing import Any, Self
 
 from cupynorm import _rules
-from cupynorm.functional import layer_norm, layer_norm_backward
+from cupynorm.functional import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from cupynorm.modules import _parameters
 from cupynorm.modules._parameters import Stateful
 
-__all__ = ["LayerNorm"]
+__all__ = ["LayerNorm", "RMSNorm"]
 
 
-class LayerNorm(Stateful):
+class _Norm(Stateful):
+    """What layers have in common: all but which function they call."""
+
+    _torch_name: str  # of the class in torch.nn
+
+    def _begin(
+        self,
+        normalized_shape: Any,
+        eps: Any,
+        affine: bool,
+        where: tuple[Any, Any],
+        bias: Any = None,
+    ) -> None:
+        """Make the parameters, on a device and in a dtype, and keep nothing."""
+        self.normalized_shape = _read_shape(normalized_shape)
+        self.eps = eps  # as it was given: torch prints 1 for 1
+        self.elementwise_affine = affine
+        device, kind = _parameters.read_device(where[0]), _parameters.read_dtype(where[1])
+        self.weight = None
+        if affine:
+            self.weight = _parameters.new_array(self.normalized_shape, kind, device, 1.0)
+        if bias is not None:
+            self.bias = None
+        if affine and bias:
+            self.bias = _parameters.new_array(self.normalized_shape, kind, device, 0.0)
+        self._kept = None
+        self.zero_grad()
+
+    def _normalize(self, x: Any, stats: bool) -> Any:
+        """y, or y and the statistics."""
+        raise NotImplementedError
+
+    def _differentiate(self, dy: Any, x: Any, stats: Any) -> Any:
+        """dx and the gradients of the parameters."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.normalized_shape}, eps={self.eps}, "
+            f"elementwise_affine={self.elementwise_affine})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}  # a copy or a pickle must not carry the batch
+
+    def __call__(self, x: Any, *, keep: bool = True) -> Any:
+        """Normalize x, as `forward` does."""
+        return self.forward(x, keep=keep)
+
+    def forward(self, x: Any, *, keep: bool = True) -> Any:
+        """Normalize x, and keep what `backward` needs.
+
+        Parameters
+        ----------
+        x : array of shape ``(..., *normalized_shape)``
+            As for `layer_norm`, of the library and device of the parameters, if there are any.
+        keep : bool, default True
+            Hold x, mean and rstd until `backward`, or until the next `forward`. With False
+            nothing is held, what an earlier call kept included.
+
+        Returns
+        -------
+        array
+            y, in x's shape, dtype, library and device.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cupynorm as cn
+        >>> layer = cn.LayerNorm(3, eps=0.0)
+        >>> layer.forward(np.array([[1.0, 2.0, 3.0]]), keep=False).round(3)
+        array([[-1.225,  0.   ,  1.225]])
+        """
+        self._kept = None  # before y is allocated, so that two batches are never held at once
+        if not keep:
+            return self._normalize(x, stats=False)
+        y, *stats = self._normalize(x, stats=True)
+        self._kept = x, *stats
+        return y
+
+    def backward(self, dy: Any) -> Any:
+        """Gradient of x; those of weight and bias are added to `grad`.
+
+        Parameters
+        ----------
+        dy : array
+            Gradient with respect to y of the last `forward`.
+
+        Returns
+        -------
+        array
+            dx, in x's shape and dtype.
+
+        Raises
+        ------
+        RuntimeError
+            If nothing is kept. What is wrong with dy is the error of `layer_norm_backward` or
+            `rms_norm_backward`, after which the call can be mended.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cupynorm as cn
+        >>> layer = cn.LayerNorm(3)
+        >>> y = layer(np.array([[1.0, 2.0, 4.0]], dtype=np.float32))
+        >>> layer.backward(np.array([[1.0, 0.0, 0.0]], dtype=np.float32)).round(3)
+        array([[ 0.229, -0.344,  0.115]], dtype=float32)
+        """
+        if self._kept is None:
+            msg = (
+                "backward() has nothing to go back through: each forward(x) serves one "
+                "backward(dy), which releases x. Call forward(x) first, without keep=False"
+            )
+            raise RuntimeError(msg)
+        x, *stats = self._kept
+        dx, *sums = self._differentiate(dy, x, stats)
+        self._kept = None
+        for name, term in zip(("weight", "bias"), sums, strict=False):
+            if term is not None:
+                self.grad[name] = _parameters.accumulate(self.grad.get(name), term)
+        return dx
+
+    # ---- torch ----
+
+    @classmethod
+    def from_torch(cls, module: Any) -> Self:
+        """Layer over the parameters of the torch module of its name, whose memory it shares.
+
+        Parameters
+        ----------
+        module : torch.nn.LayerNorm or torch.nn.RMSNorm
+            On the CPU (the layer holds NumPy arrays) or a CUDA device (CuPy arrays).
+
+        Returns
+        -------
+        LayerNorm or RMSNorm
+            Each side sees the other's training, until one of them replaces its arrays, as
+            ``module.to(...)`` does. Gradients are not shared, and autograd does not notice what
+            this side writes, so write between torch's backward and its next forward.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no such module, of another dtype, or on a device that neither library reaches.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import cupynorm as cn
+        >>> module = torch.nn.LayerNorm(3)
+        >>> layer = cn.LayerNorm.from_torch(module)
+        >>> layer.weight[:] = 2.0  # written here,
+        >>> module.weight.tolist()  # seen there
+        [2.0, 2.0, 2.0]
+        """
+        import torch
+
+        if not isinstance(module, getattr(torch.nn, cls._torch_name)):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            wanted = f"torch.nn.{cls._torch_name}"
+            msg = f"from_torch takes a {wanted}, not a {kind}; pass the layer itself"
+            raise TypeError(msg)
+        make: Any = cls
+        layer = make(module.normalized_shape, module.eps, elementwise_affine=False)
+        layer.elementwise_affine = module.elementwise_affine
+        for name in ("weight", "bias"):
+            tensor = getattr(module, name, None)
+            if tensor is not None:
+                setattr(layer, name, _parameters.from_tensor(name, tensor))
+        layer.zero_grad()
+        return layer  # type: ignore[no-any-return]
+
+    def to_torch(self) -> Any:
+        """The torch module of its name over the same memory; on the CPU or on the layer's GPU.
+
+        Returns
+        -------
+        torch.nn.LayerNorm or torch.nn.RMSNorm
+            Its parameters require grad. `cupynorm.torch.convert` makes it run this library.
+
+        Raises
+        ------
+        ValueError
+            If a parameter has a negative stride.
+
+        Examples
+        --------
+        >>> import cupynorm as cn
+        >>> cn.LayerNorm(3, bias=False).to_torch()
+        LayerNorm((3,), eps=1e-05, elementwise_affine=True, bias=False)
+        """
+        import torch
+
+        kind = getattr(torch.nn, self._torch_name)
+        module = kind(self.normalized_shape, self.eps, elementwise_affine=False)
+        module.elementwise_affine = self.elementwise_affine
+        for name, array in self.state_dict().items():
+            setattr(module, name, torch.nn.Parameter(_parameters.to_tensor(name, array)))
+        return module
+
+
+class LayerNorm(_Norm):
     """Layer normalization that holds its weight and bias, for training without a framework.
 
     As ``torch.nn.LayerNorm``, but the parameters are NumPy or CuPy arrays, and the gradients come
@@ -75,6 +276,8 @@ class LayerNorm(Stateful):
     >>> layer.zero_grad()
     """
 
+    _torch_name = "LayerNorm"
+
     def __init__(
         self,
         normalized_shape: Any,
@@ -84,183 +287,73 @@ class LayerNorm(Stateful):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        self.normalized_shape = _read_shape(normalized_shape)
         _rules.check_eps(eps)
-        self.eps = eps  # as it was given: torch prints 1 for 1
-        self.elementwise_affine = elementwise_affine
-        kind, where = _parameters.read_dtype(dtype), _parameters.read_device(device)
-        self.weight = self.bias = None
-        if elementwise_affine:
-            self.weight = _parameters.new_array(self.normalized_shape, kind, where, 1.0)
-        if elementwise_affine and bias:
-            self.bias = _parameters.new_array(self.normalized_shape, kind, where, 0.0)
-        self._kept = None
-        self.zero_grad()
+        self._begin(normalized_shape, eps, elementwise_affine, (device, dtype), bias)
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.normalized_shape}, eps={self.eps}, "
-            f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None})"
-        )
+        return f"{super().__repr__()[:-1]}, bias={self.bias is not None})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}  # a copy or a pickle must not carry the batch
+    def _normalize(self, x: Any, stats: bool) -> Any:
+        given = x, self.normalized_shape, self.weight, self.bias, self.eps
+        return layer_norm(*given, return_stats=stats)
 
-    def __call__(self, x: Any, *, keep: bool = True) -> Any:
-        """Normalize x, as `forward` does."""
-        return self.forward(x, keep=keep)
+    def _differentiate(self, dy: Any, x: Any, stats: Any) -> Any:
+        mask = True, self.weight is not None, self.bias is not None
+        given = dy, x, self.normalized_shape, *stats, self.weight
+        return layer_norm_backward(*given, output_mask=mask)
 
-    def forward(self, x: Any, *, keep: bool = True) -> Any:
-        """Normalize x, and keep what `backward` needs.
 
-        Parameters
-        ----------
-        x : array of shape ``(..., *normalized_shape)``
-            As for `layer_norm`, of the library and device of the parameters, if there are any.
-        keep : bool, default True
-            Hold x, mean and rstd until `backward`, or until the next `forward`. With False
-            nothing is held, what an earlier call kept included.
+class RMSNorm(_Norm):
+    """RMS normalization that holds its weight, for training without a framework.
 
-        Returns
-        -------
-        array
-            y, in x's shape, dtype, library and device.
+    As ``torch.nn.RMSNorm``, and otherwise as `LayerNorm`, of which all that is said holds.
 
-        Examples
-        --------
-        >>> import numpy as np
-        >>> import cupynorm as cn
-        >>> layer = cn.LayerNorm(3, eps=0.0)
-        >>> layer.forward(np.array([[1.0, 2.0, 3.0]]), keep=False).round(3)
-        array([[-1.225,  0.   ,  1.225]])
-        """
-        self._kept = None  # before y is allocated, so that two batches are never held at once
-        arguments = (x, self.normalized_shape, self.weight, self.bias, self.eps)
-        if not keep:
-            return layer_norm(*arguments)
-        y, *stats = layer_norm(*arguments, return_stats=True)
-        self._kept = x, *stats
-        return y
+    Parameters
+    ----------
+    normalized_shape : int or tuple of int
+        As for `LayerNorm`.
+    eps : float, optional
+        As for `cupynorm.rms_norm`.
+    elementwise_affine : bool, default True
+        Whether there is a weight.
+    device, dtype : optional
+        As for `LayerNorm`.
 
-    def backward(self, dy: Any) -> Any:
-        """Gradient of x; those of weight and bias are added to `grad`.
+    Notes
+    -----
+    The formula is that of Zhang and Sennrich (2019), arXiv:1910.07467.
 
-        Parameters
-        ----------
-        dy : array
-            Gradient with respect to y of the last `forward`.
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> layer = cn.RMSNorm(3)
+    >>> layer(np.array([[1.0, 1.0, 2.0]], dtype=np.float32)).round(3)
+    array([[0.707, 0.707, 1.414]], dtype=float32)
+    """
 
-        Returns
-        -------
-        array
-            dx, in x's shape and dtype.
+    bias = None
+    _torch_name = "RMSNorm"
 
-        Raises
-        ------
-        RuntimeError
-            If nothing is kept. What is wrong with dy is `layer_norm_backward`'s error, after which
-            the call can be mended.
+    def __init__(
+        self,
+        normalized_shape: Any,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if eps is not None:
+            _rules.check_eps(eps)
+        self._begin(normalized_shape, eps, elementwise_affine, (device, dtype))
 
-        Examples
-        --------
-        >>> import numpy as np
-        >>> import cupynorm as cn
-        >>> layer = cn.LayerNorm(3)
-        >>> y = layer(np.array([[1.0, 2.0, 4.0]], dtype=np.float32))
-        >>> layer.backward(np.array([[1.0, 0.0, 0.0]], dtype=np.float32)).round(3)
-        array([[ 0.229, -0.344,  0.115]], dtype=float32)
-        """
-        if self._kept is None:
-            msg = (
-                "backward() has nothing to go back through: each forward(x) serves one "
-                "backward(dy), which releases x. Call forward(x) first, without keep=False"
-            )
-            raise RuntimeError(msg)
-        x, mean, rstd = self._kept
-        mask = (True, self.weight is not None, self.bias is not None)
-        dx, dweight, dbias = layer_norm_backward(
-            dy, x, self.normalized_shape, mean, rstd, self.weight, output_mask=mask
-        )
-        self._kept = None
-        for name, term in (("weight", dweight), ("bias", dbias)):
-            if term is not None:
-                self.grad[name] = _parameters.accumulate(self.grad.get(name), term)
-        return dx
+    def _normalize(self, x: Any, stats: bool) -> Any:
+        given = x, self.normalized_shape, self.weight, self.eps
+        return rms_norm(*given, return_stats=stats)
 
-    # ---- torch ----
-
-    @classmethod
-    def from_torch(cls, module: Any) -> Self:
-        """Layer over the parameters of a ``torch.nn.LayerNorm``, whose memory it shares.
-
-        Parameters
-        ----------
-        module : torch.nn.LayerNorm
-            On the CPU (the layer holds NumPy arrays) or a CUDA device (CuPy arrays).
-
-        Returns
-        -------
-        LayerNorm
-            Each side sees the other's training, until one of them replaces its arrays, as
-            ``module.to(...)`` does. Gradients are not shared, and autograd does not notice what
-            this side writes, so write between torch's backward and its next forward.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If it is no such module, of another dtype, or on a device that neither library reaches.
-
-        Examples
-        --------
-        >>> import torch
-        >>> import cupynorm as cn
-        >>> module = torch.nn.LayerNorm(3)
-        >>> layer = cn.LayerNorm.from_torch(module)
-        >>> layer.weight[:] = 2.0  # written here,
-        >>> module.weight.tolist()  # seen there
-        [2.0, 2.0, 2.0]
-        """
-        import torch
-
-        if not isinstance(module, torch.nn.LayerNorm):
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            msg = f"from_torch takes a torch.nn.LayerNorm, not a {kind}; pass the layer itself"
-            raise TypeError(msg)
-        layer = cls(module.normalized_shape, module.eps, elementwise_affine=False)
-        layer.elementwise_affine = module.elementwise_affine
-        for name in ("weight", "bias"):
-            tensor = getattr(module, name)
-            if tensor is not None:
-                setattr(layer, name, _parameters.from_tensor(name, tensor))
-        layer.zero_grad()
-        return layer
-
-    def to_torch(self) -> Any:
-        """``torch.nn.LayerNorm`` over the same memory; on the CPU or on the layer's GPU.
-
-        Returns
-        -------
-        torch.nn.LayerNorm
-            Its parameters require grad. `cupynorm.torch.convert` makes it run this library.
-
-        Raises
-        ------
-        ValueError
-            If a parameter has a negative stride.
-
-        Examples
-        --------
-        >>> import cupynorm as cn
-        >>> cn.LayerNorm(3, bias=False).to_torch()
-        LayerNorm((3,), eps=1e-05, elementwise_affine=True, bias=False)
-        """
-        import torch
-
-        module = torch.nn.LayerNorm(self.normalized_shape, self.eps, elementwise_affine=False)
-        module.elementwise_affine = self.elementwise_affine
-        for name, array in self.state_dict().items():
-            setattr(module, name, torch.nn.Parameter(_parameters.to_tensor(name, array)))
-        return module
+    def _differentiate(self, dy: Any, x: Any, stats: Any) -> Any:
+        given = dy, x, self.normalized_shape, *stats, self.weight
+        return rms_norm_backward(*given, output_mask=(True, self.weight is not None))
 
 
 def _read_shape(normalized_shape: Any) -> tuple[int, ...]:

@@ -31,11 +31,12 @@ class Stateful(Table):
     """Base of the layers: a weight and a bias, either of which may be None."""
 
     normalized_shape: tuple[int, ...]
-    eps: float
+    eps: Any  # a float, or None of an RMS norm
     weight: Any
     bias: Any
     grad: dict[str, Any]
-    _kept: tuple[Any, Any, Any] | None  # x, mean, rstd of the last forward
+    elementwise_affine: bool
+    _kept: tuple[Any, ...] | None  # x and the statistics of the last forward
 
     def zero_grad(self) -> None:
         """Forget the gradients: the next `backward` starts anew. Arrays already taken stay.
