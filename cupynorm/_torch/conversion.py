@@ -31,23 +31,28 @@ def change(model: Any, kinds: Kinds) -> str:
     """Give each module its new class, and say how many had which."""
     counts: collections.Counter[str] = collections.Counter()
     for module in model.modules():
-        kind = type(module)
+        kind = _base(type(module), module)
         if kind in kinds:
-            module.__class__ = kinds[kind]
-        elif parametrize.is_parametrized(module) and kind.__bases__[0] in kinds:
-            # Each parametrized module has a class of its own, with properties for its parameters;
-            # a deep copy shares it with its original, which is to stay as it is.
-            bases = (kinds[kind.__bases__[0]],)
-            module.__class__ = type(kind.__name__, bases, dict(vars(kind)))
-        else:
-            continue
-        counts[_base(kind, module).__name__] += 1
+            module.__class__ = _new_class(module, kinds[kind])
+            counts[kind.__name__] += 1
     return " and ".join(f"{n} {name}" for name, n in counts.items()) or "0"
 
 
 def _base(kind: type, module: Any) -> type:
     """The class that a module was made as; a parametrized one has a subclass of its own."""
     return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
+
+
+def _new_class(module: Any, target: type) -> type:
+    """What a module becomes.
+
+    Each parametrized one has a class of its own, with properties for its parameters; a deep copy
+    shares it with its original, which is to stay as it is.
+    """
+    kind = type(module)
+    if not parametrize.is_parametrized(module):
+        return target
+    return type(kind.__name__, (target,), dict(vars(kind)))
 
 
 class Replaced:
@@ -148,7 +153,7 @@ def _rows(module: Any, dtype: Any) -> Any:
 def _probe(kind: Any, target: Any, probed: Any, x: Any) -> None:
     """Refuse a module whose own forward gives other results than ours."""
     with torch.no_grad():
-        theirs, ours = kind.forward(probed, x), target.forward(_as(probed, target), x)
+        theirs, ours = kind.forward(probed, x), _as(probed, target).forward(x)
     bound = _ROUNDING * torch.finfo(x.dtype).eps
     alike = theirs.shape == ours.shape and theirs.dtype == ours.dtype
     error = (ours.double() - theirs.double()).abs() / theirs.double().abs() if alike else x[:0]
@@ -166,6 +171,6 @@ def _probe(kind: Any, target: Any, probed: Any, x: Any) -> None:
 
 
 def _as(probed: Any, target: type) -> Any:
-    other: Any = object.__new__(target)
+    other: Any = object.__new__(_new_class(probed, target))
     vars(other).update(vars(probed))
     return other
