@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 _calls.doors |= dict.fromkeys(DOOR.types, DOOR)  # not first within torch.compile
 
-_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_LAYER_NORM = OPS["layer_norm"]
 
 
 def layer_norm(
@@ -100,7 +100,7 @@ def layer_norm(
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps
         )
-    return _normalize(OPS["layer_norm"], (input, weight, bias), normalized_shape, eps)
+    return _normalize(_LAYER_NORM, input, weight, bias, (normalized_shape, eps))
 
 
 def rms_norm(
@@ -117,7 +117,7 @@ def rms_norm(
 
     Parameters
     ----------
-    input, normalized_shape, weight
+    input, normalized_shape, weight : optional
         As for `layer_norm`.
     eps : float, optional
         Added to the mean square; by default as torch has it, 2**-23, or 2**-52 for float64 input.
@@ -146,7 +146,7 @@ def rms_norm(
         given = input, normalized_shape, weight, eps
         return handle_torch_function(rms_norm, (input, weight), *given, **told)
     op = OPS["zero_centered_rms_norm" if zero_centered_weight else "rms_norm"]
-    return _normalize(op, (input, weight, None), normalized_shape, eps)
+    return _normalize(op, input, weight, None, (normalized_shape, eps))
 
 
 def add_layer_norm(
@@ -163,10 +163,11 @@ def add_layer_norm(
 
     Parameters
     ----------
-    input, normalized_shape, weight, bias, eps
+    input, residual : Tensor
+        As for `layer_norm`, of one shape and device; residual of `input`'s dtype, or float32 beside
+        16 bits.
+    normalized_shape, weight, bias, eps : optional
         As for `layer_norm`.
-    residual : Tensor
-        Of `input`'s shape and device; of its dtype, or float32 beside 16 bits.
 
     Returns
     -------
@@ -176,7 +177,8 @@ def add_layer_norm(
 
     Notes
     -----
-    Of gradients, compilers, devices and errors, and of the formula, `layer_norm` tells.
+    Of gradients, compilers, devices and errors `layer_norm` tells. The formula is that of Ba, Kiros
+    and Hinton (2016), arXiv:1607.06450.
 
     Examples
     --------
@@ -189,7 +191,7 @@ def add_layer_norm(
     if has_torch_function_variadic(input, residual, weight, bias):
         given = input, residual, normalized_shape, weight, bias, eps
         return handle_torch_function(add_layer_norm, (input, residual, weight, bias), *given)
-    return _normalize(OPS["add_layer_norm"], (input, weight, bias, residual), normalized_shape, eps)
+    return _normalize(OPS["add_layer_norm"], input, weight, bias, (normalized_shape, eps), residual)
 
 
 def add_rms_norm(
@@ -207,7 +209,7 @@ def add_rms_norm(
 
     Parameters
     ----------
-    input, residual, normalized_shape, weight
+    input, residual, normalized_shape, weight : optional
         As for `add_layer_norm`.
     eps, zero_centered_weight : optional
         As for `rms_norm`.
@@ -234,53 +236,56 @@ def add_rms_norm(
         told = {"zero_centered_weight": zero_centered_weight}
         return handle_torch_function(add_rms_norm, (input, residual, weight), *given, **told)
     op = OPS["zero_centered_add_rms_norm" if zero_centered_weight else "add_rms_norm"]
-    return _normalize(op, (input, weight, None, residual), normalized_shape, eps)
+    return _normalize(op, input, weight, None, (normalized_shape, eps), residual)
 
 
-def _normalize(op: Op, given: tuple[Any, ...], normalized_shape: Any, eps: Any) -> Any:
-    """Of input, weight, bias and, where there is one, residual."""
-    input, weight, bias, *residual = given
+def _normalize(
+    op: Op, input: Any, weight: Any, bias: Any, how: tuple[Any, Any], residual: Any = None
+) -> Any:
+    """By our rules, or by torch's own functions what only these know; `how`: shape and eps."""
+    by_torch = op, input, weight, bias, how, residual
     if (type(input) is not Tensor or tracing() is not None) and is_for_torch(input):
-        return _by_torch(op, given, normalized_shape, eps)
+        return _by_torch(*by_torch)
     if not input.is_cpu:
         if type(input) in DOOR.types and not torch.compiler.is_compiling():
             check_device(input.device)
-        if not residual:
+        if not op.residual:
             input, weight, bias = autocast(input, weight, bias)
+    normalized_shape, eps = how
     if type(normalized_shape) is Size:
         normalized_shape = tuple(normalized_shape)
-    how = normalized_shape, None, eps, "C", False
+    settled = normalized_shape, None, eps, "C", False
     try:
-        if not residual:
-            return _calls.normalize(op, input, weight, bias, None, how)
-        return named(
-            op, False, _calls.normalize(op, input, weight, bias, None, how, *residual, None)
-        )
+        if not op.residual:
+            return _calls.normalize(op, input, weight, bias, None, settled)
+        found = _calls.normalize(op, input, weight, bias, None, settled, residual, None)
+        return named(op, False, found)
     except RuntimeError:  # of a tensor without shape or address
         if not is_for_torch(input):
             raise
     except (TypeError, ValueError):
-        labels = "weight", "bias", "residual"
-        for label, value in zip(labels, (weight, bias, *residual), strict=False):
-            refuse_no_tensor(label, value)
-        if input.dtype not in _DTYPES:  # the rules call it x
-            name = _rules.dtype_name(input.dtype)
+        refuse_no_tensor("weight", weight)
+        refuse_no_tensor("bias", bias)
+        if op.residual:
+            refuse_no_tensor("residual", residual)
+        name = _rules.dtype_name(input.dtype)
+        if name not in _rules.ITEMSIZE:  # the rules call it x
             _rules.check_x_dtype(name, "input.to(torch.float32)", op.function)
         raise
-    return _by_torch(op, given, normalized_shape, eps)
+    return _by_torch(*by_torch)
 
 
-def _by_torch(op: Op, given: tuple[Any, ...], normalized_shape: Any, eps: Any) -> Any:
+def _by_torch(op: Op, input: Any, weight: Any, bias: Any, how: Any, residual: Any) -> Any:
     """The same by torch's own functions."""
-    input, weight, bias, *residual = given
-    x = input.to(residual[0].dtype) + residual[0] if residual else input
+    shape, eps = how
+    x = input.to(residual.dtype) + residual if op.residual else input
     if weight is not None and op.unit_weight:
         weight = weight + 1
     if op.center:
-        y = torch.nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)
+        y = torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
     else:
-        y = torch.nn.functional.rms_norm(x, normalized_shape, weight, eps)
-    return named(op, False, (y.to(input.dtype), x)) if residual else y
+        y = torch.nn.functional.rms_norm(x, shape, weight, eps)
+    return named(op, False, (y.to(input.dtype), x)) if op.residual else y
 
 
 class LayerNorm(torch.nn.LayerNorm):  # type: ignore[misc]
@@ -361,10 +366,8 @@ class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
 
     Parameters
     ----------
-    normalized_shape, elementwise_affine, device, dtype
-        As for `LayerNorm`, without a bias.
-    eps : float, optional
-        As for `cupynorm.torch.rms_norm`.
+    normalized_shape, eps, elementwise_affine, device, dtype : optional
+        As for `LayerNorm`, without a bias; eps as for `cupynorm.torch.rms_norm`.
 
     Notes
     -----
@@ -487,9 +490,8 @@ def revert(model: Any) -> Any:
     --------
     >>> import torch
     >>> import cupynorm.torch
-    >>> model = cupynorm.torch.convert(torch.nn.Sequential(torch.nn.RMSNorm(8)))
-    >>> type(cupynorm.torch.revert(model)[0])
-    <class 'torch.nn.modules.normalization.RMSNorm'>
+    >>> cupynorm.torch.revert(cupynorm.torch.LayerNorm(8)).__module__
+    'torch.nn.modules.normalization'
     """
     conversion.check_module(model)
     former = {ours: theirs for theirs, ours in _OF_TORCH.items()}

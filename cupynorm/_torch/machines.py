@@ -213,14 +213,16 @@ def _loops(facts: Facts) -> Run:
         at, to = x.data_ptr(), y.data_ptr()
         w = LOW if weight is None else weight.data_ptr()
         b = LOW if bias is None else bias.data_ptr()
-        more = [a.data_ptr() for a in added]
-        low = at < LOW or to < LOW or w < LOW or b < LOW or (more and min(more) < LOW)
-        if not usual or low or plain():
+        low = at < LOW or to < LOW or w < LOW or b < LOW
+        if not usual or low or plain() or (added and min(a.data_ptr() for a in added) < LOW):
             general(x, y, weight, bias, mean, rstd, *added)
             return
         m = 0 if mean is None else mean.data_ptr()
         r = 0 if rstd is None else rstd.data_ptr()
-        loops(at, to, 0 if weight is None else w, 0 if bias is None else b, m, r, *more)
+        w, b = 0 if weight is None else w, 0 if bias is None else b
+        loops(at, to, w, b, m, r, *(a.data_ptr() for a in added)) if added else loops(
+            at, to, w, b, m, r
+        )
 
     return forward
 
