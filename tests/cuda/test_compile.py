@@ -292,7 +292,7 @@ def stage_like(**changes):
     return dataclasses.replace(stage, **usual | changes)
 
 
-SHARED = {"family": "shared", "kernel": "layer_norm_fwd_shared"}
+SHARED = {"family": "shared", "template": "fwd_shared"}
 FAULTY = {
     "spills": (entry_source(SPILLING, "1024, 1"), {}, "spill stores"),
     "narrow": (entry_source(NARROW), {}, "0 global loads of 128 bits, 1 vectors to load"),

@@ -12,7 +12,7 @@ from cupynorm._cuda.plan import Stage
 from tests.nvrtc.build import CUPY_OPTIONS, READ, version
 from tests.nvrtc.check import blocks_that_fit
 from tests.nvrtc.facts import Facts
-from tests.nvrtc.grid import ARCHS, DTYPES, FAMILIES, kind_of
+from tests.nvrtc.grid import ARCHS, DTYPES, FAMILIES, WHOLE, kind_of
 from tests.ptx.limits import DeviceLimits
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
@@ -98,13 +98,19 @@ def _markdown(header: list[str], *body: list[str]) -> list[str]:
     ]
 
 
+def _sm(archs: Iterable[str]) -> str:
+    return ", ".join(f"sm_{arch}" for arch in archs)
+
+
 def kept_page(state: str, commit: str, records: list[Record]) -> str:
     """Text of the kept page."""
     lines = [
         "# Compile matrix",
         "",
-        "Every entry that the plan table can ask for, compiled by NVRTC for every architecture",
-        f"with the options that CuPy passes: `{' '.join(CUPY_OPTIONS)}`.",
+        f"Every entry that the plan table can ask for, compiled by NVRTC for {_sm(WHOLE)}, and for",
+        f"{_sm(a for a in ARCHS if a not in WHOLE)} the longest of each kernel,",
+        f"with the options that CuPy passes: `{' '.join(CUPY_OPTIONS)}`. Of RMS norm and of rows with a",
+        "residual the longest of each kernel is compiled everywhere.",
         "",
         "Holds for all, or this page is not written: no warning, no stack frame, no spill, the",
         "blocks per multiprocessor that the plan states, 128-bit loads of x and dy, 128-bit stores",
