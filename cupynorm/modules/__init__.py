@@ -3,6 +3,7 @@
 It calls the public functions and knows arrays; it imports no other adapter, nor a path.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, Self
 
 from cupynorm import _rules
@@ -13,7 +14,7 @@ from cupynorm.modules._parameters import Stateful
 __all__ = ["LayerNorm", "RMSNorm"]
 
 
-class _Norm(Stateful):
+class _Norm(Stateful, ABC):
     """What layers have in common: all but which function they call."""
 
     _torch_name: str  # of the class in torch.nn
@@ -41,13 +42,13 @@ class _Norm(Stateful):
         self._kept = None
         self.zero_grad()
 
+    @abstractmethod
     def _normalize(self, x: Any, stats: bool) -> Any:
         """y, or y and the statistics."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _differentiate(self, dy: Any, x: Any, stats: Any) -> Any:
         """dx and the gradients of the parameters."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return (

@@ -13,7 +13,7 @@ TOPICS = {
     "Arrays, devices, libraries": ("_calls", "_libraries", "_reference"),
     "Layers and pictures": ("modules", "plot"),
     "Columns and tables": ("frames",),
-    "torch": ("torch", "_torch"),
+    "torch": ("_torch",),
     "scikit-learn": ("sklearn",),
     "Dask": ("dask",),
     "Launches, settings, names": (),

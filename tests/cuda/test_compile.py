@@ -321,8 +321,8 @@ FAULTY = {
         {"shared_bytes": 232448},
         "32 of static shared memory",
     ),
-    "no-async": (entry_source(COPY), SHARED | {"constants": (512, STAGE_ASYNC)}, "copies by"),
-    "no-bulk": (entry_source(COPY), SHARED | {"constants": (512, STAGE_BULK)}, "copies by"),
+    "no-async": (entry_source(COPY), SHARED | {"constants": (1, 512, STAGE_ASYNC)}, "copies by"),
+    "no-bulk": (entry_source(COPY), SHARED | {"constants": (1, 512, STAGE_BULK)}, "copies by"),
 }  # fmt: skip
 
 
