@@ -215,6 +215,7 @@ def test_the_statistics_are_differentiable(op):
 @each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_the_graph_holds_one_operator_each_way(op, dtype):
+    torch._dynamo.reset()  # of one text it compiles eight variants
     wide = torch.float32 if OPS[op].residual else None
     tensors = given(op, 4, 8, dtype=dtype, wide=wide)
     _, graphs = operators_of(lambda *t: total(ours(op, *t)), *tensors)
