@@ -98,6 +98,17 @@ __device__ __forceinline__ void load_lanes(
 
 // ---- statistics of the rows of a thread ---------------------------------------------------------------
 
+// Where a row is looked at again its deviations are told from 0: seen, that would turn their fma into a
+// product, which ptxas may fuse into their sum, or not.
+__device__ __forceinline__ float opaque(float v) {
+    asm volatile("" : "+f"(v));
+    return v;
+}
+__device__ __forceinline__ double opaque(double v) {
+    asm volatile("" : "+d"(v));
+    return v;
+}
+
 template <class Op, int COLS, int ROWS, class X, class A>
 __device__ __forceinline__ RowStats<A> held_stats(const Held<COLS, ROWS, X>& held, int e, int N, A p, double eps) {
     A s[TILE_CLASSES], sq[TILE_CLASSES];
@@ -111,7 +122,7 @@ __device__ __forceinline__ RowStats<A> held_stats(const Held<COLS, ROWS, X>& hel
         look.mean = tree_sum(s) / (A)N;
     }
     for (;;) {
-        const A scale = look.scale, factor = Range<X>::everywhere ? p : p * scale, off = -look.mean * p;
+        const A scale = look.scale, factor = Range<X>::everywhere ? p : p * scale, off = opaque(-look.mean * p);
 #pragma unroll
         for (int j = 0; j < TILE_CLASSES; ++j) s[j] = sq[j] = 0;
 #pragma unroll

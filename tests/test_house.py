@@ -64,7 +64,7 @@ CEILINGS = {
     "cupynorm": (58, 12_890, {".py"}),
     "bench": (24, 4_126, {".py"}),
     "tests": (None, 25_140, {".py", ".hpp", ".cpp"}),
-    "kernels": (16, 3_700, {".cuh"}),
+    "kernels": (16, 3_710, {".cuh"}),
 }
 MAX_LINES = 500  # of a file of the package, which is one idea
 MAX_POSITIONAL = 6  # of a function; who needs more takes a `Facts`, a `Problem` or a dataclass

@@ -84,12 +84,12 @@ REGISTERS = ("warp", "block")  # whose threads hold a row
 # In the order of preference: the first row runs that holds a row of x and that the device has room
 # for. K3's limit is the device's shared memory, so its last row ends where the largest GPU's does.
 FORWARD = (
-    Row("warp", 8, 8, 128, 2, 8, 8),
-    Row("warp", 16, 16, 128, 2, 8, 8),
-    Row("warp", 32, 32, 128, 2, 8, 8),
-    Row("warp", 64, 32, 128, 2, 6, 5),
-    Row("warp", 128, 32, 128, 1, 8, 8),
-    Row("warp", 256, 32, 128, 1, 6, 4),
+    Row("warp", 8, 8, 128, 2, 8, 5),
+    Row("warp", 16, 16, 128, 2, 8, 5),
+    Row("warp", 32, 32, 128, 2, 8, 5),
+    Row("warp", 64, 32, 128, 2, 5, 4),
+    Row("warp", 128, 32, 128, 1, 6, 5),
+    Row("warp", 256, 32, 128, 1, 5, 4),
     Row("block", 512, 64, 64, 1, 12, 8),
     Row("block", 1024, 128, 128, 1, 6, 4),
     Row("block", 2048, 256, 256, 1, 3, 2),
@@ -154,7 +154,7 @@ SPLIT_BLOCKS_PER_SM_BWD = 0.25
 ROWS_PER_PARTIAL = 4
 # kernels/shared.cuh: up to so many vectors a thread, the next row is copied to
 # shared memory where that has room. One more of float64, and sm_100 spills.
-COPIED_VECS = {"float16": 8, "bfloat16": 8, "float32": 8, "float64": 7}
+COPIED_VECS = {"float16": 8, "bfloat16": 8, "float32": 8, "float64": 6}
 # Where it has none, it is fetched into registers. One more of float64, and sm_120 spills.
 AHEAD_VECS = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 3}
 APPLY_VECS = 2  # kernels/split.cuh
@@ -196,7 +196,7 @@ class _Call:
         """Occupancy that the registers must allow; a row's residual takes as many as the row."""
         blocks = row.blocks_per_sm_f64 if self.dtype == "float64" else row.blocks_per_sm
         adds = self.problem.op.residual and not self.backward
-        return max(1, blocks * 2 // 3) if adds else blocks
+        return max(1, blocks // 2) if adds else blocks
 
     def shared_bytes(self, row: Row) -> int:
         """Shared memory of a block, without a place for the next row."""

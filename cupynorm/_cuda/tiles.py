@@ -121,9 +121,10 @@ def plan_of(problem: Problem, device: Device) -> Plan:
 def _plan(problem: Problem, tile: Tile, device: Device, kind: str, label: str) -> Plan:
     shape, panel = _shape(tile, device)
     blocks_per_sm = tile.blocks_per_sm(shape)
-    # K7's counts spill at 80 registers, too: of 16-bit pairs, and of float32 on sm_120.
-    if label == "C_omit":
-        blocks_per_sm = min(blocks_per_sm, 2)
+    # K7 spills at 80 registers, and with its counts float64 at 128.
+    if kind == "columns":
+        counts_f64 = problem.omit and problem.dtype("x") == "float64"
+        blocks_per_sm = min(blocks_per_sm, 1 if counts_f64 else 2)
     words, threads, _ = shape
     rows = tile.rows(shape)
     ways = label[:1] if kind == "columns" else label

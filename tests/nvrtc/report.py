@@ -107,8 +107,9 @@ def kept_page(state: str, commit: str, records: list[Record]) -> str:
     lines = [
         "# Compile matrix",
         "",
-        f"Every entry that the plan table can ask for, compiled by NVRTC for {_sm(WHOLE)}, and for",
-        f"{_sm(a for a in ARCHS if a not in WHOLE)} the longest of each kernel,",
+        "Entries that the plan table can ask for, compiled by NVRTC: every one for",
+        f"{_sm(WHOLE) or 'no architecture'}, and for {_sm(a for a in ARCHS if a not in WHOLE)}",
+        "the longest of each kernel,",
         f"with the options that CuPy passes: `{' '.join(CUPY_OPTIONS)}`.",
         "Of RMS norm and of rows with a residual the longest of each kernel, everywhere.",
         "",
