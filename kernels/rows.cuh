@@ -15,7 +15,7 @@ struct RowArguments {
     i64 x_outer, x_row, y_outer, y_row;  // element strides
     i64 N;
     double eps;
-    // Of an operation with a residual alone: as x; `sum` may be x, residual or y.
+    // Of an operation with a residual alone: as x; `sum` may be x or residual, and so may y.
     const X* residual;
     X* sum;
     i64 residual_outer, residual_row, sum_outer, sum_row;

@@ -171,6 +171,7 @@ class Door:
         function, grid, block, shared_bytes, _ = settled.launches[0]
         more = 0, 0, *settled.before, eps, *settled.after
         alone = settled.alone and not (facts.stats or settled.copies)
+        low_bits = settled.low_bits
 
         def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:
             nonlocal as_they_lie
@@ -198,7 +199,7 @@ class Door:
                     or (b < high and low < b + b_bytes)
                 ):  # perhaps; the exact rule decides
                     check_apart(x, weight, bias, out)
-            if alone and as_they_lie and not (at | to | w | b) & settled.low_bits:
+            if alone and as_they_lie and not (at | to | w | b) & low_bits:
                 function(grid, block, (at, to, w, b, *more), shared_bytes)
                 return y
             if not facts.stats:
@@ -246,8 +247,8 @@ DOOR = Door()
 def _statistics(facts: Facts) -> tuple[Any, Any]:
     """Mean and rstd to be written, None for what is not given; the mean of nothing is NaN."""
     given = facts.stats and facts.op.center, facts.stats
-    dtype, value = stats_dtype(facts.dtypes["x"]), np.nan
-    new = empty if facts.size else functools.partial(cupy.full, fill_value=value)
+    dtype = stats_dtype(facts.dtypes["x"])
+    new = empty if facts.size else functools.partial(cupy.full, fill_value=np.nan)
     mean, rstd = (new(facts.stats_shape, dtype=dtype) if want else None for want in given)
     return mean, rstd
 
