@@ -5,7 +5,7 @@ Strides count elements. `Facts` is what the rules have settled, `Problem` what a
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from cupynorm._ops import Op
@@ -142,8 +142,18 @@ def kernel_problem_of(facts: Facts) -> Problem:
 
     Row kernels want columns of unit stride, and rows numbered as mean and rstd are. A tile wants
     each array to have rows or columns of unit stride, and knows no residual. What fits neither is
-    met as a copy, which `Problem.copies` names with the reason.
+    met as a copy, which `Problem.copies` names with the reason; so are x and y beside a wider
+    residual, in its dtype.
     """
+    dtype = facts.dtypes["x"]
+    wide = facts.dtypes.get("residual", dtype)
+    if wide != dtype:
+        strides = facts.strides | dict.fromkeys("xy", row_major_strides(facts.shape, facts.axes))
+        same = facts._replace(dtypes=facts.dtypes | {"x": wide}, strides=strides)
+        found = kernel_problem_of(same)
+        reason = f"is {dtype} beside a {wide} residual, and kernels add arrays of one dtype"
+        copies = ((name, f"{name} {reason}") for name in "xy")
+        return replace(found, copies=(*found.copies, *copies))
     found = _fold_rows(facts)
     if found.copies and not {"residual", "dsum"} & facts.strides.keys():
         return _fold_tile(facts) or found
@@ -237,15 +247,6 @@ def as_table(facts: Facts) -> tuple[tuple[int, ...], Facts]:
     strides: dict[str, tuple[int, ...] | None] = dict.fromkeys(facts.strides, (facts.N, 1))
     table = facts._replace(shape=shape, axes=(1,), strides=strides)
     return rows_last(len(facts.shape), facts.axes), table
-
-
-def widened(facts: Facts) -> Facts | None:
-    """A call with row-major x and y of the residual's dtype, for kernels; None if x has it."""
-    wide = facts.dtypes.get("residual", facts.dtypes["x"])
-    if wide == facts.dtypes["x"]:
-        return None
-    strides = facts.strides | dict.fromkeys("xy", row_major_strides(facts.shape, ()))
-    return facts._replace(dtypes=facts.dtypes | {"x": wide}, strides=strides, order="C", out=True)
 
 
 def result_strides(shape: tuple[int, ...], strides: tuple[int, ...], order: str) -> tuple[int, ...]:

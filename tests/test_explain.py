@@ -166,6 +166,15 @@ def test_backward_without_weight_on_the_cpu_of_nothing_and_with_copies():
 # --- warmup -------------------------------------------------------------------------------------
 
 
+def test_a_wider_residual_costs_copies_that_are_named():
+    x, wide = np.ones((64, 1000), np.float16), np.ones((64, 1000), np.float32)
+    how = {"eps": 1e-5, "device": "sm_90", "op": "add_rms_norm"}
+    alike, copied = (cn.explain(x, residual=r, **how) for r in (x, wide))
+    assert not alike.copies and alike.bytes_moved == alike.bytes_floor
+    assert [text.split(":")[0] for text in copied.copies] == ["of x", "of y"]
+    assert "f32" in copied.launches[0] and copied.bytes_moved > copied.bytes_floor
+
+
 def test_warmup_compiles_what_a_call_takes(cupy):
     names = cn.warmup(100, ["float32", "float16"])
     assert len(names) == 2

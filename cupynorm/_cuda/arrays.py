@@ -26,7 +26,6 @@ from cupynorm._layout import (
     kernel_problem_of,
     row_major_strides,
     rows_last,
-    widened,
 )
 from cupynorm._libraries import check_apart, element_strides
 from cupynorm._ops import LAYER_NORM
@@ -263,9 +262,7 @@ def _of_nothing(facts: Facts, x: Any, weight: Any, bias: Any, out: Any) -> Any:
 
 def _adding(facts: Facts) -> Callable[..., Any]:
     """The call of an operation that adds a residual first."""
-    index, wide = facts.device or 0, widened(facts)
-    if wide is not None:
-        return _adding_wide(facts, _adding(wide))
+    index, wide = facts.device or 0, numpy_dtype(facts.dtypes["residual"])
     settled = ready_on(index, kernel_problem_of(facts)) if facts.size else None
 
     def call(x: Any, weight: Any, bias: Any, out: Any, residual: Any, sum_out: Any) -> Any:
@@ -273,30 +270,14 @@ def _adding(facts: Facts) -> Callable[..., Any]:
             with cupy.cuda.Device(index):
                 return call(x, weight, bias, out, residual, sum_out)
         check_apart(x, weight, bias, out, residual, sum_out)
-        y, total = (empty_like(x, order=facts.order) if a is None else a for a in (out, sum_out))
+        y = empty_like(x, order=facts.order) if out is None else out
+        total = empty_like(x, dtype=wide, order=facts.order) if sum_out is None else sum_out
         told = _statistics(facts)
         if settled is not None:
             names = *FORWARD, "residual", "sum"
             given = x, y, weight, bias, *told, residual, total
             _launch(settled, names, facts.axes, given, facts.eps)
         return y, total, *(a for a in told if a is not None)
-
-    return call
-
-
-def _adding_wide(facts: Facts, on_wide: Callable[..., Any]) -> Callable[..., Any]:
-    """The same of a float32 residual beside 16-bit x: by a copy of x, which y comes to, too."""
-    wide = facts.dtypes["residual"]
-
-    def call(x: Any, weight: Any, bias: Any, out: Any, residual: Any, sum_out: Any) -> Any:
-        check_apart(x, weight, bias, out, residual, sum_out)
-        with cupy.cuda.Device(x.data.device_id):
-            y = empty_like(x, order=facts.order) if out is None else out
-            total = empty_like(x, dtype=wide, order=facts.order) if sum_out is None else sum_out
-            copy = x.astype(wide, order="C")
-            _, *others = on_wide(copy, weight, bias, copy, residual, total)
-            y[...] = copy
-        return y, *others
 
     return call
 
@@ -320,6 +301,7 @@ def _launch(
     eps: Any = 0.0,
 ) -> None:
     """Launch on arrays in the order of their names, through the copies that the kernels expect."""
+    dtype = numpy_dtype(settled.dtype) if settled.copies else None
 
     def met(name: str, a: Any) -> Any:
         if a is None:
@@ -327,8 +309,8 @@ def _launch(
         if name in settled.copies:
             turned = a.transpose(rows_last(a.ndim, axes))
             if name in _WRITTEN:
-                return empty(turned.shape, dtype=a.dtype)
-            return cupy.ascontiguousarray(turned)
+                return empty(turned.shape, dtype=dtype)
+            return cupy.ascontiguousarray(turned, dtype=dtype)
         # The small ones have N or rows elements, and are met with unit stride.
         return a if name in _SHAPED_AS_X else cupy.ascontiguousarray(a)
 

@@ -52,7 +52,8 @@ class Ready:
     """All of a call that does not depend on its addresses and eps."""
 
     plan: Plan
-    copies: tuple[str, ...]  # arrays that are met as row-major copies, normalized axes last
+    copies: tuple[str, ...]  # arrays that are met as row-major copies, normalized axes last,
+    dtype: str  # of this dtype, which is x's in all kernels
     workspace_bytes: int
     # What the kernels are given lies in this order: addresses, `before`, eps, `after`, places in
     # the workspace. That is the first entry's own order, so that one launch needs no picking.
@@ -132,6 +133,7 @@ def ready(
     return Ready(
         plan,
         tuple(name for name, _ in problem.copies),
+        str(problem.dtype("x")),
         plan.workspace_bytes,
         pack(constants[name] for name in before),
         pack(constants[name] for name in after),

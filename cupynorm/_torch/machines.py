@@ -7,7 +7,7 @@ results too; None: not there.
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -17,7 +17,7 @@ from cupynorm import _reference
 from cupynorm._cpu import engine, threads
 from cupynorm._cpu.arrays import plain
 from cupynorm._cuda.launch import BACKWARD, FORWARD, RESIDUAL
-from cupynorm._layout import Facts, as_table, kernel_problem_of, rows_last, widened
+from cupynorm._layout import Facts, as_table, kernel_problem_of, rows_last
 from cupynorm._rules import ITEMSIZE
 
 Run = Callable[..., None]
@@ -108,14 +108,18 @@ def _store(results: tuple[Any, ...], targets: tuple[Any, ...]) -> None:
 LOW = 1 << 32
 
 
+def _dtype_of(facts: Facts, name: str) -> str:
+    """Of an array of x's shape."""
+    return facts.dtypes["residual" if name in ("residual", "sum") else "x"]
+
+
 def bytes_of(facts: Facts, name: str) -> int:
     """Bytes that an array takes from its first element on; the small ones may take more."""
     strides = facts.strides.get(name)
     if strides is None:
         return ITEMSIZE[facts.dtypes.get(name, "float16")] * facts.N
     steps = zip(strides, facts.shape, strict=True)
-    kind = facts.dtypes["residual" if name in ("residual", "sum") else "x"]
-    return ITEMSIZE[kind] * (1 + sum(s * (n - 1) for s, n in steps))
+    return ITEMSIZE[_dtype_of(facts, name)] * (1 + sum(s * (n - 1) for s, n in steps))
 
 
 def _check_memory(name: str, tensor: Any, nbytes: int) -> None:
@@ -132,24 +136,24 @@ def _check_memory(name: str, tensor: Any, nbytes: int) -> None:
         raise ValueError(msg)
 
 
-def _meeting(facts: Facts, name: str, copied: bool, compute: Any) -> Callable[[Any], Any]:
-    """How an array is met: as it lies, or as memory of its own, with the rows last.
+def _meeting(facts: Facts, name: str, kind: Any, compute: Any) -> Callable[[Any], Any]:
+    """How an array is met: as it lies, or as memory of its own of dtype `kind`, with the rows last.
 
     Small ones become contiguous, and where `compute` is a dtype, of that; then a weight is what
     x_hat is multiplied by, as loops know no other.
     """
     order = rows_last(len(facts.shape), facts.axes)
-    if name in ("y", "sum", "dx") and copied:
-        return lambda a: torch.empty(a.permute(order).shape, dtype=a.dtype, device=a.device)
+    if name in ("y", "sum", "dx") and kind is not None:
+        return lambda a: torch.empty(a.permute(order).shape, dtype=kind, device=a.device)
     if name in ("dx", "dweight", "dbias"):
-        return lambda a: torch.empty_like(a, dtype=compute) if copied else a
+        return lambda a: a if kind is None else torch.empty_like(a, dtype=kind)
     nbytes = 1 if name in ("mean", "rstd") else bytes_of(facts, name)
     told_from_one = name == "weight" and facts.op.unit_weight
 
     def meet(a: Any) -> Any:
         _check_memory(name, a, nbytes)
         if name in facts.strides:
-            return a.permute(order).contiguous() if copied else a
+            return a if kind is None else a.detach().permute(order).to(kind).contiguous()
         a = a.detach().resolve_neg()
         if compute is not None:
             a = a.to(compute) + 1 if told_from_one else a.to(compute)
@@ -158,11 +162,11 @@ def _meeting(facts: Facts, name: str, copied: bool, compute: Any) -> Callable[[A
     return meet
 
 
-def _by_address(facts: Facts, copied: Sequence[str], compute: Any, launch: Launch) -> Run:
+def _by_address(facts: Facts, copied: Mapping[str, Any], compute: Any, launch: Launch) -> Run:
     """Meet each array, launch on the addresses, put back the results that were met elsewhere."""
     names: tuple[str, ...] = BACKWARD if facts.backward else FORWARD
     names += tuple(name for name in RESIDUAL if name in facts.strides)
-    meets = [_meeting(facts, name, name in copied, compute) for name in names]
+    meets = [_meeting(facts, name, copied.get(name), compute) for name in names]
     order = rows_last(len(facts.shape), facts.axes)
     results = "y", "sum", "dx", "dweight", "dbias"
     written = [i for i, name in enumerate(names) if name in copied and name in results]
@@ -186,16 +190,18 @@ def _by_address(facts: Facts, copied: Sequence[str], compute: Any, launch: Launc
 def _loops(facts: Facts) -> Run:
     """By compiled loops, of copies where axes do not fold to rows and columns."""
     problem: Any = engine.problem_in_place(facts)
-    copied: list[str] = []
-    if problem is None:
-        problem, copied = engine.problem_in_place(as_table(facts)[1]), list(facts.strides)
     computed = engine.computed(facts.dtypes["x"])
-    copied += [k for k in ("dweight", "dbias") if facts.dtypes.get(k, computed) != computed]
+    compute, functions = getattr(torch, computed), _functions(facts)
+    copied: dict[str, Any] = {}
+    if problem is None:
+        problem = engine.problem_in_place(as_table(facts)[1])
+        copied = {name: getattr(torch, _dtype_of(facts, name)) for name in facts.strides}
+    sums = (k for k in ("dweight", "dbias") if facts.dtypes.get(k, computed) != computed)
+    copied |= dict.fromkeys(sums, compute)
     if facts.backward:
         loops = engine.differentiator(problem, num_threads)
     else:
         loops = engine.normalizer(problem, facts.eps, num_threads)
-    compute, functions = getattr(torch, computed), _functions(facts)
     by_address = _by_address(facts, copied, compute, lambda pointers: loops(*pointers))
 
     def general(*arrays: Any) -> None:
@@ -265,24 +271,10 @@ def _stream(index: int) -> _Stream:
     return _Stream(torch.cuda.current_stream(index).cuda_stream if raw is None else raw(index))
 
 
-def _on_copies(on_wide: Run) -> Run:
-    """Of a float32 residual beside 16-bit x: by a copy of x, which y comes to, too."""
-
-    def run(x: Any, y: Any, weight: Any, bias: Any, mean: Any, rstd: Any, *added: Any) -> None:
-        copy = x.detach().to(added[0].dtype).contiguous()
-        on_wide(copy, copy, weight, bias, mean, rstd, *added)
-        y.copy_(copy)
-
-    return run
-
-
 def kernels(facts: Facts, index: int) -> Run:
     """By kernels on a GPU: on torch's current stream, scratch from torch's allocator."""
     from cupynorm._cuda.arrays import ready_on
 
-    wide = widened(facts)
-    if wide is not None:
-        return _on_copies(kernels(wide, index))
     problem = kernel_problem_of(facts)
     ready = ready_on(index, problem)
     nbytes = ready.workspace_bytes
@@ -294,7 +286,9 @@ def kernels(facts: Facts, index: int) -> Run:
             workspace = scratch.data_ptr()
         ready.run(pointers, facts.eps, workspace, _stream(index))
 
-    by_address = _by_address(facts, ready.copies, None, launch)
+    by_address = _by_address(
+        facts, dict.fromkeys(ready.copies, getattr(torch, ready.dtype)), None, launch
+    )
 
     def run(*arrays: Any) -> None:
         if torch.cuda.current_device() == index:
