@@ -98,8 +98,13 @@ __device__ __forceinline__ void norm_fwd_column(const ColumnArguments<X, W, B>& 
 // is written once in x's. The grid is as large as the device holds; each block goes from tile to tile
 // and keeps its sums over rows in shared memory.
 //
+// Rows that are longer than a panel of the tiles are swept twice, first for the sums of the rows, then
+// backwards for dx and the sums over rows: all but the last panel is read twice. The sums of a row are
+// those of one tile, as a panel has a whole number of classes' rounds. The block then adds its sums over
+// rows to its own partials after each panel.
+//
 // A row's sums are taken by threads that stand on rows, dx and the sums over rows by threads that stand
-// on columns, which therefore need no exchange. Shared memory: X x[N][PITCH], X dy[N][PITCH], then
+// on columns, which therefore need no exchange. Shared memory: X x[panel][PITCH], X dy[panel][PITCH], then
 // A red[3][PARTS][R], A stats[5][R] (mean, rstd, lack, c1, c2), A totals[2][slots].
 
 template <class X, class W>
@@ -307,93 +312,35 @@ __device__ __forceinline__ void put_tile(const X* tile, X* to, i64 row_stride, i
     }
 }
 
-template <class Op, int THREADS, int R, bool X_ROWS, bool DY_ROWS, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
-__device__ __forceinline__ void norm_bwd_column(const ColumnGradientArguments<X, W>& a) {
-    typedef typename Accumulator<X>::type A;
-    typedef Tile<X, R> Shape;
-    constexpr int PARTS = TileShare<THREADS, R, X>::PARTS;
-    DYNAMIC_SHARED(shared);
-    const int N = (int)a.N;
-    const int tile_bytes = (N * Shape::PITCH * (int)sizeof(X) + 15) / 16 * 16;
-    X* x = (X*)shared;
-    X* dy = (X*)(shared + tile_bytes);
-    A* red = (A*)(shared + 2 * tile_bytes);
-    A* stats = red + 3 * PARTS * R;
-    A* totals = stats + 5 * R;
-    const i64 groups = (a.M + R - 1) / R, tiles = a.rows / a.M * groups;
-    if (DWEIGHT || DBIAS)
-        for (int i = threadIdx.x; i < 2 * a.slots; i += THREADS) totals[i] = 0;
-
-    for (i64 t = blockIdx.x; t < tiles; t += gridDim.x) {
-        const i64 outer = t / groups, m = (t - outer * groups) * R;
-        const int rows = at_most(a.M - m, R);
-        const X* from_x = a.x + outer * a.x_outer + m * a.x_row;
-        const X* from_dy = a.dy + outer * a.dy_outer + m * a.dy_row;
-        get_tile<THREADS, R, X_ROWS>(x, from_x, a.x_row, a.x_col, 0, rows, N);
-        get_tile<THREADS, R, DY_ROWS>(dy, from_dy, a.dy_row, a.dy_col, 0, rows, N);
-        get_stats<Op, THREADS, R>(stats, a, outer, m, rows);
-        staged();
-        __syncthreads();
-        TileSums<Shape::PAIR, TileShare<THREADS, R, X>::J, A> sums;
-        sums.clear();
-        add_gradients<Op, THREADS, R, HAS_WEIGHT>(x, dy, a.weight, rows, N, stats, sums);
-        put_gradients<Op, THREADS, R, X>(sums, N, red, stats);
-        __syncthreads();
-        differentiate_tile<Op, THREADS, R, DX, DWEIGHT, DBIAS, HAS_WEIGHT>(
-            x, dy, a.weight, rows, N, stats, totals, (int)a.slots);
-        __syncthreads();  // dx is written by others than made it, and the next tile overwrites this one
-        if (DX) {
-            X* to = a.dx + outer * a.dx_outer + m * a.dx_row;
-            put_tile<THREADS, R, X_ROWS>(x, to, a.dx_row, a.dx_col, rows, N);
-            __syncthreads();
-        }
-    }
-    if (!DWEIGHT && !DBIAS) return;
-    __syncthreads();
-    for (int n = threadIdx.x; n < N; n += THREADS) {
-        if (DWEIGHT) a.partials[(i64)blockIdx.x * N + n] = column_total<THREADS>(totals, n, N);
-        if (DBIAS)
-            a.partials[((DWEIGHT ? (i64)gridDim.x : 0) + blockIdx.x) * N + n] =
-                column_total<THREADS>(totals + a.slots, n, N);
-    }
-}
-
-// ---- backward, in panels -----------------------------------------------------------------------------------
-// Rows that are longer than a pair of tiles: a tile of rows is swept twice by panels of
-// PANEL columns, first for the sums of its rows, then backwards for dx and the sums over rows, as the
-// last panel is still there and the ones before it are the likeliest to be in L2. x and dy are read
-// twice, but for the last panel, and dx is written once. The sums of a row are those of one tile: a panel
-// has a whole number of classes' rounds.
-//
-// A block's sums over rows go to its own partials after every panel: nobody else writes there, and a
-// tile reads and writes them once for its R rows. Shared memory as above, with
-// PANEL columns in place of N.
-
 // Adds what the threads of a block hold of `cols` columns to the block's partials at `to`; the first
-// tile finds nothing there.
+// time there is nothing there.
 template <int THREADS, class A>
-__device__ __forceinline__ void add_partials(A* to, const A* totals, int cols, bool first_tile) {
+__device__ __forceinline__ void add_partials(A* to, const A* totals, int cols, bool first) {
     for (int n = threadIdx.x; n < cols; n += THREADS) {
         const A total = column_total<THREADS>(totals, n, cols);
-        to[n] = first_tile ? total : to[n] + total;
+        to[n] = first ? total : to[n] + total;
     }
 }
 
-template <class Op, int THREADS, int R, int PANEL, bool X_ROWS, bool DY_ROWS, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
-__device__ __forceinline__ void norm_bwd_column_panels(const ColumnGradientArguments<X, W>& a) {
+template <class Op, int THREADS, int R, bool X_ROWS, bool DY_ROWS, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
+__device__ __forceinline__ void norm_bwd_column(const ColumnGradientArguments<X, W>& a, i64 panel) {
     typedef typename Accumulator<X>::type A;
     typedef Tile<X, R> Shape;
     typedef TileShare<THREADS, R, X> Share;
-    static_assert(PANEL % TILE_CLASSES == 0, "or a panel would begin with another class");
-    constexpr int TILE_BYTES = (PANEL * Shape::PITCH * (int)sizeof(X) + 15) / 16 * 16;
     DYNAMIC_SHARED(shared);
+    const int tile_bytes = ((int)panel * Shape::PITCH * (int)sizeof(X) + 15) / 16 * 16;
     X* x = (X*)shared;
-    X* dy = (X*)(shared + TILE_BYTES);
-    A* red = (A*)(shared + 2 * TILE_BYTES);
+    X* dy = (X*)(shared + tile_bytes);
+    A* red = (A*)(shared + 2 * tile_bytes);
     A* stats = red + 3 * Share::PARTS * R;
     A* totals = stats + 5 * R;
     const i64 groups = (a.M + R - 1) / R, tiles = a.rows / a.M * groups;
-    const i64 panels = (a.N + PANEL - 1) / PANEL;
+    const i64 panels = (a.N + panel - 1) / panel;
+    const auto leave = [&](i64 first, int cols, bool alone) {
+        A* to = a.partials + (i64)blockIdx.x * a.N + first;
+        if (DWEIGHT) add_partials<THREADS>(to, totals, cols, alone);
+        if (DBIAS) add_partials<THREADS>(to + (DWEIGHT ? (i64)gridDim.x * a.N : 0), totals + a.slots, cols, alone);
+    };
 
     for (i64 t = blockIdx.x; t < tiles; t += gridDim.x) {
         const i64 outer = t / groups, m = (t - outer * groups) * R;
@@ -401,18 +348,18 @@ __device__ __forceinline__ void norm_bwd_column_panels(const ColumnGradientArgum
         const X* from_x = a.x + outer * a.x_outer + m * a.x_row;
         const X* from_dy = a.dy + outer * a.dy_outer + m * a.dy_row;
         X* to = a.dx + outer * a.dx_outer + m * a.dx_row;
-        get_stats<Op, THREADS, R>(stats, a, outer, m, rows);
         TileSums<Share::PAIR, Share::J, A> sums;
         sums.clear();
         // Panels 0, 1, ..., panels - 1 for the sums, then back to 0 for dx.
         for (i64 step = 0; step < 2 * panels; ++step) {
-            const i64 first = (step < panels ? step : 2 * panels - 1 - step) * PANEL;
-            const int cols = at_most(a.N - first, PANEL);
+            const i64 first = (step < panels ? step : 2 * panels - 1 - step) * panel;
+            const int cols = at_most(a.N - first, (int)panel);
             const W* weight = HAS_WEIGHT ? a.weight + first : a.weight;
             if (step != panels) {
                 __syncthreads();  // the panel before is done with
                 get_tile<THREADS, R, X_ROWS>(x, from_x, a.x_row, a.x_col, first, rows, cols);
                 get_tile<THREADS, R, DY_ROWS>(dy, from_dy, a.dy_row, a.dy_col, first, rows, cols);
+                if (!step) get_stats<Op, THREADS, R>(stats, a, outer, m, rows);
                 staged();
                 __syncthreads();
             }
@@ -423,17 +370,14 @@ __device__ __forceinline__ void norm_bwd_column_panels(const ColumnGradientArgum
                 __syncthreads();
                 continue;
             }
-            if (DWEIGHT || DBIAS)  // each thread its own
+            if ((DWEIGHT || DBIAS) && (panels > 1 || t == blockIdx.x))  // each thread its own
                 for (int i = threadIdx.x; i < 2 * a.slots; i += THREADS) totals[i] = 0;
             differentiate_tile<Op, THREADS, R, DX, DWEIGHT, DBIAS, HAS_WEIGHT>(
                 x, dy, weight, rows, cols, stats, totals, (int)a.slots);
             __syncthreads();  // dx and the sums are read by others than made them
             if (DX) put_tile<THREADS, R, X_ROWS>(x, to + first * a.dx_col, a.dx_row, a.dx_col, rows, cols);
-            A* partials = a.partials + (i64)blockIdx.x * a.N + first;
-            if (DWEIGHT) add_partials<THREADS>(partials, totals, cols, t == blockIdx.x);
-            if (DBIAS)
-                add_partials<THREADS>(
-                    partials + (DWEIGHT ? (i64)gridDim.x * a.N : 0), totals + a.slots, cols, t == blockIdx.x);
+            if (panels > 1) leave(first, cols, t == blockIdx.x);
         }
     }
+    if (panels == 1) leave(0, (int)a.N, true);
 }

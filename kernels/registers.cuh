@@ -10,7 +10,9 @@ template <class Op, bool ALIGNED, int THREADS, int LANES, int VECS, int ROWS, cl
 __device__ __forceinline__ void norm_fwd_warp(const RowArguments<X, W, B>& a) {
     typedef typename Accumulator<X>::type A;
     constexpr int GROUPS = THREADS / LANES, V = PerVec<X>::count;
-    constexpr bool HELD = holds_affine<X, W, B, HAS_WEIGHT, HAS_BIAS, VECS>();
+    // Beside 4 * VECS * ROWS registers of x.
+    constexpr int MOST = VECS * ROWS == 2 ? 20 : sizeof(X) < 8 && (ALIGNED || ROWS == 2) ? 48 : 32;
+    constexpr bool HELD = holds_affine<X, W, B, HAS_WEIGHT, HAS_BIAS, VECS>(MOST - 4 * VECS * ROWS);
     const int lane = threadIdx.x % LANES;
     const i64 first = (i64)blockIdx.x * (GROUPS * ROWS) + threadIdx.x / LANES;
     const int N = (int)a.N;
@@ -73,7 +75,7 @@ __device__ __forceinline__ void norm_fwd_block(const RowArguments<X, W, B>& a) {
     typedef typename Accumulator<X>::type A;
     constexpr int WARPS = THREADS / 32, V = PerVec<X>::count;
     constexpr int COLS = 32 * VECS * V;  // columns of one warp
-    constexpr bool HELD = holds_affine<X, W, B, HAS_WEIGHT, HAS_BIAS, VECS>();
+    constexpr bool HELD = holds_affine<X, W, B, HAS_WEIGHT, HAS_BIAS, VECS>(32);
     DYNAMIC_SHARED(shared);
     A* partial = (A*)shared;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -128,12 +128,11 @@ struct Affine {
     }
 };
 
-// Registers that weight and bias may take while the sums of a row are on their way.
-enum { HELD_WORDS = 32 };
-
+// Whether weight and bias of VECS vectors fit so many registers while the sums of a row are on their way.
+// With more than the limits that are stated where they are used, some architecture spills.
 template <class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS, int VECS>
-__device__ __forceinline__ constexpr bool holds_affine() {
-    return VECS * PerVec<X>::count * (HAS_WEIGHT * (int)sizeof(W) + HAS_BIAS * (int)sizeof(B)) <= 4 * HELD_WORDS;
+__device__ __forceinline__ constexpr bool holds_affine(int limit) {
+    return VECS * PerVec<X>::count * (HAS_WEIGHT * (int)sizeof(W) + HAS_BIAS * (int)sizeof(B)) <= 4 * limit;
 }
 
 // ---- from x to y -------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ template <class Op, bool ALIGNED, int CLUSTER, int THREADS, int STAGING, class X
 __device__ __forceinline__ void norm_fwd_shared(const RowArguments<X, W, B>& a) {
     typedef typename Accumulator<X>::type A;
     constexpr int GROUPS = THREADS / CHUNK_THREADS, COLS = Chunk<X>::cols, V = PerVec<X>::count;
-    constexpr bool HELD = ALIGNED && sizeof(X) < 8;  // or there are too few registers
+    constexpr bool HELD =
+        ALIGNED && sizeof(X) < 8 && holds_affine<X, W, B, HAS_WEIGHT, HAS_BIAS, CHUNK_VECS>(32);
     DYNAMIC_SHARED(shared);
     int rank = 0;
     if constexpr (CLUSTER > 1) {

@@ -72,8 +72,6 @@ def _gradient(more: str = "") -> Entry:
     return Entry("X W", GRADIENT, more, "GradientArguments")
 
 
-_COLUMN_GRADIENT = Entry("X W", COLUMN_GRADIENT, struct="ColumnGradientArguments")
-
 # By what follows `norm_` in the name of a template of `kernels/`.
 ENTRIES = {
     "fwd_warp": _rows(),
@@ -92,8 +90,7 @@ ENTRIES = {
     "bwd_split_sums": _gradient("*sums sections chunks_per_section"),
     "bwd_split_merge": Entry("A", "sums *gradients rows sections N"),
     "bwd_split_apply": _gradient("gradients parts"),
-    "bwd_column": _COLUMN_GRADIENT,
-    "bwd_column_panels": _COLUMN_GRADIENT,
+    "bwd_column": Entry("X W", COLUMN_GRADIENT, "panel", "ColumnGradientArguments"),
     "column_totals": Entry("A W B", "partials count pitch N *dweight *dbias"),
 }
 # What the structs have at their ends for operations with a residual.

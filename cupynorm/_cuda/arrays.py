@@ -15,6 +15,7 @@ from cupynorm._cuda.launch import (
     COLUMNS,
     FORWARD,
     Ready,
+    check_aligned,
     choose_plan,
     ready,
 )
@@ -87,7 +88,7 @@ def ready_on(index: int, problem: Problem) -> Ready:
 
     def load(stage: Stage) -> Any:
         # A launch needs no permission for up to 48 KiB; only these are ever launched with more.
-        large = ("shared", "cluster", "column", "panels")
+        large = ("shared", "cluster", "column")
         return kernel_of(stage.name, source_of(stage), stage.family.startswith(large), index)
 
     return ready(problem, device_of(index), load, packed)
@@ -289,6 +290,10 @@ def _reach(facts: Facts, name: str) -> tuple[int, int]:
     return sum(e for e in ends if e < 0), sum(e for e in ends if e > 0) + size
 
 
+# What launches use that a graph has captured: a replay writes there as long as the graph lives, of
+# which we know nothing.
+_captured: list[Any] = []
+
 _WRITTEN = ("y", "dx", "sum")
 _SHAPED_AS_X = ("x", "dy", "residual", "dsum", *_WRITTEN)
 
@@ -306,6 +311,8 @@ def _launch(
     def met(name: str, a: Any) -> Any:
         if a is None:
             return None
+        if name in settled.copies or not (name in _SHAPED_AS_X or a.flags.c_contiguous):
+            check_aligned(name, a.data.ptr, a.itemsize)  # the copy is made by a kernel, too
         if name in settled.copies:
             turned = a.transpose(rows_last(a.ndim, axes))
             if name in _WRITTEN:
@@ -315,13 +322,19 @@ def _launch(
         return a if name in _SHAPED_AS_X else cupy.ascontiguousarray(a)
 
     # Held until the launch; after that CuPy's pool orders reuse by stream.
-    held = [met(name, a) for name, a in zip(names, arrays, strict=False)]  # a dsum may lack
+    pairs = tuple(zip(names, arrays, strict=False))  # a dsum may lack
+    held = [met(name, a) for name, a in pairs]
     nbytes = settled.workspace_bytes
     workspace = empty(nbytes, dtype="uint8") if nbytes else None
     at = 0 if workspace is None else workspace.data.ptr
     settled.run((0 if a is None else a.data.ptr for a in held), eps, at)
+    own = [workspace, *(h for h, a in zip(held, arrays, strict=False) if h is not a)]
+    if own != [None]:
+        stream = cupy.cuda.get_current_stream()
+        if stream.ptr and stream.is_capturing():  # the null stream is never captured
+            _captured.append(own)
     if settled.copies:
-        for name, a, copy in zip(names, arrays, held, strict=False):
+        for (name, a), copy in zip(pairs, held, strict=True):
             if name in _WRITTEN and name in settled.copies:
                 a.transpose(rows_last(a.ndim, axes))[...] = copy
 
@@ -353,6 +366,8 @@ def layer_norm_columns(
     launch = _memo.settled.get(key) or _memo.keep(
         key, functools.partial(_launch, ready_on(index, problem), COLUMNS, (1,))
     )
+    for i, column in enumerate(columns):
+        check_aligned(f"column {i}", column.data.ptr, column.itemsize)
     host = [
         (
             column.data.ptr,

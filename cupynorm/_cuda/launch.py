@@ -11,6 +11,7 @@ from cupynorm._cuda import rows, tiles
 from cupynorm._cuda.arguments import entry_of
 from cupynorm._cuda.plan import VEC_BYTES, Device, Plan, Stage
 from cupynorm._layout import Problem
+from cupynorm._rules import ITEMSIZE, stats_dtype
 
 # A loaded kernel: called with grid, block, arguments, bytes of shared memory and a stream, or None
 # for CuPy's current one.
@@ -47,11 +48,23 @@ def choose_plan(problem: Problem, device: Device) -> Plan:
     return tiles.plan_of(problem, device)
 
 
+def check_aligned(name: str, at: int, itemsize: int) -> None:
+    """Refuse an address that no kernel can load an item from: the GPU would do no more work."""
+    if at % itemsize:
+        name = {"y": "out", "sum": "sum_out"}.get(name, name)
+        msg = (
+            f"{name} begins at address {at:#x}, no multiple of the {itemsize} bytes of its items, "
+            "which a GPU cannot read; copy its bytes to memory of their own first"
+        )
+        raise ValueError(msg)
+
+
 @dataclass(frozen=True, slots=True)
 class Ready:
     """All of a call that does not depend on its addresses and eps."""
 
     plan: Plan
+    sizes: tuple[tuple[str, int], ...]  # names of the addresses, and bytes of an item there
     copies: tuple[str, ...]  # arrays that are met as row-major copies, normalized axes last,
     dtype: str  # of this dtype, which is x's in all kernels
     workspace_bytes: int
@@ -70,8 +83,9 @@ class Ready:
 
     @property
     def low_bits(self) -> int:
-        """Those that no address may have that `launches` are given."""
-        return 0 if self.skewed is None else VEC_BYTES - 1
+        """Those that no address may have that `launches` are given without a further look."""
+        most = max(size for _, size in self.sizes)
+        return most - 1 if self.skewed is None else VEC_BYTES - 1
 
     def run(
         self, pointers: Iterable[int], eps: Any = 0.0, workspace: int = 0, stream: Any = None
@@ -91,8 +105,10 @@ class Ready:
             Where to launch; CuPy's current stream by default. The device is the current one.
         """
         pointers, launches = tuple(pointers), self.launches
-        if self.skewed is not None and functools.reduce(operator.or_, pointers) & self.low_bits:
-            launches = self.skewed()
+        if functools.reduce(operator.or_, pointers) & self.low_bits:
+            for (name, size), at in zip(self.sizes, pointers, strict=True):
+                check_aligned(name, at, size)
+            launches = launches if self.skewed is None else self.skewed()
         given = (*pointers, *self.before, eps, *self.after)
         if self.plan.workspace:
             given += tuple(workspace + begin for _, begin in self.plan.workspace)
@@ -130,9 +146,11 @@ def ready(
     def skewed() -> tuple[Launch, ...]:
         return tuple(launch(s.skewed, n) for s, n in zip(plan.stages, entries, strict=True))
 
+    copies = tuple(name for name, _ in problem.copies)
     return Ready(
         plan,
-        tuple(name for name, _ in problem.copies),
+        tuple((name, _item_bytes(problem, name)) for name in pointers),
+        copies,
         str(problem.dtype("x")),
         plan.workspace_bytes,
         pack(constants[name] for name in before),
@@ -140,6 +158,15 @@ def ready(
         tuple(map(launch, plan.stages, entries)),
         skewed if any(stage.aligned for stage in plan.stages) else None,
     )
+
+
+def _item_bytes(problem: Problem, name: str) -> int:
+    """Of an array that a launch is given the address of."""
+    if name == "table":
+        return 8
+    x = str(problem.dtype("x"))
+    kind = stats_dtype(x) if name in ("mean", "rstd") else problem.dtype(name) or x
+    return ITEMSIZE[kind]
 
 
 def _constants(problem: Problem, plan: Plan) -> dict[str, int]:

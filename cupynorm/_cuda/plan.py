@@ -116,7 +116,7 @@ class Plan:
     sections: int = 0  # per row (K5)
     chunks_per_section: int = 0
     parts: int = 0  # blocks per row that normalize, per column that differentiate (K5)
-    panel: int = 0  # columns of a tile; 0: no tile, or of a backward one that holds the whole row
+    panel: int = 0  # columns of a tile; 0: no tile
     panels: int = 1  # tiles of a row: from two on, all but the last are read twice
     partials: int = 0  # blocks (K4: clusters) that leave sums for dweight and dbias
     pitch: int = 0  # columns of one partial

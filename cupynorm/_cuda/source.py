@@ -19,7 +19,6 @@ _TEXTS = {
     "column": (*_TILES, "column"),
     "lanes": (*_TILES, "column", "lanes"),
     "columns": (*_TILES, "columns"),
-    "panels": (*_TILES, "column"),
     "totals": (*_ROWS[:4], "totals"),
 }
 

@@ -190,38 +190,34 @@ def _plan_bwd(problem: Problem, device: Device) -> Plan:
     N = problem.N
     tile = Tile(str(problem.dtype("x")), problem.outer, problem.M, N, backward=True)
     fitting = [shape for shape in SHAPES if _columns_held(tile, shape, device) >= N]
-    panel = 0
     if fitting:
         shape = next((s for s in fitting if tile.rows(s) < 2 * problem.M), fitting[-1])
     else:
         held = {s: _columns_held(tile, s, device) for s in SHAPES[_WIDEST_PANELS:]}
         shape = next((s for s in held if held[s] >= LEAST_PANEL), SHAPES[-1])
-        panel = held[shape]
+    panel = _columns_held(tile, shape, device)
     words, threads, _ = shape
     rows, blocks_per_sm = tile.rows(shape), tile.blocks_per_sm(shape)
     grid = min(tile.tiles(shape), blocks_per_sm * device.sm_count)
     along = [problem.steps(array)[2] != 1 for array in ("x", "dy")]
-    panels = (panel,) if panel else ()
-    label = f"t{threads}_r{rows}_" + "".join(f"p{p}_" for p in panels)
     stage = make_stage(
-        problem, "column_panels" if panel else "column",
-        (threads, rows, *panels, *map(int, along)),
-        label + "".join("F" if a else "C" for a in along),
-        family="panels" if panel else "column", grid=grid, threads=threads,
-        blocks_per_sm=blocks_per_sm, shared_bytes=tile.nbytes(shape, panel or N),
+        problem, "column", (threads, rows, *map(int, along)),
+        f"t{threads}_r{rows}_" + "".join("F" if a else "C" for a in along),
+        family="column", grid=grid, threads=threads,
+        blocks_per_sm=blocks_per_sm, shared_bytes=tile.nbytes(shape, panel),
     )  # fmt: skip
     return Plan(
-        family="panels" if panel else "column",
+        family="column",
         stages=(stage, *totals_stages(problem)),
         threads_per_row=threads // words,
         rows_per_block=rows,
         source=PREDICTED,
         panel=panel,
-        panels=-(-N // panel) if panel else 1,
+        panels=-(-N // panel),
         partials=grid,
         pitch=N,
-        slots=_slots(panel or N, threads),
-        passes=2 + problem.has("dx") + 2 * bool(panel),
+        slots=_slots(panel, threads),
+        passes=2 + problem.has("dx") + 2 * (panel < N),
         workspace=(("partials", 0),),
         workspace_bytes=grid * _partial_bytes(problem),
     )
@@ -230,7 +226,7 @@ def _plan_bwd(problem: Problem, device: Device) -> Plan:
 def bytes_beyond_floor(problem: Problem, plan: Plan) -> int:
     """Count what a backward's plan moves again: partial sums, and x and dy but for a last panel."""
     times, again = plan.partials, 0
-    if plan.panel:
+    if plan.panels > 1:
         last = problem.N - (problem.N - 1) // plan.panel * plan.panel
         again = 2 * problem.rows * (problem.N - last) * ITEMSIZE[str(problem.dtype("x"))]
         times = problem.outer * -(-problem.M // plan.rows_per_block)

@@ -42,7 +42,6 @@ _BACKWARD = {
     "shared": "K3 shared backward: rows in registers, dweight and dbias in shared memory; 3 passes",
     "cluster": "K4 cluster backward: each block has a part of the row and its sums; 3 passes",
     "column": "K6 column backward: tiles of x and dy in shared memory; 3 passes",
-    "panels": "K6 column backward: rows longer than two tiles, so two sweeps over panels; 5 passes",
     "split": "K5 split backward: sums fit no block, so x and dy are read twice; 5 passes",
 }
 
@@ -264,8 +263,11 @@ def _kernel(facts: Facts, problem: Problem, plan: Plan) -> tuple[str, int]:
     """What runs, and the bytes that it moves beyond the floor, without copies."""
     beyond = 2 * plan.workspace_bytes
     if facts.backward:
-        if plan.family in ("column", "panels"):
-            return _BACKWARD[plan.family], bytes_beyond_floor(problem, plan)
+        if plan.family == "column":
+            kernel, beyond = _BACKWARD["column"], bytes_beyond_floor(problem, plan)
+            if plan.panels > 1:
+                kernel = kernel.replace("; 3", f", two sweeps over {plan.panels} panels; 5")
+            return kernel, beyond
         return _BACKWARD[plan.family], beyond + _x_bytes(facts) * (plan.passes - 3)
     kernel = _FAMILIES[plan.family]
     if plan.family == "split":  # reads x a second time, from L2 where it fits

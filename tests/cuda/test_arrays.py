@@ -355,3 +355,43 @@ def test_a_write_beside_its_memory_is_noticed_there(sim):
     memory.whole[memory.first + 100 : memory.first + 101].fill(0)
     with pytest.raises(AssertionError, match="outside its memory"):
         gpu.get(memory)
+
+
+# --- what a GPU would not forgive -----------------------------------------------------------------
+
+
+def test_a_captured_call_keeps_the_memory_that_a_replay_writes(sim):
+    call, memory = Call(sim, "backward", 3, 77), sim.simulator
+    stream = sim.cuda.Stream()
+    with stream:
+        call()  # compiled before
+        before = len(memory.buffers())
+        call()
+        assert len(memory.buffers()) == before  # given back
+        stream.begin_capture()
+        call()
+        stream.end_capture()
+    assert len(memory.buffers()) == before + 1
+
+
+@pytest.mark.parametrize("N", [77, 3000])
+@pytest.mark.parametrize("layout", ["rows", "columns", "copied"])
+@pytest.mark.parametrize("name", ["x", "out", "dy", "weight"])
+def test_an_address_between_items_is_an_error_before_any_launch(sim, name, layout, N):
+    shape = {"rows": (4, N), "columns": (N, 4), "copied": (4, N, 2)}[layout]
+    axis = {"rows": 1, "columns": 0, "copied": (0, 2)}[layout]
+    affine = (4, 2) if layout == "copied" else (N,)
+
+    def array(of, shape):
+        return sim.place(numbers(*shape), offset=2 if of == name else 0)
+
+    x, weight = array("x", shape), array("weight", affine)
+    aligned = sim.asarray(numbers(*shape))
+    _, mean, rstd = cn.layer_norm(aligned, axis=axis, return_stats=True)
+    dy, out = array("dy", shape), array("out", shape)
+    with Spent(sim) as spent, pytest.raises(ValueError, match=f"^{name} begins at"):
+        if name == "dy":
+            cn.layer_norm_backward(dy, x, None, mean, rstd, weight, axis=axis)
+        else:
+            cn.layer_norm(x, weight=weight, axis=axis, out=out)
+    assert not spent.launches

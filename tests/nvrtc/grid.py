@@ -28,7 +28,7 @@ OPS = (LAYER_NORM, RMS_NORM, ADD_LAYER_NORM)
 KINDS = {
     "rows": ("warp", "block", "shared", "split", "cluster"),
     "rows_bwd": ("warp_bwd", "block_bwd", "shared_bwd", "split_bwd", "cluster_bwd", "totals_bwd"),
-    "columns": ("column", "lanes", "columns", "column_bwd", "panels_bwd"),
+    "columns": ("column", "lanes", "columns", "column_bwd"),
 }
 FAMILIES = tuple(itertools.chain(*KINDS.values()))
 # What a test run compiles: every dtype for one architecture, one for each other. The kept table has

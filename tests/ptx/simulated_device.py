@@ -38,6 +38,18 @@ class SimulatedDevice:
         """Make it current."""
         self._sim.current_device = self.id
 
+    def begin_capture(self) -> None:
+        """Launches run at once all the same."""
+        self._captured = True
+
+    def end_capture(self) -> None:
+        """A real one gives a graph."""
+        self._captured = False
+
+    def is_capturing(self) -> bool:
+        """Whether a capture has begun and not ended."""
+        return self._captured
+
     def synchronize(self) -> None:
         """Launches have ended when they return; that somebody waited is counted."""
         self._sim.synchronizations += 1
@@ -77,6 +89,7 @@ class SimulatedStream:
         priority: Any = None,
     ) -> None:
         self.device_id = self._sim.current_device
+        self._captured = False
         self.ptr = 0 if null else 0x5000 + 0x10 * len(self._sim.streams)
         if self.ptr:
             self._sim.streams[self.ptr] = self.device_id
@@ -85,6 +98,18 @@ class SimulatedStream:
         """Make it current."""
         self._sim.stream_stack[:] = [self]
         return self
+
+    def begin_capture(self) -> None:
+        """Launches run at once all the same."""
+        self._captured = True
+
+    def end_capture(self) -> None:
+        """A real one gives a graph."""
+        self._captured = False
+
+    def is_capturing(self) -> bool:
+        """Whether a capture has begun and not ended."""
+        return self._captured
 
     def synchronize(self) -> None:
         """Launches have ended when they return; that somebody waited is counted."""
