@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cupynorm._report.config import show_config
     from cupynorm._report.explain import Explanation, explain
     from cupynorm._report.warmup import warmup
-    from cupynorm.frames.columns import layer_norm_columns
+    from cupynorm.frames.columns import layer_norm_columns, rms_norm_columns
     from cupynorm.functional import (
         add_layer_norm,
         add_rms_norm,
@@ -43,6 +43,7 @@ __all__ = [
     "prepare",
     "rms_norm",
     "rms_norm_backward",
+    "rms_norm_columns",
     "show_config",
     "warmup",
 ]
@@ -61,6 +62,7 @@ _LAZY = {
     "prepare": "cupynorm.prepared",
     "rms_norm": "cupynorm.functional",
     "rms_norm_backward": "cupynorm.functional",
+    "rms_norm_columns": "cupynorm.frames.columns",
     "show_config": "cupynorm._report.config",
     "warmup": "cupynorm._report.warmup",
 }

@@ -142,13 +142,10 @@ def call_of(door: Any, facts: Facts, turn: tuple[int, ...] | None) -> Callable[.
 def check(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How, *added: Any) -> Checked:
     """Apply every rule that a forward call has, but for what needs addresses; nothing is run."""
     normalized_shape, axis, eps, order, stats = how
-    if eps is not None or op.center:
-        eps = _rules.check_eps(eps)
     _rules.check_order(order)
     x, axes, turn = _check_x(op, x, normalized_shape, axis)
     shape, dtype = tuple(x.shape), _rules.dtype_name(x.dtype)
-    if eps is None:
-        eps = _rules.epsilon_of(dtype)
+    eps = _rules.eps_of(op, eps, dtype)
     affine = tuple(shape[a] for a in axes)
     if weight is not None:
         weight = checked_affine("weight", weight, x, affine)

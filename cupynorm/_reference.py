@@ -216,15 +216,21 @@ class Moments(NamedTuple):
     spread: Any  # root of the variance: the variance of values near 1e30 is no float32
 
 
-def moments(xp: Any, x: Any, axes: tuple[int, ...]) -> Moments:
-    """Moments of one part, by float64; the bits go by its shape and values, not its strides."""
+def moments(xp: Any, x: Any, axes: tuple[int, ...], op: Op = LAYER_NORM) -> Moments:
+    """Moments of one part, by float64; the bits go by its shape and values, not its strides.
+
+    Without a centre the mean is 0, and the variance the mean square.
+    """
     rows = Rows(xp, x, axes)
     wide = Rows(xp, xp.astype(x, xp.float64, copy=False), axes)
     if rows.dtype != xp.float64:
         wide.unit = 1.0  # sums of narrower values do not overflow there
+    nothing = xp.zeros(stats_shape(x.shape, axes), dtype=rows.dtype)
     if not wide.n:
-        nothing = xp.zeros(stats_shape(x.shape, axes), dtype=rows.dtype)
         return Moments(0, nothing, nothing, nothing)
+    if not op.center:
+        zero = xp.astype(nothing, xp.float64, copy=False)
+        return _rounded(xp, wide.n, (zero, zero, wide.mean(wide.x, wide.x)), rows.dtype)
     start = wide.mean(wide.x)
     offset = wide.x - start
     shift = wide.mean(offset)
@@ -275,7 +281,7 @@ def apply(rows: Rows, whole: Moments, rstd: Any, weight: Any, bias: Any) -> Any:
     """y of a part of rows by the moments and rstd of the whole ones."""
     y = ((rows.wide(rows.x) - whole.mean) - whole.lack) * rstd
     if weight is not None:
-        y = y * rows.along(weight)
+        y = y * rows.scale(weight)
     if bias is not None:
         y = y + rows.along(bias)
     return rows.narrow(y)

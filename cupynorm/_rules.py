@@ -177,9 +177,11 @@ def exact(value: Any) -> bool:
 _INT = {int}
 
 
-def epsilon_of(x_dtype: str) -> float:
-    """The eps of an RMS norm that names none, as torch has it: of the dtype of the statistics."""
-    return float(np.finfo(stats_dtype(x_dtype)).eps)
+def eps_of(op: Op, eps: Any, x_dtype: str) -> float:
+    """Read eps; an RMS norm may name none, and has torch's: that of the statistics' dtype."""
+    if eps is None and not op.center:
+        return float(np.finfo(stats_dtype(x_dtype)).eps)
+    return check_eps(eps)
 
 
 def default_eps(op: Op, eps: Any) -> Any:

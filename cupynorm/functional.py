@@ -210,7 +210,7 @@ def rms_norm(
     Parameters
     ----------
     x : array
-        As for `layer_norm`, but for tables and Dask collections.
+        As for `layer_norm`.
     normalized_shape, weight : optional
         As for `layer_norm`.
     eps : float, optional
@@ -244,7 +244,7 @@ def rms_norm(
     """
     op = ZERO_CENTERED[RMS_NORM] if zero_centered_weight else RMS_NORM
     how = normalized_shape, axis, eps, order, return_stats
-    return named(op, return_stats, _calls.normalize(op, x, weight, None, out, how))
+    return named(op, return_stats, _forward(op, x, weight, None, out, how))
 
 
 def rms_norm_backward(
@@ -321,7 +321,7 @@ def add_layer_norm(
     Parameters
     ----------
     x : array
-        As for `rms_norm`.
+        As for `layer_norm`, but for tables and Dask collections.
     residual : array
         What is added: of x's shape, library and device, and of x's dtype, or float32 beside 16-bit
         x.

@@ -41,21 +41,21 @@ def table(rng, dtypes, M):
     return [column(rng, dtype, M) for dtype in dtypes]
 
 
-def expected(columns, weight=None, bias=None, eps=1e-5, dtype="float32", omit=False, valid=None):
+def expected(columns, weight=None, bias=None, *, dtype="float32", omit=False, valid=None, **how):
     """The definition, row by row, of columns rounded to the dtype of the statistics."""
-    compute = "float64" if dtype == "float64" else "float32"
+    compute, how = "float64" if dtype == "float64" else "float32", {"eps": 1e-5, **how}
     with np.errstate(over="ignore"):
         x = np.stack([np.asarray(c).astype(compute) for c in columns], axis=1)
     if valid is not None:
         x[~np.stack(valid, axis=1)] = np.nan
     if not omit:
-        return oracle.layer_norm(x, (1,), weight, bias, eps)[0]
+        return oracle.layer_norm(x, (1,), weight, bias, **how)[0]
     y = np.full(x.shape, np.nan)
     for i, row in enumerate(x):
         known = ~np.isnan(row)
         if known.any():
             w, b = (None if a is None else np.asarray(a)[known] for a in (weight, bias))
-            y[i, known] = oracle.layer_norm(row[known], (0,), w, b, eps)[0]
+            y[i, known] = oracle.layer_norm(row[known], (0,), w, b, **how)[0]
     return y
 
 

@@ -120,7 +120,7 @@ def test_forward_and_backward(lib, dtype, kind, variant):
     found = gradients(dx, *sums[: len(gradients._fields) - 1])
     assert set(layer.grad) == set(layer.state_dict())
     assert {lib.dtype(a) for a in (y, *found) if a is not None} == {dtype}
-    eps = _rules.epsilon_of(dtype) if layer.eps is None else layer.eps
+    eps = _rules.eps_of(_ops.OPS["rms_norm"], layer.eps, dtype)
     how = {"eps": eps, "normalized_shape": (4, 6)}
     if kind == "LayerNorm":
         check(lib, y, None, x, layer.weight, layer.bias, **how)

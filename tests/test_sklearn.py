@@ -20,7 +20,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from sklearn.utils.validation import check_is_fitted
 
 from cupynorm.frames.columns import Column
-from cupynorm.sklearn import LayerNormalizer
+from cupynorm.sklearn import LayerNormalizer, RMSNormalizer
 from cupynorm.sklearn import _data as _estimator_data
 
 BACKENDS = [b for b in Backend if b is not Backend.NUMPY_PLAIN]
@@ -49,7 +49,9 @@ def namespaces(check):
     return {named.get("array_namespace"), *(pair.xp for pair in pairs)}
 
 
-@parametrize_with_checks([LayerNormalizer(), LayerNormalizer(eps=0.5, output_type="input")])
+@parametrize_with_checks(
+    [LayerNormalizer(), LayerNormalizer(eps=0.5, output_type="input"), RMSNormalizer()]
+)
 def test_scikit_learns_estimator_checks(estimator, check, monkeypatch):
     if "cupy" in namespaces(check) and why_not(Backend.CUPY):
         pytest.skip(f"scikit-learn would make a CuPy array: {why_not(Backend.CUPY)}")

@@ -12,6 +12,7 @@ from cupynorm import _rules
 from cupynorm._cpu import blocks, engine
 from cupynorm._layout import Facts, as_table, row_major_strides
 from cupynorm._libraries import check_apart
+from cupynorm._ops import Op
 
 Array = np.ndarray[Any, Any]
 Call = Callable[..., Any]
@@ -367,6 +368,7 @@ def _backward_on_copies(facts: Facts) -> Call:
 
 
 def normalize_columns(
+    op: Op,
     columns: Sequence[tuple[Array, Array | None, int]],
     weight: Array | None,
     bias: Array | None,
@@ -383,13 +385,14 @@ def normalize_columns(
     """
     kind = y.dtype.name
     compute = np.dtype(engine.computed(kind))
-    w, b = _affine(weight, compute), _affine(bias, compute)
+    w, b = _affine(weight, compute, op.unit_weight), _affine(bias, compute)
+    rule = eps, op.center
     if plain() or not engine.available(kind):
-        blocks.columns(columns, w, b, eps, y, omit)
+        blocks.columns(columns, w, b, rule, y, omit)
         return
     target = y if Door.strides(y) else np.empty(y.shape, y.dtype.newbyteorder("="))
     found = [(_readable(x), _address(bits), offset) for x, bits, offset in columns]
-    engine.columns(found, target, _address(w), _address(b), eps, omit)
+    engine.columns(found, target, _address(w), _address(b), rule, omit)
     if target is not y:
         np.copyto(y, target)
 

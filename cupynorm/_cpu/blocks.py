@@ -166,7 +166,7 @@ def forward(
 
 
 def columns(
-    columns: Any, w: Array | None, b: Array | None, eps: float, y: Array, omit: bool
+    columns: Any, w: Array | None, b: Array | None, rule: Rule, y: Array, omit: bool
 ) -> None:
     """Normalize the rows of N columns, with validity bitmaps or without, into y (M, N)."""
     M, N = y.shape
@@ -182,7 +182,7 @@ def columns(
                     bits = validity[first // 8 : (offset + hi + 7) // 8]
                     valid = np.unpackbits(bits, bitorder="little")[first % 8 :][: hi - lo]
                     x[valid == 0, j] = np.nan
-            _normalize(x, d, w, b, (eps, True), omit)
+            _normalize(x, d, w, b, rule, omit)
             np.copyto(y[lo:hi], d, casting="unsafe")
 
 

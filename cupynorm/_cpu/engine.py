@@ -291,15 +291,18 @@ def _long_gradients(problem: Problem, plan: int, count: int, at: tuple[int, ...]
     )
 
 
-def columns(found: Any, y: Array, weight: int, bias: int, eps: float, omit: bool) -> None:
+def columns(
+    found: Any, y: Array, weight: int, bias: int, rule: tuple[float, bool], omit: bool
+) -> None:
     """Normalize the rows of a table into y (M, N), which is native and aligned, of any strides.
 
     ``found``: (values, address of the bitmap or 0, its bit of row 0) of each column, contiguous, of
-    one of `strips.COLUMN_DTYPES`. With ``omit`` NaN is left out of a row's statistics.
+    one of `strips.COLUMN_DTYPES`. ``rule``: eps, and whether rows are centred. With ``omit``
+    NaN is left out of a row's statistics.
     """
     from cupynorm._cpu import jobs, strips
 
-    (M, N), kind = y.shape, y.dtype.name
+    (M, N), kind, (eps, center) = y.shape, y.dtype.name, rule
     rows = min(M, strips.rows_of_strip(N))
     y_row, y_col = (step // y.itemsize for step in y.strides)
     names = {"outer": 1, "M": M, "N": N, "rows": rows, "y_row": y_row, "y_col": y_col}
@@ -308,6 +311,6 @@ def columns(found: Any, y: Array, weight: int, bias: int, eps: float, omit: bool
     for j, (x, bitmap, bit) in enumerate(found):
         number = strips.COLUMN_DTYPES.index(x.dtype.name)
         table[:, j] = number, x.ctypes.data, x.itemsize, bitmap, bit
-    at, to, do = table.ctypes.data, y.ctypes.data, jobs.table(kind)
+    at, to, do = table.ctypes.data, y.ctypes.data, jobs.table(kind, center)
     count = _useful(M * N, threads.num_threads)
     threads.run(lambda lo, hi: do(plan.at, lo, hi, at, to, weight, bias), -(-M // rows), count)

@@ -141,9 +141,9 @@ def rows(checksum: int, kind: str, center: bool = True, wide: str = "", small: b
 
 
 @job
-def table(checksum: int, kind: str) -> Any:
+def table(checksum: int, kind: str, center: bool = True) -> Any:
     """``table(plan, lo, hi, columns, y, w, b)``: the same, of a table given as columns."""
-    computed, (near, measure), source = _computed(kind), _measures(True), strips.of_columns
+    computed, (near, measure), source = _computed(kind), _measures(center), strips.of_columns
 
     def table(plan, lo, hi, columns, y, w, b):  # type: ignore[no-untyped-def]
         f, wb = plan_at(plan, checksum), _two(w, b, computed)

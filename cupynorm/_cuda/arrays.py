@@ -29,7 +29,7 @@ from cupynorm._layout import (
     rows_last,
 )
 from cupynorm._libraries import check_apart, element_strides
-from cupynorm._ops import LAYER_NORM
+from cupynorm._ops import Op
 from cupynorm._rules import ITEMSIZE, dtype_name, numpy_dtype, stats_dtype
 
 ndarray = cupy.ndarray
@@ -342,7 +342,8 @@ def _launch(
 # --- columns ------------------------------------------------------------------------------------
 
 
-def layer_norm_columns(
+def normalize_columns(
+    op: Op,
     columns: list[Any],
     validities: list[Any],
     weight: Any,
@@ -361,7 +362,7 @@ def layer_norm_columns(
     given = {"x": y, "weight": weight, "bias": bias}
     dtypes = tuple((name, dtype_name(a.dtype)) for name, a in given.items() if a is not None)
     steps = (("y", (0, row, col)),)
-    problem = Problem(LAYER_NORM, False, dtypes, 1, M, N, steps, (M, 1), omit=omit)
+    problem = Problem(op, False, dtypes, 1, M, N, steps, (M, 1), omit=omit)
     key = DOOR, index, problem
     launch = _memo.settled.get(key) or _memo.keep(
         key, functools.partial(_launch, ready_on(index, problem), COLUMNS, (1,))

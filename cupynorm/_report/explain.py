@@ -235,7 +235,7 @@ def _in_words(checked: _calls.Checked, path: str) -> str:
 
 
 def of_backward(facts: Facts) -> Facts:
-    """Those of a backward for a dy that lies as y does."""
+    """Those of a backward for a dy, and a dsum where there is a sum, that lies as y does."""
     dtypes = {name: d for name, d in facts.dtypes.items() if name in ("x", "weight")}
     if "weight" in dtypes:
         dtypes["dweight"] = dtypes["weight"]
@@ -244,7 +244,9 @@ def of_backward(facts: Facts) -> Facts:
     x = facts.strides["x"]
     dx = None if x is None else result_strides(facts.shape, x, "K")
     strides = {"x": x, "dy": facts.strides["y"], "dx": dx}
-    return facts._replace(backward=True, dtypes=dtypes, strides=strides)
+    if facts.op.residual:
+        strides["dsum"] = facts.strides["y"]
+    return facts._replace(op=facts.op.alone, backward=True, dtypes=dtypes, strides=strides)
 
 
 def _gpu(facts: Facts, name: str | None) -> Device:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from cupynorm import _rules
+from cupynorm._calls import differentiate, normalize
 from cupynorm._layout import Facts, kernel_problem_of
-from cupynorm._ops import LAYER_NORM
+from cupynorm._ops import Op
 from cupynorm._report.explain import of_backward
-from cupynorm.functional import layer_norm, layer_norm_backward
 
 
 def warmup(
@@ -18,6 +18,7 @@ def warmup(
     *,
     affine: bool = True,
     backward: bool = False,
+    op: str = "layer_norm",
     device: str = "cuda",
     progress: bool | None = None,
 ) -> list[str]:
@@ -32,7 +33,9 @@ def warmup(
     affine : bool, default True
         Whether there are weight and bias.
     backward : bool, default False
-        Compile what `layer_norm_backward` needs as well.
+        Compile what the backward needs as well.
+    op : str, default 'layer_norm'
+        The operation, as `explain` names it; x and a residual have one dtype.
     device : {'cuda', 'cpu'}
         'cuda': CuPy's current device. 'cpu': the loops that numba compiles.
     progress : bool, optional
@@ -47,7 +50,7 @@ def warmup(
     Raises
     ------
     ValueError
-        If `device`, a dtype or the shape is not one that `layer_norm` takes.
+        If `device`, `op`, a dtype or the shape is not one that there is.
     ImportError
         If CuPy or tqdm is needed and not installed.
 
@@ -67,12 +70,13 @@ def warmup(
         raise ValueError(msg)
     compiled, label = (_of_gpu, "kernels") if device == "cuda" else (_of_cpu, "loops")
     made: list[str] = []
+    operation = _rules.resolve_op(op)
     for name in _behind_a_bar(dtypes, f"compiling {label}", progress):
-        made += compiled(shape, name, affine, backward)
+        made += compiled(operation, shape, name, affine, backward)
     return list(dict.fromkeys(made))
 
 
-def _of_cpu(shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> list[str]:
+def _of_cpu(op: Op, shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> list[str]:
     """Make the calls that later ones will be like: of one row, and of as many as threads share."""
     from cupynorm._cpu import arrays, engine
 
@@ -80,21 +84,26 @@ def _of_cpu(shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> 
     weight = np.ones(shape, dtype) if affine else None
     for rows in (1, -(-engine.ALONE // max(1, math.prod(shape)))):
         x = np.zeros((rows, *shape), dtype)
-        layer_norm(x, shape, weight, weight)
-        _, mean, rstd = layer_norm(x, shape, weight, weight, return_stats=True)
+        given = op, x, weight, weight if op.center else None, None
+        added = (x, None) if op.residual else ()
+        normalize(*given, (shape, None, 1e-5, "K", False), *added)
+        *_, mean, rstd = normalize(*given, (shape, None, 1e-5, "K", True), *added)
         if backward:
-            layer_norm_backward(x, x, shape, mean, rstd, weight)
+            parts = x, x, mean if op.center else None, rstd, weight, *added[:1]
+            differentiate(op.alone, parts, (shape, None, None))
     return [f"{arrays.describe()}: {name}"]
 
 
-def _of_gpu(shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> list[str]:
+def _of_gpu(op: Op, shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> list[str]:
     """Compile and load, on the current device, what row-major x of a dtype needs."""
     from cupynorm._cuda import arrays as _cuda
 
     N, index = math.prod(shape), _cuda.get_device()
-    dtypes = dict.fromkeys(("x", "weight", "bias") if affine else ("x",), name)
+    small = ("weight", "bias")[: 1 + op.center] if affine else ()
+    shaped = ("x", "y", *(("residual", "sum") if op.residual else ()))
+    dtypes = dict.fromkeys(("x", *small, *shaped[2:]), name)
     few, many = (  # few rows may take K5
-        Facts(LAYER_NORM, False, (rows, N), (1,), dtypes, {"x": (N, 1), "y": (N, 1)})
+        Facts(op, False, (rows, N), (1,), dtypes, dict.fromkeys(shaped, (N, 1)))
         for rows in (1, 2**20)
     )
     calls = (few, many, of_backward(many)) if backward else (few, many)

@@ -32,7 +32,6 @@ Statistics = tuple[Moments, Any, Any]  # of whole rows, with mean and rstd as th
 def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any:
     """Lay out the tasks for a Dask collection: y, or (y, mean, rstd) where `how` asks for them."""
     normalized_shape, axis, eps, order, return_stats = how
-    eps = _rules.check_eps(eps)
     _rules.check_order(order)
     if out is not None:
         _refuse(
@@ -42,6 +41,7 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any
     if not isinstance(x, da.Array):
         return _of_frame(op, x, weight, bias, (normalized_shape, axis, eps, order, return_stats))
     _check_blocks(x)
+    eps = _rules.eps_of(op, eps, _rules.dtype_name(x.dtype))
     asked = _axes(x, normalized_shape, axis)
     axes = tuple(sorted(asked))
     affine = [
@@ -56,15 +56,15 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any
             y = _blocks(_part, f"{op.name}-y", x._meta, (found, every), (0, None))
     else:
         token = f"{op.name}-moments"
-        moments = _blocks(block_moments, token, stats, whole, ones=axes, axes=axes)
+        moments = _blocks(block_moments, token, stats, whole, ones=axes, axes=axes, op=op)
         found = _merged(op, moments, axes, eps)
         arrays = whole, (found, every), *affine
-        y = _blocks(normalize_block, op.name, x._meta, *arrays, axes=axes, order=order)
+        y = _blocks(normalize_block, op.name, x._meta, *arrays, axes=axes, op=op, order=order)
     if not return_stats:
         return y
     return y, *(
         _blocks(_part, f"{op.name}-{name}", stats, (found, every), (k, None), ones=axes)
-        for k, name in ((1, "mean"), (2, "rstd"))
+        for k, name in ((-2, "mean"), (-1, "rstd"))[not op.center :]
     )
 
 
@@ -146,13 +146,13 @@ def whole_rows(x: Any, weight: Any, bias: Any, op: Op, how: How) -> Any:
     return normalize(op, x, weight, bias, None, how)
 
 
-def block_moments(x: Any, axes: Axes) -> Moments:
+def block_moments(x: Any, axes: Axes, op: Op) -> Moments:
     """Moments of one block over `axes`; the bits go by its shape and values, not its strides."""
     xp = array_namespace(x)
     slabs = _slabs(x, axes)
     with _reference.quiet(xp):
         parts = [
-            (row, _reference.merge(xp, [_reference.moments(xp, x[slab], axes) for slab in of_row]))
+            (row, _reference.merge(xp, [_reference.moments(xp, x[at], axes, op) for at in of_row]))
             for row, of_row in itertools.groupby(slabs, lambda slab: _rows_of(slab, axes))
         ]
     if len(parts) == 1:
@@ -175,7 +175,7 @@ def statistics(parts: Sequence[Moments], eps: float) -> Statistics:
 
 
 def normalize_block(
-    x: Any, stats: Statistics, weight: Any, bias: Any, axes: Axes, order: Any
+    x: Any, stats: Statistics, weight: Any, bias: Any, *, axes: Axes, op: Op, order: Any
 ) -> Any:
     """y of one block by the statistics of its rows, slab by slab; x is left alone."""
     xp = array_namespace(x)
@@ -186,7 +186,7 @@ def normalize_block(
             row, column = _rows_of(slab, axes), tuple(slab[a] for a in axes)
             whole = Moments(terms, *(value[row] for value in moments))
             affine = (None if a is None else a[column] for a in (weight, bias))
-            rows = _reference.Rows(xp, x[slab], axes)
+            rows = _reference.Rows(xp, x[slab], axes, op)
             y[slab] = _reference.apply(rows, whole, rstd[row], *affine)
     return y
 

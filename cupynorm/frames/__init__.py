@@ -7,10 +7,10 @@ from typing import Any
 
 from cupynorm import _rules
 from cupynorm._calls import How
-from cupynorm._ops import LAYER_NORM, Op
+from cupynorm._ops import LAYER_NORM, RMS_NORM, ZERO_CENTERED, Op
 from cupynorm.frames import columns, tables
 
-__all__ = ["layer_norm"]
+__all__ = ["layer_norm", "rms_norm"]
 
 
 def layer_norm(
@@ -68,16 +68,55 @@ def layer_norm(
     x -1.225  0.0  1.225
     y -1.000  NaN  1.000
     """
+    return _of_table(LAYER_NORM, df, weight, bias, eps, dtype=dtype, order=order, nulls=nulls)
+
+
+def rms_norm(
+    df: Any,
+    weight: Any = None,
+    eps: float | None = None,
+    *,
+    dtype: Any = None,
+    order: str = "K",
+    nulls: str = "propagate",
+    zero_centered_weight: bool = False,
+) -> Any:
+    """Divide each row of a table by its root mean square.
+
+    Parameters
+    ----------
+    df, weight, dtype, order, nulls : optional
+        As for `layer_norm`, results and errors too.
+    eps, zero_centered_weight : optional
+        As for `cupynorm.rms_norm`; the result's dtype stands for x's.
+
+    Notes
+    -----
+    The formula is that of Zhang and Sennrich (2019), arXiv:1910.07467.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from cupynorm import frames
+    >>> frames.rms_norm(pd.DataFrame({"a": [3.0], "b": [None]}), eps=0.0, nulls="omit")
+         a   b
+    0  1.0 NaN
+    """
+    op = ZERO_CENTERED[RMS_NORM] if zero_centered_weight else RMS_NORM
+    return _of_table(op, df, weight, None, eps, dtype=dtype, order=order, nulls=nulls)
+
+
+def _of_table(op: Op, df: Any, *given: Any, **named: Any) -> Any:
     if not is_table(df):
         msg = (
             f"df is a {type(df).__module__}.{type(df).__qualname__}, not a DataFrame of pandas, "
             "polars or cuDF; pass arrays to cupynorm.layer_norm"
         )
         raise TypeError(msg)
-    return _layer_norm(LAYER_NORM, df, weight, bias, eps, dtype=dtype, order=order, nulls=nulls)
+    return _normalize(op, df, *given, **named)
 
 
-def _layer_norm(
+def _normalize(
     op: Op, df: Any, weight: Any, bias: Any, eps: Any, *, dtype: Any, order: str, nulls: str
 ) -> Any:
     _rules.check_order(order)
@@ -116,4 +155,4 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any
         name = "out=" if out is not None else "return_stats=True"
         msg = f"{name} is for arrays, not for tables; pass df.to_numpy(), or use layer_norm_columns"
         raise TypeError(msg)
-    return _layer_norm(op, x, weight, bias, eps, dtype=None, order=order, nulls="propagate")
+    return _normalize(op, x, weight, bias, eps, dtype=None, order=order, nulls="propagate")

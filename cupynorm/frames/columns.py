@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupynorm import _calls, _libraries, _rules
-from cupynorm._ops import LAYER_NORM, Op
+from cupynorm._ops import LAYER_NORM, RMS_NORM, ZERO_CENTERED, Op
 from cupynorm.frames import tables
 
-__all__ = ["layer_norm_columns"]
+__all__ = ["layer_norm_columns", "rms_norm_columns"]
 
 _NUMBERS = {*_rules.ITEMSIZE, *tables.ARROW.values()}
 
@@ -90,6 +90,48 @@ def layer_norm_columns(
     return normalize(LAYER_NORM, ready, weight, bias, eps, dtype=dtype, out=out, nulls=nulls)
 
 
+def rms_norm_columns(
+    columns: Any,
+    weight: Any = None,
+    eps: float | None = None,
+    *,
+    dtype: Any = None,
+    out: Any = None,
+    nulls: str = "propagate",
+    zero_centered_weight: bool = False,
+) -> Any:
+    """Divide the rows of a table that is given as columns by their root mean square.
+
+    What ``rms_norm(numpy.stack(columns, axis=1))`` computes, without the stack.
+
+    Parameters
+    ----------
+    columns, weight, dtype, out, nulls : optional
+        As for `layer_norm_columns`, errors too.
+    eps, zero_centered_weight : optional
+        As for `rms_norm`; the result's dtype stands for x's.
+
+    Returns
+    -------
+    array
+        As of `layer_norm_columns`.
+
+    Notes
+    -----
+    The formula is that of Zhang and Sennrich (2019), arXiv:1910.07467.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupynorm as cn
+    >>> cn.rms_norm_columns([np.array([3.0]), np.array([-3])], eps=0.0)
+    array([[ 1., -1.]])
+    """
+    ready = gather(tables.read(columns) if tables.library(columns) else columns)
+    op = ZERO_CENTERED[RMS_NORM] if zero_centered_weight else RMS_NORM
+    return normalize(op, ready, weight, None, eps, dtype=dtype, out=out, nulls=nulls)
+
+
 def normalize(
     op: Op,
     columns: list[Column],
@@ -103,7 +145,6 @@ def normalize(
     nulls: str = "propagate",
 ) -> Any:
     """Apply the rules that are left, then normalize gathered columns into `out` or a new matrix."""
-    eps = _rules.check_eps(eps)
     if nulls not in ("propagate", "omit"):
         msg = (
             f"nulls={nulls!r} is not one of 'propagate' (NaN for the row) and 'omit'; pass one of "
@@ -116,6 +157,7 @@ def normalize(
         for label, value in (("weight", weight), ("bias", bias))
     )
     name = result_dtype(columns, dtype, out)
+    eps = _rules.eps_of(op, eps, name)
     if out is not None:
         out = _checked_out(out, (x.shape[0], N), name, columns, (weight, bias))
     omit, new = nulls == "omit", ((x.shape[0], N), _rules.numpy_dtype(name), order)
@@ -128,7 +170,7 @@ def normalize(
         if y.size:
             from cupynorm._cpu.arrays import normalize_columns
 
-            normalize_columns(columns, weight, bias, eps, y, omit=omit)
+            normalize_columns(op, columns, weight, bias, eps, y, omit=omit)
         return y
     from cupynorm._cuda import arrays
 
@@ -136,7 +178,7 @@ def normalize(
         y = arrays.empty(*new) if out is None else out
         if y.size:
             parts = [column.values for column in columns], _whole_bytes(columns)
-            arrays.layer_norm_columns(*parts, weight, bias, eps, y, omit=omit)
+            arrays.normalize_columns(op, *parts, weight, bias, eps, y, omit=omit)
     return y
 
 

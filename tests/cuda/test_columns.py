@@ -57,8 +57,11 @@ def test_nulls(cupy_lib, nulls, N):
     every = np.full(-(-M // 8), 255, np.uint8)
     known = (every if b is None else b for b in bitmaps)
     valid = [np.unpackbits(b, bitorder="little")[:M].astype(bool) for b in known]
-    y = cn.layer_norm_columns(on_device(cupy_lib, columns, bitmaps), nulls=nulls)
-    check(cupy_lib, y, columns, omit=nulls == "omit", valid=valid)  # NaN for NaN
+    given, how = on_device(cupy_lib, columns, bitmaps), {"omit": nulls == "omit", "valid": valid}
+    y = cn.layer_norm_columns(given, nulls=nulls)
+    check(cupy_lib, y, columns, **how)  # NaN for NaN
+    scaled = cn.rms_norm_columns(given, eps=1e-5, nulls=nulls)
+    check(cupy_lib, scaled, columns, center=False, **how)
     assert nulls != "omit" or np.isnan(cupy_lib.to_numpy(y)[8:16]).all()
 
 
