@@ -14,7 +14,7 @@ from cupynorm import _rules, frames
 from cupynorm._cpu import arrays
 from cupynorm._ops import RMS_NORM as RMS
 from tests import oracle
-from tests.conftest import Backend, np_dtype
+from tests.conftest import ALL_DTYPES, Backend, np_dtype
 from tests.directions import laid_out, stats_dtype
 from tests.test_columns import close, expected
 
@@ -303,6 +303,7 @@ def test_columns_and_tables(nulls, dtype):
         pd.testing.assert_frame_equal(cn.rms_norm(df, weight=weight, eps=0.5), table)
 
 
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("chunks", [(3, 40), (40, 7)], ids=["whole", "split"])
 def test_dask(dtype, chunks):
     da = pytest.importorskip("dask.array")
