@@ -77,8 +77,8 @@ def _gathered(source: Array, room: Array, N: int) -> Array:
     return flat.reshape(-1, N)
 
 
-def _wide_moments(x: Array, center: bool) -> tuple[float, float, float]:
-    """Moments of the n elements of x, out of the safe range."""
+def _wide_moments(x: Array, center: bool, eps: float) -> tuple[float, float, float]:
+    """s, mean(x - s) and rstd of the n elements of x, out of the safe range."""
     n, s, m = x.size, 0.0, 0.0
     d = wide = x.astype(np.float64)
     if center:
@@ -86,7 +86,12 @@ def _wide_moments(x: Array, center: bool) -> tuple[float, float, float]:
         s = float(x.dtype.type(float(np.add.reduce(wide / n))))
         d = wide - s
         m = float(np.add.reduce(d / n))
-    return s, m, float(np.add.reduce((d / n) * d)) - m * m
+    top = float(np.max(np.abs(d), initial=0.0))  # and so do their squares
+    top = top if 0 < top < np.inf else 1.0
+    v = float(np.add.reduce((d / top) ** 2)) / n - (m / top) ** 2
+    if v > 0:
+        return s, m, 1.0 / np.hypot(top * np.sqrt(v), np.sqrt(max(eps, 0.0)))
+    return s, m, 1.0 / np.sqrt(v + eps)
 
 
 def _normalize(
@@ -113,12 +118,11 @@ def _normalize(
     v = row_sums(d, d) / n
     low, high = safe_range(d.dtype.name, eps)
     unsafe = np.flatnonzero(~((v > low) & (v < high)))  # NaN goes the long way with the rest
-    v -= m * m
+    r = 1.0 / np.sqrt(v - m * m + eps)
     for row in unsafe:
         values = x[row] if lost is None else x[row][~lost[row]]
-        s[row], m[row], v[row] = _wide_moments(values, center)
+        s[row], m[row], r[row] = _wide_moments(values, center, eps)
         np.subtract(x[row], d.dtype.type(s[row]), out=d[row])
-    r = 1.0 / np.sqrt(v + eps)
     if center:
         d -= m.astype(d.dtype)[:, None]
     d *= r.astype(d.dtype)[:, None]

@@ -117,16 +117,45 @@ def _sums(x, n, s):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _wide_sums(x, n, s):  # type: ignore[no-untyped-def]
+def _wide_mean(x, n, s):  # type: ignore[no-untyped-def]
     # float64, terms scaled by 1/n: a row near the maximum must not overflow its own sum
-    share = 1.0 / n
-    first = 0.0
-    second = 0.0
+    share, mean = 1.0 / n, 0.0
     for i in range(n):
-        d = float(item(x, i)) - s
-        first += d * share
-        second += (d * share) * d
-    return first, second
+        mean += (float(item(x, i)) - s) * share
+    return mean
+
+
+@inner
+def _root(v):  # type: ignore[no-untyped-def]
+    """Root of a variance; one beyond float64's range is given as minus its root."""
+    return -v if v < 0 else math.sqrt(v)
+
+
+@inner
+def _beyond(top, share_sum):  # type: ignore[no-untyped-def]
+    """The variance top**2 * share_sum, as minus its root; 0 or NaN as they are."""
+    return -top * math.sqrt(share_sum) if share_sum > 0 else share_sum
+
+
+@inner
+def _wide_variance(x, n, s, m):  # type: ignore[no-untyped-def]
+    """Of the n elements at x about s + m, from deviations as shares of the largest."""
+    top = 0.0
+    for i in range(n):
+        top = max(top, abs(float(item(x, i)) - s))
+    top = top if 0 < top < math.inf else 1.0
+    share_sum = 0.0
+    for i in range(n):
+        d = (float(item(x, i)) - s) / top
+        share_sum += d * d
+    return _beyond(top, share_sum / n - (m / top) * (m / top))
+
+
+@inner
+def rstd_of(v, eps):  # type: ignore[no-untyped-def]
+    if v < 0:
+        return 1.0 / math.hypot(v, math.sqrt(max(eps, 0.0)))
+    return 1.0 / math.sqrt(v + eps)
 
 
 @inner
@@ -150,7 +179,7 @@ def pivot(x, n):  # type: ignore[no-untyped-def]
 
 @inner
 def moments(x, n, near, low, high):  # type: ignore[no-untyped-def]
-    """Return s, mean(x - s) and the variance, with s = near if that is near enough."""
+    """Return s, mean(x - s) and the variance (see `_root`), with s = near if that is near enough."""
     s = like(x, near)
     m, v = _about(x, n, s)
     if m * m > 0.5 * v:  # the pivot is farther from the mean than the values are
@@ -158,10 +187,9 @@ def moments(x, n, near, low, high):  # type: ignore[no-untyped-def]
         m, v = _about(x, n, s)
     if low < v < high:
         return float(s), m, v - m * m
-    mean, _ = _wide_sums(x, n, 0.0)  # float32 sums overflow, or vanish beside eps
-    s = like(x, mean)
-    m, v = _wide_sums(x, n, float(s))
-    return float(s), m, v - m * m
+    s = like(x, _wide_mean(x, n, 0.0))  # sums of squares overflow, or vanish beside eps
+    m = _wide_mean(x, n, float(s))
+    return float(s), m, _wide_variance(x, n, float(s), m)
 
 
 @inner
@@ -176,8 +204,7 @@ def squares(x, n, near, low, high):  # type: ignore[no-untyped-def]
     _, v = _about(x, n, like(x, 0))
     if low < v < high:
         return 0.0, 0.0, v
-    _, v = _wide_sums(x, n, 0.0)
-    return 0.0, 0.0, v
+    return 0.0, 0.0, _wide_variance(x, n, 0.0, 0.0)
 
 
 @inner
@@ -236,7 +263,7 @@ def apply_row(x, y, n, w, b, wide_s, wide_m, wide_r, has_w, has_b, past):  # typ
 def merge(parts, N):  # type: ignore[no-untyped-def]
     """Merge s, mean - s and variance of the chunks in their order; the tree goes by N alone."""
     s = parts[0]
-    m = v = 0.0
+    m = v = top = least = 0.0
     for c in range(chunks_of(N)):
         share = min(CHUNK, N - c * CHUNK) / N
         m += share * ((parts[3 * c] - s) + parts[3 * c + 1])
@@ -244,7 +271,17 @@ def merge(parts, N):  # type: ignore[no-untyped-def]
         share = min(CHUNK, N - c * CHUNK) / N
         away = ((parts[3 * c] - s) + parts[3 * c + 1]) - m
         v += share * (parts[3 * c + 2] + away * away)
-    return s, m, v
+        top = max(top, abs(away), _root(parts[3 * c + 2]))
+        least = min(least, parts[3 * c + 2])
+    if (least == 0 and v < math.inf) or not 0 < top < math.inf:
+        return s, m, v
+    v = 0.0
+    for c in range(chunks_of(N)):
+        share = min(CHUNK, N - c * CHUNK) / N
+        away = (((parts[3 * c] - s) + parts[3 * c + 1]) - m) / top
+        root = _root(parts[3 * c + 2]) / top
+        v += share * (root * root + away * away)
+    return s, m, _beyond(top, v)
 
 
 @inner
@@ -265,10 +302,16 @@ def short_rows(p, xp, q, yp, M, N, w, b, rule, told, stats, group):  # type: ign
         # square root, which take longer than 64 elements.
         for k in range(n):
             s[k] = rule[3](advance(x, k * xp), N)
+        least = 0.0
         for k in range(n):
             s[k], m[k], r[k] = rule[4](advance(x, k * xp), N, s[k], rule[1], rule[2])
-        for k in range(n):
-            r[k] = 1.0 / math.sqrt(r[k] + rule[0])
+            least = min(least, r[k])
+        if least < 0:
+            for k in range(n):
+                r[k] = rstd_of(r[k], rule[0])
+        else:  # in vectors
+            for k in range(n):
+                r[k] = 1.0 / math.sqrt(r[k] + rule[0])
         for k in range(n):
             to = advance(y, k * yp)
             apply_row(advance(x, k * xp), to, N, w, b, s[k], m[k], r[k], has_w, has_b, False)
@@ -304,7 +347,7 @@ def finish_row(parts, N, eps, told, row):  # type: ignore[no-untyped-def]
     """Merge the chunks of a row: s, mean - s and rstd, which are told where that is wanted."""
     mean, rstd, at, step = told
     s, m, v = merge(parts, N)
-    r = 1.0 / math.sqrt(v + eps)
+    r = rstd_of(v, eps)
     if address(mean) != 0:
         put(mean, at + row * step, like(mean, s + m))
     if address(rstd) != 0:
