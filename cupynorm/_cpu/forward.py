@@ -126,36 +126,32 @@ def _wide_mean(x, n, s):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _root(v):  # type: ignore[no-untyped-def]
-    """Root of a variance; one beyond float64's range is given as minus its root."""
-    return -v if v < 0 else math.sqrt(v)
-
-
-@inner
-def _beyond(top, share_sum):  # type: ignore[no-untyped-def]
-    """The variance top**2 * share_sum, as minus its root; 0 or NaN as they are."""
-    return -top * math.sqrt(share_sum) if share_sum > 0 else share_sum
-
-
-@inner
 def _wide_variance(x, n, s, m):  # type: ignore[no-untyped-def]
-    """Of the n elements at x about s + m, from deviations as shares of the largest."""
+    """Of the n elements at x about s + m, as minus its root: it may be beyond float64's range.
+
+    Taken of deviations as shares of the largest; 0 and NaN are given as they are.
+    """
     top = 0.0
     for i in range(n):
-        top = max(top, abs(float(item(x, i)) - s))
+        d = float(item(x, i)) - s
+        top = d if d > top else -d if -d > top else top
     top = top if 0 < top < math.inf else 1.0
-    share_sum = 0.0
+    v = 0.0
     for i in range(n):
         d = (float(item(x, i)) - s) / top
-        share_sum += d * d
-    return _beyond(top, share_sum / n - (m / top) * (m / top))
+        v += d * d
+    v = v / n - (m / top) * (m / top)
+    return -top * math.sqrt(v) if v > 0 else v
 
 
 @inner
 def rstd_of(v, eps):  # type: ignore[no-untyped-def]
-    if v < 0:
-        return 1.0 / math.hypot(v, math.sqrt(max(eps, 0.0)))
-    return 1.0 / math.sqrt(v + eps)
+    if not v < 0:
+        return 1.0 / math.sqrt(v + eps)
+    root, other = -v, math.sqrt(eps if eps > 0 else 0.0)
+    if root < other:
+        root, other = other, root
+    return 1.0 / (root * math.sqrt(1.0 + (other / root) * (other / root)))
 
 
 @inner
@@ -179,7 +175,10 @@ def pivot(x, n):  # type: ignore[no-untyped-def]
 
 @inner
 def moments(x, n, near, low, high):  # type: ignore[no-untyped-def]
-    """Return s, mean(x - s) and the variance (see `_root`), with s = near if that is near enough."""
+    """Return s, mean(x - s) and the variance, with s = near if that is near enough.
+
+    The latter may be as `_wide_variance` gives it.
+    """
     s = like(x, near)
     m, v = _about(x, n, s)
     if m * m > 0.5 * v:  # the pivot is farther from the mean than the values are
@@ -271,17 +270,22 @@ def merge(parts, N):  # type: ignore[no-untyped-def]
         share = min(CHUNK, N - c * CHUNK) / N
         away = ((parts[3 * c] - s) + parts[3 * c + 1]) - m
         v += share * (parts[3 * c + 2] + away * away)
-        top = max(top, abs(away), _root(parts[3 * c + 2]))
-        least = min(least, parts[3 * c + 2])
+        root = -parts[3 * c + 2]  # if it is one
+        least = -root if -root < least else least
+        root = root if root > 0 else math.sqrt(-root)
+        away = -away if away < 0 else away
+        top = away if away > top else top
+        top = root if root > top else top
     if (least == 0 and v < math.inf) or not 0 < top < math.inf:
         return s, m, v
     v = 0.0
     for c in range(chunks_of(N)):
         share = min(CHUNK, N - c * CHUNK) / N
         away = (((parts[3 * c] - s) + parts[3 * c + 1]) - m) / top
-        root = _root(parts[3 * c + 2]) / top
+        root = -parts[3 * c + 2]
+        root = (root if root > 0 else math.sqrt(-root)) / top
         v += share * (root * root + away * away)
-    return s, m, _beyond(top, v)
+    return s, m, -top * math.sqrt(v)
 
 
 @inner
@@ -305,7 +309,7 @@ def short_rows(p, xp, q, yp, M, N, w, b, rule, told, stats, group):  # type: ign
         least = 0.0
         for k in range(n):
             s[k], m[k], r[k] = rule[4](advance(x, k * xp), N, s[k], rule[1], rule[2])
-            least = min(least, r[k])
+            least = r[k] if r[k] < least else least
         if least < 0:
             for k in range(n):
                 r[k] = rstd_of(r[k], rule[0])
