@@ -322,7 +322,8 @@ __device__ __forceinline__ void add_partials(A* to, const A* totals, int cols, b
     }
 }
 
-template <class Op, int THREADS, int R, bool X_ROWS, bool DY_ROWS, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
+// PANELS: whether there may be more than one. Where it is known that there is not, 80 registers do.
+template <class Op, int THREADS, int R, bool PANELS, bool X_ROWS, bool DY_ROWS, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
 __device__ __forceinline__ void norm_bwd_column(const ColumnGradientArguments<X, W>& a, i64 panel) {
     typedef typename Accumulator<X>::type A;
     typedef Tile<X, R> Shape;
@@ -335,7 +336,7 @@ __device__ __forceinline__ void norm_bwd_column(const ColumnGradientArguments<X,
     A* stats = red + 3 * Share::PARTS * R;
     A* totals = stats + 5 * R;
     const i64 groups = (a.M + R - 1) / R, tiles = a.rows / a.M * groups;
-    const i64 panels = (a.N + panel - 1) / panel;
+    const i64 panels = PANELS ? (a.N + panel - 1) / panel : 1;
     const auto leave = [&](i64 first, int cols, bool alone) {
         A* to = a.partials + (i64)blockIdx.x * a.N + first;
         if (DWEIGHT) add_partials<THREADS>(to, totals, cols, alone);
@@ -348,30 +349,32 @@ __device__ __forceinline__ void norm_bwd_column(const ColumnGradientArguments<X,
         const X* from_x = a.x + outer * a.x_outer + m * a.x_row;
         const X* from_dy = a.dy + outer * a.dy_outer + m * a.dy_row;
         X* to = a.dx + outer * a.dx_outer + m * a.dx_row;
+        const auto get = [&](i64 first, int cols) {
+            __syncthreads();  // the panel before is done with
+            get_tile<THREADS, R, X_ROWS>(x, from_x, a.x_row, a.x_col, first, rows, cols);
+            get_tile<THREADS, R, DY_ROWS>(dy, from_dy, a.dy_row, a.dy_col, first, rows, cols);
+            if (first == 0) get_stats<Op, THREADS, R>(stats, a, outer, m, rows);
+            staged();
+            __syncthreads();
+        };
         TileSums<Share::PAIR, Share::J, A> sums;
         sums.clear();
-        // Panels 0, 1, ..., panels - 1 for the sums, then back to 0 for dx.
-        for (i64 step = 0; step < 2 * panels; ++step) {
-            const i64 first = (step < panels ? step : 2 * panels - 1 - step) * panel;
+        for (i64 i = 0; i < panels; ++i) {
+            const i64 first = i * panel;
             const int cols = at_most(a.N - first, (int)panel);
+            get(first, cols);
             const W* weight = HAS_WEIGHT ? a.weight + first : a.weight;
-            if (step != panels) {
-                __syncthreads();  // the panel before is done with
-                get_tile<THREADS, R, X_ROWS>(x, from_x, a.x_row, a.x_col, first, rows, cols);
-                get_tile<THREADS, R, DY_ROWS>(dy, from_dy, a.dy_row, a.dy_col, first, rows, cols);
-                if (!step) get_stats<Op, THREADS, R>(stats, a, outer, m, rows);
-                staged();
-                __syncthreads();
-            }
-            if (step < panels) {
-                add_gradients<Op, THREADS, R, HAS_WEIGHT>(x, dy, weight, rows, cols, stats, sums);
-                if (step < panels - 1) continue;
-                put_gradients<Op, THREADS, R, X>(sums, a.N, red, stats);
-                __syncthreads();
-                continue;
-            }
+            add_gradients<Op, THREADS, R, HAS_WEIGHT>(x, dy, weight, rows, cols, stats, sums);
+        }
+        put_gradients<Op, THREADS, R, X>(sums, a.N, red, stats);
+        __syncthreads();
+        for (i64 i = panels - 1; i >= 0; --i) {
+            const i64 first = i * panel;
+            const int cols = at_most(a.N - first, (int)panel);
+            if (i < panels - 1) get(first, cols);
+            const W* weight = HAS_WEIGHT ? a.weight + first : a.weight;
             if ((DWEIGHT || DBIAS) && (panels > 1 || t == blockIdx.x))  // each thread its own
-                for (int i = threadIdx.x; i < 2 * a.slots; i += THREADS) totals[i] = 0;
+                for (int k = threadIdx.x; k < 2 * a.slots; k += THREADS) totals[k] = 0;
             differentiate_tile<Op, THREADS, R, DX, DWEIGHT, DBIAS, HAS_WEIGHT>(
                 x, dy, weight, rows, cols, stats, totals, (int)a.slots);
             __syncthreads();  // dx and the sums are read by others than made them

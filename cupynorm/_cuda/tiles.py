@@ -201,8 +201,8 @@ def _plan_bwd(problem: Problem, device: Device) -> Plan:
     grid = min(tile.tiles(shape), blocks_per_sm * device.sm_count)
     along = [problem.steps(array)[2] != 1 for array in ("x", "dy")]
     stage = make_stage(
-        problem, "column", (threads, rows, *map(int, along)),
-        f"t{threads}_r{rows}_" + "".join("F" if a else "C" for a in along),
+        problem, "column", (threads, rows, int(panel < N), *map(int, along)),
+        f"t{threads}_r{rows}_" + "p_" * (panel < N) + "".join("F" if a else "C" for a in along),
         family="column", grid=grid, threads=threads,
         blocks_per_sm=blocks_per_sm, shared_bytes=tile.nbytes(shape, panel),
     )  # fmt: skip
