@@ -364,7 +364,8 @@ def test_a_rows_bits_are_the_same_in_every_batch(engine, direction, dtype, monke
         dy, x = pair((M, N), dtype, seed=N, offset=3.0)
         weight = values((N,), "float32")
         results = []
-        for threads in ("1", "2", "5") if direction == "forward" else ("2",):
+        several = direction == "forward" and engine == "numba"  # blocks take one
+        for threads in ("1", "2", "5") if several else ("2",):
             monkeypatch.setenv("CUPYNORM_NUM_THREADS", threads)
             results.append(run(direction, dy, x, (1,), weight, weight))
         for other in results[1:]:
