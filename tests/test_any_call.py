@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import cupynorm as cn
 from tests import oracle
-from tests.directions import stats_dtype
+from tests.directions import backward, check, stats_dtype
 
 
 @st.composite
@@ -36,7 +36,9 @@ def calls(draw, dtypes=("float16", "float32", "float64"), max_side=9):
         for _ in range(2)
     ]
     eps, order = draw(st.sampled_from([1e-5, 1e-12, 0.1])), draw(st.sampled_from("KCF"))
-    return types.SimpleNamespace(x=x, axis=axes, affine=affine, eps=eps, order=order)
+    dy = np.empty_like(x, order=draw(st.sampled_from("KCF")))
+    dy[...] = rng.standard_normal(shape)
+    return types.SimpleNamespace(x=x, dy=dy, axis=axes, affine=affine, eps=eps, order=order)
 
 
 def agree_with_the_oracle(lib, call):
@@ -71,6 +73,9 @@ def test_any_numpy_call_agrees_with_the_oracle(lib, call):
     inplace = before.copy(order="K")
     cn.layer_norm(inplace, None, *call.affine, call.eps, axis=call.axis, out=inplace)
     np.testing.assert_array_equal(inplace, result.y)
+    if call.x.size:
+        about = {"weight": call.affine[0], "axis": call.axis, "eps": call.eps}
+        check(lib, backward(call.dy, call.x, **about), call.dy, call.x, **about)
 
 
 @pytest.mark.needs("not_numpy", "same_bits")  # JAX would compile each shape

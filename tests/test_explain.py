@@ -87,6 +87,11 @@ def test_strided_columns_take_a_tile():
     long = cn.explain(np.ones((100, 8000), np.float32, order="F"), device="sm_90")
     assert "two sweeps" in long.kernel
     assert 1.4 < long.bytes_moved / long.bytes_floor < 1.5
+    for N, words, most in ((2000, ("panels",), 5 / 3 + 0.05), (300, ("K6", "3 passes"), 1.3)):
+        x = np.empty((4000, N), np.float32, order="F")
+        back = cn.explain(x, device="sm_90", backward=True)
+        assert all(word in back.kernel for word in words) and not back.copies
+        assert (1.5 if N == 2000 else 1) < back.bytes_moved / back.bytes_floor < most
 
 
 def test_floor_counts_each_byte_once():

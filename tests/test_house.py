@@ -63,7 +63,7 @@ MAY_IMPORT = {
 CEILINGS = {
     "cupynorm": (58, 12_860, {".py"}),
     "bench": (24, 4_126, {".py"}),
-    "tests": (None, 25_132, {".py", ".hpp", ".cpp"}),
+    "tests": (None, 24_659, {".py", ".hpp", ".cpp"}),
     "kernels": (16, 3_707, {".cuh"}),
 }
 MAX_LINES = 500  # of a file of the package, which is one idea

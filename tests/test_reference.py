@@ -31,6 +31,8 @@ def run(x, axes=(1,), weight=None, bias=None, eps=1e-5):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9, 1023, 1024, 1025, 4097])
 def test_every_length_of_the_summation_tree(lib, n, assert_close):
+    if lib.backend is Backend.JAX and n not in (1, 9, 1025):
+        pytest.skip("each is compiled anew, from the same sums")
     x = lib.array(RNG.standard_normal((2, n)) + 5)
     want = oracle.layer_norm(lib.to_numpy(x), (1,), None, None, 1e-5)
     for got, its in zip(run(x)[:2], want[:2], strict=True):

@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 import pytest
 
-import cupynorm as cn
 from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import Device
 from cupynorm._cuda.tiles import LANE_THREADS, LANES, TILE_CHUNK, bytes_beyond_floor, lanes_stage
@@ -402,20 +401,3 @@ def test_the_plan_stays_within_the_device(direction, dtype):
                 held = plan.panel
                 assert held % 8 == 0 and held >= 32
             assert plan.slots >= held
-
-
-# --- through the front door -----------------------------------------------------------------------
-
-
-def test_only_what_does_not_fold_is_copied():
-    """Rows of any length are taken as they lie; `explain` tells the passes."""
-    long = cn.explain(np.empty((4000, 2000), np.float32, order="F"), device="sm_90", backward=True)
-    assert "panels" in long.kernel and not long.copies
-    assert 1.5 < long.bytes_moved / long.bytes_floor < 5 / 3 + 0.05
-    short = cn.explain(np.empty((4000, 300), np.float32, order="F"), device="sm_90", backward=True)
-    assert "K6" in short.kernel and "3 passes" in short.kernel and not short.copies
-    assert short.bytes_moved / short.bytes_floor < 1.3
-    apart = cn.explain(
-        np.empty((4, 5, 6, 7), np.float32), axis=(0, 2), device="sm_90", backward=True
-    )
-    assert [c.split(":")[0] for c in apart.copies] == ["of x", "of dy", "of dx"]

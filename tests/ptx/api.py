@@ -36,21 +36,6 @@ class Counters(ctypes.Structure):
     ]
 
 
-class SiteCounters(ctypes.Structure):
-    """`SiteCounters` of state.hpp."""
-
-    _fields_ = [
-        ("region", ctypes.c_void_p),
-        ("pc", ctypes.c_uint32),
-        ("write", ctypes.c_uint32),
-        ("warp_accesses", ctypes.c_uint64),
-        ("bytes", ctypes.c_uint64),
-        ("sectors", ctypes.c_uint64),
-        ("wavefronts", ctypes.c_uint64),
-        ("minimal_wavefronts", ctypes.c_uint64),
-    ]
-
-
 class Fault(ctypes.Structure):
     """`Fault` of state.hpp."""
 
@@ -107,7 +92,6 @@ def api() -> ctypes.CDLL:
         ("ptx_region_set", None, (pointer, flag, flag)),
         ("ptx_shared_region", pointer, ()),
         ("ptx_remote_region", pointer, ()),
-        ("ptx_sites", u64, (ctypes.POINTER(SiteCounters),)),
         ("ptx_launch", flag, (ctypes.POINTER(LaunchRequest), ctypes.POINTER(Fault))),
     ):
         function = getattr(library, name)

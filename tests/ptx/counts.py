@@ -1,15 +1,13 @@
-"""What a launch moved: bytes, accesses, sectors, bank conflicts; per buffer and per source line."""
+"""What a launch moved of each buffer and of shared memory: bytes, sectors, bank conflicts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
-from .api import Counters, SiteCounters, api
+from .api import Counters, api
 from .buffer import Buffer
-
-Site = Callable[[int], tuple[str, int, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,6 @@ class BufferTraffic:
     distinct_write_sectors: int
     read_widths: dict[int, int]
     write_widths: dict[int, int]
-
-    @property
-    def sector_use(self) -> float:
-        """Bytes that lanes loaded and stored, over the bytes of the sectors that took."""
-        return _ratio(
-            self.read_bytes + self.written_bytes, 32 * (self.read_sectors + self.write_sectors)
-        )
 
     @property
     def read_sector_use(self) -> float:
@@ -87,29 +78,11 @@ def _ratio(part: int, whole: int) -> float:
 
 
 @dataclass(frozen=True)
-class SiteTraffic:
-    """What one instruction did to one buffer; `callers` are the lines it was inlined at."""
-
-    line: int
-    text: str
-    callers: tuple[int, ...]
-    memory: str
-    write: bool
-    warp_accesses: int
-    bytes: int
-    sectors: int
-    wavefronts: int
-    minimal_wavefronts: int
-
-
-@dataclass(frozen=True)
 class Traffic:
     """What one launch moved: `traffic["x"]` or `traffic[buffer]`, and `traffic.shared`."""
 
     buffers: tuple[BufferTraffic, ...]
     shared: SharedTraffic
-    _sites: list[tuple[int, str, SiteCounters]] = field(default_factory=list, repr=False)
-    _site: Site | None = field(default=None, repr=False)
 
     def __getitem__(self, key: Any) -> BufferTraffic:
         """Of the buffer with a name, of a Buffer, or of an array of the CuPy stand-in."""
@@ -133,26 +106,9 @@ class Traffic:
         """Bytes written to buffers, summed over lanes."""
         return sum(b.written_bytes for b in self.buffers)
 
-    def sites(self) -> list[SiteTraffic]:
-        """Per instruction of the kernel text, in the order of the lines: where waste comes from."""
-        if not self._sites or self._site is None:
-            return []
-        sites = []
-        for pc, memory, c in self._sites:
-            text, line, callers = self._site(pc)
-            sites.append(
-                SiteTraffic(
-                    line, text, callers, memory, bool(c.write), c.warp_accesses, c.bytes, c.sectors,
-                    c.wavefronts, c.minimal_wavefronts,
-                )
-            )  # fmt: skip
-        return sorted(sites, key=lambda s: (s.line, s.callers, s.memory, s.write))
 
-
-def collect(buffers: Sequence[Buffer], site: Site) -> Traffic:
+def collect(buffers: Sequence[Buffer]) -> Traffic:
     """Counters of the launch that has just ended."""
-    names = {b.region: b.name for b in buffers}
-    names[api().ptx_remote_region()] = "remote shared memory"
     records = []
     for b in buffers:
         c = Counters.from_address(b.region)
@@ -167,7 +123,4 @@ def collect(buffers: Sequence[Buffer], site: Site) -> Traffic:
     merged = {name: getattr(shared, name) for name in own}
     for name in ("read_bytes", "written_bytes", "warp_reads", "warp_writes"):
         merged[f"remote_{name}"] = getattr(remote, name)
-    found = (SiteCounters * api().ptx_sites(None))()
-    api().ptx_sites(found)
-    sites = [(c.pc, names.get(c.region, "shared memory"), c) for c in found]
-    return Traffic(tuple(records), SharedTraffic(**merged), sites, site)
+    return Traffic(tuple(records), SharedTraffic(**merged))

@@ -11,23 +11,10 @@ import numpy as np
 
 from .api import Fault, LaunchRequest, api
 from .buffer import Buffer
-from .counts import BufferTraffic, SharedTraffic, SiteTraffic, Traffic, collect
-from .fault import KINDS, PtxFault
+from .counts import Traffic, collect
+from .fault import PtxFault
 from .kernel import Kernel, kernel
 from .limits import DeviceLimits
-
-__all__ = [
-    "KINDS",
-    "Buffer",
-    "BufferTraffic",
-    "DeviceLimits",
-    "PtxFault",
-    "SharedTraffic",
-    "SiteTraffic",
-    "Traffic",
-    "launch",
-    "load",
-]
 
 # One engine per process, which runs one launch at a time.
 _lock = threading.RLock()
@@ -122,7 +109,7 @@ def launch(
             raise MemoryError("no memory for the shared memory of a cluster")
         if ended:
             raise loaded.exception(fault)
-        return collect(buffers, loaded.site)
+        return collect(buffers)
 
 
 def _gaps(spans: Sequence[tuple[int, int]], dynamic_from: int) -> np.ndarray:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.ptx.launch import KINDS, Buffer, PtxFault, launch
+from tests.ptx.fault import KINDS
+from tests.ptx.launch import Buffer, PtxFault, launch
 
 SEEDS = (None, 1, 2, 3, 0)  # orders of threads, blocks and copies; traffic is counted for the last
 

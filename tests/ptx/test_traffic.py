@@ -23,81 +23,45 @@ def test_coalesced_vector_loads_use_every_sector():
     assert (t.distinct_read_sectors, t.distinct_read_bytes) == (129, 4096)
 
 
-STRIDED = """
-extern "C" __global__ void k(const float* x, float* y, long long stride) {
-  y[threadIdx.x] = x[threadIdx.x * stride];
-}
-"""
-
-
-@pytest.mark.parametrize(("stride", "sectors"), [(1, 4), (2, 8), (3, 12), (8, 32), (100, 32)])
-def test_strided_loads(stride, sectors):
-    t = good(STRIDED, (64,), (floats(64 * stride), unwritten(64), stride))["x"]
-    assert (t.warp_reads, t.read_sectors) == (2, 2 * sectors)
-    assert t.read_sector_use == pytest.approx(4 / sectors)
-
-
-def test_every_lane_reads_one_word():
-    t = good(STRIDED, (64,), (floats(1), unwritten(64), 0))["x"]
-    assert (t.read_bytes, t.read_sectors, t.distinct_read_bytes) == (256, 2, 4)
-    assert t.read_sector_use == 4.0 and t.merged_read_sector_use == 1 / 8
-
-
-def test_column_walk_is_wasteful_per_access_but_merges():
-    """A thread per row: each access touches 32 sectors, and all bytes of each get used."""
-    source = """
-extern "C" __global__ void k(const float* x, float* y) {
-  float sum = 0;
-  for (int i = 0; i < 8; ++i) sum += x[threadIdx.x * 8 + i];
-  y[threadIdx.x] = sum;
-}
-"""
-    t = good(source, (32,), (floats(256), unwritten(32)))["x"]
-    assert (t.warp_reads, t.read_sectors) == (8, 256)
-    assert (t.read_sector_use, t.merged_read_sector_use) == (1 / 8, 1.0)
-
-
-def test_lanes_on_different_ways_are_joined_by_site_and_turn():
-    source = """
-extern "C" __global__ void k(const float* x, float* y, long long n) {
-  float sum = 0;
-  if (threadIdx.x < 3) sum = x[threadIdx.x];
+STRIDED = "y[i] = x[i * n];"
+# Of each: the body, threads, floats of x, n, and what is counted of x.
+LOADS = {
+    **{
+        f"stride {n}": (STRIDED, 64, 64 * n, n, {
+            "warp_reads": 2, "read_sectors": 2 * sectors, "read_sector_use": 4 / sectors})
+        for n, sectors in ((1, 4), (2, 8), (3, 12), (8, 32), (100, 32))
+    },
+    "one word": (STRIDED, 64, 1, 0, {
+        "read_bytes": 256, "read_sectors": 2, "distinct_read_bytes": 4, "read_sector_use": 4.0,
+        "merged_read_sector_use": 1 / 8}),
+    # A thread per row: each access touches 32 sectors, and all bytes of each get used.
+    "columns": ("float sum = 0;\nfor (int k = 0; k < 8; ++k) sum += x[i * 8 + k];\ny[i] = sum;",
+        32, 256, 0, {"warp_reads": 8, "read_sectors": 256, "read_sector_use": 1 / 8,
+                     "merged_read_sector_use": 1.0}),
+    # Joined by site and turn: the first 3 lanes alone; two full rows; the first 16 lanes.
+    "on different ways": ("""
+float sum = 0;
+if (i < 3) sum = x[i];
 #pragma unroll 1
-  for (long long i = threadIdx.x; i < n; i += 32) sum += x[i];
-  y[threadIdx.x] = sum;
-}
+for (long long k = i; k < n; k += 32) sum += x[k];
+y[i] = sum;""", 32, 80, 80, {"reads": 83, "warp_reads": 4, "read_sectors": 1 + 4 + 4 + 2}),
+    "one helper called twice": ("float v = 0;\nif (i < 8) v = get(x);\ny[i] = v + get(x + 32);",
+        32, 64, 0, {"warp_reads": 2, "read_sectors": 1 + 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_loads(name):
+    body, threads, length, n, counted = LOADS[name]
+    source = f"""
+__device__ __forceinline__ float get(const float* x) {{ return x[threadIdx.x]; }}
+extern "C" __global__ void k(const float* x, float* y, long long n) {{
+  const int i = threadIdx.x;
+  {body}
+}}
 """
-    t = good(source, (32,), (floats(80), unwritten(32), 80))["x"]
-    # The first 3 lanes alone; two full rows; the first 16 lanes.
-    assert (t.reads, t.warp_reads, t.read_sectors) == (83, 4, 1 + 4 + 4 + 2)
-
-
-def test_one_helper_called_twice_is_two_sites():
-    source = """
-__device__ __forceinline__ float get(const float* x) { return x[threadIdx.x]; }
-extern "C" __global__ void k(const float* x, float* y) {
-  float v = 0;
-  if (threadIdx.x < 8) v = get(x);
-  y[threadIdx.x] = v + get(x + 32);
-}
-"""
-    t = good(source, (32,), (floats(64), unwritten(32)))["x"]
-    assert (t.warp_reads, t.read_sectors) == (2, 1 + 4)
-
-
-def test_sites_name_the_lines():
-    source = """
-extern "C" __global__ void k(const float* x, float* y) {
-  float a = x[threadIdx.x];
-  float b = x[threadIdx.x * 8];
-  y[threadIdx.x] = a + b;
-}
-"""
-    sites = good(source, (32,), (floats(256), unwritten(32))).sites()
-    assert [(s.line, s.memory, s.write, s.sectors, s.bytes) for s in sites] == [
-        (3, "x", False, 4, 128), (4, "x", False, 32, 128), (5, "y", True, 4, 128),
-    ]  # fmt: skip
-    assert "float b = x[threadIdx.x * 8];" in sites[1].text
+    t = good(source, (threads,), (floats(length), unwritten(threads), n))["x"]
+    assert {key: getattr(t, key) for key in counted} == pytest.approx(counted)
 
 
 def test_fault_inside_a_helper_names_its_callers():

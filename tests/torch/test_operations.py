@@ -1,6 +1,7 @@
-"""RMS norm, 1 + weight and the fused adds on tensors: one body over the operations."""
+"""Layer and RMS norm, 1 + weight and the fused adds on tensors: one body over the operations."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -15,6 +16,7 @@ from cupynorm._torch import operators
 from tests.torch.cases import (
     DTYPES,
     LAYOUTS,
+    SHAPES,
     TORCHSCRIPT,
     affine,
     check,
@@ -27,30 +29,28 @@ from tests.torch.test_compile import TREESPEC, operators_of
 pytestmark = [pytest.mark.filterwarnings(TORCHSCRIPT), pytest.mark.filterwarnings(TREESPEC)]
 
 double, functional = torch.float64, torch.nn.functional
-WHOLE = ["rms_norm", "zero_centered_rms_norm"]
+WHOLE = ["layer_norm", "rms_norm", "zero_centered_rms_norm"]
 ADDING = ["add_layer_norm", "add_rms_norm", "zero_centered_add_rms_norm"]
 EACH = [*WHOLE, *ADDING]
 whole, adding, each = (pytest.mark.parametrize("op", ops) for ops in (WHOLE, ADDING, EACH))
 
 
-def ours(op, x, weight=None, *residual, n=1, eps=1e-5):
-    """One result, or (y, sum)."""
+def ours(op, x, weight=None, *more, n=1, eps=1e-5):
+    """One result, of a weight and layer norm's bias; or (y, sum), of a weight and residual."""
     how = {"zero_centered_weight": True} if OPS[op].unit_weight else {}
+    residual, bias = (more, ()) if OPS[op].residual else ((), more)
     function = getattr(ct, OPS[op].function)
-    return function(x, *residual, x.shape[x.ndim - n :], weight, eps=eps, **how)
+    return function(x, *residual, x.shape[x.ndim - n :], weight, *bias, eps=eps, **how)
 
 
-def by_torch(op, x, weight=None, *residual, eps=1e-5):
-    """The same by torch's own functions."""
-    total = x.to(residual[0].dtype) + residual[0] if residual else x
-    w = weight if weight is None or not OPS[op].unit_weight else 1 + weight
-    shape = x.shape[-1:]
-    y = (
-        functional.layer_norm(total, shape, w, None, eps)
-        if OPS[op].center
-        else functional.rms_norm(total, shape, w, eps)
-    )
-    return (y.to(x.dtype), total) if residual else y
+def written_out(op, x, weight, *more, eps=1e-5):
+    """The formula; torch 2.13's layer_norm has other mixed derivatives, which are wrong."""
+    total = x.to(more[0].dtype) + more[0] if OPS[op].residual else x
+    d = total - total.mean(-1, keepdim=True) if OPS[op].center else total
+    y = d / (d.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    y = y * (1 + weight if OPS[op].unit_weight else weight)
+    y = y + more[0] if op == "layer_norm" else y
+    return (y.to(x.dtype), total) if OPS[op].residual else y
 
 
 def two_calls(op, x, weight, residual, n=1):
@@ -61,11 +61,19 @@ def two_calls(op, x, weight, residual, n=1):
     return ct.layer_norm(total, x.shape[x.ndim - n :], weight).to(x.dtype), total
 
 
-def given(op, *shape, dtype=torch.float32, wide=None):
-    """x, weight and, for an operation that adds one, residual; all require grad."""
-    arrays = [numbers(*shape, dtype=dtype), affine(shape[-1], dtype=dtype)[0]]
+def given(op, *shape, n=1, dtype=torch.float32, wide=None, of_weight=None):
+    """x, weight, and what else the operation takes, bias or residual; all require grad."""
+    parameters = affine(*shape[len(shape) - n :], dtype=of_weight or dtype)
+    arrays = [numbers(*shape, dtype=dtype), *parameters[: 1 + (op == "layer_norm")]]
     arrays += [numbers(*shape, dtype=wide or dtype, seed=5)] * OPS[op].residual
     return [a.requires_grad_() for a in arrays]
+
+
+def check_whole(op, y, grads, dy, x, n, weight, *bias):
+    """Values and gradients against the oracle, which has a bias alone where there is a centre."""
+    scale, center = weight.to(double) + 1 if OPS[op].unit_weight else weight, OPS[op].center
+    check(y, x, n, scale, *bias, center=center)
+    check_gradients((*grads, None)[:3], dy, x, n, scale, center=center)
 
 
 def slopes(result, i=0):
@@ -84,40 +92,41 @@ def total(found):
 
 
 @whole
-@pytest.mark.parametrize("affine_dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("of_weight", DTYPES, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_every_pair_of_dtypes(loops, op, dtype, affine_dtype):
-    x, dy = numbers(40, 33, dtype=dtype, grad=True), (numbers(40, 33, seed=9) - 3).to(dtype)
-    weight = affine(33, dtype=affine_dtype, grad=True)[0]
-    y = ours(op, x, weight)
-    scale = weight.to(double) + 1 if OPS[op].unit_weight else weight
-    check(y, x, 1, scale, center=False)
+def test_every_pair_of_dtypes(loops, op, dtype, of_weight):
+    x, *parameters = given(op, 40, 33, dtype=dtype, of_weight=of_weight)
+    dy, y = (numbers(40, 33, seed=9) - 3).to(dtype), ours(op, x, *parameters)
     y.backward(dy)
-    assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (dtype, dtype, affine_dtype)
-    check_gradients((x.grad, weight.grad, None), dy, x, 1, scale, center=False)
+    grads = [t.grad for t in (x, *parameters)]
+    assert [t.dtype for t in (y, *grads)] == [dtype] * 2 + [of_weight] * len(parameters)
+    check_whole(op, y, grads, dy, x, 1, *parameters)
 
 
 @each
 @pytest.mark.parametrize("layout", [*LAYOUTS, "multi-axis"])
 def test_every_layout(loops, op, layout):
+    """Of x, weight and dy; y lies as torch's, so that a view(-1) that follows it works."""
     x, n = (numbers(3, 4, 5), 2) if layout == "multi-axis" else (LAYOUTS[layout](), 1)
-    weight = affine(*x.shape[x.ndim - n :])[0].requires_grad_()
-    residual = [numbers(*x.shape, seed=5).requires_grad_()] * OPS[op].residual
-    x.requires_grad_()
-    found = ours(op, x, weight, *residual, n=n)
-    got = torch.autograd.grad(total(found), (x, weight, *residual))
-    if residual:
+    shape = x.shape[x.ndim - n :]
+    _, *more = given(op, *x.shape[: x.ndim - n], *shape[::-1], n=n)
+    turned = [t.detach().permute(*range(t.ndim - 1, -1, -1)) for t in more if t.ndim == n]
+    if OPS[op].residual:
+        turned.append(numbers(*x.shape, seed=5))
+    leaves = [t.requires_grad_() for t in (x, *turned)]
+    found = ours(op, *leaves, n=n)
+    if OPS[op].residual:
         assert all(r.is_contiguous() for r in found)
-        want = two_calls(op, x, weight, *residual, n=n)
+        want = two_calls(op, *leaves, n=n)
         assert all(map(torch.equal, found, want))
-        torch.testing.assert_close(
-            got, torch.autograd.grad(total(want), (x, weight, *residual)), rtol=1e-5, atol=1e-5
-        )
+        got, exact = (torch.autograd.grad(total(results), leaves) for results in (found, want))
+        torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
         return
-    scale = weight + 1 if OPS[op].unit_weight else weight
-    check(found, x, n, scale, center=False)
-    dy = slopes(found.detach())
-    check_gradients((*got, None), dy, x, n, scale, center=False)
+    assert found.stride() == functional.layer_norm(x, shape).stride()
+    backwards = (numbers(*x.shape[::-1], seed=9) - 3).permute(*range(x.ndim - 1, -1, -1))
+    for dy in (slopes(found.detach()), backwards, torch.ones(()).expand(x.shape)):
+        got = torch.autograd.grad(found, leaves, dy, retain_graph=True)
+        check_whole(op, found, got, dy, x, n, *turned)
 
 
 @adding
@@ -160,16 +169,22 @@ def test_results_may_be_given():
 # --- further derivatives and transforms ---------------------------------------------------------
 
 
-@each
-def test_gradcheck(op):
-    tensors = given(op, 3, 5, dtype=double)
+CHECKED = [(op, (3, 5), 1) for op in EACH]
+CHECKED += [("layer_norm", *case) for case in SHAPES if 1 < torch.Size(case[0]).numel() < 100]
 
-    def function(*tensors):
-        return ours(op, *tensors, eps=0.5)
 
+@pytest.mark.parametrize(("op", "shape", "n"), CHECKED)
+def test_gradcheck(op, shape, n):
+    x, *more = given(op, *shape, n=n, dtype=double)
     batched = {"check_batched_grad": True, "check_batched_forward_grad": True}
-    assert gradcheck(function, tensors, check_forward_ad=True, **batched)
-    assert gradgradcheck(function, tensors, check_fwd_over_rev=True, check_rev_over_rev=True)
+    for there in itertools.product((1, 0), repeat=2) if op == "layer_norm" else [(1, 1)]:
+        leaves = [x, *(t if wanted else None for t, wanted in zip(more, there, strict=False))]
+
+        def function(*tensors):
+            return ours(op, *tensors, n=n, eps=0.5)
+
+        assert gradcheck(function, leaves, check_forward_ad=True, **batched)
+        assert gradgradcheck(function, leaves, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
 @each
@@ -179,8 +194,9 @@ def test_transforms(op):
     def scalar(f):
         return lambda x, *others: total(f(op, x, *others)) ** 2
 
+    every = tuple(range(1 + len(others)))
     for transform in (jacrev, jacfwd, hessian):
-        got, want = (transform(scalar(f))(x, *others) for f in (ours, by_torch))
+        got, want = (transform(scalar(f), every)(x, *others) for f in (ours, written_out))
         torch.testing.assert_close(got, want)
     weights = torch.stack([others[0], others[0] + 1])
     batch = torch.stack([x, x * 2]), weights, *(torch.stack([o, o - 1]) for o in others[1:])
@@ -191,22 +207,26 @@ def test_transforms(op):
         ]
         got, want = (
             vmap(grad(scalar(f), tuple(range(len(args)))), dims[: len(args)])(*args)
-            for f in (ours, by_torch)
+            for f in (ours, written_out)
         )
         torch.testing.assert_close(got, want)
 
 
 @each
 def test_the_statistics_are_differentiable(op):
-    x, weight, *residual = given(op, 3, 5, dtype=double)
+    """Over axes in any order, and without y."""
+    x = numbers(2, 3, 2, dtype=double, grad=True)
+    weight = affine(2, 2, dtype=double, grad=True)[0]
+    residual = [numbers(2, 3, 2, dtype=double, seed=5, grad=True)] * OPS[op].residual
     how = {"zero_centered_weight": True} if OPS[op].unit_weight else {}
 
-    def function(*tensors):
-        x, weight, *residual = tensors
+    def function(x, weight, *residual):
         norm = getattr(cn, OPS[op].function)
-        return norm(x, *residual, weight=weight, return_stats=True, **how)
+        return norm(x, *residual, weight=weight, axis=(2, 0), return_stats=True, **how)
 
     assert gradcheck(function, [x, weight, *residual], check_forward_ad=True)
+    assert gradcheck(lambda *a: function(*a)[1:], [x, weight, *residual], check_forward_ad=True)
+    assert gradgradcheck(function, [x, weight, *residual])
 
 
 # --- compilers and tracers ----------------------------------------------------------------------
@@ -227,7 +247,7 @@ def test_the_graph_holds_one_operator_each_way(op, dtype):
     assert all(map(torch.equal, got, want))
 
 
-@each
+@pytest.mark.parametrize("op", EACH[1:])  # layer norm's in test_compile
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(op, grad):
     x, weight, *residual = (t.detach() for t in given(op, 4, 3, 8))

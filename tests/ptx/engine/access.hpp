@@ -282,7 +282,7 @@ inline void access(Warp& w, u32 active, const Instruction& i, bool write, Move m
   const u32 width = u32(i.width) * i.count;
   u64 addresses[32];  // all before the first move: a load may overwrite its own address
   each(active, [&](u32 lane) { addresses[lane] = address_of(w, i, lane); });
-  WarpAccess seen{nullptr, pc_of(i), width, write, 0, {}, {}};
+  WarpAccess seen{nullptr, width, write, 0, {}, {}};
   each(active, [&](u32 lane) {
     u64 a = addresses[lane];
     Region* r = check_access(w, lane, a, width, width, write, i.space, i.used, i);

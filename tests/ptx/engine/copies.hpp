@@ -42,7 +42,7 @@ inline Copy take_off(Region* target, uintptr_t to, Region* source, uintptr_t fro
 
 inline void copy_async(Warp& w, Group& group, const Instruction& i, u32 active) {
   ++group.pc;
-  WarpAccess read{nullptr, pc_of(i), i.width, false, 0, {}, {}}, written{nullptr, pc_of(i), i.width, true, 0, {}, {}};
+  WarpAccess read{nullptr, i.width, false, 0, {}, {}}, written{nullptr, i.width, true, 0, {}, {}};
   each(active, [&](u32 lane) {
     u64 from = row<u64>(w, i.src[0])[lane], to = address_of(w, i, lane);
     Region* source = check_access(w, lane, from, i.width, i.width, false, kGlobal, ~0u, i);
@@ -81,7 +81,7 @@ inline void init_arrival(Warp& w, Group& group, const Instruction& i, u32 active
     a.region = r;
     a.count = a.pending = count;
     a.made = r->cells[3 * ((at - r->base) >> r->granule_shift)];
-    WarpAccess seen{r->tally, pc_of(i), 8, true, 1, {at}, {lane}};
+    WarpAccess seen{r->tally, 8, true, 1, {at}, {lane}};
     if (g.count) count_access(seen, w.block->uid);
   });
 }

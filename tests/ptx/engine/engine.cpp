@@ -324,12 +324,6 @@ EXPORT void ptx_region_set(Region* r, int writable, int foreign) {
   r->writable = writable;
   r->space = foreign ? Space::foreign : Space::buffer;
 }
-// Of the last launch; `out` may be null to ask for their number.
-EXPORT u64 ptx_sites(SiteCounters* out) {
-  if (out)
-    for (auto& [key, site] : g.sites) *out++ = site;
-  return g.sites.size();
-}
 EXPORT Region* ptx_shared_region() { return g.shared[0]; }
 EXPORT Region* ptx_remote_region() { return g.remote_shared; }
 
@@ -383,7 +377,6 @@ EXPORT int ptx_launch(const LaunchRequest* q, Fault* out) {
     r->special = r->sources = 0;
   }
   g.shared[0]->counters = g.remote_shared->counters = Counters{};
-  g.sites.clear();
 
   const u32 warps = g.cluster.size * ((g.block_dim.x * g.block_dim.y * g.block_dim.z + 31) / 32);
   const u32 masks = g.predicate_count + g.suspect_count;

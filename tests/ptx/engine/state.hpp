@@ -4,7 +4,6 @@
 #include <bitset>
 #include <cstdarg>
 #include <map>
-#include <unordered_map>
 #include <vector>
 
 #include "memory.hpp"
@@ -122,13 +121,6 @@ struct Landing {
 };
 constexpr u32 kLanding = 1u << 31;  // in Cell::pc: the rest is the number of a landing
 
-// What one instruction did to one region. Read by api.py through ctypes: keep the order.
-struct SiteCounters {
-  Region* region;
-  u32 pc, write;
-  u64 warp_accesses, bytes, sectors, wavefronts, minimal_wavefronts;
-};
-
 // Read by api.py through ctypes: keep the order of the fields.
 struct Fault {
   char kind[32];
@@ -162,7 +154,6 @@ struct Engine {
   Cluster cluster;
   std::map<uintptr_t, Arrival> arrivals;  // by address
   std::vector<Landing> landings;
-  std::unordered_map<u64, SiteCounters> sites;
 
   std::vector<Region*> regions;  // sorted by base
   std::vector<Region*> guesses;  // by instruction: where its last access fell

@@ -7,7 +7,7 @@ namespace ptx {
 // One instruction of a warp at work in one region.
 struct WarpAccess {
   Region* region;
-  u32 pc, width;
+  u32 width;
   bool write;
   u32 lanes = 0;
   uintptr_t address[32];
@@ -33,7 +33,7 @@ inline u32 count_sectors(const WarpAccess& w) {
 }
 
 // Shared memory: 32 banks of 4 bytes; 8-byte accesses go by half warps, 16-byte ones by quarters.
-inline void count_banks(const WarpAccess& w, Counters& c, SiteCounters& s) {
+inline void count_banks(const WarpAccess& w, Counters& c) {
   u32 lanes_per_phase = w.width <= 4 ? 32 : w.width == 8 ? 16 : 8;
   for (u32 phase = 0; phase < 32 / lanes_per_phase; ++phase) {
     uintptr_t words[32 * 4];
@@ -47,18 +47,10 @@ inline void count_banks(const WarpAccess& w, Counters& c, SiteCounters& s) {
     n = u32(std::unique(words, words + n) - words);
     u64 per_bank[32] = {}, ways = 1;
     for (u32 i = 0; i < n; ++i) ways = std::max(ways, ++per_bank[words[i] & 31]);
-    c.wavefronts += ways, s.wavefronts += ways;
-    c.minimal_wavefronts += (n + 31) / 32, s.minimal_wavefronts += (n + 31) / 32;
+    c.wavefronts += ways;
+    c.minimal_wavefronts += (n + 31) / 32;
     c.max_ways = std::max(c.max_ways, ways);
   }
-}
-
-inline SiteCounters& site_of(Region* region, u32 pc, bool write) {
-  u64 key = (u64(pc) << 1 | write) * 0x9E3779B97F4A7C15ull ^ region->base;
-  SiteCounters& s = g.sites[key];
-  s.region = region, s.pc = pc, s.write = write;
-  ++s.warp_accesses;
-  return s;
 }
 
 // Bytes and sectors that this block touches for the first time.
@@ -84,18 +76,14 @@ inline void count_distinct(Region& r, uintptr_t a, u32 width, bool write, u32 ui
 
 inline void count_access(const WarpAccess& w, u32 uid) {
   Counters& c = w.region->counters;
-  SiteCounters& s = site_of(w.region, w.pc, w.write);
-  s.bytes += u64(w.lanes) * w.width;
   ++(w.write ? c.warp_writes : c.warp_reads);
   (w.write ? c.writes : c.reads) += w.lanes;
   (w.write ? c.written_bytes : c.read_bytes) += u64(w.lanes) * w.width;
   (w.write ? c.write_widths : c.read_widths)[31 - __builtin_clz(w.width)] += w.lanes;
   if (w.region->space == Space::shared) {
-    count_banks(w, c, s);
+    count_banks(w, c);
   } else if (w.region->space == Space::buffer) {
-    u32 sectors = count_sectors(w);
-    (w.write ? c.write_sectors : c.read_sectors) += sectors;
-    s.sectors += sectors;
+    (w.write ? c.write_sectors : c.read_sectors) += count_sectors(w);
     for (u32 i = 0; i < w.lanes; ++i)
       count_distinct(*w.region, w.address[i], w.width, w.write, uid);
   }
@@ -104,19 +92,14 @@ inline void count_access(const WarpAccess& w, u32 uid) {
 // A bulk copy reads whole rows of sectors and writes 128 bytes of shared memory at a time.
 inline void count_bulk(const Copy& copy, u32 uid) {
   Counters &read = copy.from->counters, &written = copy.to->tally->counters;
-  u64 sectors = ((copy.from_at + copy.bytes - 1) >> 5) - (copy.from_at >> 5) + 1;
   u64 waves = (copy.bytes + 127) / 128;
   ++read.reads, ++read.warp_reads, ++read.read_widths[5];
   read.read_bytes += copy.bytes;
-  read.read_sectors += sectors;
+  read.read_sectors += ((copy.from_at + copy.bytes - 1) >> 5) - (copy.from_at >> 5) + 1;
   count_distinct(*copy.from, copy.from_at, copy.bytes, false, uid);
   ++written.writes, ++written.warp_writes, ++written.write_widths[5];
   written.written_bytes += copy.bytes;
   written.wavefronts += waves, written.minimal_wavefronts += waves;
-  SiteCounters& from = site_of(copy.from, copy.pc, false);
-  from.bytes += copy.bytes, from.sectors += sectors;
-  SiteCounters& to = site_of(copy.to->tally, copy.pc, true);
-  to.bytes += copy.bytes, to.wavefronts += waves, to.minimal_wavefronts += waves;
 }
 
 }  // namespace ptx
