@@ -10,6 +10,7 @@ from torch import Size, Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from cupynorm import _calls, _rules
+from cupynorm._libraries import cast_of, check_layout
 from cupynorm._ops import OPS, Op, named
 from cupynorm._torch import conversion
 from cupynorm._torch.doors import DOOR
@@ -264,20 +265,23 @@ def _normalize(
         if not is_for_torch(input):
             raise
     except (TypeError, ValueError):
+        check_layout("input", input)
         refuse_no_tensor("weight", weight)
         refuse_no_tensor("bias", bias)
         if op.residual:
             refuse_no_tensor("residual", residual)
         name = _rules.dtype_name(input.dtype)
         if name not in _rules.ITEMSIZE:  # the rules call it x
-            _rules.check_x_dtype(name, "input.to(torch.float32)", op.function)
+            _rules.check_x_dtype(name, cast_of("input", input), op.function)
         raise
     return _by_torch(*by_torch)
 
 
 def _by_torch(op: Op, input: Any, weight: Any, bias: Any, how: Any, residual: Any) -> Any:
-    """The same by torch's own functions."""
+    """The same by torch's own functions, of which only layer norm knows nested rows as they lie."""
     shape, eps = how
+    if tracing() is None and not (input.is_nested and weight is not None and bias is not None):
+        check_layout("input", input)
     x = input.to(residual.dtype) + residual if op.residual else input
     if weight is not None and op.unit_weight:
         weight = weight + 1

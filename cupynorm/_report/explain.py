@@ -178,6 +178,8 @@ def explain(
     how = normalized_shape, axis, default_eps(operation, eps), order, return_stats
     added = (residual, sum_out) if operation.residual else ()
     checked = _calls.check(operation, x, weight, bias, out, how, *added)
+    if hasattr(checked.x, "is_nested"):
+        check_layout("x", checked.x, jagged=False)
     facts, path = checked.facts, _path(checked)
     if backward:
         facts = of_backward(facts)

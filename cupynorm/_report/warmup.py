@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from cupynorm import _rules
+from cupynorm import _calls, _rules
 from cupynorm._layout import Facts, kernel_problem_of
 from cupynorm._ops import LAYER_NORM
 from cupynorm._report.explain import of_backward
@@ -60,8 +60,7 @@ def warmup(
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     _rules.resolve_axes((1, *shape), shape, None)
-    for name in dtypes:
-        _rules.check_x_dtype(name)
+    dtypes = [_rules.read_dtype(d) for d in ([dtypes] if isinstance(dtypes, str) else dtypes)]
     if device not in ("cuda", "cpu"):
         msg = f"device={device!r} is not 'cuda' or 'cpu'; pass one of them"
         raise ValueError(msg)
@@ -89,9 +88,8 @@ def _of_cpu(shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> 
 
 def _of_gpu(shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> list[str]:
     """Compile and load, on the current device, what row-major x of a dtype needs."""
-    from cupynorm._cuda import arrays as _cuda
-
-    N, index = math.prod(shape), _cuda.get_device()
+    with _calls.gpu("device='cuda'") as _cuda:
+        N, index = math.prod(shape), _cuda.get_device()
     dtypes = dict.fromkeys(("x", "weight", "bias") if affine else ("x",), name)
     few, many = (  # few rows may take K5
         Facts(LAYER_NORM, False, (rows, N), (1,), dtypes, {"x": (N, 1), "y": (N, 1)})
