@@ -73,7 +73,11 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How, *added
                 and (type(how[0]) is int or _rules.exact(how[0]))
                 and (how[1] is None or _rules.exact(how[1]))
             ):
-                return call(x, weight, bias, out, *added) if added else call(x, weight, bias, out)
+                try:
+                    return call(x, weight, bias, out, *added) if added else call(x, weight, bias, out)
+                except RuntimeError:  # of a sparse tensor, which may look like a dense one
+                    check(op, x, weight, bias, out, how, *added)
+                    raise
     checked = check(op, x, weight, bias, out, how, *added)
     plain = type(how[2]) is float or how[2] is None
     result = _settle(checked, how, plain)(*checked.arrays)
@@ -101,7 +105,11 @@ def differentiate(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) ->
     if call is None:
         checked = _check_backward(op, arrays, how)
         call, arrays = _settle(checked, how, plain), checked.arrays
-    return call(*arrays)  # type: ignore[no-any-return]
+    try:
+        return call(*arrays)  # type: ignore[no-any-return]
+    except RuntimeError:
+        _check_backward(op, arrays, how)
+        raise
 
 
 def _key(door: Any, op: Op, how: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:

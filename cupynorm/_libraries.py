@@ -5,7 +5,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 # Tables have no single dtype or axis to speak of; guessing a conversion would lose names or nulls.
-_TABLES = {
+TABLES = {
     "pandas": "{}.astype('float64').to_numpy()",
     "cudf": "{}.astype('float64').to_cupy(na_value=numpy.nan)",
     "polars": "numpy.asarray({}, dtype='float64')",
@@ -53,8 +53,8 @@ def classify(x: Any, label: str = "x", beside: Any = None) -> tuple[Any, str]:
         origin = base.__module__.partition(".")[0]
         if origin == "polars" and base.__name__ == "LazyFrame":
             _refuse(f"{label} is a polars LazyFrame", f"pass {label}.collect()")
-        if origin in _TABLES and base.__name__ in _TABLE_TYPES and not _plain_arrow(x):
-            taken = _into(beside, _TABLES[origin].format(label))
+        if origin in TABLES and base.__name__ in _TABLE_TYPES and not _plain_arrow(x):
+            taken = _into(beside, TABLES[origin].format(label))
             _refuse(f"{label} is a {origin} {base.__name__}", f"pass {taken}")
     dense = next((way for way in ("toarray", "todense") if hasattr(x, way)), "")
     if dense and ".sparse" in f".{type(x).__module__}":  # SciPy's, CuPy's, PyData's and JAX's
@@ -109,7 +109,7 @@ def check_layout(label: str, x: Any, *, jagged: bool = True) -> None:
 
 def _plain_numpy(x: np.ndarray[Any, Any], label: str) -> np.ndarray[Any, Any]:
     if isinstance(x, np.ma.MaskedArray):
-        floats = label if x.dtype.kind == "f" else cast_of(label, x)
+        floats = label if x.dtype.kind == "f" and x.itemsize <= 8 else cast_of(label, x)
         floats = f"({floats})" if " / " in floats else floats
         fault = f"{label} is a masked array, whose mask would be ignored"
         _refuse(fault, f"pass {floats}.filled(numpy.nan)")
@@ -164,9 +164,10 @@ def check_companion(label: str, other: Any, x: Any) -> None:
         host = on_host(label, other)
         if mine == "torch" and its == "numpy" and not _torch_takes(other):
             host = f"{label}.astype('float32')"
+        moved = _into(x, host)
         msg = (
             f"{label} is a {its} array but x is a {mine} array; nothing is copied between "
-            f"libraries or devices in silence. Move it first: {_into(x, host)}"
+            f"libraries or devices in silence. Move it first: {moved}"
         )
         raise ValueError(msg)
     if mine == "numpy":
@@ -200,7 +201,8 @@ def cast_of(label: str, x: Any, given: Any = None) -> str:
     if not (given is None or given is x or hasattr(given, "astype")):
         label = f"{'numpy.from_dlpack' if library == 'numpy' else 'cupy.asarray'}({label})"
     if "complex" in str(x.dtype):
-        return f"{library}.abs({label})" if library == "array_api_strict" else f"abs({label})"
+        size = f"{library}.abs({label})" if library == "array_api_strict" else f"abs({label})"
+        return f"{size}.astype('float64')" if str(x.dtype) == "complex256" else size
     if library == "torch":
         return f"{label}.dequantize()" if x.is_quantized else f"{label}.to(torch.float32)"
     if library == "numpy":

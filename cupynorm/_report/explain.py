@@ -10,7 +10,7 @@ from cupynorm._cuda.plan import Device, Plan, Stage
 from cupynorm._cuda.tiles import bytes_beyond_floor
 from cupynorm._display import Sections, Table
 from cupynorm._layout import Facts, Problem, kernel_problem_of, result_strides
-from cupynorm._libraries import library_of
+from cupynorm._libraries import check_layout, library_of
 from cupynorm._rules import ITEMSIZE, default_eps, resolve_op, stats_dtype
 
 # One example per compute capability, for asking what a GPU would run that is not at hand:

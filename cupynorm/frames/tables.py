@@ -44,7 +44,8 @@ def read(table: Any) -> list[Column]:
     if refused:
         told = ", ".join(f"{name!r} ({_dtype(x)})" for name, x in refused[:5])
         told += f" and {len(refused) - 5} more" if len(refused) > 5 else ""
-        msg = f"columns {told} are not numeric; pass {_ways_out(adapter, named, refused)}"
+        made = _ways_out(adapter, named, refused)
+        msg = f"columns {told} are not numeric; pass {made}"
         raise TypeError(msg)
     if not named:
         msg = (

@@ -22,11 +22,13 @@ def check_kind(X: Any) -> None:
         )
         raise TypeError(msg)
     if _is_sparse(X):
+        ways = ("sparse", "X.sparse.to_dense()"), ("to_dense", "X.to_dense()")
+        ways += (("toarray", "X.toarray()"),)
+        dense = next((way for name, way in ways if hasattr(X, name)), "X.todense()")
         msg = (
             f"X is sparse ({type(X).__module__}.{type(X).__qualname__}): subtracting each row's "
-            "mean would make it dense. Pass X.toarray() (X.to_dense() of torch, "
-            "X.sparse.to_dense() of pandas) if that fits into memory, or scale without centering, "
-            "e.g. by sklearn.preprocessing.Normalizer"
+            f"mean would make it dense. Pass {dense} if that fits into memory, or scale without "
+            "centering, e.g. by sklearn.preprocessing.Normalizer"
         )
         raise TypeError(msg)
 
@@ -86,7 +88,7 @@ def as_floats(X: Any, what: str) -> Any:
     if dtype in _rules.ITEMSIZE:
         return X
     if dtype.startswith("complex"):
-        msg = f"Complex data not supported: X has dtype {X.dtype}; pass X.real and X.imag, or abs"
+        msg = f"Complex data not supported: X has dtype {X.dtype}; pass abs(X), or X.real and X.imag"
         raise ValueError(msg)
     from array_api_compat import array_namespace, device
 
