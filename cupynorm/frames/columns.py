@@ -280,8 +280,7 @@ def _about_pivots(columns: list[Column], dtype: str) -> list[Column]:
 
     It is the row's first such integer, and differences are rounded once: y is that of the integers.
     """
-    limit, size = (2**53, 4) if dtype == "float64" else (2**24, 2)
-    far = [c for c in columns if _is_integer(c.values, size) and _beyond(c.values, limit)]
+    far = [c for c in columns if is_far(c.values, dtype)]
     if not far:
         return columns
     last = next((j for j, c in enumerate(far) if c.validity is None), len(far) - 1)
@@ -295,11 +294,11 @@ def _about_pivots(columns: list[Column], dtype: str) -> list[Column]:
         return [c._replace(values=_less(c.values, at)) for c in columns]
 
 
-def _is_integer(x: Any, size: int) -> bool:
-    return isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.itemsize > size and x.size > 0
-
-
-def _beyond(x: Any, limit: int) -> bool:
+def is_far(x: Any, dtype: str) -> bool:
+    """Whether an array holds integers that a float of `dtype` does not tell from each other."""
+    limit, size = (2**53, 4) if dtype == "float64" else (2**24, 2)
+    if not (isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.itemsize > size and x.size):
+        return False
     return int(x.max()) > limit or int(x.min()) < -limit
 
 
