@@ -74,7 +74,9 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How, *added
                 and (how[1] is None or _rules.exact(how[1]))
             ):
                 try:
-                    return call(x, weight, bias, out, *added) if added else call(x, weight, bias, out)
+                    return (
+                        call(x, weight, bias, out, *added) if added else call(x, weight, bias, out)
+                    )
                 except RuntimeError:  # of a sparse tensor, which may look like a dense one
                     check(op, x, weight, bias, out, how, *added)
                     raise

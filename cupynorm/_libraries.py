@@ -219,7 +219,7 @@ def _numpy_cast(label: str, x: np.ndarray[Any, Any]) -> str:
         first = x.dtype.names[0]
         return _numpy_cast(f"{label}[{first!r}]", x[first])
     if x.dtype.kind in "Mm":  # in seconds, dates from the first on
-        since = f"({label} - {label}.min())" if x.dtype.kind == "M" else label
+        since = f"({label} - numpy.nanmin({label}))" if x.dtype.kind == "M" else label
         return f"{since} / numpy.timedelta64(1, 's')"
     if x.dtype.kind == "f" and x.itemsize > 8:
         return f"{label}.astype('float64')"
@@ -333,7 +333,7 @@ def bfloat16() -> np.dtype[Any]:
             "pip install ml_dtypes, or use float32"
         )
         raise ImportError(msg) from error
-    return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
 
 
 def to_host(x: Any) -> np.ndarray[Any, Any]:

@@ -20,9 +20,9 @@ from tests.conftest import _simulated
 UNREACHED = {
     "_torch.machines.check_device: x is on a GPU": "a tensor on a GPU, CuPy missing",
     "_torch.machines.check_device: x is on device": "a tensor on a device of a third kind",
-    "_torch.autograd._no_second_derivative": "tests/torch/test_compile.py: compiles for half a minute",
+    "_torch.autograd._no_second_derivative": "tests/torch/test_compile.py: half a minute",
     "sklearn._check_library": "SCIPY_ARRAY_API=1 before SciPy is imported: tests/test_sklearn.py",
-    "_cuda.plan.make_stage": "2^31 blocks: no memory for them; tests/ of plans ask it",
+    "_cuda.plan.make_stage": "2^31 blocks: no memory for them",
 }
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
 ROW, STATS = np.ones(4, np.float32), np.ones((3, 1), np.float32)
@@ -35,8 +35,8 @@ def without(*names):
     """As if these packages were not installed."""
     kept = [n for n in sys.modules if n == "cupynorm._cuda.arrays"]
     with mock.patch.dict(sys.modules, dict.fromkeys(names)):
-        held = [sys.modules.pop(n) for n in kept]
-        for module in held:
+        for name in kept:
+            del sys.modules[name]
             vars(sys.modules["cupynorm._cuda"]).pop("arrays", None)
         yield
 
@@ -127,7 +127,8 @@ def arguments():
     simulated = {"inside": _simulated}
     for x in (None, [[1, 2], [3, 4]], 3.0, scipy.sparse.csr_array(X.astype(int)), t.to_sparse(),
               torch.nested.nested_tensor([t, t[:2]]), np.ma.masked_equal(X.astype(int), 3),
-              np.matrix(X), np.array(3.0), X.astype("M8[s]"), polars.Series([1, None])):  # fmt: skip
+              np.matrix(X), np.array(3.0), X.astype("M8[s]"),
+              polars.Series([1, None])):  # fmt: skip
         yield ln, {"x": x}, "x"
     yield cn.rms_norm, {"x": polars.LazyFrame({"a": [1.0]})}, {"x": X}
     yield ln, {"x": exporter}, {"x": X}
@@ -159,7 +160,11 @@ def arguments():
     yield back, BACK | {"output_mask": (1, 0)}, {"output_mask": (True, True, True)}
     yield named, {"name": "layernorm"}, {"name": "layer_norm"}
     lacking = functools.partial(without, "ml_dtypes")
-    yield cn.LayerNorm, {"normalized_shape": 4, "dtype": "bfloat16", "inside": lacking}, {"dtype": "float32"}
+    yield (
+        cn.LayerNorm,
+        {"normalized_shape": 4, "dtype": "bfloat16", "inside": lacking},
+        {"dtype": "float32"},
+    )
     threads = functools.partial(mock.patch.dict, "os.environ", CUPYNORM_NUM_THREADS="none")
     yield _fresh_threads, {"inside": threads}, {"inside": DROP}
     lacking = functools.partial(without, "cupy")
@@ -184,7 +189,11 @@ def _reports():
     yield cn.explain, {"x": jnp.ones(4), "device": "sm_90"}, {"x": X}
     yield cn.explain, {"x": X, "op": "norm"}, {"op": "layer_norm"}
     yield cn.warmup, {"normalized_shape": 4, "device": "tpu"}, {"device": "cpu"}
-    yield cn.warmup, {"normalized_shape": 4, "dtypes": "int8", "device": "cpu"}, {"dtypes": "float32"}
+    yield (
+        cn.warmup,
+        {"normalized_shape": 4, "dtypes": "int8", "device": "cpu"},
+        {"dtypes": "float32"},
+    )
     bar = {"progress": True, "inside": functools.partial(without, "tqdm.auto")}
     yield cn.warmup, {"normalized_shape": 4, "device": "cpu"} | bar, {"progress": DROP}
 
@@ -197,7 +206,11 @@ def tables():
 
     from cupynorm import frames
 
-    df, columns, norm = pd.DataFrame({"a": [1, 2], "b": [3, 4]}), cn.layer_norm_columns, frames.layer_norm
+    df, columns, norm = (
+        pd.DataFrame({"a": [1, 2], "b": [3, 4]}),
+        cn.layer_norm_columns,
+        frames.layer_norm,
+    )
     c, bits = np.ones(3, np.float32), np.ones(1, np.uint8)
     yield norm, {"df": X}, lambda: cn.layer_norm(X)
     yield norm, {"df": df, "dtype": "bfloat16"}, lambda: columns(df, dtype="bfloat16")
@@ -206,11 +219,26 @@ def tables():
     yield norm, {"df": df, "nulls": "drop"}, {"nulls": "omit"}
     yield norm, {"df": df[[]]}, {"df": df}
     yield norm, {"df": df.assign(t=pd.to_timedelta([1, 2], unit="s"))}, "df"
-    for given in (X, {"a": c}, iter([c]), 3, torch.ones(2, 3), pl.LazyFrame({"a": [1]}), df["a"], pa.array([1])):
+    for given in (
+        X,
+        {"a": c},
+        iter([c]),
+        3,
+        torch.ones(2, 3),
+        pl.LazyFrame({"a": [1]}),
+        df["a"],
+        pa.array([1]),
+    ):
         yield columns, {"columns": given}, "columns"
     yield columns, {"columns": []}, {"columns": [c]}
     yield columns, {"columns": [(c, bits, 0, 0)]}, {"columns": [(c, bits)]}
-    for given in (torch.ones(3), c.astype("M8[s]"), c.astype(complex), c[:, None], pl.Series(list("abc"))):
+    for given in (
+        torch.ones(3),
+        c.astype("M8[s]"),
+        c.astype(complex),
+        c[:, None],
+        pl.Series(list("abc")),
+    ):
         yield one_column, {"column": given}, "column"
     yield columns, {"columns": [c, c[:2]]}, {"columns": [c, c]}
     for bad in (c, bits[:0]):
@@ -248,10 +276,18 @@ def dask():
     yield norm, {"x": X}, {"x": da.from_array(X)}
     yield cn.layer_norm, {"x": x, "out": np.ones((4, 3))}, {"out": DROP}
     yield norm, {"x": df["a"]}, lambda: norm(df["a"].to_frame())
-    yield norm, {"x": df, "return_stats": True}, lambda: norm(df.to_dask_array(lengths=True), return_stats=True)
+    yield (
+        norm,
+        {"x": df, "return_stats": True},
+        lambda: norm(df.to_dask_array(lengths=True), return_stats=True),
+    )
     yield norm, {"x": df, "weight": da.ones(2)}, "weight"
     yield norm, {"x": x, "weight": [1, 2, 3]}, "weight"
-    for blocks in (scipy.sparse.csr_array(np.ones((4, 3))), np.ma.ones((4, 3), int), np.ma.ones((4, 3))):
+    for blocks in (
+        scipy.sparse.csr_array(np.ones((4, 3))),
+        np.ma.ones((4, 3), int),
+        np.ma.ones((4, 3)),
+    ):
         yield computed, {"x": da.from_array(blocks, chunks=(2, 3))}, "x"
     yield computed, {"x": x.astype(complex)}, "x"
     yield norm, {"x": x[:, x[0] > 0]}, lambda: norm(x[:, x[0] > 0].compute_chunk_sizes())
@@ -273,7 +309,12 @@ def sklearn():
     def fit(X, **how):
         return LayerNormalizer(**how).fit_transform(X)
 
-    for name, bad, good in (("eps", "1", 1e-5), ("eps", -1.0, 0), ("copy", 3, True), ("output_type", "list", None)):
+    for name, bad, good in (
+        ("eps", "1", 1e-5),
+        ("eps", -1.0, 0),
+        ("copy", 3, True),
+        ("output_type", "list", None),
+    ):
         yield fit, {"X": X, name: bad}, {name: good}
     yield fit, {"X": da.from_array(X)}, "X"
     sparse = pd.DataFrame({"a": pd.arrays.SparseArray([0.0, 1.0])})
@@ -284,7 +325,11 @@ def sklearn():
     yield fit, {"X": torch.ones(0, 4)}, {"X": torch.ones(1, 4)}
     yield fit, {"X": torch.full((1, 4), torch.nan)}, {"X": torch.ones(1, 4)}
     holes = pd.DataFrame({"a": [1.0, np.nan], "b": [1.0, 2.0]})
-    yield fit, {"X": holes}, lambda: (fit(holes.dropna()), cn.frames.layer_norm(holes, nulls="omit"))
+    yield (
+        fit,
+        {"X": holes},
+        lambda: (fit(holes.dropna()), cn.frames.layer_norm(holes, nulls="omit")),
+    )
 
 
 def layers():
@@ -306,11 +351,19 @@ def layers():
     yield layer.load_state_dict, {"state": state | {"weight": [1.0] * 4}}, {"state": state}
     backwards = cn.LayerNorm(4)
     backwards.weight = ROW[::-1]
-    yield backwards.to_torch, {}, lambda: (setattr(backwards, "weight", ROW[::-1].copy()), backwards.to_torch())
+    yield (
+        backwards.to_torch,
+        {},
+        lambda: (setattr(backwards, "weight", ROW[::-1].copy()), backwards.to_torch()),
+    )
     yield layer.save, {"path": f"{folder}/norm"}, {"path": f"{folder}/norm.npz"}
     lacking = functools.partial(without, "safetensors", "safetensors.numpy")
     path = f"{folder}/norm.safetensors"
-    yield layer.save, {"path": path, "inside": lacking}, lambda: (layer.save(path), layer.save(f"{folder}/a.npz"))
+    yield (
+        layer.save,
+        {"path": path, "inside": lacking},
+        lambda: (layer.save(path), layer.save(f"{folder}/a.npz")),
+    )
     for ending in ("safetensors", "npz"):
         with open(f"{folder}/cut.{ending}", "w") as file:
             file.write("no")
@@ -349,7 +402,14 @@ def tensors():
     yield ct.layer_norm, {"input": t.to_sparse(), "normalized_shape": short}, "input"
     yield ct.layer_norm, {"input": t.int(), "normalized_shape": short}, "input"
     yield cn.prepare, {"x": [1.0]}, "x"
-    yield cn.prepare, {"x": t, "weight": torch.nn.Buffer(torch.ones(4)).as_subclass(type("T", (torch.Tensor,), {}))}, {"weight": weight.detach()}
+    yield (
+        cn.prepare,
+        {
+            "x": t,
+            "weight": torch.nn.Buffer(torch.ones(4)).as_subclass(type("T", (torch.Tensor,), {})),
+        },
+        {"weight": weight.detach()},
+    )
     import jax.numpy as jnp
     import pandas as pd
 
@@ -366,18 +426,29 @@ def pictures():
     from cupynorm import plot
 
     x = np.arange(24.0).reshape(4, 6)
-    yield plot.moments, {"x": x.reshape(4, 2, 3), "normalized_shape": (2, 3), "images": 0}, {"images": 1}
+    yield (
+        plot.moments,
+        {"x": x.reshape(4, 2, 3), "normalized_shape": (2, 3), "images": 0},
+        {"images": 1},
+    )
     yield plot.affine, {"x": x}, {"weight": np.ones(6)}
     yield plot.distributions, {"x": x[:0]}, {"x": x}
     yield plot.affine, {"x": x * np.nan, "weight": np.ones(6)}, {"x": x}
     yield plot.distributions, {"x": x, "rows": [9]}, {"rows": [3]}
     yield plot.distributions, {"x": x, "rows": 0}, {"rows": 1}
     yield plot.distributions, {"x": x, "ax": plt.gca()}, {"ax": plt.subplots(1, 2)[1]}
-    yield plot.distributions, {"x": x, "inside": functools.partial(without, "matplotlib.pyplot")}, {"inside": DROP}
+    yield (
+        plot.distributions,
+        {"x": x, "inside": functools.partial(without, "matplotlib.pyplot")},
+        {"inside": DROP},
+    )
 
 
 ROWS = {
-    ("_calls", "_libraries", "_rules", "_reference", "_cpu", "_report", "__init__", "_cuda"): (arguments, _reports),
+    ("_calls", "_libraries", "_rules", "_reference", "_cpu", "_report", "__init__", "_cuda"): (
+        arguments,
+        _reports,
+    ),
     ("frames",): (tables,),
     ("dask",): (dask,),
     ("sklearn",): (sklearn,),
@@ -419,33 +490,76 @@ def kinds():
     import torch
 
     names = "?bhilqBHILQefdgFDG"
-    found = [X.astype(name) for name in names] + [X.astype(k) for k in ("M8[s]", "m8[ms]", "S3", "U3", "O")]
-    found += [X.astype(">f4"), X.astype(np.dtypes.StringDType()), X.view("V4"), np.full((3, 4), "a")]
-    found += [X.astype([("a", "i4"), ("b", "f4")]), X.astype(ml_dtypes.float8_e4m3fn), X.astype(ml_dtypes.int4)]
+    found = [X.astype(name) for name in names] + [
+        X.astype(k) for k in ("M8[s]", "m8[ms]", "S3", "U3", "O")
+    ]
+    found += [
+        X.astype(">f4"),
+        X.astype(np.dtypes.StringDType()),
+        X.view("V4"),
+        np.full((3, 4), "a"),
+    ]
+    found += [
+        X.astype([("a", "i4"), ("b", "f4")]),
+        X.astype(ml_dtypes.float8_e4m3fn),
+        X.astype(ml_dtypes.int4),
+    ]
     yield [*found, *map(np.ma.masked_array, found[:23])]
     t = torch.ones(3, 4)
-    dtypes = "bool uint8 uint16 uint32 uint64 int8 int64 complex64 float8_e4m3fn float8_e5m2 bfloat16"
-    layouts = t.to_sparse(), t.to_sparse_csr(), t.to_mkldnn(), torch.quantize_per_tensor(t, 1.0, 0, torch.quint8)
+    dtypes = (
+        "bool uint8 uint16 uint32 uint64 int8 int64 complex64 float8_e4m3fn float8_e5m2 bfloat16"
+    )
+    layouts = (
+        t.to_sparse(),
+        t.to_sparse_csr(),
+        t.to_mkldnn(),
+        torch.quantize_per_tensor(t, 1.0, 0, torch.quint8),
+    )
     yield [*(t.to(getattr(torch, name)) for name in dtypes.split()), *layouts]
-    jaxes = [jax.numpy.asarray(X).astype(k) for k in ("bool", "int32", "uint8", "complex64", "float8_e4m3fn")]
+    jaxes = [
+        jax.numpy.asarray(X).astype(k)
+        for k in ("bool", "int32", "uint8", "complex64", "float8_e4m3fn")
+    ]
     yield [*jaxes, jax.random.key(0)[None]]
     days = pd.to_datetime(["2020", "2021"])
-    plain = [[1j, 2], np.ones(2, np.longdouble), pd.arrays.SparseArray([0.0, 1]), ["a", None], pd.Categorical([1, 2])]
-    plain += [days, days.tz_localize("UTC"), days - days[0], days.to_period("D"), pd.interval_range(0, 2), [[1], [2]]]
+    plain = [
+        [1j, 2],
+        np.ones(2, np.longdouble),
+        pd.arrays.SparseArray([0.0, 1]),
+        ["a", None],
+        pd.Categorical([1, 2]),
+    ]
+    plain += [
+        days,
+        days.tz_localize("UTC"),
+        days - days[0],
+        days.to_period("D"),
+        pd.interval_range(0, 2),
+        [[1], [2]],
+    ]
     plain += [pd.array([1, None], d) for d in ("Int64", "UInt8", "Float32", "boolean")]
-    types = [pa.int8(), pa.decimal128(25, 2), pa.duration("s"), pa.timestamp("s"), pa.date32(), pa.time32("s"),
-             pa.date64(), pa.string(), pa.null(), pa.bool_()]  # fmt: skip
+    types = [pa.int8(), pa.decimal128(25, 2), pa.duration("s"), pa.timestamp("s"), pa.date32(),
+             pa.time32("s"), pa.date64(), pa.string(), pa.null(), pa.bool_()]  # fmt: skip
     odd = {pa.null(): [None, None], pa.bool_(): [True, None], pa.string(): ["a", None]}
     arrows = [pa.array(odd.get(d, [1, None]), d) for d in types]
-    arrows += [pa.array(np.ones(2, np.float16)), pa.array([[1], [2]]), pa.array(["a", "b"]).dictionary_encode()]
+    arrows += [
+        pa.array(np.ones(2, np.float16)),
+        pa.array([[1], [2]]),
+        pa.array(["a", "b"]).dictionary_encode(),
+    ]
     plain += [pd.Series(a, dtype=pd.ArrowDtype(a.type)) for a in arrows]
     for values in plain:
         yield [pd.DataFrame({"a": [1.0, 2.0], "b": values}), pd.DataFrame({"b": values})]
     for values in arrows:
         both = pa.table({"a": [1.0, 2.0], "b": values}), pa.table({"b": values})
         yield [*both, both[0].to_batches()[0], *([pl.from_arrow(one) for one in both])]
-    series = [pl.Series([1, 2], dtype=d) for d in (pl.Int128, pl.Decimal(10, 2), pl.Duration, pl.Time, pl.Date)]
-    series += [pl.Series(["a", "b"], dtype=d) for d in (pl.Categorical, pl.Enum(["a", "b"]), pl.String)]
+    series = [
+        pl.Series([1, 2], dtype=d)
+        for d in (pl.Int128, pl.Decimal(10, 2), pl.Duration, pl.Time, pl.Date)
+    ]
+    series += [
+        pl.Series(["a", "b"], dtype=d) for d in (pl.Categorical, pl.Enum(["a", "b"]), pl.String)
+    ]
     yield [pl.DataFrame({"a": [1.0, 2.0], "b": s}) for s in series] + [s.to_frame() for s in series]
 
 
@@ -465,3 +579,82 @@ def test_every_kind_of_values():
                     if str(error).endswith("pass columns of numbers"):
                         continue  # lists, of which nobody can make numbers
                     follow(call, {name: x}, name)
+
+
+# --- the list of sentences, and the page of it: no raise escapes them ---------------------------
+
+
+def test_every_raise_is_a_sentence_or_internal():
+    told = {(s.module, s.line) for s in sentences.sentences()}
+    inside = {(module, name.partition(":")[0]) for module, name in sentences.INTERNAL}
+    wrappers, missing = set(), []
+    for module, function, line in sentences.all_raises():
+        if (module, line) in told or (module, function) in inside:
+            continue
+        if function.startswith(("_refuse", "refuse")):
+            wrappers.add((module, function))  # its callers' sentences stand for it
+        else:
+            missing.append((module, function, line))
+    # `raise` alone passes on what was caught, which said its sentence elsewhere.
+    paths = {name: module.path for name, module in sentences._modules().items()}
+    lines = {m: paths[m].read_text().splitlines() for m, _, _ in missing}
+    assert not [at for at in missing if lines[at[0]][at[2] - 1].strip() != "raise"]
+    assert wrappers  # or the branch above looks at nothing
+
+
+def test_the_count_is_that_of_the_words():
+    """Another way to count: the word, outside of texts and comments, is what the trees hold."""
+    found = 0
+    for path in sentences.PACKAGE.rglob("*.py"):
+        with path.open("rb") as file:
+            found += sum(token.string == "raise" for token in tokenize.tokenize(file.readline))
+    assert len(sentences.all_raises()) == found
+
+
+def test_a_sentence_says_what_to_do():
+    badly_joined = r"  |(?<!\.)\.\.(?!\.)|\s$|‹msg›|‹fault›|‹way_out›"
+    for sentence in sentences.sentences():
+        assert all(part.strip() for part in sentence.parts), sentence.text
+        assert not re.search(badly_joined, sentence.text), sentence.text
+
+
+def test_the_page_has_them_all():
+    text = errors.page()
+    assert text.count(":::{admonition}") == len(sentences.sentences()) > 50
+    assert text.count("**Way out:** ") == len(sentences.sentences())
+    named = {module for modules in errors.TOPICS.values() for module in modules}
+    rooms = {s.module.partition(".")[0] for s in sentences.sentences()}
+    assert named <= rooms, "a topic of a room that is gone"
+
+
+MODULE = """\
+from typing import NoReturn
+WHAT = 'pass {what}'
+def f(x, n):
+    hint = 'a list' if n else 'an int'
+    if n > 3:
+        msg = f'x is {x!r}; pass {hint}'
+        msg += ', or less'
+        raise ValueError(msg)
+    _refuse(f'{n} is odd', WHAT.format(what=n))
+def _refuse(fault, way_out) -> NoReturn:
+    raise TypeError(f'{fault}; {way_out}')
+"""
+
+
+def test_messages_are_read_as_they_are_built(monkeypatch, tmp_path):
+    def parsed(text):
+        (tmp_path / "module.py").write_text(text)
+        monkeypatch.setattr(sentences, "_modules", functools.cache(modules))
+        return sentences.sentences.__wrapped__()
+
+    modules = sentences._modules.__wrapped__
+    monkeypatch.setattr(sentences, "PACKAGE", tmp_path)
+    found = parsed(MODULE)
+    assert [(s.function, s.error, s.text, s.when) for s in found] == [
+        ("f", "ValueError", "x is ‹x›; pass a list or an int, or less", "n > 3"),
+        ("f", "TypeError", "‹n› is odd; pass ‹what›", ""),
+    ]
+    assert found[0].parts == ("x is ‹x›; ", "pass a list or an int, or less")
+    with pytest.raises(ValueError, match=r"module\.py:2 raises without a sentence"):
+        parsed("def f():\n    raise KeyError\n")

@@ -72,8 +72,8 @@ def layer_norm(
     """
     if not is_table(df):
         msg = (
-            f"df is a {type(df).__module__}.{type(df).__qualname__}, not a table of pandas, polars, "
-            "Arrow or cuDF; pass arrays to cupynorm.layer_norm"
+            f"df is a {type(df).__module__}.{type(df).__qualname__}, not a table of pandas, "
+            "polars, Arrow or cuDF; pass arrays to cupynorm.layer_norm"
         )
         raise TypeError(msg)
     return _layer_norm(LAYER_NORM, df, weight, bias, eps, dtype=dtype, order=order, nulls=nulls)

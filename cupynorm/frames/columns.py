@@ -121,7 +121,11 @@ def normalize(
     if out is not None:
         out = _checked_out(out, (x.shape[0], N), name, columns, (weight, bias))
     columns = _about_pivots(columns, _rules.stats_dtype(name))
-    x, omit, new = columns[0].values, nulls == "omit", ((x.shape[0], N), _rules.numpy_dtype(name), order)
+    x, omit, new = (
+        columns[0].values,
+        nulls == "omit",
+        ((x.shape[0], N), _rules.numpy_dtype(name), order),
+    )
     matrix = None if omit else as_matrix(columns)
     if matrix is not None and matrix.dtype == (new[1] if out is None else out.dtype):
         how = None, 1, eps, order if out is None else "K", False

@@ -23,7 +23,7 @@ TABLES, COLUMNS = ("DataFrame", "Table", "RecordBatch"), ("Series", "Array", "Ch
 
 
 def library(x: Any, kinds: tuple[str, ...] = TABLES) -> str:
-    """'pandas', 'polars', 'pyarrow' or 'cudf' if x is a table, or of a subclass, of that library."""
+    """'pandas', 'polars', 'pyarrow' or 'cudf' if x is a table of it, or of a subclass."""
     for base in type(x).__mro__:
         origin = base.__module__.partition(".")[0]
         if base.__name__ in kinds and origin in _ADAPTERS:

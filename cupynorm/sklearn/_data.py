@@ -22,9 +22,9 @@ def check_kind(X: Any) -> None:
         )
         raise TypeError(msg)
     if _is_sparse(X):
-        ways = ("sparse", "X.sparse.to_dense()"), ("to_dense", "X.to_dense()")
-        ways += (("toarray", "X.toarray()"),)
-        dense = next((way for name, way in ways if hasattr(X, name)), "X.todense()")
+        ways = {"sparse": "X.sparse.to_dense()", "to_dense": "X.to_dense()"}
+        ways["toarray"] = "X.toarray()"
+        dense = next((way for name, way in ways.items() if hasattr(X, name)), "X.todense()")
         msg = (
             f"X is sparse ({type(X).__module__}.{type(X).__qualname__}): subtracting each row's "
             f"mean would make it dense. Pass {dense} if that fits into memory, or scale without "
@@ -88,7 +88,9 @@ def as_floats(X: Any, what: str) -> Any:
     if dtype in _rules.ITEMSIZE:
         return X
     if dtype.startswith("complex"):
-        msg = f"Complex data not supported: X has dtype {X.dtype}; pass abs(X), or X.real and X.imag"
+        msg = (
+            f"Complex data not supported: X has dtype {X.dtype}; pass abs(X), or X.real and X.imag"
+        )
         raise ValueError(msg)
     from array_api_compat import array_namespace, device
 
