@@ -54,8 +54,7 @@ def test_x_of_another_dtype_in_every_library(lib, direction):
     cast = "x.to(torch.float32)" if lib.name.startswith("torch") else "x.astype('float32')"
     if lib.name.startswith("strict"):
         cast = "astype(x, "  # the standard has a function and no method
-    # CuPy's stand-in holds no complex arrays.
-    for kind in ("int32", "bool", "complex64")[: 2 if lib.backend.compiles else 3]:
+    for kind in ("int32", "bool"):
         x = lib.from_numpy(np.ones((2, 3), dtype=kind))
         refused(TypeError, f"dtype {kind}", cast, direction=direction, x=x)
 
@@ -90,7 +89,7 @@ def test_shapes_that_go_with_other_axes():
 
 
 @pytest.mark.parametrize(("direction", "name"), [c for c in COMPANIONS if c[1] != "out"])
-@pytest.mark.parametrize("kind", ["int64", "int32", "bool", "complex64", "object"])
+@pytest.mark.parametrize("kind", ["int64", "int32", "bool", "object"])
 def test_dtype_that_is_not_floating(direction, name, kind):
     error, way_out = (TypeError, f"{name}.astype('float32')")
     if name in ("dy", "mean", "rstd"):
@@ -145,7 +144,7 @@ def test_another_library(lib, direction, name):
     refused(ValueError, *words, direction=direction, make=lib.array, **{name: ones(name)})
     words = f"{name} is a", "x is a numpy array", "Move it first:"
     text = refused(ValueError, *words, direction=direction, **{name: lib.array(ones(name))})
-    assert re.search(rf"numpy\.asarray\({name}\)|asnumpy\({name}\)", text)
+    assert re.search(rf"numpy\.asarray\({name}\)|asnumpy\({name}\)|{name}.*numpy\(\)", text)
 
 
 @each_companion
