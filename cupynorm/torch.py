@@ -252,10 +252,7 @@ def _normalize(
             check_device(input.device)
         if not op.residual:
             input, weight, bias = autocast(input, weight, bias)
-    normalized_shape, eps = how
-    if type(normalized_shape) is Size:
-        normalized_shape = tuple(normalized_shape)
-    settled = normalized_shape, None, eps, "C", False
+    settled = tuple(how[0]) if type(how[0]) is Size else how[0], None, how[1], "C", False
     try:
         if not op.residual:
             return _calls.normalize(op, input, weight, bias, None, settled)
@@ -265,13 +262,12 @@ def _normalize(
         if not is_for_torch(input):
             raise
     except (TypeError, ValueError):
-        check_layout("input", input)
-        refuse_no_tensor("weight", weight)
-        refuse_no_tensor("bias", bias)
-        if op.residual:
-            refuse_no_tensor("residual", residual)
-        name = _rules.dtype_name(input.dtype)
-        if name not in _rules.ITEMSIZE:  # the rules call it x
+        if input.layout is not torch.jagged and is_for_torch(input):
+            return _by_torch(*by_torch)
+        for label, value in (("weight", weight), ("bias", bias), ("residual", residual)):
+            if label != "residual" or op.residual:
+                refuse_no_tensor(label, value)
+        if (name := _rules.dtype_name(input.dtype)) not in _rules.ITEMSIZE:  # the rules call it x
             _rules.check_x_dtype(name, cast_of("input", input), op.function)
         raise
     return _by_torch(*by_torch)
