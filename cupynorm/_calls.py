@@ -11,7 +11,7 @@ A door is what a library's arrays come in by: an object with ``look(array)``, ``
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,14 +66,20 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How, *added
                 if added:
                     key += tuple(None if a is None else look(a) for a in added)
                 call = settled.get(key)
-            except (AttributeError, TypeError):  # no array, or a shape that is a list
+            except (AttributeError, TypeError, RuntimeError):  # no array, a shape that is a list
                 call = None
             if call is not None and (
                 (type(how[2]) is float or how[2] is None)
                 and (type(how[0]) is int or _rules.exact(how[0]))
                 and (how[1] is None or _rules.exact(how[1]))
             ):
-                return call(x, weight, bias, out, *added) if added else call(x, weight, bias, out)
+                try:
+                    return (
+                        call(x, weight, bias, out, *added) if added else call(x, weight, bias, out)
+                    )
+                except RuntimeError:  # of a sparse tensor, which may look like a dense one
+                    check(op, x, weight, bias, out, how, *added)
+                    raise
     checked = check(op, x, weight, bias, out, how, *added)
     plain = type(how[2]) is float or how[2] is None
     result = _settle(checked, how, plain)(*checked.arrays)
@@ -96,12 +102,16 @@ def differentiate(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) ->
     if door is not None and plain and _rules.exact(how[0]) and _rules.exact(how[1]):
         if door.select is not None:
             door = door.select(arrays[1], arrays[0], *arrays[2:])
-        with contextlib.suppress(AttributeError, TypeError):  # no arrays
+        with contextlib.suppress(AttributeError, TypeError, RuntimeError):  # no arrays
             call = settled.get(_key(door, op, how, arrays)) if door.look is not None else None
     if call is None:
         checked = _check_backward(op, arrays, how)
         call, arrays = _settle(checked, how, plain), checked.arrays
-    return call(*arrays)  # type: ignore[no-any-return]
+    try:
+        return call(*arrays)  # type: ignore[no-any-return]
+    except RuntimeError:
+        _check_backward(op, arrays, how)
+        raise
 
 
 def _key(door: Any, op: Op, how: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -228,20 +238,20 @@ def _check_x(
     op: Op, x: Any, normalized_shape: Any, axis: Any
 ) -> tuple[Any, tuple[int, ...], tuple[int, ...] | None]:
     """x as an array of a library, the axes as they were named, weight's permutation."""
-    x = take_in("x", x)
+    given, x = x, take_in("x", x)
     dtype = _rules.dtype_name(x.dtype)
     if dtype not in _rules.ITEMSIZE:
-        _rules.check_x_dtype(dtype, _libraries.cast_of("x", x), op.function)
+        _rules.check_x_dtype(dtype, _libraries.cast_of("x", x, given), op.function)
     axes = _rules.resolve_axes(tuple(x.shape), normalized_shape, axis)
     return x, axes, _rules.axis_order(axes)
 
 
 def checked_affine(label: str, value: Any, x: Any, expected: tuple[int, ...]) -> Any:
     """A weight or bias that has passed every rule."""
-    value = companion_of(label, value, x)
+    given, value = value, companion_of(label, value, x)
     dtype = _rules.dtype_name(value.dtype)
     if dtype not in _rules.ITEMSIZE:
-        _rules.check_affine_dtype(label, dtype, _libraries.cast_of(label, value))
+        _rules.check_affine_dtype(label, dtype, _libraries.cast_of(label, value, given))
     _rules.check_affine_shape(label, tuple(value.shape), expected)
     return value
 
@@ -258,25 +268,39 @@ def _beside(of: tuple[str, str], value: Any, x: Any, shape: tuple[int, ...], dty
 
 def companion_of(label: str, value: Any, x: Any) -> Any:
     """Take in a subclass or a mere exporter; refuse what lives elsewhere than x."""
-    value = take_in(label, value)
+    value = take_in(label, value, x)
     _libraries.check_companion(label, value, x)
     return value
 
 
-def take_in(label: str, x: Any) -> Any:
+def take_in(label: str, x: Any, beside: Any = None) -> Any:
     """Look at an array; a mere exporter becomes an array of NumPy or CuPy over its memory."""
-    x, path = _libraries.classify(x, label)
+    x, path = _libraries.classify(x, label, beside)
     if path != "gpu-exporter":
         return x
+    with gpu(f"{label} on a GPU") as arrays:
+        return arrays.from_exporter(x)
+
+
+@contextlib.contextmanager
+def gpu(what: str) -> Iterator[Any]:
+    """CuPy's door, for `what` needs it, and a sentence where CuPy or a GPU is missing."""
     try:
         from cupynorm._cuda import arrays
     except ImportError as error:
         msg = (
-            f"{label} is on a GPU, and CuPy, which would take it, cannot be imported ({error}); "
+            f"{what} needs CuPy, which cannot be imported ({error}); "
             "pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
         )
         raise ImportError(msg) from error
-    return arrays.from_exporter(x)
+    try:
+        yield arrays
+    except RuntimeError as error:  # CuPy's, where there is no driver or no such GPU
+        msg = (
+            f"{what} cannot be used ({error}); run `python -m cupynorm`, which tells why, or use "
+            "the CPU"
+        )
+        raise RuntimeError(msg) from error
 
 
 def door_of(x: Any, *others: Any) -> Any:

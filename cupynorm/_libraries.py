@@ -5,9 +5,14 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 # Tables have no single dtype or axis to speak of; guessing a conversion would lose names or nulls.
-_TABLES = {"pandas": "to_numpy()", "cudf": "to_cupy()", "polars": "to_numpy()"}
+TABLES = {
+    "pandas": "{}.astype('float64').to_numpy()",
+    "cudf": "{}.astype('float64').to_cupy(na_value=numpy.nan)",
+    "polars": "numpy.asarray({}, dtype='float64')",
+    "pyarrow": "numpy.asarray({}, dtype='float64')",
+}
+_TABLE_TYPES = ("DataFrame", "Series", "Index", "Table", "RecordBatch", "ChunkedArray", "Array")
 _ON_CPU, _ON_GPU = (1, 3), (2, 13)  # DLPack's device types; 3: pinned, 13: managed memory
-_TABLE_TYPES = ("DataFrame", "Series", "LazyFrame", "Index")
 
 
 class Strided(Protocol):
@@ -29,11 +34,11 @@ def library_of(x: Any) -> str:
     return "jax" if name == "jaxlib" else name
 
 
-def classify(x: Any, label: str = "x") -> tuple[Any, str]:
+def classify(x: Any, label: str = "x", beside: Any = None) -> tuple[Any, str]:
     """Tell the path of an array; a mere exporter on the CPU becomes a NumPy array of its memory.
 
     The path is 'numpy', 'cupy', 'namespace' (any other array-API library), or 'gpu-exporter',
-    which CuPy has yet to take in. `label` is what the caller calls it.
+    which CuPy has yet to take in. `label` is what the caller calls it, `beside` what it goes with.
     """
     if isinstance(x, np.ndarray):
         return _plain_numpy(x, label), "numpy"
@@ -42,11 +47,20 @@ def classify(x: Any, label: str = "x") -> tuple[Any, str]:
     if library == "cupy" and hasattr(type(x), "__cuda_array_interface__"):
         return x, "cupy"
     if library == "torch" and hasattr(x, "untyped_storage"):
+        check_layout(label, x)
         return x, "namespace"  # said without array_api_compat, whose caches torch.compile warns of
     for base in type(x).__mro__:
         origin = base.__module__.partition(".")[0]
-        if origin in _TABLES and base.__name__ in _TABLE_TYPES:
-            _refuse(f"{label} is a {origin} {base.__name__}", f"pass {label}.{_TABLES[origin]}")
+        if origin == "polars" and base.__name__ == "LazyFrame":
+            _refuse(f"{label} is a polars LazyFrame", f"pass {label}.collect()")
+        if origin in TABLES and base.__name__ in _TABLE_TYPES and not _plain_arrow(x):
+            taken = _into(beside, TABLES[origin].format(label))
+            _refuse(f"{label} is a {origin} {base.__name__}", f"pass {taken}")
+    dense = next((way for way in ("toarray", "todense") if hasattr(x, way)), "")
+    if dense and ".sparse" in f".{type(x).__module__}":  # SciPy's, CuPy's, PyData's and JAX's
+        floats = "" if "float" in str(x.dtype) else ".astype('float32')"
+        taken = _into(beside, f"{label}.{dense}(){floats}")
+        _refuse(f"{label} is a sparse {_kind(x)}", f"pass {taken}")
     from array_api_compat import is_array_api_obj
 
     if not isinstance(x, np.generic) and is_array_api_obj(x):
@@ -56,18 +70,49 @@ def classify(x: Any, label: str = "x") -> tuple[Any, str]:
         return x, "gpu-exporter"
     if device in _ON_CPU:
         return _from_dlpack(x, label), "numpy"
-    _refuse(
-        f"{label} is a {type(x).__module__}.{type(x).__qualname__}, which is no array",
-        f"pass an array, e.g. numpy.asarray({label}, dtype='float32')",
-    )
+    taken = _into(beside, _floats_of(x, label))
+    _refuse(f"{label} is a {_kind(x)}, which is no array", f"pass an array, e.g. {taken}")
+
+
+def _plain_arrow(x: Any) -> bool:
+    """Whether Arrow's DLPack exports an array as it is."""
+    return str(getattr(x, "type", "")) in ("float", "double") and getattr(x, "null_count", 1) == 0
+
+
+def _kind(x: Any) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
+def _floats_of(x: Any, label: str) -> str:
+    """How NumPy makes an array of what is none; another one where there are no numbers in it."""
+    try:
+        ndim = np.asarray(x, dtype="float32").ndim
+    except (TypeError, ValueError, OverflowError):
+        x = None
+    if x is None:
+        return "numpy.zeros((2, 3), 'float32')"
+    return f"numpy.asarray({label if ndim else f'[{label}]'}, dtype='float32')"
+
+
+def check_layout(label: str, x: Any, *, jagged: bool = True) -> None:
+    """Refuse a tensor that is no one block of memory; jagged ones torch computes itself."""
+    import torch
+
+    if x.is_nested and (x.layout is torch.strided or not jagged):
+        rows = f"list({label}.unbind())"
+        taken = f"torch.nested.as_nested_tensor({rows}, layout=torch.jagged)"
+        taken = taken if jagged else f"{label}.unbind()[0]"
+        _refuse(f"{label} is a nested tensor of layout {x.layout}", f"pass {taken}")
+    if x.layout is not torch.strided and not x.is_nested:
+        _refuse(f"{label} is a tensor of layout {x.layout}", f"pass {label}.to_dense()")
 
 
 def _plain_numpy(x: np.ndarray[Any, Any], label: str) -> np.ndarray[Any, Any]:
     if isinstance(x, np.ma.MaskedArray):
-        _refuse(
-            f"{label} is a masked array, whose mask would be ignored",
-            f"pass {label}.filled(numpy.nan)",
-        )
+        floats = label if x.dtype.kind == "f" and x.itemsize <= 8 else cast_of(label, x)
+        floats = f"({floats})" if " / " in floats else floats
+        fault = f"{label} is a masked array, whose mask would be ignored"
+        _refuse(fault, f"pass {floats}.filled(numpy.nan)")
     if isinstance(x, np.matrix):
         _refuse(f"{label} is a numpy.matrix, which is always 2-D", f"pass numpy.asarray({label})")
     return x if type(x) is np.ndarray else x.view(np.ndarray)
@@ -96,27 +141,33 @@ def _refuse(fault: str, way_out: str) -> NoReturn:
     raise TypeError(msg)
 
 
-_MOVES = {
-    "numpy": "cupy.asnumpy({0}) or numpy.asarray({0})",
-    "cupy": "cupy.asarray({0})",
-    "torch": "torch.as_tensor({0}, device=x.device)",
-    "jax": "jax.numpy.asarray({0})",
+# How an array of a library becomes NumPy's, and how NumPy's becomes one of x's library.
+_TO_HOST = {"numpy": "{}", "cupy": "cupy.asnumpy({})", "torch": "{}.detach().cpu().numpy()"}
+_INTO = {
+    "numpy": "{}",
+    "cupy": "cupy.asarray({})",
+    "torch": "torch.as_tensor({}, device=x.device)",
+    "jax": "jax.numpy.asarray({})",
 }
+
+
+def _into(x: Any, expression: str) -> str:
+    """How what NumPy makes becomes an array of x's library; x may be None."""
+    mine = "numpy" if x is None else library_of(x)
+    return _INTO.get(mine, f"{mine}.asarray({{}})").format(expression)
 
 
 def check_companion(label: str, other: Any, x: Any) -> None:
     """Refuse a weight, bias or out of another library or on another device than x."""
     mine, its = library_of(x), library_of(other)
     if its != mine:
-        if not (hasattr(other, "shape") and hasattr(other, "dtype")):
-            _refuse(
-                f"{label} is a {type(other).__name__}, which is no array",
-                f"pass an array of x's library, {mine}",
-            )
-        move = _MOVES.get(mine, f"{mine}.asarray({{0}})").format(label)
+        host = on_host(label, other)
+        if mine == "torch" and its == "numpy" and not _torch_takes(other):
+            host = f"{label}.astype('float32')"
+        moved = _into(x, host)
         msg = (
             f"{label} is a {its} array but x is a {mine} array; nothing is copied between "
-            f"libraries or devices in silence. Move it first: {move}"
+            f"libraries or devices in silence. Move it first: {moved}"
         )
         raise ValueError(msg)
     if mine == "numpy":
@@ -130,14 +181,53 @@ def check_companion(label: str, other: Any, x: Any) -> None:
         raise ValueError(msg)
 
 
-def cast_of(label: str, x: Any) -> str:
-    """How x's own library spells the cast to float32."""
+def on_host(label: str, x: Any) -> str:
+    """How an array of any library becomes NumPy's."""
+    known = f"{label}.float()" if str(x.dtype) == "torch.bfloat16" else label
+    return _TO_HOST.get(library_of(x), "numpy.asarray({})").format(known)
+
+
+def _torch_takes(a: np.ndarray[Any, Any]) -> bool:
+    """Whether torch takes NumPy's memory: native numbers that it knows, no step backwards."""
+    return a.dtype.kind == "f" and a.dtype.isnative and min((0, *a.strides)) == 0
+
+
+def cast_of(label: str, x: Any, given: Any = None) -> str:
+    """How x's own library spells the cast to float32, or what else makes numbers of its kind.
+
+    `given` is what x was taken in from, maybe a mere exporter.
+    """
     library = library_of(x)
+    if not (given is None or given is x or hasattr(given, "astype")):
+        label = f"{'numpy.from_dlpack' if library == 'numpy' else 'cupy.asarray'}({label})"
+    if "complex" in str(x.dtype):
+        size = f"{library}.abs({label})" if library == "array_api_strict" else f"abs({label})"
+        return f"{size}.astype('float64')" if str(x.dtype) == "complex256" else size
     if library == "torch":
-        return f"{label}.to(torch.float32)"
-    if library in ("numpy", "cupy", "jax"):
+        return f"{label}.dequantize()" if x.is_quantized else f"{label}.to(torch.float32)"
+    if library == "numpy":
+        return _numpy_cast(label, x)
+    if str(x.dtype).startswith("key<"):
+        return f"jax.random.key_data({label}).astype('float32')"
+    if library in ("cupy", "jax"):
         return f"{label}.astype('float32')"
     return f"{library}.astype({label}, {library}.float32)"
+
+
+def _numpy_cast(label: str, x: np.ndarray[Any, Any]) -> str:
+    if x.dtype.names:  # one field at a time
+        first = x.dtype.names[0]
+        return _numpy_cast(f"{label}[{first!r}]", x[first])
+    if x.dtype.kind in "Mm":  # in seconds, dates from the first on
+        since = f"({label} - numpy.nanmin({label}))" if x.dtype.kind == "M" else label
+        return f"{since} / numpy.timedelta64(1, 's')"
+    if x.dtype.kind == "f" and x.itemsize > 8:
+        return f"{label}.astype('float64')"
+    try:
+        x.astype("float32")
+    except (TypeError, ValueError):  # words: each becomes a number, in their order
+        return f"numpy.unique({label}, return_inverse=True)[1].astype('float32')"
+    return f"{label}.astype('float32')"
 
 
 def turned(value: Any, order: tuple[int, ...] | None) -> Any:
@@ -233,6 +323,19 @@ def check_overlap(
         raise ValueError(msg)
 
 
+def bfloat16() -> np.dtype[Any]:
+    """The dtype of NumPy arrays that ml_dtypes gives."""
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        msg = (
+            f"bfloat16 needs ml_dtypes, which cannot be imported ({error}); "
+            "pip install ml_dtypes, or use float32"
+        )
+        raise ImportError(msg) from error
+    return np.dtype(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+
+
 def to_host(x: Any) -> np.ndarray[Any, Any]:
     """NumPy array of x's values, over its memory where that is the host's."""
     library = library_of(x)
@@ -243,9 +346,7 @@ def to_host(x: Any) -> np.ndarray[Any, Any]:
 
         x = x.detach().cpu()
         if x.dtype == torch.bfloat16:  # which NumPy's DLPack does not know; the same bytes do
-            import ml_dtypes
-
-            return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+            return x.view(torch.int16).numpy().view(bfloat16())  # type: ignore[no-any-return]
     return np.asarray(x)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from cupynorm._libraries import bfloat16
 from cupynorm._ops import OPS, Op
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -48,6 +49,15 @@ def name_of_dtype(dtype: Any) -> str:
         return dtype_name(dtype)  # of another library, or no dtype at all
 
 
+def read_dtype(dtype: Any) -> str:
+    """Name of a dtype, given as `name_of_dtype` takes it, that is one of the four."""
+    name = name_of_dtype(dtype)
+    if name not in ITEMSIZE:
+        msg = f"dtype={dtype!r} is no float of 16 to 64 bits; pass one of {', '.join(ITEMSIZE)}"
+        raise TypeError(msg)
+    return name
+
+
 @functools.cache
 def _numpy_name(dtype: np.dtype[Any]) -> str:
     return dtype.name  # builds the string anew each time, which costs microseconds
@@ -55,11 +65,7 @@ def _numpy_name(dtype: np.dtype[Any]) -> str:
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """NumPy's dtype of that name; bfloat16 is ml_dtypes'."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
-    return np.dtype(name)
+    return bfloat16() if name == "bfloat16" else np.dtype(name)
 
 
 def check_x_dtype(

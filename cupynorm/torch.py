@@ -10,6 +10,7 @@ from torch import Size, Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from cupynorm import _calls, _rules
+from cupynorm._libraries import cast_of, check_layout
 from cupynorm._ops import OPS, Op, named
 from cupynorm._torch import conversion
 from cupynorm._torch.doors import DOOR
@@ -251,10 +252,7 @@ def _normalize(
             check_device(input.device)
         if not op.residual:
             input, weight, bias = autocast(input, weight, bias)
-    normalized_shape, eps = how
-    if type(normalized_shape) is Size:
-        normalized_shape = tuple(normalized_shape)
-    settled = normalized_shape, None, eps, "C", False
+    settled = tuple(how[0]) if type(how[0]) is Size else how[0], None, how[1], "C", False
     try:
         if not op.residual:
             return _calls.normalize(op, input, weight, bias, None, settled)
@@ -264,20 +262,22 @@ def _normalize(
         if not is_for_torch(input):
             raise
     except (TypeError, ValueError):
-        refuse_no_tensor("weight", weight)
-        refuse_no_tensor("bias", bias)
-        if op.residual:
-            refuse_no_tensor("residual", residual)
-        name = _rules.dtype_name(input.dtype)
-        if name not in _rules.ITEMSIZE:  # the rules call it x
-            _rules.check_x_dtype(name, "input.to(torch.float32)", op.function)
+        if input.layout is not torch.jagged and is_for_torch(input):
+            return _by_torch(*by_torch)
+        for label, value in (("weight", weight), ("bias", bias), ("residual", residual)):
+            if label != "residual" or op.residual:
+                refuse_no_tensor(label, value)
+        if (name := _rules.dtype_name(input.dtype)) not in _rules.ITEMSIZE:  # the rules call it x
+            _rules.check_x_dtype(name, cast_of("input", input), op.function)
         raise
     return _by_torch(*by_torch)
 
 
 def _by_torch(op: Op, input: Any, weight: Any, bias: Any, how: Any, residual: Any) -> Any:
-    """The same by torch's own functions."""
+    """The same by torch's own functions, of which only layer norm knows nested rows as they lie."""
     shape, eps = how
+    if tracing() is None and not (input.is_nested and weight is not None and bias is not None):
+        check_layout("input", input)
     x = input.to(residual.dtype) + residual if op.residual else input
     if weight is not None and op.unit_weight:
         weight = weight + 1

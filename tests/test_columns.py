@@ -1,6 +1,8 @@
 """Layer norm over separate columns of NumPy arrays: values, nulls, layouts, refusals."""
 
 import contextlib
+import math
+from fractions import Fraction
 
 import hypothesis
 import hypothesis.strategies as st
@@ -96,8 +98,9 @@ def test_sizes(engine, M, N):
 @pytest.mark.parametrize(
     ("columns", "dtype", "expect"),
     [
-        (("f4", "i8", "f2"), None, "float32"),
-        (("i8",), None, "float32"),
+        (("f4", "i2", "f2"), None, "float32"),
+        (("?", "u2", "i1"), None, "float32"),
+        *(((wide, "f4"), None, "float64") for wide in ("i4", "i8", "u4", "u8")),
         (("f4", "f8", "i8"), None, "float64"),
         (("f8",), np.float32, "float32"),
         (("f8",), ">f4", "float32"),
@@ -109,12 +112,43 @@ def test_dtype_of_the_result(columns, dtype, expect):
     assert y.dtype == np_dtype(expect)
 
 
-def test_large_offsets_cost_no_digits_and_integers_are_rounded_once(engine):
-    start = 2**62 + 1
-    columns = [np.array([start + k, -start], np.int64) for k in (0, 1 << 20, 1 << 40, 3)]
-    columns += [np.array([2**64 - 1, 2**53 + 1], np.uint64)]
-    check(layer_norm_columns(columns, dtype="float64"), columns)
-    check(layer_norm_columns(columns), columns)
+def exactly(rows, eps=1e-5):
+    """The definition in fractions, which hold every integer."""
+    y = []
+    for row in rows:
+        x = [Fraction(value) for value in row]
+        mean = sum(x) / len(x)
+        var = float(sum((value - mean) ** 2 for value in x) / len(x))
+        y.append([float(value - mean) / math.sqrt(var + eps) for value in x])
+    return np.array(y)
+
+
+FAR = {
+    "int64": [[2**53 + 1, 2**53 + 3, 2**53 + 5], [-(2**63), 2**63 - 1, 0], [2**62, 2**62 + 1, 7]],
+    "uint64": [[2**64 - 1, 2**64 - 2, 2**64 - 9], [2**63 + 1, 2**63 + 3, 2**53]],
+    "int32": [[2**31 - 1, 2**31 - 2, 2**31 - 5], [-(2**31), 2**31 - 1, 3]],
+}
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "float64"])
+@pytest.mark.parametrize("kind", FAR)
+def test_integers_keep_their_differences(engine, kind, dtype):
+    columns = list(np.array(FAR[kind], kind).T)
+    close(layer_norm_columns(columns, dtype=dtype), exactly(FAR[kind]), 3)
+
+
+def test_integers_beside_floats_and_nulls():
+    at = 2**53
+    columns = [np.array([at + 1, 5]), np.array([at + 2.0, 7.0]), np.array([True, False])]
+    columns.append(np.array([2**63 + 1, 2**63 + 3], np.uint64))
+    want = exactly([[at + 1, at + 2, 1, 2**63 + 1], [5, 7, 0, 2**63 + 3]])
+    close(layer_norm_columns(columns), want, 4)
+    nulls = [(np.array([0]), bitmap([False])), *(np.array([at + k]) for k in (1, 3, 5))]
+    y = layer_norm_columns(nulls, nulls="omit")
+    close(y[:, 1:], exactly([[1, 3, 5]]), 3)
+
+
+def test_large_offsets_cost_no_digits(engine):
     rng = np.random.default_rng(3)
     columns = [(1e6 + rng.standard_normal(300)).astype(np.float32) for _ in range(200)]
     check(layer_norm_columns(columns, eps=0.0), columns, eps=0.0)
@@ -312,35 +346,10 @@ FROZEN.flags.writeable = False
 APART = np.lib.stride_tricks.as_strided(np.ones(9), (4, 2), (8, 8))
 
 
-def foreign(library, make):
-    return lambda: make(pytest.importorskip(library))
-
-
 # What is given (columns alone, or arguments beside two columns of ones), and what is said. More
 # of them, to the letter, in frozen.py.
 REFUSED = [
-    # lengths and shapes
-    (np.ones((4, 2)), TypeError, ("ndarray", "list(columns.T)")),
-    ({"a": np.ones(3)}, TypeError, ("dict", "list(columns.values())")),
-    ("ab", TypeError, ("str",)),
     ([(1, 2, 3, 4)], ValueError, ("a tuple of 4",)),
-    # dtypes without numbers
-    ([ONES, np.array([1, "b"], object)], TypeError, ("object", "astype('float64')")),
-    ([ONES, np.array([1j, 2])], TypeError, ("complex128", "columns[1].real")),
-    ([ONES, np.array(["2020-01-01", "NaT"], "M8[D]")], TypeError,
-     ("datetime64[D]", "astype('int64')")),
-    ([ONES, np.array([1, 2], "m8[s]")], TypeError, ("timedelta64[s]", "unit")),
-    ([ONES, np.ones(2, np.longdouble)], TypeError, ("astype('float64')",)),
-    ([ONES, np.zeros(2, "i4,f4")], TypeError, ("columns[1]", "Encode")),
-    # libraries
-    (foreign("torch", lambda t: [t.ones(3)]), TypeError,
-     ("torch", "numpy.from_dlpack(columns[0])")),
-    (foreign("torch", lambda t: [np.ones(3), t.ones(3)]), ValueError,
-     ("columns[1] is a torch array",)),
-    ([[1, 2, 3]], TypeError, ("no array",)),
-    ([np.ma.masked_array([1.0, 2.0])], TypeError, ("masked array",)),
-    (foreign("pandas", lambda pd: [pd.Series([1.0])]), TypeError,
-     ("pandas Series", "columns[0].to_numpy()")),
     # bitmaps
     ([(X, BITS[:1])], ValueError, ("has 1 bytes", "9 rows")),
     ([(X, BITS, 8)], ValueError, ("from bit 8 on need 3",)),
@@ -365,7 +374,6 @@ REFUSED = [
 
 @pytest.mark.parametrize(("given", "error", "words"), REFUSED)
 def test_refused_with_the_way_out(given, error, words):
-    given = given() if callable(given) else given
     named = isinstance(given, dict) and "a" not in given
     kwargs = {"columns": [ONES] * 2, **given} if named else {"columns": given}
     with pytest.raises(error) as caught:

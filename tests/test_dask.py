@@ -353,7 +353,7 @@ X = da.ones((6, 8), chunks=(3, 4), dtype=np.float32)
         (lambda: cd.layer_norm(X, weight=np.ones(7)), ValueError, r"weight has shape \(7,\).*\(8"),
         (lambda: cd.layer_norm(X, bias=da.ones(7)), ValueError, r"bias has shape \(7,\).*\(8,\)"),
         (lambda: cd.layer_norm(X, bias=np.ones(8, int)), TypeError, "bias has dtype int64"),
-        (lambda: cd.layer_norm(X, weight=[1.0] * 8), TypeError, "weight is a list"),
+        (lambda: cd.layer_norm(X, weight=[1.0] * 8), TypeError, "weight is a builtins.list"),
         (lambda: cd.layer_norm(X[X[:, 0] > 0], axis=0), ValueError, "compute_chunk_sizes"),
         (lambda: cd.layer_norm(X[X[:, 0] > 0], (6, 8)), ValueError, "axis 0.*not known"),
         (lambda: cd.layer_norm(X[X[:, 0] > 0], 7), ValueError, r"\(7,\).*\(nan, 8\)"),

@@ -1,4 +1,4 @@
-"""Every argument rule, of both directions: the type of the error, what offends, the way out."""
+"""What stands beside x, in both directions and every library; each sentence: test_advice.py."""
 
 import re
 
@@ -46,48 +46,7 @@ def refused(error, *words, direction="forward", make=np.asarray, **change):
     return text
 
 
-# --- normalized_shape and axis ------------------------------------------------------------------
-
-# More of them, to the letter, in frozen.py.
-AXES = [
-    (TypeError, ["normalized_shape=(9,)", "axis=7", "one of them"], ((9,), 7)),
-    (ValueError, ["=(4, 3)", "(2, 3, 4)", "normalized_shape=(3, 4)"], ([4, 3], None)),
-    (ValueError, ["=(4, 1)", "(2, 3, 4)", "normalized_shape=(3, 4)"], ((4, 1), None)),
-    (ValueError, ["=(5, 2, 3, 4)", "normalized_shape=(2, 3, 4)"], ((5, 2, 3, 4), None)),
-    (ValueError, ["=(-1,)", "(2, 3, 4)", "axis="], (-1, None)),
-    *((ValueError, [f"axis={bad} ", "(2, 3, 4)", "-3 to 2"], (None, axis))
-      for bad, axis in ((-4, -4), (3, (0, 3)), (10**20, 10**20))),
-    (ValueError, ["axis=(2, 0, -1)", "twice", "(2, 3, 4)", "once"], (None, (2, 0, -1))),
-    *((TypeError, [name, repr(bad), "int or a tuple of ints"], given)
-      for bad in (1.0, (1, "2"), (True,), {"a": 1}, 2j)
-      for name, given in (("normalized_shape", (bad, None)), ("axis", (None, bad)))),
-]  # fmt: skip
-
-
-@each_direction
-@pytest.mark.parametrize(("error", "words", "given"), AXES, ids=lambda v: str(v)[:40])
-def test_normalized_shape_and_axis(direction, error, words, given):
-    refused(error, *words, direction=direction, normalized_shape=given[0], axis=given[1])
-
-
-@each_direction
-def test_a_scalar_has_no_axis(lib, direction):
-    for axis in (None, 0):
-        x = lib.array(3.0)
-        refused(ValueError, "shape ()", "reshape", direction=direction, x=x, axis=axis)
-
-
 # --- x ------------------------------------------------------------------------------------------
-
-NUMBERS = ["int8", "int64", "uint16", "bool", "complex64", "complex128"]
-
-
-@each_direction
-@pytest.mark.parametrize("kind", [*NUMBERS, "object", "datetime64[s]", "S3", "U3"])
-def test_numpy_x_of_another_dtype(direction, kind):
-    words = [f"dtype {kind}", "float16"] if kind in NUMBERS else ["x has dtype"]
-    x = np.zeros((2, 3), dtype=kind)
-    refused(TypeError, *words, "float32", "float64", "x.astype(", direction=direction, x=x)
 
 
 @each_direction
@@ -95,35 +54,9 @@ def test_x_of_another_dtype_in_every_library(lib, direction):
     cast = "x.to(torch.float32)" if lib.name.startswith("torch") else "x.astype('float32')"
     if lib.name.startswith("strict"):
         cast = "astype(x, "  # the standard has a function and no method
-    # CuPy's stand-in holds no complex arrays.
-    for kind in ("int32", "bool", "complex64")[: 2 if lib.backend.compiles else 3]:
+    for kind in ("int32", "bool"):
         x = lib.from_numpy(np.ones((2, 3), dtype=kind))
         refused(TypeError, f"dtype {kind}", cast, direction=direction, x=x)
-
-
-NO_ARRAYS = [None, 3.0, 5, "text", [1.0], (1.0, 2.0), [[1.0]], {"a": 1}, object(), np.float32(2)]
-
-
-@each_direction
-@pytest.mark.parametrize("bad", NO_ARRAYS, ids=lambda b: type(b).__name__)
-def test_x_that_is_no_array(direction, bad):
-    way_out = "numpy.asarray(x, dtype='float32')"
-    refused(TypeError, type(bad).__name__, "no array", way_out, direction=direction, x=bad)
-
-
-@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
-@each_direction
-def test_arrays_with_a_meaning_of_their_own(direction):
-    pandas = pytest.importorskip("pandas")
-    table = pandas.DataFrame({"a": [1.0, 2.0], "b": [3.0, 5.0]})
-    for label in ("x", "weight"):
-        for bad, *words in (
-            (np.ma.masked_array(X, mask=X > 3), f"{label} is a masked array", f"{label}.filled("),
-            (np.matrix([[1.0, 2.0]]), "numpy.matrix", f"numpy.asarray({label})"),
-            (table["a"], "pandas Series", f"{label}.to_numpy()"),
-        ):
-            refused(TypeError, *words, direction=direction, **{label: bad})
-    np.testing.assert_allclose(cn.layer_norm(table.to_numpy())[:, 1], 1, rtol=1e-4)
 
 
 # --- what stands beside x: shape and dtype ------------------------------------------------------
@@ -156,7 +89,7 @@ def test_shapes_that_go_with_other_axes():
 
 
 @pytest.mark.parametrize(("direction", "name"), [c for c in COMPANIONS if c[1] != "out"])
-@pytest.mark.parametrize("kind", ["int64", "int32", "bool", "complex64", "object"])
+@pytest.mark.parametrize("kind", ["int64", "int32", "bool", "object"])
 def test_dtype_that_is_not_floating(direction, name, kind):
     error, way_out = (TypeError, f"{name}.astype('float32')")
     if name in ("dy", "mean", "rstd"):
@@ -211,15 +144,7 @@ def test_another_library(lib, direction, name):
     refused(ValueError, *words, direction=direction, make=lib.array, **{name: ones(name)})
     words = f"{name} is a", "x is a numpy array", "Move it first:"
     text = refused(ValueError, *words, direction=direction, **{name: lib.array(ones(name))})
-    assert re.search(rf"numpy\.asarray\({name}\)|asnumpy\({name}\)", text)
-
-
-def test_the_way_out_is_spelled_in_the_words_of_the_library():
-    torch = pytest.importorskip("torch")
-    x, weight = torch.from_numpy(X), np.ones(4, np.float32)
-    way_out = refused(ValueError, x=x, weight=weight).partition("Move it first: ")[2]
-    moved = eval(way_out, {"torch": torch, "weight": weight, "x": x})
-    cn.layer_norm(x, weight=moved)
+    assert re.search(rf"numpy\.asarray\({name}\)|asnumpy\({name}\)|{name}.*numpy\(\)", text)
 
 
 @each_companion
@@ -236,38 +161,6 @@ def test_another_device_of_the_same_library(direction, name):
         refused(ValueError, *said, direction=direction, make=make, **{name: other})
 
 
-# --- eps, order, output_mask --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("eps", [float("inf"), -float("inf"), np.float32("inf"), None, "1e-5", 1j,
-                                 [1e-5], np.ones(1), np.ones(())], ids=repr)  # fmt: skip
-def test_eps(eps):
-    if isinstance(eps, (float, np.floating)):
-        refused(ValueError, f"eps={float(eps)}", "finite", "1e-5", eps=eps)
-    else:
-        refused(TypeError, "eps must be a real number", type(eps).__name__, "1e-5", eps=eps)
-
-
-@pytest.mark.parametrize("order", ["A", "c", "", None, 0, ["K"]], ids=repr)
-def test_order(order):
-    refused(ValueError, f"order={order!r}", "'K'", "'C'", "'F'", order=order)
-
-
-@pytest.mark.needs("unstrided")
-def test_order_where_there_is_no_layout_to_choose(lib):
-    refused(ValueError, "order='F'", "order='K'", x=lib.array(X), order="F")
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [(), (True,), (True, True), (True,) * 4, (1, 0, 1), (True, None, True), "yes", True, 7],
-    ids=repr,
-)
-def test_output_mask(bad):
-    words = f"output_mask={bad!r}", "three bools", "output_mask=(True, True, True)"
-    refused(TypeError, *words, direction="backward", output_mask=bad)
-
-
 # --- out ----------------------------------------------------------------------------------------
 
 
@@ -281,12 +174,6 @@ def test_out_shape_dtype_and_order(lib):
     refused(ValueError, *words, **call, out=lib.array(X, "float64"))
     refused(ValueError, "out has dtype", "int32", **call, out=lib.from_numpy(X.astype("int32")))
     refused(ValueError, "out=", "order='C'", "drop order=", **call, out=out, order="C")
-
-
-def test_torch_out_with_two_elements_at_one_address():
-    torch = pytest.importorskip("torch")
-    x, out = torch.from_numpy(X), torch.zeros(4).expand(2, 3, 4)
-    refused(ValueError, "out with shape (2, 3, 4)", "two elements at one address", x=x, out=out)
 
 
 def overlapping(zeros):

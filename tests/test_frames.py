@@ -31,7 +31,7 @@ def mixed(M=50):
     rng = np.random.default_rng(0)
     return {
         "a": rng.standard_normal(M).astype(np.float32),
-        "b": rng.integers(-100, 100, M),
+        "b": rng.integers(-100, 100, M).astype(np.int16),
         "c": rng.random(M) > 0.5,
         "d": rng.integers(0, 255, M).astype(np.uint8),
     }
@@ -81,7 +81,7 @@ def test_the_arguments_of_layer_norm(library):
         assert cn.layer_norm(df, **kwargs).equals(want)
     assert cn.layer_norm(df, weight=np.full(3, 2.0)).equals(2 * want)
     for error, match, kwargs in (
-        (ValueError, r"axes \(0,\).*df.to_numpy", {"axis": 0}),
+        (ValueError, r"axes \(0,\).*df", {"axis": 0}),
         (ValueError, r"normalized_shape=\(2,\)", {"normalized_shape": 2}),
         (TypeError, "out=", {"out": want}),
         (TypeError, "return_stats", {"return_stats": True}),
@@ -239,10 +239,10 @@ def test_polars_result_is_one_block_without_a_copy(results):
 )
 def test_columns_without_numbers_are_named(values):
     df = pd.DataFrame({"fine": [1.0, 2.0], "odd": values})
-    match = r"columns 'odd' \(.*select_dtypes\(\['number', 'bool'\]\)"
+    match = r"columns 'odd' \(.*df.drop\(columns=\['odd'\]\)"
     if isinstance(values, str):
         df = pl.DataFrame({"fine": [1.0], "odd": ["x"], "when": [None]})
-        match = r"'odd' \(String\), 'when' \(Null\).*selectors.numeric"
+        match = r"'odd' \(String\), 'when' \(Null\).*df.select\(\['fine'\]\)"
     for refusing in (frames.layer_norm, cn.layer_norm, cn.layer_norm_columns):
         with pytest.raises(TypeError, match=match):
             refusing(df)
@@ -258,7 +258,7 @@ def test_refusals(library):
         (numbers, ValueError, "order='X'", {"order": "X"}),
         (numbers, ValueError, "nulls='drop'", {"nulls": "drop"}),
         (numbers, TypeError, "no bfloat16 columns; call layer_norm_columns", {"dtype": "bfloat16"}),
-        (numbers.to_numpy(), TypeError, "not a DataFrame", {}),
+        (numbers.to_numpy(), TypeError, "not a table", {}),
     ):  # fmt: skip
         with pytest.raises(error, match=match):
             frames.layer_norm(df, **kwargs)

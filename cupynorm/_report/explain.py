@@ -10,7 +10,7 @@ from cupynorm._cuda.plan import Device, Plan, Stage
 from cupynorm._cuda.tiles import bytes_beyond_floor
 from cupynorm._display import Sections, Table
 from cupynorm._layout import Facts, Problem, kernel_problem_of, result_strides
-from cupynorm._libraries import library_of
+from cupynorm._libraries import check_layout, library_of
 from cupynorm._rules import ITEMSIZE, default_eps, resolve_op, stats_dtype
 
 # One example per compute capability, for asking what a GPU would run that is not at hand:
@@ -177,6 +177,8 @@ def explain(
     how = normalized_shape, axis, default_eps(operation, eps), order, return_stats
     added = (residual, sum_out) if operation.residual else ()
     checked = _calls.check(operation, x, weight, bias, out, how, *added)
+    if hasattr(checked.x, "is_nested"):
+        check_layout("x", checked.x, jagged=False)
     facts, path = checked.facts, _path(checked)
     if backward:
         facts = of_backward(facts)

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from cupynorm import _rules
-from cupynorm._calls import differentiate, normalize
+from cupynorm import _calls, _rules
 from cupynorm._layout import Facts, kernel_problem_of
 from cupynorm._ops import Op
 from cupynorm._report.explain import of_backward
@@ -63,8 +62,7 @@ def warmup(
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     _rules.resolve_axes((1, *shape), shape, None)
-    for name in dtypes:
-        _rules.check_x_dtype(name)
+    dtypes = [_rules.read_dtype(d) for d in ([dtypes] if isinstance(dtypes, str) else dtypes)]
     if device not in ("cuda", "cpu"):
         msg = f"device={device!r} is not 'cuda' or 'cpu'; pass one of them"
         raise ValueError(msg)
@@ -86,19 +84,18 @@ def _of_cpu(op: Op, shape: tuple[int, ...], name: str, affine: bool, backward: b
         x = np.zeros((rows, *shape), dtype)
         given = op, x, weight, weight if op.center else None, None
         added = (x, None) if op.residual else ()
-        normalize(*given, (shape, None, 1e-5, "K", False), *added)
-        *_, mean, rstd = normalize(*given, (shape, None, 1e-5, "K", True), *added)
+        _calls.normalize(*given, (shape, None, 1e-5, "K", False), *added)
+        *_, mean, rstd = _calls.normalize(*given, (shape, None, 1e-5, "K", True), *added)
         if backward:
             parts = x, x, mean if op.center else None, rstd, weight, *added[:1]
-            differentiate(op.alone, parts, (shape, None, None))
+            _calls.differentiate(op.alone, parts, (shape, None, None))
     return [f"{arrays.describe()}: {name}"]
 
 
 def _of_gpu(op: Op, shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> list[str]:
     """Compile and load, on the current device, what row-major x of a dtype needs."""
-    from cupynorm._cuda import arrays as _cuda
-
-    N, index = math.prod(shape), _cuda.get_device()
+    with _calls.gpu("device='cuda'") as _cuda:
+        N, index = math.prod(shape), _cuda.get_device()
     small = ("weight", "bias")[: 1 + op.center] if affine else ()
     shaped = ("x", "y", *(("residual", "sum") if op.residual else ()))
     dtypes = dict.fromkeys(("x", *small, *shaped[2:]), name)

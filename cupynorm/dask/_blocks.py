@@ -16,7 +16,7 @@ from dask.highlevelgraph import HighLevelGraph
 
 from cupynorm import _calls, _reference, _rules, frames
 from cupynorm._calls import How
-from cupynorm._libraries import check_companion, library_of
+from cupynorm._libraries import cast_of, check_companion, library_of
 from cupynorm._ops import Op
 from cupynorm._reference import Moments
 
@@ -231,12 +231,20 @@ def _stats_meta(x: Any) -> Any:
 def _check_blocks(x: Any) -> None:
     meta = x._meta
     if type(meta) is not np.ndarray and library_of(meta) != "cupy":
+        plain = "x.map_blocks(numpy.asarray)"
+        if isinstance(meta, np.ma.MaskedArray):
+            floats = "x" if meta.dtype.kind == "f" else cast_of("x", meta.data)
+            plain = f"dask.array.ma.filled({floats}, numpy.nan)"
+        elif hasattr(meta, "toarray"):
+            block = "lambda block: block.toarray()"
+            plain = f"x.map_blocks({block}, dtype=x.dtype, meta=numpy.zeros((0, 0), x.dtype))"
         _refuse(
             f"x is a Dask array of {type(meta).__module__}.{type(meta).__qualname__} blocks",
-            "layer_norm takes blocks of NumPy and of CuPy. Convert them first, e.g. "
-            "x.map_blocks(numpy.asarray), or dask.array.ma.filled(x, numpy.nan) for masked ones",
+            f"layer_norm takes blocks of NumPy and of CuPy. Convert them first, e.g. {plain}",
         )
-    _rules.check_x_dtype(_rules.dtype_name(x.dtype))
+    name = _rules.dtype_name(x.dtype)
+    if name not in _rules.ITEMSIZE:
+        _rules.check_x_dtype(name, cast_of("x", meta))
 
 
 def _refuse(fault: str, way_out: str) -> NoReturn:
@@ -268,10 +276,14 @@ def _axes(x: Any, normalized_shape: Any, axis: Any) -> Axes:
 def _affine(label: str, value: Any, x: Any, asked: Axes) -> Any:
     """Check a weight or bias, and chunk it (never x) as x is chunked along the axes."""
     lazy = isinstance(value, da.Array)
-    check_companion(label, value._meta if lazy else value, x._meta)
-    cast = f"{label}.astype('float32')"
-    _rules.check_affine_dtype(label, _rules.dtype_name(value.dtype), cast)
-    _rules.check_affine_shape(label, tuple(value.shape), tuple(x.shape[a] for a in asked))
+    shape = tuple(x.shape[a] for a in asked)
+    if lazy:
+        check_companion(label, value._meta, x._meta)
+        cast = cast_of(label, value._meta)
+        _rules.check_affine_dtype(label, _rules.dtype_name(value.dtype), cast)
+        _rules.check_affine_shape(label, tuple(value.shape), shape)
+    else:
+        value = _calls.checked_affine(label, value, x._meta, shape)
     turn = _rules.axis_order(asked)
     if turn is not None:
         value = value.transpose(turn)

@@ -1,4 +1,4 @@
-"""Tables of pandas, polars and cuDF: rows over columns, with index and column names kept.
+"""Tables of pandas, polars, Arrow and cuDF: rows over columns, with index and column names kept.
 
 `tables` knows the libraries, `columns` has the rules and the call.
 """
@@ -7,6 +7,7 @@ from typing import Any
 
 from cupynorm import _rules
 from cupynorm._calls import How
+from cupynorm._libraries import TABLES
 from cupynorm._ops import LAYER_NORM, RMS_NORM, ZERO_CENTERED, Op
 from cupynorm.frames import columns, tables
 
@@ -29,9 +30,10 @@ def layer_norm(
 
     Parameters
     ----------
-    df : DataFrame
-        Of pandas, polars or cuDF, shape (M, N), all columns numeric or bool; pandas' nullable and
-        Arrow-backed dtypes as well. It is read where it lies, column by column.
+    df : DataFrame or pyarrow.Table
+        Of pandas, polars, Arrow (a RecordBatch as well) or cuDF, shape (M, N), all columns numeric
+        or bool; pandas' nullable and Arrow-backed dtypes too. It is read where it lies, column by
+        column.
     weight, bias, eps, dtype : optional
         As for `cupynorm.layer_norm_columns`; the dtype is not bfloat16.
     order : {'K', 'C', 'F'}, default 'K'
@@ -109,8 +111,8 @@ def rms_norm(
 def _of_table(op: Op, df: Any, *given: Any, **named: Any) -> Any:
     if not is_table(df):
         msg = (
-            f"df is a {type(df).__module__}.{type(df).__qualname__}, not a DataFrame of pandas, "
-            "polars or cuDF; pass arrays to cupynorm.layer_norm"
+            f"df is a {type(df).__module__}.{type(df).__qualname__}, not a table of pandas, "
+            "polars, Arrow or cuDF; pass arrays to cupynorm.layer_norm"
         )
         raise TypeError(msg)
     return _normalize(op, df, *given, **named)
@@ -145,14 +147,15 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any
     """Serve `layer_norm(df, ...)`, of whose arguments a table takes those that it can mean."""
     normalized_shape, axis, eps, order, return_stats = how
     axes = _rules.resolve_axes(tuple(x.shape), normalized_shape, axis)
+    matrix = TABLES[tables.library(x)].format("df")
     if axes != (1,):
         msg = (
             f"a table is normalized over its columns, axis=1, not axes {axes}; "
-            "pass an array for others, e.g. df.to_numpy()"
+            f"pass an array for others, e.g. {matrix}"
         )
         raise ValueError(msg)
     if out is not None or return_stats:
         name = "out=" if out is not None else "return_stats=True"
-        msg = f"{name} is for arrays, not for tables; pass df.to_numpy(), or use layer_norm_columns"
+        msg = f"{name} is for arrays, not for tables; pass {matrix}"
         raise TypeError(msg)
     return _normalize(op, x, weight, bias, eps, dtype=None, order=order, nulls="propagate")

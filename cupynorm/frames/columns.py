@@ -1,6 +1,6 @@
 """Columns, also those of a table, to one normalized matrix: their rules, and the two calls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,17 +39,18 @@ def layer_norm_columns(
 
     Parameters
     ----------
-    columns : sequence of N columns, or DataFrame
+    columns : sequence of N columns, or table
         Each column an array of M elements, NumPy or CuPy, all of one library: bool, integers,
         float16, bfloat16, float32 or float64, any stride and byte order. One with nulls is a pair
         ``(values, validity)``: uint8, Arrow's bitmap, in which bit ``i % 8`` of byte ``i // 8``
         (the least significant first) is 1 where row i is valid; or a triple ``(values, validity,
-        offset)``, whose row i has bit ``i + offset``. A pandas, polars or cuDF DataFrame stands
-        for its columns.
+        offset)``, whose row i has bit ``i + offset``; or a Series of pandas, polars or cuDF, or an
+        array of Arrow. A table of one of these libraries stands for its columns.
     weight, bias, eps : optional
         As for `layer_norm`, of shape (N,).
     dtype : dtype, optional
-        Of the result. By default float32, and float64 where a column is float64.
+        Of the result. By default float32, and float64 where a column is float64 or an integer of
+        32 or 64 bits, which float32 does not hold.
     out : array, optional
         Where to write: shape (M, N), the result's dtype, any strides.
     nulls : {'propagate', 'omit'}, default 'propagate'
@@ -71,10 +72,10 @@ def layer_norm_columns(
     Notes
     -----
     A column is rounded to the dtype of the statistics as it is read: float32, or float64 where the
-    result is float64. Integers beyond 2^24 (2^53) lose digits there; ask for ``dtype="float64"``
-    where differences between such columns matter. The formula is that of Ba, Kiros and Hinton
-    (2016), arXiv:1607.06450; a row's bits depend on that row alone. On a GPU each call uploads the
-    columns' addresses, so it cannot be replayed from a CUDA graph.
+    result is float64. Where integers are beyond 2^24 (2^53), a number of each row is taken off all
+    of it before, exactly, so that differences are not lost; on a GPU they are rounded. The formula
+    is that of Ba, Kiros and Hinton (2016), arXiv:1607.06450; a row's bits depend on that row alone.
+    On a GPU each call uploads the columns' addresses, so it cannot be replayed from a CUDA graph.
 
     Examples
     --------
@@ -160,7 +161,13 @@ def normalize(
     eps = _rules.eps_of(op, eps, name)
     if out is not None:
         out = _checked_out(out, (x.shape[0], N), name, columns, (weight, bias))
-    omit, new = nulls == "omit", ((x.shape[0], N), _rules.numpy_dtype(name), order)
+    if op.center:
+        columns = _about_pivots(columns, _rules.stats_dtype(name))
+    x, omit, new = (
+        columns[0].values,
+        nulls == "omit",
+        ((x.shape[0], N), _rules.numpy_dtype(name), order),
+    )
     matrix = None if omit else as_matrix(columns)
     if matrix is not None and matrix.dtype == (new[1] if out is None else out.dtype):
         how = None, 1, eps, order if out is None else "K", False
@@ -217,17 +224,17 @@ def as_matrix(columns: Sequence[Column]) -> np.ndarray[Any, Any] | None:
 
 def gather(columns: Any) -> list[Column]:
     """Check the columns, NumPy's or CuPy's, and give all of them in one form."""
-    if isinstance(columns, (str, Mapping)) or not isinstance(columns, Sequence):
-        hint = "list(columns.T)" if getattr(columns, "ndim", 0) == 2 else "a list"
-        hint = "list(columns.values())" if isinstance(columns, Mapping) else hint
-        msg = f"columns is a {type(columns).__name__}, not a sequence of 1-D arrays; pass {hint}"
+    if isinstance(columns, (str, bytes, Mapping)) or not isinstance(columns, Sequence):
+        kind = type(columns).__name__
+        msg = f"columns is a {kind}, not a sequence of 1-D arrays; pass {_as_list(columns)}"
         raise TypeError(msg)
     if not columns:
         msg = "columns is empty, so there is no row to normalize; pass at least one column"
         raise ValueError(msg)
     ready: list[Column] = []
     for j, item in enumerate(columns):
-        label, parts = f"columns[{j}]", item if isinstance(item, tuple) else (item,)
+        label = f"columns[{j}]"
+        parts = item if isinstance(item, tuple) else tables.column(label, item) or (item,)
         if not 1 <= len(parts) <= 3:
             msg = f"{label} is a tuple of {len(parts)}; pass (values, validity) or values alone"
             raise ValueError(msg)
@@ -240,26 +247,38 @@ def gather(columns: Any) -> list[Column]:
     return ready
 
 
+def _as_list(columns: Any) -> str:
+    """How a list is made of what is none, in words that run."""
+    ndim, at = getattr(columns, "ndim", None), "columns"
+    if isinstance(columns, Mapping):
+        return "list(columns.values())"
+    for method in ("collect", "compute", "toarray"):  # of polars, Dask, SciPy
+        if hasattr(columns, method):
+            at = f"columns.{method}()"
+            if not isinstance(ndim, int) or hasattr(columns, "columns"):
+                return at  # a table
+    if ndim == 2:
+        return f"list({_libraries.on_host(at, columns)}.T)"
+    if ndim == 1 or tables.library(columns, tables.COLUMNS):
+        return f"[{at}]"
+    more = isinstance(columns, Iterable) and not isinstance(columns, (str, bytes))
+    return "list(columns)" if more else "a list of arrays, e.g. [numpy.zeros(3)]"
+
+
 def _check_values(label: str, x: Any, first: Any) -> None:
     if _libraries.library_of(x) not in ("numpy", "cupy"):
         msg = (
             f"{label} is a {type(x).__module__}.{type(x).__qualname__}; columns are NumPy or CuPy "
-            f"arrays. Pass numpy.from_dlpack({label}) (cupy.from_dlpack on a GPU), which shares "
-            "its memory"
+            f"arrays. Pass {_libraries.on_host(label, x)} (cupy.from_dlpack on a GPU)"
         )
         raise TypeError(msg)
     name = _rules.dtype_name(x.dtype)
     if name not in _NUMBERS:
-        msg = f"{label} has dtype {name}; a column is bool, integer, or a float of 16 to 64 bits. "
-        ways = {
-            "M": f"Say what number a date is, e.g. {label}.astype('int64')",
-            "m": f"Say in which unit, e.g. {label} / numpy.timedelta64(1, 's')",
-            "c": f"Take its parts, {label}.real and {label}.imag, or numpy.abs({label})",
-            "O": f"Cast it first: {label}.astype('float64'), or leave it out",
-            "f": f"Cast it first: {label}.astype('float64')",
-        }
-        other = f"Encode {label} as numbers, or leave it out"
-        raise TypeError(msg + ways.get(getattr(x.dtype, "kind", ""), other))
+        msg = (
+            f"{label} has dtype {name}; a column is bool, integer, or a float of 16 to 64 bits. "
+            f"Cast it first: {_libraries.cast_of(label, x)}"
+        )
+        raise TypeError(msg)
     if x.ndim != 1:
         msg = f"{label} has shape {tuple(x.shape)}; a column is 1-D: pass {label}.reshape(-1)"
         raise ValueError(msg)
@@ -294,16 +313,62 @@ def _with_validity(label: str, values: Any, validity: Any = None, offset: Any = 
 
 def result_dtype(columns: Sequence[Column], dtype: Any, out: Any = None) -> str:
     """Name of the result's dtype: the one asked for, or out's, or what the columns say."""
-    names = {_rules.dtype_name(column.values.dtype) for column in columns}
-    name = "float64" if "float64" in names else "float32"
-    if dtype is None:
-        return name if out is None else _rules.dtype_name(getattr(out, "dtype", name))
-    name = _rules.name_of_dtype(dtype)
-    if name not in _rules.ITEMSIZE:
-        choices = ", ".join(_rules.ITEMSIZE)
-        msg = f"dtype={dtype!r} is no float of 16 to 64 bits; pass one of {choices}"
-        raise TypeError(msg)
-    return name
+    if dtype is not None:
+        return _rules.read_dtype(dtype)
+    wide = {"float64", "int32", "int64", "uint32", "uint64"}
+    held = wide.isdisjoint(_rules.dtype_name(column.values.dtype) for column in columns)
+    name = "float32" if held else "float64"
+    return name if out is None else _rules.dtype_name(getattr(out, "dtype", name))
+
+
+def _about_pivots(columns: list[Column], dtype: str) -> list[Column]:
+    """Take a number of each row off all of it, where integers are beyond what `dtype` tells apart.
+
+    It is the first of the row's integer columns, in a row that has such an integer, else 0.
+    """
+    far = [c for c in columns if is_far(c.values, dtype)]
+    if not far:
+        return columns
+    due, at = False, np.zeros((2, far[0].values.size))
+    for c in far:
+        due = due | (_beyond(c.values, dtype) & _valid(c))
+    for c in reversed(far):
+        at = np.where(due & _valid(c), _halves(c.values), at)
+    with np.errstate(all="ignore"):
+        return [c._replace(values=_less(c.values, at)) for c in columns]
+
+
+def _valid(c: Column) -> Any:
+    """Which rows of a NumPy column are no null."""
+    if c.validity is None:
+        return np.True_
+    return np.unpackbits(c.validity, bitorder="little")[c.offset : c.offset + c.values.size] == 1
+
+
+def _beyond(x: Any, dtype: str) -> Any:
+    limit = 2**53 if dtype == "float64" else 2**24
+    return (x > limit) | (x < -limit)
+
+
+def is_far(x: Any, dtype: str) -> bool:
+    """Whether an array holds integers that a float of `dtype` does not tell from each other."""
+    size = 4 if dtype == "float64" else 2
+    known = isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.itemsize > size
+    return known and bool(_beyond(x, dtype).any())
+
+
+def _halves(x: Any) -> Any:
+    """The upper and the lower 32 bits of integers, exact in float64."""
+    wide = x if x.dtype.kind == "u" and x.itemsize == 8 else x.astype(np.int64)
+    return np.stack([(wide >> 32).astype(np.float64), (wide & 0xFFFFFFFF).astype(np.float64)])
+
+
+def _less(x: Any, at: Any) -> Any:
+    """Values less the integers of which `at` has the halves."""
+    if x.dtype.kind in "iu":
+        high, low = _halves(x) - at
+        return high * 2.0**32 + low
+    return (x.astype(np.float64) - at[0] * 2.0**32) - at[1]
 
 
 def _checked_out(

@@ -1,8 +1,9 @@
-"""Tables of pandas, polars and cuDF: their columns as arrays, and a table over a matrix.
+"""Tables of pandas, polars, Arrow and cuDF: their columns as arrays, and a table over a matrix.
 
 No library is imported before a table of it has come.
 """
 
+import re
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,35 +19,80 @@ _POLARS = {"Boolean", "Float16", "Float32", "Float64"}
 _POLARS |= {name.replace("uint", "UInt").replace("int", "Int") for name in _INTEGERS}
 
 Column = tuple[Any, ...]  # values; or values and Arrow's bitmap; or those and row 0's bit in it
+TABLES, COLUMNS = ("DataFrame", "Table", "RecordBatch"), ("Series", "Array", "ChunkedArray")
 
 
-def library(x: Any) -> str:
-    """'pandas', 'polars' or 'cudf' if x is a DataFrame, or of a subclass, of that library."""
+def library(x: Any, kinds: tuple[str, ...] = TABLES) -> str:
+    """'pandas', 'polars', 'pyarrow' or 'cudf' if x is a table of it, or of a subclass."""
     for base in type(x).__mro__:
         origin = base.__module__.partition(".")[0]
-        if base.__name__ == "DataFrame" and origin in _ADAPTERS:
+        if base.__name__ in kinds and origin in _ADAPTERS:
             return origin
     return ""
+
+
+def names(table: Any) -> list[Any]:
+    """Names of a table's columns."""
+    return [name for name, _ in _ADAPTERS[library(table)].named(table)]
 
 
 def read(table: Any) -> list[Column]:
     """Columns as `layer_norm_columns` takes them, sharing the table's memory where possible."""
     adapter = _ADAPTERS[library(table)]
-    typed = zip(table.columns, table.dtypes, strict=True)
-    refused = [(name, dtype) for name, dtype in typed if not adapter.is_number(dtype)]
+    named = list(adapter.named(table))
+    refused = [(name, x) for name, x in named if not adapter.is_number(_dtype(x))]
     if refused:
-        named = ", ".join(f"{name!r} ({dtype})" for name, dtype in refused[:5])
-        named += f" and {len(refused) - 5} more" if len(refused) > 5 else ""
-        msg = f"columns {named} are not numeric; leave them out: {adapter.numeric}"
+        told = ", ".join(f"{name!r} ({_dtype(x)})" for name, x in refused[:5])
+        told += f" and {len(refused) - 5} more" if len(refused) > 5 else ""
+        made = _ways_out(adapter, named, refused)
+        msg = f"columns {told} are not numeric; pass {made}"
         raise TypeError(msg)
-    columns = adapter.read(table)
-    if not columns:
+    if not named:
         msg = (
             f"the table has shape {tuple(table.shape)}: no column, so no row to normalize; pass "
             "one with at least one column"
         )
         raise ValueError(msg)
-    return columns
+    return [adapter.column(x) for _, x in named]
+
+
+def column(label: str, x: Any) -> Column | None:
+    """Column that is a Series, or an array of Arrow; None where x is neither."""
+    adapter = _ADAPTERS.get(library(x, COLUMNS))
+    if adapter is None:
+        return None
+    if not adapter.is_number(_dtype(x)):
+        made = _number_of(adapter, label, x) or "numbers"
+        msg = f"{label} has dtype {_dtype(x)}, which is not numeric; pass {made}"
+        raise TypeError(msg)
+    return adapter.column(x)
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else x.type
+
+
+def _number_of(adapter: "_Adapter", at: str, x: Any) -> str:
+    """How numbers are made of a column, '' where nobody can tell."""
+    dtype = str(_dtype(x)).lower()
+    if dtype == "object" and adapter.numbers is _PANDAS:
+        types = import_module("pandas").api.types
+        dtype = types.infer_dtype(x) if all(map(types.is_hashable, x)) else "list"
+    return next((way.format(at) for kind, way in adapter.numbers if re.match(kind, dtype)), "")
+
+
+def _ways_out(adapter: "_Adapter", named: list[Any], refused: list[Any]) -> str:
+    """How to leave columns out, and how to make numbers of them, in the words of the library."""
+    out = [name for name, _ in refused]
+    left = [name for name, x in named if adapter.is_number(_dtype(x))]
+    ways = []
+    if left:
+        few = adapter.keep.format(left) if len(left) < len(out) else adapter.drop.format(out)
+        ways = [few + ", which leaves them out"]
+    made = {name: _number_of(adapter, adapter.at.format(name), x) for name, x in refused}
+    if len(refused) <= 5 and all(made.values()) and all(isinstance(name, str) for name in out):
+        ways.append(adapter.replaced(made) + ", which makes numbers of them")
+    return ", or ".join(ways) or "columns of numbers"
 
 
 def build(table: Any, y: Any) -> Any:
@@ -81,6 +127,14 @@ def read_arrow(data: Any) -> Column:
     return values, np.frombuffer(validity, np.uint8), first
 
 
+def _build_arrow(table: Any, y: Any) -> Any:
+    """Table, or batch, of a table's names and metadata, but pandas', over the columns of y."""
+    arrow = import_module("pyarrow")
+    made = [arrow.array(np.ascontiguousarray(column)) for column in y.T]
+    kept = {k: v for k, v in (table.schema.metadata or {}).items() if k != b"pandas"}
+    return type(table).from_arrays(made, table.schema.names, metadata=kept)
+
+
 # --- pandas -------------------------------------------------------------------------------------
 
 
@@ -94,10 +148,6 @@ def _is_pandas_number(dtype: Any) -> bool:
     return hasattr(dtype, "numpy_dtype") and dtype.kind in "biuf" and str(dtype)[0] in "IUFb"
 
 
-def _read_pandas(df: Any) -> list[Column]:
-    return [_pandas_column(series) for _, series in df.items()]
-
-
 def _pandas_column(series: Any) -> Column:
     if isinstance(series.dtype, np.dtype):
         return (series.to_numpy(),)
@@ -106,7 +156,7 @@ def _pandas_column(series: Any) -> Column:
         return read_arrow(array.__arrow_array__())
     values = getattr(array, "_data", None)  # what is under a mask has no public name
     if not isinstance(values, np.ndarray):
-        return (array.to_numpy(dtype=np.float64, na_value=np.nan),)
+        values = array.to_numpy(dtype=series.dtype.numpy_dtype, na_value=0)
     missing = array.isna()
     return (values, np.packbits(~missing, bitorder="little")) if missing.any() else (values,)
 
@@ -120,19 +170,16 @@ def _build_pandas(df: Any, y: Any) -> Any:
 # --- polars -------------------------------------------------------------------------------------
 
 
-def _is_polars_number(dtype: Any) -> bool:
-    return str(dtype) in _POLARS
-
-
-def _read_polars(df: Any) -> list[Column]:
-    """Columns over the frame's own memory; without pyarrow some are copied."""
-    columns = df.get_columns()
+def _polars_column(series: Any) -> Column:
+    """Over the series' own memory; without pyarrow some are copied."""
     if find_spec("pyarrow") is not None:
-        return [read_arrow(series.rechunk().to_arrow()) for series in columns]
-    byte = import_module("polars").UInt8
-    plain = [s.cast(byte) if str(s.dtype) == "Boolean" else s for s in columns]
-    # Nulls become NaN there, in float64 where they stand among integers.
-    return [(np.asarray(series.to_numpy()),) for series in plain]
+        return read_arrow(series.rechunk().to_arrow())
+    if str(series.dtype) == "Boolean":
+        series = series.cast(import_module("polars").UInt8)
+    values = np.asarray(series.fill_null(0).to_numpy())
+    if not series.null_count():
+        return (values,)
+    return values, np.packbits(series.is_not_null().to_numpy(), bitorder="little")
 
 
 def _build_polars(df: Any, y: Any) -> Any:
@@ -161,12 +208,8 @@ def _is_cudf_number(dtype: Any) -> bool:
     return isinstance(dtype, np.dtype) and dtype.kind in "biuf"
 
 
-def _read_cudf(df: Any) -> list[Column]:
-    """Columns over the frame's own memory, with cuDF's bitmap, which is Arrow's."""
-    return [_cudf_column(series) for _, series in df.items()]
-
-
 def _cudf_column(series: Any) -> Column:
+    """Over the series' own memory, with cuDF's bitmap, which is Arrow's."""
     interface = dict(series.__cuda_array_interface__)
     mask = interface.pop("mask", None)  # CuPy refuses arrays that have one
     values = _Memory(interface, series)
@@ -187,20 +230,85 @@ def _build_cudf(df: Any, y: Any) -> Any:
     return result
 
 
+# --- what differs -------------------------------------------------------------------------------
+
+Numbers = tuple[tuple[str, str], ...]  # what dtypes begin with, and how numbers are made of such
+
+
 class _Adapter(NamedTuple):
+    named: Callable[[Any], Any]  # names and columns of a table
     is_number: Callable[[Any], bool]  # of a column's dtype
-    read: Callable[[Any], list[Column]]
+    column: Callable[[Any], Column]
     build: Callable[[Any, Any], Any]
-    numeric: str = "df.select_dtypes(['number', 'bool'])"  # how to leave the other columns out
+    numbers: Numbers
+    replaced: Callable[[dict[str, str]], str]  # the table with columns made new
+    at: str = "df[{!r}]"
+    drop: str = "df.drop(columns={})"
+    keep: str = "df[{}]"
 
 
+def _assigned(made: dict[str, str]) -> str:
+    items = ", ".join(f"{name!r}: {way}" for name, way in made.items())
+    return f"df.assign(**{{{items}}})"
+
+
+def _set_columns(made: dict[str, str]) -> str:
+    at = "df.schema.get_field_index({!r})"
+    return "df" + "".join(f".set_column({at.format(k)}, {k!r}, {v})" for k, v in made.items())
+
+
+_CODES = "{0}.astype('category').cat.codes"
+_PANDAS: Numbers = (
+    ("list|struct|map", ""),
+    ("timedelta|duration", "{0}.dt.total_seconds()"),
+    ("datetime|timestamp|date", "({0} - {0}.min()).dt.total_seconds()"),
+    ("complex", "abs({0})"),
+    (r"sparse\[(bool|u?int|float)", "{0}.sparse.to_dense()"),
+    ("float|decimal|integer|boolean", "{0}.astype('float64')"),
+    ("", _CODES),
+)
+_POLARS_WAYS: Numbers = (
+    ("decimal|u?int128|null", "{0}.cast(polars.Float64)"),
+    ("date|duration|time|enum|categorical", "{0}.to_physical()"),
+    ("string", "{0}.cast(polars.Categorical).to_physical()"),
+)
+_ARROW_WAYS: Numbers = (
+    ("decimal|null", "{0}.cast('float64')"),
+    ("date32|time32", "{0}.cast('int32')"),
+    ("date64|time|duration", "{0}.cast('int64')"),
+    ("string|large_string|binary|large_binary", "pyarrow.compute.rank({0}, tiebreaker='dense')"),
+)
+_CUDF: Numbers = (
+    ("timedelta|datetime", "{0}.astype('int64')"),
+    ("decimal", "{0}.astype('float64')"),
+    ("object|str|category", _CODES),
+)
 _ADAPTERS = {
-    "pandas": _Adapter(_is_pandas_number, _read_pandas, _build_pandas),
-    "polars": _Adapter(
-        _is_polars_number,
-        _read_polars,
-        _build_polars,
-        "df.select(polars.selectors.numeric() | polars.selectors.boolean())",
+    "pandas": _Adapter(
+        lambda df: df.items(), _is_pandas_number, _pandas_column, _build_pandas, _PANDAS, _assigned
     ),
-    "cudf": _Adapter(_is_cudf_number, _read_cudf, _build_cudf),
+    "polars": _Adapter(
+        lambda df: [(series.name, series) for series in df.get_columns()],
+        lambda dtype: str(dtype) in _POLARS,
+        _polars_column,
+        _build_polars,
+        _POLARS_WAYS,
+        lambda made: f"df.with_columns({', '.join(made.values())})",
+        "polars.col({!r})",
+        "df.drop({})",
+        "df.select({})",
+    ),
+    "pyarrow": _Adapter(
+        lambda table: zip(table.schema.names, table.columns, strict=True),
+        lambda dtype: str(dtype) in ARROW,
+        read_arrow,
+        _build_arrow,
+        _ARROW_WAYS,
+        _set_columns,
+        drop="df.drop_columns({})",
+        keep="df.select({})",
+    ),
+    "cudf": _Adapter(
+        lambda df: df.items(), _is_cudf_number, _cudf_column, _build_cudf, _CUDF, _assigned
+    ),
 }

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupynorm import _libraries, _rules
+from cupynorm import _calls, _libraries, _rules
 from cupynorm._display import Sections, Table
 from cupynorm._libraries import library_of
 from cupynorm.modules import _files
@@ -221,14 +221,7 @@ def _listed(names: list[str], most: int = 10) -> str:
 
 def read_dtype(dtype: Any) -> np.dtype[Any]:
     """NumPy's dtype for a name, a NumPy or a torch dtype; float32 where nothing is said."""
-    name = "float32" if dtype is None else _rules.name_of_dtype(dtype)
-    if name not in _rules.ITEMSIZE:
-        msg = (
-            f"dtype={dtype!r} is not one that layer norm computes with; "
-            f"pass one of {', '.join(_rules.ITEMSIZE)}"
-        )
-        raise TypeError(msg)
-    return _rules.numpy_dtype(name)
+    return _rules.numpy_dtype("float32" if dtype is None else _rules.read_dtype(dtype))
 
 
 def read_device(device: Any) -> str:
@@ -250,24 +243,10 @@ def new_array(shape: tuple[int, ...], dtype: np.dtype[Any], device: str, value: 
     host = np.full(shape, value, dtype)
     if device == "cpu":
         return host
-    try:
-        from cupynorm._cuda import arrays as do
-    except ImportError as error:
-        msg = (
-            f"device={device!r} needs CuPy, which cannot be imported ({error}); "
-            "pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
-        )
-        raise ImportError(msg) from error
     index = device.partition(":")[2]
-    try:
-        with do.device(int(index) if index else None):
-            array = do.empty(shape, dtype=dtype)
-            array.set(host)  # not fill(): that would compile a kernel for one number
-    except RuntimeError as error:  # CuPy's, where there is no driver or no such GPU
-        msg = (
-            f"device={device!r} cannot be used ({error}); run `python -m cupynorm`, which tells why"
-        )
-        raise RuntimeError(msg) from error
+    with _calls.gpu(f"device={device!r}") as do, do.device(int(index) if index else None):
+        array = do.empty(shape, dtype=dtype)
+        array.set(host)  # not fill(): that would compile a kernel for one number
     return array
 
 

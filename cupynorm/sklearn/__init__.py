@@ -145,7 +145,10 @@ class _Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # typ
             # X is written to only where it is an array; a read-only one is copied then.
             in_place = not self.copy and isinstance(X, np.ndarray)
             floats = [np.dtype(name) for name in _FLOATS]
-            return validate_data(self, X, reset=reset, dtype=floats, force_writeable=in_place)
+            named = {"dtype": floats, "force_writeable": in_place}
+            checked = validate_data(self, X, reset=reset, **named)
+            far = self._op.center and columns.is_far(X, "float64")
+            return columns.gather(list(X.T)) if far else checked
         X = validate_data(self, X, reset=reset, skip_check_array=True)
         return X if table is None else table
 

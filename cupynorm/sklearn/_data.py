@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 
 from cupynorm import _calls, _rules, dask, frames
-from cupynorm._libraries import classify, library_of, to_host
+from cupynorm._libraries import cast_of, classify, library_of, to_host
 from cupynorm.frames import tables
 from cupynorm.frames.columns import Column, as_matrix, gather
 
 
 def check_kind(X: Any) -> None:
     """Refuse what would first have to be computed, made dense or filled in."""
-    if isinstance(X, np.ma.MaskedArray):
+    if isinstance(X, np.ma.MaskedArray) or type(X).__name__ == "LazyFrame":
         classify(X, "X")
     if dask.is_collection(X):
         msg = (
@@ -22,11 +22,13 @@ def check_kind(X: Any) -> None:
         )
         raise TypeError(msg)
     if _is_sparse(X):
+        ways = {"sparse": "X.sparse.to_dense()", "to_dense": "X.to_dense()"}
+        ways["toarray"] = "X.toarray()"
+        dense = next((way for name, way in ways.items() if hasattr(X, name)), "X.todense()")
         msg = (
             f"X is sparse ({type(X).__module__}.{type(X).__qualname__}): subtracting each row's "
-            "mean would make it dense. Pass X.toarray() (X.to_dense() of torch, "
-            "X.sparse.to_dense() of pandas) if that fits into memory, or scale without centering, "
-            "e.g. by sklearn.preprocessing.Normalizer"
+            f"mean would make it dense. Pass {dense} if that fits into memory, or scale without "
+            "centering, e.g. by sklearn.preprocessing.Normalizer"
         )
         raise TypeError(msg)
 
@@ -60,8 +62,8 @@ def columns_of(X: Any, what: str) -> list[Column] | None:
     _check_shape(X, what)
     try:
         return gather(tables.read(X))
-    except TypeError:  # objects, strings: scikit-learn converts them or says why not
-        if library == "cudf":
+    except TypeError:  # objects, strings: scikit-learn converts pandas', or says why not
+        if library != "pandas":
             raise
         return None
 
@@ -74,8 +76,7 @@ def floats_of(columns: list[Column]) -> str:
 
 def as_floats(X: Any, what: str) -> Any:
     """Check an array's shape and bring it to a float dtype, in its library, on its device."""
-    if not hasattr(X, "dtype"):  # a mere exporter on a GPU
-        X = _calls.take_in("X", X)
+    X = _calls.take_in("X", X)
     if X.ndim != 2:
         msg = (
             f"Expected 2D array, got {X.ndim}D array instead (shape {tuple(X.shape)}). Reshape "
@@ -87,14 +88,23 @@ def as_floats(X: Any, what: str) -> Any:
     if dtype in _rules.ITEMSIZE:
         return X
     if dtype.startswith("complex"):
-        msg = f"Complex data not supported: X has dtype {X.dtype}; pass X.real and X.imag, or abs"
+        msg = (
+            f"Complex data not supported: X has dtype {X.dtype}; pass abs(X), or X.real and X.imag"
+        )
         raise ValueError(msg)
     from array_api_compat import array_namespace, device
 
     xp = array_namespace(X)
+    if not xp.isdtype(X.dtype, ("bool", "integral")):
+        _rules.check_x_dtype(dtype, cast_of("X", X), what)
     floats = xp.__array_namespace_info__().dtypes(device=device(X), kind="real floating")
-    # JAX by default, and some GPUs, have no float64.
-    return xp.astype(X, floats.get("float64", xp.float32))
+    if "float64" in floats or dtype not in ("int32", "uint32"):
+        return xp.astype(X, floats.get("float64", xp.float32))
+    # JAX by default, and some GPUs, have no float64. Less the first of a row, by halves, integers
+    # keep their differences.
+    halves = (xp.astype(half, xp.float32) for half in (X >> 16, X & 0xFFFF))
+    high, low = (half - half[:, :1] for half in halves)
+    return high * 65536.0 + low
 
 
 def _check_shape(X: Any, what: str) -> None:
@@ -125,7 +135,7 @@ def refuse_bad_columns(X: Any, columns: list[Column], what: str) -> None:
     matrix = as_matrix(columns)
     if matrix is not None and _is_finite(matrix):  # columns of a matrix are slow to run down
         return
-    bad = [name for name, c in zip(X.columns, columns, strict=True) if not _is_finite(*c)]
+    bad = [name for name, c in zip(tables.names(X), columns, strict=True) if not _is_finite(*c)]
     if bad:
         named = ", ".join(repr(name) for name in bad[:5])
         named += f" and {len(bad) - 5} more" if len(bad) > 5 else ""
@@ -178,7 +188,7 @@ def convert(y: Any, kind: str | None, X: Any, names: Any) -> Any:
         return y
     frame = import_module(str(kind)).DataFrame
     index: Any = getattr(X, "index", None) if table else None  # polars has none
-    names = list(X.columns) if table else names
+    names = tables.names(X) if table else names
     if kind == "cudf":  # which by default makes nulls of NaN, at the cost of another pass
         return frame(_to_cupy(y), index=index, columns=names, nan_as_null=False)
     index = index.to_pandas() if hasattr(index, "to_pandas") else index

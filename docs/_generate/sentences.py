@@ -164,7 +164,9 @@ class _Text:
         if inner is None:
             return [f"‹{_short(node)}›"]
         texts = _Text(self.module, inner.body[-1], {})
-        found = [n for n in ast.walk(inner) if isinstance(n, (ast.JoinedStr, ast.Constant))]
+        body = inner.body[1:] if ast.get_docstring(inner) else inner.body
+        nodes = (n for statement in body for n in ast.walk(statement))
+        found = [n for n in nodes if isinstance(n, (ast.JoinedStr, ast.Constant))]
         inside = {id(c) for n in found for c in ast.walk(n) if c is not n}
         whole = [t for n in found if id(n) not in inside for t in _texts(texts, n)]
         return [t for t in whole if " " in t] or [f"‹{_short(node)}›"]
