@@ -88,7 +88,7 @@ def _wide_moments(x: Array, center: bool, eps: float) -> tuple[float, float, flo
         m = float(np.add.reduce(d / n))
     top = float(np.max(np.abs(d), initial=0.0))  # and so do their squares
     top = top if 0 < top < np.inf else 1.0
-    v = float(np.add.reduce((d / top) ** 2)) / n - (m / top) ** 2
+    v = float(np.add.reduce((d / top) ** 2 / n)) - (m / top) ** 2
     if v > 0:
         return s, m, 1.0 / np.hypot(top * np.sqrt(v), np.sqrt(max(eps, 0.0)))
     return s, m, 1.0 / np.sqrt(v + eps)
