@@ -346,11 +346,10 @@ def normalize_columns(
     op: Op,
     columns: list[Any],
     validities: list[Any],
-    weight: Any,
-    bias: Any,
-    eps: float,
+    affine: tuple[Any, Any],
     y: Any,
     *,
+    eps: float,
     omit: bool,
 ) -> None:
     """Normalize the rows over the columns into y (M, N) on CuPy's current stream.
@@ -359,6 +358,7 @@ def normalize_columns(
     the bytes of Arrow's bitmap from row 0 on.
     """
     index, (M, N), (row, col) = y.data.device_id, y.shape, element_strides(y)
+    weight, bias = affine
     given = {"x": y, "weight": weight, "bias": bias}
     dtypes = tuple((name, dtype_name(a.dtype)) for name, a in given.items() if a is not None)
     steps = (("y", (0, row, col)),)

@@ -87,10 +87,19 @@ def rms_norm(
 
     Parameters
     ----------
-    df, weight, dtype, order, nulls : optional
-        As for `layer_norm`, results and errors too.
-    eps, zero_centered_weight : optional
+    df, weight : optional
+        As for `layer_norm`.
+    eps : float, optional
         As for `cupynorm.rms_norm`; the result's dtype stands for x's.
+    dtype, order, nulls : optional
+        As for `layer_norm`, errors too.
+    zero_centered_weight : bool, default False
+        As for `cupynorm.rms_norm`.
+
+    Returns
+    -------
+    DataFrame
+        As of `layer_norm`.
 
     Notes
     -----
@@ -100,7 +109,7 @@ def rms_norm(
     --------
     >>> import pandas as pd
     >>> from cupynorm import frames
-    >>> frames.rms_norm(pd.DataFrame({"a": [3.0], "b": [None]}), eps=0.0, nulls="omit")
+    >>> frames.rms_norm(pd.DataFrame({"a": [3.0], "b": [float("nan")]}), eps=0.0, nulls="omit")
          a   b
     0  1.0 NaN
     """

@@ -107,10 +107,14 @@ def rms_norm_columns(
 
     Parameters
     ----------
-    columns, weight, dtype, out, nulls : optional
-        As for `layer_norm_columns`, errors too.
-    eps, zero_centered_weight : optional
+    columns, weight : optional
+        As for `layer_norm_columns`.
+    eps : float, optional
         As for `rms_norm`; the result's dtype stands for x's.
+    dtype, out, nulls : optional
+        As for `layer_norm_columns`, errors too.
+    zero_centered_weight : bool, default False
+        As for `rms_norm`.
 
     Returns
     -------
@@ -185,7 +189,7 @@ def normalize(
         y = arrays.empty(*new) if out is None else out
         if y.size:
             parts = [column.values for column in columns], _whole_bytes(columns)
-            arrays.normalize_columns(op, *parts, weight, bias, eps, y, omit=omit)
+            arrays.normalize_columns(op, *parts, (weight, bias), y, eps=eps, omit=omit)
     return y
 
 
