@@ -75,13 +75,17 @@ def _plain_numpy(x: np.ndarray[Any, Any], label: str) -> np.ndarray[Any, Any]:
 
 def _from_dlpack(x: Any, label: str) -> np.ndarray[Any, Any]:
     try:
-        return np.from_dlpack(x)
+        found = np.from_dlpack(x)
     except (BufferError, RuntimeError, TypeError) as error:
         msg = (
             f"{label} exports an array that NumPy cannot take ({error}); NumPy's DLPack knows no "
             f"bfloat16, for example. Pass {label} in its own library, or cast to float32 first"
         )
         raise TypeError(msg) from error
+    if found.flags.owndata and found.size:  # NumPy makes memory of its own where it is given none
+        msg = f"{label} exports no memory, as where it was released; restore it before the call"
+        raise ValueError(msg)
+    return found
 
 
 def _dlpack_device(x: Any) -> int:
@@ -171,10 +175,12 @@ def element_strides(x: Strided) -> tuple[int, ...]:
     return tuple(s // x.itemsize for s in x.strides)
 
 
-def check_writable(label: str, out: Any) -> None:
+def check_writable(
+    label: str, out: Any, way_out: str = "pass a writable array, e.g. numpy.empty_like(x)"
+) -> None:
     """Refuse a result that cannot be written, or whose elements share memory with each other."""
     if isinstance(out, np.ndarray) and not out.flags.writeable:
-        msg = f"{label} is read-only; pass a writable array, e.g. numpy.empty_like(x)"
+        msg = f"{label} is read-only; {way_out}"
         raise ValueError(msg)
     if 0 in out.shape or (hasattr(out, "flags") and out.flags.c_contiguous):
         return
@@ -187,10 +193,28 @@ def check_writable(label: str, out: Any) -> None:
         if n > 1 and stride < reach:
             msg = (
                 f"{label} with shape {tuple(out.shape)} and strides {tuple(strides)} may hold two "
-                "elements at one address; pass an array of its own, e.g. empty_like(x)"
+                f"elements at one address; {way_out}"
             )
             raise ValueError(msg)
         reach += stride * (n - 1)
+
+
+def bytes_of(x: Any) -> int:
+    """Bytes that a tensor takes from its first element on."""
+    steps = zip(x.stride(), x.shape, strict=True)
+    return 0 if 0 in x.shape else x.itemsize * (1 + sum(s * (n - 1) for s, n in steps))
+
+
+def check_memory(label: str, x: Any, nbytes: int | None = None) -> None:
+    """Refuse a tensor that its storage does not hold; `nbytes` are those that it takes."""
+    nbytes = bytes_of(x) if nbytes is None else nbytes
+    held = len(x.untyped_storage()) - x.storage_offset() * x.itemsize
+    if held < nbytes:
+        msg = (
+            f"{label} takes {nbytes} bytes, but its storage holds {max(held, 0)} of them: it was "
+            "released or cut, as FSDP does outside of forward. Restore its memory before the call"
+        )
+        raise ValueError(msg)
 
 
 def check_apart(
@@ -221,6 +245,8 @@ def check_overlap(
     if isinstance(out, np.ndarray) and not np.may_share_memory(other, out):
         return
     a, b = _Span(other), _Span(out)
+    if not (a.key[0] and b.key[0]):  # torch's zeros, which have no memory
+        return
     if same_allowed and a.key == b.key:
         return
     if a.touches(b):
@@ -233,7 +259,7 @@ def check_overlap(
         raise ValueError(msg)
 
 
-def to_host(x: Any) -> np.ndarray[Any, Any]:
+def to_host(x: Any, label: str = "x") -> np.ndarray[Any, Any]:
     """NumPy array of x's values, over its memory where that is the host's."""
     library = library_of(x)
     if library == "cupy":
@@ -241,11 +267,13 @@ def to_host(x: Any) -> np.ndarray[Any, Any]:
     elif library == "torch":
         import torch
 
-        x = x.detach().cpu()
-        if x.dtype == torch.bfloat16:  # which NumPy's DLPack does not know; the same bytes do
+        if x.layout is torch.strided:
+            check_memory(label, x)
+        if x.dtype == torch.bfloat16:  # which NumPy does not know; the same bytes do
             import ml_dtypes
 
-            return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+            return x.view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+        return x.numpy(force=True)  # type: ignore[no-any-return]
     return np.asarray(x)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cupynorm._libraries import check_companion
 from cupynorm._ops import OPS, Op
 from cupynorm._rules import check_affine_shape, check_residual, dtype_name, stats_shape
 from cupynorm._torch import tensors
@@ -70,6 +71,9 @@ def _check_shapes(
     x: Any, axes: list[int], weight: Any, bias: Any = None, residual: Any = None
 ) -> None:
     """A saved program may be run with any tensors; addresses alone would not tell."""
+    for label, value in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if value is not None and value.device != x.device:
+            check_companion(label, value, x)
     shape = tuple(x.shape[a] for a in axes)
     for label, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.shape != shape:

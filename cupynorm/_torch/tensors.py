@@ -7,10 +7,10 @@ import torch
 
 from cupynorm import _memo
 from cupynorm._layout import Facts, row_major_strides
-from cupynorm._libraries import check_apart, check_overlap
-from cupynorm._rules import dtype_name
+from cupynorm._libraries import bytes_of, check_apart, check_memory, check_overlap
+from cupynorm._rules import ITEMSIZE, dtype_name
 from cupynorm._torch import machines
-from cupynorm._torch.machines import bytes_of, nothing
+from cupynorm._torch.machines import nothing
 
 Three = tuple[Any, Any, Any]
 
@@ -52,17 +52,35 @@ class Tensors:
     def normalizer(self, facts: Facts) -> Callable[..., Any]:
         """The settled forward, which takes residual and sum_out, where there are these, last."""
         run, new, new_sum = machines.run_of(facts), _maker(facts, "y"), _maker(facts, "sum")
+        held = _held(("x", "weight", "bias", "out", "residual", "sum_out"))
         shape, stats, op = facts.stats_shape, facts.stats, facts.op
         clash: Any = _overlap(facts) if facts.out and facts.size else None
         if op.residual:
             clash = check_apart
 
+        size, *sizes = (ITEMSIZE[facts.dtypes.get(k, "float16")] for k in ("x", "weight", "bias"))
+        (w_size, b_size), needs = sizes, None
+
         def plain(x: Any, weight: Any, bias: Any, out: None) -> Any:
+            nonlocal needs
+            if needs is None:
+                needs = [0 if t is None else bytes_of(t) for t in (x, weight, bias)]
+            low, w_low, b_low = needs
+            if (  # as `held` has it, in a third of the time
+                len(x.untyped_storage()) - size * x.storage_offset() < low
+                or (
+                    w_low
+                    and len(weight.untyped_storage()) - w_size * weight.storage_offset() < w_low
+                )
+                or (b_low and len(bias.untyped_storage()) - b_size * bias.storage_offset() < b_low)
+            ):
+                held(x, weight, bias)
             y = new(x)
             run(x, y, weight, bias, None, None)
             return y
 
         def call(x: Any, weight: Any, bias: Any, out: Any, *added: Any) -> Any:
+            held(x, weight, bias, out, *added)
             if clash is not None:
                 clash(x, weight, bias, out, *added)
             y = new(x) if out is None else out
@@ -84,6 +102,7 @@ class Tensors:
             given, targets = (x, *added[:1]), (out, *added[1:])
             if not any(t is not None and t.is_neg() for t in (*given, *targets)):
                 return call(x, weight, bias, out, *added)
+            held(x, weight, bias, out, *added)
             x, *residual = (t.resolve_neg() for t in given)
             y, *total = (t if t is None else t.resolve_neg() for t in targets)
             met = zip(("x", "y", "residual", "sum"), (x, y, *residual, *total), strict=False)
@@ -105,11 +124,12 @@ class Tensors:
             getattr(torch, facts.dtypes[k]) if k in facts.dtypes else None
             for k in ("dweight", "dbias")
         )
-        negatable = _negatable(facts)
+        negatable, held = _negatable(facts), _held(("dy", "x", "mean", "rstd", "weight", "dsum"))
         wanted = "dx" in facts.strides or to_weight is not None or to_bias is not None
         run = machines.run_of(facts) if wanted else nothing
 
         def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *dsum: Any) -> Three:
+            held(dy, x, mean, rstd, weight, *dsum)
             if negatable and any(t.is_neg() for t in (dy, x, *dsum)):
                 told = [t.resolve_neg() for t in (dy, x, *dsum)]
                 met = zip(("dy", "x", "dsum"), map(self.strides, told), strict=False)
@@ -123,6 +143,21 @@ class Tensors:
             return dx, dweight, dbias
 
         return call
+
+
+def _held(names: tuple[str, ...]) -> Callable[..., None]:
+    """A look whether the storage of each tensor holds it, all of whose strides are settled."""
+    needs: Any = None
+
+    def look(*tensors: Any) -> None:
+        nonlocal needs
+        if needs is None:
+            needs = [0 if t is None else bytes_of(t) for t in tensors]
+        for name, t, need in zip(names, tensors, needs, strict=False):
+            if need and len(t.untyped_storage()) - t.storage_offset() * t.itemsize < need:
+                check_memory(name, t, need)
+
+    return look
 
 
 def _for_sum(x: Any, weight: Any, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -154,11 +189,14 @@ def _maker(facts: Facts, name: str) -> Callable[[Any], Any]:
 
 def _overlap(facts: Facts) -> Callable[..., None]:
     """A look by address whether `out` shares memory with an input; where it may, the exact rule."""
-    x_reach, y_reach = bytes_of(facts, "x"), bytes_of(facts, "y")
+    reach: Any = None
     same = facts.strides["x"] == facts.strides["y"]
 
     def look(x: Any, weight: Any, bias: Any, out: Any) -> None:
-        at, to = x.data_ptr(), out.data_ptr()
+        nonlocal reach
+        if reach is None:
+            reach = bytes_of(x), bytes_of(out)
+        at, to, (x_reach, y_reach) = x.data_ptr(), out.data_ptr(), reach
         if not (same and at == to) and at < to + y_reach and to < at + x_reach:
             check_overlap("x", x, out, same_allowed=True)
         for label, row in (("weight", weight), ("bias", bias)):
