@@ -243,9 +243,8 @@ def _normalize(
     op: Op, input: Any, weight: Any, bias: Any, how: tuple[Any, Any], residual: Any = None
 ) -> Any:
     """By our rules, or by torch's own functions what only these know; `how`: shape and eps."""
-    by_torch = op, input, weight, bias, how, residual
     if (type(input) is not Tensor or tracing() is not None) and is_for_torch(input):
-        return _by_torch(*by_torch)
+        return _by_torch(op, input, weight, bias, how, residual)
     if not input.is_cpu:
         if type(input) in DOOR.types and not torch.compiler.is_compiling():
             check_device(input.device)
@@ -272,7 +271,7 @@ def _normalize(
         if name not in _rules.ITEMSIZE:  # the rules call it x
             _rules.check_x_dtype(name, "input.to(torch.float32)", op.function)
         raise
-    return _by_torch(*by_torch)
+    return _by_torch(op, input, weight, bias, how, residual)
 
 
 def _by_torch(op: Op, input: Any, weight: Any, bias: Any, how: Any, residual: Any) -> Any:

@@ -102,8 +102,8 @@ def _store(results: tuple[Any, ...], targets: tuple[Any, ...]) -> None:
 
 # --- by address -----------------------------------------------------------------------------------
 
-# What torch keeps without memory, as zeros that it knows to be such, or what functionalize wraps, is
-# at 0, and a view of it at its offset: torch's own functions take it. Few live tensors lie as low.
+# What torch keeps without memory, zeros that it knows to be such, or what functionalize wraps, is at
+# 0, and a view of it at its offset: torch's own functions take it. Few live tensors lie as low.
 LOW = 1 << 32
 
 
@@ -191,11 +191,14 @@ def _loops(facts: Facts) -> Run:
         return general
     usual: bool | None = None  # whether weight and bias lie as loops take them; shows at once
 
+    def lie(weight: Any, bias: Any) -> bool:
+        told_from_one = facts.op.unit_weight and weight is not None
+        return _lies(weight, compute) and _lies(bias, compute) and not told_from_one
+
     def forward(x: Any, y: Any, weight: Any, bias: Any, mean: Any, rstd: Any, *added: Any) -> None:
         nonlocal usual
         if usual is None:
-            as_they_are = _lies(weight, compute) and _lies(bias, compute)
-            usual = as_they_are and not (facts.op.unit_weight and weight is not None)
+            usual = lie(weight, bias)
         at, to = x.data_ptr(), y.data_ptr()
         w = LOW if weight is None else weight.data_ptr()
         b = LOW if bias is None else bias.data_ptr()
@@ -208,6 +211,7 @@ def _loops(facts: Facts) -> Run:
         w, b = 0 if weight is None else w, 0 if bias is None else b
         loops(at, to, w, b, m, r, *(absent or [a.data_ptr() for a in added]))
 
+    forward.__dict__["in_place"] = loops, lie  # for a call that takes the addresses itself
     return forward
 
 

@@ -1,16 +1,18 @@
 """Plain tensors that nobody watches: what they look like, memory for results, calls by address."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from cupynorm import _memo
+from cupynorm._cpu.arrays import plain as without_loops
 from cupynorm._layout import Facts, row_major_strides
 from cupynorm._libraries import bytes_of, check_apart, check_memory, check_overlap
 from cupynorm._rules import ITEMSIZE, dtype_name
 from cupynorm._torch import machines
-from cupynorm._torch.machines import nothing
+from cupynorm._torch.machines import LOW, nothing
 
 Three = tuple[Any, Any, Any]
 
@@ -58,24 +60,29 @@ class Tensors:
         if op.residual:
             clash = check_apart
 
-        size, *sizes = (ITEMSIZE[facts.dtypes.get(k, "float16")] for k in ("x", "weight", "bias"))
-        (w_size, b_size), needs = sizes, None
+        size, w_size, b_size = (
+            ITEMSIZE[facts.dtypes.get(k, "float16")] for k in ("x", "weight", "bias")
+        )
+        need, w, b = math.inf, 0, 0  # bytes of x, weight and bias, which show at the first call
+        in_place: Any = getattr(run, "in_place", (None, None))
+        loops, lie = in_place
 
         def plain(x: Any, weight: Any, bias: Any, out: None) -> Any:
-            nonlocal needs
-            if needs is None:
-                needs = [0 if t is None else bytes_of(t) for t in (x, weight, bias)]
-            low, w_low, b_low = needs
+            nonlocal need, w, b, loops
             if (  # as `held` has it, in a third of the time
-                len(x.untyped_storage()) - size * x.storage_offset() < low
-                or (
-                    w_low
-                    and len(weight.untyped_storage()) - w_size * weight.storage_offset() < w_low
-                )
-                or (b_low and len(bias.untyped_storage()) - b_size * bias.storage_offset() < b_low)
+                len(x.untyped_storage()) - size * x.storage_offset() < need
+                or (w and len(weight.untyped_storage()) - w_size * weight.storage_offset() < w)
+                or (b and len(bias.untyped_storage()) - b_size * bias.storage_offset() < b)
             ):
-                held(x, weight, bias)
+                low, w, b = held(x, weight, bias)
+                loops, need = loops if loops and lie(weight, bias) else None, low
             y = new(x)
+            if loops and not without_loops():  # as `run` does, without the call
+                at, to = x.data_ptr(), y.data_ptr()
+                w_at, b_at = weight.data_ptr() if w else LOW, bias.data_ptr() if b else LOW
+                if at >= LOW and to >= LOW and w_at >= LOW and b_at >= LOW:
+                    loops(at, to, w and w_at, b and b_at, 0, 0, 0, 0)
+                    return y
             run(x, y, weight, bias, None, None)
             return y
 
@@ -145,17 +152,21 @@ class Tensors:
         return call
 
 
-def _held(names: tuple[str, ...]) -> Callable[..., None]:
-    """A look whether the storage of each tensor holds it, all of whose strides are settled."""
+def _held(names: tuple[str, ...]) -> Callable[..., list[int]]:
+    """A look whether the storage of each tensor holds the bytes it takes, which it gives.
+
+    All their strides are settled.
+    """
     needs: Any = None
 
-    def look(*tensors: Any) -> None:
+    def look(*tensors: Any) -> list[int]:
         nonlocal needs
         if needs is None:
             needs = [0 if t is None else bytes_of(t) for t in tensors]
         for name, t, need in zip(names, tensors, needs, strict=False):
             if need and len(t.untyped_storage()) - t.storage_offset() * t.itemsize < need:
                 check_memory(name, t, need)
+        return needs  # type: ignore[no-any-return]
 
     return look
 
