@@ -22,11 +22,19 @@ class Strided(Protocol):
 
 
 def library_of(x: Any) -> str:
-    """Name of the package that x's type comes from, 'jax' for every JAX array."""
+    """Name of the package that x's type descends from; else of x's namespace, or of its type's own.
+
+    It is 'jax' for every JAX array.
+    """
     if hasattr(x, "untyped_storage"):
-        return "torch"  # a subclass too; torch.compile cannot trace where a type comes from
-    name = type(x).__module__.partition(".")[0]
-    return "jax" if name == "jaxlib" else name
+        return "torch"  # torch.compile cannot trace where a type comes from
+    roots = [base.__module__.partition(".")[0] for base in type(x).__mro__]
+    for name in roots:
+        if name in _MOVES or name == "jaxlib":
+            return name.replace("jaxlib", "jax")
+    namespace = getattr(x, "__array_namespace__", None)
+    name = roots[0] if namespace is None else namespace().__name__.partition(".")[0]
+    return roots[0] if name in _MOVES else name  # a wrapper that has another's namespace
 
 
 def classify(x: Any, label: str = "x") -> tuple[Any, str]:

@@ -102,7 +102,7 @@ def _store(results: tuple[Any, ...], targets: tuple[Any, ...]) -> None:
 
 # --- by address -----------------------------------------------------------------------------------
 
-# What torch keeps without memory, zeros that it knows to be such, or what functionalize wraps, is at
+# What torch keeps without memory, zeros that it knows to be such or what functionalize wraps, is at
 # 0, and a view of it at its offset: torch's own functions take it. Few live tensors lie as low.
 LOW = 1 << 32
 

@@ -128,8 +128,10 @@ class Stateful(Table):
             else:
                 msg += "Make a layer of that shape, or reshape the arrays"
             raise ValueError(msg)
-        for name in hosts:
+        for name, host in hosts.items():
             check_own(name, mine[name])
+            # A copy: the host may be memory of the other parameter.
+            hosts[name] = np.array(host, mine[name].dtype, order="C")
         for name, host in hosts.items():
             fill(mine[name], host)
         return IncompatibleKeys(missing, unexpected)
@@ -196,7 +198,8 @@ class Stateful(Table):
         ...     cn.LayerNorm(2).load(f"{folder}/norm.npz")
         IncompatibleKeys(missing_keys=[], unexpected_keys=[])
         """
-        names, arrays = _files.read(path, set(self.state_dict(prefix)))
+        shapes = {name: tuple(a.shape) for name, a in self.state_dict(prefix).items()}
+        names, arrays = _files.read(path, shapes)
         state = {name: arrays.get(name) for name in names if name.startswith(prefix)}
         return self._load(state, strict, os.fspath(path), prefix)
 
@@ -287,8 +290,7 @@ def _check_dtype(label: str, dtype: Any) -> None:
 
 
 def fill(array: Any, host: np.ndarray[Any, Any]) -> None:
-    """Copy into an array of NumPy or CuPy, in its dtype."""
-    host = np.ascontiguousarray(host, dtype=array.dtype)
+    """Copy into an array of NumPy or CuPy; both are of one dtype."""
     if isinstance(array, np.ndarray):
         array[...] = host
     else:
