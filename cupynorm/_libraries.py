@@ -277,6 +277,11 @@ def to_host(x: Any, label: str = "x") -> np.ndarray[Any, Any]:
 
         if x.layout is torch.strided:
             check_memory(label, x)
+            if x.numel() and not (x.data_ptr() or x._is_zerotensor()):
+                msg = (
+                    f"{label} has no memory: functionalize wraps it; pass the tensor it was made of"
+                )
+                raise ValueError(msg)
         if x.dtype == torch.bfloat16:  # which NumPy does not know; the same bytes do
             import ml_dtypes
 
