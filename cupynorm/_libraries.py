@@ -27,11 +27,19 @@ class Strided(Protocol):
 
 
 def library_of(x: Any) -> str:
-    """Name of the package that x's type comes from, 'jax' for every JAX array."""
+    """Name of the package that x's type descends from; else of x's namespace, or of its type's own.
+
+    It is 'jax' for every JAX array.
+    """
     if hasattr(x, "untyped_storage"):
-        return "torch"  # a subclass too; torch.compile cannot trace where a type comes from
-    name = type(x).__module__.partition(".")[0]
-    return "jax" if name == "jaxlib" else name
+        return "torch"  # torch.compile cannot trace where a type comes from
+    roots = [base.__module__.partition(".")[0] for base in type(x).__mro__]
+    for name in roots:
+        if name in _INTO or name == "jaxlib":
+            return name.replace("jaxlib", "jax")
+    namespace = getattr(x, "__array_namespace__", None)
+    name = roots[0] if namespace is None else namespace().__name__.partition(".")[0]
+    return roots[0] if name in _INTO else name  # a wrapper that has another's namespace
 
 
 def classify(x: Any, label: str = "x", beside: Any = None) -> tuple[Any, str]:
@@ -120,13 +128,17 @@ def _plain_numpy(x: np.ndarray[Any, Any], label: str) -> np.ndarray[Any, Any]:
 
 def _from_dlpack(x: Any, label: str) -> np.ndarray[Any, Any]:
     try:
-        return np.from_dlpack(x)
+        found = np.from_dlpack(x)
     except (BufferError, RuntimeError, TypeError) as error:
         msg = (
             f"{label} exports an array that NumPy cannot take ({error}); NumPy's DLPack knows no "
             f"bfloat16, for example. Pass {label} in its own library, or cast to float32 first"
         )
         raise TypeError(msg) from error
+    if found.flags.owndata and found.size:  # NumPy makes memory of its own where it is given none
+        msg = f"{label} exports no memory, as where it was released; restore it before the call"
+        raise ValueError(msg)
+    return found
 
 
 def _dlpack_device(x: Any) -> int:
@@ -261,10 +273,12 @@ def element_strides(x: Strided) -> tuple[int, ...]:
     return tuple(s // x.itemsize for s in x.strides)
 
 
-def check_writable(label: str, out: Any) -> None:
+def check_writable(
+    label: str, out: Any, way_out: str = "pass a writable array, e.g. numpy.empty_like(x)"
+) -> None:
     """Refuse a result that cannot be written, or whose elements share memory with each other."""
     if isinstance(out, np.ndarray) and not out.flags.writeable:
-        msg = f"{label} is read-only; pass a writable array, e.g. numpy.empty_like(x)"
+        msg = f"{label} is read-only; {way_out}"
         raise ValueError(msg)
     if 0 in out.shape or (hasattr(out, "flags") and out.flags.c_contiguous):
         return
@@ -277,10 +291,28 @@ def check_writable(label: str, out: Any) -> None:
         if n > 1 and stride < reach:
             msg = (
                 f"{label} with shape {tuple(out.shape)} and strides {tuple(strides)} may hold two "
-                "elements at one address; pass an array of its own, e.g. empty_like(x)"
+                f"elements at one address; {way_out}"
             )
             raise ValueError(msg)
         reach += stride * (n - 1)
+
+
+def bytes_of(x: Any) -> int:
+    """Bytes that a tensor takes from its first element on."""
+    steps = zip(x.stride(), x.shape, strict=True)
+    return 0 if 0 in x.shape else x.itemsize * (1 + sum(s * (n - 1) for s, n in steps))
+
+
+def check_memory(label: str, x: Any, nbytes: int | None = None) -> None:
+    """Refuse a tensor that its storage does not hold; `nbytes` are those that it takes."""
+    nbytes = bytes_of(x) if nbytes is None else nbytes
+    held = len(x.untyped_storage()) - x.storage_offset() * x.itemsize
+    if held < nbytes:
+        msg = (
+            f"{label} takes {nbytes} bytes, but its storage holds {max(held, 0)} of them: it was "
+            "released or cut, as FSDP does outside of forward. Restore its memory before the call"
+        )
+        raise ValueError(msg)
 
 
 def check_apart(
@@ -311,6 +343,8 @@ def check_overlap(
     if isinstance(out, np.ndarray) and not np.may_share_memory(other, out):
         return
     a, b = _Span(other), _Span(out)
+    if not (a.key[0] and b.key[0]):  # torch's zeros, which have no memory
+        return
     if same_allowed and a.key == b.key:
         return
     if a.touches(b):
@@ -336,7 +370,7 @@ def bfloat16() -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
 
 
-def to_host(x: Any) -> np.ndarray[Any, Any]:
+def to_host(x: Any, label: str = "x") -> np.ndarray[Any, Any]:
     """NumPy array of x's values, over its memory where that is the host's."""
     library = library_of(x)
     if library == "cupy":
@@ -344,9 +378,16 @@ def to_host(x: Any) -> np.ndarray[Any, Any]:
     elif library == "torch":
         import torch
 
-        x = x.detach().cpu()
-        if x.dtype == torch.bfloat16:  # which NumPy's DLPack does not know; the same bytes do
-            return x.view(torch.int16).numpy().view(bfloat16())  # type: ignore[no-any-return]
+        if x.layout is torch.strided:
+            check_memory(label, x)
+            if x.numel() and not (x.data_ptr() or x._is_zerotensor()):
+                msg = (
+                    f"{label} has no memory: functionalize wraps it; pass the tensor it was made of"
+                )
+                raise ValueError(msg)
+        if x.dtype == torch.bfloat16:  # which NumPy does not know; the same bytes do
+            return x.view(torch.int16).numpy(force=True).view(bfloat16())  # type: ignore[no-any-return]
+        return x.numpy(force=True)  # type: ignore[no-any-return]
     return np.asarray(x)
 
 

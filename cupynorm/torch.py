@@ -244,9 +244,8 @@ def _normalize(
     op: Op, input: Any, weight: Any, bias: Any, how: tuple[Any, Any], residual: Any = None
 ) -> Any:
     """By our rules, or by torch's own functions what only these know; `how`: shape and eps."""
-    by_torch = op, input, weight, bias, how, residual
     if (type(input) is not Tensor or tracing() is not None) and is_for_torch(input):
-        return _by_torch(*by_torch)
+        return _by_torch(op, input, weight, bias, how, residual)
     if not input.is_cpu:
         if type(input) in DOOR.types and not torch.compiler.is_compiling():
             check_device(input.device)
@@ -263,14 +262,14 @@ def _normalize(
             raise
     except (TypeError, ValueError):
         if input.layout is not torch.jagged and is_for_torch(input):
-            return _by_torch(*by_torch)
+            return _by_torch(op, input, weight, bias, how, residual)
         for label, value in (("weight", weight), ("bias", bias), ("residual", residual)):
             if label != "residual" or op.residual:
                 refuse_no_tensor(label, value)
         if (name := _rules.dtype_name(input.dtype)) not in _rules.ITEMSIZE:  # the rules call it x
             _rules.check_x_dtype(name, cast_of("input", input), op.function)
         raise
-    return _by_torch(*by_torch)
+    return _by_torch(op, input, weight, bias, how, residual)
 
 
 def _by_torch(op: Op, input: Any, weight: Any, bias: Any, how: Any, residual: Any) -> Any:

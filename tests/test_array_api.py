@@ -1,5 +1,6 @@
 """`cn.layer_norm` inside other libraries: the array API, JAX's tracing, torch's compiler."""
 
+import functools
 import warnings
 
 import numpy as np
@@ -109,3 +110,47 @@ def test_jax_grad_and_vmap(jax):
 
 
 # --- torch: the rest is in tests/torch ------------------------------------------------------------
+
+
+# --- a user's own classes -----------------------------------------------------------------------
+
+
+@functools.cache
+def subclass_of(kind):
+    return type("Mine", (kind,), {})
+
+
+def of_numpy(a):
+    return a.view(subclass_of(np.ndarray))
+
+
+def of_torch(a):
+    torch = pytest.importorskip("torch")
+    return torch.from_numpy(a.copy()).as_subclass(subclass_of(torch.Tensor))
+
+
+def of_strict(a):
+    plain = pytest.importorskip("array_api_strict").asarray(a)
+    mine = object.__new__(subclass_of(type(plain)))
+    for name in ("_array", "_dtype", "_device"):
+        setattr(mine, name, getattr(plain, name))
+    return mine
+
+
+PLAIN = {
+    of_numpy: np.asarray,
+    of_torch: lambda a: pytest.importorskip("torch").from_numpy(a),
+    of_strict: lambda a: pytest.importorskip("array_api_strict").asarray(a),
+}
+
+
+@pytest.mark.parametrize("mine", PLAIN)
+@pytest.mark.parametrize("which", ["xwb", "x", "w"])
+def test_a_subclass_is_of_the_library_that_it_descends_from(mine, which, assert_close):
+    plain = PLAIN[mine]
+    x, weight, bias = (
+        (mine if name in which else plain)(a)
+        for name, a in zip("xwb", (X, WEIGHT, BIAS), strict=True)
+    )
+    y = cn.layer_norm(x, (3, 8), weight, bias)
+    assert_close(np.asarray(y), WANT[0], "float32", 24)

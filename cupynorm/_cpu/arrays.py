@@ -256,7 +256,7 @@ def _forward(facts: Facts) -> tuple[Call, _Small]:
 
     def large(x: Any, y: Any, weight: Any, bias: Any, *more: Any) -> None:
         w, b = _affine(weight, compute, unit), _affine(bias, compute)
-        by_address(*map(_address, (x, y, w, b, *(more or (None, None)))))
+        by_address(*map(_address, (x, y, w, b, *more, *(None,) * (4 - len(more)))))
 
     return large, _Small()
 

@@ -162,9 +162,9 @@ def _strips(problem: Problem, rows: int) -> int:
 def normalizer(
     problem: Problem, eps: float, num_threads: Callable[[], int] = threads.num_threads
 ) -> Call:
-    """Give ``call(x, y, weight, bias, mean, rstd)``, which takes addresses; 0: absent.
+    """Give ``call(x, y, weight, bias, mean, rstd, residual, sum)``: addresses; 0: absent.
 
-    Of an operation that has them, residual and sum come last. weight, bias, mean and rstd are
+    weight, bias, mean and rstd are
     contiguous, or lie by ``problem.stats_strides``, float32 (float64 for float64 x).
     ``num_threads`` is asked at each call where more than one pays.
     """
@@ -173,19 +173,18 @@ def normalizer(
     kind, size, chunks = _kind(problem), problem.rows * problem.N, -(-problem.N // forward.CHUNK)
     rows, scattered = _rows_of_block(problem), not problem.row_major and chunks > 1
     plan, strips = _plan(problem, rows, eps), _strips(problem, rows)
-    nothing = () if problem.op.residual else (0, 0)
     do = jobs.rows(kind, problem.op.center, problem.dtype("residual") or "")
     by_chunks = _by_chunks(problem, eps) if scattered or chunks >= _LONG else None
 
-    def alone(*given: int) -> None:
-        do(plan.at, 0, strips, *given, *nothing)
+    alone = functools.partial(do, plan.at, 0, strips)
+    alone.__dict__["plan"] = plan  # whose record is at that address
 
     def call(*given: int) -> None:
         count = _useful(size, num_threads)
         if by_chunks is not None and (scattered or (4 * count > problem.rows and count > 1)):
             by_chunks(count, *given)
         else:
-            threads.run(lambda lo, hi: do(plan.at, lo, hi, *given, *nothing), strips, count)
+            threads.run(lambda lo, hi: do(plan.at, lo, hi, *given), strips, count)
 
     return alone if size < ALONE and by_chunks is None else call
 
@@ -207,8 +206,7 @@ def _by_chunks(problem: Problem, eps: float) -> Call:
         met = _plan(replace(problem, strides=tuple(strides.items())), rows, eps)
 
     def call(count: int, x: int, y: int, *more: int) -> None:
-        weight, bias, mean, rstd, *added = more
-        residual, total = added or (0, 0)
+        weight, bias, mean, rstd, residual, total = more
         parts, stats = np.empty((problem.rows, chunks, 3)), np.empty((problem.rows, 3))
         at, to = parts.ctypes.data, stats.ctypes.data
         take, give = jobs.chunk_moments(kind, op.center, wide), jobs.chunk_results(kind, wide)

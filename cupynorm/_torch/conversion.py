@@ -28,13 +28,18 @@ def check_module(model: Any) -> None:
 
 
 def change(model: Any, kinds: Kinds) -> str:
-    """Give each module its new class, and say how many had which."""
+    """Give each module its new class, or none of them, and say how many had which."""
     counts: collections.Counter[str] = collections.Counter()
-    for module in model.modules():
-        kind = _base(type(module), module)
-        if kind in kinds:
-            module.__class__ = _new_class(module, kinds[kind])
-            counts[kind.__name__] += 1
+    met = [(m, kind) for m in model.modules() if (kind := _base(type(m), m)) in kinds]
+    classes = [(module, type(module), _new_class(module, kinds[kind])) for module, kind in met]
+    try:
+        for module, _, target in classes:
+            module.__class__ = target
+    except BaseException:
+        for module, former, _ in classes:
+            object.__setattr__(module, "__class__", former)
+        raise
+    counts.update(kind.__name__ for _, kind in met)
     return " and ".join(f"{n} {name}" for name, n in counts.items()) or "0"
 
 

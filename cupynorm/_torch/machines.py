@@ -18,7 +18,6 @@ from cupynorm._cpu import engine, threads
 from cupynorm._cpu.arrays import plain
 from cupynorm._cuda.launch import BACKWARD, FORWARD, RESIDUAL
 from cupynorm._layout import Facts, as_table, kernel_problem_of, rows_last
-from cupynorm._rules import ITEMSIZE
 
 Run = Callable[..., None]
 Launch = Callable[[list[int]], None]  # on the addresses of what was met; 0: absent
@@ -103,37 +102,14 @@ def _store(results: tuple[Any, ...], targets: tuple[Any, ...]) -> None:
 
 # --- by address -----------------------------------------------------------------------------------
 
-# Where storage was released, its first byte is at 0 and a view lies at its offset. Few live tensors
-# lie as low, so it is seldom due to ask one for its storage, at twice the cost of its address.
+# What torch keeps without memory, zeros that it knows to be such or what functionalize wraps, is at
+# 0, and a view of it at its offset: torch's own functions take it. Few live tensors lie as low.
 LOW = 1 << 32
 
 
 def _dtype_of(facts: Facts, name: str) -> str:
     """Of an array of x's shape."""
     return facts.dtypes["residual" if name in ("residual", "sum") else "x"]
-
-
-def bytes_of(facts: Facts, name: str) -> int:
-    """Bytes that an array takes from its first element on; the small ones may take more."""
-    strides = facts.strides.get(name)
-    if strides is None:
-        return ITEMSIZE[facts.dtypes.get(name, "float16")] * facts.N
-    steps = zip(strides, facts.shape, strict=True)
-    return ITEMSIZE[_dtype_of(facts, name)] * (1 + sum(s * (n - 1) for s, n in steps))
-
-
-def _check_memory(name: str, tensor: Any, nbytes: int) -> None:
-    """Refuse a tensor without the memory that it takes."""
-    if tensor.data_ptr() >= LOW:
-        return
-    held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
-    if held < nbytes:
-        name = "out" if name == "y" else name
-        msg = (
-            f"{name} takes {nbytes} bytes, but its storage holds {max(held, 0)} of them: it "
-            "was released, as FSDP does outside of forward. Restore its memory before the call"
-        )
-        raise ValueError(msg)
 
 
 def _meeting(facts: Facts, name: str, kind: Any, compute: Any) -> Callable[[Any], Any]:
@@ -147,11 +123,9 @@ def _meeting(facts: Facts, name: str, kind: Any, compute: Any) -> Callable[[Any]
         return lambda a: torch.empty(a.permute(order).shape, dtype=kind, device=a.device)
     if name in ("dx", "dweight", "dbias"):
         return lambda a: a if kind is None else torch.empty_like(a, dtype=kind)
-    nbytes = 1 if name in ("mean", "rstd") else bytes_of(facts, name)
     told_from_one = name == "weight" and facts.op.unit_weight
 
     def meet(a: Any) -> Any:
-        _check_memory(name, a, nbytes)
         if name in facts.strides:
             return a if kind is None else a.detach().permute(order).to(kind).contiguous()
         a = a.detach().resolve_neg()
@@ -170,12 +144,17 @@ def _by_address(facts: Facts, copied: Mapping[str, Any], compute: Any, launch: L
     order = rows_last(len(facts.shape), facts.axes)
     results = "y", "sum", "dx", "dweight", "dbias"
     written = [i for i, name in enumerate(names) if name in copied and name in results]
+    functions = _functions(facts)
 
     def run(*arrays: Any) -> None:
         # The names keep copies alive until they are on the stream; torch's allocator orders reuse
         # by stream, so they may be dropped before they are read.
         met = [None if a is None else meet(a) for meet, a in zip(meets, arrays, strict=True)]
-        launch([0 if a is None else a.data_ptr() for a in met])
+        at = [LOW if a is None else a.data_ptr() for a in met]
+        if min(at) < LOW:
+            functions(*arrays)
+            return
+        launch([0 if a is None else pointer for a, pointer in zip(met, at, strict=True)])
         for i in written:
             if arrays[i] is not None:
                 to = arrays[i].permute(order) if names[i] in facts.strides else arrays[i]
@@ -202,7 +181,8 @@ def _loops(facts: Facts) -> Run:
         loops = engine.differentiator(problem, num_threads)
     else:
         loops = engine.normalizer(problem, facts.eps, num_threads)
-    by_address = _by_address(facts, copied, compute, lambda pointers: loops(*pointers))
+    absent = () if facts.backward or facts.op.residual else (0, 0)
+    by_address = _by_address(facts, copied, compute, lambda pointers: loops(*pointers, *absent))
 
     def general(*arrays: Any) -> None:
         (functions if plain() else by_address)(*arrays)
@@ -211,11 +191,14 @@ def _loops(facts: Facts) -> Run:
         return general
     usual: bool | None = None  # whether weight and bias lie as loops take them; shows at once
 
+    def lie(weight: Any, bias: Any) -> bool:
+        told_from_one = facts.op.unit_weight and weight is not None
+        return _lies(weight, compute) and _lies(bias, compute) and not told_from_one
+
     def forward(x: Any, y: Any, weight: Any, bias: Any, mean: Any, rstd: Any, *added: Any) -> None:
         nonlocal usual
         if usual is None:
-            as_they_are = _lies(weight, compute) and _lies(bias, compute)
-            usual = as_they_are and not (facts.op.unit_weight and weight is not None)
+            usual = lie(weight, bias)
         at, to = x.data_ptr(), y.data_ptr()
         w = LOW if weight is None else weight.data_ptr()
         b = LOW if bias is None else bias.data_ptr()
@@ -226,10 +209,9 @@ def _loops(facts: Facts) -> Run:
         m = 0 if mean is None else mean.data_ptr()
         r = 0 if rstd is None else rstd.data_ptr()
         w, b = 0 if weight is None else w, 0 if bias is None else b
-        loops(at, to, w, b, m, r, *(a.data_ptr() for a in added)) if added else loops(
-            at, to, w, b, m, r
-        )
+        loops(at, to, w, b, m, r, *(absent or [a.data_ptr() for a in added]))
 
+    forward.__dict__["in_place"] = loops, lie  # for a call that takes the addresses itself
     return forward
 
 

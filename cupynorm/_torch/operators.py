@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cupynorm._libraries import check_companion
 from cupynorm._ops import OPS, Op
 from cupynorm._rules import check_affine_shape, check_residual, dtype_name, stats_shape
 from cupynorm._torch import tensors
@@ -42,7 +43,8 @@ def _define(op: Op) -> None:
         return tensors.forward(x, weight, bias, (op, tuple(axes), eps, keep), *added)
 
     def fwd_fake(x: Any, axes: list[int], weight: Any, *more: Any) -> Any:
-        _, _, keep, *added = more
+        bias, _, keep, *added = more
+        _check_devices(x, weight=weight, bias=bias, residual=added[0] if added else None)
         shape, dtype = stats_shape(x.shape, axes), tensors.stats_dtype(x.dtype)
         y = tensors.new_y(x, keep)
         total = (torch.empty_like(y, dtype=residual.dtype) for residual in added)
@@ -66,10 +68,18 @@ def _define(op: Op) -> None:
         operators[op.name] = getattr(torch.ops.cupynorm, name).default
 
 
+def _check_devices(x: Any, **others: Any) -> None:
+    """The dispatcher takes a meta tensor beside x for a call on meta tensors."""
+    for label, value in others.items():
+        if value is not None and value.device != x.device:
+            check_companion(label, value, x)
+
+
 def _check_shapes(
     x: Any, axes: list[int], weight: Any, bias: Any = None, residual: Any = None
 ) -> None:
     """A saved program may be run with any tensors; addresses alone would not tell."""
+    _check_devices(x, weight=weight, bias=bias, residual=residual)
     shape = tuple(x.shape[a] for a in axes)
     for label, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.shape != shape:
@@ -80,12 +90,13 @@ def _check_shapes(
 
 
 def _bwd_fake(dy: Any, x: Any, axes: list[int], *rest: Any) -> tuple[Any, ...]:
-    _, _, _, wanted, *dtypes = rest
+    mean, rstd, weight, wanted, *dtypes, dsum = rest if len(rest) > 6 else (*rest, None)
+    _check_devices(x, dy=dy, mean=mean, rstd=rstd, weight=weight, dsum=dsum)
     shape = [x.shape[a] for a in axes]
     dx = torch.empty_like(x) if wanted[0] else x.new_empty(0)
     sums = (
         x.new_empty(shape, dtype=dtype) if want else x.new_empty(0)
-        for want, dtype in zip(wanted[1:], dtypes[:2], strict=True)
+        for want, dtype in zip(wanted[1:], dtypes, strict=True)
     )
     return (dx, *sums)
 

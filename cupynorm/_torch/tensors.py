@@ -1,16 +1,18 @@
 """Plain tensors that nobody watches: what they look like, memory for results, calls by address."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from cupynorm import _memo
+from cupynorm._cpu.arrays import plain as without_loops
 from cupynorm._layout import Facts, row_major_strides
-from cupynorm._libraries import check_apart, check_overlap
-from cupynorm._rules import dtype_name
+from cupynorm._libraries import bytes_of, check_apart, check_memory, check_overlap
+from cupynorm._rules import ITEMSIZE, dtype_name
 from cupynorm._torch import machines
-from cupynorm._torch.machines import bytes_of, nothing
+from cupynorm._torch.machines import LOW, nothing
 
 Three = tuple[Any, Any, Any]
 
@@ -52,17 +54,40 @@ class Tensors:
     def normalizer(self, facts: Facts) -> Callable[..., Any]:
         """The settled forward, which takes residual and sum_out, where there are these, last."""
         run, new, new_sum = machines.run_of(facts), _maker(facts, "y"), _maker(facts, "sum")
+        held = _held(("x", "weight", "bias", "out", "residual", "sum_out"))
         shape, stats, op = facts.stats_shape, facts.stats, facts.op
         clash: Any = _overlap(facts) if facts.out and facts.size else None
         if op.residual:
             clash = check_apart
 
+        size, w_size, b_size = (
+            ITEMSIZE[facts.dtypes.get(k, "float16")] for k in ("x", "weight", "bias")
+        )
+        need, w, b = math.inf, 0, 0  # bytes of x, weight and bias, which show at the first call
+        in_place: Any = getattr(run, "in_place", (None, None))
+        loops, lie = in_place
+
         def plain(x: Any, weight: Any, bias: Any, out: None) -> Any:
+            nonlocal need, w, b, loops
+            if (  # as `held` has it, in a third of the time
+                len(x.untyped_storage()) - size * x.storage_offset() < need
+                or (w and len(weight.untyped_storage()) - w_size * weight.storage_offset() < w)
+                or (b and len(bias.untyped_storage()) - b_size * bias.storage_offset() < b)
+            ):
+                low, w, b = held(x, weight, bias)
+                loops, need = loops if loops and lie(weight, bias) else None, low
             y = new(x)
+            if loops and not without_loops():  # as `run` does, without the call
+                at, to = x.data_ptr(), y.data_ptr()
+                w_at, b_at = weight.data_ptr() if w else LOW, bias.data_ptr() if b else LOW
+                if at >= LOW and to >= LOW and w_at >= LOW and b_at >= LOW:
+                    loops(at, to, w and w_at, b and b_at, 0, 0, 0, 0)
+                    return y
             run(x, y, weight, bias, None, None)
             return y
 
         def call(x: Any, weight: Any, bias: Any, out: Any, *added: Any) -> Any:
+            held(x, weight, bias, out, *added)
             if clash is not None:
                 clash(x, weight, bias, out, *added)
             y = new(x) if out is None else out
@@ -84,6 +109,7 @@ class Tensors:
             given, targets = (x, *added[:1]), (out, *added[1:])
             if not any(t is not None and t.is_neg() for t in (*given, *targets)):
                 return call(x, weight, bias, out, *added)
+            held(x, weight, bias, out, *added)
             x, *residual = (t.resolve_neg() for t in given)
             y, *total = (t if t is None else t.resolve_neg() for t in targets)
             met = zip(("x", "y", "residual", "sum"), (x, y, *residual, *total), strict=False)
@@ -105,11 +131,12 @@ class Tensors:
             getattr(torch, facts.dtypes[k]) if k in facts.dtypes else None
             for k in ("dweight", "dbias")
         )
-        negatable = _negatable(facts)
+        negatable, held = _negatable(facts), _held(("dy", "x", "mean", "rstd", "weight", "dsum"))
         wanted = "dx" in facts.strides or to_weight is not None or to_bias is not None
         run = machines.run_of(facts) if wanted else nothing
 
         def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *dsum: Any) -> Three:
+            held(dy, x, mean, rstd, weight, *dsum)
             if negatable and any(t.is_neg() for t in (dy, x, *dsum)):
                 told = [t.resolve_neg() for t in (dy, x, *dsum)]
                 met = zip(("dy", "x", "dsum"), map(self.strides, told), strict=False)
@@ -123,6 +150,25 @@ class Tensors:
             return dx, dweight, dbias
 
         return call
+
+
+def _held(names: tuple[str, ...]) -> Callable[..., list[int]]:
+    """A look whether the storage of each tensor holds the bytes it takes, which it gives.
+
+    All their strides are settled.
+    """
+    needs: Any = None
+
+    def look(*tensors: Any) -> list[int]:
+        nonlocal needs
+        if needs is None:
+            needs = [0 if t is None else bytes_of(t) for t in tensors]
+        for name, t, need in zip(names, tensors, needs, strict=False):
+            if need and len(t.untyped_storage()) - t.storage_offset() * t.itemsize < need:
+                check_memory(name, t, need)
+        return needs  # type: ignore[no-any-return]
+
+    return look
 
 
 def _for_sum(x: Any, weight: Any, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -154,11 +200,14 @@ def _maker(facts: Facts, name: str) -> Callable[[Any], Any]:
 
 def _overlap(facts: Facts) -> Callable[..., None]:
     """A look by address whether `out` shares memory with an input; where it may, the exact rule."""
-    x_reach, y_reach = bytes_of(facts, "x"), bytes_of(facts, "y")
+    reach: Any = None
     same = facts.strides["x"] == facts.strides["y"]
 
     def look(x: Any, weight: Any, bias: Any, out: Any) -> None:
-        at, to = x.data_ptr(), out.data_ptr()
+        nonlocal reach
+        if reach is None:
+            reach = bytes_of(x), bytes_of(out)
+        at, to, (x_reach, y_reach) = x.data_ptr(), out.data_ptr(), reach
         if not (same and at == to) and at < to + y_reach and to < at + x_reach:
             check_overlap("x", x, out, same_allowed=True)
         for label, row in (("weight", weight), ("bias", bias)):

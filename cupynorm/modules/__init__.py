@@ -130,8 +130,11 @@ class _Norm(Stateful, ABC):
             raise RuntimeError(msg)
         x, *stats = self._kept
         dx, *sums = self._differentiate(dy, x, stats)
+        terms = dict(zip(("weight", "bias"), sums, strict=False))
+        for name, term in terms.items():
+            _parameters.check_total(name, self.grad.get(name), term)
         self._kept = None
-        for name, term in zip(("weight", "bias"), sums, strict=False):
+        for name, term in terms.items():
             if term is not None:
                 self.grad[name] = _parameters.accumulate(self.grad.get(name), term)
         return dx
@@ -197,7 +200,7 @@ class _Norm(Stateful, ABC):
         Raises
         ------
         ValueError
-            If a parameter has a negative stride.
+            If a parameter is read-only, or has a negative stride.
 
         Examples
         --------

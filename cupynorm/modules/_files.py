@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import math
 import os
 import secrets
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,9 @@ from cupynorm import _rules
 Arrays = dict[str, np.ndarray[Any, Any]]
 Path = str | os.PathLike[str]
 Encode = Callable[[Arrays], bytes]
-Decode = Callable[[str, set[str]], tuple[list[str], Arrays]]
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+Decode = Callable[[str, Shapes], tuple[list[str], Arrays]]
 
 
 def write(path: Path, arrays: Arrays) -> None:
@@ -43,8 +47,11 @@ def write(path: Path, arrays: Arrays) -> None:
         raise
 
 
-def read(path: Path, wanted: set[str]) -> tuple[list[str], Arrays]:
-    """Names of all arrays in a file, and those of `wanted` that it holds; no others are read."""
+def read(path: Path, wanted: Shapes) -> tuple[list[str], Arrays]:
+    """Names of all arrays in a file, and those of `wanted` that it holds; no others are read.
+
+    Of one of another shape than wanted the values are not read.
+    """
     _, decode = _format(path)
     return decode(os.fspath(path), wanted)
 
@@ -72,15 +79,17 @@ def _safetensors() -> Any:
 _SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
-def _decode_safetensors(path: str, wanted: set[str]) -> tuple[list[str], Arrays]:
+def _decode_safetensors(path: str, wanted: Shapes) -> tuple[list[str], Arrays]:
     package, found = _safetensors(), {}
     try:
         with package.safe_open(path, framework="np") as file:
             names = sorted(file.keys())
-            for name in wanted.intersection(names):
-                stored = file.get_slice(name).get_dtype()
-                _check_dtype(name, _SAFETENSORS.get(stored, stored), path)
-                found[name] = file.get_tensor(name)
+            for name in wanted.keys() & set(names):
+                stored = file.get_slice(name)
+                kind, shape = stored.get_dtype(), tuple(stored.get_shape())
+                _check_dtype(name, _SAFETENSORS.get(kind, kind), path)
+                read = shape == wanted[name]
+                found[name] = file.get_tensor(name) if read else _without_values(shape)
     except package.SafetensorError as error:
         msg = (
             f"{path} is not a .safetensors file that can be read ({error}); pass one that save() "
@@ -102,22 +111,52 @@ def _encode_npz(arrays: Arrays) -> bytes:
     return buffer.getvalue()
 
 
-def _decode_npz(path: str, wanted: set[str]) -> tuple[list[str], Arrays]:
+def _decode_npz(path: str, wanted: Shapes) -> tuple[list[str], Arrays]:
+    # numpy.load would take a file that is no archive for a pickle, give raw bytes for an entry that
+    # is no array, and reserve what a header claims.
     try:
-        with open(path, "rb") as file, zipfile.ZipFile(file):  # or NumPy would take it for a pickle
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as archive:
-                names = sorted(archive.files)
-                found = {name: archive[name] for name in wanted.intersection(names)}
-    except zipfile.BadZipFile as error:
+        with zipfile.ZipFile(path) as archive:
+            entries = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            found = {
+                name: _read_npy(archive, entries[name], path, shape)
+                for name, shape in wanted.items()
+                if name in entries
+            }
+    except (zipfile.BadZipFile, zlib.error, ValueError, RuntimeError, EOFError) as error:
         msg = (
             f"{path} is not a .npz file that can be read ({error}); pass one that save() or "
             "numpy.savez wrote"
         )
         raise ValueError(msg) from error
-    for name, array in found.items():
-        _check_dtype(name, _rules.dtype_name(array.dtype), path)
-    return names, found
+    return sorted(entries), found
+
+
+def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: str, wanted: Shape) -> Any:
+    """An entry of a .npz file, without its values where its shape is not the one that is wanted."""
+    with archive.open(info) as file:
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(np.lib.format.read_magic(file))
+        if read_header is None:
+            msg = f"{info.filename} has a header that floats have no need of"
+            raise ValueError(msg)
+        shape, by_columns, dtype = read_header(file)
+        _check_dtype(info.filename.removesuffix(".npy"), _rules.dtype_name(dtype), path)
+        if shape != wanted:
+            return _without_values(shape)
+        nbytes = dtype.itemsize * math.prod(shape)
+        data = file.read(nbytes + 1)  # which meets the end, where the sum of the bytes is checked
+    if len(data) != nbytes:
+        told = "fewer" if len(data) < nbytes else "more"
+        msg = f"{info.filename} holds {told} bytes than the {nbytes} of its shape {shape}"
+        raise ValueError(msg)
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C")
+
+
+def _without_values(shape: Any) -> np.ndarray[Any, Any]:
+    """An array whose shape is to be told of, and that takes no memory."""
+    return np.broadcast_to(np.float32(0), shape)
 
 
 def _check_dtype(name: str, dtype: str, path: str) -> None:

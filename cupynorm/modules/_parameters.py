@@ -129,6 +129,10 @@ class Stateful(Table):
                 msg += "Make a layer of that shape, or reshape the arrays"
             raise ValueError(msg)
         for name, host in hosts.items():
+            check_own(name, mine[name])
+            # A copy: the host may be memory of the other parameter.
+            hosts[name] = np.array(host, mine[name].dtype, order="C")
+        for name, host in hosts.items():
             fill(mine[name], host)
         return IncompatibleKeys(missing, unexpected)
 
@@ -194,7 +198,8 @@ class Stateful(Table):
         ...     cn.LayerNorm(2).load(f"{folder}/norm.npz")
         IncompatibleKeys(missing_keys=[], unexpected_keys=[])
         """
-        names, arrays = _files.read(path, set(self.state_dict(prefix)))
+        shapes = {name: tuple(a.shape) for name, a in self.state_dict(prefix).items()}
+        names, arrays = _files.read(path, shapes)
         state = {name: arrays.get(name) for name in names if name.startswith(prefix)}
         return self._load(state, strict, os.fspath(path), prefix)
 
@@ -256,7 +261,7 @@ def host_of(label: str, value: Any) -> np.ndarray[Any, Any]:
         msg = f"{label} is a {type(value).__name__}, which is no array; pass an array"
         raise TypeError(msg)
     _check_dtype(label, value.dtype)
-    return _libraries.to_host(value)
+    return _libraries.to_host(value, label)
 
 
 def _check_dtype(label: str, dtype: Any) -> None:
@@ -264,12 +269,18 @@ def _check_dtype(label: str, dtype: Any) -> None:
 
 
 def fill(array: Any, host: np.ndarray[Any, Any]) -> None:
-    """Copy into an array of NumPy or CuPy, in its dtype."""
-    host = np.ascontiguousarray(host, dtype=array.dtype)
+    """Copy into an array of NumPy or CuPy; both are of one dtype."""
     if isinstance(array, np.ndarray):
         array[...] = host
     else:
         array.set(host)
+
+
+def check_own(label: str, array: Any) -> None:
+    """Refuse to write, or to let others write, into a parameter that cannot be written."""
+    name = label.rpartition(".")[2]
+    way_out = f"give the layer a copy of its own first: layer.{name} = layer.{name}.copy()"
+    _libraries.check_writable(label, array, way_out)
 
 
 def describe(array: Any) -> str:
@@ -278,6 +289,23 @@ def describe(array: Any) -> str:
     where = f" on {device}" if library in ("cupy", "torch", "jax") else ""
     dtype = _rules.dtype_name(array.dtype)
     return f"{dtype} {tuple(int(n) for n in array.shape)}, {library}{where}"
+
+
+def check_total(name: str, total: Any, term: Any) -> None:
+    """Refuse a gradient that a term cannot be added to."""
+    if total is None or term is None:
+        return
+    _libraries.check_companion(f"grad[{name!r}]", total, term)
+    if (
+        tuple(total.shape) != tuple(term.shape)
+        or _rules.dtype_name(total.dtype) not in _rules.ITEMSIZE
+    ):
+        msg = (
+            f"grad[{name!r}] is {describe(total)}, to which {describe(term)} cannot be added; call "
+            "zero_grad() first"
+        )
+        raise ValueError(msg)
+    _libraries.check_writable(f"grad[{name!r}]", total, "call zero_grad() first")
 
 
 def accumulate(total: Any, term: Any) -> Any:
@@ -299,13 +327,14 @@ def from_tensor(label: str, tensor: Any) -> Any:
     if tensor.device.type != "cpu":
         msg = f"{label} is on {tensor.device}; move the module to 'cpu' or 'cuda' first"
         raise ValueError(msg)
-    return _libraries.to_host(tensor)
+    return _libraries.to_host(tensor, label)
 
 
 def to_tensor(label: str, array: Any) -> Any:
     """Torch tensor over the memory of a NumPy or CuPy array."""
     import torch
 
+    check_own(label, array)
     if any(stride < 0 for stride in array.strides):  # from DLPack it would end the process
         msg = (
             f"{label} has strides {tuple(array.strides)}, and torch has no negative ones; "

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from cupynorm import _calls, _rules, dask, frames
-from cupynorm._libraries import cast_of, classify, library_of, to_host
+from cupynorm._libraries import cast_of, check_memory, classify, library_of, to_host
 from cupynorm.frames import tables
 from cupynorm.frames.columns import Column, as_matrix, gather
 
@@ -31,6 +31,8 @@ def check_kind(X: Any) -> None:
             "centering, e.g. by sklearn.preprocessing.Normalizer"
         )
         raise TypeError(msg)
+    if library_of(X) == "torch":
+        check_memory("X", X)
 
 
 def _is_sparse(X: Any) -> bool:

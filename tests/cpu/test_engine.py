@@ -59,7 +59,7 @@ def test_threads_are_as_many_as_the_caller_says(monkeypatch):
         _, mean, rstd = door.forward(x, (1,))
         asked.clear()
         problem = problem_of(door.facts_of(x, (1,), out=y))
-        engine.normalizer(problem, 1e-5, lambda: 5)(x.ctypes.data, y.ctypes.data, 0, 0, 0, 0)
+        engine.normalizer(problem, 1e-5, lambda: 5)(x.ctypes.data, y.ctypes.data, *6 * (0,))
         problem = problem_of(door.gradient_facts(x, x, (1,)))
         call = engine.differentiator(problem, lambda: 5)
         call(*map(address, (x, x, mean, rstd, None, y, None, None)))

@@ -357,6 +357,17 @@ def test_a_write_beside_its_memory_is_noticed_there(sim):
         gpu.get(memory)
 
 
+def test_a_subclass_of_cupys_array_beside_plain_ones(sim):
+    host, weight = numbers(4, 77), numbers(77)
+    x = sim.asarray(host)
+    x.__class__ = type("Mine", (sim.ndarray,), {})
+    y = cn.layer_norm(x, 77, sim.asarray(weight))
+    np.testing.assert_array_equal(
+        y.get(), cn.layer_norm(sim.asarray(host), 77, sim.asarray(weight)).get()
+    )
+    assert len(sim.simulator.launches) == 2
+
+
 # --- what a GPU would not forgive -----------------------------------------------------------------
 
 

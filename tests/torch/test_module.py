@@ -214,3 +214,29 @@ def test_converting_twice_is_converting_once(caplog):
     net = cn_torch.convert(cn_torch.convert(model()))
     assert not caplog.text  # nothing at level WARNING
     assert kinds(net) == [Norm, Norm, Norm, OtherNorm]
+
+
+@pytest.mark.parametrize("way", [cn_torch.convert, cn_torch.revert])
+def test_an_error_on_the_way_leaves_every_module_as_it_was(way, monkeypatch):
+    class Fixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x):
+            return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+
+    model = torch.nn.Sequential(TorchNorm(8), torch.nn.RMSNorm(8), Fixed(), TorchNorm(8))
+    if way is cn_torch.revert:
+        cn_torch.convert(model, also={Fixed: "rms_norm"})
+    before = [type(m) for m in model]
+
+    def refuse(self, name, value):
+        if name == "__class__":
+            raise RuntimeError("is what it is")
+        torch.nn.Module.__setattr__(self, name, value)
+
+    monkeypatch.setattr(Fixed, "__setattr__", refuse)
+    with pytest.raises(RuntimeError, match="is what it is"):
+        way(model, **({"also": {Fixed: "rms_norm"}} if way is cn_torch.convert else {}))
+    assert [type(m) for m in model] == before
