@@ -41,7 +41,8 @@ LEAST_PANEL = 32
 # kernels/lanes.cuh: what a thread holds of a column, so that a warp reads 256 bytes.
 LANE_BYTES = 8
 LANE_THREADS = 64  # few: blocks that end one by one leave no gap between a wave's reads and writes
-# Columns in registers, and the blocks that a multiprocessor holds of them without a spill. Ten
+# Columns in registers, and the blocks that a multiprocessor holds of them without a spill (12 of
+# float64 at most). Ten
 # warps get no more registers each than twelve, so 40 columns want four blocks.
 # With 4 blocks of 64 columns 128 KiB are on their way, with 16 of 8 columns 64 KiB.
 LANES = ((8, 16), (16, 10), (24, 8), (32, 6), (40, 4), (48, 4), (56, 4), (64, 4))
@@ -179,6 +180,7 @@ def lanes_stage(problem: Problem, device: Device) -> Stage | None:
     if not fitting or LANE_THREADS * rows >= 2 * problem.M or grid < 2 * device.sm_count:
         return None
     cols, blocks_per_sm = fitting[0]
+    blocks_per_sm = min(blocks_per_sm, 12) if dtype == "float64" else blocks_per_sm
     return make_stage(
         problem, "lanes", (LANE_THREADS, cols, rows), f"t{LANE_THREADS}_c{cols}_r{rows}",
         family="lanes", grid=grid, threads=LANE_THREADS, blocks_per_sm=blocks_per_sm,
