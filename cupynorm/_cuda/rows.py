@@ -265,21 +265,8 @@ def plan_of(
 ) -> Plan:
     """Plan a problem that is not empty and whose columns have unit stride.
 
-    Parameters
-    ----------
-    problem : Problem
-    device : Device
-    row : Row, optional
-        Of a table, or one that is being tried; by default the one that the problem takes.
-    rows_per_partial : int, optional
-        Another number than the table's, to try.
-    copies : bool, default True
-        Whether K3's backward may copy the next row to shared memory.
-
-    Raises
-    ------
-    ValueError
-        If a launch would need more than 2**31 - 1 blocks.
+    What else may be tried than it takes by the tables: a row, rows per partial sum, and whether
+    K3's backward copies the next row to shared memory.
     """
     row = row or choose_row(problem, device)
     call = _Call(problem, device)

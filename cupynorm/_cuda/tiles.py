@@ -91,13 +91,7 @@ class Tile:
 
 
 def plan_of(problem: Problem, device: Device) -> Plan:
-    """Plan a problem that is not empty, of K6 or K7.
-
-    Raises
-    ------
-    ValueError
-        If the launch would need more than 2**31 - 1 blocks.
-    """
+    """Plan a problem that is not empty, of K6 or K7."""
     if problem.backward:
         return _plan_bwd(problem, device)
     dtype = str(problem.dtype("x"))
