@@ -13,8 +13,8 @@ class PreparedLayerNorm:
     """A layer norm whose rules, plan and kernel are settled; what `cupynorm.prepare` gives.
 
     Call it as ``f(x)`` or ``f(x, out=y)``, with any x of the shape, strides, dtype, library and
-    device that it was prepared for. It holds weight and bias, by
-    reference, and no x; a copy or a pickle of it holds copies of them.
+    device that it was prepared for. It holds weight and bias, by reference, and no x; a copy or a
+    pickle of it holds copies of them.
 
     Notes
     -----
@@ -31,17 +31,7 @@ class PreparedLayerNorm:
            [-1.225,  0.   ,  1.225]])
     """
 
-    __slots__ = (
-        "_affine",
-        "_call",
-        "_device",
-        "_door",
-        "_facts",
-        "_how",
-        "_into",
-        "_looks",
-        "_turn",
-    )
+    __slots__ = "_affine", "_call", "_device", "_door", "_facts", "_how", "_into", "_looks", "_turn"
 
     def __init__(self, checked: _calls.Checked, how: _calls.How, door: Any) -> None:
         _, self._facts, self._turn, (x, weight, bias, *_) = checked
@@ -178,11 +168,9 @@ def prepare(
 ) -> PreparedLayerNorm:
     """Settle all of a `layer_norm` call that does not depend on the values of x.
 
-    Or of another operation, which `op` names.
-
-    Argument rules, the plan, and the kernel, compiled if need be, are looked up here, so that a
-    call of the result costs a few comparisons and a launch. ``f(x, out=y)`` allocates nothing and
-    waits for nothing: it can be captured in a CUDA graph.
+    Or of another operation, which `op` names. Argument rules, the plan, and the kernel, compiled if
+    need be, are looked up here, so that a call of the result costs a few comparisons and a launch.
+    ``f(x, out=y)`` allocates nothing and waits for nothing: it can be captured in a CUDA graph.
 
     Parameters
     ----------
@@ -198,12 +186,8 @@ def prepare(
         another dtype than that of the statistics), each call makes copies of them.
     eps : float, optional
         As for `layer_norm`; by default that of the operation.
-    axis : int or tuple of int, optional
-        As for `layer_norm`.
-    order : {'K', 'C', 'F'}, default 'K'
-        As for `layer_norm`.
-    return_stats : bool, default False
-        As for `layer_norm`: whether each call gives mean and rstd, too.
+    axis, order, return_stats : optional
+        As for `layer_norm`; with `return_stats` each call gives mean and rstd, too.
     op : str, default 'layer_norm'
         The function: 'layer_norm', 'rms_norm', 'add_layer_norm' or 'add_rms_norm', and with
         ``zero_centered_`` before its name for ``1 + weight``.

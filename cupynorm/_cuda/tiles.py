@@ -11,6 +11,7 @@ from cupynorm._cuda.plan import (
     Device,
     Plan,
     Stage,
+    accumulator_bytes,
     make_stage,
     totals_stages,
     wanted,
@@ -229,8 +230,7 @@ def bytes_beyond_floor(problem: Problem, plan: Plan) -> int:
 
 def _partial_bytes(problem: Problem) -> int:
     """Bytes of what one block leaves of dweight and dbias."""
-    size = ITEMSIZE[stats_dtype(str(problem.dtype("x")))]
-    return sum(wanted(problem)[1:]) * problem.N * size
+    return sum(wanted(problem)[1:]) * problem.N * accumulator_bytes(problem)
 
 
 def _slots(N: int, threads: int) -> int:
