@@ -33,10 +33,10 @@ class PreparedLayerNorm:
 
     __slots__ = "_affine", "_call", "_device", "_door", "_facts", "_how", "_into", "_looks", "_turn"
 
-    def __init__(self, checked: _calls.Checked, how: _calls.How, door: Any) -> None:
-        _, self._facts, self._turn, (x, weight, bias, *_) = checked
-        self._door, self._how, self._affine = door, how, (weight, bias)
-        self._looks, self._device = _looks(door, (x, weight, bias)), str(x.device)
+    def __init__(self, door: Any, state: tuple[Any, ...], affine: tuple[Any, Any]) -> None:
+        self._door, self._affine = door, affine
+        self._facts, self._turn, self._how, x_look, self._device = state
+        self._looks = x_look, *(None if a is None else door.look(a) for a in affine)
         self._call = _calls.call_of(door, self._facts, self._turn)
         self._into: tuple[Any, Any] = None, None  # how `out` looked last, and the call for it
 
@@ -136,17 +136,7 @@ class PreparedAddNorm(PreparedLayerNorm):
 def _rebuilt(
     kind: type[PreparedLayerNorm], door: str, state: tuple[Any, ...], affine: tuple[Any, Any]
 ) -> PreparedLayerNorm:
-    call = kind.__new__(kind)
-    call._door, call._affine = import_module(door).DOOR, affine
-    call._facts, call._turn, call._how, x_look, call._device = state
-    call._looks = x_look, *_looks(call._door, affine)
-    call._call = _calls.call_of(call._door, call._facts, call._turn)
-    call._into = None, None
-    return call
-
-
-def _looks(door: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(None if a is None else door.look(a) for a in arrays)
+    return kind(import_module(door).DOOR, state, affine)
 
 
 def _name(kind: type) -> str:
@@ -248,7 +238,9 @@ def prepare(
                 "call cupynorm.torch.layer_norm"
             )
             raise TypeError(msg)
-    return (PreparedAddNorm if added else PreparedLayerNorm)(checked, how, door)
+    x, *affine = checked.arrays[:3]
+    state = checked.facts, checked.turn, how, door.look(x), str(x.device)
+    return (PreparedAddNorm if added else PreparedLayerNorm)(door, state, tuple(affine))
 
 
 def _refuse_kind(x: Any) -> NoReturn:

@@ -212,22 +212,17 @@ class Door:
         A dsum comes after these.
         """
         index, affine_shape = facts.device or 0, facts.affine_shape
-        dtypes = {
-            name: numpy_dtype(facts.dtypes[name])
-            for name in ("dweight", "dbias")
-            if name in facts.dtypes
-        }
-        wanted = "dx" in facts.strides or bool(dtypes)
-        settled = ready_on(index, kernel_problem_of(facts)) if facts.size and wanted else None
+        to_x, kinds = "dx" in facts.strides, [facts.dtypes.get(k) for k in ("dweight", "dbias")]
+        some = facts.size and (to_x or any(kinds))
+        settled = ready_on(index, kernel_problem_of(facts)) if some else None
 
         def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *dsum: Any) -> Any:
             if get_device() != index:
                 with cupy.cuda.Device(index):
                     return call(dy, x, mean, rstd, weight, *dsum)
-            dx = empty_like(x) if "dx" in facts.strides else None
             new = empty if facts.size else cupy.zeros  # the sum over no rows
-            sums = {name: new(affine_shape, dtype=dtype) for name, dtype in dtypes.items()}
-            results = dx, sums.get("dweight"), sums.get("dbias")
+            sums = (kind and new(affine_shape, dtype=numpy_dtype(kind)) for kind in kinds)
+            results = empty_like(x) if to_x else None, *sums
             if settled is not None:
                 given = dy, x, mean, rstd, weight, *results, *dsum
                 _launch(settled, (*BACKWARD, "dsum"), facts.axes, given)
