@@ -204,10 +204,8 @@ def rms_norm(
     eps : float, optional
         Added to the mean square. By default what torch takes: the epsilon of the dtype of the
         statistics, 2**-23, or 2**-52 for float64 x.
-    axis, order, out : optional
-        As for `layer_norm`.
-    return_stats : bool, default False
-        Give the named tuple (y, rstd).
+    axis, order, out, return_stats : optional
+        As for `layer_norm`; there is no mean.
     zero_centered_weight : bool, default False
         Multiply by ``1 + weight``, as Gemma and TransformerEngine do.
 
@@ -313,15 +311,13 @@ def add_layer_norm(
     residual : array
         What is added: of x's shape, library and device, and of x's dtype, or float32 beside 16-bit
         x.
-    normalized_shape, weight, bias, eps, axis : optional
-        As for `layer_norm`.
-    order : {'K', 'C', 'F'}, default 'K'
-        Memory layout of y and of the sum: x's own, row-major, or column-major.
+    normalized_shape, weight, bias, eps, axis, order : optional
+        As for `layer_norm`; `order` is that of y and of the sum.
     out, sum_out : array, optional
         Where to write y and the sum. Each may be x or residual itself, where dtypes are the same,
         and they share no memory with each other.
     return_stats : bool, default False
-        Give the named tuple (y, sum, mean, rstd).
+        As for `layer_norm`.
 
     Returns
     -------
@@ -373,10 +369,8 @@ def add_rms_norm(
         As for `add_layer_norm`.
     eps : float, optional
         As for `rms_norm`.
-    axis, order, out, sum_out : optional
-        As for `add_layer_norm`.
-    return_stats : bool, default False
-        Give the named tuple (y, sum, rstd).
+    axis, order, out, sum_out, return_stats : optional
+        As for `add_layer_norm`; there is no mean.
     zero_centered_weight : bool, default False
         As for `rms_norm`.
 

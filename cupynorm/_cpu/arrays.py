@@ -112,18 +112,15 @@ class Door:
 
         There is no mean where nothing is centred, and dsum after weight where it is given.
         """
-        dtypes, shape = facts.dtypes, facts.affine_shape
-        to_weight, to_bias = (
-            _rules.numpy_dtype(dtypes[k]) if k in dtypes else None for k in ("dweight", "dbias")
-        )
+        kinds, shape = [facts.dtypes.get(k) for k in ("dweight", "dbias")], facts.affine_shape
+        dtypes = [kind and _rules.numpy_dtype(kind) for kind in kinds]
         in_blocks, run, to_x = _backward_in_blocks(facts), _backward(facts), "dx" in facts.strides
 
         def call(dy: Array, x: Array, mean: Any, rstd: Array, weight: Any, dsum: Any = None) -> Any:
             dx = np.empty_like(x, order="K") if to_x else None
-            dweight = None if to_weight is None else np.empty(shape, to_weight)
-            dbias = None if to_bias is None else np.empty(shape, to_bias)
-            (in_blocks if plain() else run)(dy, x, mean, rstd, weight, dx, dweight, dbias, dsum)
-            return dx, dweight, dbias
+            sums = [None if dtype is None else np.empty(shape, dtype) for dtype in dtypes]
+            (in_blocks if plain() else run)(dy, x, mean, rstd, weight, dx, *sums, dsum)
+            return dx, *sums
 
         return call
 

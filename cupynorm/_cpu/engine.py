@@ -245,6 +245,7 @@ def differentiator(
     from cupynorm._cpu import backward, jobs
 
     kind, plan = _kind(problem), _gradient_plan(problem)
+    made = "float64" if wide_sums else stats_dtype(kind)
     rows, size = problem.rows, problem.rows * problem.N
     blocks, long = backward.block_count(rows), one_table(problem) and problem.N > LONGEST
 
@@ -261,7 +262,7 @@ def differentiator(
             do = jobs.gradients(kind)
             threads.run(lambda lo, hi: do(plan.at, lo, hi, *arrays, to), blocks, count)
         if summed:
-            jobs.merge(kind)(plan.at, to, dweight, dbias, int(wide_sums))
+            jobs.merge(kind, made)(plan.at, to, dweight, dbias)
 
     return call
 

@@ -478,20 +478,12 @@ def long_gradients(checksum: int, kind: str) -> Any:
 
 
 @job
-def merge(checksum: int, kind: str) -> Any:
-    """``merge(plan, sums, dweight, dbias, wide)``: the column sums of all blocks.
-
-    dweight and dbias hold float64 where ``wide``, else what loops compute in.
-    """
+def merge(checksum: int, kind: str, made: str) -> Any:
+    """``merge(plan, sums, dweight, dbias)``: column sums of all blocks, in the dtype ``made``."""
     computed = stats_dtype(kind)
 
-    def merge(plan, sums, dweight, dbias, wide):  # type: ignore[no-untyped-def]
-        f, part, room = plan_at(plan, checksum), at(sums, computed), np.empty(CHUNK)
-        if wide:
-            to = _two(dweight, dbias, "float64")
-            backward.merge_sums(part, f.outer * f.M, f.N, to, room)
-        else:
-            narrow = _two(dweight, dbias, computed)
-            backward.merge_sums(part, f.outer * f.M, f.N, narrow, room)
+    def merge(plan, sums, dweight, dbias):  # type: ignore[no-untyped-def]
+        f, targets = plan_at(plan, checksum), _two(dweight, dbias, made)
+        backward.merge_sums(at(sums, computed), f.outer * f.M, f.N, targets, np.empty(CHUNK))
 
     return merge

@@ -213,6 +213,7 @@ class Door:
         """
         index, affine_shape = facts.device or 0, facts.affine_shape
         to_x, kinds = "dx" in facts.strides, [facts.dtypes.get(k) for k in ("dweight", "dbias")]
+        dtypes = [kind and numpy_dtype(kind) for kind in kinds]
         some = facts.size and (to_x or any(kinds))
         settled = ready_on(index, kernel_problem_of(facts)) if some else None
 
@@ -221,7 +222,7 @@ class Door:
                 with cupy.cuda.Device(index):
                     return call(dy, x, mean, rstd, weight, *dsum)
             new = empty if facts.size else cupy.zeros  # the sum over no rows
-            sums = (kind and new(affine_shape, dtype=numpy_dtype(kind)) for kind in kinds)
+            sums = (None if d is None else new(affine_shape, dtype=d) for d in dtypes)
             results = empty_like(x) if to_x else None, *sums
             if settled is not None:
                 given = dy, x, mean, rstd, weight, *results, *dsum
