@@ -478,7 +478,7 @@ def long_gradients(checksum: int, kind: str) -> Any:
 
 
 @job
-def merge(checksum: int, kind: str, made: str) -> Any:
+def merge(checksum: int, kind: str, made: str = "float32") -> Any:
     """``merge(plan, sums, dweight, dbias)``: column sums of all blocks, in the dtype ``made``."""
     computed = stats_dtype(kind)
 
