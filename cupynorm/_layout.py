@@ -12,6 +12,7 @@ from cupynorm._ops import Op
 from cupynorm._rules import stats_shape
 
 Group = tuple[int, tuple[int, ...]]  # length, and one stride per array
+Steps = tuple[int, int, int]  # lengths or strides of (outer, M, N)
 
 
 class Facts(NamedTuple):
@@ -68,7 +69,7 @@ class Problem:
     outer: int
     M: int  # rows of one outer step
     N: int  # columns: elements that share a mean
-    strides: tuple[tuple[str, tuple[int, int, int]], ...]  # by array, for (outer, M, N)
+    strides: tuple[tuple[str, Steps], ...]  # by array
     stats_strides: tuple[int, int]  # of mean and rstd, for (outer, M)
     stats: bool = False  # a forward gives mean and rstd, too
     omit: bool = False  # leave NaN out of the statistics (K7)
@@ -83,8 +84,8 @@ class Problem:
         """Name of an array's dtype; None if it is absent or not wanted."""
         return dict(self.dtypes).get(array)
 
-    def steps(self, array: str) -> tuple[int, int, int]:
-        """Strides of an array, for (outer, M, N)."""
+    def steps(self, array: str) -> Steps:
+        """Strides of an array."""
         return dict(self.strides)[array]
 
     def has(self, array: str) -> bool:
@@ -114,27 +115,16 @@ def problem_of(facts: Facts) -> Problem | None:
     stats = rows[0], 1
     if outer[0] > 1 and sum(map(abs, outer[1])) < sum(map(abs, rows[1])):
         outer, rows, stats = rows, outer, (1, rows[0])
-    strides = zip(known, zip(outer[1], rows[1], steps, strict=True), strict=True)
-    return _problem(facts, (outer[0], rows[0], N), tuple(strides), stats)
+    strides = dict(zip(known, zip(outer[1], rows[1], steps, strict=True), strict=True))
+    return _problem(facts, (outer[0], rows[0], N), strides, stats)
 
 
 def _problem(
-    facts: Facts,
-    sizes: tuple[int, int, int],
-    strides: tuple[tuple[str, tuple[int, int, int]], ...],
-    stats_strides: tuple[int, int],
-    copies: tuple[tuple[str, str], ...] = (),
+    facts: Facts, sizes: Steps, strides: dict[str, Steps], stats: tuple[int, int], copies: Any = ()
 ) -> Problem:
-    return Problem(
-        facts.op,
-        facts.backward,
-        tuple(facts.dtypes.items()),
-        *sizes,
-        strides,
-        stats_strides,
-        facts.stats,
-        copies=copies,
-    )
+    dtypes, arrays = tuple(facts.dtypes.items()), tuple(strides.items())
+    folded = *sizes, arrays, stats
+    return Problem(facts.op, facts.backward, dtypes, *folded, facts.stats, copies=copies)
 
 
 def kernel_problem_of(facts: Facts) -> Problem:
@@ -172,16 +162,14 @@ def _fold_tile(facts: Facts) -> Problem | None:
         return None
     N, steps = cols[0]
     first, second = ([(1, (0,) * len(known))] * 2 + batch)[-2:]
-    for outer, inner, stats in (
-        (first, second, (second[0], 1)),
-        (second, first, (1, second[0])),
-    ):
+    ways = (first, second, (second[0], 1)), (second, first, (1, second[0]))
+    for outer, inner, stats in ways:
         unit = [row == 1 or col == 1 for row, col in zip(inner[1], steps, strict=True)]
         if all(unit) and any(col != 1 for col in steps):
             strides = dict(zip(known, zip(outer[1], inner[1], steps, strict=True), strict=True))
             if "dx" in strides and (strides["x"][2] == 1) != (strides["dx"][2] == 1):
                 return None
-            return _problem(facts, (outer[0], inner[0], N), tuple(strides.items()), stats)
+            return _problem(facts, (outer[0], inner[0], N), strides, stats)
     return None
 
 
@@ -208,11 +196,9 @@ def _fold_rows(facts: Facts) -> Problem:
                 "two strides"
             )
     (outer, outer_steps), (inner, inner_steps) = ([(1, (0,) * len(labels))] * 2 + batch())[-2:]
-    strides = {
-        label: (o, i, 1) for label, o, i in zip(labels, outer_steps, inner_steps, strict=True)
-    }
-    sizes = outer, inner, facts.N
-    return _problem(facts, sizes, tuple(strides.items()), (inner, 1), tuple(reasons.items()))
+    steps = zip(labels, outer_steps, inner_steps, strict=True)
+    strides = {label: (o, i, 1) for label, o, i in steps}
+    return _problem(facts, (outer, inner, facts.N), strides, (inner, 1), tuple(reasons.items()))
 
 
 def _copy_reason(
@@ -228,12 +214,7 @@ def _copy_reason(
 
 def row_major_strides(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     """Element strides, by axis of x, of a copy whose normalized axes lie innermost."""
-    strides = [0] * len(shape)
-    step = 1
-    for a in reversed([a for a in range(len(shape)) if a not in axes] + list(axes)):
-        strides[a] = step
-        step *= shape[a]
-    return tuple(strides)
+    return _dense_strides(shape, rows_last(len(shape), axes))
 
 
 def rows_last(ndim: int, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -256,12 +237,16 @@ def result_strides(shape: tuple[int, ...], strides: tuple[int, ...], order: str)
         axes.reverse()
     elif order == "K":
         axes.sort(key=lambda a: -abs(strides[a]))
-    dense = [0] * len(shape)
-    step = 1
-    for a in reversed(axes):
-        dense[a] = step
+    return _dense_strides(shape, axes)
+
+
+def _dense_strides(shape: tuple[int, ...], order: Sequence[int]) -> tuple[int, ...]:
+    """Element strides without gaps, the last axis of the order innermost."""
+    strides, step = [0] * len(shape), 1
+    for a in reversed(order):
+        strides[a] = step
         step *= shape[a]
-    return tuple(dense)
+    return tuple(strides)
 
 
 def _merge(dims: list[Group]) -> list[Group]:

@@ -48,6 +48,11 @@ class Rows:
         """What the weight multiplies x_hat by."""
         return self.along(weight) + 1.0 if self.op.unit_weight else self.along(weight)
 
+    def scaled(self, x_hat: Any, weight: Any, bias: Any) -> Any:
+        """y in x's dtype."""
+        y = x_hat if weight is None else x_hat * self.scale(weight)
+        return self.narrow(y if bias is None else y + self.along(bias))
+
     def mean(self, terms: Any, factor: Any = None) -> Any:
         """Mean of each row, or of its product with `factor`; length 1 is kept."""
         scaled = terms if self.unit == 1.0 else terms * self.unit
@@ -88,12 +93,8 @@ class Rows:
 
 def normalize(rows: Rows, weight: Any, bias: Any, eps: float) -> tuple[Any, Any, Any]:
     """y in x's dtype; mean and rstd in that of the statistics, NaN where rows are empty."""
-    y, mean, rstd = rows.standardized(eps)
-    if weight is not None:
-        y = y * rows.scale(weight)
-    if bias is not None:
-        y = y + rows.along(bias)
-    return rows.narrow(y), mean, rstd
+    x_hat, mean, rstd = rows.standardized(eps)
+    return rows.scaled(x_hat, weight, bias), mean, rstd
 
 
 def gradients(
@@ -279,12 +280,8 @@ def rstd_of(xp: Any, whole: Moments, eps: float) -> Any:
 
 def apply(rows: Rows, whole: Moments, rstd: Any, weight: Any, bias: Any) -> Any:
     """y of a part of rows by the moments and rstd of the whole ones."""
-    y = ((rows.wide(rows.x) - whole.mean) - whole.lack) * rstd
-    if weight is not None:
-        y = y * rows.scale(weight)
-    if bias is not None:
-        y = y + rows.along(bias)
-    return rows.narrow(y)
+    x_hat = ((rows.wide(rows.x) - whole.mean) - whole.lack) * rstd
+    return rows.scaled(x_hat, weight, bias)
 
 
 # --- the door -------------------------------------------------------------------------------------

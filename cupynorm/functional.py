@@ -2,19 +2,7 @@
 
 from typing import Any
 
-from cupynorm import _calls, dask, frames
-from cupynorm._ops import (
-    ADD_LAYER_NORM,
-    ADD_RMS_NORM,
-    LAYER_NORM,
-    RMS_NORM,
-    ZERO_CENTERED,
-    LayerNormGradients,
-    LayerNormResult,
-    Op,
-    RMSNormGradients,
-    named,
-)
+from cupynorm import _calls, _ops, dask, frames
 
 __all__ = [
     "add_layer_norm",
@@ -103,8 +91,8 @@ def layer_norm(
            [-1.225,  0.   ,  1.225]])
     """
     how = normalized_shape, axis, eps, order, return_stats
-    found = _forward(LAYER_NORM, x, weight, bias, out, how)
-    return LayerNormResult(*found) if return_stats else found
+    found = _forward(_ops.LAYER_NORM, x, weight, bias, out, how)
+    return _ops.LayerNormResult(*found) if return_stats else found
 
 
 def layer_norm_backward(
@@ -118,7 +106,7 @@ def layer_norm_backward(
     axis: Any = None,
     output_mask: Any = None,
     dsum: Any = None,
-) -> LayerNormGradients:
+) -> _ops.LayerNormGradients:
     """Gradients of `layer_norm` from the gradient of its result.
 
     With ``x_hat = (x - mean) * rstd`` and ``g = dy * weight``, row by row::
@@ -186,8 +174,8 @@ def layer_norm_backward(
     array([1., 1., 1.])
     """
     arrays = (dy, x, mean, rstd, weight) if dsum is None else (dy, x, mean, rstd, weight, dsum)
-    found = _calls.differentiate(LAYER_NORM, arrays, (normalized_shape, axis, output_mask))
-    return LayerNormGradients(*found)
+    found = _calls.differentiate(_ops.LAYER_NORM, arrays, (normalized_shape, axis, output_mask))
+    return _ops.LayerNormGradients(*found)
 
 
 def rms_norm(
@@ -216,10 +204,8 @@ def rms_norm(
     eps : float, optional
         Added to the mean square. By default what torch takes: the epsilon of the dtype of the
         statistics, 2**-23, or 2**-52 for float64 x.
-    axis, order, out : optional
-        As for `layer_norm`.
-    return_stats : bool, default False
-        Give the named tuple (y, rstd).
+    axis, order, out, return_stats : optional
+        As for `layer_norm`; there is no mean.
     zero_centered_weight : bool, default False
         Multiply by ``1 + weight``, as Gemma and TransformerEngine do.
 
@@ -242,9 +228,9 @@ def rms_norm(
     array([[0.707, 0.707, 1.414],
            [0.707, 0.707, 1.414]])
     """
-    op = ZERO_CENTERED[RMS_NORM] if zero_centered_weight else RMS_NORM
+    op = _ops.ZERO_CENTERED[_ops.RMS_NORM] if zero_centered_weight else _ops.RMS_NORM
     how = normalized_shape, axis, eps, order, return_stats
-    return named(op, return_stats, _forward(op, x, weight, None, out, how))
+    return _ops.named(op, return_stats, _forward(op, x, weight, None, out, how))
 
 
 def rms_norm_backward(
@@ -258,7 +244,7 @@ def rms_norm_backward(
     output_mask: Any = None,
     dsum: Any = None,
     zero_centered_weight: bool = False,
-) -> RMSNormGradients:
+) -> _ops.RMSNormGradients:
     """Gradients of `rms_norm` from the gradient of its result.
 
     With ``x_hat = x * rstd`` and ``g = dy * weight``, row by row
@@ -293,10 +279,10 @@ def rms_norm_backward(
     >>> cn.rms_norm_backward(np.array([[1.0, 0.0]]), x, 2, rstd).dx.round(3)
     array([[ 0.181, -0.136]])
     """
-    op = ZERO_CENTERED[RMS_NORM] if zero_centered_weight else RMS_NORM
+    op = _ops.ZERO_CENTERED[_ops.RMS_NORM] if zero_centered_weight else _ops.RMS_NORM
     arrays = (dy, x, None, rstd, weight) if dsum is None else (dy, x, None, rstd, weight, dsum)
     found = _calls.differentiate(op, arrays, (normalized_shape, axis, output_mask))
-    return RMSNormGradients(*found[:2])
+    return _ops.RMSNormGradients(*found[:2])
 
 
 def add_layer_norm(
@@ -325,15 +311,13 @@ def add_layer_norm(
     residual : array
         What is added: of x's shape, library and device, and of x's dtype, or float32 beside 16-bit
         x.
-    normalized_shape, weight, bias, eps, axis : optional
-        As for `layer_norm`.
-    order : {'K', 'C', 'F'}, default 'K'
-        Memory layout of y and of the sum: x's own, row-major, or column-major.
+    normalized_shape, weight, bias, eps, axis, order : optional
+        As for `layer_norm`; `order` is that of y and of the sum.
     out, sum_out : array, optional
         Where to write y and the sum. Each may be x or residual itself, where dtypes are the same,
         and they share no memory with each other.
     return_stats : bool, default False
-        Give the named tuple (y, sum, mean, rstd).
+        As for `layer_norm`.
 
     Returns
     -------
@@ -356,8 +340,8 @@ def add_layer_norm(
     array([[2., 2., 4.]])
     """
     how = normalized_shape, axis, eps, order, return_stats
-    found = _calls.normalize(ADD_LAYER_NORM, x, weight, bias, out, how, residual, sum_out)
-    return named(ADD_LAYER_NORM, return_stats, found)
+    found = _calls.normalize(_ops.ADD_LAYER_NORM, x, weight, bias, out, how, residual, sum_out)
+    return _ops.named(_ops.ADD_LAYER_NORM, return_stats, found)
 
 
 def add_rms_norm(
@@ -385,10 +369,8 @@ def add_rms_norm(
         As for `add_layer_norm`.
     eps : float, optional
         As for `rms_norm`.
-    axis, order, out, sum_out : optional
-        As for `add_layer_norm`.
-    return_stats : bool, default False
-        Give the named tuple (y, sum, rstd).
+    axis, order, out, sum_out, return_stats : optional
+        As for `add_layer_norm`; there is no mean.
     zero_centered_weight : bool, default False
         As for `rms_norm`.
 
@@ -410,13 +392,13 @@ def add_rms_norm(
     >>> y.round(3)
     array([[0.849, 1.131]])
     """
-    op = ZERO_CENTERED[ADD_RMS_NORM] if zero_centered_weight else ADD_RMS_NORM
+    op = _ops.ZERO_CENTERED[_ops.ADD_RMS_NORM] if zero_centered_weight else _ops.ADD_RMS_NORM
     how = normalized_shape, axis, eps, order, return_stats
     found = _calls.normalize(op, x, weight, None, out, how, residual, sum_out)
-    return named(op, return_stats, found)
+    return _ops.named(op, return_stats, found)
 
 
-def _forward(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: _calls.How) -> Any:
+def _forward(op: _ops.Op, x: Any, weight: Any, bias: Any, out: Any, how: _calls.How) -> Any:
     """An array goes to the memo; a table or a Dask collection to those who call it by blocks."""
     door = _calls.doors.get(type(x))
     if door is None or door.look is None:

@@ -13,8 +13,8 @@ class PreparedLayerNorm:
     """A layer norm whose rules, plan and kernel are settled; what `cupynorm.prepare` gives.
 
     Call it as ``f(x)`` or ``f(x, out=y)``, with any x of the shape, strides, dtype, library and
-    device that it was prepared for. It holds weight and bias, by
-    reference, and no x; a copy or a pickle of it holds copies of them.
+    device that it was prepared for. It holds weight and bias, by reference, and no x; a copy or a
+    pickle of it holds copies of them.
 
     Notes
     -----
@@ -31,22 +31,12 @@ class PreparedLayerNorm:
            [-1.225,  0.   ,  1.225]])
     """
 
-    __slots__ = (
-        "_affine",
-        "_call",
-        "_device",
-        "_door",
-        "_facts",
-        "_how",
-        "_into",
-        "_looks",
-        "_turn",
-    )
+    __slots__ = "_affine", "_call", "_device", "_door", "_facts", "_how", "_into", "_looks", "_turn"
 
-    def __init__(self, checked: _calls.Checked, how: _calls.How, door: Any) -> None:
-        _, self._facts, self._turn, (x, weight, bias, *_) = checked
-        self._door, self._how, self._affine = door, how, (weight, bias)
-        self._looks, self._device = _looks(door, (x, weight, bias)), str(x.device)
+    def __init__(self, door: Any, state: tuple[Any, ...], affine: tuple[Any, Any]) -> None:
+        self._door, self._affine = door, affine
+        self._facts, self._turn, self._how, x_look, self._device = state
+        self._looks = x_look, *(None if a is None else door.look(a) for a in affine)
         self._call = _calls.call_of(door, self._facts, self._turn)
         self._into: tuple[Any, Any] = None, None  # how `out` looked last, and the call for it
 
@@ -146,17 +136,7 @@ class PreparedAddNorm(PreparedLayerNorm):
 def _rebuilt(
     kind: type[PreparedLayerNorm], door: str, state: tuple[Any, ...], affine: tuple[Any, Any]
 ) -> PreparedLayerNorm:
-    call = kind.__new__(kind)
-    call._door, call._affine = import_module(door).DOOR, affine
-    call._facts, call._turn, call._how, x_look, call._device = state
-    call._looks = x_look, *_looks(call._door, affine)
-    call._call = _calls.call_of(call._door, call._facts, call._turn)
-    call._into = None, None
-    return call
-
-
-def _looks(door: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(None if a is None else door.look(a) for a in arrays)
+    return kind(import_module(door).DOOR, state, affine)
 
 
 def _name(kind: type) -> str:
@@ -178,11 +158,9 @@ def prepare(
 ) -> PreparedLayerNorm:
     """Settle all of a `layer_norm` call that does not depend on the values of x.
 
-    Or of another operation, which `op` names.
-
-    Argument rules, the plan, and the kernel, compiled if need be, are looked up here, so that a
-    call of the result costs a few comparisons and a launch. ``f(x, out=y)`` allocates nothing and
-    waits for nothing: it can be captured in a CUDA graph.
+    Or of another operation, which `op` names. Argument rules, the plan, and the kernel, compiled if
+    need be, are looked up here, so that a call of the result costs a few comparisons and a launch.
+    ``f(x, out=y)`` allocates nothing and waits for nothing: it can be captured in a CUDA graph.
 
     Parameters
     ----------
@@ -198,12 +176,8 @@ def prepare(
         another dtype than that of the statistics), each call makes copies of them.
     eps : float, optional
         As for `layer_norm`; by default that of the operation.
-    axis : int or tuple of int, optional
-        As for `layer_norm`.
-    order : {'K', 'C', 'F'}, default 'K'
-        As for `layer_norm`.
-    return_stats : bool, default False
-        As for `layer_norm`: whether each call gives mean and rstd, too.
+    axis, order, return_stats : optional
+        As for `layer_norm`; with `return_stats` each call gives mean and rstd, too.
     op : str, default 'layer_norm'
         The function: 'layer_norm', 'rms_norm', 'add_layer_norm' or 'add_rms_norm', and with
         ``zero_centered_`` before its name for ``1 + weight``.
@@ -264,7 +238,9 @@ def prepare(
                 "call cupynorm.torch.layer_norm"
             )
             raise TypeError(msg)
-    return (PreparedAddNorm if added else PreparedLayerNorm)(checked, how, door)
+    x, *affine = checked.arrays[:3]
+    state = checked.facts, checked.turn, how, door.look(x), str(x.device)
+    return (PreparedAddNorm if added else PreparedLayerNorm)(door, state, tuple(affine))
 
 
 def _refuse_kind(x: Any) -> NoReturn:

@@ -75,7 +75,7 @@ class Door:
         shape, stats, of_rows = facts.shape, facts.stats, facts.stats_shape
         of_means, first = (of_rows, 0) if facts.op.center else ((0, 0), 1)
         kind = facts.dtypes["x"]
-        dtype, compute = _rules.numpy_dtype(kind), np.dtype(engine.computed(kind))
+        dtype, compute = _rules.numpy_dtype(kind), np.dtype(_rules.stats_dtype(kind))
         empty, like = np.empty, functools.partial(np.empty_like, order=facts.order)
         dense = facts.order != "F" and facts.strides["x"] == row_major_strides(shape, ())
         in_blocks, (run, small) = _forward_in_blocks(facts), _forward(facts)
@@ -112,18 +112,15 @@ class Door:
 
         There is no mean where nothing is centred, and dsum after weight where it is given.
         """
-        dtypes, shape = facts.dtypes, facts.affine_shape
-        to_weight, to_bias = (
-            _rules.numpy_dtype(dtypes[k]) if k in dtypes else None for k in ("dweight", "dbias")
-        )
+        kinds, shape = [facts.dtypes.get(k) for k in ("dweight", "dbias")], facts.affine_shape
+        dtypes = [kind and _rules.numpy_dtype(kind) for kind in kinds]
         in_blocks, run, to_x = _backward_in_blocks(facts), _backward(facts), "dx" in facts.strides
 
         def call(dy: Array, x: Array, mean: Any, rstd: Array, weight: Any, dsum: Any = None) -> Any:
             dx = np.empty_like(x, order="K") if to_x else None
-            dweight = None if to_weight is None else np.empty(shape, to_weight)
-            dbias = None if to_bias is None else np.empty(shape, to_bias)
-            (in_blocks if plain() else run)(dy, x, mean, rstd, weight, dx, dweight, dbias, dsum)
-            return dx, dweight, dbias
+            sums = [None if dtype is None else np.empty(shape, dtype) for dtype in dtypes]
+            (in_blocks if plain() else run)(dy, x, mean, rstd, weight, dx, *sums, dsum)
+            return dx, *sums
 
         return call
 
@@ -133,7 +130,7 @@ DOOR = Door()
 
 def _adding(facts: Facts) -> Call:
     """The call of an operation that adds a residual first."""
-    compute = np.dtype(engine.computed(facts.dtypes["x"]))
+    compute = np.dtype(_rules.stats_dtype(facts.dtypes["x"]))
     in_blocks, (run, _) = _forward_in_blocks(facts), _forward(facts)
     of_rows, like = facts.stats_shape, functools.partial(np.empty_like, order=facts.order)
     wanted = facts.stats and facts.op.center, facts.stats
@@ -209,12 +206,17 @@ def _copied(a: Array, turn: tuple[int, ...], shape: tuple[int, ...]) -> Array:
     return copy.reshape(shape)
 
 
+def _put_back(copy: Array, turn: tuple[int, ...], result: Array) -> None:
+    target = result.transpose(turn)
+    np.copyto(target, copy.reshape(target.shape))
+
+
 def _forward_in_blocks(facts: Facts) -> Call:
     """``run(x, y, weight, bias)``, or ``run(x, y, weight, bias, mean, rstd)``.
 
     Or, of an operation with these, ``run(x, y, weight, bias, mean, rstd, residual, sum)``.
     """
-    compute, op = np.dtype(engine.computed(facts.dtypes["x"])), facts.op
+    compute, op = np.dtype(_rules.stats_dtype(facts.dtypes["x"])), facts.op
     rule = facts.eps, op.center
 
     def run(x: Array, y: Array, weight: Array | None, bias: Array | None, *more: Any) -> None:
@@ -234,7 +236,7 @@ def _forward_in_blocks(facts: Facts) -> Call:
 def _forward(facts: Facts) -> tuple[Call, _Small]:
     """``run``, as `_forward_in_blocks`, and what does it where the call is small."""
     kind = facts.dtypes["x"]
-    compute = np.dtype(engine.computed(kind))
+    compute = np.dtype(_rules.stats_dtype(kind))
     if not (facts.size and engine.available(kind)):
         return _forward_in_blocks(facts), _Small()
     problem = engine.problem_in_place(facts)
@@ -271,8 +273,7 @@ def _forward_on_copy(facts: Facts) -> Call:
         # Each result in the place of what goes into it.
         on_table(copies[0], copies[0], weight, bias, *told, *copies[1:], *copies[1:])
         for copy, result in zip(copies, (y, *added[1:]), strict=True):
-            to = result.transpose(turn)
-            np.copyto(to, copy.reshape(to.shape))
+            _put_back(copy, turn, result)
 
     return run
 
@@ -290,7 +291,7 @@ def _round(sums: Any, to: Sequence[Array | None]) -> None:
 
 def _backward_in_blocks(facts: Facts) -> Call:
     """``run(dy, x, mean, rstd, weight, dx, dweight, dbias, dsum)``; None: absent, not wanted."""
-    compute, unit = np.dtype(engine.computed(facts.dtypes["x"])), facts.op.unit_weight
+    compute, unit = np.dtype(_rules.stats_dtype(facts.dtypes["x"])), facts.op.unit_weight
 
     def run(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *more: Any) -> None:
         dx, *to, dsum = more
@@ -306,7 +307,7 @@ def _backward_in_blocks(facts: Facts) -> Call:
 def _backward(facts: Facts) -> Call:
     """As `_backward_in_blocks`."""
     kind, dtypes = facts.dtypes["x"], facts.dtypes
-    compute = np.dtype(engine.computed(kind))
+    compute = np.dtype(_rules.stats_dtype(kind))
     if not (facts.size and engine.available(kind)):
         return _backward_in_blocks(facts)
     problem = engine.problem_in_place(facts)
@@ -353,13 +354,11 @@ def _backward_on_copies(facts: Facts) -> Call:
         source, gradient = (_copied(a, turn, table.shape) for a in (x, dy))
         added = None if dsum is None else _copied(dsum, turn, table.shape)
         # dx may take the place of dy, but where it holds first what it is added to.
-        place: Any = None
-        if dx is not None:
-            place = gradient if added is None else added
+        held = gradient if added is None else added
+        place = None if dx is None else held
         on_tables(gradient, source, mean, rstd, weight, place, *to, added)
         if dx is not None:
-            target = dx.transpose(turn)
-            np.copyto(target, place.reshape(target.shape))
+            _put_back(held, turn, dx)
 
     return run
 
@@ -384,7 +383,7 @@ def normalize_columns(
     empty and nothing overlaps y. Statistics and their sums are float32, float64 for float64 y.
     """
     kind = y.dtype.name
-    compute = np.dtype(engine.computed(kind))
+    compute = np.dtype(_rules.stats_dtype(kind))
     w, b = _affine(weight, compute, op.unit_weight), _affine(bias, compute)
     rule = eps, op.center
     if plain() or not engine.available(kind):

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm._cpu.engine import computed, safe_range
+from cupynorm._cpu.engine import safe_range
+from cupynorm._rules import stats_dtype
 
 Array = np.ndarray[Any, Any]
 Rule = tuple[float, bool]  # eps, and whether the mean is subtracted
@@ -51,7 +52,7 @@ def _rows_of_block(N: int) -> int:
 
 def _rooms(count: int, x: Array, N: int) -> list[Array]:
     """Memory for blocks, in the dtype of the statistics."""
-    size, dtype = min(x.size, _rows_of_block(N) * N), computed(x.dtype.name)
+    size, dtype = min(x.size, _rows_of_block(N) * N), stats_dtype(x.dtype.name)
     return [np.empty(size, dtype) for _ in range(count)]
 
 

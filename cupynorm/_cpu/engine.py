@@ -10,6 +10,7 @@ import numpy as np
 
 from cupynorm._cpu import threads
 from cupynorm._layout import Facts, Problem, problem_of
+from cupynorm._rules import stats_dtype
 
 Array = np.ndarray[Any, Any]
 Call = Callable[..., None]
@@ -63,11 +64,6 @@ def available(kind: str = "float32") -> bool:
     return F16C
 
 
-def computed(kind: str) -> str:
-    """Name of the dtype of weight, bias and statistics beside x of this dtype."""
-    return "float64" if kind == "float64" else "float32"
-
-
 def _useful(size: int, num_threads: Callable[[], int]) -> int:
     return 1 if size < ALONE else min(num_threads(), size // _SHARE)
 
@@ -118,7 +114,8 @@ def one_table(problem: Problem) -> bool:
 
 
 def _limits(kind: str, eps: float) -> dict[str, float]:
-    return dict(zip(("eps", "low", "high"), (eps, *safe_range(computed(kind), eps)), strict=True))
+    low, high = safe_range(stats_dtype(kind), eps)
+    return {"eps": eps, "low": low, "high": high}
 
 
 def _kind(problem: Problem) -> str:
@@ -146,10 +143,8 @@ def small_normalizer(problem: Problem, eps: float) -> tuple[Any, Any]:
     rows, kind, center = _rows_of_block(problem), _kind(problem), problem.op.center
     plan = _plan(problem, rows, eps)
     if problem.op.residual:
-        do, strips = (
-            jobs.rows(kind, center, problem.dtype("residual"), True),
-            _strips(problem, rows),
-        )
+        do = jobs.rows(kind, center, problem.dtype("residual"), True)
+        strips = _strips(problem, rows)
         return lambda at, *arrays: do(at, 0, strips, *arrays), plan
     return jobs.small(kind, plan.dense, problem.stats, center), plan
 
@@ -242,13 +237,13 @@ def differentiator(
 ) -> Call:
     """Give ``call(dy, x, mean, rstd, weight, dx, dweight, dbias)``, as `normalizer` does.
 
-    What is added to dx may come last.
-
-    With ``wide_sums`` dweight and dbias are float64, so that the caller can round them once.
+    What is added to dx may come last. With ``wide_sums`` dweight and dbias are float64, so that the
+    caller can round them once.
     """
     from cupynorm._cpu import backward, jobs
 
     kind, plan = _kind(problem), _gradient_plan(problem)
+    made = "float64" if wide_sums else stats_dtype(kind)
     rows, size = problem.rows, problem.rows * problem.N
     blocks, long = backward.block_count(rows), one_table(problem) and problem.N > LONGEST
 
@@ -257,7 +252,7 @@ def differentiator(
         arrays = *given[:5], *(given[8:] or (0,)), given[5]
         count = _useful(size, num_threads)
         summed = bool(dweight or dbias)
-        sums = np.empty(backward.sums_size(rows, problem.N) if summed else 0, computed(kind))
+        sums = np.empty(backward.sums_size(rows, problem.N) if summed else 0, stats_dtype(kind))
         to = sums.ctypes.data if summed else 0
         if long:
             _long_gradients(problem, plan.at, count, (*arrays, to))
@@ -265,7 +260,7 @@ def differentiator(
             do = jobs.gradients(kind)
             threads.run(lambda lo, hi: do(plan.at, lo, hi, *arrays, to), blocks, count)
         if summed:
-            jobs.merge(kind)(plan.at, to, dweight, dbias, int(wide_sums))
+            jobs.merge(kind, made)(plan.at, to, dweight, dbias)
 
     return call
 
@@ -276,7 +271,7 @@ def _long_gradients(problem: Problem, plan: int, count: int, at: tuple[int, ...]
 
     kind, M, chunks = _kind(problem), problem.M, -(-problem.N // forward.CHUNK)
     dy, x, mean, rstd, weight, dsum, dx, sums = at
-    parts, stats = np.empty((M, chunks, 3)), np.empty(backward.FIELDS * M, computed(kind))
+    parts, stats = np.empty((M, chunks, 3)), np.empty(backward.FIELDS * M, stats_dtype(kind))
     found, told = parts.ctypes.data, stats.ctypes.data
     take, give = jobs.long_sums(kind), jobs.long_gradients(kind)
     threads.run(

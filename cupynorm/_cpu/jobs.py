@@ -26,6 +26,7 @@ from cupynorm._cpu.vectors import (
     size_of,
     typed,
 )
+from cupynorm._rules import stats_dtype
 
 _TABLES = ("x", "y", "residual", "sum", "dy", "dx", "dsum")
 PLAN = np.dtype(
@@ -38,17 +39,13 @@ PLAN = np.dtype(
 plan_at = record_at(PLAN)
 
 
-def _computed(kind: str) -> str:
-    return "float64" if kind == "float64" else "float32"
-
-
 def _arrays(kind: str) -> tuple[Any, ...]:
     """Types of tables of x's dtype, of statistics and of rows; each of an input, and of a result.
 
     Only where a table begins is read of it: what layout it is of says the record.
     """
     stored = np.dtype("uint16" if kind.endswith("16") else kind)
-    table, wide = from_dtype(stored), from_dtype(np.dtype(_computed(kind)))
+    table, wide = from_dtype(stored), from_dtype(np.dtype(stats_dtype(kind)))
     return tuple(
         types.Array(*array, readonly=readonly)
         for array in ((table, 2, "A"), (wide, 2, "A"), (wide, 1, "C"))
@@ -126,7 +123,7 @@ def rows(checksum: int, kind: str, center: bool = True, wide: str = "", small: b
     residual and total, their sum with x, are of the dtype ``wide``. As ``small`` it takes arrays.
     """
     source, given = (strips.of_sums, wide) if wide else (strips.of_rows, kind)
-    computed, (near, measure) = _computed(kind), _measures(center)
+    computed, (near, measure) = stats_dtype(kind), _measures(center)
 
     def rows(plan, lo, hi, x, y, w, b, mean, rstd, residual, total):  # type: ignore[no-untyped-def]
         f, wb, told = plan_at(plan, checksum), _two(w, b, computed), _two(mean, rstd, computed)
@@ -143,7 +140,7 @@ def rows(checksum: int, kind: str, center: bool = True, wide: str = "", small: b
 @job
 def table(checksum: int, kind: str, center: bool = True) -> Any:
     """``table(plan, lo, hi, columns, y, w, b)``: the same, of a table given as columns."""
-    computed, (near, measure), source = _computed(kind), _measures(center), strips.of_columns
+    computed, (near, measure), source = stats_dtype(kind), _measures(center), strips.of_columns
 
     def table(plan, lo, hi, columns, y, w, b):  # type: ignore[no-untyped-def]
         f, wb = plan_at(plan, checksum), _two(w, b, computed)
@@ -187,7 +184,7 @@ def small(
     part of x. Strips, for any layout, are another function: to compile both takes twice as long.
     Without statistics too: two arrays more cost a call 100 ns, a twentieth of it.
     """
-    computed, all_rows = _computed(kind), _small if dense else _small_in_strips
+    computed, all_rows = stats_dtype(kind), _small if dense else _small_in_strips
     (near, measure), source = _measures(center), strips.of_rows
     x_type, y_type, _, stat, row, _ = _arrays(kind)
 
@@ -270,7 +267,7 @@ def chunk_moments(checksum: int, kind: str, center: bool = True, wide: str = "")
 @job
 def finish(checksum: int, kind: str) -> Any:
     """``finish(plan, parts, mean, rstd, stats)``: merge the chunks of each row."""
-    computed = _computed(kind)
+    computed = stats_dtype(kind)
 
     def finish(plan, parts, mean, rstd, stats):  # type: ignore[no-untyped-def]
         f, to, found = plan_at(plan, checksum), at(stats, "float64"), at(parts, "float64")
@@ -286,7 +283,7 @@ def finish(checksum: int, kind: str) -> Any:
 @job
 def chunk_results(checksum: int, kind: str, wide: str = "") -> Any:
     """``chunk_results(plan, lo, hi, x, y, w, b, stats)``: normalize them; x may be `wide`."""
-    computed, given = _computed(kind), wide or kind
+    computed, given = stats_dtype(kind), wide or kind
 
     def chunk_results(plan, lo, hi, x, y, w, b, stats):  # type: ignore[no-untyped-def]
         f = plan_at(plan, checksum)
@@ -357,7 +354,7 @@ def _share_of_gradients(f, arrays, stats, w, sums, lo, hi):  # type: ignore[no-u
 @job
 def gradients(checksum: int, kind: str) -> Any:
     """``gradients(plan, lo, hi, dy, x, mean, rstd, w, dsum, dx, sums)``: of blocks of rows."""
-    computed = _computed(kind)
+    computed = stats_dtype(kind)
 
     def gradients(plan, lo, hi, dy, x, mean, rstd, w, dsum, dx, sums):  # type: ignore[no-untyped-def]
         f, stats = plan_at(plan, checksum), _two(mean, rstd, computed)
@@ -380,7 +377,7 @@ def small_gradients(checksum: int, kind: str) -> Any:
 
     They are merged. dy, x, dsum and dx hold 16-bit kinds as uint16; what is absent is empty.
     """
-    computed = _computed(kind)
+    computed = stats_dtype(kind)
     given, made, stat, _, row, result = _arrays(kind)
 
     def small_gradients(plan, dy, x, mean, rstd, w, dsum, dx, dweight, dbias):  # type: ignore[no-untyped-def]
@@ -397,7 +394,7 @@ def small_gradients(checksum: int, kind: str) -> Any:
 @job
 def long_sums(checksum: int, kind: str) -> Any:
     """``long_sums(plan, lo, hi, dy, x, mean, rstd, w, parts)``: of chunks of rows."""
-    computed = _computed(kind)
+    computed = stats_dtype(kind)
 
     def long_sums(plan, lo, hi, dy, x, mean, rstd, w, parts):  # type: ignore[no-untyped-def]
         f = plan_at(plan, checksum)
@@ -418,7 +415,7 @@ def long_sums(checksum: int, kind: str) -> Any:
 @job
 def long_finish(checksum: int, kind: str) -> Any:
     """``long_finish(plan, parts, mean, rstd, stats)``: merge the chunks of each row."""
-    computed = _computed(kind)
+    computed = stats_dtype(kind)
 
     def long_finish(plan, parts, mean, rstd, stats):  # type: ignore[no-untyped-def]
         f, part = plan_at(plan, checksum), at(parts, "float64")
@@ -470,7 +467,7 @@ def _long_gradients(f, arrays, w, stats, sums, lo, hi, spare):  # type: ignore[n
 @job
 def long_gradients(checksum: int, kind: str) -> Any:
     """``long_gradients(plan, lo, hi, dy, x, w, stats, dsum, dx, sums)``: of chunks of blocks."""
-    computed = _computed(kind)
+    computed = stats_dtype(kind)
 
     def long_gradients(plan, lo, hi, dy, x, w, stats, dsum, dx, sums):  # type: ignore[no-untyped-def]
         f, arrays = plan_at(plan, checksum), (*_two(dy, x, kind), *_two(dsum, dx, kind))
@@ -481,20 +478,12 @@ def long_gradients(checksum: int, kind: str) -> Any:
 
 
 @job
-def merge(checksum: int, kind: str) -> Any:
-    """``merge(plan, sums, dweight, dbias, wide)``: the column sums of all blocks.
+def merge(checksum: int, kind: str, made: str = "float32") -> Any:
+    """``merge(plan, sums, dweight, dbias)``: column sums of all blocks, in the dtype ``made``."""
+    computed = stats_dtype(kind)
 
-    dweight and dbias hold float64 where ``wide``, else what loops compute in.
-    """
-    computed = _computed(kind)
-
-    def merge(plan, sums, dweight, dbias, wide):  # type: ignore[no-untyped-def]
-        f, part, room = plan_at(plan, checksum), at(sums, computed), np.empty(CHUNK)
-        if wide:
-            to = _two(dweight, dbias, "float64")
-            backward.merge_sums(part, f.outer * f.M, f.N, to, room)
-        else:
-            narrow = _two(dweight, dbias, computed)
-            backward.merge_sums(part, f.outer * f.M, f.N, narrow, room)
+    def merge(plan, sums, dweight, dbias):  # type: ignore[no-untyped-def]
+        f, targets = plan_at(plan, checksum), _two(dweight, dbias, made)
+        backward.merge_sums(at(sums, computed), f.outer * f.M, f.N, targets, np.empty(CHUNK))
 
     return merge

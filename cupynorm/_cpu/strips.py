@@ -184,23 +184,6 @@ def _forget(t, n, mask, bit):  # type: ignore[no-untyped-def]
 
 
 @inner
-def bring_columns(columns, N, first, n, tile, room, pitch):  # type: ignore[no-untyped-def]
-    """Bring n rows from ``first`` on into the tile.
-
-    columns (5, N): number of the dtype, address, bytes of an element, address of the bitmap or 0,
-    and the bit of row 0. ``room`` holds TOGETHER columns, ``pitch`` apart.
-    """
-    for left in range(0, N, TOGETHER):
-        count = min(TOGETHER, N - left)
-        for c in range(count):
-            j, q = left + c, advance(room, c * pitch)
-            _load(columns[j], columns[N + j] + first * columns[2 * N + j], n, q)
-            if columns[3 * N + j] != 0:
-                _forget(q, n, at(columns[3 * N + j], "uint8"), columns[4 * N + j] + first)
-        move(room, 1, pitch, advance(tile, left), N + GAP, 1, n, count)
-
-
-@inner
 def room_size(f):  # type: ignore[no-untyped-def]
     """Elements that `of_columns` needs beside the tile, and that a row of known values does."""
     return max(f.N, TOGETHER * (f.rows + GAP))
@@ -208,7 +191,18 @@ def room_size(f):  # type: ignore[no-untyped-def]
 
 @inner
 def of_columns(f, columns, part, tile, room):  # type: ignore[no-untyped-def]
-    """Bring the rows of a strip from columns."""
-    p = typed(tile, room)
-    bring_columns(columns, f.N, part[1], part[2], p, room, f.rows + GAP)
-    return p, f.N + GAP
+    """Bring the rows of a strip from columns.
+
+    columns (5, N): number of the dtype, address, bytes of an element, address of the bitmap or 0,
+    and the bit of row 0. ``room`` holds TOGETHER columns.
+    """
+    p, N, first, n, pitch = typed(tile, room), f.N, part[1], part[2], f.rows + GAP
+    for left in range(0, N, TOGETHER):
+        count = min(TOGETHER, N - left)
+        for c in range(count):
+            j, q = left + c, advance(room, c * pitch)
+            _load(columns[j], columns[N + j] + first * columns[2 * N + j], n, q)
+            if columns[3 * N + j] != 0:
+                _forget(q, n, at(columns[3 * N + j], "uint8"), columns[4 * N + j] + first)
+        move(room, 1, pitch, advance(p, left), N + GAP, 1, n, count)
+    return p, N + GAP

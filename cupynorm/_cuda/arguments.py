@@ -64,10 +64,6 @@ def _rows(more: str = "") -> Entry:
     return Entry("X W B", ROWS, more, "RowArguments")
 
 
-def _column(more: str = "") -> Entry:
-    return Entry("X W B", COLUMN, more, "ColumnArguments")
-
-
 def _gradient(more: str = "") -> Entry:
     return Entry("X W", GRADIENT, more, "GradientArguments")
 
@@ -80,8 +76,8 @@ ENTRIES = {
     "fwd_split_stats": _rows("*moments sections chunks_per_section"),
     "fwd_split_merge": _rows("*moments *stats sections chunks_per_section"),
     "fwd_split_normalize": _rows("stats parts"),
-    "fwd_column": _column("panel"),
-    "fwd_lanes": _column(),
+    "fwd_column": Entry("X W B", COLUMN, "panel", "ColumnArguments"),
+    "fwd_lanes": Entry("X W B", COLUMN, "", "ColumnArguments"),
     "fwd_columns": Entry("X W B", "table *y weight bias M y_row y_col N eps panel"),
     "bwd_warp": _gradient(),
     "bwd_block": _gradient(),

@@ -153,12 +153,11 @@ class Door:
         after y; where nothing is centred there is no mean. All arrays that come look like the first
         ones.
         """
-        if facts.op.residual:
-            return _adding(facts)
         index, shape, order = facts.device or 0, facts.shape, facts.order
-        if not facts.size:
-            return functools.partial(_of_nothing, facts)
-        settled, (eps,) = ready_on(index, kernel_problem_of(facts)), packed((facts.eps,))
+        settled = ready_on(index, kernel_problem_of(facts)) if facts.size else None
+        if settled is None or facts.op.residual or facts.stats:
+            return _by_names(facts, settled)
+        (eps,) = packed((facts.eps,))
         dense = facts.strides["y"] == row_major_strides(shape, ())
         x_low, x_high = _reach(facts, "x")
         y_low, y_high = _reach(facts, "y")
@@ -170,7 +169,7 @@ class Door:
         as_they_lie: bool | None = None  # whether weight and bias are row-major
         function, grid, block, shared_bytes, _ = settled.launches[0]
         more = 0, 0, *settled.before, eps, *settled.after
-        alone = settled.alone and not (facts.stats or settled.copies)
+        alone = settled.alone and not settled.copies
         low_bits = settled.low_bits
 
         def call(x: Any, weight: Any, bias: Any, out: Any) -> Any:
@@ -202,12 +201,8 @@ class Door:
             if alone and as_they_lie and not (at | to | w | b) & low_bits:
                 function(grid, block, (at, to, w, b, *more), shared_bytes)
                 return y
-            if not facts.stats:
-                _launch(settled, FORWARD, facts.axes, (x, y, weight, bias, None, None), eps)
-                return y
-            told = _statistics(facts)
-            _launch(settled, FORWARD, facts.axes, (x, y, weight, bias, *told), eps)
-            return y, *(a for a in told if a is not None)
+            _launch(settled, FORWARD, facts.axes, (x, y, weight, bias, None, None), eps)
+            return y
 
         return call
 
@@ -217,22 +212,18 @@ class Door:
         A dsum comes after these.
         """
         index, affine_shape = facts.device or 0, facts.affine_shape
-        dtypes = {
-            name: numpy_dtype(facts.dtypes[name])
-            for name in ("dweight", "dbias")
-            if name in facts.dtypes
-        }
-        wanted = "dx" in facts.strides or bool(dtypes)
-        settled = ready_on(index, kernel_problem_of(facts)) if facts.size and wanted else None
+        to_x, kinds = "dx" in facts.strides, [facts.dtypes.get(k) for k in ("dweight", "dbias")]
+        dtypes = [kind and numpy_dtype(kind) for kind in kinds]
+        some = facts.size and (to_x or any(kinds))
+        settled = ready_on(index, kernel_problem_of(facts)) if some else None
 
         def call(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, *dsum: Any) -> Any:
             if get_device() != index:
                 with cupy.cuda.Device(index):
                     return call(dy, x, mean, rstd, weight, *dsum)
-            dx = empty_like(x) if "dx" in facts.strides else None
             new = empty if facts.size else cupy.zeros  # the sum over no rows
-            sums = {name: new(affine_shape, dtype=dtype) for name, dtype in dtypes.items()}
-            results = dx, sums.get("dweight"), sums.get("dbias")
+            sums = (None if d is None else new(affine_shape, dtype=d) for d in dtypes)
+            results = empty_like(x) if to_x else None, *sums
             if settled is not None:
                 given = dy, x, mean, rstd, weight, *results, *dsum
                 _launch(settled, (*BACKWARD, "dsum"), facts.axes, given)
@@ -244,41 +235,30 @@ class Door:
 DOOR = Door()
 
 
-def _statistics(facts: Facts) -> tuple[Any, Any]:
-    """Mean and rstd to be written, None for what is not given; the mean of nothing is NaN."""
-    given = facts.stats and facts.op.center, facts.stats
-    dtype = stats_dtype(facts.dtypes["x"])
+def _by_names(facts: Facts, settled: Ready | None) -> Callable[..., Any]:
+    """The call of any operation; the mean and rstd of nothing are NaN."""
+    index, adds, order = facts.device or 0, facts.op.residual, facts.order
+    wanted, stats = (facts.stats and facts.op.center, facts.stats), stats_dtype(facts.dtypes["x"])
     new = empty if facts.size else functools.partial(cupy.full, fill_value=np.nan)
-    mean, rstd = (new(facts.stats_shape, dtype=dtype) if want else None for want in given)
-    return mean, rstd
+    (eps,) = packed((facts.eps,))
 
-
-def _of_nothing(facts: Facts, x: Any, weight: Any, bias: Any, out: Any) -> Any:
-    """A call on an empty x."""
-    with cupy.cuda.Device(x.data.device_id):
-        y = empty_like(x, order=facts.order) if out is None else out
-        told = [a for a in _statistics(facts) if a is not None]
-        return (y, *told) if told else y
-
-
-def _adding(facts: Facts) -> Callable[..., Any]:
-    """The call of an operation that adds a residual first."""
-    index, wide = facts.device or 0, numpy_dtype(facts.dtypes["residual"])
-    settled = ready_on(index, kernel_problem_of(facts)) if facts.size else None
-
-    def call(x: Any, weight: Any, bias: Any, out: Any, residual: Any, sum_out: Any) -> Any:
+    def call(x: Any, weight: Any, bias: Any, out: Any, *added: Any) -> Any:
         if get_device() != index:
             with cupy.cuda.Device(index):
-                return call(x, weight, bias, out, residual, sum_out)
-        check_apart(x, weight, bias, out, residual, sum_out)
-        y = empty_like(x, order=facts.order) if out is None else out
-        total = empty_like(x, dtype=wide, order=facts.order) if sum_out is None else sum_out
-        told = _statistics(facts)
+                return call(x, weight, bias, out, *added)
+        check_apart(x, weight, bias, out, *added)
+        y = empty_like(x, order=order) if out is None else out
+        told = [new(facts.stats_shape, dtype=stats) if want else None for want in wanted]
+        if adds:
+            residual, total = added
+            if total is None:
+                total = empty_like(x, dtype=residual.dtype, order=order)
+            added = residual, total
         if settled is not None:
-            names = *FORWARD, "residual", "sum"
-            given = x, y, weight, bias, *told, residual, total
-            _launch(settled, names, facts.axes, given, facts.eps)
-        return y, total, *(a for a in told if a is not None)
+            given = x, y, weight, bias, *told, *added
+            _launch(settled, (*FORWARD, "residual", "sum"), facts.axes, given, eps)
+        found = y, *added[1:], *(a for a in told if a is not None)
+        return found if len(found) > 1 else y
 
     return call
 

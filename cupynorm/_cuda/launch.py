@@ -36,13 +36,7 @@ _OF_PLANS = ("sections", "chunks_per_section", "parts", "panel", "slots", "pitch
 
 
 def choose_plan(problem: Problem, device: Device) -> Plan:
-    """Choose kernels and launches for a problem that is not empty, of any kind.
-
-    Raises
-    ------
-    ValueError
-        If a launch would need more than 2**31 - 1 blocks.
-    """
+    """Choose kernels and launches for a problem that is not empty, of any kind."""
     if problem.row_major and problem.has("x"):
         return rows.plan_of(problem, device)
     return tiles.plan_of(problem, device)
@@ -90,19 +84,11 @@ class Ready:
     def run(
         self, pointers: Iterable[int], eps: Any = 0.0, workspace: int = 0, stream: Any = None
     ) -> None:
-        """Launch.
+        """Launch on the current device, on CuPy's current stream if none is given.
 
-        Parameters
-        ----------
-        pointers : iterable of int
-            Addresses, as FORWARD, BACKWARD or COLUMNS names them; 0 for what is absent.
-        eps : float
-            Added to the variance; a backward has none.
-        workspace : int
-            Address of `workspace_bytes` bytes, aligned to 16, that nothing else on the stream
-            writes.
-        stream : object with ``ptr``, optional
-            Where to launch; CuPy's current stream by default. The device is the current one.
+        `pointers` are addresses as FORWARD, BACKWARD or COLUMNS names them, 0 for what is absent;
+        at `workspace` are `workspace_bytes` bytes, aligned to 16, that nothing else on the stream
+        writes.
         """
         pointers, launches = tuple(pointers), self.launches
         if functools.reduce(operator.or_, pointers) & self.low_bits:

@@ -35,24 +35,12 @@ KEPT = 1024  # bytes of each block's shared memory that the system takes, from s
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What a plan needs to know of a GPU.
+    """What a plan needs to know of a GPU."""
 
-    Attributes
-    ----------
-    compute_capability : int
-        90 for sm_90.
-    sm_count : int
-        Streaming multiprocessors.
-    shared_bytes : int
-        Shared memory a block may have after opting in, in bytes.
-    max_cluster : int
-        Blocks of a cluster at most, without meaning before sm_90; 1 plans without clusters.
-    """
-
-    compute_capability: int
-    sm_count: int
-    shared_bytes: int
-    max_cluster: int = 8
+    compute_capability: int  # 90 for sm_90
+    sm_count: int  # streaming multiprocessors
+    shared_bytes: int  # that a block may have after opting in
+    max_cluster: int = 8  # blocks of a cluster at most, from sm_90 on; 1 plans without clusters
 
     @property
     def clusters(self) -> int:
@@ -173,10 +161,7 @@ def make_stage(
 ) -> Stage:
     """Make the stage of a kernel of `kernels/`; of an aligned one where the pitches of x allow it.
 
-    Raises
-    ------
-    ValueError
-        If the launch would need more than 2**31 - 1 blocks.
+    A launch of more than 2**31 - 1 blocks is a ValueError.
     """
     if grid > MAX_GRID_X:
         verb = "Differentiate" if problem.backward else "Normalize"

@@ -42,41 +42,17 @@ class Row:
     rows_per_group: int  # rows that one group of lanes holds at a time
     blocks_per_sm: int  # occupancy that registers and shared memory must allow
     blocks_per_sm_f64: int  # the same for float64, which needs twice the registers for its sums
-    source: str = PREDICTED
     cluster: int = 1  # blocks per row
     max_vecs_16bit: int = 0  # of 16-bit types, where that is another number
     chunks: int = 0  # that each 256 threads of a block hold in registers, of x and of dy
     ahead: bool = False  # whether the next row is fetched while this one is summed
     ahead_f64: bool = False
+    source: str = PREDICTED
 
     @property
     def slots(self) -> int:
         """Chunks that a block of a cluster holds of x and dy."""
         return self.threads // CHUNK_THREADS * self.chunks
-
-
-def cluster_row(
-    cluster: int, threads: int, max_chunks: int, max_chunks_16bit: int, blocks_per_sm: int
-) -> Row:
-    """K4's forward: rows of up to so many chunks of 16 KiB."""
-    return Row(
-        *("cluster", max_chunks * CHUNK_VECS, cluster * threads, threads, 1),
-        *(blocks_per_sm, blocks_per_sm),
-        cluster=cluster,
-        max_vecs_16bit=max_chunks_16bit * CHUNK_VECS,
-    )
-
-
-def cluster_bwd_row(cluster: int, threads: int, chunks: int, ahead: bool, ahead_f64: bool) -> Row:
-    """K4's backward: rows that its threads hold."""
-    held = cluster * threads // CHUNK_THREADS * chunks * CHUNK_VECS
-    return Row(
-        *("cluster", held, cluster * threads, threads, 1, 1, 1),
-        cluster=cluster,
-        chunks=chunks,
-        ahead=ahead,
-        ahead_f64=ahead_f64,
-    )
 
 
 REGISTERS = ("warp", "block")  # whose threads hold a row
@@ -99,10 +75,10 @@ FORWARD = (
     # to load while another one stores. A row is skipped where the device's shared memory does not
     # hold `blocks_per_sm` blocks; the last is for longer rows, and for devices short of it. Its
     # blocks stand alone on a multiprocessor; with more threads float64 would spill.
-    cluster_row(2, 256, 8, 4, 3),
-    cluster_row(4, 256, 16, 8, 3),
-    cluster_row(8, 256, 32, 32, 3),
-    cluster_row(8, 512, 112, 112, 1),
+    Row("cluster", 8 * CHUNK_VECS, 512, 256, 1, 3, 3, 2, max_vecs_16bit=4 * CHUNK_VECS),
+    Row("cluster", 16 * CHUNK_VECS, 1024, 256, 1, 3, 3, 4, max_vecs_16bit=8 * CHUNK_VECS),
+    Row("cluster", 32 * CHUNK_VECS, 2048, 256, 1, 3, 3, 8),
+    Row("cluster", 112 * CHUNK_VECS, 4096, 512, 1, 1, 1, 8),
     Row("shared", 7 * CHUNK_VECS, 512, 512, 1, 1, 1),
     # Not 1024 threads: those leave 64 registers each, and float64 spills.
     Row("shared", 15 * CHUNK_VECS, 768, 768, 1, 1, 1),
@@ -125,14 +101,15 @@ BACKWARD = (
     # beside this one; its last three rows are for devices whose shared memory does not hold the
     # sums of two chunks.
     Row("shared", 2 * CHUNK_VECS, 512, 512, 1, 1, 1),
-    cluster_bwd_row(2, 512, 1, True, False),
-    cluster_bwd_row(4, 512, 1, True, False),
-    cluster_bwd_row(8, 512, 1, True, False),
-    cluster_bwd_row(8, 768, 1, False, False),
-    cluster_bwd_row(8, 256, 4, False, False),  # with 512 threads of two chunks odd rows spill
-    cluster_bwd_row(2, 256, 1, True, True),
-    cluster_bwd_row(4, 256, 1, True, True),
-    cluster_bwd_row(8, 256, 1, True, True),
+    Row("cluster", 4 * CHUNK_VECS, 1024, 512, 1, 1, 1, 2, chunks=1, ahead=True),
+    Row("cluster", 8 * CHUNK_VECS, 2048, 512, 1, 1, 1, 4, chunks=1, ahead=True),
+    Row("cluster", 16 * CHUNK_VECS, 4096, 512, 1, 1, 1, 8, chunks=1, ahead=True),
+    Row("cluster", 24 * CHUNK_VECS, 6144, 768, 1, 1, 1, 8, chunks=1),
+    # With 512 threads of two chunks odd rows spill.
+    Row("cluster", 32 * CHUNK_VECS, 2048, 256, 1, 1, 1, 8, chunks=4),
+    Row("cluster", 2 * CHUNK_VECS, 512, 256, 1, 1, 1, 2, chunks=1, ahead=True, ahead_f64=True),
+    Row("cluster", 4 * CHUNK_VECS, 1024, 256, 1, 1, 1, 4, chunks=1, ahead=True, ahead_f64=True),
+    Row("cluster", 8 * CHUNK_VECS, 2048, 256, 1, 1, 1, 8, chunks=1, ahead=True, ahead_f64=True),
     Row("shared", 4 * CHUNK_VECS, 512, 512, 1, 1, 1),
     Row("split", 2**60, CHUNK_THREADS, CHUNK_THREADS, 1, 2, 2),
 )
@@ -265,21 +242,8 @@ def plan_of(
 ) -> Plan:
     """Plan a problem that is not empty and whose columns have unit stride.
 
-    Parameters
-    ----------
-    problem : Problem
-    device : Device
-    row : Row, optional
-        Of a table, or one that is being tried; by default the one that the problem takes.
-    rows_per_partial : int, optional
-        Another number than the table's, to try.
-    copies : bool, default True
-        Whether K3's backward may copy the next row to shared memory.
-
-    Raises
-    ------
-    ValueError
-        If a launch would need more than 2**31 - 1 blocks.
+    What else may be tried than it takes by the tables: a row, rows per partial sum, and whether
+    K3's backward copies the next row to shared memory.
     """
     row = row or choose_row(problem, device)
     call = _Call(problem, device)

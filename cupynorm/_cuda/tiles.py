@@ -11,6 +11,7 @@ from cupynorm._cuda.plan import (
     Device,
     Plan,
     Stage,
+    accumulator_bytes,
     make_stage,
     totals_stages,
     wanted,
@@ -92,13 +93,7 @@ class Tile:
 
 
 def plan_of(problem: Problem, device: Device) -> Plan:
-    """Plan a problem that is not empty, of K6 or K7.
-
-    Raises
-    ------
-    ValueError
-        If the launch would need more than 2**31 - 1 blocks.
-    """
+    """Plan a problem that is not empty, of K6 or K7."""
     if problem.backward:
         return _plan_bwd(problem, device)
     dtype = str(problem.dtype("x"))
@@ -237,8 +232,7 @@ def bytes_beyond_floor(problem: Problem, plan: Plan) -> int:
 
 def _partial_bytes(problem: Problem) -> int:
     """Bytes of what one block leaves of dweight and dbias."""
-    size = ITEMSIZE[stats_dtype(str(problem.dtype("x")))]
-    return sum(wanted(problem)[1:]) * problem.N * size
+    return sum(wanted(problem)[1:]) * problem.N * accumulator_bytes(problem)
 
 
 def _slots(N: int, threads: int) -> int:

@@ -262,11 +262,9 @@ def as_text(checks: list[Check], absent: list[Unavailable], remark: str) -> str:
     lines = ["self-check against float64 or wider, two passes", *([remark] if remark else [])]
     for row in rows:
         # Words to the left, numbers to the right.
-        cells = [
-            f"{cell:{'<' if j < 5 else '>'}{width}}"
-            for j, (cell, width) in enumerate(zip(row[:9], widths, strict=False))
-        ]
-        lines.append("  " + "  ".join([*cells, row[9]]).rstrip())
+        words = map(str.ljust, row[:5], widths)
+        numbers = map(str.rjust, row[5:9], widths[5:])
+        lines.append("  " + "  ".join([*words, *numbers, row[9]]).rstrip())
     lines.append("  error: largest |y - exact| in units of epsilon(dtype) * max(1, |exact|)")
     lines.append("  time: median of a call; x torch: fastest call over that of torch's layer_norm")
     lines += [f"not checked: {a.path} with {a.library}: {a.why}" for a in absent]

@@ -18,6 +18,7 @@ from cupynorm._cpu import engine, threads
 from cupynorm._cpu.arrays import plain
 from cupynorm._cuda.launch import BACKWARD, FORWARD, RESIDUAL
 from cupynorm._layout import Facts, as_table, kernel_problem_of, rows_last
+from cupynorm._rules import stats_dtype
 
 Run = Callable[..., None]
 Launch = Callable[[list[int]], None]  # on the addresses of what was met; 0: absent
@@ -169,7 +170,7 @@ def _by_address(facts: Facts, copied: Mapping[str, Any], compute: Any, launch: L
 def _loops(facts: Facts) -> Run:
     """By compiled loops, of copies where axes do not fold to rows and columns."""
     problem: Any = engine.problem_in_place(facts)
-    computed = engine.computed(facts.dtypes["x"])
+    computed = stats_dtype(facts.dtypes["x"])
     compute, functions = getattr(torch, computed), _functions(facts)
     copied: dict[str, Any] = {}
     if problem is None:

@@ -39,16 +39,18 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any
             "use the returned one, e.g. y.store(target)",
         )
     if not isinstance(x, da.Array):
-        return _of_frame(op, x, weight, bias, (normalized_shape, axis, eps, order, return_stats))
+        return _of_frame(op, x, weight, bias, how)
     _check_blocks(x)
-    eps = _rules.eps_of(op, eps, _rules.dtype_name(x.dtype))
+    dtype = _rules.dtype_name(x.dtype)
+    eps, stats = _rules.eps_of(op, eps, dtype), x._meta.astype(_rules.stats_dtype(dtype))
     asked = _axes(x, normalized_shape, axis)
     axes = tuple(sorted(asked))
     affine = [
         (None, None) if value is None else (_affine(label, value, x, asked), axes)
         for label, value in (("weight", weight), ("bias", bias))
     ]
-    whole, stats, every = (x, tuple(range(x.ndim))), _stats_meta(x), tuple(range(x.ndim))
+    every = tuple(range(x.ndim))
+    whole = x, every
     if all(x.numblocks[a] == 1 for a in axes):
         how = None, axes, eps, order, return_stats
         y = found = _blocks(whole_rows, op.name, x._meta, whole, *affine, op=op, how=how)
@@ -106,7 +108,7 @@ def _blocks(
         dtype=like.dtype,
         meta=like,
         align_arrays=False,
-        adjust_chunks=dict.fromkeys(ones, _one),
+        adjust_chunks=dict.fromkeys(ones, 1),
         token=token,
         **named,
     )
@@ -217,15 +219,7 @@ def _part(result: tuple[Any, ...], index: int) -> Any:
     return result[index]
 
 
-def _one(_: Any) -> int:
-    return 1
-
-
 # --- rules --------------------------------------------------------------------------------------
-
-
-def _stats_meta(x: Any) -> Any:
-    return x._meta.astype(_rules.stats_dtype(_rules.dtype_name(x.dtype)))
 
 
 def _check_blocks(x: Any) -> None:
