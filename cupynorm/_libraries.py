@@ -273,12 +273,10 @@ def element_strides(x: Strided) -> tuple[int, ...]:
     return tuple(s // x.itemsize for s in x.strides)
 
 
-def check_writable(
-    label: str, out: Any, way_out: str = "pass a writable array, e.g. numpy.empty_like(x)"
-) -> None:
+def check_writable(label: str, out: Any) -> None:
     """Refuse a result that cannot be written, or whose elements share memory with each other."""
     if isinstance(out, np.ndarray) and not out.flags.writeable:
-        msg = f"{label} is read-only; {way_out}"
+        msg = f"{label} is read-only; pass a writable array, e.g. numpy.empty_like(x)"
         raise ValueError(msg)
     if 0 in out.shape or (hasattr(out, "flags") and out.flags.c_contiguous):
         return
@@ -291,7 +289,7 @@ def check_writable(
         if n > 1 and stride < reach:
             msg = (
                 f"{label} with shape {tuple(out.shape)} and strides {tuple(strides)} may hold two "
-                f"elements at one address; {way_out}"
+                "elements at one address; pass an array of its own, e.g. empty_like(x)"
             )
             raise ValueError(msg)
         reach += stride * (n - 1)

@@ -274,7 +274,7 @@ WRITING = {
 def test_what_is_read_only_stays_so(tmp_path, kind, way):
     array = READ_ONLY[kind](tmp_path)
     before = array.copy()
-    with pytest.raises(ValueError, match=r"is read-only; (pass a writable|give the layer a copy)"):
+    with pytest.raises(ValueError, match=r"is read-only; (pass a writable|assign a copy)"):
         WRITING[way](array)
     np.testing.assert_array_equal(array, before)
 

@@ -278,9 +278,11 @@ def fill(array: Any, host: np.ndarray[Any, Any]) -> None:
 
 def check_own(label: str, array: Any) -> None:
     """Refuse to write, or to let others write, into a parameter that cannot be written."""
-    name = label.rpartition(".")[2]
-    way_out = f"give the layer a copy of its own first: layer.{name} = layer.{name}.copy()"
-    _libraries.check_writable(label, array, way_out)
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        name = label.rpartition(".")[2]
+        msg = f"{label} is read-only; assign a copy first: layer.{name} = layer.{name}.copy()"
+        raise ValueError(msg)
+    _libraries.check_writable(label, array)
 
 
 def describe(array: Any) -> str:
@@ -292,20 +294,19 @@ def describe(array: Any) -> str:
 
 
 def check_total(name: str, total: Any, term: Any) -> None:
-    """Refuse a gradient that a term cannot be added to."""
+    """Refuse a gradient to which a term cannot be added in place."""
     if total is None or term is None:
         return
-    _libraries.check_companion(f"grad[{name!r}]", total, term)
-    if (
-        tuple(total.shape) != tuple(term.shape)
-        or _rules.dtype_name(total.dtype) not in _rules.ITEMSIZE
+    alike = type(total) is type(term) and total.shape == term.shape
+    if not (alike and _rules.dtype_name(total.dtype) in _rules.ITEMSIZE) or (
+        isinstance(total, np.ndarray) and not total.flags.writeable
     ):
+        shape = tuple(int(n) for n in term.shape)
         msg = (
-            f"grad[{name!r}] is {describe(total)}, to which {describe(term)} cannot be added; call "
-            "zero_grad() first"
+            f"grad[{name!r}] is no array of shape {shape} to which a gradient can be added in "
+            "place; call zero_grad() first"
         )
         raise ValueError(msg)
-    _libraries.check_writable(f"grad[{name!r}]", total, "call zero_grad() first")
 
 
 def accumulate(total: Any, term: Any) -> Any:

@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "cupynorm"
 # What no caller ever sees, and why. A `raise` alone passes on what was caught, and says nothing.
 INTERNAL = {
     ("_report.config", "_look_at_cuda"): "show_config catches it and reports it",
+    ("modules._files", "_read_npy"): "told in the sentence of _decode_npz",
     ("prepared", "__call__: why"): "what a door refuses, and says at `refuses_prepared`",
     ("_rules", "integers: TypeError"): "caught three lines below, where the sentence is",
     ("_cpu.threads", "run: error"): "passes on a worker thread's own error",
