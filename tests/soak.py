@@ -94,7 +94,9 @@ class Call:
     def run(self):
         if self.door.numpy and self.maybe(0.1):
             return self.columns()
-        with _CONTEXTS[self.door]() if self.door is Backend.NUMPY_PLAIN else contextlib.nullcontext():
+        with (
+            _CONTEXTS[self.door]() if self.door is Backend.NUMPY_PLAIN else contextlib.nullcontext()
+        ):
             self.lib = library(self.door)
             return self.backward() if not self.op.residual and self.maybe(0.4) else self.forward()
 
@@ -116,7 +118,11 @@ class Call:
         op, x = self.op, self.array()
         weight = self.affine(optional=not op.unit_weight)
         bias = self.affine() if op.center else None
-        residual = self.array(kind=self.pick(self.kind, "float32")) if op.residual and self.kind.endswith("16") else None  # noqa: E501
+        residual = (
+            self.array(kind=self.pick(self.kind, "float32"))
+            if op.residual and self.kind.endswith("16")
+            else None
+        )  # noqa: E501
         if op.residual and residual is None:
             residual = self.array()
         before = [None if a is None else a.copy() for a in (x, residual)]
@@ -143,7 +149,10 @@ class Call:
         source = before[0]
         if op.residual:
             total = got.pop(1)
-            exact, kind = before[0].astype(np.float64) + before[1].astype(np.float64), total.dtype.name
+            exact, kind = (
+                before[0].astype(np.float64) + before[1].astype(np.float64),
+                total.dtype.name,
+            )
             bound = EXACT[kind] * np.abs(exact) + oracle._LEAST[kind]
             assert (np.abs(total.astype(np.float64) - exact) <= bound).all(), "the sum"
             source = total
@@ -209,7 +218,9 @@ def one(seed, **how):
         call = Call(seed, **how)
         call.run()
     except Exception:
-        print(f"\nseed {seed}: {call and call.text}\n  python -m tests.soak --call {seed}", flush=True)
+        print(
+            f"\nseed {seed}: {call and call.text}\n  python -m tests.soak --call {seed}", flush=True
+        )
         raise
 
 
@@ -320,18 +331,29 @@ def small(count, seed):
     rng, start, spent, done = np.random.default_rng(seed), time.monotonic(), 0.0, 0
     while done < count:
         kind, shape = rng.choice(["float32", "float64"]), (1000, *rng.integers(1, (9, 65)))
-        x, y = rng.standard_normal(shape).astype(kind) * rng.choice([1e-2, 1, 50]), np.empty(shape, kind)
+        x, y = (
+            rng.standard_normal(shape).astype(kind) * rng.choice([1e-2, 1, 50]),
+            np.empty(shape, kind),
+        )
         x = (x + rng.choice([0, 3])).astype(kind)
-        w, b = (None if rng.random() < 0.5 else rng.standard_normal(shape[-1]).astype(kind) for _ in "wb")
+        w, b = (
+            None if rng.random() < 0.5 else rng.standard_normal(shape[-1]).astype(kind)
+            for _ in "wb"
+        )
         begin = time.perf_counter()
         for row, to in zip(x, y, strict=True):
             cn.layer_norm(row, None, w, b, out=to)
         spent += time.perf_counter() - begin
-        (want, *_), bound = oracle.layer_norm(x, (2,), w, b, 1e-5), oracle.tolerance(kind, shape[-1])
+        (want, *_), bound = (
+            oracle.layer_norm(x, (2,), w, b, 1e-5),
+            oracle.tolerance(kind, shape[-1]),
+        )
         np.testing.assert_allclose(y, want, rtol=bound, atol=bound * max(1, np.abs(want).max()))
         done += 1000
     each = 1e6 * spent / done
-    print(f"{done} small calls, {each:.1f} us each, none wrong, in {time.monotonic() - start:.0f} s")
+    print(
+        f"{done} small calls, {each:.1f} us each, none wrong, in {time.monotonic() - start:.0f} s"
+    )
 
 
 def main():
