@@ -1,12 +1,13 @@
 """Random calls for as long as one likes, from threads, forks, under interrupts and little memory.
 
-    python -m tests.soak --seconds 600 [--seed 1]    or    --small 1000000    or    --call SEED
+    python -m tests.soak --seconds 600 [--seed 1]    or    --small 1000000
 
 A call is drawn from one number, which a failure prints with what to run to see it again.
 """
 
 import argparse
 import contextlib
+import functools
 import gc
 import math
 import os
@@ -24,35 +25,29 @@ import numpy as np
 import cupynorm as cn
 from cupynorm._ops import OPS, RMS_NORM, ZERO_CENTERED
 from tests import oracle
-from tests.conftest import _CONTEXTS, Backend, library, np_dtype, why_not
+from tests.conftest import _CONTEXTS, ALL_DTYPES, Backend, library, np_dtype, why_not
 from tests.directions import stats_dtype
 from tests.strategies import spread
 from tests.test_columns import DTYPES as COLUMN_DTYPES
 from tests.test_columns import expected, table
 
-DOORS = [
-    door
-    for door, weight in {
-        Backend.NUMPY: 6, Backend.NUMPY_PLAIN: 2, Backend.TORCH: 4, Backend.JAX: 1, Backend.STRICT: 1
-    }.items()
-    if not why_not(door)
-    for _ in range(weight)
-]  # fmt: skip
+DOORS = [*[Backend.NUMPY] * 6, *[Backend.NUMPY_PLAIN] * 2, *[Backend.TORCH] * 4]
+DOORS = [door for door in (*DOORS, Backend.JAX, Backend.STRICT) if not why_not(door)]
+NUMPYS = [door for door in DOORS if door.numpy]  # torch's threads do not live on in a fork
 PUBLIC = [name for name, op in OPS.items() if not op.unit_weight or op is ZERO_CENTERED[RMS_NORM]]
-EXACT = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
 
 class Call:
     """A call of one public function, drawn, run and compared."""
 
-    def __init__(self, seed, doors=DOORS, shape=None):
+    def __init__(self, seed, numpy=False, shape=None, kinds=ALL_DTYPES):
         self.rng = rng = np.random.default_rng(seed)
-        self.door = doors[rng.integers(len(doors))]
+        self.door = self.pick(*(NUMPYS if numpy else DOORS))
         self.text = f"{self.door.value} "
         few = self.door is Backend.JAX  # which compiles each shape
         self.shape = shape or (self.pick((3, 4), (2, 3, 4)) if few else self.some_shape())
         self.op = OPS[self.pick(*PUBLIC)]
-        self.kind = self.pick(*self.door.dtypes)
+        self.kind = self.pick(*(kind for kind in self.door.dtypes if kind in kinds))
         ndim = len(self.shape)
         self.axes = tuple(int(a) for a in rng.permutation(ndim)[: rng.integers(1, ndim + 1)])
         if few or self.maybe(0.4):
@@ -94,9 +89,7 @@ class Call:
     def run(self):
         if self.door.numpy and self.maybe(0.1):
             return self.columns()
-        with (
-            _CONTEXTS[self.door]() if self.door is Backend.NUMPY_PLAIN else contextlib.nullcontext()
-        ):
+        with _CONTEXTS.get(self.door, contextlib.nullcontext)():
             self.lib = library(self.door)
             return self.backward() if not self.op.residual and self.maybe(0.4) else self.forward()
 
@@ -110,21 +103,16 @@ class Call:
         a = self.array(shape, self.pick(self.kind, self.pick(*kinds)))
         return a.copy() if self.door is Backend.STRICT else a
 
-    def wide(self, a):
+    def wide(self, a, more=0):
         """Weight or bias as the oracle takes it: of ascending axes."""
-        return None if a is None else a.astype(np.float64).transpose(np.argsort(self.axes))
+        return None if a is None else a.astype(np.float64).transpose(np.argsort(self.axes)) + more
 
     def forward(self):
         op, x = self.op, self.array()
         weight = self.affine(optional=not op.unit_weight)
         bias = self.affine() if op.center else None
-        residual = (
-            self.array(kind=self.pick(self.kind, "float32"))
-            if op.residual and self.kind.endswith("16")
-            else None
-        )  # noqa: E501
-        if op.residual and residual is None:
-            residual = self.array()
+        wider = "float32" if self.kind.endswith("16") else self.kind
+        residual = self.array(kind=self.pick(self.kind, wider)) if op.residual else None
         before = [None if a is None else a.copy() for a in (x, residual)]
         args = [self.given(a) for a in (x, residual) if a is not None]
         how = {"axis": self.axes, "eps": self.eps, "weight": self.given(weight)}
@@ -149,21 +137,15 @@ class Call:
         source = before[0]
         if op.residual:
             total = got.pop(1)
-            exact, kind = (
-                before[0].astype(np.float64) + before[1].astype(np.float64),
-                total.dtype.name,
-            )
-            bound = EXACT[kind] * np.abs(exact) + oracle._LEAST[kind]
+            exact = sum(a.astype(np.float64) for a in before)
+            bound = oracle._EPS[total.dtype.name] * np.abs(exact) + oracle._LEAST[total.dtype.name]
             assert (np.abs(total.astype(np.float64) - exact) <= bound).all(), "the sum"
             source = total
         if not source.size:
             assert got[0].shape == self.shape
             return
-        w = self.wide(weight)
-        w = w + 1 if op.unit_weight else w
-        want = oracle.layer_norm(
-            source, tuple(sorted(self.axes)), w, self.wide(bias), self.eps, op.center
-        )
+        affine = self.wide(weight, op.unit_weight), self.wide(bias)
+        want = oracle.layer_norm(source, sorted(self.axes), *affine, self.eps, op.center)
         want = want if op.center else want[::2]
         kinds = self.kind, *[stats_dtype(self.kind)] * 2
         for a, value, kind in zip(got, want, kinds, strict=False):
@@ -191,9 +173,8 @@ class Call:
         got = [np.asarray(self.lib.to_numpy(a)) for a in found]
         turn = np.argsort(self.axes)
         got = [got[0], *(a.transpose(turn) for a in got[1:]), *[None] * (not op.center)]
-        w = self.wide(weight)
-        w = w + 1 if op.unit_weight else w
-        oracle.assert_gradients(got, dy, x, tuple(sorted(self.axes)), w, self.eps, op.center)
+        w = self.wide(weight, op.unit_weight)
+        oracle.assert_gradients(got, dy, x, sorted(self.axes), w, self.eps, op.center)
 
     def columns(self):
         M, N = (int(n) for n in self.rng.integers(1, 40, 2))
@@ -218,17 +199,18 @@ def one(seed, **how):
         call = Call(seed, **how)
         call.run()
     except Exception:
-        print(
-            f"\nseed {seed}: {call and call.text}\n  python -m tests.soak --call {seed}", flush=True
-        )
+        again = ", ".join([str(seed), *(f"{name}={value}" for name, value in how.items())])
+        print(f"\nseed {seed}: {call and call.text}")
+        print(f'  python -c "from tests import soak; soak.one({again})"', flush=True)
         raise
 
 
 class Soak:
     """Rounds of calls, each in one of the ways below."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, kinds):
         self.rng, self.counts = np.random.default_rng(seed), {}
+        self.kinds, self.one = kinds, functools.partial(one, kinds=kinds)
 
     def seeds(self, way, count):
         self.counts[way] = self.counts.get(way, 0) + count
@@ -236,11 +218,11 @@ class Soak:
 
     def alone(self):
         for seed in self.seeds("alone", 60):
-            one(seed)
+            self.one(seed)
 
     def in_threads(self):
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(one, self.seeds("in threads", 80)))
+            list(pool.map(self.one, self.seeds("in threads", 80)))
 
     def interrupted(self):
         """The same calls again and again: the interrupt comes anywhere in them."""
@@ -249,12 +231,12 @@ class Soak:
         for seed in seeds:
             shape = (1500, 700) if seed % 5 == 0 else None
             with contextlib.suppress(KeyboardInterrupt):
-                call = Call(seed, doors=NUMPYS, shape=shape)
+                call = Call(seed, True, shape, self.kinds)
                 signal.setitimer(signal.ITIMER_REAL, self.rng.uniform(1e-5, 4e-3))
                 call.run()
                 signal.setitimer(signal.ITIMER_REAL, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            one(seed, doors=NUMPYS, shape=shape)
+            self.one(seed, numpy=True, shape=shape)
 
     def forked(self, before=lambda: None, way="forked"):
         seeds = self.seeds(way, 20)
@@ -265,7 +247,7 @@ class Soak:
             try:
                 before()
                 for seed in seeds:
-                    one(seed, doors=NUMPYS)
+                    self.one(seed, numpy=True)
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -276,31 +258,31 @@ class Soak:
             raise SystemExit(f"a child that was {way} ended with {status}")
 
     def short_of_memory(self):
-        """Less and less address space, until calls fail; then as much as there was."""
-        sizes = self.rng.integers(0, 100 << 20, 6)
-        kinds = self.rng.choice(["float32", "float64", "float16"], 6)
+        """Some room more than is in use, then as much as there was: calls fail, or are right."""
+        rooms = self.rng.integers(0, 60 << 20, 8)
+
+        def calls(x):
+            for axis in (1, 0):
+                y, mean, rstd = cn.layer_norm(x, axis=axis, return_stats=True)
+                cn.layer_norm_backward(y, x, None, mean, rstd, axis=axis)
 
         def squeeze():
-            x = {kind: np.ones((2000, 2000), kind) for kind in sorted({*kinds})}
-            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-            failed = 0
-            for room, kind in zip(sizes, kinds, strict=True):
+            of_kinds = [np.ones((2000, 2000), np_dtype(kind)) for kind in self.kinds]
+            for x in of_kinds:
+                calls(x)  # LLVM ends the process where it finds no memory, so nothing is compiled
+            limits, failed = resource.getrlimit(resource.RLIMIT_AS), 0
+            for room in (0, *rooms):
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (used + int(room), hard))
-                try:
-                    for axis in (1, 0):
-                        kept = cn.layer_norm(x[kind], axis=axis)
-                        y, mean, rstd = cn.layer_norm(x[kind], axis=axis, return_stats=True)
-                        cn.layer_norm_backward(y, x[kind], None, mean, rstd, axis=axis), kept
-                except MemoryError:
-                    failed += 1
-                finally:
-                    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+                resource.setrlimit(resource.RLIMIT_AS, (used + int(room), limits[1]))
+                for x in of_kinds:
+                    try:
+                        calls(x)
+                    except MemoryError:
+                        failed += 1
+                resource.setrlimit(resource.RLIMIT_AS, limits)
+            assert failed, "there was room for all"
 
         self.forked(squeeze, "short of memory")
-
-
-NUMPYS = [door for door in DOORS if door.numpy]  # torch's threads do not live on in a fork
 
 
 def memory():
@@ -308,10 +290,10 @@ def memory():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
-def soak(seconds, seed):
+def soak(seconds, seed, kinds):
     """Whether all was well, and memory has not grown since a third of the time was over."""
     print(f"seed {seed}")
-    start, run, first, round_ = time.monotonic(), Soak(seed), None, 0
+    start, run, first, round_ = time.monotonic(), Soak(seed, kinds), None, 0
     ways = run.alone, run.in_threads, run.interrupted, run.forked, run.short_of_memory
     while (passed := time.monotonic() - start) < seconds or first is None:
         ways[round_ % len(ways)]()
@@ -360,18 +342,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
+    parser.add_argument("--dtypes", nargs="+", default=ALL_DTYPES)  # each compiles for minutes
     parser.add_argument("--small", type=int, metavar="CALLS")
-    parser.add_argument("--call", type=int, metavar="SEED")
     given = parser.parse_args()
     warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # JAX's: the child uses NumPy
     with contextlib.suppress(ImportError):
         import pandas  # noqa: F401
-    if given.call is not None:
-        one(given.call)
-    elif given.small:
+    if given.small:
         small(given.small, given.seed)
     else:
-        soak(given.seconds, given.seed)
+        soak(given.seconds, given.seed, tuple(given.dtypes))
 
 
 if __name__ == "__main__":

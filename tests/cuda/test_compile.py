@@ -81,7 +81,7 @@ def test_sampled_lengths_miss_no_entry(kind, x_dtype, far, rows):
 
 
 def test_an_entry_has_no_text_of_a_caller():
-    """Its source is that of the files, and words that are numbers, flags and names out of a list."""
+    """Beside the files: words that are numbers, flags and names out of a list."""
     for stage in grid.all_entries(FULL):
         assert re.fullmatch("[a-zA-Z0-9_]+", stage.name)
         assert {stage.x_dtype, stage.weight_dtype, stage.bias_dtype} <= {*grid.DTYPES, None}
