@@ -1,10 +1,11 @@
-# make demo | emulate | test | lint | notebooks | instructions | gpu OUT=folder | bench | clean
+# make demo | emulate | test | soak | lint | notebooks | instructions | gpu OUT=folder | bench | clean
 #
 # demo and test make virtual environments of their own and install into them once; a changed
 # pyproject.toml or constraints.txt installs again. gpu uses the python it is given: PYTHON=...
 
 PYTHON ?= python3
 EXTRAS ?= demo
+SECONDS ?= 600
 PYTEST_ARGS ?= -n 2 --dist worksteal --durations=25
 OUT ?= out
 
@@ -21,12 +22,13 @@ comma := ,
 DEMO_EXTRAS = $(EXTRAS)$(if $(CUDA_EXTRA),$(comma)$(CUDA_EXTRA))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo emulate test lint notebooks instructions docs gpu bench clean python-check compiler-check
+.PHONY: help demo emulate test soak lint notebooks instructions docs gpu bench clean python-check compiler-check
 
 help:
 	@echo "make demo              install, normalize real data on every available path, save a picture"
 	@echo "make emulate           run handwritten digits through every kernel, without a GPU (a minute)"
 	@echo "make test              install all that the tests need, run them"
+	@echo "make soak SECONDS=600  random calls from threads, forks, under interrupts and little memory (SOAK_ARGS='--seed 1')"
 	@echo "make lint              ruff and mypy"
 	@echo "make notebooks         run docs/notebooks/*.py and store what they show in the .ipynb"
 	@echo "make instructions      instructions of small calls against their budgets, by valgrind"
@@ -59,6 +61,9 @@ $(DEMO)/.installed: $(DEMO)/.dependencies $(SOURCES)
 
 test: compiler-check $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+soak: $(VENV)/.installed
+	$(VENV)/bin/python -m tests.soak --seconds $(SECONDS) $(SOAK_ARGS)
 
 # The PTX of every kernel on the CPU, on real data: kernel, architecture, error, bytes moved over the floor.
 emulate: compiler-check $(VENV)/.installed

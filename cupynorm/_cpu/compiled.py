@@ -1,6 +1,7 @@
 """Compiles the loops once: kept on disk, and compiled again when a file of theirs changes."""
 
 import functools
+import pickle
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numba
 from numba import types
+from numba.core.caching import FunctionCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Flags, compile_extra
 from numba.core.registry import cpu_target
@@ -98,4 +100,9 @@ def _compile(define: Callable[..., Any], which: Any, number: int, keep: bool) ->
     # lock, and two processes could give one dtype the code of another.
     function.__qualname__ = "_".join(map(str, (define.__name__, *which)))
     signature = signature or types.void(*[types.int64] * function.__code__.co_argcount)
-    return numba.njit(signature, nogil=True, error_model="numpy", cache=keep)(function)
+    made = numba.njit(signature, nogil=True, error_model="numpy", cache=keep)
+    try:
+        return made(function)
+    except (EOFError, pickle.UnpicklingError):  # a kept file is cut off: it is made again
+        FunctionCache(function).flush()
+        return made(function)

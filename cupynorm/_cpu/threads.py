@@ -1,12 +1,14 @@
 """Threads over the items of one call, and how many of them."""
 
 import collections
+import contextlib
 import functools
 import itertools
 import math
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _MOST = 256  # a slip of the keyboard in the environment must not start 10^6 threads
@@ -64,39 +66,41 @@ def run(work: Callable[[int, int], None], count: int, threads: int) -> None:
     shares = min(count, _SHARES * threads)
     edges = [count * i // shares for i in range(shares + 1)]
     waiting = collections.deque(itertools.pairwise(edges))  # popleft() is atomic
+    begun: list[threading.Lock] = []
+    errors: list[BaseException] = []
 
     def help_out() -> None:
-        while waiting:
+        busy = threading.Lock()
+        with busy:
+            begun.append(busy)  # before it takes a share: it finds none, or the caller finds it
             try:
-                lo, hi = waiting.popleft()
-            except IndexError:
-                return
-            try:
-                work(lo, hi)
-            except BaseException:
+                while waiting:
+                    try:
+                        lo, hi = waiting.popleft()
+                    except IndexError:
+                        return
+                    work(lo, hi)
+            except BaseException as error:
                 waiting.clear()
-                raise
+                errors.append(error)
 
-    helpers: list[Future[None]] = []
-    try:
-        for _ in range(min(threads, shares) - 1):
-            try:
-                helpers.append(_pool.submit(help_out))
-            except RuntimeError:  # no more threads, or the interpreter is shutting down
-                break
-        help_out()
-    finally:
+    def settle() -> None:
         waiting.clear()
-        begun = [helper for helper in helpers if not helper.cancel()]
-        try:
-            errors = [helper.exception() for helper in begun]
-        except BaseException:  # an interrupt: no helper may go on writing to memory that it frees
-            for helper in begun:
-                helper.exception()
-            raise
-    for error in errors:
-        if error is not None:
-            raise error
+        for busy in [*begun]:
+            with busy:
+                pass
+
+    try:
+        with contextlib.suppress(RuntimeError):  # no more threads, or the interpreter ends
+            for _ in range(min(threads, shares) - 1):
+                _pool.submit(help_out)
+        help_out()
+        settle()
+    except BaseException:  # an interrupt, wherever: no helper may write to memory that it frees
+        settle()
+        raise
+    if errors:
+        raise errors.pop(0)  # else it would keep itself, and the arrays of the call
 
 
 def _start_anew() -> None:

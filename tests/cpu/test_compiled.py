@@ -102,6 +102,7 @@ def test_what_a_first_call_compiles(call, most, before, folder, tmp_path):
     """
     (tmp_path / "file").touch()
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / folder)}
+    cache["NUMBA_CACHE_LOCATOR_CLASSES"] = "UserProvidedCacheLocator"  # not beside the package
     counts = run_python(before + COUNTED.format(call=call), **cache).split()
     assert all(int(count) <= limit for count, limit in zip(counts, most, strict=True)), counts
 

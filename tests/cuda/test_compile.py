@@ -80,6 +80,14 @@ def test_sampled_lengths_miss_no_entry(kind, x_dtype, far, rows):
     assert every == set(grid.shapes(kind, FULL, x_dtype))
 
 
+def test_an_entry_has_no_text_of_a_caller():
+    """Beside the files: words that are numbers, flags and names out of a list."""
+    for stage in grid.all_entries(FULL):
+        assert re.fullmatch("[a-zA-Z0-9_]+", stage.name)
+        assert {stage.x_dtype, stage.weight_dtype, stage.bias_dtype} <= {*grid.DTYPES, None}
+        assert all(type(number) in (int, bool) for number in (*stage.constants, *stage.block))
+
+
 @pytest.mark.parametrize("arch", ["75", FULL])
 def test_the_grid_has_every_row_of_the_tables(arch):
     stages = (grid.entries(arch, "float32", f, everything=True) for f in grid.FAMILIES)
