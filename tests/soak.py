@@ -122,7 +122,7 @@ class Call:
         written = []
         if self.door.writable and self.maybe(0.3):
             written, how["out"] = [0], args[0]
-        elif self.door.numpy and self.maybe(0.2):
+        elif self.door.numpy and not op.residual and self.maybe(0.2):
             how["order"] = self.pick(*"KCF")
         if op.residual and self.door.writable and self.maybe(0.3):
             written, how["sum_out"] = [*written, 1], args[1]
