@@ -267,7 +267,8 @@ class Soak:
                 cn.layer_norm_backward(y, x, None, mean, rstd, axis=axis)
 
         def squeeze():
-            of_kinds = [np.ones((2000, 2000), np_dtype(kind)) for kind in self.kinds]
+            # float32 of more than 32 MiB: what malloc asks the system for each time.
+            of_kinds = [np.ones((3000, 3000), np_dtype(kind)) for kind in self.kinds]
             for x in of_kinds:
                 calls(x)  # LLVM ends the process where it finds no memory, so nothing is compiled
             limits, failed = resource.getrlimit(resource.RLIMIT_AS), 0

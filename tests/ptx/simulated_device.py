@@ -80,6 +80,7 @@ class SimulatedStream:
 
     _sim: Simulator
     null: SimulatedStream
+    _captured = False
 
     def __init__(
         self,
@@ -89,7 +90,6 @@ class SimulatedStream:
         priority: Any = None,
     ) -> None:
         self.device_id = self._sim.current_device
-        self._captured = False
         self.ptr = 0 if null else 0x5000 + 0x10 * len(self._sim.streams)
         if self.ptr:
             self._sim.streams[self.ptr] = self.device_id
