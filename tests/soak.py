@@ -305,7 +305,7 @@ def soak(seconds, seed, kinds):
     told = ", ".join(f"{count} {way}" for way, count in run.counts.items())
     print(f"{sum(run.counts.values())} calls in {time.monotonic() - start:.0f} s: {told}")
     print(f"resident {first:.0f} MiB after a third of the time, {last:.0f} MiB at the end")
-    if last > first * 1.05 + 16:
+    if seconds >= 120 and last > first * 1.05 + 16:  # a shorter run compiles to its end
         raise SystemExit("memory grows")
 
 
