@@ -37,6 +37,12 @@ def inner(function: Callable[..., Any], forceinline: bool = False) -> Any:
 
     `forceinline`: where a call, which LLVM leaves of a long function, passes vectors by memory.
     """
+    if function.__closure__:
+        # Code of one name and one number, which counts what a process has compiled before, is
+        # taken for the same where two kept files are loaded: each closure has a name of its own.
+        cells = [cell.cell_contents for cell in function.__closure__]
+        told = repr([getattr(value, "__qualname__", value) for value in cells])
+        function.__qualname__ += f"_{zlib.crc32(told.encode()):08x}"
     flags = Flags()
     flags.error_model, flags.nrt, flags.forceinline = "numpy", True, forceinline
     flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True

@@ -1,12 +1,13 @@
 """Compiled code: kept on disk, made again when a file changes, done without where need be."""
 
+import collections
 import inspect
 import shutil
 
 import numpy as np
 import pytest
 
-from cupynorm._cpu import compiled, engine, jobs
+from cupynorm._cpu import backward, compiled, engine, forward, jobs, strips, vectors
 from tests.cpu.programs import ROOT, run_python
 
 FIRST_CALL = """
@@ -121,6 +122,22 @@ def test_every_entry_closes_over_the_checksum(define):
     """Or a change of a file would go unseen by the code that is kept on disk."""
     function = function_of(define, 8191)
     assert 8191 in [cell.cell_contents for cell in function.__closure__]
+
+
+def test_no_two_closures_have_one_name():
+    """Or the code of one is run for the other, where processes have compiled in another order."""
+    found, waiting = {}, []
+    for module in (forward, backward, strips, vectors, jobs):
+        waiting += vars(module).values()
+    while waiting:
+        value = waiting.pop()
+        ours = inspect.isfunction(value) and value.__module__.startswith("cupynorm._cpu")
+        if ours and id(value) not in found:
+            found[id(value)] = value
+            waiting += [cell.cell_contents for cell in value.__closure__ or ()]
+    closures = [f for f in found.values() if f.__closure__ and not hasattr(f, "__wrapped__")]
+    names = collections.Counter(f.__qualname__ for f in closures)
+    assert len(names) > 5 and names.most_common(1)[0][1] == 1, names.most_common(3)
 
 
 def test_the_checksum_is_of_every_file_with_compiled_code(tmp_path, monkeypatch):
