@@ -29,6 +29,7 @@ from bench.check import Given, limit
 from bench.machine import THREADS, describe
 from bench.sweep import progress
 from bench.table import dated
+from cupynorm._ops import LAYER_NORM
 
 COLS = 1000
 PAUSE, RELEASE = 0.05, 0.5  # seconds; in the latter a cluster's workers free what a turn left
@@ -44,10 +45,13 @@ def loop(blocks: list[np.ndarray], w: np.ndarray, b: np.ndarray, threads: int = 
             return [cn.layer_norm(block, width, w, b, EPS) for block in blocks]
         from cupynorm.dask import _blocks
 
-        stats = _blocks.statistics([_blocks.block_moments(a, (1,)) for a in blocks], EPS)
+        stats = _blocks.statistics(
+            [_blocks.block_moments(a, (1,), LAYER_NORM) for a in blocks], EPS
+        )
         parts = [slice(lo, lo + width) for lo in range(0, w.size, width)]
         given = zip(blocks, parts, strict=True)
-        return [_blocks.normalize_block(a, stats, w[p], b[p], (1,), "K") for a, p in given]
+        how = {"axes": (1,), "op": LAYER_NORM, "order": "K"}
+        return [_blocks.normalize_block(a, stats, w[p], b[p], **how) for a, p in given]
     finally:
         os.environ[THREADS] = "1"
 

@@ -22,6 +22,12 @@ UNREACHED = {
     "_torch.machines.check_device: x is on device": "a tensor on a device of a third kind",
     "_torch.autograd._no_second_derivative": "tests/torch/test_compile.py: half a minute",
     "sklearn._check_library": "SCIPY_ARRAY_API=1 before SciPy is imported: tests/test_sklearn.py",
+    "_cuda.launch.check_aligned": "tests/cuda/test_arrays.py, at each argument",
+    "_libraries._from_dlpack": "tests/test_memory.py: a released exporter",
+    "_libraries.check_memory": "tests/test_memory.py, at each entry",
+    "_libraries.to_host": "tests/test_memory.py: a functional tensor",
+    "modules._parameters.check_own": "tests/test_memory.py and test_modules.py, way out and all",
+    "modules._parameters.check_total": "tests/test_modules.py",
     "_cuda.plan.make_stage": "2^31 blocks: no memory for them",
 }
 X = np.arange(12, dtype=np.float32).reshape(3, 4)

@@ -69,7 +69,7 @@ def test_values_and_dtypes(library):
     affine = np.arange(5.0), np.ones(5, np.float32)
     y = frames.layer_norm(TABLE[library](data), *affine, 1e-3)
     assert dtype_of(y) == "float64"
-    close(y.to_numpy(), expected(data.values(), *affine, 1e-3, dtype="float64"), 5)
+    close(y.to_numpy(), expected(data.values(), *affine, eps=1e-3, dtype="float64"), 5)
     empty = frames.layer_norm(TABLE[library](mixed(0)))
     assert (empty.shape, list(empty.columns)) == ((0, 4), list("abcd"))
 

@@ -100,7 +100,8 @@ def run(work: Callable[[int, int], None], count: int, threads: int) -> None:
         settle()
         raise
     if errors:
-        raise errors.pop(0)  # else it would keep itself, and the arrays of the call
+        errors.reverse()
+        raise errors.pop()  # else it would keep itself, and the arrays of the call
 
 
 def _start_anew() -> None:

@@ -21,7 +21,7 @@ INTERNAL = {
     ("modules._files", "_read_npy"): "told in the sentence of _decode_npz",
     ("prepared", "__call__: why"): "what a door refuses, and says at `refuses_prepared`",
     ("_rules", "integers: TypeError"): "caught three lines below, where the sentence is",
-    ("_cpu.threads", "run: error"): "passes on a worker thread's own error",
+    ("_cpu.threads", "run"): "passes on a worker thread's own error",
 }
 
 # A sentence says what to do, or where to look: one of these begins a part of it.
