@@ -6,9 +6,8 @@ import functools
 import itertools
 import math
 import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 _MOST = 256  # a slip of the keyboard in the environment must not start 10^6 threads
@@ -66,42 +65,42 @@ def run(work: Callable[[int, int], None], count: int, threads: int) -> None:
     shares = min(count, _SHARES * threads)
     edges = [count * i // shares for i in range(shares + 1)]
     waiting = collections.deque(itertools.pairwise(edges))  # popleft() is atomic
-    begun: list[threading.Lock] = []
+    begun: list[Future[None]] = []
     errors: list[BaseException] = []
 
-    def help_out() -> None:
-        busy = threading.Lock()
-        with busy:
-            begun.append(busy)  # before it takes a share: it finds none, or the caller finds it
+    def take_shares() -> None:
+        while waiting:
             try:
-                while waiting:
-                    try:
-                        lo, hi = waiting.popleft()
-                    except IndexError:
-                        return
-                    work(lo, hi)
-            except BaseException as error:
-                waiting.clear()
-                errors.append(error)
+                lo, hi = waiting.popleft()
+            except IndexError:
+                return
+            work(lo, hi)
+
+    def help_out() -> None:
+        mine: Future[None] = Future()
+        begun.append(mine)  # before it takes a share: it finds none, or the caller finds it
+        try:
+            take_shares()
+        except BaseException as error:
+            waiting.clear()
+            errors.append(error)
+        mine.set_result(None)
 
     def settle() -> None:
         waiting.clear()
-        for busy in [*begun]:
-            with busy:
-                pass
+        wait(begun)
 
     try:
         with contextlib.suppress(RuntimeError):  # no more threads, or the interpreter ends
             for _ in range(min(threads, shares) - 1):
                 _pool.submit(help_out)
-        help_out()
+        take_shares()
         settle()
     except BaseException:  # an interrupt, wherever: no helper may write to memory that it frees
         settle()
         raise
     if errors:
-        errors.reverse()
-        raise errors.pop()  # else it would keep itself, and the arrays of the call
+        raise errors.pop(0)  # else it would keep itself, and the arrays of the call
 
 
 def _start_anew() -> None:

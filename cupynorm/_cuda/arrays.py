@@ -308,11 +308,11 @@ def _launch(
     workspace = empty(nbytes, dtype="uint8") if nbytes else None
     at = 0 if workspace is None else workspace.data.ptr
     settled.run((0 if a is None else a.data.ptr for a in held), eps, at)
-    own = [workspace, *(h for h, a in zip(held, arrays, strict=False) if h is not a)]
-    if own != [None]:
+    own = [copy for copy, (_, a) in zip(held, pairs, strict=True) if copy is not a]
+    if own or nbytes:
         stream = cupy.cuda.get_current_stream()
         if stream.ptr and stream.is_capturing():  # the null stream is never captured
-            _captured.append(own)
+            _captured.append((workspace, own))
     if settled.copies:
         for (name, a), copy in zip(pairs, held, strict=True):
             if name in _WRITTEN and name in settled.copies:

@@ -100,6 +100,12 @@ class Array:
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise TypeError(REFUSAL)
 
+    def __eq__(self, other: object) -> Any:
+        msg = "CuPy compares element by element; the simulated ndarray does not"
+        raise NotImplementedError(msg)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __len__(self) -> int:
         if not self.shape:
             msg = "len() of unsized object"
