@@ -353,10 +353,10 @@ __device__ __forceinline__ void norm_bwd_column(const ColumnGradientArguments<X,
             __syncthreads();  // the panel before is done with
             get_tile<THREADS, R, X_ROWS>(x, from_x, a.x_row, a.x_col, first, rows, cols);
             get_tile<THREADS, R, DY_ROWS>(dy, from_dy, a.dy_row, a.dy_col, first, rows, cols);
-            if (first == 0) get_stats<Op, THREADS, R>(stats, a, outer, m, rows);
             staged();
             __syncthreads();
         };
+        get_stats<Op, THREADS, R>(stats, a, outer, m, rows);  // those of the tile before were read
         TileSums<Share::PAIR, Share::J, A> sums;
         sums.clear();
         for (i64 i = 0; i < panels; ++i) {

@@ -226,7 +226,6 @@ def bytes_beyond_floor(problem: Problem, plan: Plan) -> int:
     if plan.panels > 1:
         last = problem.N - (problem.N - 1) // plan.panel * plan.panel
         again = 2 * problem.rows * (problem.N - last) * ITEMSIZE[str(problem.dtype("x"))]
-        again += (1 + problem.op.center) * problem.rows * accumulator_bytes(problem)
         times = problem.outer * -(-problem.M // plan.rows_per_block)
     return 2 * times * _partial_bytes(problem) + again
 
