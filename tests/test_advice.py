@@ -22,12 +22,6 @@ UNREACHED = {
     "_torch.machines.check_device: x is on device": "a tensor on a device of a third kind",
     "_torch.autograd._no_second_derivative": "tests/torch/test_compile.py: half a minute",
     "sklearn._check_library": "SCIPY_ARRAY_API=1 before SciPy is imported: tests/test_sklearn.py",
-    "_cuda.launch.check_aligned": "tests/cuda/test_arrays.py, at each argument",
-    "_libraries._from_dlpack": "tests/test_memory.py: a released exporter",
-    "_libraries.check_memory": "tests/test_memory.py, at each entry",
-    "_libraries.to_host": "tests/test_memory.py: a functional tensor",
-    "modules._parameters.check_own": "tests/test_memory.py and test_modules.py, way out and all",
-    "modules._parameters.check_total": "tests/test_modules.py",
     "_cuda.plan.make_stage": "2^31 blocks: no memory for them",
 }
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -171,6 +165,17 @@ def arguments():
         {"normalized_shape": 4, "dtype": "bfloat16", "inside": lacking},
         {"dtype": "float32"},
     )
+    yield at_address, {"offset": 2} | simulated, {"offset": 0}
+    released = torch.ones(3, 4)
+    released.untyped_storage().resize_(0)
+    exporter = SimpleNamespace(
+        __dlpack__=released.__dlpack__, __dlpack_device__=released.__dlpack_device__
+    )
+    for x in (exporter, released):
+        yield ln, {"x": x}, lambda x=x: restored(released, ln, x)
+    functional, layer = torch._to_functional_tensor(t[0]), cn.LayerNorm(4)
+    state = {"weight": t[0], "bias": t[0]}
+    yield layer.load_state_dict, {"state": state | {"bias": functional}}, {"state": state}
     threads = functools.partial(mock.patch.dict, "os.environ", CUPYNORM_NUM_THREADS="none")
     yield _fresh_threads, {"inside": threads}, {"inside": DROP}
     lacking = functools.partial(without, "cupy")
@@ -180,6 +185,20 @@ def arguments():
 
 def named(name):
     return getattr(cn, name)
+
+
+def at_address(offset):
+    import cupy
+
+    return cn.layer_norm(cupy.place(X, offset=offset))
+
+
+def restored(released, call, x):
+    released.untyped_storage().resize_(released.nbytes)
+    try:
+        return call(x)
+    finally:
+        released.untyped_storage().resize_(0)
 
 
 def _fresh_threads():
@@ -362,6 +381,16 @@ def layers():
         {},
         lambda: (setattr(backwards, "weight", ROW[::-1].copy()), backwards.to_torch()),
     )
+    locked = cn.LayerNorm(4)
+    locked.weight = np.broadcast_to(np.float32(1), 4)
+    yield (
+        locked.load_state_dict,
+        {"state": state},
+        lambda: (setattr(locked, "weight", locked.weight.copy()), locked.load_state_dict(state)),
+    )
+    layer(X)
+    layer.grad["weight"] = np.ones(3, np.float32)
+    yield layer.backward, {"dy": X}, lambda: (layer.zero_grad(), layer.backward(X))
     yield layer.save, {"path": f"{folder}/norm"}, {"path": f"{folder}/norm.npz"}
     lacking = functools.partial(without, "safetensors", "safetensors.numpy")
     path = f"{folder}/norm.safetensors"
