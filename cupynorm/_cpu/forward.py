@@ -117,31 +117,26 @@ def _sums(x, n, s):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _wide_mean(x, n, s):  # type: ignore[no-untyped-def]
-    # float64, terms scaled by 1/n: a row near the maximum must not overflow its own sum
-    share, mean = 1.0 / n, 0.0
-    for i in range(n):
-        mean += (float(item(x, i)) - s) * share
-    return mean
+def _wide(x, n, s, centred):  # type: ignore[no-untyped-def]
+    """Mean of x - s in float64, and of its squares the root, as minus that.
 
-
-@inner
-def _wide_variance(x, n, s, m):  # type: ignore[no-untyped-def]
-    """Of the n elements at x about s + m, as minus its root: it may be beyond float64's range.
-
-    Taken of deviations as shares of the largest; 0 and NaN are given as they are.
+    The root is told from the mean where ``centred`` is 1.0, from s where it is 0.0; it is taken of
+    shares of the largest, as squares may leave float64's range. 0 and NaN are given as they are.
     """
-    top = 0.0
+    # Terms scaled by 1/n: a row near the maximum must not overflow its own sum.
+    share, mean, top = 1.0 / n, 0.0, 0.0
     for i in range(n):
-        d = float(item(x, i)) - s
+        d = item(x, i) - s
+        mean += d * share
         top = d if d > top else -d if -d > top else top
     top = top if 0 < top < math.inf else 1.0
     v = 0.0
     for i in range(n):
-        d = (float(item(x, i)) - s) / top
+        d = (item(x, i) - s) / top
         v += d * d
-    v = v / n - (m / top) * (m / top)
-    return -top * math.sqrt(v) if v > 0 else v
+    away = centred * mean / top
+    v = v * share - away * away
+    return mean, -top * math.sqrt(v) if v > 0 else v
 
 
 @inner
@@ -177,7 +172,7 @@ def pivot(x, n):  # type: ignore[no-untyped-def]
 def moments(x, n, near, low, high):  # type: ignore[no-untyped-def]
     """Return s, mean(x - s) and the variance, with s = near if that is near enough.
 
-    The latter may be as `_wide_variance` gives it.
+    The latter may be minus its root, as `_wide` gives it.
     """
     s = like(x, near)
     m, v = _about(x, n, s)
@@ -186,9 +181,10 @@ def moments(x, n, near, low, high):  # type: ignore[no-untyped-def]
         m, v = _about(x, n, s)
     if low < v < high:
         return float(s), m, v - m * m
-    s = like(x, _wide_mean(x, n, 0.0))  # sums of squares overflow, or vanish beside eps
-    m = _wide_mean(x, n, float(s))
-    return float(s), m, _wide_variance(x, n, float(s), m)
+    mean, _ = _wide(x, n, 0.0, 1.0)  # sums of squares overflow, or vanish beside eps
+    wide = 0.0 + like(x, mean)
+    m, v = _wide(x, n, wide, 1.0)
+    return wide, m, v
 
 
 @inner
@@ -203,7 +199,8 @@ def squares(x, n, near, low, high):  # type: ignore[no-untyped-def]
     _, v = _about(x, n, like(x, 0))
     if low < v < high:
         return 0.0, 0.0, v
-    return 0.0, 0.0, _wide_variance(x, n, 0.0, 0.0)
+    _, v = _wide(x, n, 0.0, 0.0)
+    return 0.0, 0.0, v
 
 
 @inner
