@@ -65,7 +65,7 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How, *added
                 )
                 if added:
                     key += tuple(None if a is None else look(a) for a in added)
-                call = settled.get(key)
+                call = settled().get(key)
             except (AttributeError, TypeError, RuntimeError):  # no array, a shape that is a list
                 call = None
             if call is not None and (
@@ -73,13 +73,7 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How, *added
                 and (type(how[0]) is int or _rules.exact(how[0]))
                 and (how[1] is None or _rules.exact(how[1]))
             ):
-                try:
-                    return (
-                        call(x, weight, bias, out, *added) if added else call(x, weight, bias, out)
-                    )
-                except RuntimeError:  # of a sparse tensor, which may look like a dense one
-                    check(op, x, weight, bias, out, how, *added)
-                    raise
+                return call(x, weight, bias, out, *added) if added else call(x, weight, bias, out)
     checked = check(op, x, weight, bias, out, how, *added)
     plain = type(how[2]) is float or how[2] is None
     result = _settle(checked, how, plain)(*checked.arrays)
@@ -103,15 +97,11 @@ def differentiate(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) ->
         if door.select is not None:
             door = door.select(arrays[1], arrays[0], *arrays[2:])
         with contextlib.suppress(AttributeError, TypeError, RuntimeError):  # no arrays
-            call = settled.get(_key(door, op, how, arrays)) if door.look is not None else None
+            call = settled().get(_key(door, op, how, arrays)) if door.look is not None else None
     if call is None:
         checked = _check_backward(op, arrays, how)
         call, arrays = _settle(checked, how, plain), checked.arrays
-    try:
-        return call(*arrays)  # type: ignore[no-any-return]
-    except RuntimeError:
-        _check_backward(op, arrays, how)
-        raise
+    return call(*arrays)  # type: ignore[no-any-return]
 
 
 def _key(door: Any, op: Op, how: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -242,9 +242,9 @@ def _simulated() -> Iterator[None]:
 
 
 def _plain() -> contextlib.AbstractContextManager[None]:
-    from cupynorm._cpu import arrays as _cpu
+    from cupynorm._cpu.engine import without_numba
 
-    return _cpu.without_numba()
+    return without_numba()
 
 
 _CONTEXTS = {Backend.CUPY_SIMULATED: _simulated, Backend.NUMPY_PLAIN: _plain}

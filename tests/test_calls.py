@@ -95,7 +95,7 @@ def no_rule():
 
 
 def cold(call, *arguments, **named):
-    memo.settled.clear()
+    memo.settled().clear()
     return call(*arguments, **named)
 
 
@@ -186,16 +186,16 @@ def outcome(lib, call, given):
 def hold(lib, call, good, changes):
     """Each change after the good call has the outcome that it has alone, twice; refused: a str."""
     for refused, change in changes:
-        memo.settled.clear()
+        memo.settled().clear()
         want = outcome(lib, call, good | change)
         assert isinstance(want, str) == refused, (change, want)
-        memo.settled.clear()
+        memo.settled().clear()
         before = outcome(lib, call, good)
-        kept = len(memo.settled)
+        kept = len(memo.settled())
         for _ in range(2):
             assert outcome(lib, call, good | change) == want, change
         # Of a call that the rules refuse nothing is kept; overlap is looked for at each call.
-        assert not refused or "memory" in want or len(memo.settled) == kept, want
+        assert not refused or "memory" in want or len(memo.settled()) == kept, want
         assert outcome(lib, call, good) == before
 
 
@@ -293,7 +293,7 @@ def test_a_warm_call_sees_that_out_overlaps(lib, dtype, rows):
 def test_rules_are_applied_once_for_a_signature(lib, monkeypatch):
     applied, real = [], _rules.resolve_axes
     monkeypatch.setattr(_rules, "resolve_axes", lambda *a: applied.append(a) or real(*a))
-    memo.settled.clear()
+    memo.settled().clear()
     xs = [lib.from_numpy(numbers(4, 12)) for _ in range(3)]
     for i in range(100):
         y, mean, rstd = cn.layer_norm(xs[i % 3], 12, return_stats=True)
@@ -303,11 +303,11 @@ def test_rules_are_applied_once_for_a_signature(lib, monkeypatch):
 
 def test_a_full_memo_is_cleared(monkeypatch):
     monkeypatch.setattr(memo, "_MOST", 8)
-    memo.settled.clear()
+    memo.settled().clear()
     for n in range(1, 30):
         x = numbers(2, n)
         y = cn.layer_norm(x)
-        assert 0 < len(memo.settled) <= 8
+        assert 0 < len(memo.settled()) <= 8
         np.testing.assert_allclose(y, oracle.layer_norm(x, (1,), None, None, 1e-5)[0], atol=1e-5)
 
 
@@ -326,7 +326,7 @@ def test_a_tensor_that_requires_grad_is_not_taken_for_one_that_does_not():
 
 def test_a_call_settled_with_numba_is_not_taken_without_it():
     pytest.importorskip("numba")
-    from cupynorm._cpu.arrays import without_numba
+    from cupynorm._cpu.engine import without_numba
 
     x = numbers(5, 4097)
     before = cn.layer_norm(x)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis.extra import numpy as hnp
 
 import cupynorm as cn
-from cupynorm._cpu import arrays as _cpu
+from cupynorm._cpu.engine import without_numba
 from cupynorm.frames.columns import as_matrix, gather, layer_norm_columns
 from tests import oracle
 from tests.conftest import np_dtype
@@ -23,7 +23,7 @@ DTYPES = ("bool", *INTEGERS, "float16", "bfloat16", "float32", "float64")
 
 @pytest.fixture(params=["numba", "plain"])
 def engine(request):
-    with _cpu.without_numba() if request.param == "plain" else contextlib.nullcontext():
+    with without_numba() if request.param == "plain" else contextlib.nullcontext():
         yield request.param
 
 
@@ -228,7 +228,7 @@ def tables(draw):
 @hypothesis.given(tables(), st.booleans(), st.sampled_from(["float32", "float64", "float16"]))
 def test_any_table(drawn, omit, dtype):
     columns, valid, given, affine = drawn
-    for engine in (contextlib.nullcontext, _cpu.without_numba):
+    for engine in (contextlib.nullcontext, without_numba):
         with engine():
             y = layer_norm_columns(
                 given, **affine, dtype=dtype, nulls="omit" if omit else "propagate"

@@ -317,6 +317,23 @@ def test_bits_of_a_row_are_those_of_the_row_alone(lib, direction, n):
         np.testing.assert_array_equal(of(part), whole[part])
 
 
+@pytest.mark.needs("strided")
+@pytest.mark.parametrize("n", [7, 250, 1000])
+def test_bits_of_a_row_do_not_depend_on_its_layout(lib, n):
+    values = RNG.standard_normal((40, n)) + 3
+    y = lib.to_numpy(cn.layer_norm(lib.array(values)))
+    padded = np.zeros((40, n + 5))
+    padded[:, 2:-3] = values
+    for x, strided in (
+        (lib.array(np.asfortranarray(values)), True),
+        (lib.array(padded)[:, 2:-3], False),
+        (lib.array(np.repeat(values, 2, axis=1))[:, ::2], True),
+    ):
+        assert_same_row(lib, lib.to_numpy(cn.layer_norm(x)), y, strided)
+    turned = cn.layer_norm(lib.array(np.ascontiguousarray(values.T)), axis=0)
+    assert_same_row(lib, lib.to_numpy(turned).T, y, strided=True)
+
+
 # --- NumPy arrays of every kind -----------------------------------------------------------------
 
 

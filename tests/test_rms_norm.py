@@ -11,7 +11,7 @@ import pytest
 
 import cupynorm as cn
 from cupynorm import _rules, frames
-from cupynorm._cpu import arrays
+from cupynorm._cpu.engine import without_numba
 from cupynorm._ops import RMS_NORM as RMS
 from tests import oracle
 from tests.conftest import ALL_DTYPES, Backend, np_dtype
@@ -297,7 +297,7 @@ def test_columns_and_tables(nulls, dtype):
     columns[2][5] = columns[0][8] = np.nan
     weight, omit = rng.standard_normal(5).astype(np.float32), nulls == "omit"
     how = {"eps": 0.5, "center": False, "omit": omit, "dtype": dtype}
-    for engine in (contextlib.nullcontext, arrays.without_numba):
+    for engine in (contextlib.nullcontext, without_numba):
         with engine():
             y = cn.rms_norm_columns(columns, weight, 0.5, dtype=dtype, nulls=nulls)
             close(y, expected(columns, weight, **how), 5)

@@ -1,9 +1,7 @@
 """NumPy arrays: what a settled call may depend on; calls that allocate, look at overlap, run."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,23 +15,10 @@ from cupynorm._ops import Op
 Array = np.ndarray[Any, Any]
 Call = Callable[..., Any]
 
-_plain: ContextVar[bool] = ContextVar("cupynorm_plain_numpy", default=False)
-plain = _plain.get  # whether to run as if numba were not installed
-
-
-@contextlib.contextmanager
-def without_numba() -> Iterator[None]:
-    """Within this context run as if numba were not installed."""
-    token = _plain.set(True)
-    try:
-        yield
-    finally:
-        _plain.reset(token)
-
 
 def describe() -> str:
     """Say in words which loops NumPy arrays take."""
-    return "plain NumPy blocks" if plain() else engine.state()[1]
+    return engine.state()[1]
 
 
 class Door:
@@ -78,7 +63,7 @@ class Door:
         dtype, compute = _rules.numpy_dtype(kind), np.dtype(_rules.stats_dtype(kind))
         empty, like = np.empty, functools.partial(np.empty_like, order=facts.order)
         dense = facts.order != "F" and facts.strides["x"] == row_major_strides(shape, ())
-        in_blocks, (run, small) = _forward_in_blocks(facts), _forward(facts)
+        run, small = _forward(facts)
         do, at, none = small.do, small.plan and small.plan.at, np.empty(0, compute)
         fits: bool | None = None  # shows at the first call
 
@@ -91,14 +76,14 @@ class Door:
             else:
                 y = like(x)
             told = (empty(of_means, compute), empty(of_rows, compute)) if stats else ()
-            if fits and not plain():  # the least Python around the loops
+            if fits:  # the least Python around the loops
                 w = none if weight is None else weight
                 b = none if bias is None else bias
                 if do(at, x, y, w, b, *told) if stats else do(at, x, y, w, b):
                     check_apart(x, weight, bias, y)  # says what y shares memory with
                 return (y, *told[first:]) if stats else y
             check_apart(x, weight, bias, out)
-            (in_blocks if plain() else run)(x, y, weight, bias, *told)
+            run(x, y, weight, bias, *told)
             if fits is None:
                 # Where rows are not dense the loops do not look at overlap.
                 apart = out is None or (do and small.plan.dense)
@@ -114,12 +99,12 @@ class Door:
         """
         kinds, shape = [facts.dtypes.get(k) for k in ("dweight", "dbias")], facts.affine_shape
         dtypes = [kind and _rules.numpy_dtype(kind) for kind in kinds]
-        in_blocks, run, to_x = _backward_in_blocks(facts), _backward(facts), "dx" in facts.strides
+        run, to_x = _backward(facts), "dx" in facts.strides
 
         def call(dy: Array, x: Array, mean: Any, rstd: Array, weight: Any, dsum: Any = None) -> Any:
             dx = np.empty_like(x, order="K") if to_x else None
             sums = [None if dtype is None else np.empty(shape, dtype) for dtype in dtypes]
-            (in_blocks if plain() else run)(dy, x, mean, rstd, weight, dx, *sums, dsum)
+            run(dy, x, mean, rstd, weight, dx, *sums, dsum)
             return dx, *sums
 
         return call
@@ -131,7 +116,7 @@ DOOR = Door()
 def _adding(facts: Facts) -> Call:
     """The call of an operation that adds a residual first."""
     compute = np.dtype(_rules.stats_dtype(facts.dtypes["x"]))
-    in_blocks, (run, _) = _forward_in_blocks(facts), _forward(facts)
+    run, _ = _forward(facts)
     of_rows, like = facts.stats_shape, functools.partial(np.empty_like, order=facts.order)
     wanted = facts.stats and facts.op.center, facts.stats
 
@@ -140,7 +125,7 @@ def _adding(facts: Facts) -> Call:
         y = like(x) if out is None else out
         total = like(x, residual.dtype) if sum_out is None else sum_out
         told = [np.empty(of_rows, compute) if want else None for want in wanted]
-        (in_blocks if plain() else run)(x, y, weight, bias, *told, residual, total)
+        run(x, y, weight, bias, *told, residual, total)
         return y, total, *(a for a in told if a is not None)
 
     return call
@@ -386,7 +371,7 @@ def normalize_columns(
     compute = np.dtype(_rules.stats_dtype(kind))
     w, b = _affine(weight, compute, op.unit_weight), _affine(bias, compute)
     rule = eps, op.center
-    if plain() or not engine.available(kind):
+    if not engine.available(kind):
         blocks.columns(columns, w, b, rule, y, omit)
         return
     target = y if Door.strides(y) else np.empty(y.shape, y.dtype.newbyteorder("="))

@@ -1,13 +1,16 @@
 """Which compiled work does a problem, on how many threads: by the addresses of its arrays."""
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from cupynorm import _memo
 from cupynorm._cpu import threads
 from cupynorm._layout import Facts, Problem, problem_of
 from cupynorm._rules import stats_dtype
@@ -37,9 +40,27 @@ def safe_range(dtype: str, eps: float) -> tuple[float, float]:
     return (-1.0 if abs(eps) >= _EPS_HIDES_UNDERFLOW else low), high
 
 
-@functools.cache
+_without: ContextVar[bool] = ContextVar("cupynorm_without_numba", default=False)
+
+
+@contextlib.contextmanager
+def without_numba() -> Iterator[None]:
+    """Within this context calls are settled as if numba were not installed."""
+    token = _without.set(True)
+    try:
+        with _memo.apart():
+            yield
+    finally:
+        _without.reset(token)
+
+
 def state() -> tuple[bool, str]:
-    """Whether the compiled loops are there, and what to say about it."""
+    """Whether the compiled loops are to be taken, and what to say about it."""
+    return (False, "plain NumPy blocks") if _without.get() else _installed()
+
+
+@functools.cache
+def _installed() -> tuple[bool, str]:
     if os.environ.get("CUPYNORM_NUMBA", "1").strip() == "0":
         return False, "plain NumPy blocks (CUPYNORM_NUMBA=0)"
     try:
@@ -172,7 +193,7 @@ def normalizer(
     by_chunks = _by_chunks(problem, eps) if scattered or chunks >= _LONG else None
 
     alone = functools.partial(do, plan.at, 0, strips)
-    alone.__dict__["plan"] = plan  # whose record is at that address
+    alone.plan = plan  # type: ignore[attr-defined]  # whose record is at that address
 
     def call(*given: int) -> None:
         count = _useful(size, num_threads)

@@ -344,7 +344,7 @@ def normalize_columns(
     steps = (("y", (0, row, col)),)
     problem = Problem(op, False, dtypes, 1, M, N, steps, (M, 1), omit=omit)
     key = DOOR, index, problem
-    launch = _memo.settled.get(key) or _memo.keep(
+    launch = _memo.settled().get(key) or _memo.keep(
         key, functools.partial(_launch, ready_on(index, problem), COLUMNS, (1,))
     )
     for i, column in enumerate(columns):

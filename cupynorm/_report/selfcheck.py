@@ -77,9 +77,9 @@ class Backend(NamedTuple):
         """Within this context calls take this path."""
         if self.path != "cpu-numpy":
             return contextlib.nullcontext()
-        from cupynorm._cpu import arrays as _cpu
+        from cupynorm._cpu.engine import without_numba
 
-        return _cpu.without_numba()
+        return without_numba()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ import torch
 
 from cupynorm import _reference
 from cupynorm._cpu import engine, threads
-from cupynorm._cpu.arrays import plain
 from cupynorm._cuda.launch import BACKWARD, FORWARD, RESIDUAL
 from cupynorm._layout import Facts, as_table, kernel_problem_of, rows_last
 from cupynorm._rules import stats_dtype
@@ -31,7 +30,7 @@ def run_of(facts: Facts) -> Run:
         return _of_nothing(facts)
     if kind == "meta":  # shape and dtype are all there is
         return nothing
-    if kind == "cpu" and engine.available(facts.dtypes["x"]):
+    if _is_looped(facts):
         return _loops(facts)
     if kind == "cuda" and importlib.util.find_spec("cupy") is not None:
         check_device(facts.device)
@@ -167,34 +166,51 @@ def _by_address(facts: Facts, copied: Mapping[str, Any], compute: Any, launch: L
 # --- compiled loops -------------------------------------------------------------------------------
 
 
+def _is_looped(facts: Facts) -> bool:
+    on_cpu = facts.size > 0 and facts.device.type == "cpu"
+    return on_cpu and engine.available(facts.dtypes["x"])
+
+
+def in_place(facts: Facts) -> tuple[Callable[..., None], Callable[[Any, Any], bool]] | None:
+    """Give the loops, by address, and whether a weight and a bias lie as they take them.
+
+    None where it is not by loops that a forward call is computed, or not on arrays as they lie.
+    """
+    problem = engine.problem_in_place(facts) if _is_looped(facts) else None
+    if problem is None:
+        return None
+    compute = getattr(torch, stats_dtype(facts.dtypes["x"]))
+
+    def lie(weight: Any, bias: Any) -> bool:
+        told_from_one = facts.op.unit_weight and weight is not None
+        return _lies(weight, compute) and _lies(bias, compute) and not told_from_one
+
+    return engine.normalizer(problem, facts.eps, num_threads), lie
+
+
 def _loops(facts: Facts) -> Run:
     """By compiled loops, of copies where axes do not fold to rows and columns."""
-    problem: Any = engine.problem_in_place(facts)
     computed = stats_dtype(facts.dtypes["x"])
-    compute, functions = getattr(torch, computed), _functions(facts)
+    compute = getattr(torch, computed)
+    problem: Any = engine.problem_in_place(facts)
     copied: dict[str, Any] = {}
     if problem is None:
         problem = engine.problem_in_place(as_table(facts)[1])
         copied = {name: getattr(torch, _dtype_of(facts, name)) for name in facts.strides}
     sums = (k for k in ("dweight", "dbias") if facts.dtypes.get(k, computed) != computed)
     copied |= dict.fromkeys(sums, compute)
+    direct = None if facts.backward else in_place(facts)
+    loops: Any
     if facts.backward:
         loops = engine.differentiator(problem, num_threads)
     else:
-        loops = engine.normalizer(problem, facts.eps, num_threads)
+        loops = direct[0] if direct else engine.normalizer(problem, facts.eps, num_threads)
     absent = () if facts.backward or facts.op.residual else (0, 0)
     by_address = _by_address(facts, copied, compute, lambda pointers: loops(*pointers, *absent))
-
-    def general(*arrays: Any) -> None:
-        (functions if plain() else by_address)(*arrays)
-
-    if facts.backward or copied:
-        return general
+    if direct is None:
+        return by_address
+    lie = direct[1]
     usual: bool | None = None  # whether weight and bias lie as loops take them; shows at once
-
-    def lie(weight: Any, bias: Any) -> bool:
-        told_from_one = facts.op.unit_weight and weight is not None
-        return _lies(weight, compute) and _lies(bias, compute) and not told_from_one
 
     def forward(x: Any, y: Any, weight: Any, bias: Any, mean: Any, rstd: Any, *added: Any) -> None:
         nonlocal usual
@@ -204,15 +220,14 @@ def _loops(facts: Facts) -> Run:
         w = LOW if weight is None else weight.data_ptr()
         b = LOW if bias is None else bias.data_ptr()
         low = at < LOW or to < LOW or w < LOW or b < LOW
-        if not usual or low or plain() or (added and min(a.data_ptr() for a in added) < LOW):
-            general(x, y, weight, bias, mean, rstd, *added)
+        if not usual or low or (added and min(a.data_ptr() for a in added) < LOW):
+            by_address(x, y, weight, bias, mean, rstd, *added)
             return
         m = 0 if mean is None else mean.data_ptr()
         r = 0 if rstd is None else rstd.data_ptr()
         w, b = 0 if weight is None else w, 0 if bias is None else b
         loops(at, to, w, b, m, r, *(absent or [a.data_ptr() for a in added]))
 
-    forward.__dict__["in_place"] = loops, lie  # for a call that takes the addresses itself
     return forward
 
 

@@ -7,9 +7,14 @@ from typing import Any
 import torch
 
 from cupynorm import _memo
-from cupynorm._cpu.arrays import plain as without_loops
 from cupynorm._layout import Facts, row_major_strides
-from cupynorm._libraries import bytes_of, check_apart, check_memory, check_overlap
+from cupynorm._libraries import (
+    bytes_of,
+    check_apart,
+    check_layout,
+    check_memory,
+    check_overlap,
+)
 from cupynorm._rules import ITEMSIZE, dtype_name
 from cupynorm._torch import machines
 from cupynorm._torch.machines import LOW, nothing
@@ -60,32 +65,6 @@ class Tensors:
         if op.residual:
             clash = check_apart
 
-        size, w_size, b_size = (
-            ITEMSIZE[facts.dtypes.get(k, "float16")] for k in ("x", "weight", "bias")
-        )
-        need, w, b = math.inf, 0, 0  # bytes of x, weight and bias, which show at the first call
-        in_place: Any = getattr(run, "in_place", (None, None))
-        loops, lie = in_place
-
-        def plain(x: Any, weight: Any, bias: Any, out: None) -> Any:
-            nonlocal need, w, b, loops
-            if (  # as `held` has it, in a third of the time
-                len(x.untyped_storage()) - size * x.storage_offset() < need
-                or (w and len(weight.untyped_storage()) - w_size * weight.storage_offset() < w)
-                or (b and len(bias.untyped_storage()) - b_size * bias.storage_offset() < b)
-            ):
-                low, w, b = held(x, weight, bias)
-                loops, need = loops if loops and lie(weight, bias) else None, low
-            y = new(x)
-            if loops and not without_loops():  # as `run` does, without the call
-                at, to = x.data_ptr(), y.data_ptr()
-                w_at, b_at = weight.data_ptr() if w else LOW, bias.data_ptr() if b else LOW
-                if at >= LOW and to >= LOW and w_at >= LOW and b_at >= LOW:
-                    loops(at, to, w and w_at, b and b_at, 0, 0, 0, 0)
-                    return y
-            run(x, y, weight, bias, None, None)
-            return y
-
         def call(x: Any, weight: Any, bias: Any, out: Any, *added: Any) -> Any:
             held(x, weight, bias, out, *added)
             if clash is not None:
@@ -103,7 +82,8 @@ class Tensors:
             return (y, *added[1:], mean, rstd) if op.center else (y, *added[1:], rstd)
 
         if not _negatable(facts):
-            return call if facts.out or stats or op.residual else plain
+            in_place = None if facts.out or stats else machines.in_place(facts)
+            return call if in_place is None else _directly(facts, in_place, new, call)
 
         def resolving(x: Any, weight: Any, bias: Any, out: Any, *added: Any) -> Any:
             given, targets = (x, *added[:1]), (out, *added[1:])
@@ -164,11 +144,44 @@ def _held(names: tuple[str, ...]) -> Callable[..., list[int]]:
         if needs is None:
             needs = [0 if t is None else bytes_of(t) for t in tensors]
         for name, t, need in zip(names, tensors, needs, strict=False):
-            if need and len(t.untyped_storage()) - t.storage_offset() * t.itemsize < need:
-                check_memory(name, t, need)
+            try:
+                if need and len(t.untyped_storage()) - t.storage_offset() * t.itemsize < need:
+                    check_memory(name, t, need)
+            except RuntimeError:  # a sparse tensor may look like a dense one, but has no storage
+                check_layout(name, t)
+                raise
         return needs  # type: ignore[no-any-return]
 
     return look
+
+
+def _directly(facts: Facts, in_place: Any, new: Any, general: Any) -> Callable[..., Any]:
+    """y alone, by compiled loops on the tensors as they lie: what `general` does, in less time."""
+    loops, lie = in_place
+    held, need, fits = _held(("x", "weight", "bias")), math.inf, False  # show at the first call
+    size, w_size, b_size = (
+        ITEMSIZE[facts.dtypes.get(k, "float16")] for k in ("x", "weight", "bias")
+    )
+    w, b = (int(k in facts.dtypes) for k in ("weight", "bias"))  # bytes; 0: absent
+
+    def call(x: Any, weight: Any, bias: Any, out: None) -> Any:
+        nonlocal need, w, b, fits
+        if fits and (
+            len(x.untyped_storage()) - size * x.storage_offset() >= need
+            and (not w or len(weight.untyped_storage()) - w_size * weight.storage_offset() >= w)
+            and (not b or len(bias.untyped_storage()) - b_size * bias.storage_offset() >= b)
+        ):
+            at = x.data_ptr()
+            w_at, b_at = weight.data_ptr() if w else LOW, bias.data_ptr() if b else LOW
+            if at >= LOW and w_at >= LOW and b_at >= LOW:
+                y = new(x)
+                loops(at, y.data_ptr(), w and w_at, b and b_at, 0, 0, 0, 0)
+                return y
+        need, w, b = held(x, weight, bias)
+        fits = lie(weight, bias)
+        return general(x, weight, bias, out)
+
+    return call
 
 
 def _for_sum(x: Any, weight: Any, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -232,7 +245,7 @@ def forward(x: Any, weight: Any, bias: Any, call: tuple[Any, ...], *residual: An
     """
     op, axes, eps, keep = call
     key = ("tensors forward", op.name, *call[1:], *map(_look, (x, weight, bias, *residual)))
-    settled = _memo.settled.get(key)
+    settled = _memo.settled().get(key)
     if settled is None:
         added = dict(zip(("residual",), residual, strict=False))
         dtypes = _names({"x": x, "weight": weight, "bias": bias, **added})
@@ -252,7 +265,7 @@ def backward(dy: Any, x: Any, stats: Any, weight: Any, call: tuple[Any, ...], *d
     """
     op, axes, wanted, dtypes = call
     key = ("tensors backward", op.name, *call[1:], *map(_look, (dy, x, *stats, weight, *dsum)))
-    settled = _memo.settled.get(key)
+    settled = _memo.settled().get(key)
     if settled is None:
         names = _names({"x": x, "weight": weight})
         for name, want, dtype in zip(("dweight", "dbias"), wanted[1:], dtypes, strict=True):

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import math
 import os
 import secrets
 import shutil
@@ -141,17 +140,16 @@ def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: str, wanted
         if read_header is None:
             msg = f"{info.filename} has a header that floats have no need of"
             raise ValueError(msg)
-        shape, by_columns, dtype = read_header(file)
+        shape, _, dtype = read_header(file)
         _check_dtype(info.filename.removesuffix(".npy"), _rules.dtype_name(dtype), path)
         if shape != wanted:
             return _without_values(shape)
-        nbytes = dtype.itemsize * math.prod(shape)
-        data = file.read(nbytes + 1)  # which meets the end, where the sum of the bytes is checked
-    if len(data) != nbytes:
-        told = "fewer" if len(data) < nbytes else "more"
-        msg = f"{info.filename} holds {told} bytes than the {nbytes} of its shape {shape}"
-        raise ValueError(msg)
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C")
+        file.seek(0)
+        array = np.lib.format.read_array(file, allow_pickle=False)
+        if file.read(1):  # at the end of which the sum of the bytes is checked
+            msg = f"{info.filename} holds more bytes than those of its shape {shape}"
+            raise ValueError(msg)
+    return array
 
 
 def _without_values(shape: Any) -> np.ndarray[Any, Any]:

@@ -2,14 +2,14 @@
 
 import pytest
 
-from cupynorm._cpu import arrays
+from cupynorm._cpu.engine import state, without_numba
 
 
 @pytest.fixture(params=["numba", "numpy"])
 def engine(request):
     if request.param == "numba":
-        assert arrays.describe().startswith("numba"), arrays.describe()
+        assert state()[0], state()[1]
         yield "numba"
     else:
-        with arrays.without_numba():
+        with without_numba():
             yield "numpy"

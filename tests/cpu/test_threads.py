@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm._cpu import arrays, threads
+from cupynorm._cpu import threads
+from cupynorm._cpu.engine import without_numba
 from tests import oracle
 from tests.cpu import door
 from tests.cpu.in_threads import in_threads
@@ -213,7 +214,7 @@ def test_many_callers_at_once(monkeypatch):
 
     def call(plain, case):
         x, dy = cases[case]
-        with arrays.without_numba() if plain else contextlib.nullcontext():
+        with without_numba() if plain else contextlib.nullcontext():
             y, mean, rstd = cn.layer_norm(x, return_stats=True)
             return y, *cn.layer_norm_backward(dy, x, None, mean, rstd, np.ones_like(x[0]))
 

@@ -8,7 +8,7 @@ import torch
 
 import cupynorm as cn
 from cupynorm import _reference
-from cupynorm._cpu import arrays as _cpu
+from cupynorm._cpu.engine import without_numba
 from tests import oracle
 from tests.conftest import _simulated, np_dtype
 from tests.cuda.rows import Case, run
@@ -89,7 +89,7 @@ def _ours(*given):
 
 
 def _numpy_only(*given):
-    with _cpu.without_numba():
+    with without_numba():
         return _ours(*given)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cupynorm._cpu.arrays import without_numba
+from cupynorm._cpu.engine import without_numba
 
 
 @pytest.fixture(params=["compiled", "plain"])

@@ -253,7 +253,7 @@ def test_the_module_named_torch_finds_torch_and_no_library_that_is_not_needed_ye
     assert done.stdout.split() == ["False", "False"]
 
 
-def test_a_small_call_costs_at_most_twice_what_torchs_does():
+def test_a_small_call_costs_at_most_1_8_times_what_torchs_does():
     x, (weight, bias) = numbers(8, 64), affine(64)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -269,7 +269,7 @@ def test_a_small_call_costs_at_most_twice_what_torchs_does():
                     for f in (reference, cn_torch.layer_norm)
                 )
                 ratios.append(ours / torchs)
-            if statistics.median(ratios[-15:]) <= 2.0:  # with a look at each storage
+            if statistics.median(ratios[-15:]) <= 1.8:
                 return
         pytest.fail(f"{statistics.median(ratios):.2f} times torch's time")
     finally:
