@@ -6,7 +6,6 @@ Here the order of every sum is written down: sixteen float32 lanes everywhere, w
 register, two of AVX2, four of SSE or NEON.
 """
 
-import inspect
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import config
 from numba.core import types
-from numba.extending import intrinsic, models, register_model
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 from cupynorm._cpu.compiled import inner
 
@@ -149,24 +148,21 @@ def _narrow(builder: Any, p: Any, value: Any) -> Any:
 
 
 def _instruction(signature: Callable[..., Any]) -> Any:
-    """Make an intrinsic of ``build(builder, kinds, args)``: numba's types of args, and the values.
+    """Make an instruction of ``build(builder, kinds, args)``: numba's types of args, and the values.
 
-    ``signature`` gives numba's from the types; its parameters are those of the intrinsic.
+    ``signature`` gives numba's from the types; its parameters are those of the instruction. Not by
+    `intrinsic`, which looks through all that numba knows at each call: a tenth of a first call.
     """
 
     def made(build: Callable[..., Any]) -> Any:
-        def typing(typingctx, *kinds):  # type: ignore[no-untyped-def]
-            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-                value = build(builder, kinds, args)
-                return context.get_dummy_value() if value is None else value
+        type_callable(build)(lambda context: signature)
 
-            return signature(*kinds), codegen
+        @lower_builtin(build, types.VarArg(types.Any))
+        def lower(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            value = build(builder, signature.args, args)
+            return context.get_dummy_value() if value is None else value
 
-        first = inspect.signature(typing).parameters["typingctx"]
-        given = inspect.signature(signature).parameters.values()
-        typing.__signature__ = inspect.Signature([first, *given])  # type: ignore[attr-defined]
-        typing.__name__, typing.__doc__ = build.__name__, build.__doc__
-        return intrinsic(typing)
+        return build
 
     return made
 
