@@ -6,13 +6,13 @@ Here the order of every sum is written down: sixteen float32 lanes everywhere, w
 register, two of AVX2, four of SSE or NEON.
 """
 
+import functools
 import platform
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]
-from numba import config
-from numba.core import types
+from numba import config, types
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 from cupynorm._cpu.compiled import inner
@@ -37,7 +37,7 @@ F16C = _has_instruction()
 # --- types --------------------------------------------------------------------------------------
 
 
-class Narrow(types.Type):
+class Narrow(types.Type):  # type: ignore[misc]
     """The address of 16-bit floats, which are read and written as float32, in registers."""
 
     dtype = types.float32
@@ -47,7 +47,7 @@ class Narrow(types.Type):
         super().__init__(name=f"Narrow({kind})")
 
 
-class Lanes(types.Type):
+class Lanes(types.Type):  # type: ignore[misc]
     """A vector of 64 bytes of one floating type."""
 
     def __init__(self, dtype: Any) -> None:
@@ -148,7 +148,7 @@ def _narrow(builder: Any, p: Any, value: Any) -> Any:
 
 
 def _instruction(signature: Callable[..., Any]) -> Any:
-    """Make an instruction of ``build(builder, kinds, args)``: numba's types of args, and the values.
+    """Make an instruction of ``build(builder, kinds, args)``: numba's types, and the values.
 
     ``signature`` gives numba's from the types; its parameters are those of the instruction. Not by
     `intrinsic`, which looks through all that numba knows at each call: a tenth of a first call.
@@ -173,7 +173,7 @@ def _instruction(signature: Callable[..., Any]) -> Any:
 def _kind_of(name: str) -> Any:
     if name in ("float16", "bfloat16"):
         return Narrow(name)
-    return types.CPointer(getattr(types, name))  # type: ignore[attr-defined]
+    return types.CPointer(getattr(types, name))
 
 
 @intrinsic(prefer_literal=True)
@@ -223,7 +223,7 @@ def pointer(typingctx, x, i):  # type: ignore[no-untyped-def]
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
         return builder.gep(data, [args[1]])
 
-    return types.CPointer(x.dtype)(x, types.intp), codegen  # type: ignore[attr-defined]
+    return types.CPointer(x.dtype)(x, types.intp), codegen
 
 
 @_instruction(lambda q, p: p(q, p))
@@ -301,22 +301,23 @@ def load(builder, kinds, args):  # type: ignore[no-untyped-def]
     return _wide(builder, p, builder.load(here, align=_itemsize(p), typ=vector))
 
 
-def _storing(past: bool) -> Any:
-    @_instruction(lambda p, i, v: types.void(p, types.intp, v))
-    def store(builder, kinds, args):  # type: ignore[no-untyped-def]
-        p, value = kinds[0], _narrow(builder, kinds[0], args[2])
-        here = _vector_at(builder, value.type, args[0], args[1])
-        aligned = past and not isinstance(p, Narrow)  # 16-bit vectors are half a line
-        written = builder.store(value, here, align=_BYTES if aligned else _itemsize(p))
-        if aligned:
-            one = builder.module.add_metadata([ir.Constant(_WORD, 1)])
-            written.set_metadata("nontemporal", one)
-
-    return store
+def _stores(p: Any, i: Any, v: Any) -> Any:
+    return types.void(p, types.intp, v)
 
 
-store = _storing(past=False)  # the vector v to p[i] and after
-store_past = _storing(past=True)  # to p[i], which is on a cache line, past the caches
+def _store(builder: Any, kinds: Any, args: Any, *, past: bool) -> None:
+    p, value = kinds[0], _narrow(builder, kinds[0], args[2])
+    here = _vector_at(builder, value.type, args[0], args[1])
+    aligned = past and not isinstance(p, Narrow)  # 16-bit vectors are half a line
+    written = builder.store(value, here, align=_BYTES if aligned else _itemsize(p))
+    if aligned:
+        one = builder.module.add_metadata([ir.Constant(_WORD, 1)])
+        written.set_metadata("nontemporal", one)
+
+
+# The vector v to p[i] and after; `store_past` past the caches, to a p[i] on a line of them.
+store = _instruction(_stores)(functools.partial(_store, past=False))
+store_past = _instruction(_stores)(functools.partial(_store, past=True))
 
 
 @_instruction(lambda p, i, count, rest: rest(p, types.intp, types.intp, rest))
@@ -346,15 +347,13 @@ def splat(builder, kinds, args):  # type: ignore[no-untyped-def]
     return _broadcast(builder, args[1], Lanes(kinds[0].dtype).vector)
 
 
-def _lanewise(operation: str) -> Any:
-    @_instruction(lambda a, b: a(a, b))
-    def lanewise(builder, kinds, args):  # type: ignore[no-untyped-def]
-        return getattr(builder, operation)(*args)
-
-    return lanewise
+def _alike(a: Any, b: Any) -> Any:
+    return a(a, b)
 
 
-add, sub, mul = _lanewise("fadd"), _lanewise("fsub"), _lanewise("fmul")
+add = _instruction(_alike)(lambda builder, kinds, args: builder.fadd(*args))
+sub = _instruction(_alike)(lambda builder, kinds, args: builder.fsub(*args))
+mul = _instruction(_alike)(lambda builder, kinds, args: builder.fmul(*args))
 
 
 @_instruction(lambda a, b, c: a(a, b, c))
