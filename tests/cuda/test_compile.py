@@ -14,29 +14,34 @@ from tests.nvrtc import build, grid, report
 from tests.nvrtc.check import blocks_by_registers, faults
 from tests.nvrtc.facts import machine_facts
 from tests.ptx.limits import DeviceLimits
-from tests.report import put_table
 
 FULL = "90"  # the architecture that has every family
+# What a test run compiles: of every dtype on one architecture, of one on each other, one entry of
+# so many. The kept table has every entry, is written without a fault, and is held to the text.
+EACH = 8
+RUNS = [
+    (arch, dtype)
+    for arch, usual in zip(grid.ARCHS, itertools.cycle(grid.DTYPES))
+    for dtype in (grid.DTYPES if arch == FULL else [usual])
+]
 
 
-@pytest.mark.parametrize(("arch", "x_dtype"), grid.RUNS)
-def test_entries_keep_what_the_plan_states(arch, x_dtype, pytestconfig):
-    """The longest of each kernel, with the registers of the kept table, which has all of them."""
-    found, records, kept, stages = {}, [], kept_registers(arch), []
+@pytest.mark.parametrize(("arch", "x_dtype"), RUNS)
+def test_entries_keep_what_the_plan_states(arch, x_dtype):
+    """Some of the longest of each kernel, with the registers of the kept table, which has all."""
+    found, kept, stages = {}, kept_registers(arch), []
     for family in grid.FAMILIES:
         of_family = [s for op in grid.OPS for s in grid.entries(arch, x_dtype, family, op)]
         assert of_family or not is_there(arch, x_dtype, family)
         stages += of_family
-    facts = {}
+    stages, facts = stages[RUNS.index((arch, x_dtype)) % EACH :: EACH], {}
     for batch in build.batches((arch, stage.name, source_of(stage)) for stage in stages):
         facts |= build.build_batch(batch)
     for stage in stages:
         of_it = facts[arch, stage.name]
-        records.append(report.record_of(arch, stage, of_it))
         found[stage.name] = faults(stage, of_it, arch)
         if kept and kept.get(stage.name) != str(of_it.registers):
             found[stage.name].append(f"{of_it.registers} registers, not {kept.get(stage.name)}")
-    put_table(pytestconfig, report.title(), [report.line(arch, x_dtype, records)])
     assert not {name: what for name, what in found.items() if what}
 
 

@@ -31,13 +31,6 @@ KINDS = {
     "columns": ("column", "lanes", "columns", "column_bwd"),
 }
 FAMILIES = tuple(itertools.chain(*KINDS.values()))
-# What a test run compiles: every dtype for one architecture, one for each other. The kept table has
-# every entry, and a test holds it to the text.
-RUNS = [
-    (arch, dtype)
-    for arch, usual in zip(ARCHS, itertools.cycle(DTYPES))
-    for dtype in (DTYPES if arch == "90" else [usual])
-]
 
 # M, N, and how arrays lie: C or F of x and y, of K7 y alone; "d" is the backward's, of x and dy.
 Shape = tuple[int, int, str]

@@ -64,17 +64,6 @@ def _cell(records: list[Record] | None) -> str:
     return f"{len(records)} · {most} · {spilled} · {least:.0%}"
 
 
-def title() -> str:
-    """Heading of the lines that a test run prints."""
-    return f"NVRTC {version()}, {LEGEND}: {', '.join(FAMILIES)}"
-
-
-def line(arch: str, x_dtype: str, records: list[Record]) -> str:
-    """What one test of the run compiled."""
-    cells = (_cell([r for r in records if r["family"] == family]) for family in FAMILIES)
-    return f"sm_{arch:<4} {x_dtype:<9}" + "".join(f"{cell:>21}" for cell in cells)
-
-
 def machine_table(records: Iterable[Record]) -> list[list[str]]:
     """Rows by kernel, columns by dtype, under a heading."""
     cells: dict[str, dict[str, str]] = {}
