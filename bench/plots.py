@@ -11,13 +11,11 @@ from bench.cases import ITEMSIZE, OPS
 
 # A page shows a figure at some 700 pixels: 7 inches, in which 9 points stay legible.
 WIDTH, DPI = 7.0, 200
-# Okabe and Ito's palette, told apart by everybody, then Tol's; copies are grey lines.
+# Okabe and Ito's palette, told apart by everybody, and some of Tol's; copies are grey lines.
 COLORS = {
     "cupynorm": "#0072B2", "cupynorm out=": "#56B4E9", "cupynorm.torch": "#000000",
     "torch": "#D55E00", "torch-compile": "#009E73", "onnxruntime": "#E69F00",
     "onnxruntime out=": "#999933", "jax": "#DDAA99", "scikit-learn": "#CC79A7", "liger": "#CC79A7",
-    "quack": "#E69F00", "flash-attn": "#F0E442", "apex": "#882255", "apex-fast": "#AA4499",
-    "transformer-engine": "#332288", "cudnn": "#117733", "cuml": "#999933",
     "cupy-fuse": "#88CCEE", "formula": "#BBBBBB",
 }  # fmt: skip
 GREY = "#777777"

@@ -1,6 +1,5 @@
 """Each program of bench/ runs end to end on small cases, and tells a failure from a success."""
 
-import functools
 import json
 import math
 import sys
@@ -18,7 +17,6 @@ from bench.data import make_inputs
 from bench.device import Device, Gpu, simulated_cupy
 from bench.peers import contenders, tensors
 from bench.table import COLUMNS, TIMED
-from tests import peer_stand_ins
 from tests.test_bench import in_no_time, table_rows  # noqa: F401 - in every test of this file
 
 torch = pytest.importorskip("torch")
@@ -85,52 +83,30 @@ def test_formulas_fused_or_not_in_other_dtypes(dtype):
     assert [r.status for r in found.values()] == ["ok"] * 4, found
 
 
-# --- adapters of libraries that are not here, on stand-ins ----------------------------------------
-
-FORWARD = ("flash-attn", "apex", "apex-fast", "transformer-engine", "cudnn")
+# --- who is wrong, and who cannot -----------------------------------------------------------------
 
 
-@pytest.fixture
-def stand_ins(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    return functools.partial(peer_stand_ins.install, monkeypatch)
+def test_a_wrong_peer_is_not_timed(monkeypatch):
+    eager = tensors.FUNCTIONS["torch"]
+    assert everybody(CASE, ("torch",))["torch"].times
 
+    def off(m, torch, N):
+        return lambda *given: 1.001 * eager[1](m, torch, N)(*given)
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_right_peers_are_timed_and_wrong_ones_are_not(stand_ins, dtype):
-    for result in everybody(CASE, FORWARD).values():
-        assert "cannot be imported" in result.note
-    passes = [(FWD, set())]
-    if dtype == "float32":
-        passes += [(BWD, {"transformer-engine"}), (BOTH, {"cudnn"})]
-    for scale_error, status in ((1.0, "ok"), (1.001 if dtype == "float32" else 1.1, "wrong")):
-        stand_ins(scale_error)
-        for op, skipped in passes:
-            for name, result in everybody(Case(op, BIG, dtype, (9, 256)), FORWARD).items():
-                wanted = "skipped" if name in skipped else status
-                assert result.status == wanted, (op, name, result.note)
-                assert bool(result.times) == (wanted == "ok")
-        bare = Case(FWD, BIG, "float32", (9, 64), weight_dtype=None)
-        assert everybody(bare, ("cuml",))["cuml"].status == status  # judged without eps
-    stand_ins()  # Apex's asserts that the dtypes are its own
-    for weight in (None, "same", "float32"):
-        case = Case(FWD, BIG, "bfloat16", (5, 64), weight_dtype=weight)
-        assert everybody(case, ("apex",))["apex"].status == "ok"
-
-
-BARE = Case(FWD, BIG, "float32", (3, 64), weight_dtype=None)
+    monkeypatch.setitem(tensors.FUNCTIONS, "torch", ("torch", off))
+    result = everybody(CASE, ("torch",))["torch"]
+    assert (result.status, bool(result.times)) == ("wrong", False)
 
 
 @pytest.mark.parametrize(
     ("name", "case", "note"),
-    [("flash-attn", BARE, "needs a weight"), ("cuml", CASE, "neither weight nor bias"),
-     ("flash-attn", Case(FWD, BIG, "float32", (2, 16385)), "at most 16384 elements"),
-     ("apex-fast", Case(FWD, BIG, "bfloat16", (3, 64), weight_dtype="float32"), "float32, not"),
-     ("liger", Case(FWD, BIG, "float32", (1, 65537)), "at most 65536 elements"),
-     ("quack", Case(BWD, BIG, "float32", (3, 64)), "no backward")],
-)  # fmt: skip
-def test_refusals_say_why(stand_ins, name, case, note):
-    stand_ins()
+    [
+        ("scikit-learn", CASE, "neither weight nor bias"),
+        ("liger", Case(FWD, BIG, "float32", (1, 65537)), "at most 65536 elements"),
+        ("liger", CASE, "cannot be imported"),
+    ],
+)
+def test_refusals_say_why(name, case, note):
     result = everybody(case, (name,))[name]
     assert (result.status, result.times) == ("skipped", None) and note in result.note
 

@@ -155,10 +155,9 @@ MAKERS: dict[str, Callable[[Inputs], Contender]] = {
     **arrays.MAKERS,
 }
 ELSEWHERE = {
-    "cpu": {"liger", "quack", "flash-attn", "apex", "apex-fast", "transformer-engine", "cudnn",
-            "cupy-fuse", "cuml"},
+    "cpu": {"liger", "cupy-fuse"},
     "cuda": {"onnxruntime", "onnxruntime out=", "scikit-learn"},
-}  # fmt: skip
+}
 COPY_NAMES = {
     "cpu": ("copyto", "copyto fresh"),
     "cuda": ("copy-stride", "copy-block", "copy-memcpy"),

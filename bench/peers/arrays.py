@@ -66,12 +66,12 @@ def _fused(xp: Any) -> Callable[..., Any]:
 # -- `scale(axis=1)`: rows to mean 0 and variance 1, and no more -----------------------------------
 
 
-def scale(inputs: Inputs, library: str = "sklearn") -> Contender:
-    """Of scikit-learn or cuML, judged by what it computes: without eps."""
+def scale(inputs: Inputs) -> Contender:
+    """Of scikit-learn, judged by what it computes: without eps."""
     case, x = inputs.case, inputs.x
     if case.affine_dtype or case.direction != "forward" or len(case.shape) > 2 or inputs.columns:
         refuse("scale(axis=1) takes a matrix, and has neither weight nor bias nor gradients")
-    function = load(f"{library}.preprocessing").scale
+    function = load("sklearn.preprocessing").scale
 
     def call(i: int) -> Any:
         with warnings.catch_warnings():  # that means of float32 rows were centered a second time
@@ -206,7 +206,6 @@ MAKERS: dict[str, Callable[[Inputs], Contender]] = {
     "onnxruntime out=": functools.partial(onnx_peer, bound=True),
     "jax": jax_peer,
     "scikit-learn": scale,
-    "cuml": functools.partial(scale, library="cuml"),
     "formula": formula,
     "cupy-fuse": functools.partial(formula, fused=True),
 }

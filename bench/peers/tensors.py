@@ -1,7 +1,6 @@
 """Other libraries' norms as functions of torch tensors, on a CPU or a GPU.
 
-Each follows the signature that its library documents. What it cannot do it refuses with the reason;
-autograd goes through all of them but Quack's and cuDNN's.
+What one cannot do it refuses with the reason; autograd goes through all of them.
 """
 
 import contextlib
@@ -31,56 +30,6 @@ def _eager(m: Any, torch: Any, N: int) -> Function:
     return lambda x, w, b: torch.nn.functional.layer_norm(x, (N,), w, b, EPS)
 
 
-def _quack(m: Any, torch: Any, N: int) -> Function:
-    def run(x: Any, w: Any, b: Any) -> Any:
-        w, b = (None if a is None else a.float() for a in (w, b))  # as it wants them
-        y = m.layernorm_fwd(x, w, bias=b, eps=EPS)
-        return y[0] if isinstance(y, tuple) else y
-
-    return run
-
-
-def _apex(m: Any, torch: Any, N: int) -> Function:
-    def run(x: Any, w: Any, b: Any) -> Any:
-        if w is None:
-            return m.fused_layer_norm(x, (N,), EPS)
-        mixed, same = m.mixed_dtype_fused_layer_norm_affine, m.fused_layer_norm_affine
-        return (same if w.dtype == x.dtype else mixed)(x, w, b, (N,), EPS)
-
-    return run
-
-
-def _of_module(make: Callable[[Any], Any]) -> Function:
-    """A module whose parameters are the very tensors that the others are given."""
-    modules: list[Any] = []
-
-    def run(x: Any, w: Any, b: Any) -> Any:
-        if not modules:
-            modules.append(make(w))
-        # torch.func.functional_call does the same, for 20 us of the host's time at each call.
-        modules[0]._parameters.update(weight=w, bias=b)
-        return modules[0](x)
-
-    return run
-
-
-def _te(m: Any, torch: Any, N: int) -> Function:
-    return _of_module(lambda like: m.LayerNorm(N, eps=EPS, dtype=like.dtype, device=like.device))
-
-
-def _cudnn(m: Any, torch: Any, N: int) -> Function:
-    """The inference phase: no statistics are kept."""
-    graph = _CudnnGraph(torch, "layernorm", norm_forward_phase=m.norm_forward_phase.INFERENCE)
-    eps = torch.full((1, 1, 1), EPS)
-
-    def run(x: Any, w: Any, b: Any) -> Any:
-        x, w, b = _lifted(x, w, b)
-        (y,) = graph.run([x], input=x, scale=w, bias=b, epsilon=eps)
-        return y.squeeze(0)
-
-    return run
-
-
 Maker = Callable[[Any, Any, int], Function]
 FUNCTIONS: dict[str, tuple[str, Maker]] = {
     "torch": ("torch", _eager),
@@ -89,38 +38,12 @@ FUNCTIONS: dict[str, tuple[str, Maker]] = {
         lambda m, torch, N: lambda x, w, b: m.layer_norm(x, (N,), w, b, EPS)),
     "liger": ("liger_kernel.ops.layer_norm",
         lambda m, torch, N: lambda x, w, b: m.LigerLayerNormFunction.apply(x, w, b, EPS)),
-    "quack": ("quack.rmsnorm", _quack),
-    "flash-attn": ("flash_attn.ops.triton.layer_norm",
-        lambda m, torch, N: lambda x, w, b: m.layer_norm_fn(x, w, b, eps=EPS)),
-    "apex": ("apex.normalization.fused_layer_norm", _apex),
-    "apex-fast": ("apex.contrib.layer_norm",
-        lambda m, torch, N: _of_module(lambda like: m.FastLayerNorm(N, eps=EPS).to(like))),
-    "transformer-engine": ("transformer_engine.pytorch", _te),
-    "cudnn": ("cudnn", _cudnn),
 }  # fmt: skip
-NEEDS_WEIGHT = ("flash-attn", "apex-fast", "transformer-engine", "cudnn")
-OF_ONE_DTYPE = ("apex-fast", "transformer-engine")  # its parameters' and x's
-LONGEST = {"liger": 65536, "flash-attn": 32768}  # columns (of 16 bits) that a block holds
-NO_BACKWARD = "its layer norm has no backward"
-# Why no backward can be timed, by itself or after a forward.
-REFUSED = {
-    ("quack", "backward"): NO_BACKWARD,
-    ("quack", "both"): NO_BACKWARD,
-    ("transformer-engine", "backward"): "it cannot be repeated: it frees what its forward saved",
-    ("cudnn", "both"): "its graphs are timed one by one: see forward and backward",
-}
+LONGEST = {"liger": 65536}  # columns that a block holds
 
 
 def refuse_case(name: str, case: Any) -> None:
-    if (name, case.direction) in REFUSED:
-        refuse(REFUSED[name, case.direction])
-    if name in NEEDS_WEIGHT and not case.affine_dtype:
-        refuse(f"{name} needs a weight")
-    if name in OF_ONE_DTYPE and case.affine_dtype != case.dtype:
-        refuse(f"{name} computes in its parameters' dtype {case.affine_dtype}, not {case.dtype}")
     most = LONGEST.get(name, case.N)
-    if name == "flash-attn":  # which counts bytes
-        most = 2 * most // case.itemsize
     if most < case.N:
         refuse(f"{name} takes rows of at most {most} elements, not {case.N}")
 
@@ -204,8 +127,8 @@ def contender(inputs: Inputs, name: str) -> Contender:
 
     def make(torch: Any) -> Call:
         t = tensors_of(torch, inputs)
-        if direction == "backward" and name in ("torch", "torch-compile", "cudnn"):
-            pull = _cudnn_backward(torch) if name == "cudnn" else operator(torch, t)
+        if direction == "backward" and name in ("torch", "torch-compile"):
+            pull = operator(torch, t)
             pull = compiled(torch, pull) if name == "torch-compile" else pull
             return lambda i: pull(t.dy[i], t.x[i], t.mean[i], t.rstd[i], t.weight)
         module, maker = FUNCTIONS[name]
@@ -244,60 +167,3 @@ def _through_autograd(torch: Any, t: Any, function: Function, both: bool) -> Cal
         return (y.detach(), *grads) if both else grads
 
     return call
-
-
-# -- cuDNN through its Python frontend -------------------------------------------------------------
-
-
-class _CudnnGraph:
-    """One operation on tensors of fixed shapes, built at the first run; on torch's own stream."""
-
-    def __init__(self, torch: Any, operation: str, **options: Any) -> None:
-        self.torch, self.operation, self.options = torch, operation, options
-        self.cudnn, self.nodes = load("cudnn"), ()
-        self.handle = self.cudnn.create_handle()
-
-    def run(self, like: list[Any], **given: Any) -> list[Any]:
-        """Results, which are like those tensors."""
-        if not self.nodes:
-            self._build(like, given)
-        made, stream = [self.torch.empty_like(a) for a in like], self.torch.cuda.current_stream()
-        self.cudnn.set_stream(handle=self.handle, stream=stream.cuda_stream)
-        pack = dict(zip(self.nodes, (*given.values(), *made), strict=True))
-        self.graph.execute(pack, self.workspace, handle=self.handle)
-        return made
-
-    def _build(self, like: list[Any], given: dict[str, Any]) -> None:
-        wide, modes, nodes = self.cudnn.data_type.FLOAT, self.cudnn.heur_mode, {}
-        types = {"intermediate_data_type": wide, "compute_data_type": wide}
-        self.graph = graph = self.cudnn.pygraph(**types, handle=self.handle)
-        for name, a in given.items():
-            about = {"dim": a.size(), "stride": a.stride(), "data_type": a.dtype}
-            nodes[name] = graph.tensor(name=name, **about, is_pass_by_value=name == "epsilon")
-        made = getattr(graph, self.operation)(name=self.operation, **self.options, **nodes)
-        for node, a in zip(made, like, strict=False):  # a forward's statistics are not wanted
-            node.set_output(True).set_data_type(a.dtype)
-        try:
-            graph.build([modes.A, modes.FALLBACK])
-        except self.cudnn.cudnnGraphNotSupportedError as error:
-            refuse(f"cuDNN has no plan: {error}")
-        about = {"dtype": self.torch.uint8, "device": like[0].device}
-        self.workspace = self.torch.empty(graph.get_workspace_size(), **about)
-        self.nodes = (*nodes.values(), *made[: len(like)])
-
-
-def _lifted(*tensors: Any) -> list[Any]:
-    """Rows as (1, M, N) and vectors as (1, 1, N): the last dimension is normalized."""
-    return [t.view(1, -1, t.shape[-1]) if t.ndim == 1 else t.unsqueeze(0) for t in tensors]
-
-
-def _cudnn_backward(torch: Any) -> Callable[..., Any]:
-    graph, names = _CudnnGraph(torch, "layernorm_backward"), ("mean", "inv_variance")
-
-    def run(dy: Any, x: Any, mean: Any, rstd: Any, w: Any) -> tuple[Any, ...]:
-        dy, x, w, *stats = _lifted(dy, x, w, mean, rstd)
-        about = dict(zip(names, stats, strict=True))
-        dx, dw, db = graph.run([x, w, w], grad=dy, input=x, scale=w, **about)
-        return dx.squeeze(0), dw.view(-1), db.view(-1)
-
-    return run
