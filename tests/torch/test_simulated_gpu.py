@@ -129,9 +129,9 @@ def gpu(monkeypatch, request):
         monkeypatch.setattr(machines, "torch", Torch())
         monkeypatch.setattr(machines, "_stream", lambda index: machines._Stream(STREAM))
         monkeypatch.setattr(machines, "run_of", gpu.run_of)
-        _memo.settled.clear()  # of calls that are bound to the loops
+        _memo.settled().clear()  # of calls that are bound to the loops
         yield gpu
-        _memo.settled.clear()
+        _memo.settled().clear()
         sim.simulator.current_device = 0
 
 
