@@ -82,7 +82,7 @@ class Tensors:
             return (y, *added[1:], mean, rstd) if op.center else (y, *added[1:], rstd)
 
         if not _negatable(facts):
-            in_place = None if facts.out or stats else machines.in_place(facts)
+            in_place = None if facts.out or stats or op.residual else machines.in_place(facts)
             return call if in_place is None else _directly(facts, in_place, new, call)
 
         def resolving(x: Any, weight: Any, bias: Any, out: Any, *added: Any) -> Any:
