@@ -119,6 +119,18 @@ def test_neither_large_nor_small_squares_are_lost(lib, n):
                 np.testing.assert_allclose(lib.to_numpy(rstd), of, rtol=bound)
 
 
+@pytest.mark.parametrize("n", [4, 20_000])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_beside_an_infinite_element_all_are_zero(lib, axis, n):
+    x = np.ones((2, n), np.float32)
+    x[1, 2] = np.inf
+    x = x if axis else x.T
+    y, rstd = cn.rms_norm(lib.array(x), axis=axis, return_stats=True)
+    want = oracle.layer_norm(x, (axis,), None, None, 2.0**-23, center=False)
+    np.testing.assert_allclose(lib.to_numpy(y), want[0], rtol=1e-6)
+    np.testing.assert_allclose(lib.to_numpy(rstd), want[2], rtol=1e-6)
+
+
 # --- the fused add ------------------------------------------------------------------------------
 
 

@@ -134,7 +134,7 @@ def _wide(x, n, s, centred):  # type: ignore[no-untyped-def]
     for i in range(n):
         d = (item(x, i) - s) / top
         v += d * d
-    away = centred * mean / top
+    away = mean / top if centred else 0.0  # not 0.0 * mean, which Inf in x makes NaN
     v = v * share - away * away
     return mean, -top * math.sqrt(v) if v > 0 else v
 
