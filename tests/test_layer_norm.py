@@ -169,18 +169,6 @@ def test_the_result_is_a_named_tuple(lib, direction):
     assert [tuple(a.shape) for a in found] == [(4, 6, 10), *[small] * (len(found) - 1)]
 
 
-@each_direction
-def test_inputs_are_left_alone(lib, direction):
-    inputs = [lib.array(a) for a in (DY3, X3, RNG.standard_normal(10), RNG.standard_normal(10))]
-    before = [lib.to_numpy(a).copy() for a in inputs]
-    run(direction, *inputs)
-    _, mean, rstd = cn.layer_norm(inputs[1], return_stats=True)
-    stats = [lib.to_numpy(a).copy() for a in (mean, rstd)]
-    cn.layer_norm_backward(*inputs[:2], 10, mean, rstd, inputs[2])
-    for was, now in zip([*before, *stats], [*inputs, mean, rstd], strict=True):
-        np.testing.assert_array_equal(was, lib.to_numpy(now))
-
-
 # --- order, out ---------------------------------------------------------------------------------
 
 
