@@ -65,6 +65,7 @@ class Door:
         dense = facts.order != "F" and facts.strides["x"] == row_major_strides(shape, ())
         run, small = _forward(facts)
         do, at, none = small.do, small.plan and small.plan.at, np.empty(0, compute)
+        absent = np.empty((0, 0), compute), np.empty((0, 0), compute)
         fits: bool | None = None  # shows at the first call
 
         def call(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Any:
@@ -75,19 +76,20 @@ class Door:
                 y = empty(shape, dtype)
             else:
                 y = like(x)
-            told = (empty(of_means, compute), empty(of_rows, compute)) if stats else ()
+            told = (empty(of_means, compute), empty(of_rows, compute)) if stats else absent
             if fits:  # the least Python around the loops
                 w = none if weight is None else weight
                 b = none if bias is None else bias
-                if do(at, x, y, w, b, *told) if stats else do(at, x, y, w, b):
+                if do(at, x, y, w, b, *told):
                     check_apart(x, weight, bias, y)  # says what y shares memory with
                 return (y, *told[first:]) if stats else y
             check_apart(x, weight, bias, out)
-            run(x, y, weight, bias, *told)
+            given = x, y, weight, bias, *(told if stats else (None, None))
+            run(*given)
             if fits is None:
                 # Where rows are not dense the loops do not look at overlap.
                 apart = out is None or (do and small.plan.dense)
-                fits = do is not None and apart and small.fits(x, y, weight, bias, *told)
+                fits = do is not None and apart and small.fits(*given)
             return (y, *told[first:]) if stats else y
 
         return call
@@ -197,7 +199,7 @@ def _put_back(copy: Array, turn: tuple[int, ...], result: Array) -> None:
 
 
 def _forward_in_blocks(facts: Facts) -> Call:
-    """``run(x, y, weight, bias)``, or ``run(x, y, weight, bias, mean, rstd)``.
+    """``run(x, y, weight, bias, mean, rstd)``; None: absent, not wanted.
 
     Or, of an operation with these, ``run(x, y, weight, bias, mean, rstd, residual, sum)``.
     """
@@ -205,7 +207,7 @@ def _forward_in_blocks(facts: Facts) -> Call:
     rule = facts.eps, op.center
 
     def run(x: Array, y: Array, weight: Array | None, bias: Array | None, *more: Any) -> None:
-        mean, rstd, *added = more or (None, None)
+        mean, rstd, *added = more
         if facts.size:
             w, b = _affine(weight, compute, op.unit_weight), _affine(bias, compute)
             results = y, mean if op.center else None, rstd, *added[1:]

@@ -167,7 +167,7 @@ def small_normalizer(problem: Problem, eps: float) -> tuple[Any, Any]:
         do = jobs.rows(kind, center, problem.dtype("residual"), True)
         strips = _strips(problem, rows)
         return lambda at, *arrays: do(at, 0, strips, *arrays), plan
-    return jobs.small(kind, plan.dense, problem.stats, center), plan
+    return jobs.small(kind, plan.dense, center), plan
 
 
 def _strips(problem: Problem, rows: int) -> int:

@@ -174,34 +174,23 @@ def _small_in_strips(f, x, y, wb, told, rule):  # type: ignore[no-untyped-def]
 
 
 @job
-def small(
-    checksum: int, kind: str, dense: bool = True, stats: bool = False, center: bool = True
-) -> Any:
-    """``small(plan, x, y, w, b)``: normalize all rows; with ``mean, rstd`` after b if ``stats``.
+def small(checksum: int, kind: str, dense: bool = True, center: bool = True) -> Any:
+    """``small(plan, x, y, w, b, mean, rstd)``: normalize all rows.
 
-    x and y hold 16-bit kinds as uint16; an absent w or b is empty. Where all are dense, and of at
+    x and y hold 16-bit kinds as uint16; what is absent is empty. Where all are dense, and of at
     most CHUNK elements, it is True, and nothing has been done, if y shares memory with w, b or a
     part of x. Strips, for any layout, are another function: to compile both takes twice as long.
-    Without statistics too: two arrays more cost a call 100 ns, a twentieth of it.
     """
     computed, all_rows = stats_dtype(kind), _small if dense else _small_in_strips
     (near, measure), source = _measures(center), strips.of_rows
     x_type, y_type, _, stat, row, _ = _arrays(kind)
 
-    def small_with_stats(plan, x, y, w, b, mean, rstd):  # type: ignore[no-untyped-def]
+    def small(plan, x, y, w, b, mean, rstd):  # type: ignore[no-untyped-def]
         f, wb, told = plan_at(plan, checksum), _two(w, b, computed), _two(mean, rstd, computed)
         rule = f.eps, f.low, f.high, near, measure, source
         return all_rows(f, at(x, kind), at(y, kind), wb, told, rule)
 
-    def small(plan, x, y, w, b):  # type: ignore[no-untyped-def]
-        f, wb, told = plan_at(plan, checksum), _two(w, b, computed), _two(0, 0, computed)
-        rule = f.eps, f.low, f.high, near, measure, source
-        return all_rows(f, at(x, kind), at(y, kind), wb, told, rule)
-
-    given = types.int64, x_type, y_type, row, row
-    if stats:
-        return types.bool_(*given, stat, stat), small_with_stats
-    return types.bool_(*given), small
+    return types.bool_(types.int64, x_type, y_type, row, row, stat, stat), small
 
 
 # --- chunks of long rows, few of them or strided: each by itself ----------------------------------

@@ -199,7 +199,7 @@ def _numba_status(installed: str | None) -> PathStatus:
         import_module("numba").njit(cache=True)(_thread_count)
     except (RuntimeError, OSError):
         told += "; no folder for compiled code can be written, so each process compiles anew"
-        told += " (its first call takes 6 to 8 s)"
+        told += ", for seconds"
         way_out = "set NUMBA_CACHE_DIR to a folder that can be written"
     return PathStatus("cpu-numba", True, told, way_out)
 
