@@ -108,9 +108,9 @@ def _compile(define: Callable[..., Any], which: Any, number: int, keep: bool) ->
     signature = signature or types.void(*[types.int64] * function.__code__.co_argcount)
     made = numba.njit(signature, nogil=True, error_model="numpy", cache=keep)
     try:
-        dispatcher = made(function)
+        found = made(function).overloads
     except (EOFError, pickle.UnpicklingError):  # a kept file is cut off: it is made again
         FunctionCache(function).flush()
-        dispatcher = made(function)
-    (only,) = dispatcher.overloads.values()
-    return only.entry_point  # of one signature: what chooses among several costs 0.2 us a call
+        found = made(function).overloads
+    # The entry of the one signature: what chooses among several costs 0.2 us a call.
+    return next(iter(found.values())).entry_point

@@ -45,13 +45,13 @@ _without: ContextVar[bool] = ContextVar("cupynorm_without_numba", default=False)
 
 @contextlib.contextmanager
 def without_numba() -> Iterator[None]:
-    """Within this context calls are settled as if numba were not installed."""
-    token = _without.set(True)
+    """Within this context calls are settled, apart from others, as if numba were not installed."""
+    without, apart = _without.set(True), _memo.kept.set({})
     try:
-        with _memo.apart():
-            yield
+        yield
     finally:
-        _without.reset(token)
+        _without.reset(without)
+        _memo.kept.reset(apart)
 
 
 def state() -> tuple[bool, str]:

@@ -262,21 +262,17 @@ def put(builder, kinds, args):  # type: ignore[no-untyped-def]
     builder.store(_narrow(builder, kinds[0], args[2]), builder.gep(args[0], [args[1]]))
 
 
-def _constant_of(number: Callable[[Any], int], meaning: str) -> Any:
-    @intrinsic
-    def constant(typingctx, p):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            return context.get_constant(types.intp, number(p))
-
-        return types.intp(p), codegen
-
-    constant.__doc__ = meaning
-    return constant
+def _constant(number: Callable[[Any], int], builder: Any, kinds: Any, args: Any) -> Any:
+    return ir.Constant(_LONG, number(kinds[0]))
 
 
-size_of = _constant_of(_itemsize, "Bytes from one element of p to the next.")
-lanes = _constant_of(lambda p: Lanes(p.dtype).count, "Elements of p in one vector.")
-square = _constant_of(lambda p: _SIDE // _itemsize(p), "Elements of p on a side of a square.")
+def _constant_of(number: Callable[[Any], int]) -> Any:
+    return _instruction(lambda p: types.intp(p))(functools.partial(_constant, number))
+
+
+size_of = _constant_of(_itemsize)  # bytes from one element of p to the next
+lanes = _constant_of(lambda p: Lanes(p.dtype).count)  # elements of p in one vector
+square = _constant_of(lambda p: _SIDE // _itemsize(p))  # elements of p on a side of a square
 
 
 @intrinsic

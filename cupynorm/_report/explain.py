@@ -230,10 +230,9 @@ def _in_words(checked: _calls.Checked, path: str) -> str:
     """What does the work off a GPU."""
     if path == "reference":
         return f"array-API calls of {library_of(checked.x)}"
-    from cupynorm._cpu import arrays as _cpu
-    from cupynorm._cpu import threads as _threads
+    from cupynorm._cpu import arrays, threads
 
-    return f"{_cpu.describe()}, up to {_threads.num_threads()} thread(s) over blocks of rows"
+    return f"{arrays.describe()}, up to {threads.num_threads()} thread(s) over blocks of rows"
 
 
 def of_backward(facts: Facts) -> Facts:

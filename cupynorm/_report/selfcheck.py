@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupynorm import _rules
+from cupynorm._cpu.engine import without_numba
 from cupynorm._libraries import to_host
 from cupynorm._report.config import Config, import_fault, short
 from cupynorm.functional import layer_norm
@@ -75,11 +76,7 @@ class Backend(NamedTuple):
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """Within this context calls take this path."""
-        if self.path != "cpu-numpy":
-            return contextlib.nullcontext()
-        from cupynorm._cpu.engine import without_numba
-
-        return without_numba()
+        return without_numba() if self.path == "cpu-numpy" else contextlib.nullcontext()
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,6 @@ def _of_cpu(op: Op, shape: tuple[int, ...], name: str, affine: bool, backward: b
         x = np.zeros((rows, *shape), dtype)
         given = op, x, weight, weight if op.center else None, None
         added = (x, None) if op.residual else ()
-        _calls.normalize(*given, (shape, None, 1e-5, "K", False), *added)
         *_, mean, rstd = _calls.normalize(*given, (shape, None, 1e-5, "K", True), *added)
         if backward:
             parts = x, x, mean if op.center else None, rstd, weight, *added[:1]

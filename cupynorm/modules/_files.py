@@ -133,13 +133,8 @@ def _decode_npz(path: str, wanted: Shapes) -> tuple[list[str], Arrays]:
 def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: str, wanted: Shape) -> Any:
     """An entry of a .npz file, without its values where its shape is not the one that is wanted."""
     with archive.open(info) as file:
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(np.lib.format.read_magic(file))
-        if read_header is None:
-            msg = f"{info.filename} has a header that floats have no need of"
-            raise ValueError(msg)
+        first = np.lib.format.read_magic(file) == (1, 0)  # the third differs in names of fields
+        read_header = getattr(np.lib.format, f"read_array_header_{1 if first else 2}_0")
         shape, _, dtype = read_header(file)
         _check_dtype(info.filename.removesuffix(".npy"), _rules.dtype_name(dtype), path)
         if shape != wanted:
