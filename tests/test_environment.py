@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -120,15 +119,15 @@ def test_a_cache_that_is_killed_shared_or_cut(tmp_path):
     def kept():
         return sorted(cache.rglob("*.nb?"))
 
-    for files in (0, 1):  # at work; the index is written, the code not
-        process = start(tmp_path, JOB, env=env)
-        if files:
-            while not kept() and process.poll() is None:
-                time.sleep(0.0005)
-        else:
-            time.sleep(2)
-        process.send_signal(signal.SIGKILL)
+    first = start(tmp_path, JOB, env=env)
+    while not kept() and first.poll() is None:  # the index is written, the code not
+        time.sleep(0.0005)
+    first.kill()
+    others = [start(tmp_path, JOB, env=env) for _ in range(9)]
+    for process in (first, *others):
+        process.kill()
         process.communicate()
+        time.sleep(0.4)  # each somewhere else
     for process in [start(tmp_path, JOB, env=env) for _ in range(2)]:
         finish(process)
     sizes = [file.stat().st_size for file in kept()]
