@@ -12,7 +12,7 @@ OUT ?= out
 VENV := .venv
 DEMO := .venvs/demo
 SOURCES := $(wildcard cupynorm/*.py cupynorm/*/*.py cupynorm/py.typed kernels/*)
-# What is imported is compiled then; all of what is installed takes a third of the minutes.
+# Bytecode is made of what is imported alone, when it is.
 PIP := -m pip --disable-pip-version-check install -qq --no-compile
 
 # The CUDA extra that fits the driver; none without a driver. Set CUDA_EXTRA= to do without.

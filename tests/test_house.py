@@ -61,8 +61,8 @@ MAY_IMPORT = {
 # By folder: files and lines, and what counts. They come down, never up: the aim is 60 files and
 # 9,500 lines of the package, 3,500 of bench, 17,000 of tests.
 CEILINGS = {
-    "cupynorm": (58, 13_417, {".py"}),
-    "bench": (24, 4_130, {".py"}),
+    "cupynorm": (58, 13_416, {".py"}),
+    "bench": (24, 3_992, {".py"}),
     "tests": (None, 26_319, {".py", ".hpp", ".cpp"}),
     "kernels": (16, 3_656, {".cuh"}),
 }
