@@ -337,7 +337,8 @@ def test_kernel_tests_run_through_cupy(sim, direction, family):
     gpu = gpu_backend.GpuMachine()
     N, dtype = LENGTHS[direction][family]
     x, dy = numbers(3, N, dtype=dtype), numbers(3, N, dtype=dtype)
-    data = Case(direction, x, numbers(N), None, dy if direction == "backward" else None)
+    more = (None, dy) if direction == "backward" else (numbers(N), None)
+    data = Case(direction, x, numbers(N), *more)
     at, device = spread(data, 1), device_for(gpu, family, direction)
     expected, result = (
         run(machine, data, at=at, device=device) for machine in (gpu_backend.SIMULATED, gpu)

@@ -6,9 +6,15 @@ import pytest
 import cupynorm as cn
 from tests import oracle
 from tests.conftest import np_dtype
-from tests.cuda.test_arrays import EACH_FAMILY, LENGTHS, numbers
+from tests.cuda.test_arrays import FORWARD, LENGTHS, numbers
 
 ADDS = {True: (cn.add_layer_norm, cn.layer_norm), False: (cn.add_rms_norm, cn.rms_norm)}
+SUMS = [  # a family with each; float32 in whole vectors
+    *(("warp", True, "float32"), ("block", False, "float32"), ("split", True, "float32")),
+    *(("shared", True, "bfloat16"), ("cluster", False, "bfloat16"), ("warp", False, "bfloat16")),
+]
+# Each family with one value of a flag, and the next one with the other.
+IN_TURN = [(family, i % 2 == 0) for i, family in enumerate(FORWARD)]
 
 
 def near(found, expected, dtype, N):
@@ -18,8 +24,7 @@ def near(found, expected, dtype, N):
     )
 
 
-@pytest.mark.parametrize("unit", [False, True])
-@EACH_FAMILY
+@pytest.mark.parametrize(("family", "unit"), IN_TURN)
 def test_rms_norm(cp, family, unit):
     """y and rstd; at any address it is another kernel with the same bits."""
     N, dtype = LENGTHS["forward"][family]
@@ -36,15 +41,14 @@ def test_rms_norm(cp, family, unit):
     assert cn.rms_norm(shifted, weight=W, **how)[0].get().tobytes() == y.get().tobytes()
 
 
-@EACH_FAMILY
-@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize(("family", "unit"), [(f, not flag) for f, flag in IN_TURN])
 def test_rms_norm_backward(cp, family, unit):
     """dx with and without what flows into the sum from elsewhere, and dweight."""
     N, dtype = LENGTHS["backward"][family]
     dy, x, dsum, w = (numbers(*s, dtype=dtype) for s in ((3, N), (3, N), (3, N), (N,)))
     DY, X, DSUM, W = map(cp.asarray, (dy, x, dsum, w))
     how = {"zero_centered_weight": unit}
-    _, rstd = cn.rms_norm(X, eps=1e-5, return_stats=True)
+    rstd = cp.asarray(oracle.layer_norm(x, (1,), None, None, 1e-5, False)[2].astype(dtype))
     dx, dweight = cn.rms_norm_backward(DY, X, None, rstd, W, **how)
     factor = w.astype(float) + unit
     exact = oracle.layer_norm_backward(dy, x, (1,), factor, 1e-5, center=False)
@@ -57,22 +61,20 @@ def test_rms_norm_backward(cp, family, unit):
     assert (np.abs(more.get() - exact[0] - dsum) <= 4 * bound * (scales[0] + np.abs(dsum))).all()
 
 
-@pytest.mark.parametrize("center", ADDS)
-@EACH_FAMILY
-def test_a_sum_has_the_bits_of_two_calls(cp, family, center):
+@pytest.mark.parametrize(("family", "center", "dtype"), SUMS)
+def test_a_sum_has_the_bits_of_two_calls(cp, family, center, dtype):
     """The sum is written once, also over the residual and at any address; y over x."""
     fused, alone = ADDS[center]
-    N, _ = LENGTHS["forward"][family]
-    for dtype, n in (("float32", N), ("float32", N + 1), ("bfloat16", N)):
-        x, r = (numbers(3, n).astype(np_dtype(dtype)) for _ in range(2))
-        total = (x.astype(np.float32) + r.astype(np.float32)).astype(x.dtype)
-        X, R, W = cp.asarray(x), cp.asarray(r), cp.asarray(numbers(n))
-        expected = alone(cp.asarray(total), weight=W, eps=1e-5).get().tobytes()
-        y, s = fused(X, R, weight=W, eps=1e-5)
-        assert (s.get().tobytes(), y.get().tobytes()) == (total.tobytes(), expected)
-        y, s, *stats = fused(X, R, weight=W, eps=1e-5, out=X, sum_out=R, return_stats=True)
-        assert y is X and s is R and len(stats) == 1 + center
-        assert (R.get().tobytes(), X.get().tobytes()) == (total.tobytes(), expected)
+    N = LENGTHS["forward"][family][0] + (dtype == "float32")
+    x, r = (numbers(3, N).astype(np_dtype(dtype)) for _ in range(2))
+    total = (x.astype(np.float32) + r.astype(np.float32)).astype(x.dtype)
+    X, R, W = cp.asarray(x), cp.asarray(r), cp.asarray(numbers(N))
+    expected = alone(cp.asarray(total), weight=W, eps=1e-5).get().tobytes()
+    y, s = fused(X, R, weight=W, eps=1e-5)
+    assert (s.get().tobytes(), y.get().tobytes()) == (total.tobytes(), expected)
+    y, s, *stats = fused(X, R, weight=W, eps=1e-5, out=X, sum_out=R, return_stats=True)
+    assert y is X and s is R and len(stats) == 1 + center
+    assert (R.get().tobytes(), X.get().tobytes()) == (total.tobytes(), expected)
 
 
 @pytest.mark.parametrize("axis", [1, (0, 2)])

@@ -7,17 +7,7 @@ import pytest
 from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests.conftest import ALL_DTYPES
-from tests.cuda.rows import (
-    DX_ALONE,
-    FAMILIES,
-    SHAPED,
-    At,
-    case,
-    cols,
-    device_for,
-    length,
-    run,
-)
+from tests.cuda.rows import DX_ALONE, FAMILIES, SHAPED, At, case, cols, device_for, length, run
 from tests.cuda.test_plan import plan_of
 from tests.gpu_backend import SIMULATED
 from tests.report import put_table
@@ -218,7 +208,7 @@ def test_partials_are_a_small_part_of_what_moves(request):
 
 # --- sectors ------------------------------------------------------------------------------------
 
-# Vectors; every other one fills a row of the tables.
+# Vectors, of each type a third; every other one fills a row of the tables.
 ALIGNED = (2, 8, 10, 16, 48, 32, 60, 64, 128, 256, 600, 512, 2048, 1024, 7168, 14_000)
 
 
@@ -232,7 +222,7 @@ def at_every_alignment(direction, N, dtype):
 def test_aligned_rows_use_whole_sectors(dtype):
     """Rows of whole sectors: every byte of every touched sector is asked for, 16 at a time."""
     per_vec = VEC_BYTES // ITEMSIZE[dtype]
-    for N in (v * per_vec for v in (ALIGNED if dtype == "float32" else ALIGNED[1::2])):
+    for N in (v * per_vec for v in ALIGNED[FLOATS.index(dtype) :: 3]):
         result = run(SIMULATED, at_every_alignment("forward", N, dtype), device=DEVICES["forward"])
         assert use(result) == 1.0, N
         last = result.traffic[-1]
@@ -250,7 +240,7 @@ def test_aligned_rows_use_whole_sectors_backward(dtype):
     """
     partials = "merged_write_sector_use" if dtype == "float16" else "write_sector_use"
     per_vec = VEC_BYTES // ITEMSIZE[dtype]
-    for vecs in (2, 8, 10, 16, 32, 48, 64, 128, 300):
+    for vecs in (2, 8, 10, 16, 32, 48, 64, 128, 300)[FLOATS.index(dtype) :: 3]:
         data = case("backward", 19 if vecs <= 64 else 3, vecs * per_vec, dtype)
         result = run(SIMULATED, data)
         assert use(result) == 1.0, vecs
@@ -284,15 +274,14 @@ def test_odd_rows_use_most_of_their_sectors(direction, dtype, request):
     at its ends weigh more.
     """
     lines = []
-    lengths = ODD if direction == "forward" else ODD_BACKWARD
-    lengths = lengths if dtype == "float32" else lengths[::2]
-    for N in lengths:
+    forward, i = direction == "forward", FLOATS.index(dtype)
+    for N in ODD[i::3] if forward else ODD_BACKWARD[i::2]:
         result = run(SIMULATED, at_every_alignment(direction, N, dtype), device=DEVICES[direction])
         lines.append((N, result.plan.family, use(result), use(result, merged=True)))
-    N = lengths[-1] if direction == "forward" else length("shared", dtype, direction)
+    N = ODD[-1] if forward else length("shared", dtype, direction)
     result = run(SIMULATED, at_every_alignment(direction, N, dtype), "split")
     lines.append((N, "split", use(result), use(result, merged=True)))
-    prefix = "Odd rows" if direction == "forward" else "Backward, odd rows"
+    prefix = "Odd rows" if forward else "Backward, odd rows"
     title = f"{prefix} of {dtype}: share of the touched 32-byte sectors that is used"
     table = [f"{'N':>6} {'bytes':>7} {'family':>7}   warp  merged"]
     for N, family, warp, merged in lines:

@@ -58,14 +58,15 @@ SHAPES = {  # outer, M, N: rows past the tile's edge, few columns and many, seve
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_shapes(machine, direction, dtype, way):
-    for outer, M, N in SHAPES[direction]:
+    """A third of the shapes for each type and way: every two of the three meet."""
+    first = ALL_DTYPES.index(dtype) + WAYS.index(way)
+    for outer, M, N in SHAPES[direction][first % 3 :: 3]:
         data = case(direction, outer * M, N, dtype)
         check(tiled(machine, data, way, gap=N == 2, outer=outer), data)
 
 
 @ON_EACH_MACHINE
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("dtype", "way"), [*zip(FLOATS, ("FC", "FF", "CF"), strict=True)])
 def test_no_plan_moves_a_bit(machine, dtype, way):
     """Tiles of other widths, one panel or several, odd addresses and pitches, thread orders."""
     data = case("forward", 140, LONG, dtype)
@@ -128,8 +129,7 @@ AFFINE = [
     ("float16", 100, 40, ALONE, "float64", None),
     ("float16", 100, 40, ALONE, None, None),
     ("float16", 100, LONG, ALONE, None, "float16"),  # in two sweeps: the second reads again
-    ("bfloat16", 520, 12, ONE_SM, "float64", "float16"),  # by lanes
-    ("bfloat16", 520, 12, ONE_SM, "float64", None),
+    ("bfloat16", 520, 12, ONE_SM, "float64", None),  # by lanes
     ("bfloat16", 520, 12, ONE_SM, None, None),
 ]
 
@@ -161,9 +161,8 @@ def test_what_is_wanted(machine, wanted):
 @pytest.mark.parametrize(
     ("dtype", "way", "wanted"),
     [
-        *(("float32", way, (True, True, True)) for way in WAYS),
-        ("float16", "FC", (True, True, True)),
-        ("bfloat16", "CF", (True, True, True)),
+        ("float32", "CF", (True, True, True)),
+        ("bfloat16", "FC", (True, True, True)),
         ("float64", "FF", (True, True, True)),
         *(("float16", "FC", w) for w in (DX_ALONE, (False, True, True), (False, False, True))),
     ],
@@ -228,9 +227,9 @@ def test_bytes_sectors_and_banks(dtype, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_three_passes_and_banks(dtype, way):
-    for N in (8, 40, 300):
+@pytest.mark.parametrize(("dtype", "first"), [("float16", 0), ("float32", 1)])
+def test_three_passes_and_banks(dtype, first, way):
+    for N in (8, 40, 300)[(first + WAYS.index(way)) % 3 :: 2]:
         data = case("backward", 256, N, dtype)
         result = tiled(SIMULATED, data, way)
         moved, size = main(result), 4 * N
@@ -279,6 +278,10 @@ def test_two_sweeps_read_all_but_the_last_panel_again():
 # --- few columns in registers ---------------------------------------------------------------------
 
 
+# Up to the most that lanes hold, of 16-bit types together.
+COLUMNS = {"float16": (1, 13), "bfloat16": (7, 56), "float32": (8, 33, 64), "float64": (1, 56)}
+
+
 def by_lanes(machine, data, **options):
     result = tiled(machine, data, device=ONE_SM, **options)
     assert result.plan.family == "lanes" and not result.plan.panel
@@ -286,10 +289,10 @@ def by_lanes(machine, data, **options):
 
 
 @ON_EACH_MACHINE
-@pytest.mark.parametrize("dtype", ALL_DTYPES)
-def test_every_number_of_columns_has_the_tiles_bits(machine, dtype):
+@pytest.mark.parametrize(("dtype", "columns"), COLUMNS.items())
+def test_every_number_of_columns_has_the_tiles_bits(machine, dtype, columns):
     """Rows past the last block; what stands before and after decides nothing."""
-    for N in (1, 7, 8, 13, 33, 64 if dtype == "float32" else 56):
+    for N in columns:
         data = case("forward", 600, N, dtype)
         result = by_lanes(machine, data, seed=N)
         check(result, data)
