@@ -138,6 +138,8 @@ class Soak:
 
 
 def memory():
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()  # of programs, one for each axis, shape and dtype
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free, each thread has kept
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
