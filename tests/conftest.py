@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from cupynorm._cpu.engine import without_numba
+
 pytest_plugins = ["tests.report"]
 
 # Of OpenMP, before torch and scikit-learn load it. Its threads spin while they wait; where several
@@ -241,13 +243,7 @@ def _simulated() -> Iterator[None]:
         yield
 
 
-def _plain() -> contextlib.AbstractContextManager[None]:
-    from cupynorm._cpu.engine import without_numba
-
-    return without_numba()
-
-
-_CONTEXTS = {Backend.CUPY_SIMULATED: _simulated, Backend.NUMPY_PLAIN: _plain}
+_CONTEXTS = {Backend.CUPY_SIMULATED: _simulated, Backend.NUMPY_PLAIN: without_numba}
 
 
 @pytest.fixture

@@ -199,10 +199,11 @@ def _loops(facts: Facts) -> Run:
         copied = {name: getattr(torch, _dtype_of(facts, name)) for name in facts.strides}
     sums = (k for k in ("dweight", "dbias") if facts.dtypes.get(k, computed) != computed)
     copied |= dict.fromkeys(sums, compute)
+    direct = None if facts.backward else in_place(facts)
     if facts.backward:
-        loops, direct = engine.differentiator(problem, num_threads), None
+        loops = engine.differentiator(problem, num_threads)
     else:
-        loops, direct = engine.normalizer(problem, facts.eps, num_threads), in_place(facts)
+        loops = direct[0] if direct else engine.normalizer(problem, facts.eps, num_threads)
     absent = () if facts.backward or facts.op.residual else (0, 0)
     by_address = _by_address(facts, copied, compute, lambda pointers: loops(*pointers, *absent))
     if direct is None:

@@ -8,13 +8,7 @@ import torch
 
 from cupynorm import _memo
 from cupynorm._layout import Facts, row_major_strides
-from cupynorm._libraries import (
-    bytes_of,
-    check_apart,
-    check_layout,
-    check_memory,
-    check_overlap,
-)
+from cupynorm._libraries import bytes_of, check_apart, check_layout, check_memory, check_overlap
 from cupynorm._rules import ITEMSIZE, dtype_name
 from cupynorm._torch import machines
 from cupynorm._torch.machines import LOW, nothing

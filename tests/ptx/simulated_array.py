@@ -104,8 +104,6 @@ class Array:
         msg = "CuPy compares element by element; the simulated ndarray does not"
         raise NotImplementedError(msg)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __len__(self) -> int:
         if not self.shape:
             msg = "len() of unsized object"

@@ -129,6 +129,7 @@ def gpu(monkeypatch, request):
         monkeypatch.setattr(machines, "torch", Torch())
         monkeypatch.setattr(machines, "_stream", lambda index: machines._Stream(STREAM))
         monkeypatch.setattr(machines, "run_of", gpu.run_of)
+        monkeypatch.setattr(machines, "in_place", lambda facts: None)  # no loops beside it
         _memo.settled().clear()  # of calls that are bound to the loops
         yield gpu
         _memo.settled().clear()
