@@ -6,6 +6,7 @@ results too; None: not there.
 
 import importlib.util
 import math
+import operator
 import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -20,7 +21,7 @@ from cupynorm._layout import Facts, as_table, kernel_problem_of, rows_last
 from cupynorm._rules import stats_dtype
 
 Run = Callable[..., None]
-Launch = Callable[[list[int]], None]  # on the addresses of what was met; 0: absent
+Launch = Callable[..., None]  # on the addresses of what was met; 0: absent
 
 
 def run_of(facts: Facts) -> Run:
@@ -121,13 +122,15 @@ def _meeting(facts: Facts, name: str, kind: Any, compute: Any) -> Callable[[Any]
     order = rows_last(len(facts.shape), facts.axes)
     if name in ("y", "sum", "dx") and kind is not None:
         return lambda a: torch.empty(a.permute(order).shape, dtype=kind, device=a.device)
-    if name in ("dx", "dweight", "dbias"):
+    if name in ("dx", "dweight", "dbias") or (name in ("mean", "rstd") and not facts.backward):
         return lambda a: a if kind is None else torch.empty_like(a, dtype=kind)
-    told_from_one = name == "weight" and facts.op.unit_weight
+    told_from_one = name == "weight" and facts.op.unit_weight and compute is not None
 
     def meet(a: Any) -> Any:
         if name in facts.strides:
             return a if kind is None else a.detach().permute(order).to(kind).contiguous()
+        if _lies(a, compute) and not told_from_one:
+            return a
         a = a.detach().resolve_neg()
         if compute is not None:
             a = a.to(compute) + 1 if told_from_one else a.to(compute)
@@ -136,25 +139,41 @@ def _meeting(facts: Facts, name: str, kind: Any, compute: Any) -> Callable[[Any]
     return meet
 
 
-def _by_address(facts: Facts, copied: Mapping[str, Any], compute: Any, launch: Launch) -> Run:
-    """Meet each array, launch on the addresses, put back the results that were met elsewhere."""
+def _by_address(
+    facts: Facts, copied: Mapping[str, Any], compute: Any, launch: Launch, least: int = 0
+) -> Run:
+    """Meet each array, launch on the addresses, put back the results that were met elsewhere.
+
+    There are at least so many addresses, of which the last are 0.
+    """
     names: tuple[str, ...] = BACKWARD if facts.backward else FORWARD
     names += tuple(name for name in RESIDUAL if name in facts.strides)
+    count = max(least, len(names))
     meets = [_meeting(facts, name, copied.get(name), compute) for name in names]
     order = rows_last(len(facts.shape), facts.axes)
     results = "y", "sum", "dx", "dweight", "dbias"
     written = [i for i, name in enumerate(names) if name in copied and name in results]
     functions = _functions(facts)
+    which: Any = None  # arrays there are, and whether all are met as they lie: this shows at the
+    as_they_lie = False  # first call, as those of the others look like its own
 
     def run(*arrays: Any) -> None:
+        nonlocal which, as_they_lie
         # The names keep copies alive until they are on the stream; torch's allocator orders reuse
         # by stream, so they may be dropped before they are read.
-        met = [None if a is None else meet(a) for meet, a in zip(meets, arrays, strict=True)]
-        at = [LOW if a is None else a.data_ptr() for a in met]
-        if min(at) < LOW:
-            functions(*arrays)
-            return
-        launch([0 if a is None else pointer for a, pointer in zip(met, at, strict=True)])
+        met: Any = arrays
+        if not as_they_lie:
+            met = [None if a is None else meet(a) for meet, a in zip(meets, arrays, strict=True)]
+            if which is None:
+                which = [i for i, a in enumerate(arrays) if a is not None]
+                as_they_lie = all(map(operator.is_, met, arrays))
+        at = [0] * count
+        for i in which:
+            at[i] = pointer = met[i].data_ptr()
+            if pointer < LOW:
+                functions(*arrays)
+                return
+        launch(*at)
         for i in written:
             if arrays[i] is not None:
                 to = arrays[i].permute(order) if names[i] in facts.strides else arrays[i]
@@ -199,42 +218,18 @@ def _loops(facts: Facts) -> Run:
         copied = {name: getattr(torch, _dtype_of(facts, name)) for name in facts.strides}
     sums = (k for k in ("dweight", "dbias") if facts.dtypes.get(k, computed) != computed)
     copied |= dict.fromkeys(sums, compute)
-    direct = None if facts.backward else in_place(facts)
     if facts.backward:
-        loops = engine.differentiator(problem, num_threads)
-    else:
-        loops = direct[0] if direct else engine.normalizer(problem, facts.eps, num_threads)
-    absent = () if facts.backward or facts.op.residual else (0, 0)
-    by_address = _by_address(facts, copied, compute, lambda pointers: loops(*pointers, *absent))
-    if direct is None:
-        return by_address
-    lie = direct[1]
-    usual: bool | None = None  # whether weight and bias lie as loops take them; shows at once
-
-    def forward(x: Any, y: Any, weight: Any, bias: Any, mean: Any, rstd: Any, *added: Any) -> None:
-        nonlocal usual
-        if usual is None:
-            usual = lie(weight, bias)
-        at, to = x.data_ptr(), y.data_ptr()
-        w = LOW if weight is None else weight.data_ptr()
-        b = LOW if bias is None else bias.data_ptr()
-        low = at < LOW or to < LOW or w < LOW or b < LOW
-        if not usual or low or (added and min(a.data_ptr() for a in added) < LOW):
-            by_address(x, y, weight, bias, mean, rstd, *added)
-            return
-        m = 0 if mean is None else mean.data_ptr()
-        r = 0 if rstd is None else rstd.data_ptr()
-        w, b = 0 if weight is None else w, 0 if bias is None else b
-        loops(at, to, w, b, m, r, *(absent or [a.data_ptr() for a in added]))
-
-    return forward
+        return _by_address(facts, copied, compute, engine.differentiator(problem, num_threads))
+    loops = engine.normalizer(problem, facts.eps, num_threads)
+    return _by_address(facts, copied, compute, loops, 8)  # with residual and sum, or without
 
 
 def _lies(value: Any, compute: Any) -> bool:
-    """Whether loops take a weight or bias as it lies; one element may be a negated view."""
+    """Whether a weight or bias is taken as it lies; one element may be a negated view."""
     if value is None:
         return True
-    return value.dtype is compute and value.is_contiguous() and value.numel() > 1
+    alike = compute is None or value.dtype is compute
+    return alike and value.is_contiguous() and value.numel() > 1
 
 
 def num_threads() -> int:
@@ -276,7 +271,7 @@ def kernels(facts: Facts, index: int) -> Run:
     ready = ready_on(index, problem)
     nbytes = ready.workspace_bytes
 
-    def launch(pointers: list[int]) -> None:
+    def launch(*pointers: int) -> None:
         scratch, workspace = None, 0
         if nbytes:  # held until the launch, as copies are
             scratch = torch.empty(nbytes, dtype=torch.uint8, device=facts.device)
