@@ -26,7 +26,8 @@ _BLOCK = 1 << 15
 LONGEST = 32768
 # Chunks from which a row is shared between threads where there are few of them.
 _LONG = 16
-# Bytes from which long rows, which are read a second time, are written past the caches.
+# Bytes of y from which it is written past the caches, so that no line of it is read first: for
+# 8192x4096 it takes 0.7 of the time with out=, 0.95 in fresh memory. In place it would take 1.2.
 _PAST = 1 << 24
 # Sums of squares that float32 (float64) cannot hold well are taken again in float64, scaled.
 _SAFE = {"float32": (2.0**-100, 2.0**126), "float64": (2.0**-960, 2.0**1020)}
@@ -121,12 +122,17 @@ def _plan(problem: Problem, rows: int, eps: float = 0.0) -> Plan:
     # Arrays that may need a tile: y takes that of x, the sum that of residual, dx that of dy.
     read = [name for name, _ in problem.strides if name in ("x", "residual", "dy", "dsum")]
     names["tiles"] = 0 if problem.row_major else len(read)
-    # 16 bits are not written past the caches.
-    bytes_of_y = problem.rows * problem.N * {"float32": 4, "float64": 8}.get(_kind(problem), 0)
-    names |= {"rows": rows, "past": bytes_of_y >= _PAST, **_limits(_kind(problem), eps)}
+    _, _, col = dict(problem.strides).get("y", (0, 0, 0))
+    past = _past(_kind(problem), problem.rows * problem.N, col)
+    names |= {"rows": rows, "past": past, **_limits(_kind(problem), eps)}
     # Each array is one block of memory, row after row.
     pitches = {steps[1] for _, steps in problem.strides}
     return Plan(one_table(problem) and (problem.M == 1 or pitches == {problem.N}), **names)
+
+
+def _past(kind: str, size: int, col: int) -> bool:
+    """Whether y is written past the caches: not through a tile, and not in 16 bits."""
+    return col == 1 and size * {"float32": 4, "float64": 8}.get(kind, 0) >= _PAST
 
 
 def one_table(problem: Problem) -> bool:
@@ -320,7 +326,8 @@ def columns(
     rows = min(M, strips.rows_of_strip(N))
     y_row, y_col = (step // y.itemsize for step in y.strides)
     names = {"outer": 1, "M": M, "N": N, "rows": rows, "y_row": y_row, "y_col": y_col}
-    plan = Plan(False, **names, omit=omit, tiles=1, **_limits(kind, eps))
+    names |= {"omit": omit, "tiles": 1, "past": _past(kind, M * N, y_col)}
+    plan = Plan(False, **names, **_limits(kind, eps))
     table = np.zeros((5, N), np.int64)
     for j, (x, bitmap, bit) in enumerate(found):
         number = strips.COLUMN_DTYPES.index(x.dtype.name)

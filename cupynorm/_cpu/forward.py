@@ -24,6 +24,8 @@ from cupynorm._cpu.vectors import (
     size_of,
     splat,
     store,
+    store_first,
+    store_last,
     store_past,
     sub,
     typed,
@@ -247,9 +249,12 @@ def apply_row(x, y, n, w, b, wide_s, wide_m, wide_r, has_w, has_b, past):  # typ
     if past and n >= PEELED:
         for i in range(head, n - step + 1, step):
             store_past(y, i, _scaled(x, w, b, i, vs, vm, vr, has_w, has_b))
-    else:
-        for i in range(head, n - step + 1, step):
-            store(y, i, _scaled(x, w, b, i, vs, vm, vr, has_w, has_b))
+        # Nothing twice: a line that went past the caches would be read back into them.
+        store_first(y, 0, head, first)
+        store_last(y, n - step, (n - head) % step, last)
+        return
+    for i in range(head, n - step + 1, step):
+        store(y, i, _scaled(x, w, b, i, vs, vm, vr, has_w, has_b))
     if head:
         store(y, 0, first)
     store(y, n - step, last)
@@ -289,8 +294,9 @@ def merge(parts, N):  # type: ignore[no-untyped-def]
 def short_rows(p, xp, q, yp, M, N, w, b, rule, told, stats, group):  # type: ignore[no-untyped-def]
     """Normalize M rows of at most CHUNK elements at p, pitch xp, into those at q, pitch yp.
 
-    ``rule`` is eps, the range of variances that need no second look, and functions, which are types
-    to the compiler: `pivot` and `moments`, or `origin` and `squares`, and what brings rows.
+    ``rule`` is eps, the range of variances that need no second look, functions, which are types to
+    the compiler: `pivot` and `moments`, or `origin` and `squares`, whether y goes past the caches,
+    and what brings rows.
     w, b and the pointers in ``told`` may be null: mean and rstd, the index there of the first row,
     and the step to the next. ``stats`` points to three numbers for each row of a group.
     """
@@ -315,7 +321,7 @@ def short_rows(p, xp, q, yp, M, N, w, b, rule, told, stats, group):  # type: ign
                 r[k] = 1.0 / math.sqrt(r[k] + rule[0])
         for k in range(n):
             to = advance(y, k * yp)
-            apply_row(advance(x, k * xp), to, N, w, b, s[k], m[k], r[k], has_w, has_b, False)
+            apply_row(advance(x, k * xp), to, N, w, b, s[k], m[k], r[k], has_w, has_b, rule[5])
         if address(mean) != 0:
             for k in range(n):
                 put(mean, at + (row + k) * step, like(mean, s[k] + m[k]))
@@ -379,7 +385,7 @@ def long_rows(p, xp, q, yp, M, N, w, b, rule, told, parts):  # type: ignore[no-u
     for row in range(M):
         row_moments(advance(p, row * xp), N, rule, parts)
         s, m, r = finish_row(parts, N, rule[0], told, row)
-        row_results(advance(p, row * xp), advance(q, row * yp), N, w, b, s, m, r, False)
+        row_results(advance(p, row * xp), advance(q, row * yp), N, w, b, s, m, r, rule[5])
 
 
 @inner

@@ -78,7 +78,7 @@ def _sharing(may_omit: bool) -> Any:
         for block in range(lo, hi):
             o, first = block // pieces, block % pieces * f.rows
             n, target = min(f.rows, f.M - first), strips.start(y, f.y_outer, f.y_row, o, first)
-            p, pp = rule[5](f, x, (o, first, n, 0, N), tile, room)
+            p, pp = rule[6](f, x, (o, first, n, 0, N), tile, room)
             # Where the tile takes results of 16 bits, they come before what is still to be read.
             q, qp = strips.place(target, f.y_row, f.y_col, tile, N)
             if block == lo:
@@ -89,7 +89,7 @@ def _sharing(may_omit: bool) -> Any:
                 for k in range(n):
                     row = advance(p, k * pp)
                     s, m, r = forward.known_moments(row, N, rule, at_rows, parts, room)
-                    forward.row_results(row, advance(q, k * qp), N, w, b, s, m, r, False)
+                    forward.row_results(row, advance(q, k * qp), N, w, b, s, m, r, rule[5])
             elif N <= CHUNK:
                 forward.short_rows(p, pp, q, qp, n, N, w, b, rule, at_rows, stats, group)
             else:
@@ -128,8 +128,10 @@ def rows(checksum: int, kind: str, center: bool = True, wide: str = "", small: b
     def rows(plan, lo, hi, x, y, w, b, mean, rstd, residual, total):  # type: ignore[no-untyped-def]
         f, wb, told = plan_at(plan, checksum), _two(w, b, computed), _two(mean, rstd, computed)
         arrays = at(x, kind), *_two(residual, total, given)
-        rule = f.eps, f.low, f.high, near, measure, source
-        _share(f, arrays, at(y, kind), wb, told, rule, lo, hi)
+        to = at(y, kind)
+        past = f.past and address(to) != address(arrays[0]) and address(to) != address(arrays[1])
+        rule = f.eps, f.low, f.high, near, measure, past, source
+        _share(f, arrays, to, wb, told, rule, lo, hi)
 
     if not small:
         return rows
@@ -144,7 +146,7 @@ def table(checksum: int, kind: str, center: bool = True) -> Any:
 
     def table(plan, lo, hi, columns, y, w, b):  # type: ignore[no-untyped-def]
         f, wb = plan_at(plan, checksum), _two(w, b, computed)
-        none, rule = at(0, computed), (f.eps, f.low, f.high, near, measure, source)
+        none, rule = at(0, computed), (f.eps, f.low, f.high, near, measure, f.past != 0, source)
         _share_of_columns(f, at(columns, "int64"), at(y, kind), wb, (none, none), rule, lo, hi)
 
     return table
@@ -187,7 +189,7 @@ def small(checksum: int, kind: str, dense: bool = True, center: bool = True) -> 
 
     def small(plan, x, y, w, b, mean, rstd):  # type: ignore[no-untyped-def]
         f, wb, told = plan_at(plan, checksum), _two(w, b, computed), _two(mean, rstd, computed)
-        rule = f.eps, f.low, f.high, near, measure, source
+        rule = f.eps, f.low, f.high, near, measure, False, source
         return all_rows(f, at(x, kind), at(y, kind), wb, told, rule)
 
     return types.bool_(types.int64, x_type, y_type, row, row, stat, stat), small
@@ -213,7 +215,7 @@ def _moments(f, x, rule, parts, lo, hi, tile):  # type: ignore[no-untyped-def]
     for item in range(lo, hi):
         part = _chunk(f, item, False)
         o, first, n, left, size = part
-        p, pp = rule[5](f, x, part, here, here)
+        p, pp = rule[6](f, x, part, here, here)
         for k in range(n):
             q = advance(p, k * pp)
             s, m, v = rule[4](q, size, rule[3](q, size), rule[1], rule[2])
@@ -224,6 +226,7 @@ def _moments(f, x, rule, parts, lo, hi, tile):  # type: ignore[no-untyped-def]
 @inner
 def _results(f, x, y, w, b, stats, lo, hi, tile):  # type: ignore[no-untyped-def]
     has_w, has_b, here = address(w) != 0, address(b) != 0, pointer(tile, 0)
+    past = f.past and address(x) != address(y)
     for item in range(lo, hi):
         # Backwards, as the end of x was read last; rows in turn share a chunk of weight and bias.
         part = _chunk(f, item, True)
@@ -235,7 +238,7 @@ def _results(f, x, y, w, b, stats, lo, hi, tile):  # type: ignore[no-untyped-def
         for k in range(n):
             u, v, i = advance(p, k * pp), advance(q, k * qp), 3 * (o * f.M + first + k)
             s, m, r = stats[i], stats[i + 1], stats[i + 2]
-            forward.apply_row(u, v, size, wc, bc, s, m, r, has_w, has_b, f.past)
+            forward.apply_row(u, v, size, wc, bc, s, m, r, has_w, has_b, past)
         strips.put_back(target, f.y_row, f.y_col, here, n, size)
 
 
@@ -247,7 +250,7 @@ def chunk_moments(checksum: int, kind: str, center: bool = True, wide: str = "")
 
     def chunk_moments(plan, lo, hi, x, residual, total, parts):  # type: ignore[no-untyped-def]
         f, arrays = plan_at(plan, checksum), (at(x, kind), *_two(residual, total, given))
-        rule, to = (f.eps, f.low, f.high, near, measure, source), at(parts, "float64")
+        rule, to = (f.eps, f.low, f.high, near, measure, False, source), at(parts, "float64")
         _moments(f, arrays, rule, to, lo, hi, np.empty(f.tiles * f.rows * (CHUNK + GAP)))
 
     return chunk_moments

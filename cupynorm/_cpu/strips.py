@@ -3,6 +3,8 @@
 Rows of a table come from its columns, each of any dtype, with validity bitmaps or without.
 """
 
+from typing import Any
+
 import numpy as np
 
 from cupynorm._cpu.compiled import inner
@@ -43,10 +45,9 @@ def rows_of_strip(N: int) -> int:
 @inner
 def bring(p, row, col, tile, n, N):  # type: ignore[no-untyped-def]
     """Give n rows at p, with these strides, as contiguous ones: a pointer, and their pitch."""
-    if col == 1:
-        return p, row
-    move(raw(p), row, col, typed(tile, raw(p)), N + GAP, 1, n, N)
-    return typed(tile, p), N + GAP
+    if col != 1:
+        move(raw(p), row, col, typed(tile, raw(p)), N + GAP, 1, n, N)
+    return place(p, row, col, tile, N)
 
 
 @inner
@@ -131,37 +132,33 @@ def _cast(p, n, q):  # type: ignore[no-untyped-def]
 
 
 @inner
+def _truths(p, n, q):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        q[i] = like(q, p[i] != 0)
+
+
+@inner
 def _load(kind, x, n, q):  # type: ignore[no-untyped-def]
-    """Read n elements of a column at address x in the dtype of q."""
-    if kind == 0:
-        p = at(x, "uint8")
-        for i in range(n):
-            q[i] = like(q, p[i] != 0)
-    elif kind == 1:
-        _cast(at(x, "int8"), n, q)
-    elif kind == 2:
-        _cast(at(x, "uint8"), n, q)
-    elif kind == 3:
-        _cast(at(x, "int16"), n, q)
-    elif kind == 4:
-        _cast(at(x, "uint16"), n, q)
-    elif kind == 5:
-        _cast(at(x, "int32"), n, q)
-    elif kind == 6:
-        _cast(at(x, "uint32"), n, q)
-    elif kind == 7:
-        _cast(at(x, "int64"), n, q)
-    elif kind == 8:
-        _cast(at(x, "uint64"), n, q)
-    elif kind == 9:
-        if F16C:  # else Python has widened the column
-            _cast(at(x, "float16"), n, q)
-    elif kind == 10:
-        _cast(at(x, "bfloat16"), n, q)
-    elif kind == 11:
-        _cast(at(x, "float32"), n, q)
-    else:
-        _cast(at(x, "float64"), n, q)
+    """Read n elements of a column at address x in the dtype of q: here, of no dtype."""
+
+
+def _loading(number: int, kind: str, cast: Any, others: Any) -> Any:
+    """Make what reads columns of the dtype of this number; ``others`` reads the rest."""
+
+    @inner
+    def load(which, x, n, q):  # type: ignore[no-untyped-def]
+        if which == number:
+            cast(at(x, kind), n, q)
+        else:
+            others(which, x, n, q)
+
+    return load
+
+
+for _number, _kind in enumerate(COLUMN_DTYPES):
+    if _kind != "float16" or F16C:  # else Python has widened the column
+        _how = ("uint8", _truths) if _kind == "bool" else (_kind, _cast)
+        _load = _loading(_number, *_how, _load)
 
 
 @inner

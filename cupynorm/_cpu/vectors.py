@@ -111,11 +111,12 @@ def _llvm(builder: Any, name: str, vector: ir.VectorType, result: Any, args: lis
     return builder.call(function, args)
 
 
-def _first(builder: Any, lanes: int, count: Any) -> Any:
-    """Mask of the first ``count`` lanes."""
+def _mask(builder: Any, lanes: int, count: Any, last: bool = False) -> Any:
+    """Mask of the first ``count`` lanes, or of the last."""
     index = ir.VectorType(_WORD, lanes)
-    count = _broadcast(builder, builder.trunc(count, _WORD), index)
-    return builder.icmp_signed("<", ir.Constant(index, list(range(lanes))), count)
+    count = builder.sub(ir.Constant(_LONG, lanes), count) if last else count
+    split = _broadcast(builder, builder.trunc(count, _WORD), index)
+    return builder.icmp_signed(">=" if last else "<", ir.Constant(index, list(range(lanes))), split)
 
 
 # --- 16-bit floats ------------------------------------------------------------------------------
@@ -297,44 +298,39 @@ def load(builder, kinds, args):  # type: ignore[no-untyped-def]
     return _wide(builder, p, builder.load(here, align=_itemsize(p), typ=vector))
 
 
-def _stores(p: Any, i: Any, v: Any) -> Any:
-    return types.void(p, types.intp, v)
-
-
-def _store(builder: Any, kinds: Any, args: Any, *, past: bool) -> None:
-    p, value = kinds[0], _narrow(builder, kinds[0], args[2])
-    here = _vector_at(builder, value.type, args[0], args[1])
-    aligned = past and not isinstance(p, Narrow)  # 16-bit vectors are half a line
-    written = builder.store(value, here, align=_BYTES if aligned else _itemsize(p))
-    if aligned:
-        one = builder.module.add_metadata([ir.Constant(_WORD, 1)])
-        written.set_metadata("nontemporal", one)
-
-
-# The vector v to p[i] and after; `store_past` past the caches, to a p[i] on a line of them.
-store = _instruction(_stores)(functools.partial(_store, past=False))
-store_past = _instruction(_stores)(functools.partial(_store, past=True))
-
-
 @_instruction(lambda p, i, count, rest: rest(p, types.intp, types.intp, rest))
 def load_first(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Read ``count`` lanes from p[i] on and touch no memory after; the others come from rest."""
     p, lanes = kinds[0], kinds[3]
     vector = _stored(p, lanes)
-    here, mask = _vector_at(builder, vector, *args[:2]), _first(builder, lanes.count, args[2])
+    here, mask = _vector_at(builder, vector, *args[:2]), _mask(builder, lanes.count, args[2])
     zeros = ir.Constant(vector, None)
     given = [here, ir.Constant(_WORD, _itemsize(p)), mask, zeros]
     found = _llvm(builder, "masked.load", vector, vector, given)
     return builder.select(mask, _wide(builder, p, found), args[3])
 
 
-@_instruction(lambda p, i, count, v: types.void(p, types.intp, types.intp, v))
-def store_first(builder, kinds, args):  # type: ignore[no-untyped-def]
-    """Write the first ``count`` lanes of v to p[i] and after, and nothing else."""
-    p, value = kinds[0], _narrow(builder, kinds[0], args[3])
-    here = _vector_at(builder, value.type, *args[:2])
-    align, mask = ir.Constant(_WORD, _itemsize(p)), _first(builder, kinds[3].count, args[2])
-    _llvm(builder, "masked.store", value.type, ir.VoidType(), [value, here, align, mask])
+def _store(builder: Any, kinds: Any, args: Any, *, past: bool = False, last: bool = False) -> None:
+    count, value = args[2:-1], _narrow(builder, kinds[0], args[-1])
+    here, align = _vector_at(builder, value.type, *args[:2]), _itemsize(kinds[0])
+    if count:
+        mask = _mask(builder, value.type.count, count[0], last)
+        some = [value, here, ir.Constant(_WORD, align), mask]
+        _llvm(builder, "masked.store", value.type, ir.VoidType(), some)
+    elif past and not isinstance(kinds[0], Narrow):  # 16-bit vectors are half a line
+        one = builder.module.add_metadata([ir.Constant(_WORD, 1)])
+        builder.store(value, here, align=_BYTES).set_metadata("nontemporal", one)
+    else:
+        builder.store(value, here, align=align)
+
+
+# The vector v to p[i] and after; `store_past` past the caches, to a p[i] on a line of them. Of the
+# others the first, or last, ``count`` lanes go there, each to its place, and nothing else does.
+_whole = _instruction(lambda p, i, v: types.void(p, types.intp, v))
+_part = _instruction(lambda p, i, count, v: types.void(p, types.intp, types.intp, v))
+store, store_past = _whole(_store), _whole(functools.partial(_store, past=True))
+store_first = _part(functools.partial(_store))
+store_last = _part(functools.partial(_store, last=True))
 
 
 @_instruction(lambda p, value: Lanes(p.dtype)(p, p.dtype))
@@ -362,8 +358,8 @@ def fma(builder, kinds, args):  # type: ignore[no-untyped-def]
 def keep_last(builder, kinds, args):  # type: ignore[no-untyped-def]
     """Keep the last ``count`` lanes of v, with zero in those before."""
     v = kinds[0]
-    dropped = _first(builder, v.count, builder.sub(ir.Constant(_LONG, v.count), args[1]))
-    return builder.select(dropped, ir.Constant(v.vector, None), args[0])
+    kept = _mask(builder, v.count, args[1], last=True)
+    return builder.select(kept, args[0], ir.Constant(v.vector, None))
 
 
 @_instruction(lambda v: v.dtype(v))

@@ -14,6 +14,7 @@ import pytest
 import cupynorm as cn
 from cupynorm._cpu import arrays as _cpu
 from cupynorm._cpu import blocks
+from cupynorm._cpu import engine as _engine
 from tests import directions, oracle
 from tests.conftest import ALL_DTYPES
 from tests.cpu import door
@@ -301,6 +302,34 @@ def test_float16_near_its_maximum(engine):
         with np.errstate(over="ignore"):
             want = oracle.layer_norm(x, (1,), weight, None, 1e-5)[0].astype(np.float16)
         np.testing.assert_array_equal(np.isinf(y), np.isinf(want))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_results_that_go_past_the_caches(dtype, monkeypatch):
+    """The same bits, and nothing beside y, wherever its rows begin and end; dense, or in place."""
+    pitch = 8
+    for N in (256, 257, 271, 1000, 4096, 4103, 9000, 270_000):
+        M = _engine.ALONE // N + 1
+        x, w = values((M, N), dtype, seed=N), values((N,), dtype, seed=1)
+        monkeypatch.setattr(_engine, "_PAST", 1 << 60)
+        want = door.forward(x, (1,), w, w)
+        monkeypatch.setattr(_engine, "_PAST", 0)
+        room = np.full(M * (N + pitch) + 64, 7, dtype)
+        for first in (0, 1, 15):
+            table = room[first:][: M * (N + pitch)].reshape(M, N + pitch)
+            found = door.forward(x, (1,), w, w, out=table[:, :N])
+            assert all(map(same_bits, found, want)), (N, first)
+            table[:, :N] = 7
+            assert (room == 7).all(), (N, first)
+            dense = room[first:][: M * N].reshape(M, N)
+            dense[:] = x
+            assert same_bits(door.forward(dense, (1,), w, w, out=dense)[0], want[0])
+            dense[:] = 7
+            assert same_bits(door.forward(x, (1,), w, w, out=dense)[0], want[0])
+            dense[:] = 7
+            assert (room == 7).all(), (N, first)
+        turned = door.forward(np.asfortranarray(x), (1,), w, w, out=np.empty_like(x, order="F"))
+        assert same_bits(turned[0], want[0])
 
 
 @each_dtype
