@@ -16,11 +16,6 @@ Array = np.ndarray[Any, Any]
 Call = Callable[..., Any]
 
 
-def describe() -> str:
-    """Say in words which loops NumPy arrays take."""
-    return engine.state()[1]
-
-
 class Door:
     """How NumPy arrays are met."""
 
@@ -47,7 +42,7 @@ class Door:
 
     def describe(self, facts: Facts) -> str:
         """Which loops would run."""
-        return describe()
+        return engine.state()[1]
 
     def normalizer(self, facts: Facts) -> Call:
         """Give ``call(x, weight, bias, out)``: y, or (y, mean, rstd) if these are wanted.

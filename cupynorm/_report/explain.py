@@ -230,9 +230,9 @@ def _in_words(checked: _calls.Checked, path: str) -> str:
     """What does the work off a GPU."""
     if path == "reference":
         return f"array-API calls of {library_of(checked.x)}"
-    from cupynorm._cpu import arrays, threads
+    from cupynorm._cpu import engine, threads
 
-    return f"{arrays.describe()}, up to {threads.num_threads()} thread(s) over blocks of rows"
+    return f"{engine.state()[1]}, up to {threads.num_threads()} thread(s) over blocks of rows"
 
 
 def of_backward(facts: Facts) -> Facts:

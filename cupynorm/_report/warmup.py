@@ -76,7 +76,7 @@ def warmup(
 
 def _of_cpu(op: Op, shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> list[str]:
     """Make the calls that later ones will be like: of one row, and of as many as threads share."""
-    from cupynorm._cpu import arrays, engine
+    from cupynorm._cpu import engine
 
     dtype = _rules.numpy_dtype(name)
     weight = np.ones(shape, dtype) if affine else None
@@ -88,7 +88,7 @@ def _of_cpu(op: Op, shape: tuple[int, ...], name: str, affine: bool, backward: b
         if backward:
             parts = x, x, mean if op.center else None, rstd, weight, *added[:1]
             _calls.differentiate(op.alone, parts, (shape, None, None))
-    return [f"{arrays.describe()}: {name}"]
+    return [f"{engine.state()[1]}: {name}"]
 
 
 def _of_gpu(op: Op, shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> list[str]:

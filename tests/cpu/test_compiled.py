@@ -16,7 +16,7 @@ FIRST_CALL = """
     import sys, time, numpy as np
     import cupynorm as cn
     assert "numba" not in sys.modules and "llvmlite" not in sys.modules
-    from cupynorm._cpu import arrays, engine
+    from cupynorm._cpu import engine
     made, loaded = [], []
     if engine.available():
         import numba
@@ -32,7 +32,7 @@ FIRST_CALL = """
     assert abs(y[0, 0] + 1.3416) < 1e-3, y
     if engine.available():
         made = list(compiled._ready.values())
-    print(arrays.describe().split()[0], len(made), len([*filter(None, loaded)]), seconds)
+    print(engine.state()[1].split()[0], len(made), len([*filter(None, loaded)]), seconds)
 """
 
 
@@ -183,7 +183,7 @@ def test_numba_that_is_absent_or_refused():
     code = FIRST_CALL.replace('"numba" not in sys.modules and ', "").replace("\n    ", "\n")
     assert run_python(block + code).split()[0] == "plain"
     assert run_python(FIRST_CALL, NUMBA_DISABLE_JIT="1").split()[0] == "plain"
-    said = block + "from cupynorm._cpu import arrays; print(arrays.describe())"
+    said = block + "from cupynorm._cpu import engine; print(engine.state()[1])"
     assert "numba cannot be imported" in run_python(said)
 
 
