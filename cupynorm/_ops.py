@@ -56,9 +56,6 @@ class LayerNormResult(NamedTuple):
     >>> result = cn.layer_norm(np.array([[1.0, 2.0, 3.0]]), eps=0.0, return_stats=True)
     >>> result.mean.shape
     (1, 1)
-    >>> y, mean, rstd = result
-    >>> rstd.round(3)
-    array([[1.225]])
     """
 
     y: Any
@@ -119,8 +116,6 @@ class LayerNormGradients(NamedTuple):
     >>> gradients = cn.layer_norm_backward(x, x, 3, mean, rstd, output_mask=mask)
     >>> gradients.dx is None
     True
-    >>> gradients.dbias
-    array([4., 2., 4.])
     """
 
     dx: Any

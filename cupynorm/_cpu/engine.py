@@ -122,8 +122,7 @@ def _plan(problem: Problem, rows: int, eps: float = 0.0) -> Plan:
     # Arrays that may need a tile: y takes that of x, the sum that of residual, dx that of dy.
     read = [name for name, _ in problem.strides if name in ("x", "residual", "dy", "dsum")]
     names["tiles"] = 0 if problem.row_major else len(read)
-    _, _, col = dict(problem.strides).get("y", (0, 0, 0))
-    past = _past(_kind(problem), problem.rows * problem.N, col)
+    past = _past(_kind(problem), problem.rows * problem.N, names.get("y_col", 0))
     names |= {"rows": rows, "past": past, **_limits(_kind(problem), eps)}
     # Each array is one block of memory, row after row.
     pitches = {steps[1] for _, steps in problem.strides}

@@ -310,6 +310,14 @@ def load_first(builder, kinds, args):  # type: ignore[no-untyped-def]
     return builder.select(mask, _wide(builder, p, found), args[3])
 
 
+def _stores(p: Any, i: Any, v: Any) -> Any:
+    return types.void(p, types.intp, v)
+
+
+def _stores_some(p: Any, i: Any, count: Any, v: Any) -> Any:
+    return types.void(p, types.intp, types.intp, v)
+
+
 def _store(builder: Any, kinds: Any, args: Any, *, past: bool = False, last: bool = False) -> None:
     count, value = args[2:-1], _narrow(builder, kinds[0], args[-1])
     here, align = _vector_at(builder, value.type, *args[:2]), _itemsize(kinds[0])
@@ -326,11 +334,10 @@ def _store(builder: Any, kinds: Any, args: Any, *, past: bool = False, last: boo
 
 # The vector v to p[i] and after; `store_past` past the caches, to a p[i] on a line of them. Of the
 # others the first, or last, ``count`` lanes go there, each to its place, and nothing else does.
-_whole = _instruction(lambda p, i, v: types.void(p, types.intp, v))
-_part = _instruction(lambda p, i, count, v: types.void(p, types.intp, types.intp, v))
-store, store_past = _whole(_store), _whole(functools.partial(_store, past=True))
-store_first = _part(functools.partial(_store))
-store_last = _part(functools.partial(_store, last=True))
+store = _instruction(_stores)(functools.partial(_store))
+store_past = _instruction(_stores)(functools.partial(_store, past=True))
+store_first = _instruction(_stores_some)(functools.partial(_store))
+store_last = _instruction(_stores_some)(functools.partial(_store, last=True))
 
 
 @_instruction(lambda p, value: Lanes(p.dtype)(p, p.dtype))
