@@ -155,6 +155,8 @@ def check(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How, *added: An
         out = _checked_out("out", out, "x", x, order)
     if op.residual:
         residual, sum_out = added
+        if residual is None:
+            _rules.refuse_none("residual", shape)
         residual = companion_of("residual", residual, x)
         name = _rules.dtype_name(residual.dtype)
         _rules.check_residual(tuple(residual.shape), name, shape, dtype)
@@ -248,6 +250,8 @@ def checked_affine(label: str, value: Any, x: Any, expected: tuple[int, ...]) ->
 
 def _beside(of: tuple[str, str], value: Any, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """An array that lives with x and has the shape and dtype that go with it; `of`: as there."""
+    if value is None:
+        _rules.refuse_none(of[0], shape)
     value = companion_of(of[0], value, x)
     _rules.check_beside_x(of, tuple(value.shape), shape, tuple(x.shape))
     name = _rules.dtype_name(value.dtype)
@@ -275,14 +279,8 @@ def take_in(label: str, x: Any, beside: Any = None) -> Any:
 @contextlib.contextmanager
 def gpu(what: str) -> Iterator[Any]:
     """CuPy's door, for `what` needs it, and a sentence where CuPy or a GPU is missing."""
-    try:
+    with _libraries.needing(f"{what} needs CuPy", _libraries.GET_CUPY):
         from cupynorm._cuda import arrays
-    except ImportError as error:
-        msg = (
-            f"{what} needs CuPy, which cannot be imported ({error}); "
-            "pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
-        )
-        raise ImportError(msg) from error
     try:
         yield arrays
     except RuntimeError as error:  # CuPy's, where there is no driver or no such GPU

@@ -1,6 +1,8 @@
 """Which library an array belongs to, and whether two arrays live together."""
 
-from typing import Any, NoReturn, Protocol
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -12,18 +14,8 @@ TABLES = {
     "pyarrow": "numpy.asarray({}, dtype='float64')",
 }
 _TABLE_TYPES = ("DataFrame", "Series", "Index", "Table", "RecordBatch", "ChunkedArray", "Array")
+GET_CUPY = "pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
 _ON_CPU, _ON_GPU = (1, 3), (2, 13)  # DLPack's device types; 3: pinned, 13: managed memory
-
-
-class Strided(Protocol):
-    """What NumPy and CuPy arrays have in common here."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: Any
-    ndim: int
-    size: int
-    itemsize: int
 
 
 def library_of(x: Any) -> str:
@@ -31,7 +23,7 @@ def library_of(x: Any) -> str:
 
     It is 'jax' for every JAX array.
     """
-    if hasattr(x, "untyped_storage"):
+    if hasattr(x, "untyped_storage") and hasattr(type(x), "untyped_storage"):  # not any name
         return "torch"  # torch.compile cannot trace where a type comes from
     roots = [base.__module__.partition(".")[0] for base in type(x).__mro__]
     for name in roots:
@@ -160,6 +152,7 @@ _INTO = {
     "cupy": "cupy.asarray({})",
     "torch": "torch.as_tensor({}, device=x.device)",
     "jax": "jax.numpy.asarray({})",
+    "dask": "dask.array.asarray({})",
 }
 
 
@@ -195,7 +188,7 @@ def check_companion(label: str, other: Any, x: Any) -> None:
 
 def on_host(label: str, x: Any) -> str:
     """How an array of any library becomes NumPy's."""
-    known = f"{label}.float()" if str(x.dtype) == "torch.bfloat16" else label
+    known = f"{label}.float()" if str(getattr(x, "dtype", "")) == "torch.bfloat16" else label
     return _TO_HOST.get(library_of(x), "numpy.asarray({})").format(known)
 
 
@@ -268,7 +261,7 @@ def _to_device(library: str, label: str) -> str:
     return f"{label}.to(x.device)" if library == "torch" else f"{label}.to_device(x.device)"
 
 
-def element_strides(x: Strided) -> tuple[int, ...]:
+def element_strides(x: Any) -> tuple[int, ...]:
     """Strides in elements; a stride that is no multiple of the item size cannot occur here."""
     return tuple(s // x.itemsize for s in x.strides)
 
@@ -355,16 +348,20 @@ def check_overlap(
         raise ValueError(msg)
 
 
+@contextlib.contextmanager
+def needing(what: str, way_out: str) -> Iterator[None]:
+    """Where an import within fails, say what needs it, and the way out."""
+    try:
+        yield
+    except ImportError as error:
+        msg = f"{what}, which cannot be imported ({error}); {way_out}"
+        raise ImportError(msg) from error
+
+
 def bfloat16() -> np.dtype[Any]:
     """The dtype of NumPy arrays that ml_dtypes gives."""
-    try:
+    with needing("bfloat16 needs ml_dtypes", "pip install ml_dtypes, or use float32"):
         import ml_dtypes
-    except ImportError as error:
-        msg = (
-            f"bfloat16 needs ml_dtypes, which cannot be imported ({error}); "
-            "pip install ml_dtypes, or use float32"
-        )
-        raise ImportError(msg) from error
     return np.dtype(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
 
 
@@ -376,17 +373,18 @@ def to_host(x: Any, label: str = "x") -> np.ndarray[Any, Any]:
     elif library == "torch":
         import torch
 
-        if x.layout is torch.strided:
-            check_memory(label, x)
-            if x.numel() and not (x.data_ptr() or x._is_zerotensor()):
-                msg = (
-                    f"{label} has no memory: functionalize wraps it; pass the tensor it was made of"
-                )
-                raise ValueError(msg)
+        check_layout(label, x, jagged=False)
+        check_memory(label, x)
+        if x.is_meta or (x.numel() and not (x.data_ptr() or x._is_zerotensor())):
+            msg = (
+                f"{label} has no memory: it is on meta, or functionalize wraps it; pass a tensor "
+                "that holds values"
+            )
+            raise ValueError(msg)
         if x.dtype == torch.bfloat16:  # which NumPy does not know; the same bytes do
             return x.view(torch.int16).numpy(force=True).view(bfloat16())  # type: ignore[no-any-return]
         return x.numpy(force=True)  # type: ignore[no-any-return]
-    return np.asarray(x)
+    return _plain_numpy(x, label) if isinstance(x, np.ndarray) else np.asarray(x)
 
 
 class _Span:

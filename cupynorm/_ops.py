@@ -70,11 +70,18 @@ class RMSNormResult(NamedTuple):
     rstd: Any
 
 
-class AddNormResult(NamedTuple):
-    """What `add_layer_norm` and `add_rms_norm` give."""
-
+class _AddNorm(NamedTuple):
     y: Any
     sum: Any
+
+
+class AddNormResult(_AddNorm):
+    """What `add_layer_norm` and `add_rms_norm` give."""
+
+    __slots__ = ()
+
+    def __new__(cls, y: Any, *total: Any) -> Any:  # of one iterable by torch, for its subclasses
+        return super().__new__(cls, *((y, *total) if total else y))
 
 
 class AddLayerNormResult(NamedTuple):

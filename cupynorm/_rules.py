@@ -267,6 +267,12 @@ def check_beside_x(
         raise ValueError(msg)
 
 
+def refuse_none(label: str, shape: tuple[int, ...]) -> NoReturn:
+    """Refuse None for what there must be."""
+    msg = f"{label} is a NoneType, which is no array; pass an array of shape {shape}"
+    raise TypeError(msg)
+
+
 def refuse_dtype_beside_x(label: str, dtype: str, expected: str, x_dtype: str) -> NoReturn:
     """Refuse a gradient or statistic whose dtype does not go with x's."""
     msg = f"{label} has dtype {dtype}, but {expected} goes with x of dtype {x_dtype}; cast {label}"

@@ -18,7 +18,7 @@ from tests.conftest import _simulated
 
 # Reached by nothing here, and why.
 UNREACHED = {
-    "_torch.machines.check_device: x is on a GPU": "a tensor on a GPU, CuPy missing",
+    "_torch.machines.check_device: x on a GPU": "a tensor on a GPU, CuPy missing",
     "_torch.machines.check_device: x is on device": "a tensor on a device of a third kind",
     "_torch.autograd._no_second_derivative": "tests/torch/test_compile.py: half a minute",
     "sklearn._check_library": "SCIPY_ARRAY_API=1 before SciPy is imported: tests/test_sklearn.py",
@@ -60,9 +60,10 @@ def ways_in(said, given):
     known = {"numpy": np, "pandas": pandas, "polars": polars, "pyarrow": pyarrow, "dask": dask}
     known |= {"jax": jax, "torch": torch, "cupy": sys.modules.get("cupy"), **given}
     known |= {"columns": [given["column"]]} if "column" in given else {}
+    known |= {"layer": SimpleNamespace(**given)}
     known["df"] = next((given[k] for k in ("x", "df", "columns", "X") if k in given), None)
-    for found in re.finditer(r"(?:[Pp]ass|e\.g\.|first:|data:|, or) ", said):
-        text = said[found.end() :]
+    for found in re.finditer(r"(?:[Pp]ass|e\.g\.|first:|data:|assign one:|, or) ", said):
+        text = re.sub(r"^layer\.\w+ = ", "", said[found.end() :])
         for end in range(len(text), 3, -1):
             spelled = text[:end].strip()
             with contextlib.suppress(SyntaxError, NameError, ValueError):  # words
@@ -152,10 +153,13 @@ def arguments():
     yield ln, {"x": X, "out": over}, {"out": np.empty_like(X)}
     yield ln, {"x": jnp.ones(4), "out": jnp.ones(4)}, {"out": DROP}
     yield ln, {"x": jnp.ones(4), "order": "F"}, {"order": "K"}
-    yield add, {"x": X, "residual": X[:2]}, {"residual": X}
+    for bad in (None, X[:2]):
+        yield add, {"x": X, "residual": bad}, {"residual": X}
     yield add, {"x": X, "residual": X.astype(float)}, {"residual": X}
-    yield back, BACK | {"mean": STATS[:2]}, {"mean": STATS}
-    yield back, BACK | {"dy": X[:2]}, {"dy": X}
+    for bad in (None, STATS[:2]):
+        yield back, BACK | {"mean": bad}, {"mean": STATS}
+    for bad in (None, X[:2]):
+        yield back, BACK | {"dy": bad}, {"dy": X}
     yield back, BACK | {"dy": X.astype(float)}, {"dy": X}
     yield back, BACK | {"output_mask": (1, 0)}, {"output_mask": (True, True, True)}
     yield named, {"name": "layernorm"}, {"name": "layer_norm"}
@@ -175,7 +179,8 @@ def arguments():
         yield ln, {"x": x}, lambda x=x: restored(released, ln, x)
     functional, layer = torch._to_functional_tensor(t[0]), cn.LayerNorm(4)
     state = {"weight": t[0], "bias": t[0]}
-    yield layer.load_state_dict, {"state": state | {"bias": functional}}, {"state": state}
+    for bad in (functional, t[0].to("meta")):
+        yield layer.load_state_dict, {"state": state | {"bias": bad}}, {"state": state}
     threads = functools.partial(mock.patch.dict, "os.environ", CUPYNORM_NUM_THREADS="none")
     yield _fresh_threads, {"inside": threads}, {"inside": DROP}
     lacking = functools.partial(without, "cupy")
@@ -293,6 +298,7 @@ def dask():
     import dask.dataframe as dd
     import pandas as pd
     import scipy.sparse
+    from dask import delayed
 
     import cupynorm.dask
 
@@ -301,6 +307,10 @@ def dask():
     yield norm, {"x": X}, {"x": da.from_array(X)}
     yield cn.layer_norm, {"x": x, "out": np.ones((4, 3))}, {"out": DROP}
     yield norm, {"x": df["a"]}, lambda: norm(df["a"].to_frame())
+    yield cn.layer_norm, {"x": delayed(np.ones)((4, 3))}, {"x": da.ones((4, 3))}
+    stats = {"mean": da.ones((3, 1)), "rstd": da.ones((3, 1))}
+    lazy = BACK | {"dy": da.ones((3, 4)), "x": da.ones((3, 4))}
+    yield cn.layer_norm_backward, lazy | stats | {"mean": np.ones((3, 1))}, "mean"
     yield (
         norm,
         {"x": df, "return_stats": True},
@@ -357,9 +367,25 @@ def sklearn():
     )
 
 
+def of_weight(weight):
+    layer = cn.LayerNorm(4)
+    layer.weight = weight
+    assert str(layer)
+    return layer
+
+
+def to_torch(weight):
+    return of_weight(weight).to_torch()
+
+
+def loaded(weight, state):
+    return of_weight(weight).load_state_dict(state)
+
+
 def layers():
     import tempfile
 
+    import jax.numpy as jnp
     import torch
 
     folder = tempfile.mkdtemp()
@@ -374,13 +400,14 @@ def layers():
     yield layer.load_state_dict, {"state": {"weight": ROW}}, {"strict": False}
     yield layer.load_state_dict, {"state": state | {"weight": ROW[:2]}}, {"state": state}
     yield layer.load_state_dict, {"state": state | {"weight": [1.0] * 4}}, {"state": state}
-    backwards = cn.LayerNorm(4)
-    backwards.weight = ROW[::-1]
-    yield (
-        backwards.to_torch,
-        {},
-        lambda: (setattr(backwards, "weight", ROW[::-1].copy()), backwards.to_torch()),
-    )
+    yield layer.load_state_dict, {"state": None}, {"state": state}
+    masked = np.ma.masked_equal(ROW, 0)
+    yield layer.load_state_dict, {"state": state | {"bias": masked}}, {"state": state}
+    odd = [1.0] * 4, jnp.ones(4), torch.ones(4), ROW[::-1], ROW.astype(">f4"), ROW.astype(int)
+    for weight in odd:
+        yield to_torch, {"weight": weight}, "weight"
+        if not isinstance(weight, np.ndarray):
+            yield functools.partial(loaded, state=state), {"weight": weight}, "weight"
     locked = cn.LayerNorm(4)
     locked.weight = np.broadcast_to(np.float32(1), 4)
     yield (
@@ -626,7 +653,7 @@ def test_every_raise_is_a_sentence_or_internal():
     for module, function, line in sentences.all_raises():
         if (module, line) in told or (module, function) in inside:
             continue
-        if function.startswith(("_refuse", "refuse")):
+        if function.startswith(("_refuse", "refuse", "needing")):
             wrappers.add((module, function))  # its callers' sentences stand for it
         else:
             missing.append((module, function, line))

@@ -46,9 +46,6 @@ _BACKWARD = {
 }
 
 
-_STATISTICS = {True: "corrected two-pass", False: "mean of squares"}  # by whether there is a centre
-
-
 @dataclass(frozen=True, slots=True, repr=False)
 class Explanation(Table):
     """What `layer_norm` or its backward would run; prints as aligned text, a table in a notebook.
@@ -104,11 +101,12 @@ class Explanation(Table):
         moved = "decided by the library" if self.bytes_moved is None else _bytes(self.bytes_moved)
         if self.bytes_moved:
             moved += f", {self.bytes_moved / self.bytes_floor:.2f} of the floor"
+        statistics = "corrected two-pass" if resolve_op(self.op).center else "mean of squares"
         rows = [
             ("path", self.path),
             ("kernel", self.kernel),
             ("problem", f"{self.rows} rows of {self.cols}, {self.dtype}"),
-            ("statistics", f"{self.stats_dtype}, {_STATISTICS[resolve_op(self.op).center]}"),
+            ("statistics", f"{self.stats_dtype}, {statistics}"),
         ]
         rows += [("launch", text) for text in self.launches]
         if self.threads_per_row is not None:

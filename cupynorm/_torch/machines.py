@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cupynorm import _reference
+from cupynorm import _libraries, _reference
 from cupynorm._cpu import engine, threads
 from cupynorm._cuda.launch import BACKWARD, FORWARD, RESIDUAL
 from cupynorm._layout import Facts, as_table, kernel_problem_of, rows_last
@@ -42,14 +42,8 @@ def run_of(facts: Facts) -> Run:
 def check_device(device: Any) -> None:
     """Refuse a device on which neither loops nor kernels compute."""
     if device.type == "cuda":
-        try:
+        with _libraries.needing("x on a GPU needs CuPy", _libraries.GET_CUPY):
             import_module("cupynorm._cuda.arrays")
-        except ImportError as error:
-            msg = (
-                "x is on a GPU, and CuPy, which compiles and launches the kernels, cannot be "
-                f"imported ({error}); pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
-            )
-            raise ImportError(msg) from error
     elif device.type not in ("cpu", "meta"):
         msg = (
             f"x is on device type {device.type}, which has no layer_norm here; move it to 'cpu' or "

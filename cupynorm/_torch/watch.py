@@ -112,8 +112,8 @@ def is_for_torch(x: Any) -> bool:
 
 
 def refuse_no_tensor(label: str, value: Any, way_out: str = "") -> None:
-    """Refuse what is neither a tensor nor None."""
-    if (value is None and label in ("weight", "bias")) or isinstance(value, torch.Tensor):
+    """Refuse what is neither a tensor nor None; where there must be one, the rules say so."""
+    if (value is None and label != "input") or isinstance(value, torch.Tensor):
         return
     kind = type(value)
     way_out = way_out or f"torch.as_tensor({label})"

@@ -3,7 +3,6 @@
 It calls the public functions and knows arrays; it imports no other adapter, nor a path.
 """
 
-from abc import ABC, abstractmethod
 from typing import Any, Self
 
 from cupynorm import _rules
@@ -14,10 +13,13 @@ from cupynorm.modules._parameters import Stateful
 __all__ = ["LayerNorm", "RMSNorm"]
 
 
-class _Norm(Stateful, ABC):
+class _Norm(Stateful):
     """What layers have in common: all but which function they call."""
 
     _torch_name: str  # of the class in torch.nn
+    _names: tuple[str, ...]  # of the parameters, in the order of the functions below
+    _function: Any
+    _gradients: Any
 
     def _begin(
         self,
@@ -41,14 +43,6 @@ class _Norm(Stateful, ABC):
             self.bias = _parameters.new_array(self.normalized_shape, kind, device, 0.0)
         self._kept = None
         self.zero_grad()
-
-    @abstractmethod
-    def _normalize(self, x: Any, stats: bool) -> Any:
-        """y, or y and the statistics."""
-
-    @abstractmethod
-    def _differentiate(self, dy: Any, x: Any, stats: Any) -> Any:
-        """dx and the gradients of the parameters."""
 
     def __repr__(self) -> str:
         return (
@@ -88,9 +82,11 @@ class _Norm(Stateful, ABC):
         array([[-1.225,  0.   ,  1.225]])
         """
         self._kept = None  # before y is allocated, so that two batches are never held at once
+        affine = (getattr(self, name) for name in self._names)
+        given = x, self.normalized_shape, *affine, self.eps
         if not keep:
-            return self._normalize(x, stats=False)
-        y, *stats = self._normalize(x, stats=True)
+            return self._function(*given)
+        y, *stats = self._function(*given, return_stats=True)
         self._kept = x, *stats
         return y
 
@@ -129,8 +125,10 @@ class _Norm(Stateful, ABC):
             )
             raise RuntimeError(msg)
         x, *stats = self._kept
-        dx, *sums = self._differentiate(dy, x, stats)
-        terms = dict(zip(("weight", "bias"), sums, strict=False))
+        mask = True, *(getattr(self, name) is not None for name in self._names)
+        given = dy, x, self.normalized_shape, *stats, self.weight
+        dx, *sums = self._gradients(*given, output_mask=mask)
+        terms = dict(zip(self._names, sums, strict=True))
         for name, term in terms.items():
             _parameters.check_total(name, self.grad.get(name), term)
         self._kept = None
@@ -280,7 +278,8 @@ class LayerNorm(_Norm):
     >>> layer.zero_grad()
     """
 
-    _torch_name = "LayerNorm"
+    _torch_name, _names = "LayerNorm", ("weight", "bias")
+    _function, _gradients = staticmethod(layer_norm), staticmethod(layer_norm_backward)
 
     def __init__(
         self,
@@ -296,15 +295,6 @@ class LayerNorm(_Norm):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, bias={self.bias is not None})"
-
-    def _normalize(self, x: Any, stats: bool) -> Any:
-        given = x, self.normalized_shape, self.weight, self.bias, self.eps
-        return layer_norm(*given, return_stats=stats)
-
-    def _differentiate(self, dy: Any, x: Any, stats: Any) -> Any:
-        mask = True, self.weight is not None, self.bias is not None
-        given = dy, x, self.normalized_shape, *stats, self.weight
-        return layer_norm_backward(*given, output_mask=mask)
 
 
 class RMSNorm(_Norm):
@@ -337,7 +327,8 @@ class RMSNorm(_Norm):
     """
 
     bias = None
-    _torch_name = "RMSNorm"
+    _torch_name, _names = "RMSNorm", ("weight",)
+    _function, _gradients = staticmethod(rms_norm), staticmethod(rms_norm_backward)
 
     def __init__(
         self,
@@ -350,14 +341,6 @@ class RMSNorm(_Norm):
         if eps is not None:
             _rules.check_eps(eps)
         self._begin(normalized_shape, eps, elementwise_affine, (device, dtype))
-
-    def _normalize(self, x: Any, stats: bool) -> Any:
-        given = x, self.normalized_shape, self.weight, self.eps
-        return rms_norm(*given, return_stats=stats)
-
-    def _differentiate(self, dy: Any, x: Any, stats: Any) -> Any:
-        given = dy, x, self.normalized_shape, *stats, self.weight
-        return rms_norm_backward(*given, output_mask=(True, self.weight is not None))
 
 
 def _read_shape(normalized_shape: Any) -> tuple[int, ...]:

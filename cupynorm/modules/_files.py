@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm import _rules
+from cupynorm import _libraries, _rules
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 Path = str | os.PathLike[str]
@@ -64,14 +64,9 @@ def _format(path: Path) -> tuple[Encode, Decode]:
 
 
 def _safetensors() -> Any:
-    try:
+    way_out = "pip install 'cupynorm[safetensors]', or use a .npz file"
+    with _libraries.needing("a .safetensors file needs the package safetensors", way_out):
         import safetensors.numpy
-    except ImportError as error:
-        msg = (
-            f"a .safetensors file needs the package safetensors ({error}); "
-            "pip install 'cupynorm[safetensors]', or use a .npz file"
-        )
-        raise ImportError(msg) from error
     return safetensors
 
 

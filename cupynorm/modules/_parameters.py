@@ -108,7 +108,12 @@ class Stateful(Table):
     def _load(
         self, state: Mapping[str, Any], strict: bool, source: str, prefix: str
     ) -> IncompatibleKeys:
+        if not isinstance(state, Mapping):
+            msg = f"state is a {type(state).__name__}; pass a mapping of names to arrays"
+            raise TypeError(msg)
         mine = self.state_dict(prefix)
+        for name in mine.keys() & state.keys():
+            check_own(name, mine[name])
         missing = [name for name in mine if name not in state]
         unexpected = [name for name in state if name not in mine]
         hosts = {n: host_of(n, state[n]) for n in mine if n in state}
@@ -128,10 +133,8 @@ class Stateful(Table):
             else:
                 msg += "Make a layer of that shape, or reshape the arrays"
             raise ValueError(msg)
-        for name, host in hosts.items():
-            check_own(name, mine[name])
-            # A copy: the host may be memory of the other parameter.
-            hosts[name] = np.array(host, mine[name].dtype, order="C")
+        # Copies: a host may be memory of the other parameter.
+        hosts = {k: np.array(host, mine[k].dtype, order="C") for k, host in hosts.items()}
         for name, host in hosts.items():
             fill(mine[name], host)
         return IncompatibleKeys(missing, unexpected)
@@ -260,12 +263,14 @@ def host_of(label: str, value: Any) -> np.ndarray[Any, Any]:
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         msg = f"{label} is a {type(value).__name__}, which is no array; pass an array"
         raise TypeError(msg)
-    _check_dtype(label, value.dtype)
+    _check_dtype(label, value)
     return _libraries.to_host(value, label)
 
 
-def _check_dtype(label: str, dtype: Any) -> None:
-    _rules.check_affine_dtype(label, _rules.dtype_name(dtype), f"{label} as float32")
+def _check_dtype(label: str, value: Any) -> None:
+    name = _rules.dtype_name(value.dtype)
+    if name not in _rules.ITEMSIZE:
+        _rules.check_affine_dtype(label, name, _libraries.cast_of(label, value))
 
 
 def fill(array: Any, host: np.ndarray[Any, Any]) -> None:
@@ -278,15 +283,25 @@ def fill(array: Any, host: np.ndarray[Any, Any]) -> None:
 
 def check_own(label: str, array: Any) -> None:
     """Refuse to write, or to let others write, into a parameter that cannot be written."""
+    at = f"layer.{label.rpartition('.')[2]}"
+    if library_of(array) not in ("numpy", "cupy"):
+        made = f"{_libraries.on_host(at, array)}.copy()"
+        msg = (
+            f"{label} is a {type(array).__module__}.{type(array).__qualname__}, and the parameters "
+            f"of a layer are NumPy or CuPy arrays; assign one: {at} = {made}"
+        )
+        raise TypeError(msg)
     if isinstance(array, np.ndarray) and not array.flags.writeable:
-        name = label.rpartition(".")[2]
-        msg = f"{label} is read-only; assign a copy first: layer.{name} = layer.{name}.copy()"
+        msg = f"{label} is read-only; assign a copy first: {at} = {at}.copy()"
         raise ValueError(msg)
+    _check_dtype(at, array)
     _libraries.check_writable(label, array)
 
 
 def describe(array: Any) -> str:
     """Tell dtype, shape and library of an array, and its device where that is a GPU."""
+    if not hasattr(array, "dtype"):
+        return f"{type(array).__name__}, which is no array"
     library, device = library_of(array), getattr(array, "device", None)
     where = f" on {device}" if library in ("cupy", "torch", "jax") else ""
     dtype = _rules.dtype_name(array.dtype)
@@ -320,7 +335,7 @@ def accumulate(total: Any, term: Any) -> Any:
 
 def from_tensor(label: str, tensor: Any) -> Any:
     """NumPy or CuPy array over the memory of a torch tensor."""
-    _check_dtype(label, tensor.dtype)
+    _check_dtype(label, tensor)
     if tensor.is_cuda:
         from cupynorm._cuda import arrays as do
 
@@ -336,10 +351,12 @@ def to_tensor(label: str, array: Any) -> Any:
     import torch
 
     check_own(label, array)
-    if any(stride < 0 for stride in array.strides):  # from DLPack it would end the process
+    native = getattr(array.dtype, "isnative", True)
+    if min(0, *array.strides) < 0 or not native:  # from DLPack steps back would end the process
+        made = f"layer.{label}.{'copy()' if native else f'astype({array.dtype.name!r})'}"
         msg = (
-            f"{label} has strides {tuple(array.strides)}, and torch has no negative ones; "
-            f"assign a copy first: layer.{label} = layer.{label}.copy()"
+            f"{label} has strides {tuple(array.strides)} and dtype {array.dtype}, and torch has no "
+            f"step back and no other byte order; assign a copy first: layer.{label} = {made}"
         )
         raise ValueError(msg)
     if isinstance(array, np.ndarray) and _rules.dtype_name(array.dtype) == "bfloat16":

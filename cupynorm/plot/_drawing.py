@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from cupynorm import _libraries
+
 # Vermilion and blue of Okabe and Ito, which color-blind readers tell apart. Both stand out from
 # white and from black by a contrast of 3.8 and more, so they do under any style of matplotlib.
 BEFORE = "#d55e00"
@@ -20,14 +22,9 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 def two_axes(ax: Any, size: tuple[float, float], **shared: bool) -> tuple[Any, Any]:
     """Make a figure with two axes side by side, or check those that the caller has."""
     if ax is None:
-        try:
+        needed = "cupynorm.plot needs matplotlib"
+        with _libraries.needing(needed, "pip install 'cupynorm[notebook]'"):
             import matplotlib.pyplot as plt
-        except ImportError as error:
-            msg = (
-                f"cupynorm.plot draws with matplotlib, which cannot be imported ({error}); "
-                "pip install 'cupynorm[notebook]'"
-            )
-            raise ImportError(msg) from error
         _, pair = plt.subplots(1, 2, figsize=size, layout="constrained", **shared)
         return pair[0], pair[1]
     given = list(np.ravel(np.asarray(ax, dtype=object)))

@@ -126,6 +126,10 @@ class _Text:
             return self.of(node.values[-1])
         if isinstance(node, ast.Name):
             return self._named(node)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in _modules():
+            constant = _modules()[ast.unparse(node.value)].constants.get(node.attr)
+            if constant is not None:
+                return self.of(constant)
         if isinstance(node, ast.Call):
             return self._called(node)
         return [f"‹{_short(node)}›"]
@@ -251,7 +255,7 @@ def _of_raise(module: _Module, node: ast.Raise) -> list[Sentence]:
         raise ValueError(msg)
     error = ast.unparse(call.func)
     never_returns = function.returns is not None and ast.unparse(function.returns) == "NoReturn"
-    if not never_returns:
+    if not (never_returns or function.name == "needing"):  # a context in which an import may fail
         texts = _Text(module, node, {}).of(call.args[0])
         name = function.name
         return [

@@ -333,3 +333,27 @@ def test_converted_and_reverted():
     ]
     assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
     assert torch.equal(net(x), before)
+
+
+@each
+def test_a_subclass_whose_method_calls_torchs(op):
+    """Torch makes a tuple of results anew, with each of them of the subclass."""
+    called = []
+
+    class Told(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+            called.append(function)
+            return super().__torch_function__(function, kinds, args, kwargs or {})
+
+    x, weight, *more = numbers(3, 8), numbers(8), numbers(3, 8)
+    more = more if OPS[op].residual else []
+    want = ours(op, x, weight, *more)
+    found = ours(op, x.as_subclass(Told), weight, *more)
+    assert getattr(ct, OPS[op].function) in called
+    assert type(found) is (type(want) if more else Told)
+    for a, b in zip(found if more else [found], want if more else [want], strict=True):
+        assert type(a) is Told
+        assert torch.equal(a.as_subclass(torch.Tensor), b)
+    copies = copy.deepcopy(want), pickle.loads(pickle.dumps(want))
+    assert all(type(c) is type(want) for c in copies)
