@@ -306,6 +306,18 @@ def check_memory(label: str, x: Any, nbytes: int | None = None) -> None:
         raise ValueError(msg)
 
 
+def check_values(label: str, x: Any) -> None:
+    """Refuse a tensor whose values cannot be read one by one."""
+    check_layout(label, x, jagged=False)
+    check_memory(label, x)
+    if x.is_meta or (x.numel() and not (x.data_ptr() or x._is_zerotensor())):
+        msg = (
+            f"{label} has no memory: it is on meta, or functionalize wraps it; pass a tensor that "
+            "holds values"
+        )
+        raise ValueError(msg)
+
+
 def check_apart(
     x: Any, weight: Any, bias: Any, out: Any, residual: Any = None, sum_out: Any = None
 ) -> None:
@@ -373,14 +385,7 @@ def to_host(x: Any, label: str = "x") -> np.ndarray[Any, Any]:
     elif library == "torch":
         import torch
 
-        check_layout(label, x, jagged=False)
-        check_memory(label, x)
-        if x.is_meta or (x.numel() and not (x.data_ptr() or x._is_zerotensor())):
-            msg = (
-                f"{label} has no memory: it is on meta, or functionalize wraps it; pass a tensor "
-                "that holds values"
-            )
-            raise ValueError(msg)
+        check_values(label, x)
         if x.dtype == torch.bfloat16:  # which NumPy does not know; the same bytes do
             return x.view(torch.int16).numpy(force=True).view(bfloat16())  # type: ignore[no-any-return]
         return x.numpy(force=True)  # type: ignore[no-any-return]

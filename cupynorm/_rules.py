@@ -97,6 +97,18 @@ def integers(value: Any, label: str) -> tuple[int, ...]:
         raise TypeError(msg) from None
 
 
+def read_shape(normalized_shape: Any) -> tuple[int, ...]:
+    """Read trailing dimensions where there is no x yet."""
+    shape = integers(normalized_shape, "normalized_shape")
+    if not shape or min(shape) < 0:
+        msg = (
+            f"normalized_shape={normalized_shape!r} is no shape to normalize over; pass the "
+            "trailing dimensions of x, e.g. normalized_shape=64"
+        )
+        raise ValueError(msg)
+    return shape
+
+
 def resolve_axes(shape: tuple[int, ...], normalized_shape: Any, axis: Any) -> tuple[int, ...]:
     """Non-negative axes of x to normalize, in the order that `weight` is indexed by."""
     if normalized_shape is not None and axis is not None:

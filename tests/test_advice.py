@@ -219,6 +219,7 @@ def _reports():
     yield cn.explain, {"x": jnp.ones(4), "device": "sm_90"}, {"x": X}
     yield cn.explain, {"x": X, "op": "norm"}, {"op": "layer_norm"}
     yield cn.warmup, {"normalized_shape": 4, "device": "tpu"}, {"device": "cpu"}
+    yield cn.warmup, {"normalized_shape": -4, "device": "cpu"}, {"normalized_shape": 4}
     yield (
         cn.warmup,
         {"normalized_shape": 4, "dtypes": "int8", "device": "cpu"},
@@ -351,9 +352,13 @@ def sklearn():
         ("output_type", "list", None),
     ):
         yield fit, {"X": X, name: bad}, {name: good}
+    for kind in ("cudf", "cupy"):  # neither of which is here
+        yield fit, {"X": X, "output_type": kind}, {"output_type": None}
+    yield fit, {"X": torch.ones(3, 4, device="meta")}, {"X": torch.ones(3, 4)}
     yield fit, {"X": da.from_array(X)}, "X"
     sparse = pd.DataFrame({"a": pd.arrays.SparseArray([0.0, 1.0])})
-    for bad in (scipy.sparse.csr_array(X), torch.ones(3, 4).to_sparse(), sparse):
+    nested = torch.nested.nested_tensor([torch.ones(3, 4), torch.ones(2, 4)])
+    for bad in (scipy.sparse.csr_array(X), torch.ones(3, 4).to_sparse(), sparse, nested):
         yield fit, {"X": bad}, "X"
     yield fit, {"X": jnp.ones(4)}, "X"
     yield fit, {"X": jnp.ones((2, 2), complex)}, {"X": jnp.ones((2, 2))}
@@ -496,7 +501,8 @@ def pictures():
     yield plot.affine, {"x": x}, {"weight": np.ones(6)}
     yield plot.distributions, {"x": x[:0]}, {"x": x}
     yield plot.affine, {"x": x * np.nan, "weight": np.ones(6)}, {"x": x}
-    yield plot.distributions, {"x": x, "rows": [9]}, {"rows": [3]}
+    for bad in ([9], 2.5, "1"):
+        yield plot.distributions, {"x": x, "rows": bad}, {"rows": [3]}
     yield plot.distributions, {"x": x, "rows": 0}, {"rows": 1}
     yield plot.distributions, {"x": x, "ax": plt.gca()}, {"ax": plt.subplots(1, 2)[1]}
     yield (

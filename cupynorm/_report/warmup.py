@@ -60,8 +60,7 @@ def warmup(
 
     On a GPU: ``cn.warmup(768, ["float16"], backward=True)`` before a training's first step.
     """
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    _rules.resolve_axes((1, *shape), shape, None)
+    shape = _rules.read_shape(normalized_shape)
     dtypes = [_rules.read_dtype(d) for d in ([dtypes] if isinstance(dtypes, str) else dtypes)]
     if device not in ("cuda", "cpu"):
         msg = f"device={device!r} is not 'cuda' or 'cpu'; pass one of them"

@@ -30,7 +30,7 @@ class _Norm(Stateful):
         bias: Any = None,
     ) -> None:
         """Make the parameters, on a device and in a dtype, and keep nothing."""
-        self.normalized_shape = _read_shape(normalized_shape)
+        self.normalized_shape = _rules.read_shape(normalized_shape)
         self.eps = eps  # as it was given: torch prints 1 for 1
         self.elementwise_affine = affine
         device, kind = _parameters.read_device(where[0]), _parameters.read_dtype(where[1])
@@ -341,14 +341,3 @@ class RMSNorm(_Norm):
         if eps is not None:
             _rules.check_eps(eps)
         self._begin(normalized_shape, eps, elementwise_affine, (device, dtype))
-
-
-def _read_shape(normalized_shape: Any) -> tuple[int, ...]:
-    shape = _rules.integers(normalized_shape, "normalized_shape")
-    if not shape or min(shape) < 0:
-        msg = (
-            f"normalized_shape={normalized_shape!r} is no shape to normalize over; pass the "
-            "trailing dimensions of x, e.g. normalized_shape=64"
-        )
-        raise ValueError(msg)
-    return shape

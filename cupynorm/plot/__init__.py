@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm import _calls
+from cupynorm import _calls, _rules
 from cupynorm._layout import Facts
 from cupynorm._libraries import to_host
 from cupynorm._ops import LAYER_NORM
@@ -267,7 +267,7 @@ def _picked_rows(table: Array, rows: int | Sequence[int]) -> list[int]:
     """
     m = len(table)
     if not isinstance(rows, int):
-        wanted = [int(i) for i in rows]
+        wanted = list(_rules.integers(np.ravel(rows).tolist(), "rows"))
         if not wanted or not all(-m <= i < m for i in wanted):
             msg = f"rows={wanted} is not among the {m} rows of x; pass indices from 0 to {m - 1}"
             raise ValueError(msg)

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm import _calls, _rules, dask, frames
-from cupynorm._libraries import cast_of, check_memory, classify, library_of, to_host
+from cupynorm import _calls, _libraries, _rules, dask, frames
+from cupynorm._libraries import cast_of, check_values, classify, library_of, to_host
 from cupynorm.frames import tables
 from cupynorm.frames.columns import Column, as_matrix, gather
 
@@ -32,7 +32,7 @@ def check_kind(X: Any) -> None:
         )
         raise TypeError(msg)
     if library_of(X) == "torch":
-        check_memory("X", X)
+        check_values("X", X)
 
 
 def _is_sparse(X: Any) -> bool:
@@ -188,7 +188,8 @@ def convert(y: Any, kind: str | None, X: Any, names: Any) -> Any:
         return _to_cupy(y)
     if kind == "input":
         return y
-    frame = import_module(str(kind)).DataFrame
+    with _libraries.needing(f"output_type={kind!r} needs {kind}", "leave output_type out"):
+        frame = import_module(str(kind)).DataFrame
     index: Any = getattr(X, "index", None) if table else None  # polars has none
     names = tables.names(X) if table else names
     if kind == "cudf":  # which by default makes nulls of NaN, at the cost of another pass
@@ -200,11 +201,10 @@ def convert(y: Any, kind: str | None, X: Any, names: Any) -> Any:
 def _to_cupy(y: Any) -> Any:
     if library_of(y) == "cupy":
         return y
-    from cupynorm._cuda import arrays
-
-    if library_of(y) == "torch" and y.is_cuda:
-        return arrays.from_exporter(y.detach())
-    y = np.ascontiguousarray(to_host(y))
-    made = arrays.empty(y.shape, dtype=y.dtype)
-    made.set(y)
-    return made
+    with _calls.gpu("output_type='cupy'") as arrays:
+        if library_of(y) == "torch" and y.is_cuda:
+            return arrays.from_exporter(y.detach())
+        y = np.ascontiguousarray(to_host(y))
+        made = arrays.empty(y.shape, dtype=y.dtype)
+        made.set(y)
+        return made
