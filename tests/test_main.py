@@ -45,7 +45,9 @@ def test_program_checks_every_path_and_draws(tmp_path):
     report = json.loads(done.stdout)
     assert report["ok"]
     assert report["config"]["versions"]["cupynorm"] == cn.__version__
-    seen = {(c["path"], c["library"], c["data"], c["dtype"]) for c in report["checks"]}
+    seen = {
+        tuple(c[k] for k in ("op", "path", "library", "data", "dtype")) for c in report["checks"]
+    }
     every = {"float16", "bfloat16", "float32", "float64"}
     for path, library, dtypes in (
         ("cpu-numba", "numpy", every),
@@ -54,8 +56,9 @@ def test_program_checks_every_path_and_draws(tmp_path):
         ("reference", "jax", every - {"float64"}),
         ("reference", "array-api-strict", {"float32", "float64"}),
     ):
-        wanted = {(path, library, d, t) for d in ("digits", "breast-cancer") for t in dtypes}
-        assert wanted <= seen
+        tables = "digits", "breast-cancer"
+        wanted = {("layer_norm", path, library, d, t) for d in tables for t in dtypes}
+        assert wanted | {("rms_norm", path, library, "digits", "float32")} <= seen
     if not report["config"]["gpus"]:
         (cuda,) = (u for u in report["unavailable"] if u["path"] == "cuda")
         assert "->" in cuda["why"]
@@ -72,8 +75,9 @@ def test_program_checks_every_path_and_draws(tmp_path):
 def test_text_report(small, tmp_path, capsys, monkeypatch):
     assert main([]) == 0
     out = capsys.readouterr().out
-    assert "2 of 2 checks right" in out
-    assert "cpu-numpy  numpy   small  8x16   float32" in out
+    assert "3 of 3 checks right" in out
+    assert "layer_norm  cpu-numpy  numpy   small  8x16   float32" in out
+    assert "rms_norm    cpu-numpy  numpy   small  8x16   float32" in out
     assert "versions" in out
     out.encode("ascii", "strict")  # consoles that are not UTF-8 exist
     monkeypatch.setattr("cupynorm._report.picture.draw", lambda table, path: path.resolve())
@@ -105,7 +109,7 @@ def test_a_wrong_path_exits_1(small, monkeypatch, capsys, spoil, words):
     assert main([]) == 1
     out = capsys.readouterr().out
     assert f"WRONG: {words}" in out
-    assert "0 of 2 checks right" in out
+    assert "1 of 3 checks right" in out
 
 
 def test_a_raising_path_exits_1(small, monkeypatch, capsys):
@@ -113,7 +117,8 @@ def test_a_raising_path_exits_1(small, monkeypatch, capsys):
         msg = "launch failed\nand much more"
         raise RuntimeError(msg)
 
-    monkeypatch.setattr(_selfcheck, "layer_norm", broken)
+    for name in ("layer_norm", "rms_norm"):
+        monkeypatch.setattr(_selfcheck, name, broken)
     assert main(["--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert not report["ok"]
@@ -126,7 +131,7 @@ def test_what_cannot_be_drawn_exits_2(small, monkeypatch, capsys, tmp_path):
     assert main(["--picture", str(tmp_path / "file" / "p.png")]) == 2
     captured = capsys.readouterr()
     assert "cannot draw to" in captured.err
-    assert "2 of 2 checks right" in captured.out
+    assert "3 of 3 checks right" in captured.out
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["--picture", str(tmp_path / "p.png")]) == 2
     assert "pip install 'cupynorm[demo]'" in capsys.readouterr().err
@@ -147,10 +152,12 @@ def test_no_bfloat16_and_no_library_are_left_out(monkeypatch):
     there, absent = _selfcheck.find(cn.show_config())
     assert not [b for b in there if "bfloat16" in b.dtypes]
     assert {"torch", "array-api-strict"} <= {u.library for u in absent}
-    assert _selfcheck._torch_seconds("cpu", [np.ones((2, 3))] * 3) is None
+    assert _selfcheck._torch_seconds("cpu", "rms_norm", [np.ones((2, 3))] * 2) is None
 
 
 def test_exact_by_hand():
+    rms = _selfcheck.exact([[3.0, -3.0]], [1.0, 2.0], eps=0.0)
+    assert [a.tolist() for a in rms] == [[[1.0, -2.0]], [[1 / np.longdouble(3)]]]
     y, mean, rstd = _selfcheck.exact([[1.0, 2.0, 3.0]], [1.0, 1.0, 2.0], [0.0, 1.0, 0.0], eps=0.0)
     assert y[0].tolist() == pytest.approx([-(1.5**0.5), 1.0, 2 * 1.5**0.5])
     assert (float(mean[0, 0]), float(rstd[0, 0])) == pytest.approx((2.0, 1.5**0.5))

@@ -16,12 +16,11 @@ from cupynorm import _rules
 from cupynorm._cpu.engine import without_numba
 from cupynorm._libraries import to_host
 from cupynorm._report.config import Config, import_fault, short
-from cupynorm.functional import layer_norm
+from cupynorm.functional import layer_norm, rms_norm
 
 EPS = 1e-5
 _REPEATS = 50  # calls that are timed
 _MANTISSA = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}  # explicit bits
-_NARROW, _STANDARD = ("float16", "bfloat16"), ("float32", "float64")
 _PATHS = (
     ("cuda", "cupy"),
     ("cpu-numba", "numpy"),
@@ -83,6 +82,7 @@ class Backend(NamedTuple):
 class Check:
     """One path on one table in one dtype; numbers are None where it failed."""
 
+    op: str
     path: str
     library: str  # whose arrays it was given
     data: str
@@ -113,7 +113,7 @@ def datasets() -> tuple[list[Data], str]:
 
 def find(config: Config) -> tuple[list[Backend], list[Unavailable]]:
     """List every path that can be checked here, and every other with the reason."""
-    narrow = _NARROW[: 1 if import_fault("ml_dtypes", None, "") else 2]
+    narrow = ("float16", "bfloat16")[: 1 if import_fault("ml_dtypes", None, "") else 2]
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the GPU to the others
     there, absent = [], []
     for path, library in _PATHS:
@@ -125,9 +125,9 @@ def find(config: Config) -> tuple[list[Backend], list[Unavailable]]:
         if fault:
             absent.append(Unavailable(path, library, " -> ".join(fault)))
             continue
-        dtypes = (*narrow, *_STANDARD)
+        dtypes = (*narrow, "float32", "float64")
         if library == "array-api-strict":
-            dtypes = _STANDARD
+            dtypes = dtypes[-2:]
         elif library == "jax" and not import_module("jax").config.jax_enable_x64:
             dtypes = dtypes[:-1]
         there.append(Backend(path, library, dtypes))
@@ -142,36 +142,38 @@ def _to_torch(a: Array) -> Any:
 
 
 def check_backend(backend: Backend, data: list[Data]) -> Iterator[Check]:
-    """Check one path on every table and dtype that it takes; an exception is a failed check."""
-    for table in data:
-        for dtype in backend.dtypes:
-            facts = backend.path, backend.library, table.name, table.x.shape, dtype
-            try:
-                with backend.active():
-                    yield Check(*facts, **_check(backend, table.x, dtype))
-            except Exception as error:
-                yield Check(*facts, note=short(error))
+    """Check one path on every table and dtype that it takes, and RMS norm on the first in float32.
+
+    An exception is a failed check.
+    """
+    cases = [("layer_norm", table, dtype) for table in data for dtype in backend.dtypes]
+    for op, table, dtype in (*cases, ("rms_norm", data[0], "float32")):
+        facts = op, backend.path, backend.library, table.name, table.x.shape, dtype
+        try:
+            with backend.active():
+                yield Check(*facts, **_check(backend, op, table.x, dtype))
+        except Exception as error:
+            yield Check(*facts, note=short(error))
 
 
-def _check(backend: Backend, table: Array, dtype: str) -> dict[str, Any]:
+def _check(backend: Backend, op: str, table: Array, dtype: str) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     n = table.shape[1]
-    host = [
-        a.astype(_rules.numpy_dtype(dtype))
-        for a in (table, 1.0 + 0.1 * rng.standard_normal(n), 0.1 * rng.standard_normal(n))
-    ]
-    x, weight, bias = map(backend.put, host)
+    function: Any = layer_norm if op == "layer_norm" else rms_norm
+    bias = [0.1 * rng.standard_normal(n)] if op == "layer_norm" else []
+    given = table, 1.0 + 0.1 * rng.standard_normal(n), *bias
+    host = [a.astype(_rules.numpy_dtype(dtype)) for a in given]
+    x, *affine = map(backend.put, host)
 
     def call() -> Any:
-        y = layer_norm(x, n, weight, bias, EPS)
+        y = function(x, n, *affine, EPS)
         backend.wait(y)
         return y
 
-    y, stats = call(), layer_norm(x, n, weight, bias, EPS, return_stats=True)
-    got = [to_host(a) for a in (y, stats.mean, stats.rstd)]
+    got = [to_host(a) for a in (call(), *function(x, n, *affine, EPS, return_stats=True)[1:])]
     error, allowed, note = _judge(got, exact(*host), dtype)
     times = timeit.repeat(call, number=1, repeat=_REPEATS)
-    beside = _torch_seconds("cuda" if backend.path == "cuda" else "cpu", host)
+    beside = _torch_seconds("cuda" if backend.path == "cuda" else "cpu", op, host)
     return {
         "error": error if math.isfinite(error) else None,
         "allowed": allowed,
@@ -182,13 +184,13 @@ def _check(backend: Backend, table: Array, dtype: str) -> dict[str, Any]:
     }
 
 
-def exact(x: Any, weight: Any, bias: Any, *, eps: float = EPS) -> list[Array]:
-    """Two passes over rows of x in long double, at least as wide as float64: y, mean, rstd."""
-    x, weight, bias = (np.asarray(a).astype(np.longdouble) for a in (x, weight, bias))
-    mean = x.mean(axis=-1, keepdims=True)
-    d = x - mean
+def exact(*given: Any, eps: float = EPS) -> list[Array]:
+    """Two passes over x in long double: y, mean, rstd; without a bias RMS norm's y and rstd."""
+    x, weight, *bias = (np.asarray(a).astype(np.longdouble) for a in given)
+    mean = [x.mean(axis=-1, keepdims=True) for _ in bias]
+    d = sum((-m for m in mean), x)
     rstd = 1.0 / np.sqrt((d * d).mean(axis=-1, keepdims=True) + np.longdouble(eps))
-    return [d * rstd * weight + bias, mean, rstd]
+    return [sum(bias, d * rstd * weight), *mean, rstd]
 
 
 def _judge(got: list[Array], want: list[Array], dtype: str) -> tuple[float, float, str]:
@@ -200,7 +202,8 @@ def _judge(got: list[Array], want: list[Array], dtype: str) -> tuple[float, floa
     stats_allowed = 4.0 + math.log2(want[0].shape[1])
     allowed = 1.0 + stats_allowed * stats_unit / unit
     faults, errors = [], []
-    for name, mine, its in zip(("y", "mean", "rstd"), got, want, strict=True):
+    names = ("y", "mean", "rstd") if len(want) == 3 else ("y", "rstd")
+    for name, mine, its in zip(names, got, want, strict=True):
         one, most = (unit, allowed) if name == "y" else (stats_unit, stats_allowed)
         if mine.shape != its.shape:
             errors.append(math.nan)
@@ -215,20 +218,20 @@ def _judge(got: list[Array], want: list[Array], dtype: str) -> tuple[float, floa
     return errors[0], allowed, "; ".join(faults)
 
 
-def _torch_seconds(device: str, host: list[Array]) -> float | None:
-    """Fastest call of torch's own layer_norm on the same numbers; None without torch.
+def _torch_seconds(device: str, op: str, host: list[Array]) -> float | None:
+    """Fastest call of torch's own function on the same numbers; None without torch.
 
     Torch has its own number of threads and then one: on a busy machine its threads wait for each
     other for milliseconds, and a ratio to that would be flattery.
     """
     try:
         torch = import_module("torch")
-        x, weight, bias = (_to_torch(a).to(device) for a in host)
+        x, *affine = (_to_torch(a).to(device) for a in host)
     except Exception:
         return None
 
     def call() -> None:
-        torch.nn.functional.layer_norm(x, weight.shape, weight, bias, EPS)
+        getattr(torch.nn.functional, op)(x, x.shape[1:], *affine, EPS)
         if device == "cuda":
             torch.cuda.synchronize()
 
@@ -244,7 +247,8 @@ def _torch_seconds(device: str, host: list[Array]) -> float | None:
 
 def as_text(checks: list[Check], absent: list[Unavailable], remark: str) -> str:
     """Checks as an aligned table, then what could not be checked."""
-    columns = "path", "arrays", "data", "shape", "dtype", "error", "allowed", "time", "x torch", ""
+    words, numbers = ("path", "arrays", "data", "shape", "dtype"), ("error", "allowed", "time")
+    columns = "norm", *words, *numbers, "x torch", ""
     rows: list[tuple[str, ...]] = [columns]
     for c in checks:
         time = "-" if c.seconds is None else f"{c.seconds * 1e3:.3f} ms"
@@ -252,18 +256,17 @@ def as_text(checks: list[Check], absent: list[Unavailable], remark: str) -> str:
             "-" if value is None else f"{value:.2f}"
             for value in (c.error, c.allowed, c.torch_ratio)
         )
-        what = c.path, c.library, c.data, f"{c.shape[0]}x{c.shape[1]}", c.dtype
+        what = c.op, c.path, c.library, c.data, f"{c.shape[0]}x{c.shape[1]}", c.dtype
         verdict = "ok" if c.ok else f"WRONG: {c.note}"
         rows.append((*what, error, allowed, time, ratio, verdict))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["self-check against float64 or wider, two passes", *([remark] if remark else [])]
     for row in rows:
         # Words to the left, numbers to the right.
-        words = map(str.ljust, row[:5], widths)
-        numbers = map(str.rjust, row[5:9], widths[5:])
-        lines.append("  " + "  ".join([*words, *numbers, row[9]]).rstrip())
+        named, counted = map(str.ljust, row[:6], widths), map(str.rjust, row[6:10], widths[6:])
+        lines.append("  " + "  ".join([*named, *counted, row[10]]).rstrip())
     lines.append("  error: largest |y - exact| in units of epsilon(dtype) * max(1, |exact|)")
-    lines.append("  time: median of a call; x torch: fastest call over that of torch's layer_norm")
+    lines.append("  time: median of a call; x torch: fastest call over that of torch's function")
     lines += [f"not checked: {a.path} with {a.library}: {a.why}" for a in absent]
     lines.append(f"{sum(c.ok for c in checks)} of {len(checks)} checks right")
     return "\n".join(lines)

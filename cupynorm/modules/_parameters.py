@@ -208,8 +208,7 @@ class Stateful(Table):
 
     def _sections(self) -> Sections:
         """Tell what waits for no GPU: no values."""
-        shape = tuple(int(n) for n in self.normalized_shape)
-        rows = [("normalized_shape", str(shape)), ("eps", str(self.eps))]
+        rows = [("normalized_shape", str(self.normalized_shape)), ("eps", str(self.eps))]
         for name, value in (("weight", self.weight), ("bias", self.bias)):
             gradient = "no gradient" if self.grad.get(name) is None else "with a gradient"
             told = "none" if value is None else f"{describe(value)}, {gradient}"
