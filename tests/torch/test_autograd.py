@@ -9,14 +9,7 @@ import cupynorm as cn
 import cupynorm.torch as cn_torch
 from cupynorm._torch import tensors
 from tests.cpu.in_threads import in_threads
-from tests.torch.cases import (
-    TORCHSCRIPT,
-    affine,
-    check,
-    check_gradients,
-    name_of,
-    numbers,
-)
+from tests.torch.cases import TORCHSCRIPT, affine, check, check_gradients, name_of, numbers
 
 pytestmark = pytest.mark.filterwarnings(TORCHSCRIPT)
 

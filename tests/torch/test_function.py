@@ -179,28 +179,6 @@ def test_modes_see_an_operator():
 
 # --- refusals -----------------------------------------------------------------------------------
 
-X = numbers(4, 8)
-REFUSALS = [  # more of them in test_errors
-    ((X, (7,)), ValueError, r"normalized_shape=\(7,\).*\(4, 8\)"),
-    ((X.int(), (8,)), TypeError, r"int32.*input\.to\(torch.float32\)"),
-    ((X, (8,), X[0].int()), TypeError, "weight has dtype int32"),
-    ((X, (8,), X[0].to("meta")), ValueError, "weight is on meta"),
-    ((X, (8,), None, X[0].numpy()), TypeError, r"bias is a numpy.ndarray.*as_tensor\(bias\)"),
-    ((X.numpy(), (8,)), TypeError, "cupynorm.layer_norm"),
-    ((X, (8,), None, None, float("nan")), ValueError, "eps=nan"),
-]
-
-
-@pytest.mark.parametrize(("given", "error", "sentence"), REFUSALS)
-def test_refusals_quote_what_is_wrong(given, error, sentence):
-    for grad in (False, True):
-        X.requires_grad_(grad)
-        try:
-            with pytest.raises(error, match=sentence):
-                cn_torch.layer_norm(*given)
-        finally:
-            X.requires_grad_(False)
-
 
 # --- autocast -----------------------------------------------------------------------------------
 
@@ -247,8 +225,8 @@ def test_autocast_on_cuda_leaves_the_cpu_alone():
 
 
 def test_the_module_named_torch_finds_torch_and_no_library_that_is_not_needed_yet():
-    subprocess.run([sys.executable, "-m", "cupynorm.torch"], check=True, capture_output=True)
-    program = "import sys, cupynorm.torch; print('cupy' in sys.modules, 'numba' in sys.modules)"
+    program = "import runpy, sys; runpy.run_module('cupynorm.torch', run_name='__main__')\n"
+    program += "print('cupy' in sys.modules, 'numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"]
 

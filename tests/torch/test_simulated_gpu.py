@@ -21,15 +21,7 @@ from cupynorm._ops import LAYER_NORM
 from cupynorm._torch import machines
 from tests.cuda.calls import capability_for
 from tests.ptx.cupy_stand_in import simulated_cupy
-from tests.torch.cases import (
-    LAYOUTS,
-    affine,
-    check,
-    check_gradients,
-    expected,
-    numbers,
-    numpy_of,
-)
+from tests.torch.cases import LAYOUTS, affine, check, check_gradients, expected, numbers, numpy_of
 
 # One N per kernel: K1 to K4, and K5 with few rows; K3's and K5's are K4's where it is.
 FAMILIES = {"warp": 77, "block": 3001, "shared": 9001, "cluster": 9001, "split": 36_001}
