@@ -117,7 +117,7 @@ def test_forward(lib, dtype, layout):
             assert told(lib, warm) == told(lib, prepared) == told(lib, want)
         if 0 in x.shape:
             assert np.isnan(lib.to_numpy(want.mean)).all()
-        else:
+        elif not layout.startswith("shared"):
             given = {k: v for k, v in given.items() if k not in ("order", "return_stats")}
             check(lib, want, None, x, **given)
         if "order" not in how:
@@ -168,8 +168,8 @@ def test_backward(lib, dtype, layout):
         whole = cn.layer_norm_backward(**given, **stats, output_mask=(True, True, True))
         pairs = zip(told(lib, want)[1:], told(lib, whole)[1:], strict=True)
         assert all(a in (None, b) for a, b in pairs)  # whatever else is asked for
-        if mask is None and 0 not in given["x"].shape:
-            check(lib, want, **given)
+        if mask is None and 0 not in given["x"].shape and not layout.startswith("shared"):
+            check(lib, want, **given)  # of the large ones: tests/cpu/test_rows.py, frozen.py
 
 
 # --- calls of nearly the same signature ---------------------------------------------------------

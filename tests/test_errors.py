@@ -164,18 +164,6 @@ def test_another_device_of_the_same_library(direction, name):
 # --- out ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.needs("writable")
-def test_out_shape_dtype_and_order(lib):
-    call, out = {"make": lib.array}, lib.array(X)
-    for shape in ((2, 3), (2, 3, 5), (1, 2, 3, 4), (24,)):
-        bad = lib.array(np.ones(shape))
-        refused(ValueError, f"out has shape {shape}", "(2, 3, 4)", **call, out=bad)
-    words = "out has dtype", "float64", "float32"
-    refused(ValueError, *words, **call, out=lib.array(X, "float64"))
-    refused(ValueError, "out has dtype", "int32", **call, out=lib.from_numpy(X.astype("int32")))
-    refused(ValueError, "out=", "order='C'", "drop order=", **call, out=out, order="C")
-
-
 def overlapping(zeros):
     """Pairs (x, out) of one memory that are not the same elements in the same places."""
     rows, columns, square, line = (zeros(s) for s in ((3, 4), (2, 9), (4, 4), 10))
@@ -199,15 +187,6 @@ def test_out_that_overlaps_in_part():
         words = f"out shares memory with {name}", "separate array"
         refused(ValueError, *words, x=x, out=x, **{name: x[1, 2]})
     np.testing.assert_array_equal(x, X)
-
-
-def test_torch_out_with_autograd():
-    torch = pytest.importorskip("torch")
-    x, weight = torch.ones(2, 4), torch.ones(4, requires_grad=True)
-    refused(ValueError, "out=", "requires grad", "no_grad", x=x, weight=weight, out=x.clone())
-    with torch.no_grad():
-        out = torch.empty(2, 4)
-        assert cn.layer_norm(x, weight=weight, out=out) is out
 
 
 def test_refused_calls_leave_out_untouched():

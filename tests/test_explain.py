@@ -231,19 +231,6 @@ def test_warmup_on_the_cpu_leaves_nothing_to_compile():
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "words"),
-    [
-        (lambda x: cn.explain(x, 7), ValueError, "trailing dimensions"),
-        (lambda x: cn.explain(x.astype(np.int64)), TypeError, "int64.*astype"),
-        (lambda x: cn.warmup(16, device="tpu"), ValueError, "'tpu'"),
-    ],
-)
-def test_bad_arguments_are_those_of_layer_norm(call, error, words):
-    with pytest.raises(error, match=words):
-        call(np.ones((4, 8), np.float32))
-
-
 TWO = ["float32", "float64"]
 
 

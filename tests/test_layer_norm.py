@@ -12,14 +12,7 @@ import cupynorm as cn
 from tests import oracle
 from tests.conftest import Backend, np_dtype, why_not
 from tests.cpu.layouts import LAYOUTS
-from tests.directions import (
-    axes_of,
-    check,
-    each_direction,
-    laid_out,
-    run,
-    stats_dtype,
-)
+from tests.directions import axes_of, check, each_direction, laid_out, run, stats_dtype
 
 RNG = np.random.default_rng(20260102)
 X3 = RNG.standard_normal((4, 6, 10)) * 2 + 1
@@ -106,25 +99,6 @@ def test_dtype_and_affine(lib, dtype, direction, affine):
 
 
 @each_direction
-def test_weight_and_bias_of_other_dtypes(lib, dtype, direction):
-    if lib.backend.compiles and dtype != "float32":
-        pytest.skip("kernels of each kind are executed in tests/cuda")
-    dy, x = lib.array(DY3, dtype), lib.array(X3, dtype)
-    pairs = itertools.product(lib.backend.dtypes, repeat=2)
-    if lib.backend.compiles:
-        pairs = [("float64", "float16")]
-    elif direction.endswith("backward"):
-        pairs = [(other, other) for other in lib.backend.dtypes]
-    for weight_dtype, bias_dtype in pairs:
-        weight = lib.array(RNG.standard_normal(10), weight_dtype)
-        bias = lib.array(RNG.standard_normal(10), bias_dtype)
-        found = run(direction, dy, x, weight, bias)
-        sums = weight_dtype if direction.endswith("backward") else stats_dtype(dtype)
-        assert [lib.dtype(a) for a in found] == [dtype, *[sums] * (len(found) - 1)]
-        check(lib, found, dy, x, weight, bias)
-
-
-@each_direction
 @pytest.mark.parametrize(
     "eps", [0.0, 0, 1, 100, 1e-300, 1e-12, 0.5, 1e30, np.float32(1e-3), Fraction(1, 8)]
 )
@@ -184,42 +158,6 @@ def test_order_sets_the_layout_of_y(lib, layout, order, assert_close):
     assert tuple(lib.strides(y)) == {"K": kept, "C": (60, 10, 1), "F": (1, 4, 24)}[order]
 
 
-@pytest.mark.needs("writable")
-@pytest.mark.parametrize("axis", [2, (0, 2)])
-def test_out_is_filled_and_returned_and_may_be_x(lib, dtype, axis):
-    """More of it, for the libraries whose calls are settled, in test_calls."""
-    if lib.backend.compiles and dtype != "float32":
-        pytest.skip("each dtype once")
-    x, out = lib.array(X3, dtype), lib.array(np.full(X3.shape, 7.0), dtype)
-    plain = lib.to_numpy(cn.layer_norm(x, axis=axis)).copy()
-    assert cn.layer_norm(x, axis=axis, out=out) is out
-    np.testing.assert_array_equal(lib.to_numpy(out), plain)  # with statistics or without
-    result = cn.layer_norm(x, axis=axis, out=x, return_stats=True)
-    assert result.y is x
-    np.testing.assert_array_equal(lib.to_numpy(x), plain)
-    check(lib, result, None, lib.array(X3, dtype), axis=axis)
-
-
-def assert_same_row(lib, got, want, strided):
-    """The same bits; but a GPU's kernel for strided columns adds them up in an order of its own."""
-    if strided and lib.backend.tile_for_columns:
-        bound = oracle.tolerance("float32", want.shape[-1])
-        np.testing.assert_allclose(got, want, rtol=bound, atol=bound)
-    else:
-        np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.needs("strided")
-def test_out_of_any_layout(lib):
-    x = lib.array(X3)
-    want = lib.to_numpy(cn.layer_norm(x, 10))
-    board = lib.array(np.full((4, 6, 20), 7.0))
-    for out in (board[:, :, ::2], lib.array(np.asfortranarray(np.zeros(X3.shape)))):
-        assert cn.layer_norm(x, 10, out=out) is out
-        assert_same_row(lib, lib.to_numpy(out), want, strided=True)
-    np.testing.assert_array_equal(lib.to_numpy(board)[:, :, 1::2], 7.0)
-
-
 def test_numpy_out_beside_x_in_its_memory(assert_close):
     """Interleaved with x, and x through another view."""
     board = np.zeros((4, 20), np.float32)
@@ -231,13 +169,6 @@ def test_numpy_out_beside_x_in_its_memory(assert_close):
     assert_close(out, want, "float32", 10)
     cn.layer_norm(x, out=x[...])
     np.testing.assert_array_equal(x, out)
-
-
-def test_jax_out_is_refused():
-    jnp = pytest.importorskip("jax.numpy")
-    x = jnp.asarray(X3, dtype="float32")
-    with pytest.raises(TypeError, match=r"out= .*JAX arrays cannot be written to.*returned array"):
-        cn.layer_norm(x, out=x)
 
 
 # --- emptiness, NaN, Inf ------------------------------------------------------------------------
@@ -305,52 +236,45 @@ def test_bits_of_a_row_are_those_of_the_row_alone(lib, direction, n):
         np.testing.assert_array_equal(of(part), whole[part])
 
 
-@pytest.mark.needs("strided")
-@pytest.mark.parametrize("n", [7, 250, 1000])
-def test_bits_of_a_row_do_not_depend_on_its_layout(lib, n):
-    values = RNG.standard_normal((40, n)) + 3
-    y = lib.to_numpy(cn.layer_norm(lib.array(values)))
-    padded = np.zeros((40, n + 5))
-    padded[:, 2:-3] = values
-    for x, strided in (
-        (lib.array(np.asfortranarray(values)), True),
-        (lib.array(padded)[:, 2:-3], False),
-        (lib.array(np.repeat(values, 2, axis=1))[:, ::2], True),
-    ):
-        assert_same_row(lib, lib.to_numpy(cn.layer_norm(x)), y, strided)
-    turned = cn.layer_norm(lib.array(np.ascontiguousarray(values.T)), axis=0)
-    assert_same_row(lib, lib.to_numpy(turned).T, y, strided=True)
-
-
 # --- NumPy arrays of every kind -----------------------------------------------------------------
+
+
+# Shapes, and the axes to normalize: of strips, of several strides, of rows in chunks.
+SPREAD = [((33, 17), a) for a in (0, 1, (0, 1))] + [((2, 9000), 1), ((4, 6, 40), (2, 1))]
+SPREAD += [((3, 5, 4, 18), a) for a in (1, (0, 2), (1, 3), (0, 1, 2))]
 
 
 @pytest.mark.needs("numpy")
 @each_direction
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_numpy_arrays_of_every_kind(lib, dtype, direction, layout):
-    """The bits of plain arrays, whatever the memory; results are plain, and can be written."""
+    """The bits of plain arrays, whatever the memory; results are plain, and can be written.
+
+    But for sums over rows, which may be added in another order.
+    """
     norm, gradients = cn.layer_norm, cn.layer_norm_backward
     if "rms" in direction:
         norm, gradients = cn.rms_norm, cn.rms_norm_backward
-    for axis in (0, 1, (0, 1)):
-        shapes = (33, 17), (33, 17), [(33, 17)[a] for a in axes_of(2, axis=axis)]
-        plain = [RNG.standard_normal(s).astype(np_dtype(dtype)) for s in shapes]
+    lay, forward = LAYOUTS[layout], direction.endswith("forward")
+    for shape, axis in SPREAD:
+        lengths = [shape[a] for a in axes_of(len(shape), axis=axis)]
+        plain = [RNG.standard_normal(s).astype(np_dtype(dtype)) for s in (shape, shape, lengths)]
         plain += norm(plain[1], axis=axis, eps=1e-5, return_stats=True)[1:]
 
         def results(dy, x, weight, *stats, axis=axis):
-            if direction.endswith("forward"):
+            if forward:
                 return norm(x, weight=weight, axis=axis, eps=1e-5, return_stats=True)
             return gradients(dy, x, None, *stats, weight, axis=axis)
 
-        want, made = results(*plain), [LAYOUTS[layout](a) for a in plain]
-        check(lib, want, *plain[:3], axis=axis)
+        want, made = results(*plain), [lay(a) for a in plain]
         found = results(*made)
         assert found[0].dtype == made[1].dtype
-        for got, value in zip(found, want, strict=True):
-            assert type(got) is np.ndarray
-            assert got.flags.writeable
-            np.testing.assert_array_equal(got, value)
+        assert all(type(a) is np.ndarray and a.flags.writeable for a in found)
+        exact = len(want) if forward else 1
+        for got, value in zip(found[:exact], want, strict=forward):
+            np.testing.assert_array_equal(got, value, str((shape, axis)))
+        if layout == "C" or not all(map(np.array_equal, found, want)):
+            check(lib, found, *plain[:3], axis=axis)
 
 
 @each_direction

@@ -195,14 +195,6 @@ def test_parameters_on_the_host(device):
     assert type(cn.LayerNorm(5, device=device).weight) is np.ndarray
 
 
-def test_a_gpu_without_cupy_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "cupynorm._cuda.arrays", raising=False)
-    monkeypatch.delattr("cupynorm._cuda.arrays", raising=False)
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match=r"'cuda:1' needs CuPy.*cupynorm\[cuda12\]"):
-        cn.LayerNorm(5, device="cuda:1")
-
-
 def test_without_parameters_x_may_be_of_any_library():
     layer, x = cn.LayerNorm(5, elementwise_affine=False), torch.from_numpy(values(2, 5))
     y, dx = layer(x), layer.backward(x)
@@ -378,6 +370,10 @@ def test_every_fault_of_a_state_is_told_and_nothing_is_changed():
     with pytest.raises(ValueError, match=r"bias has shape \(7,\)") as alone:
         layer.load_state_dict({"weight": np.zeros((2, 3)), "bias": np.zeros(7)})
     assert "strict" not in str(alone.value)  # it would not help
+    layer.bias = before["bias"]
+    layer.bias.setflags(write=False)
+    with pytest.raises(ValueError, match="bias is read-only"):
+        layer.load_state_dict({"weight": np.zeros((2, 3)), "bias": np.ones((2, 3))})
     for name, array in layer.state_dict().items():
         np.testing.assert_array_equal(array, before[name])
 
@@ -618,34 +614,6 @@ def locked(shape=5):
     return array
 
 
-FAULTS = {
-    "read-only bias": (locked(), {}, {}),
-    "shape of the bias": (None, {"bias": np.zeros(6, np.float32)}, {}),
-    "dtype of the bias": (None, {"bias": np.zeros(5, int)}, {}),
-    "no array": (None, {"bias": [0.0] * 5}, {}),
-    # These are no faults where it is not strict.
-    "missing": (None, {}, {"without": "bias"}),
-    "unexpected": (None, {"gain": np.zeros(5)}, {}),
-}
-
-
-@pytest.mark.parametrize(
-    ("fault", "strict"),
-    [*((fault, True) for fault in FAULTS), *((fault, False) for fault in list(FAULTS)[:-2])],
-)
-def test_a_state_that_cannot_be_loaded_changes_nothing(fault, strict):
-    bias, wrong, how = FAULTS[fault]
-    layer = cn.LayerNorm(5)
-    layer.bias = layer.bias if bias is None else bias
-    before = layer.bias.copy()
-    state = {"weight": np.full(5, 3.0), "bias": np.full(5, 4.0)} | wrong
-    state.pop(how.get("without"), None)
-    with pytest.raises((TypeError, ValueError)):
-        layer.load_state_dict(state, strict=strict)
-    np.testing.assert_array_equal(layer.weight, np.ones(5))
-    np.testing.assert_array_equal(layer.bias, before)
-
-
 def test_parameters_can_be_swapped():
     layer = random_layer(bias=True)
     weight, bias = layer.weight.copy(), layer.bias.copy()
@@ -681,17 +649,6 @@ def test_dtypes_in_a_file_that_are_none_of_the_four(tmp_path):
         with pytest.raises(TypeError, match=r"weight has dtype (int64|void16)"):
             layer.load(npz)
     np.testing.assert_array_equal(layer.weight, [1, 1, 1])
-
-
-def test_without_safetensors_it_says_what_to_install(tmp_path, monkeypatch):
-    path = tmp_path / "norm.safetensors"
-    path.touch()
-    for name in ("safetensors", "safetensors.numpy"):
-        monkeypatch.setitem(sys.modules, name, None)
-    for call in (cn.LayerNorm(5).save, cn.LayerNorm(5).load):
-        with pytest.raises(ImportError, match=r"pip install 'cupynorm\[safetensors\]'"):
-            call(path)
-    cn.LayerNorm(5).save(tmp_path / "norm.npz")
 
 
 # --- torch --------------------------------------------------------------------------------------

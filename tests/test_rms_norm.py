@@ -3,20 +3,15 @@
 Shapes, axes, dtypes, layouts, bits and arguments: the bodies of test_layer_norm and test_errors.
 """
 
-import contextlib
 import itertools
 
 import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm import _rules, frames
-from cupynorm._cpu.engine import without_numba
-from cupynorm._ops import RMS_NORM as RMS
 from tests import oracle
-from tests.conftest import ALL_DTYPES, Backend, np_dtype
+from tests.conftest import Backend, np_dtype
 from tests.directions import laid_out, stats_dtype
-from tests.test_columns import close, expected
 
 BACKENDS = [b for b in Backend if b is not Backend.CUPY_SIMULATED]  # until kernels know it
 RNG = np.random.default_rng(20261130)
@@ -227,25 +222,6 @@ def test_what_an_add_refuses():
 # --- held fast, told ----------------------------------------------------------------------------
 
 
-@pytest.mark.needs("numpy")
-@pytest.mark.parametrize("zero", ["", "zero_centered_"])
-def test_prepared_calls_have_the_same_bits(lib, zero):
-    x, residual, weight = (a.astype(np.float32) for a in (X3, R3, WEIGHT))
-    more = {"zero_centered_weight": True} if zero else {}
-    f = cn.prepare(x, 10, weight, op=f"{zero}rms_norm", return_stats=True)
-    same(lib, f(x), cn.rms_norm(x, 10, weight, return_stats=True, **more))
-    assert f"{zero}rms_norm" in repr(f)
-    g = cn.prepare(x, 10, weight, op=f"{zero}add_rms_norm", residual=residual)
-    want = cn.add_rms_norm(x, residual, 10, weight, **more)
-    for _ in range(2):
-        same(lib, g(x, residual), want)
-    out = np.empty_like(x)
-    assert g(x, residual, out=out, sum_out=residual).sum is residual
-    same(lib, (out, residual), want)
-    with pytest.raises(ValueError, match="prepared for shape"):
-        g(x[:2], residual[:2])
-
-
 def test_explained():
     x = np.ones((64, 768), np.float16)
     of = cn.explain(x, op="add_rms_norm", residual=x.astype(np.float32), return_stats=True)
@@ -297,56 +273,3 @@ def test_onnxs_node_tests():
 
 
 # --- tables, Dask, scikit-learn -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("nulls", ["propagate", "omit"])
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_columns_and_tables(nulls, dtype):
-    pd = pytest.importorskip("pandas")
-    rng = np.random.default_rng(6)
-    columns = [rng.standard_normal(70).astype(d) * 9 for d in ("f4", "f2", "f8", "f4")]
-    columns.append(rng.integers(-99, 99, 70))
-    columns[2][5] = columns[0][8] = np.nan
-    weight, omit = rng.standard_normal(5).astype(np.float32), nulls == "omit"
-    how = {"eps": 0.5, "center": False, "omit": omit, "dtype": dtype}
-    for engine in (contextlib.nullcontext, without_numba):
-        with engine():
-            y = cn.rms_norm_columns(columns, weight, 0.5, dtype=dtype, nulls=nulls)
-            close(y, expected(columns, weight, **how), 5)
-            unit = cn.rms_norm_columns(
-                columns, weight, 0.5, dtype=dtype, nulls=nulls, zero_centered_weight=True
-            )
-            close(unit, expected(columns, 1 + weight.astype(np.float64), **how), 5)
-            df = pd.DataFrame(dict(zip("abcde", columns, strict=True)))
-            table = frames.rms_norm(df, weight, 0.5, dtype=dtype, nulls=nulls)
-            np.testing.assert_array_equal(table.to_numpy(), y)
-    if not omit and dtype == "float64":
-        pd.testing.assert_frame_equal(cn.rms_norm(df, weight=weight, eps=0.5), table)
-
-
-@pytest.mark.parametrize("dtype", ALL_DTYPES)
-@pytest.mark.parametrize("chunks", [(3, 40), (40, 7)], ids=["whole", "split"])
-def test_dask(dtype, chunks):
-    da = pytest.importorskip("dask.array")
-    x = (RNG.standard_normal((40, 40)) + 1).astype(np_dtype(dtype))
-    weight = RNG.standard_normal(40).astype(np.float32)
-    found = cn.rms_norm(da.from_array(x, chunks=chunks), 40, weight, return_stats=True)
-    assert type(found) is type(cn.rms_norm(x, return_stats=True))
-    y, rstd = (a.compute() for a in found)
-    want = oracle.layer_norm(x, (1,), weight, None, _rules.eps_of(RMS, None, dtype), center=False)
-    bound, of_stats = oracle.tolerance(dtype, 40), oracle.tolerance(stats_dtype(dtype), 40)
-    np.testing.assert_allclose(y.astype(np.float64) / 8, want[0] / 8, rtol=bound, atol=bound)
-    np.testing.assert_allclose(rstd, want[2], rtol=of_stats)
-    if chunks[1] == 40:
-        np.testing.assert_array_equal(y, cn.rms_norm(x, 40, weight))
-
-
-def test_scikit_learn():
-    pytest.importorskip("sklearn")
-    from cupynorm.sklearn import RMSNormalizer
-
-    for x in (X3[0], X3[0].astype(np.float32)):
-        np.testing.assert_array_equal(RMSNormalizer().fit_transform(x), cn.rms_norm(x))
-        want = cn.rms_norm(x, eps=0.5)
-        assert RMSNormalizer(eps=0.5, copy=False).fit_transform(x) is x
-        np.testing.assert_array_equal(x, want)
