@@ -131,7 +131,7 @@ def test_beside_an_infinite_element_all_are_zero(lib, axis, n):
 
 @pytest.mark.parametrize("fused", NORMS)
 def test_an_add_has_the_bits_of_the_two_calls(lib, dtype, fused):
-    elsewhere = fused is cn.add_rms_norm and dtype in ("float16", "float64")
+    elsewhere = dtype == "float16" or (fused is cn.add_rms_norm and dtype == "float64")
     if lib.backend is Backend.NUMPY and elsewhere:
         pytest.skip("compiled for these in test_large_adds and test_neither_large_nor_small")
     norm, given = NORMS[fused]
@@ -160,7 +160,10 @@ def test_an_add_has_the_bits_of_the_two_calls(lib, dtype, fused):
 def test_large_adds(lib, fused, shape):
     """Strips over threads, long rows, chunks of rows; of either layout, and bytes swapped."""
     norm, _ = NORMS[fused]
-    for dtype, of_sum in (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16")):
+    pairs = ("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16")
+    if shape == (2, 70_000):  # of functions of its own for each: one operation with each
+        pairs = pairs[:1] if fused is cn.add_layer_norm else pairs[1:]
+    for dtype, of_sum in pairs:
         x, residual = (a.astype(np_dtype(dtype)) for a in RNG.standard_normal((2, *shape)))
         residual = residual.astype(np_dtype(of_sum))
         total = x.astype(np_dtype(of_sum)) + residual
@@ -188,10 +191,10 @@ def test_results_may_not_meet(lib):
     ):
         with pytest.raises(ValueError, match=f"^{words}"):
             cn.add_rms_norm(**{"x": x, "residual": residual} | given)
-    half = np.ones((4, 20), np.float16)[:, ::2]  # whose strides are those of float32
+    half = np.ones((4, 20), np_dtype("bfloat16"))[:, ::2]  # whose strides are those of float32
     wide = half.base.view(np.float32)
     with pytest.raises(ValueError, match=r"^out shares memory with residual"):
-        cn.add_rms_norm(np.ones((4, 10), np.float16), wide, out=half)
+        cn.add_rms_norm(np.ones((4, 10), half.dtype), wide, out=half)
 
 
 def test_what_an_add_refuses():

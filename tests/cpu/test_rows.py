@@ -68,7 +68,7 @@ def test_every_width(engine, direction, dtype):
     """With weight and bias of any dtype in turn; nothing is written beside y."""
     mixed = itertools.cycle(itertools.product(DTYPES, repeat=2))
     for N, (of_weight, of_bias) in zip([*WIDTHS, *MOST[direction]], mixed, strict=False):
-        dy, x = pair((5 if N < 10000 else 2, N), dtype, seed=N, offset=0.5)
+        dy, x = pair((5 if N < 10000 else 1 + (N < 100_000), N), dtype, seed=N, offset=0.5)
         affine = values((N,), of_weight, seed=1), values((N,), of_bias, seed=2)
         y, unharmed = guarded(x.shape, x.dtype)
         found = run(direction, dy, x, (1,), *affine, y=y)
@@ -224,6 +224,8 @@ def test_offsets_and_scales(engine, direction, dtype):
              (1e18, 1e15)]  # fmt: skip
     every = (1e-5, 0.0, 1.0, 1e6) if direction == "forward" else (1e-5, 1.0)
     for N, (offset, scale), eps in itertools.product((30, 1000, 40000), cases, every):
+        if N == 40000 and eps != 1e-5:
+            continue  # it stands outside of the sums
         dy, x = pair((3, N), dtype, offset=offset, scale=scale)
         weight = values((N,), dtype, seed=2) if direction == "backward" else None
         # The mean of N sums of size `offset` is good to an ulp of s + m', y to far better.

@@ -18,7 +18,7 @@ from tests.ptx.limits import DeviceLimits
 FULL = "90"  # the architecture that has every family
 # What a test run compiles: of every dtype on one architecture, of one on each other, one entry of
 # so many. The kept table has every entry, is written without a fault, and is held to the text.
-EACH = 16
+EACH = 32
 RUNS = [
     (arch, dtype)
     for arch, usual in zip(grid.ARCHS, itertools.cycle(grid.DTYPES))
