@@ -49,37 +49,7 @@ def counted(calls, name, task):
     return run
 
 
-@pytest.fixture(params=["sync", "threads"])
-def scheduler(request):
-    with dask.config.set(scheduler=request.param):
-        yield request.param
-
-
 # --- values -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
-def test_values_dtypes_and_chunks(chunks, dtype, scheduler, assert_close):
-    x = values(dtype=dtype, offset=3.0)
-    weight, bias = values(COLS, "float32", 1.0, seed=1), values(COLS, "float16", seed=2)
-    source = lazy(x, chunks)
-    result = cd.layer_norm(source, COLS, weight, bias, return_stats=True)
-    stats = "float64" if dtype == "float64" else "float32"
-    assert result.y.chunks == source.chunks
-    assert result.mean.chunks == result.rstd.chunks == (source.chunks[0], (1,))
-    assert [a.dtype for a in result] == [x.dtype, stats, stats]
-    arrays = dask.compute(*result)
-    assert [(a.dtype, a.shape) for a in arrays] == [(a.dtype, a.shape) for a in result]
-    check(arrays[0], x, (1,), weight, bias)
-    for got, wanted in zip(
-        arrays[1:], oracle.layer_norm(x, (1,), None, None, 1e-5)[1:], strict=True
-    ):
-        assert_close(got, wanted, stats, COLS)
-    if chunks[1] == COLS:  # whole rows have the bits of one call
-        whole = cn.layer_norm(x, COLS, weight, bias, return_stats=True)
-        for a, b in zip(arrays, whole, strict=True):
-            np.testing.assert_array_equal(a, b, strict=True)
 
 
 def test_split_rows_have_the_same_bits_on_every_scheduler_and_in_every_layout():

@@ -203,22 +203,6 @@ def test_nothing_in_nothing_out(lib, shape, axis, stats):
             assert cn.layer_norm(x, weight=weight, axis=axis, out=x) is x
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("axis", [0, 1])
-def test_nan_and_inf_spoil_their_row_only(lib, dtype, bad, axis):
-    clean = RNG.standard_normal((7, 7))
-    spoilt = clean.copy()
-    spoilt[3, 3] = bad
-    found = cn.layer_norm(lib.array(spoilt, dtype), axis=axis, return_stats=True)
-    y, mean, rstd = (lib.to_numpy(a).astype(np.float64) for a in found)
-    want = lib.to_numpy(cn.layer_norm(lib.array(clean, dtype), axis=axis)).astype(np.float64)
-    row = (slice(None), 3) if axis == 0 else (3, slice(None))
-    assert np.isnan(y[row]).all() and np.isnan(rstd[row]).all()
-    assert not np.isfinite(mean[row]).any()
-    y[row] = want[row] = 0
-    np.testing.assert_array_equal(y, want)
-
-
 # --- the same bits ------------------------------------------------------------------------------
 
 

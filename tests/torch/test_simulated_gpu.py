@@ -189,7 +189,7 @@ def test_nothing_is_allocated_but_through_torch(gpu, family):
     assert set(gpu.allocated) == {"aten.empty.memory_format"}  # K5's and the partials' workspaces
 
 
-@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)])
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 1)])
 def test_only_what_is_asked_for_is_written(gpu, wanted):
     tensors = numbers(4, 77), *affine(77)
     for tensor, want in zip(tensors, wanted, strict=True):
