@@ -210,6 +210,8 @@ def test_nothing_in_nothing_out(lib, shape, axis, stats):
 @each_direction
 @pytest.mark.parametrize("n", [1, 7, 64, 250, 1000])
 def test_bits_of_a_row_are_those_of_the_row_alone(lib, direction, n):
+    if lib.backend.compiles and n not in (7, 250):
+        pytest.skip("more of them in cuda/test_rows")
     slopes, values = RNG.standard_normal((40, n)), RNG.standard_normal((40, n)) + 3
 
     def of(part):
