@@ -73,11 +73,6 @@ class Backend(Enum):
 
     unstrided = property(lambda self: not self.strided)
 
-    @property
-    def tile_for_columns(self) -> bool:
-        """Whether strided columns are summed in another order than neighbouring ones (K6)."""
-        return self.value.startswith("cupy") or self is Backend.TORCH_CUDA
-
     writable = property(lambda self: self is not Backend.JAX)
     numpy = property(lambda self: self.value.startswith("numpy"))
     not_numpy = property(lambda self: not self.numpy)

@@ -215,8 +215,8 @@ def test_near_forward_calls(lib):
     good = {"x": memory[:4], "normalized_shape": 12, "weight": memory[5], "bias": new(12)}
     halves = [] if lib.backend.compiles else ["float16", "bfloat16"]
     bad = changes(
-        True, normalized_shape=(12.0, (12.0,), 13, (4, 13), "12"), eps=(True, "1", float("nan")),
-        x=[whole], weight=[new(13), new(1, 12), [1.0] * 12, whole[0]],
+        True, normalized_shape=(12.0, (12.0,), 13, (4, 13), "12"), x=[whole],
+        eps=(True, "1", None, float("nan")), weight=[new(13), new(1, 12), [1.0] * 12, whole[0]],
         bias=[new(13), new(1, 12), [1.0] * 12], order=["A"],
         out=[new(4, 12, dtype="float64"), new(12, 4)],
     )  # fmt: skip

@@ -80,14 +80,8 @@ def test_the_arguments_of_layer_norm(library):
     for kwargs in ({}, {"axis": 1}, {"axis": -1}, {"axis": (1,)}, {"normalized_shape": 3}):
         assert cn.layer_norm(df, **kwargs).equals(want)
     assert cn.layer_norm(df, weight=np.full(3, 2.0)).equals(2 * want)
-    for error, match, kwargs in (
-        (ValueError, r"axes \(0,\).*df", {"axis": 0}),
-        (ValueError, r"normalized_shape=\(2,\)", {"normalized_shape": 2}),
-        (TypeError, "out=", {"out": want}),
-        (TypeError, "return_stats", {"return_stats": True}),
-    ):
-        with pytest.raises(error, match=match):
-            cn.layer_norm(df, **kwargs)
+    with pytest.raises(TypeError, match="out="):
+        cn.layer_norm(df, out=want)
 
 
 class Table(pd.DataFrame):

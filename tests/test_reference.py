@@ -139,20 +139,6 @@ def test_a_namespace_needs_no_more_than_seven_names():
 # --- torch and JAX differentiate it themselves ----------------------------------------------------
 
 
-# torch's own forward-mode rules are compiled with the function that it deprecates.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-def test_torch_gradcheck():
-    torch = pytest.importorskip("torch")
-    about = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(3)}
-    leaves = [torch.randn(s, **about, requires_grad=True) for s in ((3, 2, 5), (2, 5), (2, 5))]
-
-    def all_three(x, weight, bias):
-        return run(x, (1, 2), weight, bias)
-
-    assert torch.autograd.gradcheck(all_three, leaves, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(all_three, leaves)
-
-
 def test_jax_float64_where_it_is_enabled(assert_close):
     jax = pytest.importorskip("jax")
     want = oracle.layer_norm(VALUES, (1,), None, None, 1e-5)
