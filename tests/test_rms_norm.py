@@ -212,29 +212,6 @@ def test_explained():
 # --- as others define them ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_torchs_own_cases(dtype):
-    """Of its operators' tests: values, and gradients by autograd through our calls."""
-    pytest.importorskip("expecttest")  # which torch's tests import
-    torch = pytest.importorskip("torch")
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    kind = getattr(torch, dtype)
-    (found,) = (op for op in op_db if op.name == "nn.functional.rms_norm")
-    cases = list(found.sample_inputs("cpu", kind, requires_grad=True))
-    assert len(cases) > 5
-    for case in cases:
-        x, (shape, *weight) = case.input, case.args
-        results = []
-        for function in (cn.rms_norm, torch.nn.functional.rms_norm):
-            y = function(x, shape, *weight, **case.kwargs)
-            slope = torch.linspace(-1, 1, y.numel(), dtype=kind).view_as(y)
-            leaves = [t for t in (x, *weight) if t is not None]
-            results.append((y, *torch.autograd.grad(y, leaves, slope)))
-        for got, want in zip(*results, strict=True):
-            torch.testing.assert_close(got, want, equal_nan=True)
-
-
 def test_onnxs_node_tests():
     pytest.importorskip("onnx")
     from onnx.backend.test.case import node
