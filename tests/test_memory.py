@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
+from tests.test_dlpack import Exporter
 
 torch = pytest.importorskip("torch")
 ct = pytest.importorskip("cupynorm.torch")
@@ -201,19 +202,6 @@ def test_a_view_in_a_larger_storage_and_an_expanded_weight():
     cut(t["weight"], 0)  # and back, as FSDP does at the next forward
     cut(t["weight"], 4 * N).untyped_storage().fill_(0)
     assert not cn.layer_norm(t["x"], N, t["weight"]).any()
-
-
-class Exporter:
-    """Speaks DLPack alone."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **how):
-        return self.array.__dlpack__(**how)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
 
 
 # --- memory that others may not write -------------------------------------------------------------

@@ -177,17 +177,14 @@ def test_parameters_are_in_the_library_of_the_device(cupy_lib):
             np.testing.assert_array_equal(cupy.asnumpy(array), np.full(5, value, np.float16))
 
 
-def test_parameters_are_on_the_gpu_that_was_named():
-    from tests.ptx.cupy_stand_in import simulated_cupy
-
-    with simulated_cupy(devices=2, reload=("cupynorm._cuda.arrays",)) as cupy:
-        layer = cn.LayerNorm(5, device="cuda:1")
-        assert layer.weight.device.id == layer.bias.device.id == 1
-        assert cupy.cuda.runtime.getDevice() == 0
-        with cupy.cuda.Device(1):
-            assert cn.LayerNorm(5, device="cuda").weight.device.id == 1
-        with pytest.raises(RuntimeError, match=r"'cuda:2' cannot be used .*invalid device"):
-            cn.LayerNorm(5, device="cuda:2")
+def test_parameters_are_on_the_gpu_that_was_named(sim):
+    layer = cn.LayerNorm(5, device="cuda:1")
+    assert layer.weight.device.id == layer.bias.device.id == 1
+    assert sim.cuda.runtime.getDevice() == 0
+    with sim.cuda.Device(1):
+        assert cn.LayerNorm(5, device="cuda").weight.device.id == 1
+    with pytest.raises(RuntimeError, match=r"'cuda:2' cannot be used .*invalid device"):
+        cn.LayerNorm(5, device="cuda:2")
 
 
 @pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu"), np.ones(1).device])
