@@ -88,21 +88,6 @@ def test_shapes_that_go_with_other_axes():
         refused(ValueError, *words, direction="backward", **change)
 
 
-@pytest.mark.parametrize(("direction", "name"), [c for c in COMPANIONS if c[1] != "out"])
-@pytest.mark.parametrize("kind", ["int64", "int32", "bool", "object"])
-def test_dtype_that_is_not_floating(direction, name, kind):
-    error, way_out = (TypeError, f"{name}.astype('float32')")
-    if name in ("dy", "mean", "rstd"):
-        error, way_out = ValueError, f"float32 goes with x of dtype float32; cast {name}"
-    bad = {name: ones(name).astype(kind)}
-    refused(error, f"{name} has dtype {kind}", way_out, direction=direction, **bad)
-    if kind == "int64" and error is TypeError:  # in the words of x's library
-        torch = pytest.importorskip("torch")
-        bad, make = {name: torch.ones(SHAPES[name], dtype=torch.int64)}, torch.from_numpy
-        words = f"{name} has dtype int64", f"{name}.to(torch.float32)"
-        refused(TypeError, *words, direction=direction, make=make, **bad)
-
-
 def test_dy_dtype(lib):
     name = "float64" if "float64" in lib.backend.dtypes else "float16"
     words = f"dy has dtype {name}", "float32 goes with x of dtype float32", "cast dy"
