@@ -146,7 +146,7 @@ def test_backward(lib, dtype, layout):
     elif layout == "rows":
         masks = [None, *itertools.product((False, True), repeat=3)]
     elif layout.startswith("shared"):  # which are large
-        masks = [None, (False, True, True)]
+        kinds, masks = ["weight"], [None, (False, True, True)]
 
     def arrays(kind):
         (x, how), (dy, _) = laid_out(lib, dtype, layout), laid_out(lib, dtype, layout)

@@ -5,7 +5,6 @@ Run as a program it tries every entry with every kind of tensor that is not memo
 
 import contextlib
 import functools
-import os
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
+from cupynorm._cpu.engine import without_numba
 from tests.test_dlpack import Exporter
 
 torch = pytest.importorskip("torch")
@@ -126,6 +126,7 @@ ENTRIES = {
     "from_torch": (taken, AFFINE),
     "sklearn": (in_a_pipeline, ("x",)),
 }
+ENGINES = {"loops": contextlib.nullcontext, "functions": without_numba}
 CASES = [(e, name, flaw) for e, (_, names) in ENTRIES.items() for name in names for flaw in FLAWS]
 
 
@@ -162,19 +163,19 @@ def outcome(entry, name, flaw):
     return "no memory wanted" if y.is_meta else "not refused"
 
 
-@pytest.fixture(scope="module", params=["loops", "functions"])
-def outcomes(request):
+@pytest.fixture(scope="module")
+def outcomes():
     """Of each case: tried in another process, where a fault of the machine ends no test run."""
-    environment = os.environ | {"CUPYNORM_NUMBA": str(int(request.param == "loops"))}
     command = [sys.executable, "-W", "ignore", "-m", __name__]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return dict(line.split(": ", 1) for line in done.stdout.splitlines())
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_tensors_that_are_not_memory(outcomes, entry):
-    fine = "right", "refused", "no memory wanted"
-    told = {c: outcomes.get(", ".join(c), "the process ended") for c in CASES if c[0] == entry}
+def test_tensors_that_are_not_memory(outcomes, entry, engine):
+    fine, cases = ("right", "refused", "no memory wanted"), [c for c in CASES if c[0] == entry]
+    told = {c: outcomes.get(", ".join((engine, *c)), "the process ended") for c in cases}
     assert told and not {case: how for case, how in told.items() if how not in fine}
 
 
@@ -282,6 +283,8 @@ def test_a_read_only_weight_is_read_and_the_way_out_works(tmp_path, kind):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with contextlib.suppress(BrokenPipeError):
-        for case in CASES:
-            print(f"{', '.join(case)}: {outcome(*case)}", flush=True)
+    for engine, context in ENGINES.items():
+        expected.cache_clear()
+        with contextlib.suppress(BrokenPipeError), context():
+            for case in CASES:
+                print(f"{', '.join((engine, *case))}: {outcome(*case)}", flush=True)
