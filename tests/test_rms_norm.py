@@ -13,7 +13,7 @@ from tests import oracle
 from tests.conftest import Backend, np_dtype
 from tests.directions import laid_out, stats_dtype
 
-BACKENDS = [b for b in Backend if b is not Backend.CUPY_SIMULATED]  # until kernels know it
+BACKENDS = [b for b in Backend if b is not Backend.CUPY_SIMULATED]  # cuda/test_operations.py
 RNG = np.random.default_rng(20261130)
 X3, R3, DY3 = RNG.standard_normal((3, 4, 6, 10)) * 2 + 1
 WEIGHT, BIAS = RNG.standard_normal((2, 10))
@@ -133,7 +133,7 @@ def test_beside_an_infinite_element_all_are_zero(lib, axis, n):
 def test_an_add_has_the_bits_of_the_two_calls(lib, dtype, fused):
     elsewhere = dtype == "float16" or (fused is cn.add_rms_norm and dtype == "float64")
     if lib.backend is Backend.NUMPY and elsewhere:
-        pytest.skip("compiled for these in test_large_adds and test_neither_large_nor_small")
+        pytest.skip("compiled for these in the next tests, and in torch/test_operations.py")
     norm, given = NORMS[fused]
     given = {k: lib.array(v) if k != "eps" else v for k, v in given.items()}
     layouts = ("C", "F", "sliced") if lib.backend.strided else ("C",)
