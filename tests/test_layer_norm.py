@@ -261,6 +261,9 @@ def test_numpy_arrays_of_every_kind(lib, dtype, direction, layout):
             np.testing.assert_array_equal(got, value, str((shape, axis)))
         if layout == "C" or not all(map(np.array_equal, found, want)):
             check(lib, found, *plain[:3], axis=axis)
+        for pair in () if forward else ((made[0], plain[1]), (plain[0], made[1])):
+            dx = results(*pair, *plain[2:])[0]
+            np.testing.assert_array_equal(dx, want[0], str((shape, axis)))
 
 
 @each_direction
