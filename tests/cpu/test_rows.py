@@ -99,7 +99,9 @@ def test_broadcast_inputs(engine, direction, dtype):
         if direction == "backward":
             spread += [(np.broadcast_to(a, shape), x) for a in (row, one)]
         for given in spread:
-            check(direction, run(direction, *given, axes), *given, axes)
+            found = run(direction, *given, axes)
+            check(direction, found, *given, axes)
+            assert all(found[0].strides) and found[0].flags.writeable  # rows of its own
 
 
 @each_dtype

@@ -143,20 +143,6 @@ def test_the_current_stream(N):
     check_all(results, late, weight, bias, dy)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
-@each_family
-def test_nothing_waits_for_the_device(N):
-    given = problem(N)
-    forward_and_backward(*given)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        results = forward_and_backward(*given)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    check_all(results, *given)
-
-
 def test_many_threads_with_a_stream_each():
     given = [problem(N, rows=64) for N in (77, 77, 3001, 9001)]
     results = [None] * len(given)
