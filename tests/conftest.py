@@ -243,6 +243,17 @@ def _simulated() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def sim(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The stand-in, with two devices; `sim.simulator` knows what was launched and allocated."""
+    from tests.cuda.calls import capability_for
+    from tests.ptx.cupy_stand_in import simulated_cupy
+
+    of = {"compute_capability": capability_for(request), "reload": ("cupynorm._cuda.arrays",)}
+    with simulated_cupy(devices=2, **of) as module:
+        yield module
+
+
 _CONTEXTS = {Backend.CUPY_SIMULATED: _simulated, Backend.NUMPY_PLAIN: without_numba}
 
 

@@ -13,12 +13,7 @@ import numpy as np
 # What each path may compute its statistics in, by x's dtype.
 _COMPUTE_EPS = {"float64": 2.0**-52}
 # Below it a result may be off by its last bit (float16), or count as zero (float32 on a GPU).
-_LEAST = {
-    "float16": 2.0**-24,
-    "bfloat16": 2.0**-126,
-    "float32": 2.0**-126,
-    "float64": 2.0**-1022,
-}
+_LEAST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 _EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
 

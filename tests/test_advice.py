@@ -163,19 +163,13 @@ def arguments():
     yield back, BACK | {"dy": X.astype(float)}, {"dy": X}
     yield back, BACK | {"output_mask": (1, 0)}, {"output_mask": (True, True, True)}
     yield named, {"name": "layernorm"}, {"name": "layer_norm"}
-    lacking = functools.partial(without, "ml_dtypes")
-    yield (
-        cn.LayerNorm,
-        {"normalized_shape": 4, "dtype": "bfloat16", "inside": lacking},
-        {"dtype": "float32"},
-    )
+    four, lacking = {"normalized_shape": 4}, functools.partial(without, "ml_dtypes")
+    yield cn.LayerNorm, four | {"dtype": "bfloat16", "inside": lacking}, {"dtype": "float32"}
     yield at_address, {"offset": 2} | simulated, {"offset": 0}
     released = torch.ones(3, 4)
     released.untyped_storage().resize_(0)
-    exporter = SimpleNamespace(
-        __dlpack__=released.__dlpack__, __dlpack_device__=released.__dlpack_device__
-    )
-    for x in (exporter, released):
+    names = ("__dlpack__", "__dlpack_device__")
+    for x in (SimpleNamespace(**{name: getattr(released, name) for name in names}), released):
         yield ln, {"x": x}, lambda x=x: restored(released, ln, x)
     functional, layer = torch._to_functional_tensor(t[0]), cn.LayerNorm(4)
     state = {"weight": t[0], "bias": t[0]}
@@ -184,8 +178,8 @@ def arguments():
     threads = functools.partial(mock.patch.dict, "os.environ", CUPYNORM_NUM_THREADS="none")
     yield _fresh_threads, {"inside": threads}, {"inside": DROP}
     lacking = functools.partial(without, "cupy")
-    yield cn.warmup, {"normalized_shape": 4, "inside": lacking}, simulated | {"dtypes": ["float32"]}
-    yield cn.warmup, {"normalized_shape": 4}, {"device": "cpu"}
+    yield cn.warmup, four | {"inside": lacking}, simulated | {"dtypes": ["float32"]}
+    yield cn.warmup, four, {"device": "cpu"}
 
 
 def named(name):
@@ -218,15 +212,12 @@ def _reports():
     yield cn.explain, {"x": X, "device": "sm_10"}, {"device": "sm_90"}
     yield cn.explain, {"x": jnp.ones(4), "device": "sm_90"}, {"x": X}
     yield cn.explain, {"x": X, "op": "norm"}, {"op": "layer_norm"}
-    yield cn.warmup, {"normalized_shape": 4, "device": "tpu"}, {"device": "cpu"}
-    yield cn.warmup, {"normalized_shape": -4, "device": "cpu"}, {"normalized_shape": 4}
-    yield (
-        cn.warmup,
-        {"normalized_shape": 4, "dtypes": "int8", "device": "cpu"},
-        {"dtypes": "float32"},
-    )
+    here = {"normalized_shape": 4, "device": "cpu"}
+    yield cn.warmup, here | {"device": "tpu"}, {"device": "cpu"}
+    yield cn.warmup, here | {"normalized_shape": -4}, {"normalized_shape": 4}
+    yield cn.warmup, here | {"dtypes": "int8"}, {"dtypes": "float32"}
     bar = {"progress": True, "inside": functools.partial(without, "tqdm.auto")}
-    yield cn.warmup, {"normalized_shape": 4, "device": "cpu"} | bar, {"progress": DROP}
+    yield cn.warmup, here | bar, {"progress": DROP}
 
 
 def tables():
@@ -237,11 +228,8 @@ def tables():
 
     from cupynorm import frames
 
-    df, columns, norm = (
-        pd.DataFrame({"a": [1, 2], "b": [3, 4]}),
-        cn.layer_norm_columns,
-        frames.layer_norm,
-    )
+    df, norm = pd.DataFrame({"a": [1, 2], "b": [3, 4]}), frames.layer_norm
+    columns = cn.layer_norm_columns
     c, bits = np.ones(3, np.float32), np.ones(1, np.uint8)
     yield norm, {"df": X}, lambda: cn.layer_norm(X)
     yield norm, {"df": df, "dtype": "bfloat16"}, lambda: columns(df, dtype="bfloat16")
@@ -250,26 +238,13 @@ def tables():
     yield norm, {"df": df, "nulls": "drop"}, {"nulls": "omit"}
     yield norm, {"df": df[[]]}, {"df": df}
     yield norm, {"df": df.assign(t=pd.to_timedelta([1, 2], unit="s"))}, "df"
-    for given in (
-        X,
-        {"a": c},
-        iter([c]),
-        3,
-        torch.ones(2, 3),
-        pl.LazyFrame({"a": [1]}),
-        df["a"],
-        pa.array([1]),
-    ):
+    tables = torch.ones(2, 3), pl.LazyFrame({"a": [1]}), df["a"], pa.array([1])
+    for given in (X, {"a": c}, iter([c]), 3, *tables):
         yield columns, {"columns": given}, "columns"
     yield columns, {"columns": []}, {"columns": [c]}
     yield columns, {"columns": [(c, bits, 0, 0)]}, {"columns": [(c, bits)]}
-    for given in (
-        torch.ones(3),
-        c.astype("M8[s]"),
-        c.astype(complex),
-        c[:, None],
-        pl.Series(list("abc")),
-    ):
+    kinds = c.astype("M8[s]"), c.astype(complex), c[:, None], pl.Series(list("abc"))
+    for given in (torch.ones(3), *kinds):
         yield one_column, {"column": given}, "column"
     yield columns, {"columns": [c, c[:2]]}, {"columns": [c, c]}
     for bad in (c, bits[:0]):
@@ -312,18 +287,12 @@ def dask():
     stats = {"mean": da.ones((3, 1)), "rstd": da.ones((3, 1))}
     lazy = BACK | {"dy": da.ones((3, 4)), "x": da.ones((3, 4))}
     yield cn.layer_norm_backward, lazy | stats | {"mean": np.ones((3, 1))}, "mean"
-    yield (
-        norm,
-        {"x": df, "return_stats": True},
-        lambda: norm(df.to_dask_array(lengths=True), return_stats=True),
-    )
+    array = df.to_dask_array(lengths=True)
+    yield norm, {"x": df, "return_stats": True}, lambda: norm(array, return_stats=True)
     yield norm, {"x": df, "weight": da.ones(2)}, "weight"
     yield norm, {"x": x, "weight": [1, 2, 3]}, "weight"
-    for blocks in (
-        scipy.sparse.csr_array(np.ones((4, 3))),
-        np.ma.ones((4, 3), int),
-        np.ma.ones((4, 3)),
-    ):
+    sparse = scipy.sparse.csr_array(np.ones((4, 3)))
+    for blocks in (sparse, np.ma.ones((4, 3), int), np.ma.ones((4, 3))):
         yield computed, {"x": da.from_array(blocks, chunks=(2, 3))}, "x"
     yield computed, {"x": x.astype(complex)}, "x"
     yield norm, {"x": x[:, x[0] > 0]}, lambda: norm(x[:, x[0] > 0].compute_chunk_sizes())
@@ -345,13 +314,9 @@ def sklearn():
     def fit(X, **how):
         return LayerNormalizer(**how).fit_transform(X)
 
-    for name, bad, good in (
-        ("eps", "1", 1e-5),
-        ("eps", -1.0, 0),
-        ("copy", 3, True),
-        ("output_type", "list", None),
-    ):
-        yield fit, {"X": X, name: bad}, {name: good}
+    bad = ("eps", "1", 1e-5), ("eps", -1.0, 0), ("copy", 3, True), ("output_type", "list", None)
+    for name, wrong, right in bad:
+        yield fit, {"X": X, name: wrong}, {name: right}
     for kind in ("cudf", "cupy"):  # neither of which is here
         yield fit, {"X": X, "output_type": kind}, {"output_type": None}
     yield fit, {"X": torch.ones(3, 4, device="meta")}, {"X": torch.ones(3, 4)}
@@ -365,11 +330,8 @@ def sklearn():
     yield fit, {"X": torch.ones(0, 4)}, {"X": torch.ones(1, 4)}
     yield fit, {"X": torch.full((1, 4), torch.nan)}, {"X": torch.ones(1, 4)}
     holes = pd.DataFrame({"a": [1.0, np.nan], "b": [1.0, 2.0]})
-    yield (
-        fit,
-        {"X": holes},
-        lambda: (fit(holes.dropna()), cn.frames.layer_norm(holes, nulls="omit")),
-    )
+    omitted = functools.partial(cn.frames.layer_norm, holes, nulls="omit")
+    yield fit, {"X": holes}, lambda: (fit(holes.dropna()), omitted())
 
 
 def of_weight(weight):
@@ -393,6 +355,9 @@ def layers():
     import jax.numpy as jnp
     import torch
 
+    def copied(layer):
+        layer.weight = layer.weight.copy()
+
     folder = tempfile.mkdtemp()
     layer, t = cn.LayerNorm(4), torch.nn.LayerNorm(4)
     yield cn.LayerNorm, {"normalized_shape": ()}, {"normalized_shape": 64}
@@ -415,22 +380,16 @@ def layers():
             yield functools.partial(loaded, state=state), {"weight": weight}, "weight"
     locked = cn.LayerNorm(4)
     locked.weight = np.broadcast_to(np.float32(1), 4)
-    yield (
-        locked.load_state_dict,
-        {"state": state},
-        lambda: (setattr(locked, "weight", locked.weight.copy()), locked.load_state_dict(state)),
-    )
+    load = functools.partial(locked.load_state_dict, state)
+    yield load, {}, lambda: (copied(locked), load())
     layer(X)
     layer.grad["weight"] = np.ones(3, np.float32)
     yield layer.backward, {"dy": X}, lambda: (layer.zero_grad(), layer.backward(X))
     yield layer.save, {"path": f"{folder}/norm"}, {"path": f"{folder}/norm.npz"}
     lacking = functools.partial(without, "safetensors", "safetensors.numpy")
     path = f"{folder}/norm.safetensors"
-    yield (
-        layer.save,
-        {"path": path, "inside": lacking},
-        lambda: (layer.save(path), layer.save(f"{folder}/a.npz")),
-    )
+    others = path, f"{folder}/a.npz"
+    yield layer.save, {"path": path, "inside": lacking}, lambda: [*map(layer.save, others)]
     for ending in ("safetensors", "npz"):
         with open(f"{folder}/cut.{ending}", "w") as file:
             file.write("no")
@@ -469,14 +428,8 @@ def tensors():
     yield ct.layer_norm, {"input": t.to_sparse(), "normalized_shape": short}, "input"
     yield ct.layer_norm, {"input": t.int(), "normalized_shape": short}, "input"
     yield cn.prepare, {"x": [1.0]}, "x"
-    yield (
-        cn.prepare,
-        {
-            "x": t,
-            "weight": torch.nn.Buffer(torch.ones(4)).as_subclass(type("T", (torch.Tensor,), {})),
-        },
-        {"weight": weight.detach()},
-    )
+    mine = torch.nn.Buffer(torch.ones(4)).as_subclass(type("T", (torch.Tensor,), {}))
+    yield cn.prepare, {"x": t, "weight": mine}, {"weight": weight.detach()}
     import jax.numpy as jnp
     import pandas as pd
 
@@ -493,11 +446,8 @@ def pictures():
     from cupynorm import plot
 
     x = np.arange(24.0).reshape(4, 6)
-    yield (
-        plot.moments,
-        {"x": x.reshape(4, 2, 3), "normalized_shape": (2, 3), "images": 0},
-        {"images": 1},
-    )
+    images = {"x": x.reshape(4, 2, 3), "normalized_shape": (2, 3), "images": 0}
+    yield plot.moments, images, {"images": 1}
     yield plot.affine, {"x": x}, {"weight": np.ones(6)}
     yield plot.distributions, {"x": x[:0]}, {"x": x}
     yield plot.affine, {"x": x * np.nan, "weight": np.ones(6)}, {"x": x}
@@ -505,18 +455,13 @@ def pictures():
         yield plot.distributions, {"x": x, "rows": bad}, {"rows": [3]}
     yield plot.distributions, {"x": x, "rows": 0}, {"rows": 1}
     yield plot.distributions, {"x": x, "ax": plt.gca()}, {"ax": plt.subplots(1, 2)[1]}
-    yield (
-        plot.distributions,
-        {"x": x, "inside": functools.partial(without, "matplotlib.pyplot")},
-        {"inside": DROP},
-    )
+    lacking = functools.partial(without, "matplotlib.pyplot")
+    yield plot.distributions, {"x": x, "inside": lacking}, {"inside": DROP}
 
 
+PRIVATE = ("_calls", "_libraries", "_rules", "_reference", "_cpu", "_report", "__init__", "_cuda")
 ROWS = {
-    ("_calls", "_libraries", "_rules", "_reference", "_cpu", "_report", "__init__", "_cuda"): (
-        arguments,
-        _reports,
-    ),
+    PRIVATE: (arguments, _reports),
     ("frames",): (tables,),
     ("dask",): (dask,),
     ("sklearn",): (sklearn,),
@@ -557,77 +502,40 @@ def kinds():
     import pyarrow as pa
     import torch
 
-    names = "?bhilqBHILQefdgFDG"
-    found = [X.astype(name) for name in names] + [
-        X.astype(k) for k in ("M8[s]", "m8[ms]", "S3", "U3", "O")
-    ]
-    found += [
-        X.astype(">f4"),
-        X.astype(np.dtypes.StringDType()),
-        X.view("V4"),
-        np.full((3, 4), "a"),
-    ]
-    found += [
-        X.astype([("a", "i4"), ("b", "f4")]),
-        X.astype(ml_dtypes.float8_e4m3fn),
-        X.astype(ml_dtypes.int4),
-    ]
-    yield [*found, *map(np.ma.masked_array, found[:23])]
+    names = [*"?bhilqBHILQefdgFDG", "M8[s]", "m8[ms]", "S3", "U3", "O"]
+    odd = [">f4", np.dtypes.StringDType(), [("a", "i4"), ("b", "f4")]]
+    odd += [ml_dtypes.float8_e4m3fn, ml_dtypes.int4]
+    found = [*map(X.astype, names + odd), X.view("V4"), np.full((3, 4), "a")]
+    yield [*found, *map(np.ma.masked_array, found[: len(names)])]
     t = torch.ones(3, 4)
-    dtypes = (
-        "bool uint8 uint16 uint32 uint64 int8 int64 complex64 float8_e4m3fn float8_e5m2 bfloat16"
-    )
-    layouts = (
-        t.to_sparse(),
-        t.to_sparse_csr(),
-        t.to_mkldnn(),
-        torch.quantize_per_tensor(t, 1.0, 0, torch.quint8),
-    )
+    dtypes = "bool uint8 uint16 uint32 uint64 int8 int64 complex64 bfloat16"
+    dtypes += " float8_e4m3fn float8_e5m2"
+    layouts = [t.to_sparse(), t.to_sparse_csr(), t.to_mkldnn()]
+    layouts.append(torch.quantize_per_tensor(t, 1.0, 0, torch.quint8))
     yield [*(t.to(getattr(torch, name)) for name in dtypes.split()), *layouts]
-    jaxes = [
-        jax.numpy.asarray(X).astype(k)
-        for k in ("bool", "int32", "uint8", "complex64", "float8_e4m3fn")
-    ]
-    yield [*jaxes, jax.random.key(0)[None]]
+    dtypes = "bool", "int32", "uint8", "complex64", "float8_e4m3fn"
+    yield [*map(jax.numpy.asarray(X).astype, dtypes), jax.random.key(0)[None]]
     days = pd.to_datetime(["2020", "2021"])
-    plain = [
-        [1j, 2],
-        np.ones(2, np.longdouble),
-        pd.arrays.SparseArray([0.0, 1]),
-        ["a", None],
-        pd.Categorical([1, 2]),
-    ]
-    plain += [
-        days,
-        days.tz_localize("UTC"),
-        days - days[0],
-        days.to_period("D"),
-        pd.interval_range(0, 2),
-        [[1], [2]],
-    ]
+    plain = [[1j, 2], np.ones(2, np.longdouble), pd.arrays.SparseArray([0.0, 1]), ["a", None]]
+    plain += [pd.Categorical([1, 2]), days, days.tz_localize("UTC"), days - days[0]]
+    plain += [days.to_period("D"), pd.interval_range(0, 2), [[1], [2]]]
     plain += [pd.array([1, None], d) for d in ("Int64", "UInt8", "Float32", "boolean")]
     types = [pa.int8(), pa.decimal128(25, 2), pa.duration("s"), pa.timestamp("s"), pa.date32(),
              pa.time32("s"), pa.date64(), pa.string(), pa.null(), pa.bool_()]  # fmt: skip
     odd = {pa.null(): [None, None], pa.bool_(): [True, None], pa.string(): ["a", None]}
     arrows = [pa.array(odd.get(d, [1, None]), d) for d in types]
-    arrows += [
-        pa.array(np.ones(2, np.float16)),
-        pa.array([[1], [2]]),
-        pa.array(["a", "b"]).dictionary_encode(),
-    ]
+    arrows += [pa.array(np.ones(2, np.float16)), pa.array([[1], [2]])]
+    arrows.append(pa.array(["a", "b"]).dictionary_encode())
     plain += [pd.Series(a, dtype=pd.ArrowDtype(a.type)) for a in arrows]
     for values in plain:
         yield [pd.DataFrame({"a": [1.0, 2.0], "b": values}), pd.DataFrame({"b": values})]
     for values in arrows:
         both = pa.table({"a": [1.0, 2.0], "b": values}), pa.table({"b": values})
         yield [*both, both[0].to_batches()[0], *([pl.from_arrow(one) for one in both])]
-    series = [
-        pl.Series([1, 2], dtype=d)
-        for d in (pl.Int128, pl.Decimal(10, 2), pl.Duration, pl.Time, pl.Date)
-    ]
-    series += [
-        pl.Series(["a", "b"], dtype=d) for d in (pl.Categorical, pl.Enum(["a", "b"]), pl.String)
-    ]
+    numbers = pl.Int128, pl.Decimal(10, 2), pl.Duration, pl.Time, pl.Date
+    series = [pl.Series([1, 2], dtype=d) for d in numbers]
+    words = pl.Categorical, pl.Enum(["a", "b"]), pl.String
+    series += [pl.Series(["a", "b"], dtype=d) for d in words]
     yield [pl.DataFrame({"a": [1.0, 2.0], "b": s}) for s in series] + [s.to_frame() for s in series]
 
 

@@ -27,7 +27,7 @@ def test_any_call_on_numpy_arrays(lib, rnd):
 
 @pytest.mark.needs("not_numpy")
 @drawn
-@settings(max_examples=25)
+@settings(max_examples=40)
 def test_any_call(lib, rnd):
     Call(rnd, lib).run()
 

@@ -98,19 +98,6 @@ def test_a_wrong_peer_is_not_timed(monkeypatch):
     assert (result.status, bool(result.times)) == ("wrong", False)
 
 
-@pytest.mark.parametrize(
-    ("name", "case", "note"),
-    [
-        ("scikit-learn", CASE, "neither weight nor bias"),
-        ("liger", Case(FWD, BIG, "float32", (1, 65537)), "at most 65536 elements"),
-        ("liger", CASE, "cannot be imported"),
-    ],
-)
-def test_refusals_say_why(name, case, note):
-    result = everybody(case, (name,))[name]
-    assert (result.status, result.times) == ("skipped", None) and note in result.note
-
-
 # --- bench.cpu ------------------------------------------------------------------------------------
 
 

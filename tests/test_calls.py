@@ -54,7 +54,7 @@ def laid_out(lib, dtype, layout):
     if lib.name.startswith("torch") and layout == "backwards":
         pytest.skip("torch has no negative strides")
     if lib.backend.compiles:
-        again = dtype != "float32" and (how or layout == "long rows")
+        again = dtype != "float32" and layout != "padded"
         if layout.startswith("shared") or again:
             pytest.skip("simulated in minutes, or compiled once more for nothing")
         shape = (1, 9_001) if layout == "long rows" else shape  # of a cluster, the smallest
@@ -117,7 +117,7 @@ def test_forward(lib, dtype, layout):
             assert told(lib, warm) == told(lib, prepared) == told(lib, want)
         if 0 in x.shape:
             assert np.isnan(lib.to_numpy(want.mean)).all()
-        else:
+        elif not layout.startswith("shared"):
             given = {k: v for k, v in given.items() if k not in ("order", "return_stats")}
             check(lib, want, None, x, **given)
         if "order" not in how:
@@ -146,7 +146,7 @@ def test_backward(lib, dtype, layout):
     elif layout == "rows":
         masks = [None, *itertools.product((False, True), repeat=3)]
     elif layout.startswith("shared"):  # which are large
-        masks = [None, (False, True, True)]
+        kinds, masks = ["weight"], [None, (False, True, True)]
 
     def arrays(kind):
         (x, how), (dy, _) = laid_out(lib, dtype, layout), laid_out(lib, dtype, layout)
@@ -168,8 +168,8 @@ def test_backward(lib, dtype, layout):
         whole = cn.layer_norm_backward(**given, **stats, output_mask=(True, True, True))
         pairs = zip(told(lib, want)[1:], told(lib, whole)[1:], strict=True)
         assert all(a in (None, b) for a, b in pairs)  # whatever else is asked for
-        if mask is None and 0 not in given["x"].shape:
-            check(lib, want, **given)
+        if mask is None and 0 not in given["x"].shape and not layout.startswith("shared"):
+            check(lib, want, **given)  # of the large ones: tests/cpu/test_rows.py, frozen.py
 
 
 # --- calls of nearly the same signature ---------------------------------------------------------
@@ -215,8 +215,8 @@ def test_near_forward_calls(lib):
     good = {"x": memory[:4], "normalized_shape": 12, "weight": memory[5], "bias": new(12)}
     halves = [] if lib.backend.compiles else ["float16", "bfloat16"]
     bad = changes(
-        True, normalized_shape=(12.0, (12.0,), 13, (4, 13), "12"), eps=(True, "1", float("nan")),
-        x=[whole], weight=[new(13), new(1, 12), [1.0] * 12, whole[0]],
+        True, normalized_shape=(12.0, (12.0,), 13, (4, 13), "12"), x=[whole],
+        eps=(True, "1", None, float("nan")), weight=[new(13), new(1, 12), [1.0] * 12, whole[0]],
         bias=[new(13), new(1, 12), [1.0] * 12], order=["A"],
         out=[new(4, 12, dtype="float64"), new(12, 4)],
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Exchange protocols: results pass between libraries as the same memory, exporters are taken."""
 
-import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -87,16 +87,6 @@ def test_results_pass_between_numpy_and_torch(dtype, order):
     assert y.dtype == dtype
     check(y, x, dtype)
     assert_shared(y, t)
-
-
-@each_dtype
-def test_statistics_and_gradients_pass_too(dtype):
-    """Of the bits under either name, `tests/frozen.json` tells."""
-    x, dy, w = numbers(7, 40, dtype=dtype), numbers(7, 40, dtype=dtype), numbers(40)
-    results = cn.layer_norm(x, 40, w, return_stats=True)
-    for array in (*results, *cn.layer_norm_backward(dy, x, 40, *results[1:], w)):
-        t = torch.from_dlpack(array)
-        assert address(np.from_dlpack(t)) == address(t) == address(array)
 
 
 def test_bfloat16_passes_as_its_bits():
@@ -248,52 +238,16 @@ def test_an_exporter_on_a_gpu_comes_back_as_cupy(cupy_lib, exporter):
         cn.layer_norm(exporter(source), 77, w)
 
 
-WITHOUT_CUPY = """
-import sys
-import cupynorm as cn
-
-class NoCupy:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] == "cupy":
-            raise ModuleNotFoundError("No module named 'cupy'", name="cupy")
-
-class Exporter:
-    __cuda_array_interface__ = {
-        "shape": (4,), "typestr": "<f4", "data": (4096, False), "version": 3
-    }
-
-sys.meta_path.insert(0, NoCupy)
-try:
-    cn.layer_norm(Exporter())
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-
-
-def test_a_gpu_exporter_without_cupy_says_what_to_install():
-    command = [sys.executable, "-c", WITHOUT_CUPY]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("ImportError") and "cupynorm[cuda12]" in done.stdout
+def test_a_gpu_exporter_without_cupy_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.delitem(sys.modules, "cupynorm._cuda.arrays", raising=False)
+    monkeypatch.delattr("cupynorm._cuda.arrays", raising=False)
+    interface = {"shape": (4,), "typestr": "<f4", "data": (4096, False), "version": 3}
+    with pytest.raises(ImportError, match=r"cupynorm\[cuda12\]"):
+        cn.layer_norm(CudaExporter(SimpleNamespace(__cuda_array_interface__=interface)))
 
 
 # --- CuPy and torch on a GPU --------------------------------------------------------------------
-
-
-@each_dtype_on_gpu
-def test_a_cupy_result_is_a_cuda_tensor(dtype):
-    import cupy
-
-    x = numbers(64, 768, dtype=dtype)
-    y = cn.layer_norm(cupy.asarray(x))
-    t = torch.from_dlpack(y)
-    assert t.data_ptr() == y.data.ptr
-    assert str(t.dtype) == f"torch.{dtype}"
-    assert t.is_cuda
-    check(t.double().cpu(), x.astype(np.float64), dtype)
-    t.fill_(3.0)
-    torch.cuda.synchronize()
-    assert (y.get().astype(np.float64) == 3.0).all()
 
 
 @each_dtype_on_gpu

@@ -88,21 +88,6 @@ def test_shapes_that_go_with_other_axes():
         refused(ValueError, *words, direction="backward", **change)
 
 
-@pytest.mark.parametrize(("direction", "name"), [c for c in COMPANIONS if c[1] != "out"])
-@pytest.mark.parametrize("kind", ["int64", "int32", "bool", "object"])
-def test_dtype_that_is_not_floating(direction, name, kind):
-    error, way_out = (TypeError, f"{name}.astype('float32')")
-    if name in ("dy", "mean", "rstd"):
-        error, way_out = ValueError, f"float32 goes with x of dtype float32; cast {name}"
-    bad = {name: ones(name).astype(kind)}
-    refused(error, f"{name} has dtype {kind}", way_out, direction=direction, **bad)
-    if kind == "int64" and error is TypeError:  # in the words of x's library
-        torch = pytest.importorskip("torch")
-        bad, make = {name: torch.ones(SHAPES[name], dtype=torch.int64)}, torch.from_numpy
-        words = f"{name} has dtype int64", f"{name}.to(torch.float32)"
-        refused(TypeError, *words, direction=direction, make=make, **bad)
-
-
 def test_dy_dtype(lib):
     name = "float64" if "float64" in lib.backend.dtypes else "float16"
     words = f"dy has dtype {name}", "float32 goes with x of dtype float32", "cast dy"
@@ -164,18 +149,6 @@ def test_another_device_of_the_same_library(direction, name):
 # --- out ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.needs("writable")
-def test_out_shape_dtype_and_order(lib):
-    call, out = {"make": lib.array}, lib.array(X)
-    for shape in ((2, 3), (2, 3, 5), (1, 2, 3, 4), (24,)):
-        bad = lib.array(np.ones(shape))
-        refused(ValueError, f"out has shape {shape}", "(2, 3, 4)", **call, out=bad)
-    words = "out has dtype", "float64", "float32"
-    refused(ValueError, *words, **call, out=lib.array(X, "float64"))
-    refused(ValueError, "out has dtype", "int32", **call, out=lib.from_numpy(X.astype("int32")))
-    refused(ValueError, "out=", "order='C'", "drop order=", **call, out=out, order="C")
-
-
 def overlapping(zeros):
     """Pairs (x, out) of one memory that are not the same elements in the same places."""
     rows, columns, square, line = (zeros(s) for s in ((3, 4), (2, 9), (4, 4), 10))
@@ -199,15 +172,6 @@ def test_out_that_overlaps_in_part():
         words = f"out shares memory with {name}", "separate array"
         refused(ValueError, *words, x=x, out=x, **{name: x[1, 2]})
     np.testing.assert_array_equal(x, X)
-
-
-def test_torch_out_with_autograd():
-    torch = pytest.importorskip("torch")
-    x, weight = torch.ones(2, 4), torch.ones(4, requires_grad=True)
-    refused(ValueError, "out=", "requires grad", "no_grad", x=x, weight=weight, out=x.clone())
-    with torch.no_grad():
-        out = torch.empty(2, 4)
-        assert cn.layer_norm(x, weight=weight, out=out) is out
 
 
 def test_refused_calls_leave_out_untouched():

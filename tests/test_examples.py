@@ -172,9 +172,10 @@ def table(parquet, tmp_path_factory):
     return parquet.read_parquet(path, "cpu")
 
 
-def test_the_table_is_learned_and_memory_shared(tmp_path):
+def test_the_table_is_learned_and_memory_shared(parquet, tmp_path, capsys):
     kept = tmp_path / "kept.parquet"
-    out = output_of("parquet_to_torch.py", "--epochs", "4", "--file", kept, cwd=tmp_path)
+    parquet.main(["--device", "cpu", "--epochs", "4", "--file", str(kept)])
+    out = capsys.readouterr().out
     assert "1797 rows, 64 columns of uint8[pyarrow] in a pandas table; torch on cpu" in out
     steps = re.findall(r"^  (\S+ -> \S+): memory shared: (\S+)$", out, re.MULTILINE)
     names = "table -> cupynorm", "cupynorm -> torch", "torch -> batch", "logits -> NumPy"

@@ -231,19 +231,6 @@ def test_warmup_on_the_cpu_leaves_nothing_to_compile():
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "words"),
-    [
-        (lambda x: cn.explain(x, 7), ValueError, "trailing dimensions"),
-        (lambda x: cn.explain(x.astype(np.int64)), TypeError, "int64.*astype"),
-        (lambda x: cn.warmup(16, device="tpu"), ValueError, "'tpu'"),
-    ],
-)
-def test_bad_arguments_are_those_of_layer_norm(call, error, words):
-    with pytest.raises(error, match=words):
-        call(np.ones((4, 8), np.float32))
-
-
 TWO = ["float32", "float64"]
 
 
@@ -265,9 +252,7 @@ def test_when_warmup_draws_a_bar(monkeypatch, dtypes, progress, hidden):
     assert asked == ([] if progress is False else [(dtypes, "compiling loops", hidden)])
 
 
-def test_without_tqdm_silence_unless_a_bar_is_asked_for(monkeypatch, capsys):
+def test_without_tqdm_silence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     assert len(cn.warmup(16, TWO, device="cpu")) == 2
     assert capsys.readouterr() == ("", "")
-    with pytest.raises(ImportError, match=r"progress=True .* pip install 'cupynorm\[notebook\]'"):
-        cn.warmup(16, TWO, device="cpu", progress=True)

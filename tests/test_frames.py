@@ -80,14 +80,8 @@ def test_the_arguments_of_layer_norm(library):
     for kwargs in ({}, {"axis": 1}, {"axis": -1}, {"axis": (1,)}, {"normalized_shape": 3}):
         assert cn.layer_norm(df, **kwargs).equals(want)
     assert cn.layer_norm(df, weight=np.full(3, 2.0)).equals(2 * want)
-    for error, match, kwargs in (
-        (ValueError, r"axes \(0,\).*df", {"axis": 0}),
-        (ValueError, r"normalized_shape=\(2,\)", {"normalized_shape": 2}),
-        (TypeError, "out=", {"out": want}),
-        (TypeError, "return_stats", {"return_stats": True}),
-    ):
-        with pytest.raises(error, match=match):
-            cn.layer_norm(df, **kwargs)
+    with pytest.raises(TypeError, match="out="):
+        cn.layer_norm(df, out=want)
 
 
 class Table(pd.DataFrame):
@@ -219,49 +213,6 @@ def test_polars_result_is_one_block_without_a_copy(results):
 
 
 # --- refusals -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        ["a", "b"],
-        pd.array([1, "x"], dtype=object),
-        pd.Categorical([1, 2]),
-        pd.to_datetime(["2026-01-01", "2026-01-02"]),
-        pd.to_timedelta([1, 2], unit="s"),
-        pd.arrays.SparseArray([0.0, 1.0]),
-        pd.array([1 + 2j, 3]),
-        pd.array(["a", "b"], dtype="string[pyarrow]"),
-        pd.Series([1, 2]).astype(pd.ArrowDtype(pa.decimal128(25, 2))).array,
-        pd.interval_range(0, 2),
-        "polars",
-    ],
-)
-def test_columns_without_numbers_are_named(values):
-    df = pd.DataFrame({"fine": [1.0, 2.0], "odd": values})
-    match = r"columns 'odd' \(.*df.drop\(columns=\['odd'\]\)"
-    if isinstance(values, str):
-        df = pl.DataFrame({"fine": [1.0], "odd": ["x"], "when": [None]})
-        match = r"'odd' \(String\), 'when' \(Null\).*df.select\(\['fine'\]\)"
-    for refusing in (frames.layer_norm, cn.layer_norm, cn.layer_norm_columns):
-        with pytest.raises(TypeError, match=match):
-            refusing(df)
-
-
-def test_refusals(library):
-    numbers = TABLE[library]({"a": [1, 2], "b": [3, 4]})
-    for df, error, match, kwargs in (
-        (TABLE[library]({name: ["x"] for name in "abcdefg"}), TypeError,
-         r"'a' .*'e' .* and 2 more are not numeric", {}),
-        (TABLE[library](), ValueError, "no column", {}),
-        (numbers, ValueError, r"weight has shape \(3,\)", {"weight": np.ones(3)}),
-        (numbers, ValueError, "order='X'", {"order": "X"}),
-        (numbers, ValueError, "nulls='drop'", {"nulls": "drop"}),
-        (numbers, TypeError, "no bfloat16 columns; call layer_norm_columns", {"dtype": "bfloat16"}),
-        (numbers.to_numpy(), TypeError, "not a table", {}),
-    ):  # fmt: skip
-        with pytest.raises(error, match=match):
-            frames.layer_norm(df, **kwargs)
 
 
 # --- cuDF: its interface, by a twin whose device memory is the host's ---------------------------

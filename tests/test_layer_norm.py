@@ -12,14 +12,7 @@ import cupynorm as cn
 from tests import oracle
 from tests.conftest import Backend, np_dtype, why_not
 from tests.cpu.layouts import LAYOUTS
-from tests.directions import (
-    axes_of,
-    check,
-    each_direction,
-    laid_out,
-    run,
-    stats_dtype,
-)
+from tests.directions import axes_of, check, each_direction, laid_out, run, stats_dtype
 
 RNG = np.random.default_rng(20260102)
 X3 = RNG.standard_normal((4, 6, 10)) * 2 + 1
@@ -60,7 +53,7 @@ HOWS = [{"normalized_shape": s} for s in SHAPES] + [{"axis": a} for a in AXES]
 @pytest.mark.parametrize("how", HOWS, ids=str)
 def test_normalized_shape_and_axis(lib, direction, how):
     """Weight, bias and their gradients follow the order in which axes are named."""
-    if lib.backend is Backend.JAX and not any(how is some for some in HOWS[::3]):
+    if lib.backend is Backend.JAX and not any(how is some for some in HOWS[::6]):
         pytest.skip("each is compiled anew; axes are resolved alike for all libraries")
     dy, x = lib.array(DY3), lib.array(X3)
     shape = tuple(X3.shape[a] for a in axes_of(3, **how))
@@ -103,25 +96,6 @@ def test_dtype_and_affine(lib, dtype, direction, affine):
     assert [lib.dtype(a) for a in found] == [dtype, *[sums] * (len(found) - 1)]
     assert all(type(a) is type(x) for a in found)
     check(lib, found, dy, x, weight, bias)
-
-
-@each_direction
-def test_weight_and_bias_of_other_dtypes(lib, dtype, direction):
-    if lib.backend.compiles and dtype != "float32":
-        pytest.skip("kernels of each kind are executed in tests/cuda")
-    dy, x = lib.array(DY3, dtype), lib.array(X3, dtype)
-    pairs = itertools.product(lib.backend.dtypes, repeat=2)
-    if lib.backend.compiles:
-        pairs = [("float64", "float16")]
-    elif direction.endswith("backward"):
-        pairs = [(other, other) for other in lib.backend.dtypes]
-    for weight_dtype, bias_dtype in pairs:
-        weight = lib.array(RNG.standard_normal(10), weight_dtype)
-        bias = lib.array(RNG.standard_normal(10), bias_dtype)
-        found = run(direction, dy, x, weight, bias)
-        sums = weight_dtype if direction.endswith("backward") else stats_dtype(dtype)
-        assert [lib.dtype(a) for a in found] == [dtype, *[sums] * (len(found) - 1)]
-        check(lib, found, dy, x, weight, bias)
 
 
 @each_direction
@@ -184,42 +158,6 @@ def test_order_sets_the_layout_of_y(lib, layout, order, assert_close):
     assert tuple(lib.strides(y)) == {"K": kept, "C": (60, 10, 1), "F": (1, 4, 24)}[order]
 
 
-@pytest.mark.needs("writable")
-@pytest.mark.parametrize("axis", [2, (0, 2)])
-def test_out_is_filled_and_returned_and_may_be_x(lib, dtype, axis):
-    """More of it, for the libraries whose calls are settled, in test_calls."""
-    if lib.backend.compiles and dtype != "float32":
-        pytest.skip("each dtype once")
-    x, out = lib.array(X3, dtype), lib.array(np.full(X3.shape, 7.0), dtype)
-    plain = lib.to_numpy(cn.layer_norm(x, axis=axis)).copy()
-    assert cn.layer_norm(x, axis=axis, out=out) is out
-    np.testing.assert_array_equal(lib.to_numpy(out), plain)  # with statistics or without
-    result = cn.layer_norm(x, axis=axis, out=x, return_stats=True)
-    assert result.y is x
-    np.testing.assert_array_equal(lib.to_numpy(x), plain)
-    check(lib, result, None, lib.array(X3, dtype), axis=axis)
-
-
-def assert_same_row(lib, got, want, strided):
-    """The same bits; but a GPU's kernel for strided columns adds them up in an order of its own."""
-    if strided and lib.backend.tile_for_columns:
-        bound = oracle.tolerance("float32", want.shape[-1])
-        np.testing.assert_allclose(got, want, rtol=bound, atol=bound)
-    else:
-        np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.needs("strided")
-def test_out_of_any_layout(lib):
-    x = lib.array(X3)
-    want = lib.to_numpy(cn.layer_norm(x, 10))
-    board = lib.array(np.full((4, 6, 20), 7.0))
-    for out in (board[:, :, ::2], lib.array(np.asfortranarray(np.zeros(X3.shape)))):
-        assert cn.layer_norm(x, 10, out=out) is out
-        assert_same_row(lib, lib.to_numpy(out), want, strided=True)
-    np.testing.assert_array_equal(lib.to_numpy(board)[:, :, 1::2], 7.0)
-
-
 def test_numpy_out_beside_x_in_its_memory(assert_close):
     """Interleaved with x, and x through another view."""
     board = np.zeros((4, 20), np.float32)
@@ -231,13 +169,6 @@ def test_numpy_out_beside_x_in_its_memory(assert_close):
     assert_close(out, want, "float32", 10)
     cn.layer_norm(x, out=x[...])
     np.testing.assert_array_equal(x, out)
-
-
-def test_jax_out_is_refused():
-    jnp = pytest.importorskip("jax.numpy")
-    x = jnp.asarray(X3, dtype="float32")
-    with pytest.raises(TypeError, match=r"out= .*JAX arrays cannot be written to.*returned array"):
-        cn.layer_norm(x, out=x)
 
 
 # --- emptiness, NaN, Inf ------------------------------------------------------------------------
@@ -272,22 +203,6 @@ def test_nothing_in_nothing_out(lib, shape, axis, stats):
             assert cn.layer_norm(x, weight=weight, axis=axis, out=x) is x
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("axis", [0, 1])
-def test_nan_and_inf_spoil_their_row_only(lib, dtype, bad, axis):
-    clean = RNG.standard_normal((7, 7))
-    spoilt = clean.copy()
-    spoilt[3, 3] = bad
-    found = cn.layer_norm(lib.array(spoilt, dtype), axis=axis, return_stats=True)
-    y, mean, rstd = (lib.to_numpy(a).astype(np.float64) for a in found)
-    want = lib.to_numpy(cn.layer_norm(lib.array(clean, dtype), axis=axis)).astype(np.float64)
-    row = (slice(None), 3) if axis == 0 else (3, slice(None))
-    assert np.isnan(y[row]).all() and np.isnan(rstd[row]).all()
-    assert not np.isfinite(mean[row]).any()
-    y[row] = want[row] = 0
-    np.testing.assert_array_equal(y, want)
-
-
 # --- the same bits ------------------------------------------------------------------------------
 
 
@@ -295,6 +210,8 @@ def test_nan_and_inf_spoil_their_row_only(lib, dtype, bad, axis):
 @each_direction
 @pytest.mark.parametrize("n", [1, 7, 64, 250, 1000])
 def test_bits_of_a_row_are_those_of_the_row_alone(lib, direction, n):
+    if lib.backend.compiles and n not in (7, 250):
+        pytest.skip("more of them in cuda/test_rows")
     slopes, values = RNG.standard_normal((40, n)), RNG.standard_normal((40, n)) + 3
 
     def of(part):
@@ -303,6 +220,15 @@ def test_bits_of_a_row_are_those_of_the_row_alone(lib, direction, n):
     whole = of(slice(None))
     for part in (0, 13, 39, slice(3, 20)):
         np.testing.assert_array_equal(of(part), whole[part])
+
+
+def assert_same_row(lib, got, want, strided):
+    """The same bits; but a GPU's kernel for strided columns adds them up in an order of its own."""
+    if strided and lib.backend.tile_for_columns:
+        bound = oracle.tolerance("float32", want.shape[-1])
+        np.testing.assert_allclose(got, want, rtol=bound, atol=bound)
+    else:
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.needs("strided")
@@ -325,39 +251,42 @@ def test_bits_of_a_row_do_not_depend_on_its_layout(lib, n):
 # --- NumPy arrays of every kind -----------------------------------------------------------------
 
 
+# Shapes, and the axes to normalize: of strips, of several strides, of rows in chunks.
+SPREAD = [((33, 17), a) for a in (0, 1, (0, 1))] + [((2, 9000), 1), ((4, 6, 40), (2, 1))]
+SPREAD += [((3, 5, 4, 18), a) for a in (1, (0, 2), (1, 3), (0, 1, 2))]
+
+
 @pytest.mark.needs("numpy")
 @each_direction
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_numpy_arrays_of_every_kind(lib, dtype, direction, layout):
-    """The bits of plain arrays, whatever the memory; results are plain, and can be written."""
+    """The bits of plain arrays, whatever the memory; results are plain, and can be written.
+
+    But for sums over rows, which may be added in another order.
+    """
     norm, gradients = cn.layer_norm, cn.layer_norm_backward
     if "rms" in direction:
         norm, gradients = cn.rms_norm, cn.rms_norm_backward
-    for axis in (0, 1, (0, 1)):
-        shapes = (33, 17), (33, 17), [(33, 17)[a] for a in axes_of(2, axis=axis)]
-        plain = [RNG.standard_normal(s).astype(np_dtype(dtype)) for s in shapes]
+    lay, forward = LAYOUTS[layout], direction.endswith("forward")
+    for shape, axis in SPREAD:
+        lengths = [shape[a] for a in axes_of(len(shape), axis=axis)]
+        plain = [RNG.standard_normal(s).astype(np_dtype(dtype)) for s in (shape, shape, lengths)]
         plain += norm(plain[1], axis=axis, eps=1e-5, return_stats=True)[1:]
 
         def results(dy, x, weight, *stats, axis=axis):
-            if direction.endswith("forward"):
+            if forward:
                 return norm(x, weight=weight, axis=axis, eps=1e-5, return_stats=True)
             return gradients(dy, x, None, *stats, weight, axis=axis)
 
-        want, made = results(*plain), [LAYOUTS[layout](a) for a in plain]
-        check(lib, want, *plain[:3], axis=axis)
+        want, made = results(*plain), [lay(a) for a in plain]
         found = results(*made)
         assert found[0].dtype == made[1].dtype
-        for got, value in zip(found, want, strict=True):
-            assert type(got) is np.ndarray
-            assert got.flags.writeable
-            np.testing.assert_array_equal(got, value)
-
-
-@each_direction
-def test_broadcast_x(direction):
-    """Results of rows that share memory do not."""
-    dy, x = DY3[0, :5].astype(np.float32), np.broadcast_to(X3[0, 0].astype(np.float32), (5, 10))
-    found, want = run(direction, dy, x), run(direction, dy, x.copy())
-    for got, value in zip(found, want, strict=True):
-        np.testing.assert_array_equal(got, value)
-    assert all(found[0].strides) and found[0].flags.writeable
+        assert all(type(a) is np.ndarray and a.flags.writeable for a in found)
+        exact = len(want) if forward else 1
+        for got, value in zip(found[:exact], want, strict=forward):
+            np.testing.assert_array_equal(got, value, str((shape, axis)))
+        if layout == "C" or not all(map(np.array_equal, found, want)):
+            check(lib, found, *plain[:3], axis=axis)
+        for pair in () if forward else ((made[0], plain[1]), (plain[0], made[1])):
+            dx = results(*pair, *plain[2:])[0]
+            np.testing.assert_array_equal(dx, want[0], str((shape, axis)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 import subprocess
 import sys
 import types
@@ -30,19 +31,18 @@ def small(monkeypatch):
 # -- the whole program
 
 
-def test_program_checks_every_path_and_draws(tmp_path):
+@pytest.mark.filterwarnings("ignore:'cupynorm.__main__' found in sys.modules:RuntimeWarning")
+def test_program_checks_every_path_and_draws(tmp_path, capsys, monkeypatch):
+    """Run as `python -m cupynorm` does it, in a process that has the libraries."""
     from matplotlib.image import imread
 
     picture = tmp_path / "new" / "demo.png"
-    done = subprocess.run(
-        [sys.executable, "-m", "cupynorm", "--json", "--picture", picture],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not done.stderr
-    report = json.loads(done.stdout)
+    monkeypatch.setattr(sys, "argv", ["cupynorm", "--json", "--picture", str(picture)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("cupynorm", run_name="__main__", alter_sys=True)
+    said = capsys.readouterr()
+    assert (ended.value.code, said.err) == (0, ""), said.out
+    report = json.loads(said.out)
     assert report["ok"]
     assert report["config"]["versions"]["cupynorm"] == cn.__version__
     seen = {

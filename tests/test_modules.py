@@ -177,30 +177,19 @@ def test_parameters_are_in_the_library_of_the_device(cupy_lib):
             np.testing.assert_array_equal(cupy.asnumpy(array), np.full(5, value, np.float16))
 
 
-def test_parameters_are_on_the_gpu_that_was_named():
-    from tests.ptx.cupy_stand_in import simulated_cupy
-
-    with simulated_cupy(devices=2, reload=("cupynorm._cuda.arrays",)) as cupy:
-        layer = cn.LayerNorm(5, device="cuda:1")
-        assert layer.weight.device.id == layer.bias.device.id == 1
-        assert cupy.cuda.runtime.getDevice() == 0
-        with cupy.cuda.Device(1):
-            assert cn.LayerNorm(5, device="cuda").weight.device.id == 1
-        with pytest.raises(RuntimeError, match=r"'cuda:2' cannot be used .*invalid device"):
-            cn.LayerNorm(5, device="cuda:2")
+def test_parameters_are_on_the_gpu_that_was_named(sim):
+    layer = cn.LayerNorm(5, device="cuda:1")
+    assert layer.weight.device.id == layer.bias.device.id == 1
+    assert sim.cuda.runtime.getDevice() == 0
+    with sim.cuda.Device(1):
+        assert cn.LayerNorm(5, device="cuda").weight.device.id == 1
+    with pytest.raises(RuntimeError, match=r"'cuda:2' cannot be used .*invalid device"):
+        cn.LayerNorm(5, device="cuda:2")
 
 
 @pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu"), np.ones(1).device])
 def test_parameters_on_the_host(device):
     assert type(cn.LayerNorm(5, device=device).weight) is np.ndarray
-
-
-def test_a_gpu_without_cupy_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "cupynorm._cuda.arrays", raising=False)
-    monkeypatch.delattr("cupynorm._cuda.arrays", raising=False)
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match=r"'cuda:1' needs CuPy.*cupynorm\[cuda12\]"):
-        cn.LayerNorm(5, device="cuda:1")
 
 
 def test_without_parameters_x_may_be_of_any_library():
@@ -378,6 +367,10 @@ def test_every_fault_of_a_state_is_told_and_nothing_is_changed():
     with pytest.raises(ValueError, match=r"bias has shape \(7,\)") as alone:
         layer.load_state_dict({"weight": np.zeros((2, 3)), "bias": np.zeros(7)})
     assert "strict" not in str(alone.value)  # it would not help
+    layer.bias = before["bias"]
+    layer.bias.setflags(write=False)
+    with pytest.raises(ValueError, match="bias is read-only"):
+        layer.load_state_dict({"weight": np.zeros((2, 3)), "bias": np.ones((2, 3))})
     for name, array in layer.state_dict().items():
         np.testing.assert_array_equal(array, before[name])
 
@@ -505,14 +498,6 @@ def test_a_file_is_as_open_would_make_it(tmp_path):
     cn.LayerNorm(6).load(path)
 
 
-@pytest.mark.parametrize("name", ["norm.pt", "norm", "norm.npy", "norm.safetensors.bak"])
-def test_other_endings_are_refused(tmp_path, name):
-    for call in (cn.LayerNorm(5).save, cn.LayerNorm(5).load):
-        with pytest.raises(ValueError, match=r"end it in \.safetensors or \.npz"):
-            call(tmp_path / name)
-    assert os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_no_file_and_no_such_format(tmp_path, ending):
     layer, path = cn.LayerNorm(5), tmp_path / f"norm{ending}"
@@ -618,34 +603,6 @@ def locked(shape=5):
     return array
 
 
-FAULTS = {
-    "read-only bias": (locked(), {}, {}),
-    "shape of the bias": (None, {"bias": np.zeros(6, np.float32)}, {}),
-    "dtype of the bias": (None, {"bias": np.zeros(5, int)}, {}),
-    "no array": (None, {"bias": [0.0] * 5}, {}),
-    # These are no faults where it is not strict.
-    "missing": (None, {}, {"without": "bias"}),
-    "unexpected": (None, {"gain": np.zeros(5)}, {}),
-}
-
-
-@pytest.mark.parametrize(
-    ("fault", "strict"),
-    [*((fault, True) for fault in FAULTS), *((fault, False) for fault in list(FAULTS)[:-2])],
-)
-def test_a_state_that_cannot_be_loaded_changes_nothing(fault, strict):
-    bias, wrong, how = FAULTS[fault]
-    layer = cn.LayerNorm(5)
-    layer.bias = layer.bias if bias is None else bias
-    before = layer.bias.copy()
-    state = {"weight": np.full(5, 3.0), "bias": np.full(5, 4.0)} | wrong
-    state.pop(how.get("without"), None)
-    with pytest.raises((TypeError, ValueError)):
-        layer.load_state_dict(state, strict=strict)
-    np.testing.assert_array_equal(layer.weight, np.ones(5))
-    np.testing.assert_array_equal(layer.bias, before)
-
-
 def test_parameters_can_be_swapped():
     layer = random_layer(bias=True)
     weight, bias = layer.weight.copy(), layer.bias.copy()
@@ -683,17 +640,6 @@ def test_dtypes_in_a_file_that_are_none_of_the_four(tmp_path):
     np.testing.assert_array_equal(layer.weight, [1, 1, 1])
 
 
-def test_without_safetensors_it_says_what_to_install(tmp_path, monkeypatch):
-    path = tmp_path / "norm.safetensors"
-    path.touch()
-    for name in ("safetensors", "safetensors.numpy"):
-        monkeypatch.setitem(sys.modules, name, None)
-    for call in (cn.LayerNorm(5).save, cn.LayerNorm(5).load):
-        with pytest.raises(ImportError, match=r"pip install 'cupynorm\[safetensors\]'"):
-            call(path)
-    cn.LayerNorm(5).save(tmp_path / "norm.npz")
-
-
 # --- torch --------------------------------------------------------------------------------------
 
 
@@ -704,6 +650,8 @@ def test_memory_is_shared_with_torch(dtype, kind, variant):
     module = of_torch((2, 3), dtype=dtype_of_torch, **VARIANTS[variant])
     layer = getattr(cn, kind).from_torch(module)
     back = layer.to_torch()
+    with pytest.raises(TypeError, match=rf"takes a torch\.nn\.{kind}"):
+        getattr(cn, kind).from_torch(torch.nn.BatchNorm1d(3))
     assert repr(layer) == repr(module) == repr(back)
     assert type(back) is of_torch
     assert list(layer.state_dict()) == list(module.state_dict()) == list(back.state_dict())
@@ -733,16 +681,6 @@ def test_the_way_on_to_the_torch_adapter():
     np.testing.assert_array_equal(module(torch.from_numpy(x)).detach().numpy(), layer(x))
 
 
-def test_what_from_torch_does_not_take():
-    for module in (torch.nn.RMSNorm(3), torch.nn.BatchNorm1d(3), torch.ones(3), None):
-        with pytest.raises(TypeError, match=r"takes a torch\.nn\.LayerNorm"):
-            cn.LayerNorm.from_torch(module)
-    with pytest.raises(TypeError, match=r"takes a torch\.nn\.RMSNorm"):
-        cn.RMSNorm.from_torch(torch.nn.LayerNorm(3))
-    with pytest.raises(ValueError, match="weight is on meta"):
-        cn.LayerNorm.from_torch(torch.nn.LayerNorm(3, device="meta"))
-
-
 def test_memory_is_shared_with_torch_on_a_gpu(cupy_lib):
     if not cupy_lib.backend.on_gpu or not torch.cuda.is_available():
         pytest.skip("needs a GPU that CuPy and torch both reach")
@@ -751,11 +689,3 @@ def test_memory_is_shared_with_torch_on_a_gpu(cupy_lib):
         layer = cn.LayerNorm.from_torch(module)
         assert layer.weight.data.ptr == module.weight.data_ptr()
         assert layer.to_torch().weight.data_ptr() == module.weight.data_ptr()
-
-
-def test_a_parameter_that_runs_backwards_is_refused_by_torch():
-    """Torch would not raise: it would end the process."""
-    layer = cn.LayerNorm(3)
-    layer.weight = np.ones(6, np.float32)[::-2]
-    with pytest.raises(ValueError, match=r"weight has strides \(-8,\).*weight\.copy\(\)"):
-        layer.to_torch()

@@ -1,7 +1,5 @@
 """Pictures show the right numbers, of arrays of any library; matplotlib comes when one is drawn."""
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -204,31 +202,6 @@ def test_axes_of_the_caller_are_drawn_on(agg):
     assert len(agg.get_fignums()) == before
     assert pair[0].patches
     assert figure.axes == list(pair)
-
-
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda p: p.distributions(data(), 7), "normalized_shape=.*7"),
-        (lambda p: p.distributions(np.ones((0, 4))), r"shape \(0, 4\) has no elements"),
-        (lambda p: p.distributions(data(), rows=[6]), r"rows=\[6\] .* 6 rows .* from 0 to 5"),
-        (lambda p: p.distributions(data(), rows=0), "rows=0 leaves nothing"),
-        (lambda p: p.moments(data(), images=0), "images=0 leaves nothing"),
-        (lambda p: p.moments(data(), ax=[1, 2]), r"2 object\(s\) \(int, int\) .*plt.subplots"),
-        (lambda p: p.moments(data(), ax=matplotlib.figure.Figure().subplots()), "1 object"),
-        (lambda p: p.affine(data()), "neither weight nor bias"),
-        (lambda p: p.affine(data() * np.nan, weight=np.ones(40)), "every row of y"),
-    ],
-)
-def test_errors_say_what_to_do(call, words):
-    with pytest.raises(ValueError, match=words):
-        call(cn.plot)
-
-
-def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"pip install 'cupynorm\[notebook\]'"):
-        cn.plot.moments(data())
 
 
 @pytest.mark.parametrize("style", ["default", "dark_background"])

@@ -7,23 +7,9 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from tests.conftest import Backend, np_dtype
 from tests.cuda.calls import Spent
 from tests.directions import check
-
-BACKENDS = (
-    Backend.NUMPY,
-    Backend.NUMPY_PLAIN,
-    Backend.CUPY_SIMULATED,
-    Backend.CUPY,
-    Backend.TORCH,
-    Backend.TORCH_CUDA,
-)
-RNG = np.random.default_rng(20261125)
-
-
-def numbers(*shape, dtype="float32"):
-    return RNG.standard_normal(shape).astype(np_dtype(dtype))
+from tests.test_calls import BACKENDS, numbers  # noqa: F401
 
 
 def bits(lib, y):
@@ -164,14 +150,6 @@ def test_transforms_are_refused(torch):
 
 
 # --- what a call costs --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sim():
-    from tests.ptx.cupy_stand_in import simulated_cupy
-
-    with simulated_cupy(devices=2, reload=("cupynorm._cuda.arrays",)) as module:
-        yield module
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from cupynorm._cpu import engine as _engine
 from tests import directions, oracle
 from tests.conftest import ALL_DTYPES
 from tests.cpu import door
-from tests.cpu.layouts import LAYOUTS, WRITABLE, guarded, same_bits, values
+from tests.cpu.layouts import LAYOUTS, guarded, same_bits, values
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = ["float16", BF16, "float32", "float64"]
@@ -69,7 +69,7 @@ def test_every_width(engine, direction, dtype):
     """With weight and bias of any dtype in turn; nothing is written beside y."""
     mixed = itertools.cycle(itertools.product(DTYPES, repeat=2))
     for N, (of_weight, of_bias) in zip([*WIDTHS, *MOST[direction]], mixed, strict=False):
-        dy, x = pair((5 if N < 10000 else 2, N), dtype, seed=N, offset=0.5)
+        dy, x = pair((5 if N < 10000 else 1 + (N < 100_000), N), dtype, seed=N, offset=0.5)
         affine = values((N,), of_weight, seed=1), values((N,), of_bias, seed=2)
         y, unharmed = guarded(x.shape, x.dtype)
         found = run(direction, dy, x, (1,), *affine, y=y)
@@ -91,35 +91,6 @@ def test_every_number_of_rows(engine, direction, dtype):
 
 
 @EACH
-@pytest.mark.parametrize("layout", LAYOUTS)
-@each_dtype
-def test_every_layout_gives_the_bits_of_the_contiguous_array(engine, direction, dtype, layout):
-    """Of every result but sums over rows, in whichever of dy and x the odd layout is."""
-    if layout == "big-endian" and dtype is BF16:
-        pytest.skip("ml_dtypes has no big-endian bfloat16")
-    if direction == "backward" and layout not in WRITABLE:
-        pytest.skip("read as any other")
-    lay = LAYOUTS[layout]
-    for shape in [(70, 33), (4, 6, 40), (3, 5, 4, 18), (2, 9000)]:
-        dy, x = pair(shape, dtype, offset=2.0)
-        for k in range(1, 4 if direction == "forward" else 3):
-            for axes in itertools.combinations(range(len(shape)), k):
-                lengths = tuple(shape[a] for a in axes)
-                affine = values(lengths, "float32", seed=1), values(lengths, dtype, seed=2)
-                plain = run(direction, dy, x, axes, *affine)
-                check(direction, plain, dy, x, axes, *affine, slack=2)
-                if direction == "forward":
-                    other = run(direction, dy, lay(x), axes, *affine)
-                    assert all(map(same_bits, other, plain)), (shape, axes)
-                    continue
-                stats = door.forward(x, axes)[1:]
-                for given in ((lay(dy), x), (dy, lay(x)), (lay(dy), lay(x))):
-                    other = run(direction, *given, axes, *affine, stats=stats)
-                    assert same_bits(other[0], plain[0]), (shape, axes)
-                    oracle.assert_gradients((None, *other[1:]), dy, x, axes, affine[0])
-
-
-@EACH
 @each_dtype
 def test_broadcast_inputs(engine, direction, dtype):
     row, one = values((50,), dtype), np.ones((), dtype)
@@ -129,7 +100,9 @@ def test_broadcast_inputs(engine, direction, dtype):
         if direction == "backward":
             spread += [(np.broadcast_to(a, shape), x) for a in (row, one)]
         for given in spread:
-            check(direction, run(direction, *given, axes), *given, axes)
+            found = run(direction, *given, axes)
+            check(direction, found, *given, axes)
+            assert all(found[0].strides) and found[0].flags.writeable  # rows of its own
 
 
 @each_dtype
@@ -254,6 +227,8 @@ def test_offsets_and_scales(engine, direction, dtype):
              (1e18, 1e15)]  # fmt: skip
     every = (1e-5, 0.0, 1.0, 1e6) if direction == "forward" else (1e-5, 1.0)
     for N, (offset, scale), eps in itertools.product((30, 1000, 40000), cases, every):
+        if N == 40000 and eps != 1e-5:
+            continue  # it stands outside of the sums
         dy, x = pair((3, N), dtype, offset=offset, scale=scale)
         weight = values((N,), dtype, seed=2) if direction == "backward" else None
         # The mean of N sums of size `offset` is good to an ulp of s + m', y to far better.

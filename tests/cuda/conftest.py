@@ -3,19 +3,8 @@
 import pytest
 
 from tests.conftest import Backend, why_not
-from tests.cuda.calls import capability_for
-from tests.ptx.cupy_stand_in import simulated_cupy
 
 HERE = ["simulated"] if why_not(Backend.CUPY) else ["simulated", "gpu"]
-
-
-@pytest.fixture
-def sim(request):
-    """The stand-in, with two devices; `sim.simulator` knows what was launched and allocated."""
-    with simulated_cupy(
-        compute_capability=capability_for(request), devices=2, reload=("cupynorm._cuda.arrays",)
-    ) as module:
-        yield module
 
 
 @pytest.fixture(params=[pytest.param(h, marks=[pytest.mark.gpu] * (h == "gpu")) for h in HERE])

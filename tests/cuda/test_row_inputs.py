@@ -226,8 +226,7 @@ def test_nan_and_inf_of_dy_spoil_their_row_and_column_only(machine, family, spoi
 
 
 @pytest.mark.parametrize(
-    ("direction", "limit", "chunks"),
-    [("forward", 4, (4, 5, 9, 11)), ("backward", 2, (3, 5))],
+    ("direction", "limit", "chunks"), [("forward", 4, (4, 5, 9, 11)), ("backward", 2, (3, 5))]
 )
 def test_sections_of_several_chunks(machine, monkeypatch, direction, limit, chunks):
     """What a row of more than 512 chunks takes, with a lower limit instead."""

@@ -181,7 +181,7 @@ def test_ptx_holds_the_copies_of_its_architecture(arch, held):
     for vecs, way in ((3 * 1024, "CC"), (1536, "CCd"))[arch == "75" :]:
         stage = shared_stages(arch, vecs, way)[0]
         assert stage.family.startswith("shared")
-        ptx, _, log = build.compile_text(source_of(stage), build.options(arch))
+        ptx, log = build.ptx_of(source_of(stage), build.virtual_options(arch))
         assert {name for name, text in INSTRUCTIONS.items() if re.search(text, ptx)} == held, log
         # 16 bytes at once, and from shared memory as many.
         assert not re.search(r"\bcp\.async\.ca\b", ptx)

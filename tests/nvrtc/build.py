@@ -181,12 +181,16 @@ def kept(make: Callable[[], Any] | None, *went_in: str, anew: bool = False) -> A
     if make is None:
         return None
     made = make()
-    CACHE.mkdir(exist_ok=True)
-    # Renamed when complete: another worker may be reading.
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(made))
-    part.replace(path)
+    publish(path, json.dumps(made).encode())
     return made
+
+
+def publish(path: Path, made: bytes) -> None:
+    """Write a file that is renamed when it is complete: another worker may be reading."""
+    CACHE.mkdir(exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_bytes(made)
+    part.replace(path)
 
 
 _FACTS_TEXT = Path(__file__).with_name("facts.py").read_text(encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -14,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.nvrtc.build import CACHE, ptx_of, version, virtual_options
+from tests.nvrtc.build import CACHE, ptx_of, publish, version, virtual_options
 
 HERE = Path(__file__).resolve().parent / "engine"
 CXX = os.environ.get("CXX", "g++")
@@ -55,22 +54,15 @@ def engine_path() -> Path:
     path = CACHE / f"engine-{name}.so"
     if path.exists():
         return path
-    CACHE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "engine.so"
         command = [CXX, *FLAGS, *_cpu_flags(), str(HERE / "engine.cpp"), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             msg = f"{CXX} failed:\n{done.stderr}"
             raise CompileError(msg)
-        _publish(made, path)
+        publish(path, made.read_bytes())
     return path
-
-
-def _publish(made: Path, path: Path) -> None:
-    """Give a finished file its final name, unless another process was first."""
-    with contextlib.suppress(FileExistsError):
-        os.link(made, path)
 
 
 def kept(kind: str, make: Callable[[], bytes], *went_in: str) -> bytes:
@@ -79,11 +71,7 @@ def kept(kind: str, make: Callable[[], bytes], *went_in: str) -> bytes:
     if path.exists():
         return path.read_bytes()
     made = make()
-    CACHE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-        part = Path(scratch) / "part"
-        part.write_bytes(made)
-        _publish(part, path)
+    publish(path, made)
     return made
 
 

@@ -38,18 +38,6 @@ class SimulatedDevice:
         """Make it current."""
         self._sim.current_device = self.id
 
-    def begin_capture(self) -> None:
-        """Launches run at once all the same."""
-        self._captured = True
-
-    def end_capture(self) -> None:
-        """A real one gives a graph."""
-        self._captured = False
-
-    def is_capturing(self) -> bool:
-        """Whether a capture has begun and not ended."""
-        return self._captured
-
     def synchronize(self) -> None:
         """Launches have ended when they return; that somebody waited is counted."""
         self._sim.synchronizations += 1

@@ -566,9 +566,7 @@ def test_loads_and_stores(store, load):
 def test_special_registers(cluster):
     grid, block = (4, 3, 2), (4, 2, 5)
     registers = special_registers()
-    lines = [
-        ".reg .u32 %value, %place; .reg .u64 %to; mov.u32 %place, 0;",
-    ]
+    lines = [".reg .u32 %value, %place; .reg .u64 %to; mov.u32 %place, 0;"]
     for name, lengths in (("%ctaid", grid), ("%tid", block)):
         for axis, length in reversed([*zip("xyz", lengths, strict=True)]):
             lines.append(f"mov.u32 %value, {name}.{axis};")

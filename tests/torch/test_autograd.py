@@ -2,21 +2,13 @@
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 
 import cupynorm as cn
 import cupynorm.torch as cn_torch
 from cupynorm._torch import tensors
 from tests.cpu.in_threads import in_threads
-from tests.torch.cases import (
-    TORCHSCRIPT,
-    affine,
-    check,
-    check_gradients,
-    name_of,
-    numbers,
-)
+from tests.torch.cases import TORCHSCRIPT, affine, check, check_gradients, name_of, numbers
 
 pytestmark = pytest.mark.filterwarnings(TORCHSCRIPT)
 
@@ -106,16 +98,6 @@ def test_a_graph_of_the_gradient_costs_one_kernel(monkeypatch):
     got = penalty(ours)
     calls.clear()
     torch.testing.assert_close(got, penalty(theirs))
-
-
-def test_gradcheck_of_the_operator():
-    x, (weight, bias) = numbers(3, 5, dtype=double, grad=True), affine(5, dtype=double, grad=True)
-
-    def function(x, weight, bias):
-        return torch.ops.cupynorm.layer_norm_fwd(x, [1], weight, bias, 1e-5, True)
-
-    assert gradcheck(function, (x, weight, bias))
-    assert gradgradcheck(function, (x, weight, bias))
 
 
 def test_a_large_common_offset():

@@ -77,23 +77,6 @@ def test_where_no_gradient_is_kept():
 # --- tensors that are not memory ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["input", "weight", "bias", "dy"])
-@pytest.mark.parametrize("offset", [0, 8])
-def test_released_memory_is_not_read(which, offset):
-    """FSDP resizes storage to nothing, and views of it keep their shapes and offsets."""
-    x = numbers(offset + 32, grad=True)[offset:].view(4, 8)
-    weight, bias = (t[offset:] for t in affine(offset + 8))
-    dy = numbers(offset + 32)[offset:].view(4, 8)
-    y = cn_torch.layer_norm(x, (8,), weight, bias)
-    given = {"input": x, "weight": weight, "bias": bias, "dy": dy}
-    given[which].untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=r"its storage holds 0 .* was released"):
-        if which == "dy":
-            y.backward(dy)
-        else:
-            cn_torch.layer_norm(x, (8,), weight, bias)
-
-
 def test_meta_and_fake_tensors():
     from torch._subclasses import FakeTensorMode
 
@@ -179,28 +162,6 @@ def test_modes_see_an_operator():
 
 # --- refusals -----------------------------------------------------------------------------------
 
-X = numbers(4, 8)
-REFUSALS = [  # more of them in test_errors
-    ((X, (7,)), ValueError, r"normalized_shape=\(7,\).*\(4, 8\)"),
-    ((X.int(), (8,)), TypeError, r"int32.*input\.to\(torch.float32\)"),
-    ((X, (8,), X[0].int()), TypeError, "weight has dtype int32"),
-    ((X, (8,), X[0].to("meta")), ValueError, "weight is on meta"),
-    ((X, (8,), None, X[0].numpy()), TypeError, r"bias is a numpy.ndarray.*as_tensor\(bias\)"),
-    ((X.numpy(), (8,)), TypeError, "cupynorm.layer_norm"),
-    ((X, (8,), None, None, float("nan")), ValueError, "eps=nan"),
-]
-
-
-@pytest.mark.parametrize(("given", "error", "sentence"), REFUSALS)
-def test_refusals_quote_what_is_wrong(given, error, sentence):
-    for grad in (False, True):
-        X.requires_grad_(grad)
-        try:
-            with pytest.raises(error, match=sentence):
-                cn_torch.layer_norm(*given)
-        finally:
-            X.requires_grad_(False)
-
 
 # --- autocast -----------------------------------------------------------------------------------
 
@@ -247,8 +208,8 @@ def test_autocast_on_cuda_leaves_the_cpu_alone():
 
 
 def test_the_module_named_torch_finds_torch_and_no_library_that_is_not_needed_yet():
-    subprocess.run([sys.executable, "-m", "cupynorm.torch"], check=True, capture_output=True)
-    program = "import sys, cupynorm.torch; print('cupy' in sys.modules, 'numba' in sys.modules)"
+    program = "import runpy, sys; runpy.run_module('cupynorm.torch', run_name='__main__')\n"
+    program += "print('cupy' in sys.modules, 'numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"]
 

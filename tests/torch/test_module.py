@@ -210,12 +210,6 @@ def test_nothing_to_convert_is_said_aloud(caplog):
     assert "found no norm to convert in Sequential; left 1" in caplog.text
 
 
-def test_converting_twice_is_converting_once(caplog):
-    net = cn_torch.convert(cn_torch.convert(model()))
-    assert not caplog.text  # nothing at level WARNING
-    assert kinds(net) == [Norm, Norm, Norm, OtherNorm]
-
-
 @pytest.mark.parametrize("way", [cn_torch.convert, cn_torch.revert])
 def test_an_error_on_the_way_leaves_every_module_as_it_was(way, monkeypatch):
     class Fixed(torch.nn.Module):
