@@ -165,7 +165,7 @@ def check(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How, *added: An
         added = residual, sum_out
     door = door_of(x, weight, bias, out, *added)
     strides = {"x": door.strides(x)}
-    made = _made(shape, strides["x"], order)
+    made = result_strides(shape, strides["x"], order)
     strides["y"] = made if out is None else door.strides(out)
     given = {"x": x, "weight": weight, "bias": bias}
     if op.residual:
@@ -213,14 +213,9 @@ def _check_backward(op: Op, arrays: tuple[Any, ...], how: tuple[Any, Any, Any]) 
     if dsum:
         strides["dsum"] = door.strides(dsum[0])
     if mask[0]:
-        strides["dx"] = _made(shape, strides["x"], "K")
+        strides["dx"] = result_strides(shape, strides["x"], "K")
     facts = Facts(op, True, shape, axes, dtypes, strides, device=door.device(x))
     return Checked(door, facts, turn, (dy, x, mean, rstd, weight, *dsum))
-
-
-def _made(shape: tuple[int, ...], strides: tuple[int, ...] | None, order: str) -> Any:
-    """Strides of a result that is made for an x like this."""
-    return None if strides is None else result_strides(shape, strides, order)
 
 
 # --- arrays ---------------------------------------------------------------------------------------

@@ -230,8 +230,13 @@ def as_table(facts: Facts) -> tuple[tuple[int, ...], Facts]:
     return rows_last(len(facts.shape), facts.axes), table
 
 
-def result_strides(shape: tuple[int, ...], strides: tuple[int, ...], order: str) -> tuple[int, ...]:
-    """Element strides that `empty_like(x, order=order)` gives: dense, for 'K' in x's axis order."""
+def result_strides(shape: tuple[int, ...], strides: Any, order: str) -> Any:
+    """Element strides that `empty_like(x, order=order)` gives: dense, for 'K' in x's axis order.
+
+    None where x has none that count elements.
+    """
+    if strides is None:
+        return None
     axes = list(range(len(shape)))
     if order == "F":
         axes.reverse()

@@ -52,15 +52,15 @@ def classify(x: Any, label: str = "x", beside: Any = None) -> tuple[Any, str]:
     for base in type(x).__mro__:
         origin = base.__module__.partition(".")[0]
         if origin == "polars" and base.__name__ == "LazyFrame":
-            _refuse(f"{label} is a polars LazyFrame", f"pass {label}.collect()")
+            refuse(f"{label} is a polars LazyFrame", f"pass {label}.collect()")
         if origin in TABLES and base.__name__ in _TABLE_TYPES and not _plain_arrow(x):
             taken = _into(beside, TABLES[origin].format(label))
-            _refuse(f"{label} is a {origin} {base.__name__}", f"pass {taken}")
+            refuse(f"{label} is a {origin} {base.__name__}", f"pass {taken}")
     dense = next((way for way in ("toarray", "todense") if hasattr(x, way)), "")
     if dense and ".sparse" in f".{type(x).__module__}":  # SciPy's, CuPy's, PyData's and JAX's
         floats = "" if "float" in str(x.dtype) else ".astype('float32')"
         taken = _into(beside, f"{label}.{dense}(){floats}")
-        _refuse(f"{label} is a sparse {_kind(x)}", f"pass {taken}")
+        refuse(f"{label} is a sparse {kind_of(x)}", f"pass {taken}")
     from array_api_compat import is_array_api_obj
 
     if not isinstance(x, np.generic) and is_array_api_obj(x):
@@ -71,7 +71,7 @@ def classify(x: Any, label: str = "x", beside: Any = None) -> tuple[Any, str]:
     if device in _ON_CPU:
         return _from_dlpack(x, label), "numpy"
     taken = _into(beside, _floats_of(x, label))
-    _refuse(f"{label} is a {_kind(x)}, which is no array", f"pass an array, e.g. {taken}")
+    refuse(f"{label} is a {kind_of(x)}, which is no array", f"pass an array, e.g. {taken}")
 
 
 def _plain_arrow(x: Any) -> bool:
@@ -79,8 +79,10 @@ def _plain_arrow(x: Any) -> bool:
     return str(getattr(x, "type", "")) in ("float", "double") and getattr(x, "null_count", 1) == 0
 
 
-def _kind(x: Any) -> str:
-    return f"{type(x).__module__}.{type(x).__qualname__}"
+def kind_of(x: Any) -> str:
+    """Name a type, or that of an object, in a sentence."""
+    kind = x if isinstance(x, type) else type(x)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _floats_of(x: Any, label: str) -> str:
@@ -102,9 +104,9 @@ def check_layout(label: str, x: Any, *, jagged: bool = True) -> None:
         rows = f"list({label}.unbind())"
         taken = f"torch.nested.as_nested_tensor({rows}, layout=torch.jagged)"
         taken = taken if jagged else f"{label}.unbind()[0]"
-        _refuse(f"{label} is a nested tensor of layout {x.layout}", f"pass {taken}")
+        refuse(f"{label} is a nested tensor of layout {x.layout}", f"pass {taken}")
     if x.layout is not torch.strided and not x.is_nested:
-        _refuse(f"{label} is a tensor of layout {x.layout}", f"pass {label}.to_dense()")
+        refuse(f"{label} is a tensor of layout {x.layout}", f"pass {label}.to_dense()")
 
 
 def _plain_numpy(x: np.ndarray[Any, Any], label: str) -> np.ndarray[Any, Any]:
@@ -112,9 +114,9 @@ def _plain_numpy(x: np.ndarray[Any, Any], label: str) -> np.ndarray[Any, Any]:
         floats = label if x.dtype.kind == "f" and x.itemsize <= 8 else cast_of(label, x)
         floats = f"({floats})" if " / " in floats else floats
         fault = f"{label} is a masked array, whose mask would be ignored"
-        _refuse(fault, f"pass {floats}.filled(numpy.nan)")
+        refuse(fault, f"pass {floats}.filled(numpy.nan)")
     if isinstance(x, np.matrix):
-        _refuse(f"{label} is a numpy.matrix, which is always 2-D", f"pass numpy.asarray({label})")
+        refuse(f"{label} is a numpy.matrix, which is always 2-D", f"pass numpy.asarray({label})")
     return x if type(x) is np.ndarray else x.view(np.ndarray)
 
 
@@ -140,7 +142,8 @@ def _dlpack_device(x: Any) -> int:
     return int(x.__dlpack_device__()[0])
 
 
-def _refuse(fault: str, way_out: str) -> NoReturn:
+def refuse(fault: str, way_out: str) -> NoReturn:
+    """Raise what is wrong with a type, and the way out."""
     msg = f"{fault}; {way_out}"
     raise TypeError(msg)
 

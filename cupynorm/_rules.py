@@ -68,9 +68,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return bfloat16() if name == "bfloat16" else np.dtype(name)
 
 
-def check_x_dtype(
-    name: str, cast: str = "x.astype('float32')", function: str = "layer_norm"
-) -> None:
+def check_x_dtype(name: str, cast: str, function: str = "layer_norm") -> None:
     """Refuse every dtype of x that is not one of the four floating ones."""
     if name not in ITEMSIZE:
         msg = f"x has dtype {name}; {function} takes {_CHOICES}. Cast it first: {cast}"

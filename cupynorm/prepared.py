@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from cupynorm import _calls, _rules, dask, frames
+from cupynorm._libraries import kind_of
 from cupynorm._ops import LAYER_NORM, named
 
 __all__ = ["PreparedLayerNorm", "prepare"]
@@ -44,7 +45,7 @@ class PreparedLayerNorm:
         """Normalize x, into `out` if that is given."""
         door, (weight, bias), facts = self._door, self._affine, self._facts
         if type(x) not in door.types:
-            self._refuse("type", _name(type(x)), _name(door.types[0]))
+            self._refuse("type", kind_of(x), kind_of(door.types[0]))
         select, look, looks = door.select, door.look, self._looks
         plain = select is None or select(x, weight, bias, out) is door
         if (
@@ -127,7 +128,7 @@ class PreparedAddNorm(PreparedLayerNorm):
     def __call__(self, x: Any, residual: Any, out: Any = None, sum_out: Any = None) -> Any:  # type: ignore[override]
         """Normalize x + residual, into `out`, and give the sum, into `sum_out`."""
         if type(x) not in self._door.types:
-            self._refuse("type", _name(type(x)), _name(self._door.types[0]))
+            self._refuse("type", kind_of(x), kind_of(self._door.types[0]))
         self._admit(x)
         found = self._by_rules(x, out, residual, sum_out)
         return named(self._facts.op, self._facts.stats, found)
@@ -137,10 +138,6 @@ def _rebuilt(
     kind: type[PreparedLayerNorm], door: str, state: tuple[Any, ...], affine: tuple[Any, Any]
 ) -> PreparedLayerNorm:
     return kind(import_module(door).DOOR, state, affine)
-
-
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def prepare(
@@ -234,7 +231,7 @@ def prepare(
     for label, array in zip(("x", "weight", "bias"), checked.arrays[:3], strict=True):
         if array is not None and type(array) not in door.types:
             msg = (
-                f"{label} is a {_name(type(array))}, and prepared calls know plain tensors alone; "
+                f"{label} is a {kind_of(array)}, and prepared calls know plain tensors alone; "
                 "call cupynorm.torch.layer_norm"
             )
             raise TypeError(msg)
@@ -245,7 +242,7 @@ def prepare(
 
 def _refuse_kind(x: Any) -> NoReturn:
     msg = (
-        f"x is a {_name(type(x))}, for which nothing can be prepared; cupynorm.prepare takes NumPy "
+        f"x is a {kind_of(x)}, for which nothing can be prepared; cupynorm.prepare takes NumPy "
         "and CuPy arrays and torch tensors on the CPU or, where CuPy is installed, a CUDA device. "
         "Call cupynorm.layer_norm(x, ...)"
     )

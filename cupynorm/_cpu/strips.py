@@ -137,28 +137,34 @@ def _truths(p, n, q):  # type: ignore[no-untyped-def]
         q[i] = like(q, p[i] != 0)
 
 
-@inner
-def _load(kind, x, n, q):  # type: ignore[no-untyped-def]
-    """Read n elements of a column at address x in the dtype of q: here, of no dtype."""
+def _loading(kinds: tuple[str, ...], first: int = 0) -> Any:
+    """Make what reads n elements at x, of the dtype with this number, in the dtype of q.
 
+    A tree: the compiler's recursion is as deep as that of the functions.
+    """
+    if len(kinds) == 1:
+        cast, kind = (_truths, "uint8") if kinds == ("bool",) else (_cast, *kinds)
 
-def _loading(number: int, kind: str, cast: Any, others: Any) -> Any:
-    """Make what reads columns of the dtype of this number; ``others`` reads the rest."""
+        @inner
+        def load_one(which, x, n, q):  # type: ignore[no-untyped-def]
+            cast(at(x, kind), n, q)
+
+        return load_one
+    split = first + len(kinds) // 2
+    low, high = _loading(kinds[: split - first], first), _loading(kinds[split - first :], split)
 
     @inner
-    def load(which, x, n, q):  # type: ignore[no-untyped-def]
-        if which == number:
-            cast(at(x, kind), n, q)
+    def load_some(which, x, n, q):  # type: ignore[no-untyped-def]
+        if which < split:
+            low(which, x, n, q)
         else:
-            others(which, x, n, q)
+            high(which, x, n, q)
 
-    return load
+    return load_some
 
 
-for _number, _kind in enumerate(COLUMN_DTYPES):
-    if _kind != "float16" or F16C:  # else Python has widened the column
-        _how = ("uint8", _truths) if _kind == "bool" else (_kind, _cast)
-        _load = _loading(_number, *_how, _load)
+# Where there is no instruction, Python has widened columns of float16, and none has its number.
+_load = _loading(tuple("float32" if k == "float16" and not F16C else k for k in COLUMN_DTYPES))
 
 
 @inner

@@ -240,9 +240,8 @@ def of_backward(facts: Facts) -> Facts:
         dtypes["dweight"] = dtypes["weight"]
     if facts.op.center:
         dtypes["dbias"] = dtypes.get("weight") or stats_dtype(dtypes["x"])
-    x = facts.strides["x"]
-    dx = None if x is None else result_strides(facts.shape, x, "K")
-    strides = {"x": x, "dy": facts.strides["y"], "dx": dx}
+    dx = result_strides(facts.shape, facts.strides["x"], "K")
+    strides = {"x": facts.strides["x"], "dy": facts.strides["y"], "dx": dx}
     if facts.op.residual:
         strides["dsum"] = facts.strides["y"]
     return facts._replace(op=facts.op.alone, backward=True, dtypes=dtypes, strides=strides)

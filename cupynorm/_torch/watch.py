@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from cupynorm._libraries import kind_of
+
 # Who watches:
 ARITHMETIC = 0  # nobody
 GRADIENT = 1  # reverse-mode autograd
@@ -115,9 +117,8 @@ def refuse_no_tensor(label: str, value: Any, way_out: str = "") -> None:
     """Refuse what is neither a tensor nor None; where there must be one, the rules say so."""
     if (value is None and label != "input") or isinstance(value, torch.Tensor):
         return
-    kind = type(value)
     way_out = way_out or f"torch.as_tensor({label})"
-    msg = f"{label} is a {kind.__module__}.{kind.__qualname__}, not a torch.Tensor; pass {way_out}"
+    msg = f"{label} is a {kind_of(value)}, not a torch.Tensor; pass {way_out}"
     raise TypeError(msg)
 
 

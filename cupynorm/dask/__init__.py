@@ -6,7 +6,7 @@ Lays graphs out and runs nothing. Dask itself is imported when a collection has 
 from typing import Any
 
 from cupynorm._calls import How
-from cupynorm._libraries import library_of
+from cupynorm._libraries import kind_of, library_of
 from cupynorm._ops import LAYER_NORM, LayerNormResult, Op
 
 __all__ = ["layer_norm"]
@@ -79,7 +79,7 @@ def layer_norm(
 
     if not is_dask_collection(x):
         msg = (
-            f"x is a {type(x).__module__}.{type(x).__qualname__}, no Dask collection; call "
+            f"x is a {kind_of(x)}, no Dask collection; call "
             "cupynorm.layer_norm(x), or make it one, e.g. dask.array.from_array(x)"
         )
         raise TypeError(msg)

@@ -6,7 +6,7 @@ Imports Dask, so it is imported itself when a collection has come.
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -14,7 +14,7 @@ from array_api_compat import array_namespace
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
-from cupynorm import _calls, _reference, _rules, frames
+from cupynorm import _calls, _libraries, _reference, _rules, frames
 from cupynorm._calls import How
 from cupynorm._libraries import cast_of, check_companion, library_of
 from cupynorm._ops import Op
@@ -34,7 +34,7 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any
     normalized_shape, axis, eps, order, return_stats = how
     _rules.check_order(order)
     if out is not None:
-        _refuse(
+        _libraries.refuse(
             "out= is given but a Dask collection has no memory to write to",
             "use the returned one, e.g. y.store(target)",
         )
@@ -117,18 +117,18 @@ def _blocks(
 def _of_frame(op: Op, x: Any, weight: Any, bias: Any, how: How) -> Any:
     """One task per partition, which holds whole rows."""
     if "DataFrame" not in [base.__name__ for base in type(x).__mro__]:
-        _refuse(
+        _libraries.refuse(
             f"x is a Dask {type(x).__name__}, which is neither a Dask array nor a DataFrame",
             "pass a Dask array, e.g. dask.array.from_array or x.to_frame() for a Series",
         )
     if how[-1]:
-        _refuse(
+        _libraries.refuse(
             "return_stats=True is given, but the statistics of a Dask DataFrame have no form here",
             "normalize its array, e.g. x.to_dask_array(lengths=True)",
         )
     for label, value in (("weight", weight), ("bias", bias)):
         if hasattr(value, "dask"):
-            _refuse(
+            _libraries.refuse(
                 f"{label} is a Dask collection, but partitions need the values themselves",
                 f"pass {label}.compute()",
             )
@@ -232,18 +232,13 @@ def _check_blocks(x: Any) -> None:
         elif hasattr(meta, "toarray"):
             block = "lambda block: block.toarray()"
             plain = f"x.map_blocks({block}, dtype=x.dtype, meta=numpy.zeros((0, 0), x.dtype))"
-        _refuse(
-            f"x is a Dask array of {type(meta).__module__}.{type(meta).__qualname__} blocks",
+        _libraries.refuse(
+            f"x is a Dask array of {_libraries.kind_of(meta)} blocks",
             f"layer_norm takes blocks of NumPy and of CuPy. Convert them first, e.g. {plain}",
         )
     name = _rules.dtype_name(x.dtype)
     if name not in _rules.ITEMSIZE:
         _rules.check_x_dtype(name, cast_of("x", meta))
-
-
-def _refuse(fault: str, way_out: str) -> NoReturn:
-    msg = f"{fault}; {way_out}"
-    raise TypeError(msg)
 
 
 def _axes(x: Any, normalized_shape: Any, axis: Any) -> Axes:

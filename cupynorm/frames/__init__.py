@@ -7,7 +7,7 @@ from typing import Any
 
 from cupynorm import _rules
 from cupynorm._calls import How
-from cupynorm._libraries import TABLES
+from cupynorm._libraries import TABLES, kind_of
 from cupynorm._ops import LAYER_NORM, RMS_NORM, ZERO_CENTERED, Op
 from cupynorm.frames import columns, tables
 
@@ -119,10 +119,8 @@ def rms_norm(
 
 def _of_table(op: Op, df: Any, *given: Any, **named: Any) -> Any:
     if not is_table(df):
-        msg = (
-            f"df is a {type(df).__module__}.{type(df).__qualname__}, not a table of pandas, "
-            "polars, Arrow or cuDF; pass arrays to cupynorm.layer_norm"
-        )
+        fault = f"df is a {kind_of(df)}, not a table of pandas, polars, Arrow or cuDF"
+        msg = f"{fault}; pass arrays to cupynorm.layer_norm"
         raise TypeError(msg)
     return _normalize(op, df, *given, **named)
 

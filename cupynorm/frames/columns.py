@@ -272,7 +272,7 @@ def _as_list(columns: Any) -> str:
 def _check_values(label: str, x: Any, first: Any) -> None:
     if _libraries.library_of(x) not in ("numpy", "cupy"):
         msg = (
-            f"{label} is a {type(x).__module__}.{type(x).__qualname__}; columns are NumPy or CuPy "
+            f"{label} is a {_libraries.kind_of(x)}; columns are NumPy or CuPy "
             f"arrays. Pass {_libraries.on_host(label, x)} (cupy.from_dlpack on a GPU)"
         )
         raise TypeError(msg)

@@ -6,6 +6,7 @@ It calls the public functions and knows arrays; it imports no other adapter, nor
 from typing import Any, Self
 
 from cupynorm import _rules
+from cupynorm._libraries import kind_of
 from cupynorm.functional import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from cupynorm.modules import _parameters
 from cupynorm.modules._parameters import Stateful
@@ -173,9 +174,8 @@ class _Norm(Stateful):
         import torch
 
         if not isinstance(module, getattr(torch.nn, cls._torch_name)):
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
             wanted = f"torch.nn.{cls._torch_name}"
-            msg = f"from_torch takes a {wanted}, not a {kind}; pass the layer itself"
+            msg = f"from_torch takes a {wanted}, not a {kind_of(module)}; pass the layer itself"
             raise TypeError(msg)
         make: Any = cls
         layer = make(module.normalized_shape, module.eps, elementwise_affine=False)

@@ -286,7 +286,7 @@ def check_own(label: str, array: Any) -> None:
     if library_of(array) not in ("numpy", "cupy"):
         made = f"{_libraries.on_host(at, array)}.copy()"
         msg = (
-            f"{label} is a {type(array).__module__}.{type(array).__qualname__}, and the parameters "
+            f"{label} is a {_libraries.kind_of(array)}, and the parameters "
             f"of a layer are NumPy or CuPy arrays; assign one: {at} = {made}"
         )
         raise TypeError(msg)

@@ -17,7 +17,7 @@ def check_kind(X: Any) -> None:
         classify(X, "X")
     if dask.is_collection(X):
         msg = (
-            f"X is a {type(X).__module__}.{type(X).__qualname__}, and scikit-learn's checks would "
+            f"X is a {_libraries.kind_of(X)}, and scikit-learn's checks would "
             "compute it; call cupynorm.layer_norm(X), which is lazy, or X.compute() first"
         )
         raise TypeError(msg)
@@ -26,7 +26,7 @@ def check_kind(X: Any) -> None:
         ways["toarray"] = "X.toarray()"
         dense = next((way for name, way in ways.items() if hasattr(X, name)), "X.todense()")
         msg = (
-            f"X is sparse ({type(X).__module__}.{type(X).__qualname__}): subtracting each row's "
+            f"X is sparse ({_libraries.kind_of(X)}): subtracting each row's "
             f"mean would make it dense. Pass {dense} if that fits into memory, or scale without "
             "centering, e.g. by sklearn.preprocessing.Normalizer"
         )

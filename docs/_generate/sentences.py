@@ -196,7 +196,7 @@ def _is_text(node: ast.expr) -> bool:
 def _short(node: ast.expr) -> str:
     """What a reader makes of an expression that is filled in."""
     text = ast.unparse(node)
-    if re.search(r"__(qualname|name|module)__", text):
+    if re.search(r"__(qualname|name|module)__|kind_of\(", text):
         return "module" if "__module__" in text else "type"
     text = re.sub(r"\b(?:tuple|str|repr|os\.fspath)\((.*)\)$", r"\1", text)
     return re.sub(r"\b(?:self|problem|_rules|tile)\.", "", text)
