@@ -63,9 +63,14 @@ def test_histograms_are_those_of_the_rows(rows):
             np.testing.assert_allclose((heights - base) / 0.85, counts / counts.max())
 
 
-def test_dots_and_bars_are_means_and_deviations():
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "add_rms_norm"])
+def test_dots_and_bars_are_means_and_deviations(op):
     x = data()
-    for ax, table in zip(cn.plot.distributions(x, rows=[1, 3]), (x, exact(x)), strict=True):
+    axes, after = cn.plot.distributions(x, rows=[1, 3], op=op), exact(x)
+    if "rms" in op:
+        after = oracle.layer_norm(x, (-1,), None, None, np.finfo(x.dtype).eps, center=False)[0]
+    assert axes[1].get_title() == f"after {op.removeprefix('add_')}"
+    for ax, table in zip(axes, (x, after), strict=True):
         for bar, i in zip(ax.containers, (1, 3), strict=True):
             dot, _, (segments,) = bar.lines
             ((left, _), (right, _)) = segments.get_segments()[0]
@@ -147,12 +152,14 @@ def test_a_wide_span_gets_a_scale_of_powers():
 # --- affine -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("op", ["layer_norm", "zero_centered_layer_norm"])
 @pytest.mark.parametrize("given", ["weight", "bias", "both"])
-def test_bands_are_those_of_the_columns(given):
+def test_bands_are_those_of_the_columns(given, op):
     x = data((50, 6))
     w = np.linspace(-2, 3, 6) if given != "bias" else None
     b = np.linspace(5, 1, 6) if given != "weight" else None
-    plain, scaled = cn.plot.affine(x, 6, w, b)
+    less = 0 if w is None or op == "layer_norm" else 1
+    plain, scaled = cn.plot.affine(x, 6, w if w is None else w - less, b, op=op)
     for ax, y in ((plain, exact(x)), (scaled, exact(x, weight=w, bias=b))):
         (high, edges, low), (center, _, _) = stairs(ax)[:2]
         np.testing.assert_allclose(center, y.mean(axis=0), atol=1e-12)

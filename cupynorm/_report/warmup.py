@@ -66,11 +66,10 @@ def warmup(
         msg = f"device={device!r} is not 'cuda' or 'cpu'; pass one of them"
         raise ValueError(msg)
     compiled, label = (_of_gpu, "kernels") if device == "cuda" else (_of_cpu, "loops")
-    made: list[str] = []
-    operation = _rules.resolve_op(op)
+    operation, made = _rules.resolve_op(op), dict[str, None]()
     for name in _behind_a_bar(dtypes, f"compiling {label}", progress):
-        made += compiled(operation, shape, name, affine, backward)
-    return list(dict.fromkeys(made))
+        made |= dict.fromkeys(compiled(operation, shape, name, affine, backward))
+    return list(made)
 
 
 def _of_cpu(op: Op, shape: tuple[int, ...], name: str, affine: bool, backward: bool) -> list[str]:

@@ -1,10 +1,10 @@
 """Pictures of layer norm: rows before and after, their statistics, what weight and bias do.
 
-Of the library it imports the public function and its rules, no other adapter; of others,
+Of the library it imports the rules and the settled calls, no other adapter; of others,
 matplotlib alone, when something is drawn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,6 @@ import numpy as np
 from cupynorm import _calls, _rules
 from cupynorm._layout import Facts
 from cupynorm._libraries import to_host
-from cupynorm._ops import LAYER_NORM
-from cupynorm.functional import layer_norm
 from cupynorm.plot import _drawing
 
 __all__ = ["affine", "distributions", "moments"]
@@ -26,9 +24,10 @@ def distributions(
     normalized_shape: Any = None,
     weight: Any = None,
     bias: Any = None,
-    eps: float = 1e-5,
+    eps: float | None = None,
     *,
     axis: Any = None,
+    op: str = "layer_norm",
     rows: int | Sequence[int] = 8,
     ax: Any = None,
 ) -> tuple[Any, Any]:
@@ -45,6 +44,8 @@ def distributions(
         wherever they are, which the norm itself never does. Of a large x pass a part.
     normalized_shape, weight, bias, eps, axis : optional
         As for `cupynorm.layer_norm`.
+    op : str, default 'layer_norm'
+        As for `cupynorm.prepare`; of one that adds, x is the sum.
     rows : int or sequence of int, default 8
         Which rows to draw, counted along the axes that are not normalized: so many, evenly spread
         from the smallest standard deviation to the largest; or exactly these.
@@ -73,16 +74,16 @@ def distributions(
     >>> [label.get_text() for label in before.get_yticklabels()]
     ['row 0', 'row 1']
     """
-    call = _checked(x, normalized_shape, weight, bias, eps, axis)
+    call, normalize = _checked(op, x, weight, bias, (normalized_shape, axis, eps))
     table = _rows_of(call.facts, call.x)
     picked = _picked_rows(table, rows)
-    y = layer_norm(call.x, normalized_shape, weight, bias, eps, axis=axis)
+    y = normalize(weight, bias)
     axes = _drawing.two_axes(ax, (9.0, 1.2 + 0.42 * len(picked)), sharey=True)
     labels = [f"row {i}" for i in picked]
     _drawing.ridges(axes[0], table[picked], labels, _drawing.BEFORE)
     _drawing.ridges(axes[1], _rows_of(call.facts, y)[picked], labels, _drawing.AFTER)
     axes[0].set_title("before")
-    axes[1].set_title("after layer_norm")
+    axes[1].set_title(f"after {call.facts.op.function}")
     return axes
 
 
@@ -134,7 +135,7 @@ def moments(
     if images < 1:
         msg = f"images={images} leaves nothing to draw; pass 1 or more"
         raise ValueError(msg)
-    call = _checked(x, normalized_shape, None, None, 1e-5, axis)
+    call, _ = _checked("layer_norm", x, None, None, (normalized_shape, axis, None))
     table = _rows_of(call.facts, call.x)
     kept = [i for i in range(call.x.ndim) if i not in call.facts.axes]
     shape = [call.x.shape[i] for i in kept]
@@ -164,9 +165,10 @@ def affine(
     normalized_shape: Any = None,
     weight: Any = None,
     bias: Any = None,
-    eps: float = 1e-5,
+    eps: float | None = None,
     *,
     axis: Any = None,
+    op: str = "layer_norm",
     ax: Any = None,
 ) -> tuple[Any, Any]:
     """Draw what weight and bias do to each column of the normalized rows.
@@ -180,7 +182,7 @@ def affine(
     ----------
     x : array
         As for `distributions`.
-    normalized_shape, weight, bias, eps, axis, ax : optional
+    normalized_shape, weight, bias, eps, axis, op, ax : optional
         As for `distributions`; weight or bias must be given.
 
     Returns
@@ -206,18 +208,19 @@ def affine(
     if not given:
         msg = "neither weight nor bias is given, so there is no effect to draw; pass one or both"
         raise ValueError(msg)
-    call = _checked(x, normalized_shape, weight, bias, eps, axis)
+    call, normalize = _checked(op, x, weight, bias, (normalized_shape, axis, eps))
     axes = _drawing.two_axes(ax, (9.0, 3.4), sharey=True)
     looks = ((None, None, _drawing.BEFORE), (weight, bias, _drawing.AFTER))
     for one, (w, b, color) in zip(axes, looks, strict=True):
-        y = _rows_of(call.facts, layer_norm(call.x, normalized_shape, w, b, eps, axis=axis))
+        y = _rows_of(call.facts, normalize(w, b))
         _drawing.band(one, *_mean_and_std_of_columns(y), color)
-    n = y.shape[1]
-    stretch = np.ones(n) if weight is None else _column(call.turn, call.arrays[1])
+    n, unit = y.shape[1], call.facts.op.unit_weight
+    stretch = np.ones(n) if weight is None else _column(call.turn, call.arrays[1]) + unit
     shift = np.zeros(n) if bias is None else _column(call.turn, call.arrays[2])
-    label = f"{'0' if bias is None else 'bias'} ± {'1' if weight is None else 'abs(weight)'}"
+    told = "1" if weight is None else "abs(1 + weight)" if unit else "abs(weight)"
+    label = f"{'0' if bias is None else 'bias'} ± {told}"
     _drawing.outline(axes[1], shift, np.abs(stretch), label)
-    axes[0].set_title("layer_norm alone")
+    axes[0].set_title(f"{call.facts.op.function} alone")
     axes[1].set_title(f"with {' and '.join(given)}")
     return axes
 
@@ -226,15 +229,16 @@ def affine(
 
 
 def _checked(
-    x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float, axis: Any
-) -> _calls.Checked:
-    """Apply the rules of `layer_norm`, and refuse an x without elements."""
-    how = normalized_shape, axis, eps, "K", False
-    call = _calls.check(LAYER_NORM, x, weight, bias, None, how)
+    name: str, x: Any, weight: Any, bias: Any, how: tuple[Any, Any, Any]
+) -> tuple[_calls.Checked, Callable[..., Any]]:
+    """Apply the rules of an operation, refuse an x without elements; what gives y comes, too."""
+    op = _rules.resolve_op(name).alone
+    rest = *how[:2], _rules.default_eps(op, how[2]), "K", False
+    call = _calls.check(op, x, weight, bias, None, rest)
     if not call.facts.size:
         msg = f"x with shape {call.facts.shape} has no elements to draw; pass one that has"
         raise ValueError(msg)
-    return call
+    return call, lambda w, b: _calls.normalize(op, call.x, w, b, None, rest)
 
 
 def _rows_of(facts: Facts, array: Any) -> Array:
