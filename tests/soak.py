@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 import cupynorm as cn
+from cupynorm import _memo
 from tests import oracle
 from tests.conftest import _CONTEXTS, ALL_DTYPES, Backend, library, np_dtype, why_not
 from tests.strategies import Call
@@ -32,6 +33,7 @@ from tests.strategies import Call
 DOORS = [*[Backend.NUMPY] * 6, *[Backend.NUMPY_PLAIN] * 2, *[Backend.TORCH] * 4]
 DOORS = [door for door in (*DOORS, Backend.JAX, Backend.STRICT) if not why_not(door)]
 NUMPYS = [door for door in DOORS if door.numpy]  # torch's threads do not live on in a fork
+_ARENA_MAX = -8  # of glibc's malloc.h
 LARGE = (1500, 700), (3, 400_000), (64, 9000), (40, 40, 400)  # for several threads; long rows
 
 
@@ -140,6 +142,7 @@ class Soak:
 def memory():
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()  # of programs, one for each axis, shape and dtype
+    _memo.settled().clear()  # which is cleared when it is full, too
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free, each thread has kept
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
@@ -193,6 +196,7 @@ def main():
     parser.add_argument("--dtypes", nargs="+", default=ALL_DTYPES)  # each compiles for minutes
     parser.add_argument("--small", type=int, metavar="CALLS")
     given = parser.parse_args()
+    ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)  # what is free in arenas of threads is not given back
     warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # JAX's: the child uses NumPy
     if given.small:
         small(given.small, given.seed)
