@@ -63,7 +63,7 @@ MAY_IMPORT = {
 CEILINGS = {
     "cupynorm": (58, 13_411, {".py"}),
     "bench": (24, 3_992, {".py"}),
-    "tests": (None, 25_556, {".py", ".hpp", ".cpp"}),
+    "tests": (None, 25_566, {".py", ".hpp", ".cpp"}),
     "kernels": (16, 3_656, {".cuh"}),
 }
 MAX_LINES = 500  # of a file of the package, which is one idea

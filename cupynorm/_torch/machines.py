@@ -219,11 +219,11 @@ def _loops(facts: Facts) -> Run:
 
 
 def _lies(value: Any, compute: Any) -> bool:
-    """Whether a weight or bias is taken as it lies; one element may be a negated view."""
+    """Whether a weight or bias is taken as it lies; a view of one element may be negated."""
     if value is None:
         return True
     alike = compute is None or value.dtype is compute
-    return alike and value.is_contiguous() and value.numel() > 1
+    return alike and value.is_contiguous() and value.numel() > 1 and not value.is_neg()
 
 
 def num_threads() -> int:

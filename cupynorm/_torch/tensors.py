@@ -280,7 +280,7 @@ def backward(dy: Any, x: Any, stats: Any, weight: Any, call: tuple[Any, ...], *d
 
 
 def _look(tensor: Any) -> Any:
-    return None if tensor is None else Tensors.look(tensor)
+    return None if tensor is None else (Tensors.look(tensor), tensor.is_neg())
 
 
 def _names(tensors: dict[str, Any]) -> dict[str, str]:

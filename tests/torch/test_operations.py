@@ -358,3 +358,13 @@ def test_a_subclass_whose_method_calls_torchs(op):
         assert torch.equal(a.as_subclass(torch.Tensor), b)
     copies = copy.deepcopy(want), pickle.loads(pickle.dumps(want))
     assert all(type(c) is type(want) for c in copies)
+
+
+@whole
+def test_a_weight_that_is_a_negated_view(op):
+    """A contiguous one looks like any other, for which the backward may be settled already."""
+    x, weight, dy = numbers(3, 8), numbers(8), numbers(3, 8)
+    want = ours(op, y := x.clone().requires_grad_(), -weight)
+    slope = torch.autograd.grad(want, y, dy)[0]
+    found = ours(op, x.requires_grad_(), torch._neg_view(weight))
+    assert torch.equal(torch.autograd.grad(found, x, dy)[0], slope)
