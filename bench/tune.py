@@ -39,7 +39,7 @@ SHARES = (0.05, 0.25, 0.5, 1.0, 2.0)  # blocks per multiprocessor where rows are
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of a table, rows of x until a block leaves a partial sum, whether K3 copies ahead."""
+    """A row of a table, rows of x until a block leaves a partial sum, whether K3 and K4 copy."""
 
     row: Any
     rows_per_partial: int | None = None
@@ -49,7 +49,7 @@ class Candidate:
     def label(self) -> str:
         r = self.row
         text = f"{r.family}/{r.cluster}x{r.threads}/{r.threads_per_row}/r{r.rows_per_group}"
-        text += f"/b{r.blocks_per_sm}" + (f"/v{r.chunks}{'+' * r.ahead}" if r.chunks else "")
+        text += f"/b{r.blocks_per_sm}" + (f"/v{r.chunks}" if r.chunks else "")
         text += f"/p{self.rows_per_partial}" if self.rows_per_partial else ""
         return text + ("" if self.copies else "/registers")
 
@@ -90,7 +90,7 @@ def neighbours(row: Any, backward: bool, table: tuple[Any, ...]) -> list[Candida
     found = [Candidate(r) for r in dict.fromkeys(made) if r == row or _fits(r, backward)]
     if backward:
         found += [Candidate(row, rows_per_partial=count) for count in PARTIALS]
-        found += [Candidate(row, copies=False)] if row.family == "shared" else []
+        found += [Candidate(row, copies=False)] if row.family in ("shared", "cluster") else []
     return list({c.label: c for c in reversed(found)}.values())[::-1]
 
 

@@ -7,8 +7,9 @@
 //     dx = rstd * (g - c1 - x_hat * c2)         rounded; dsum, if there is one, is added to that
 //     dweight = sum over rows of dy * x_hat            dbias = sum over rows of dy
 //
-// Without a centre mean, l and c1 are zero. With `unit_weight` g = dy * (1 + weight). The three sums of a row need one exchange. Without l a row of values near 1e6 would lose most of
-// its digits, here as in the forward.
+// Without a centre mean, l and c1 are zero. With `unit_weight` g = dy * (1 + weight). The three sums of a
+// row need one exchange. Without l a row of values near 1e6 would lose most of its digits, here as in the
+// forward.
 
 // The arguments of every backward kernel that writes dx, in the order of its entry.
 template <class X, class W>
@@ -83,14 +84,19 @@ __device__ __forceinline__ void put_sums(A* sums, const GradientSums<A>& s, int 
     sums[2 * WARPS + warp] = s.gh;
 }
 
+// What WARPS warps have left there: every group of WARPS lanes adds it in the same tree.
+template <class Op, int WARPS, class A>
+__device__ __forceinline__ GradientSums<A> sums_of_warps(const A* sums, int lane) {
+    const A* from = sums + lane % WARPS;
+    return warp_sum<Op, WARPS>(GradientSums<A>{from[0], from[WARPS], from[2 * WARPS]});
+}
+
 // The sums over a block, through A sums[3][WARPS]: written before one barrier, read after it.
 template <class Op, int WARPS, class A>
 __device__ __forceinline__ GradientSums<A> block_sums(A* sums, const GradientSums<A>& mine, int warp, int lane) {
     put_sums<WARPS>(sums, warp_sum<Op, 32>(mine), warp, lane);
     __syncthreads();
-    // Every group of WARPS lanes adds the warps' sums in the same tree.
-    const A* from = sums + lane % WARPS;
-    return warp_sum<Op, WARPS>(GradientSums<A>{from[0], from[WARPS], from[2 * WARPS]});
+    return sums_of_warps<Op, WARPS>(sums, lane);
 }
 
 // h and g of vector k, s is dy. dy is zero past the row's end, x - mean is not: it is left out.

@@ -140,28 +140,33 @@ __device__ __forceinline__ void norm_fwd_shared(const RowArguments<X, W, B>& a) 
     }
 }
 
-// ---- K3 backward: rows beyond K2's whose dweight and dbias fit shared memory ----------------------------
-// As K2, but the sums over rows lie in shared memory. Where x and dy of one row fit beside them, the next
-// row is copied there while a row is worked on, and costs no registers. Elsewhere it is fetched into
-// registers if they hold it (AHEAD).
+// ---- backward ----------------------------------------------------------------------------------------
+// Rows beyond K2's. As there, but the sums over rows lie in shared memory, and a row has one block (K3)
+// or a cluster, of which each block has a run of the row's chunks (K4). Then the sums of every chunk go to
+// all blocks and are added in the tree of K5, so that dx has the bits that K5 gives it.
 //
-// Shared memory: SharedTotals, then A sums[2][3][WARPS]; with copies then Vec x[vecs + 1], dy[vecs + 1],
-// stats, u64 arrival.
+// Where x and dy fit beside the sums, the next row is copied there while a row is worked on, and costs no
+// registers. Elsewhere it is fetched into registers if they hold it (AHEAD), or when it is its turn.
+//
+// Shared memory: SharedTotals; of K3 A sums[2][3][WARPS]; of K4 A sums[SLOTS][3][CHUNK_WARPS] of this
+// block's chunks and A all[2][3][32] of the row's; with copies then Vec x[vecs + 1], dy[vecs + 1], stats,
+// u64 arrival.
 
-// The row that comes next, copied to shared memory.
-template <class Op, bool ALIGNED, int STAGING, bool AHEAD, int THREADS, int VECS, class X>
+// The row that comes next, of which a thread holds VECS vectors in each of PARTS parts.
+template <class Op, bool ALIGNED, int STAGING, bool AHEAD, int THREADS, int PARTS, int VECS, class X>
 struct NextGradient {
     typedef typename Accumulator<X>::type A;
     StagedRow<X> x, dy;
-    Vec* stats;  // mean and rstd
+    int begin, count;  // this block's columns
+    Vec* stats;        // mean and rstd
     u64* arrival;
     u32 phase;
     // What a few threads bring through registers: x's ends in the second warp, dy's in the third, the
     // statistics in the fourth. It is loaded when the copies start, and put in its place later.
     Vec carried;
 
-    __device__ __forceinline__ NextGradient(void* at, int N)
-        : x((Vec*)at, (const X*)0, N), dy(x.at + x.vecs + 1, (const X*)0, N), phase(0) {
+    __device__ __forceinline__ NextGradient(void* at, int begin, int count)
+        : x((Vec*)at, (const X*)0, count), dy(x.at + x.vecs + 1, (const X*)0, count), begin(begin), count(count), phase(0) {
         stats = dy.at + x.vecs + 1;
         arrival = (u64*)(stats + 1);
         if (threadIdx.x == 0) arrival_init(arrival, arrivals<STAGING, THREADS>());
@@ -169,10 +174,11 @@ struct NextGradient {
     }
 
     template <class W>
-    __device__ __forceinline__ void start(const GradientArguments<X, W>& a, i64 row, i64, int, int) {
+    __device__ __forceinline__ void start(
+        const GradientArguments<X, W>& a, i64 row, const int (&)[PARTS], const int (&)[PARTS], int) {
         if (row >= a.rows) return;
-        x = StagedRow<X>(x.at, a.x + row_offset(row, a.rows, a.M, a.x_outer, a.x_row), (int)a.N);
-        dy = StagedRow<X>(dy.at, a.dy + row_offset(row, a.rows, a.M, a.dy_outer, a.dy_row), (int)a.N);
+        x = StagedRow<X>(x.at, a.x + row_offset(row, a.rows, a.M, a.x_outer, a.x_row) + begin, count);
+        dy = StagedRow<X>(dy.at, a.dy + row_offset(row, a.rows, a.M, a.dy_outer, a.dy_row) + begin, count);
         const int x_granules = x.granules_of(0, x.vecs), dy_granules = dy.granules_of(0, dy.vecs);
         if (STAGING == STAGE_BULK && threadIdx.x == 0) {
             fence_bulk();
@@ -198,187 +204,156 @@ struct NextGradient {
 
     template <class W>
     __device__ __forceinline__ void take(
-        GradientRow<32, VECS, A>& r, const GradientArguments<X, W>&, i64, i64, int, int lane) {
+        GradientRow<32, VECS, A> (&r)[PARTS], const GradientArguments<X, W>&, i64, const int (&)[PARTS],
+        const int (&)[PARTS], int lane) {
         wait_for(arrival, phase);
         phase ^= 1;
-        const int mine = threadIdx.x / 32 * 32 * VECS + lane;
-#pragma unroll
-        for (int k = 0; k < VECS; ++k) {
-            r.x.v[k] = x.template columns<ALIGNED>(mine + k * 32);
-            r.dy.v[k] = dy.template columns<ALIGNED>(mine + k * 32);
-        }
         A t[16 / sizeof(A)];
         unpack(load_shared16(stats), t, (const A*)0);
-        r.mean = t[0];
-        r.rstd = t[1];
+#pragma unroll
+        for (int j = 0; j < PARTS; ++j) {
+            const int mine = (j * THREADS / 32 + threadIdx.x / 32) * 32 * VECS + lane;
+#pragma unroll
+            for (int k = 0; k < VECS; ++k) {
+                r[j].x.v[k] = x.template columns<ALIGNED>(mine + k * 32);
+                r[j].dy.v[k] = dy.template columns<ALIGNED>(mine + k * 32);
+            }
+            r[j].mean = t[0];
+            r[j].rstd = t[1];
+        }
         __syncthreads();  // before the next copies
     }
     __device__ __forceinline__ void settle(GradientRow<32, VECS, A>&, int, int) const {}
 };
 
 // The same in registers, or fetched when it is its turn.
-template <class Op, bool ALIGNED, bool AHEAD, int THREADS, int VECS, class X>
-struct NextGradient<Op, ALIGNED, STAGE_REGISTERS, AHEAD, THREADS, VECS, X> {
+template <class Op, bool ALIGNED, bool AHEAD, int THREADS, int PARTS, int VECS, class X>
+struct NextGradient<Op, ALIGNED, STAGE_REGISTERS, AHEAD, THREADS, PARTS, VECS, X> {
     typedef typename Accumulator<X>::type A;
-    GradientRow<32, VECS, A> next;
+    typedef GradientRow<32, VECS, A> Part;
+    Part next[PARTS];
 
-    __device__ __forceinline__ NextGradient(void*, int) {}
+    __device__ __forceinline__ NextGradient(void*, int, int) {}
     template <class W>
-    __device__ __forceinline__ void start(const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
-        if (AHEAD) fetch<Op, ALIGNED>(next, a, row, first, n, lane);
+    static __device__ __forceinline__ void bring(
+        Part (&r)[PARTS], const GradientArguments<X, W>& a, i64 row, const int (&first)[PARTS], const int (&n)[PARTS],
+        int lane) {
+#pragma unroll
+        for (int j = 0; j < PARTS; ++j) fetch<Op, ALIGNED>(r[j], a, row, first[j], n[j], lane);
+    }
+    template <class W>
+    __device__ __forceinline__ void start(
+        const GradientArguments<X, W>& a, i64 row, const int (&first)[PARTS], const int (&n)[PARTS], int lane) {
+        if (AHEAD) bring(next, a, row, first, n, lane);
     }
     __device__ __forceinline__ void put_carried() const {}
     template <class W>
     __device__ __forceinline__ void take(
-        GradientRow<32, VECS, A>& r, const GradientArguments<X, W>& a, i64 row, i64 first, int n, int lane) {
-        if (AHEAD)
-            r = next;
-        else
-            fetch<Op, ALIGNED>(r, a, row, first, n, lane);
+        Part (&r)[PARTS], const GradientArguments<X, W>& a, i64 row, const int (&first)[PARTS], const int (&n)[PARTS],
+        int lane) {
+        if (!AHEAD) bring(next, a, row, first, n, lane);
+#pragma unroll
+        for (int j = 0; j < PARTS; ++j) r[j] = next[j];
     }
-    __device__ __forceinline__ void settle(GradientRow<32, VECS, A>& r, int n, int lane) const { to_columns<ALIGNED, X>(r, n, lane); }
+    __device__ __forceinline__ void settle(Part& r, int n, int lane) const { to_columns<ALIGNED, X>(r, n, lane); }
 };
-
-template <class Op, bool ALIGNED, int THREADS, int VECS, int STAGING, bool AHEAD, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
-__device__ __forceinline__ void norm_bwd_shared(const GradientArguments<X, W>& a) {
-    typedef typename Accumulator<X>::type A;
-    constexpr int V = PerVec<X>::count;
-    constexpr int WARPS = THREADS / 32;
-    constexpr int COLS = 32 * VECS * V;  // columns of one warp
-    typedef SharedTotals<THREADS, A, V> Totals;
-    DYNAMIC_SHARED(shared);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int first = warp * COLS;
-    const int n = at_most(a.N - first, COLS);
-    Totals totals = {shared + 16 * threadIdx.x, DWEIGHT ? VECS * Totals::PER_VEC : 0};
-    A* sums = (A*)(shared + ((int)DWEIGHT + (int)DBIAS) * VECS * Totals::PER_VEC);
-    totals.template clear<VECS, DWEIGHT, DBIAS>();
-
-    NextGradient<Op, ALIGNED, STAGING, AHEAD, THREADS, VECS, X> next(sums + 2 * 3 * WARPS, (int)a.N);
-    next.start(a, blockIdx.x, first, n, lane);
-    next.put_carried();
-    if (STAGING != STAGE_REGISTERS) __syncthreads();
-    const Affine<HAS_WEIGHT, false, ALIGNED, 32, VECS, V, W> weight(a.weight + first, n, lane);
-    int half = 0;
-    for (i64 row = blockIdx.x; row < a.rows; row += gridDim.x) {
-        GradientRow<32, VECS, A> r;
-        next.take(r, a, row, first, n, lane);
-        next.start(a, row + gridDim.x, first, n, lane);
-        next.settle(r, n, lane);
-        const GradientSums<A> mine = lane_sums<Op, HAS_WEIGHT, ALIGNED, X>(r, weight, n, lane);
-        if (row + gridDim.x < a.rows) next.put_carried();
-        const RowGradient<A> c = row_gradient<Op>(block_sums<Op, WARPS>(sums + half, mine, warp, lane), a.N);
-        half = 3 * WARPS - half;
-        finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(r, c, a, weight, row, first, n, lane, totals);
-    }
-    totals.template leave<X, VECS, DWEIGHT, DBIAS>(a.partials, blockIdx.x, gridDim.x, a.N, first, n, lane);
-}
-
-// ---- K4 backward: rows beyond K3's, 2, 4 or 8 blocks per row --------------------------------------------
-// Each block holds a run of the row's chunks of x and dy in registers, and dweight and dbias of its own
-// columns in shared memory, which shrink with the size of the cluster. The sums of every chunk go to all
-// blocks of the cluster and are added in the tree of K5, so that dx has the bits that K5 gives it.
-// Clusters go round the rows as blocks do in K3.
-//
-// Shared memory: SharedTotals, then A sums[SLOTS][3][CHUNK_WARPS] of this block's chunks, then
-// A all[2][chunks][3]: peers send the next row's while this row's are read.
 
 // Adds the warps' sums of every chunk of this block, and sends them to all blocks. By one warp: eight
 // lanes have one chunk, and each of them the block that it sends to.
 template <class Op, int CLUSTER, class A>
 __device__ __forceinline__ void send_sums(const A* sums, A* all, const ChunkRun& own, int lane) {
     const int slot = lane / CHUNK_WARPS, to = lane % CHUNK_WARPS;
-    GradientSums<A> s = {0, 0, 0};
-    if (slot < own.count) {
-        const A* from = sums + slot * 3 * CHUNK_WARPS + lane % CHUNK_WARPS;
-        s = GradientSums<A>{from[0], from[CHUNK_WARPS], from[2 * CHUNK_WARPS]};
-    }
-    s = warp_sum<Op, CHUNK_WARPS>(s);
-    if (slot >= own.count || to >= CLUSTER) return;
-    A* there = all + 3 * (own.begin + slot);
+    const bool sends = slot < own.count && to < CLUSTER;
+    const GradientSums<A> s = sums_of_warps<Op, CHUNK_WARPS>(sums + (slot < own.count ? slot : 0) * 3 * CHUNK_WARPS, lane);
+    if (!sends) return;
+    A* there = all + own.begin + slot;
     send(there, to, s.h);
-    send(there + 1, to, s.g);
-    send(there + 2, to, s.gh);
+    send(there + 32, to, s.g);
+    send(there + 64, to, s.gh);
 }
 
-template <class Op, bool ALIGNED, int CLUSTER, int THREADS, int CHUNKS, bool AHEAD, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
-__device__ __forceinline__ void norm_bwd_cluster(const GradientArguments<X, W>& a) {
+// A thread holds HELD vectors of x and of dy.
+template <class Op, bool ALIGNED, int CLUSTER, int THREADS, int HELD, int STAGING, bool AHEAD, bool DX, bool DWEIGHT, bool DBIAS, class X, class W, bool HAS_WEIGHT>
+__device__ __forceinline__ void norm_bwd_shared(const GradientArguments<X, W>& a) {
     typedef typename Accumulator<X>::type A;
     constexpr int V = PerVec<X>::count;
-    constexpr int GROUPS = THREADS / CHUNK_THREADS, SLOTS = GROUPS * CHUNKS;
-    constexpr int COLS = Chunk<X>::cols, WARP_COLS = Chunk<X>::warp_cols;
+    // A slot is the row (K3) or one of its chunks, held by so many warps; each has a run of neighbouring
+    // columns, and its part in every slot of its own.
+    constexpr int WARPS = CLUSTER > 1 ? (int)CHUNK_WARPS : THREADS / 32, VECS = CLUSTER > 1 ? (int)CHUNK_VECS : HELD;
+    constexpr int GROUPS = THREADS / 32 / WARPS, PARTS = HELD / VECS, SLOTS = PARTS * GROUPS;
+    constexpr int WARP_COLS = 32 * VECS * V, COLS = WARPS * WARP_COLS;
     typedef SharedTotals<THREADS, A, V> Totals;
-    typedef GradientRow<32, CHUNK_VECS, A> Part;
-    typedef Affine<HAS_WEIGHT, false, ALIGNED, 32, CHUNK_VECS, V, W> Weight;
-    static_assert(SLOTS * CHUNK_WARPS <= 32 && SLOTS * CLUSTER <= 32, "one warp sends and merges");
+    typedef Affine<HAS_WEIGHT, false, ALIGNED, 32, VECS, V, W> Weight;
+    static_assert(SLOTS * WARPS <= 32 && SLOTS * CLUSTER <= 32, "one warp sends and merges");
     DYNAMIC_SHARED(shared);
-    const int rank = cluster_rank();
-    cluster_arrive();  // this block has started
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % CHUNK_WARPS;
-    const int group = threadIdx.x / CHUNK_THREADS;
-    const int chunks = (int)((a.N + COLS - 1) / COLS);
-    const ChunkRun own = chunks_of_block<CLUSTER>(chunks, rank);
-    const i64 cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
-    int first[CHUNKS], n[CHUNKS];
+    ChunkRun own = {0, 1};
+    int chunks = 1;
+    if constexpr (CLUSTER > 1) {
+        cluster_arrive();  // this block has started
+        chunks = (int)((a.N + COLS - 1) / COLS);
+        own = chunks_of_block<CLUSTER>(chunks, cluster_rank());
+    }
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS, group = threadIdx.x / 32 / WARPS;
+    const i64 begin = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
+    int first[PARTS], n[PARTS];
 #pragma unroll
-    for (int j = 0; j < CHUNKS; ++j) {
+    for (int j = 0; j < PARTS; ++j) {
         const int slot = j * GROUPS + group;
         first[j] = (own.begin + slot) * COLS + warp * WARP_COLS;
         n[j] = slot < own.count ? at_most(a.N - first[j], WARP_COLS) : 0;
     }
-    Totals totals = {shared + 16 * threadIdx.x, DWEIGHT ? CHUNKS * CHUNK_VECS * Totals::PER_VEC : 0};
-    A* sums = (A*)(shared + ((int)DWEIGHT + (int)DBIAS) * CHUNKS * CHUNK_VECS * Totals::PER_VEC);
-    A* all = sums + SLOTS * 3 * CHUNK_WARPS;
-    totals.template clear<CHUNKS * CHUNK_VECS, DWEIGHT, DBIAS>();
+    Totals totals = {shared + 16 * threadIdx.x, DWEIGHT ? HELD * Totals::PER_VEC : 0};
+    A* sums = (A*)(shared + ((int)DWEIGHT + (int)DBIAS) * HELD * Totals::PER_VEC);
+    A* all = sums + SLOTS * 3 * WARPS;
+    totals.template clear<HELD, DWEIGHT, DBIAS>();
 
-    Part next[CHUNKS];
-#pragma unroll
-    for (int j = 0; j < CHUNKS; ++j)
-        if (AHEAD) fetch<Op, ALIGNED>(next[j], a, cluster, first[j], n[j], lane);
-    cluster_wait();  // all blocks have started
+    NextGradient<Op, ALIGNED, STAGING, AHEAD, THREADS, PARTS, VECS, X> next(
+        all + (CLUSTER > 1 ? 2 * 3 * 32 : 3 * WARPS), own.begin * COLS,
+        at_most(a.N - own.begin * COLS, own.count * COLS));
+    next.start(a, begin, first, n, lane);
+    next.put_carried();
+    if (STAGING != STAGE_REGISTERS) __syncthreads();
+    if constexpr (CLUSTER > 1) cluster_wait();  // all blocks have started
+    // Of K3 the warps' sums, of K4 the chunks': the next row's are written while this row's are read.
     int half = 0;
-    for (i64 row = cluster; row < a.rows; row += clusters) {
-        Part r[CHUNKS];
+    for (i64 row = begin; row < a.rows; row += step) {
+        GradientRow<32, VECS, A> r[PARTS];
+        next.take(r, a, row, first, n, lane);
+        next.start(a, row + step, first, n, lane);
 #pragma unroll
-        for (int j = 0; j < CHUNKS; ++j) {
-            if (AHEAD)
-                r[j] = next[j];
-            else
-                fetch<Op, ALIGNED>(r[j], a, row, first[j], n[j], lane);
-        }
-#pragma unroll
-        for (int j = 0; j < CHUNKS; ++j) {
-            to_columns<ALIGNED, X>(r[j], n[j], lane);
+        for (int j = 0; j < PARTS; ++j) {
+            next.settle(r[j], n[j], lane);
             const Weight weight(a.weight + first[j], n[j], lane);
             const GradientSums<A> s =
                 warp_sum<Op, 32>(lane_sums<Op, HAS_WEIGHT, ALIGNED, X>(r[j], weight, n[j], lane));
-            put_sums<CHUNK_WARPS>(sums + (j * GROUPS + group) * 3 * CHUNK_WARPS, s, warp, lane);
+            put_sums<WARPS>(sums + (CLUSTER > 1 ? (j * GROUPS + group) * 3 * WARPS : half), s, warp, lane);
         }
+        if (row + step < a.rows) next.put_carried();
         __syncthreads();
-        if (threadIdx.x < 32) send_sums<Op, CLUSTER>(sums, all + half, own, lane);
-        cluster_arrive();
-        // Only now: the arrival waits for every load that was issued before it.
-#pragma unroll
-        for (int j = 0; j < CHUNKS; ++j)
-            if (AHEAD) fetch<Op, ALIGNED>(next[j], a, row + clusters, first[j], n[j], lane);
-        cluster_wait();
         GradientSums<A> s = {0, 0, 0};
-        if (lane < chunks) {
-            const A* from = all + half + 3 * lane;
-            s = GradientSums<A>{from[0], from[1], from[2]};
+        if constexpr (CLUSTER > 1) {
+            if (threadIdx.x < 32) send_sums<Op, CLUSTER>(sums, all + half, own, lane);
+            cluster_arrive();
+            cluster_wait();
+            const A* from = all + half + lane;
+            if (lane < chunks) s = GradientSums<A>{from[0], from[32], from[64]};
+            s = warp_sum<Op, 32>(s);
+            half = 3 * 32 - half;
+        } else {
+            s = sums_of_warps<Op, WARPS>(sums + half, lane);
+            half = 3 * WARPS - half;
         }
-        half = 3 * chunks - half;
-        const RowGradient<A> c = row_gradient<Op>(warp_sum<Op, 32>(s), a.N);
+        const RowGradient<A> c = row_gradient<Op>(s, a.N);
 #pragma unroll
-        for (int j = 0; j < CHUNKS; ++j) {
-            Totals mine = totals.from(j * CHUNK_VECS);
+        for (int j = 0; j < PARTS; ++j) {
+            Totals mine = totals.from(j * VECS);
             const Weight weight(a.weight + first[j], n[j], lane);
             finish_row<Op, DX, DWEIGHT, DBIAS, HAS_WEIGHT, ALIGNED>(
                 r[j], c, a, weight, row, first[j], n[j], lane, mine);
         }
     }
 #pragma unroll
-    for (int j = 0; j < CHUNKS; ++j)
-        totals.from(j * CHUNK_VECS)
-            .template leave<X, CHUNK_VECS, DWEIGHT, DBIAS>(a.partials, cluster, clusters, a.N, first[j], n[j], lane);
+    for (int j = 0; j < PARTS; ++j)
+        totals.from(j * VECS)
+            .template leave<X, VECS, DWEIGHT, DBIAS>(a.partials, begin, step, a.N, first[j], n[j], lane);
 }

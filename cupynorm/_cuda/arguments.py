@@ -82,7 +82,6 @@ ENTRIES = {
     "bwd_warp": _gradient(),
     "bwd_block": _gradient(),
     "bwd_shared": _gradient(),
-    "bwd_cluster": _gradient(),
     "bwd_split_sums": _gradient("*sums sections chunks_per_section"),
     "bwd_split_merge": Entry("A", "sums *gradients rows sections N"),
     "bwd_split_apply": _gradient("gradients parts"),

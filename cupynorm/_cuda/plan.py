@@ -190,7 +190,7 @@ def make_stage(
     name = f"{problem.op.name}_{template}"
     name = _entry_name(name, CODES[dtype], label, results, w=weight, b=bias)
     return Stage(
-        template="fwd_shared" if template == "fwd_cluster" else template,
+        template=template.replace("_cluster", "_shared"),
         family=f"{family}_bwd" if problem.backward else family,
         constants=constants,
         name=name + ALIGNED * aligned,

@@ -12,7 +12,6 @@ from cupynorm._cuda.plan import (
     CHUNK_THREADS,
     CHUNK_VECS,
     PREDICTED,
-    STAGE_BULK,
     STAGE_LABELS,
     STAGE_REGISTERS,
     VEC_BYTES,
@@ -45,14 +44,7 @@ class Row:
     cluster: int = 1  # blocks per row
     max_vecs_16bit: int = 0  # of 16-bit types, where that is another number
     chunks: int = 0  # that each 256 threads of a block hold in registers, of x and of dy
-    ahead: bool = False  # whether the next row is fetched while this one is summed
-    ahead_f64: bool = False
     source: str = PREDICTED
-
-    @property
-    def slots(self) -> int:
-        """Chunks that a block of a cluster holds of x and dy."""
-        return self.threads // CHUNK_THREADS * self.chunks
 
 
 REGISTERS = ("warp", "block")  # whose threads hold a row
@@ -96,20 +88,19 @@ BACKWARD = (
     Row("block", 256, 128, 128, 1, 3, 3),
     Row("block", 512, 256, 256, 1, 2, 2),
     Row("block", 1024, 512, 512, 1, 1, 1),
-    # From 32 KiB on K3's threads hold no second row, and what it loads and what it computes take
-    # turns: it comes after K4 there. With two chunks a block of K4 the next row fits the registers
-    # beside this one; its last three rows are for devices whose shared memory does not hold the
-    # sums of two chunks.
+    # From 32 KiB on K3 has no room for a second row, and what it loads and what it computes take
+    # turns: it comes after K4 there. With two chunks a block of K4 the next row fits beside the
+    # sums; its last three rows are for devices whose shared memory does not hold those.
     Row("shared", 2 * CHUNK_VECS, 512, 512, 1, 1, 1),
-    Row("cluster", 4 * CHUNK_VECS, 1024, 512, 1, 1, 1, 2, chunks=1, ahead=True),
-    Row("cluster", 8 * CHUNK_VECS, 2048, 512, 1, 1, 1, 4, chunks=1, ahead=True),
-    Row("cluster", 16 * CHUNK_VECS, 4096, 512, 1, 1, 1, 8, chunks=1, ahead=True),
+    Row("cluster", 4 * CHUNK_VECS, 1024, 512, 1, 1, 1, 2, chunks=1),
+    Row("cluster", 8 * CHUNK_VECS, 2048, 512, 1, 1, 1, 4, chunks=1),
+    Row("cluster", 16 * CHUNK_VECS, 4096, 512, 1, 1, 1, 8, chunks=1),
     Row("cluster", 24 * CHUNK_VECS, 6144, 768, 1, 1, 1, 8, chunks=1),
     # With 512 threads of two chunks odd rows spill.
     Row("cluster", 32 * CHUNK_VECS, 2048, 256, 1, 1, 1, 8, chunks=4),
-    Row("cluster", 2 * CHUNK_VECS, 512, 256, 1, 1, 1, 2, chunks=1, ahead=True, ahead_f64=True),
-    Row("cluster", 4 * CHUNK_VECS, 1024, 256, 1, 1, 1, 4, chunks=1, ahead=True, ahead_f64=True),
-    Row("cluster", 8 * CHUNK_VECS, 2048, 256, 1, 1, 1, 8, chunks=1, ahead=True, ahead_f64=True),
+    Row("cluster", 2 * CHUNK_VECS, 512, 256, 1, 1, 1, 2, chunks=1),
+    Row("cluster", 4 * CHUNK_VECS, 1024, 256, 1, 1, 1, 4, chunks=1),
+    Row("cluster", 8 * CHUNK_VECS, 2048, 256, 1, 1, 1, 8, chunks=1),
     Row("shared", 4 * CHUNK_VECS, 512, 512, 1, 1, 1),
     Row("split", 2**60, CHUNK_THREADS, CHUNK_THREADS, 1, 2, 2),
 )
@@ -129,10 +120,12 @@ SPLIT_BLOCKS_PER_SM_BWD = 0.25
 # Rows that a block adds up before it leaves a partial sum: that costs 16 bytes a column, written
 # and read again, where a row of float32 moves 12.
 ROWS_PER_PARTIAL = 4
-# kernels/shared.cuh: up to so many vectors a thread, the next row is copied to
-# shared memory where that has room. One more of float64, and sm_100 spills.
+# kernels/shared.cuh: up to so many vectors a thread, the next row is copied to shared memory where
+# that has room. One more of float64, and sm_100 spills.
 COPIED_VECS = {"float16": 8, "bfloat16": 8, "float32": 8, "float64": 6}
-# Where it has none, it is fetched into registers. One more of float64, and sm_120 spills.
+COPIED_THREADS = 512  # of 768, some of 16-bit types and of float64 spill
+# Where it has none, K3 fetches it into registers. One more of float64, and sm_120 spills. Not K4:
+# the blocks of a cluster would wait for it when they meet.
 AHEAD_VECS = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 3}
 APPLY_VECS = 2  # kernels/split.cuh
 APPLY_BLOCKS_PER_SM = 2
@@ -184,11 +177,10 @@ class _Call:
         if self.backward:
             if row.family == "warp":
                 return 2 * row.threads_per_row * per_thread * self.vec_cols * size
-            if row.family == "cluster":
-                merged = (row.slots * CHUNK_THREADS // 32 + 2 * self.chunks) * 3 * size
-                return row.slots * CHUNK_VECS * self.vec_totals + merged
-            held = per_thread * row.threads * self.vec_totals if row.family == "shared" else 0
-            return 2 * sums + held
+            if row.family == "block":
+                return 2 * sums
+            exchanged = 3 * (warps * row.chunks + 2 * 32) * size if row.chunks else 2 * sums
+            return exchanged + per_thread * row.threads * self.vec_totals
         if row.family in REGISTERS:
             return sums if row.family == "block" else 0
         most = -(-self.chunks // row.cluster)  # chunks of a block
@@ -274,15 +266,8 @@ def _row_plan(call: _Call, row: Row, rows_per_partial: int, copies: bool) -> Pla
 
 def _specialize(call: _Call, row: Row, copies: bool) -> tuple[tuple[int, ...], str, int]:
     """Template arguments of K1 to K4, how the entry's name states them, further shared memory."""
-    per_thread = call.per_thread(row)
+    per_thread, staging, more = call.per_thread(row), call.device.staging, 0
     label = f"t{row.threads_per_row}_v{per_thread}"
-    if row.family == "cluster":
-        label = f"c{row.cluster}_t{row.threads}"
-        if not call.backward:
-            return (row.cluster, row.threads, STAGE_BULK), label, 0
-        ahead = row.ahead_f64 if call.dtype == "float64" else row.ahead
-        held = (row.cluster, row.threads, row.chunks, int(ahead))
-        return held, f"{label}_v{per_thread}", 0
     if row.family == "warp":
         constants = (row.threads, row.threads_per_row, per_thread)
         if call.backward:
@@ -290,19 +275,21 @@ def _specialize(call: _Call, row: Row, copies: bool) -> tuple[tuple[int, ...], s
         return (*constants, row.rows_per_group), f"{label}_r{row.rows_per_group}", 0
     if row.family == "block":
         return (row.threads, per_thread), label, 0
-    staging, next_row = call.device.staging, 0
+    label = f"c{row.cluster}_" * (row.cluster > 1) + f"t{row.threads}"
     if not call.backward:
-        return (1, row.threads, staging), f"t{row.threads}{STAGE_LABELS[staging]}", 0
+        return (row.cluster, row.threads, staging), label + STAGE_LABELS[staging], 0
     # The same for all rows of so many vectors a thread: one entry for them.
-    longest = call.shared_bytes(row) + next_row_bytes(per_thread * row.threads_per_row)
-    few = copies and per_thread <= COPIED_VECS[call.dtype]
-    if not few or longest > call.device.shared_bytes:
+    longest = call.shared_bytes(row) + next_row_bytes(per_thread * row.threads)
+    few = row.threads <= COPIED_THREADS and per_thread <= COPIED_VECS[call.dtype]
+    if copies and few and longest <= call.device.shared_bytes:
+        most = -(-call.chunks // row.cluster)  # chunks of a block
+        more = next_row_bytes(min(call.vecs, most * CHUNK_VECS))
+    else:
         staging = STAGE_REGISTERS
-    ahead = staging == STAGE_REGISTERS and per_thread <= AHEAD_VECS[call.dtype]
-    if staging != STAGE_REGISTERS:
-        next_row = next_row_bytes(call.vecs)
-    held = (row.threads, per_thread, staging, int(ahead))
-    return held, label + STAGE_LABELS[staging], next_row
+    alone = staging == STAGE_REGISTERS and row.cluster == 1
+    ahead = alone and per_thread <= AHEAD_VECS[call.dtype]
+    held = (row.cluster, row.threads, per_thread, staging, int(ahead))
+    return held, f"{label}_v{per_thread}{STAGE_LABELS[staging]}", more
 
 
 def _split_plan(call: _Call, row: Row, rows_per_partial: int) -> Plan:

@@ -113,8 +113,9 @@ def check_capacity(call, plan, device):
     if plan.family in REGISTERS or (backward and plan.family == "shared"):
         lanes, held = plan.threads_per_row, plan.vecs_per_thread
         assert lanes * (held - 1) < vecs <= lanes * held
-        told = (held,) if plan.family != "warp" else (lanes, held)
-        assert stage.constants[: 1 + len(told)] == (stage.block[0], *told)
+        shape = (stage.block[0], lanes, held) if plan.family == "warp" else (stage.block[0], held)
+        shape = (1, *shape) if plan.family == "shared" else shape
+        assert stage.constants[: len(shape)] == shape
         assert not backward or plan.rows_per_block * lanes == stage.block[0]
     elif plan.family == "shared":
         assert chunks <= 15  # of 32 lanes that merge them
@@ -127,12 +128,14 @@ def check_capacity(call, plan, device):
         staged += VEC_BYTES + 8 * most  # the granule more, and a chunk's mbarrier
         assert stage.shared_bytes == staged + 3 * chunks * number
     elif plan.family == "cluster":
-        cluster, threads, held, *_ = stage.constants
-        slots = threads // CHUNK_THREADS * held
+        cluster, threads, held, staging, *_ = stage.constants
+        slots = threads * held // CHUNK_VECS
         assert -(-chunks // cluster) <= slots
         wanted = sum(bool(call.dtype(name)) for name in ("dweight", "dbias"))
         totals = wanted * slots * CHUNK_VECS * VEC_BYTES // ITEMSIZE[dtype] * number
-        assert stage.shared_bytes == totals + 3 * (8 * slots + 2 * chunks) * number
+        room = stage.shared_bytes - totals - 3 * (8 * slots + 2 * 32) * number
+        most = -(-chunks // cluster)  # of a block, which the next row's x and dy are copied to
+        assert room == (2 * (most * CHUNK_VECS + 1) * VEC_BYTES + 16 + 8 if staging else 0)
     else:
         assert plan.sections * plan.chunks_per_section >= chunks
         assert (plan.sections - 1) * plan.chunks_per_section < chunks
@@ -350,11 +353,11 @@ def test_limits_on_sm_90():
     narrow = [(4, (2, 256, 2)), (8, (4, 256, 2)), *wide[2:]]
     assert ends("forward", "float16", SM90, 130) == narrow
     assert ends("forward", "float64", SM90, 130) == [*wide[:3], (104, (8, 512, 2))]
-    ours = [(4, (2, 512, 1, 1)), (8, (4, 512, 1, 1)), (16, (8, 512, 1, 1)), (24, (8, 768, 1, 0))]
-    theirs = [(n, (*c, 1, 1, 1)) for n, c in ours]
-    assert ends("backward", "float16", SM90, 40) == theirs
-    last = (32, (8, 256, 4, 0, 1, 1, 1))
-    assert ends("backward", "float32", SM90, 40) == [*theirs, last]
+    copied = [(n, (*c, 4, 2)) for n, c in ((4, (2, 512)), (8, (4, 512)), (16, (8, 512)))]
+    kept = [*copied, (24, (8, 768, 4, 0)), (32, (8, 256, 16, 0))]
+    for dtype, last in (("float16", 4), ("float32", 5)):
+        found = [(n, (*c, 0, 1, 1, 1)) for n, c in kept[:last]]  # none into registers ahead
+        assert ends("backward", dtype, SM90, 40) == found
     # The longest row of the forward: 8 blocks of 14 chunks, 1.75 MiB; one more fits no block.
     stage = of_chunks("forward", 112, "float16").stages[0]
     assert stage.shared_bytes + CHUNK_VECS * VEC_BYTES > SM90.shared_bytes
@@ -368,7 +371,7 @@ def test_limits_on_sm_90():
 def test_every_row_of_clusters_is_reached():
     for direction, table in TABLES.items():
         rows = [row for row in table if row.cluster > 1]
-        keys = [(r.cluster, r.threads, *([r.chunks] if r.chunks else [])) for r in rows]
+        keys = [(r.cluster, r.threads, *([4 * r.chunks] if r.chunks else [])) for r in rows]
         made = {
             constants[: len(keys[0])]
             for capability, dtype in itertools.product(("90", "100", "120"), ITEMSIZE)

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
+from cupynorm._cuda.plan import CHUNK_VECS, STAGE_BULK, STAGE_REGISTERS, VEC_BYTES
 from cupynorm._cuda.rows import BACKWARD, FORWARD, REGISTERS
 from cupynorm._rules import ITEMSIZE
 from tests.conftest import ALL_DTYPES
@@ -84,7 +84,7 @@ def test_long_rows_in_shared_memory(machine, dtype, vecs, shared):
     room = min(shared * 1024, machine.device.shared_bytes)
     device = dataclasses.replace(machine.device, shared_bytes=room, max_cluster=1)
     result = run(machine, data, at={"x": At(1, 1)}, device=device)
-    assert (result.plan.family, result.plan.stages[0].constants[2:4]) == ("shared", (0, 0))
+    assert (result.plan.family, result.plan.stages[0].constants[3:5]) == ("shared", (0, 0))
     check(result, data)
 
 
@@ -285,12 +285,12 @@ CLUSTERS = [
     ("forward", "bfloat16", 8, 9, {}, (8, 256)),
     ("forward", "float64", 32, 1, {}, (8, 512)),
     ("forward", "float16", 112, 0, {}, (8, 512)),
-    ("backward", "float64", 2, 1, {}, (2, 512, 1, 0)),
-    ("backward", "float16", 2, 1, {"wanted": DX_ALONE}, (2, 512, 1, 1)),
-    ("backward", "float16", 4, 1, {"wanted": DX_ALONE}, (4, 512, 1, 1)),
-    ("backward", "float32", 8, 1, {"wanted": DX_ALONE}, (8, 512, 1, 1)),
-    ("backward", "bfloat16", 16, 1, {"wanted": DX_ALONE}, (8, 768, 1, 0)),
-    ("backward", "float64", 24, 1, {"wanted": (True, False, True)}, (8, 256, 4, 0)),
+    ("backward", "float64", 2, 1, {}, (2, 512, 4, STAGE_BULK)),
+    ("backward", "float16", 2, 1, {"wanted": DX_ALONE}, (2, 512, 4, STAGE_BULK)),
+    ("backward", "float16", 4, 1, {"wanted": DX_ALONE}, (4, 512, 4, STAGE_BULK)),
+    ("backward", "float32", 8, 1, {"wanted": DX_ALONE}, (8, 512, 4, STAGE_BULK)),
+    ("backward", "float32", 16, 1, {"wanted": DX_ALONE}, (8, 768, 4, STAGE_REGISTERS)),
+    ("backward", "float64", 24, 1, {"wanted": (True, False, True)}, (8, 256, 16, STAGE_REGISTERS)),
 ]
 
 
@@ -330,7 +330,7 @@ def test_a_device_short_of_shared_memory_differentiates(machine):
     device = dataclasses.replace(device, shared_bytes=99 * 1024)
     data = case("backward", 2, cols(1, "float16", 600), "float16")
     result = run(machine, data, device=device)
-    assert result.plan.stages[0].constants[:4] == (2, 256, 1, 1)
+    assert result.plan.stages[0].constants[:4] == (2, 256, 4, STAGE_BULK)
     check(result, data)
     assert result.rows() == run(machine, data, "split", wanted=DX_ALONE).rows()
 
@@ -344,6 +344,18 @@ def test_a_block_may_have_a_few_elements(machine, offset):
         result = run(machine, data, device=small, at={"x": At(offset, 1)})
         assert result.plan.stages[0].cluster == 8  # of which two have no chunk, and one an element
         assert result.bits() == run(machine, data, "split").bits()
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_a_block_may_have_a_few_elements_backward(machine, offset):
+    """As in the forward: four blocks for two chunks and two elements, row after row."""
+    device = device_for(machine, "cluster", "backward", 1)
+    device = dataclasses.replace(device, shared_bytes=99 * 1024)
+    data = case("backward", 6, cols(2, "float16") + 3, "float16", None)
+    result = run(machine, data, device=device, at=laid("backward", *[At(offset, 1)] * 3))
+    assert result.plan.stages[0].constants[:4] == (4, 256, 4, STAGE_BULK)
+    check(result, data)
+    assert result.rows() == run(machine, data, "split", wanted=DX_ALONE).rows()
 
 
 # --- weight, bias, statistics, out ----------------------------------------------------------------

@@ -41,12 +41,9 @@ def vecs_in_flight(stage: Stage) -> tuple[int, int]:
     if stage.family.endswith("_bwd"):
         if kernel == "bwd_split_sums":
             return 2 * 4, 0
-        shared = kernel == "bwd_shared"
-        vecs = 2 if kernel == "bwd_split_apply" else constants[-4 - 2 * shared]
-        if kernel == "bwd_cluster":
-            vecs = 4 * constants[2]  # of as many chunks
-        copied = shared and constants[-5] != STAGE_REGISTERS
-        return 0 if copied else 2 * vecs, vecs * constants[-3]
+        held = -4 if kernel in ("bwd_warp", "bwd_block") else 2  # its place
+        vecs = 2 if kernel == "bwd_split_apply" else constants[held]
+        return 0 if staging_in(stage) else 2 * vecs, vecs * constants[-3]
     if kernel == "fwd_shared":
         return 0, 4  # of a chunk
     if kernel == "fwd_split_merge":
@@ -62,7 +59,7 @@ def staging_in(stage: Stage) -> int:
     """How K3 and K4 bring their rows into shared memory; other kernels bring none."""
     if stage.template == "fwd_shared":  # with a residual through registers
         return STAGE_REGISTERS if stage.op.residual else stage.constants[2]
-    return stage.constants[2] if stage.family == "shared_bwd" else STAGE_REGISTERS
+    return stage.constants[3] if stage.template == "bwd_shared" else STAGE_REGISTERS
 
 
 def faults(stage: Stage, facts: Facts, arch: str) -> list[str]:

@@ -123,7 +123,7 @@ def _sampled_backward() -> Iterator[int]:
     alone = [row for row in TABLE_BWD if row.cluster == 1]
     for row in alone[:-1]:
         yield from range(row.threads_per_row, row.max_vecs + 1, row.threads_per_row)
-    most = max(row.cluster * row.slots for row in TABLE_BWD)
+    most = max(row.max_vecs for row in TABLE_BWD if row.cluster > 1) // CHUNK_VECS
     yield from range(2 * CHUNK_VECS, most * CHUNK_VECS + 1, CHUNK_VECS // 4)
     yield from (alone[-2].max_vecs + 1, 2**20)
 
