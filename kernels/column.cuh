@@ -48,18 +48,17 @@ __device__ __forceinline__ void norm_fwd_column(const ColumnArguments<X, W, B>& 
     const X* x = a.x + outer * a.x_outer + m * a.x_row;
     X* y = a.y + outer * a.y_outer + m * a.y_row;
     const A p = factor_for<A>(a.N);
-    const i64 panels = (a.N + panel - 1) / panel;
+    const i64 last = (a.N - 1) / panel * panel;  // where the last panel begins
     const int r = threadIdx.x % LANES * PAIR;
 
     TileLook<Op, X, PAIR> look;
     TileRuns<PAIR, A> runs;
     do {
         runs.clear();
-        for (i64 i = 0; i < panels; ++i) {
-            const i64 first = i * panel;
+        for (i64 first = 0; first <= last; first += panel) {
             const int cols = at_most(a.N - first, (int)panel);
-            if (i) __syncthreads();  // before the tile of the panel before is overwritten
-            if (panels > 1 || look.first) {
+            if (first) __syncthreads();  // before the tile of the panel before is overwritten
+            if (last || look.first) {
                 get_tile<THREADS, R, IN_ROWS>(tile, x, a.x_row, a.x_col, first, rows, cols);
                 staged();
                 __syncthreads();
@@ -75,10 +74,9 @@ __device__ __forceinline__ void norm_fwd_column(const ColumnArguments<X, W, B>& 
         for (int i = 0; i < PAIR; ++i)
             if (r + i < rows) store_stats(a.mean, a.rstd, outer * a.stats_outer + (m + r + i) * a.stats_row, mine[i]);
     }
-    for (i64 i = panels - 1; i >= 0; --i) {
-        const i64 first = i * panel;
+    for (i64 first = last; first >= 0; first -= panel) {
         const int cols = at_most(a.N - first, (int)panel);
-        if (i < panels - 1) {
+        if (first < last) {
             __syncthreads();
             get_tile<THREADS, R, IN_ROWS>(tile, x, a.x_row, a.x_col, first, rows, cols);
             staged();
@@ -336,7 +334,7 @@ __device__ __forceinline__ void norm_bwd_column(const ColumnGradientArguments<X,
     A* stats = red + 3 * Share::PARTS * R;
     A* totals = stats + 5 * R;
     const i64 groups = (a.M + R - 1) / R, tiles = a.rows / a.M * groups;
-    const i64 panels = PANELS ? (a.N + panel - 1) / panel : 1;
+    const i64 last = PANELS ? (a.N - 1) / panel * panel : 0, step = PANELS ? panel : 1;
     const auto leave = [&](i64 first, int cols, bool alone) {
         A* to = a.partials + (i64)blockIdx.x * a.N + first;
         if (DWEIGHT) add_partials<THREADS>(to, totals, cols, alone);
@@ -346,21 +344,19 @@ __device__ __forceinline__ void norm_bwd_column(const ColumnGradientArguments<X,
     for (i64 t = blockIdx.x; t < tiles; t += gridDim.x) {
         const i64 outer = t / groups, m = (t - outer * groups) * R;
         const int rows = at_most(a.M - m, R);
-        const X* from_x = a.x + outer * a.x_outer + m * a.x_row;
-        const X* from_dy = a.dy + outer * a.dy_outer + m * a.dy_row;
-        X* to = a.dx + outer * a.dx_outer + m * a.dx_row;
         const auto get = [&](i64 first, int cols) {
             __syncthreads();  // the panel before is done with
-            get_tile<THREADS, R, X_ROWS>(x, from_x, a.x_row, a.x_col, first, rows, cols);
-            get_tile<THREADS, R, DY_ROWS>(dy, from_dy, a.dy_row, a.dy_col, first, rows, cols);
+            const X* from = a.x + outer * a.x_outer + m * a.x_row;
+            get_tile<THREADS, R, X_ROWS>(x, from, a.x_row, a.x_col, first, rows, cols);
+            from = a.dy + outer * a.dy_outer + m * a.dy_row;
+            get_tile<THREADS, R, DY_ROWS>(dy, from, a.dy_row, a.dy_col, first, rows, cols);
             staged();
             __syncthreads();
         };
         get_stats<Op, THREADS, R>(stats, a, outer, m, rows);  // those of the tile before were read
         TileSums<Share::PAIR, Share::J, A> sums;
         sums.clear();
-        for (i64 i = 0; i < panels; ++i) {
-            const i64 first = i * panel;
+        for (i64 first = 0; first <= last; first += step) {
             const int cols = at_most(a.N - first, (int)panel);
             get(first, cols);
             const W* weight = HAS_WEIGHT ? a.weight + first : a.weight;
@@ -368,19 +364,19 @@ __device__ __forceinline__ void norm_bwd_column(const ColumnGradientArguments<X,
         }
         put_gradients<Op, THREADS, R, X>(sums, a.N, red, stats);
         __syncthreads();
-        for (i64 i = panels - 1; i >= 0; --i) {
-            const i64 first = i * panel;
+        for (i64 first = last; first >= 0; first -= step) {
             const int cols = at_most(a.N - first, (int)panel);
-            if (i < panels - 1) get(first, cols);
+            if (first < last) get(first, cols);
             const W* weight = HAS_WEIGHT ? a.weight + first : a.weight;
-            if ((DWEIGHT || DBIAS) && (panels > 1 || t == blockIdx.x))  // each thread its own
+            if ((DWEIGHT || DBIAS) && (last || t == blockIdx.x))  // each thread its own
                 for (int k = threadIdx.x; k < 2 * a.slots; k += THREADS) totals[k] = 0;
             differentiate_tile<Op, THREADS, R, DX, DWEIGHT, DBIAS, HAS_WEIGHT>(
                 x, dy, weight, rows, cols, stats, totals, (int)a.slots);
             __syncthreads();  // dx and the sums are read by others than made them
-            if (DX) put_tile<THREADS, R, X_ROWS>(x, to + first * a.dx_col, a.dx_row, a.dx_col, rows, cols);
-            if (panels > 1) leave(first, cols, t == blockIdx.x);
+            X* to = a.dx + outer * a.dx_outer + m * a.dx_row + first * a.dx_col;
+            if (DX) put_tile<THREADS, R, X_ROWS>(x, to, a.dx_row, a.dx_col, rows, cols);
+            if (last) leave(first, cols, t == blockIdx.x);
         }
     }
-    if (panels == 1) leave(0, (int)a.N, true);
+    if (!last) leave(0, (int)a.N, true);
 }

@@ -91,17 +91,16 @@ __device__ __forceinline__ void norm_fwd_columns(
     const int rows = at_most(M - m, R), r = threadIdx.x % R;
     y += m * y_row;
     const A p = factor_for<A>(N);
-    const i64 panels = (N + panel - 1) / panel;
+    const i64 last = (N - 1) / panel * panel;  // where the last panel begins
 
     TileLook<Op, A, 1> look;  // the columns' own types may hold what y's does not
     TileRuns<1, A> runs;
     do {
         runs.clear();
-        for (i64 i = 0; i < panels; ++i) {
-            const i64 first = i * panel;
+        for (i64 first = 0; first <= last; first += panel) {
             const int cols = at_most(N - first, (int)panel);
-            if (i) __syncthreads();  // before the tile of the panel before is overwritten
-            if (panels > 1 || look.first) {
+            if (first) __syncthreads();  // before the tile of the panel before is overwritten
+            if (last || look.first) {
                 load_columns<THREADS, R>(tile, table + first, m, rows, cols);
                 __syncthreads();
             }
@@ -109,10 +108,9 @@ __device__ __forceinline__ void norm_fwd_columns(
         }
     } while (take_stats<Op, R>(look, runs, r, threadIdx.x < R, p, N, eps, stats));
     const RowStats<A> mine[1] = {stats_of<R>(stats, r)};
-    for (i64 i = panels - 1; i >= 0; --i) {
-        const i64 first = i * panel;
+    for (i64 first = last; first >= 0; first -= panel) {
         const int cols = at_most(N - first, (int)panel);
-        if (i < panels - 1) {
+        if (first < last) {
             __syncthreads();
             load_columns<THREADS, R>(tile, table + first, m, rows, cols);
             __syncthreads();
