@@ -2,8 +2,6 @@
 // memory: read along the rows or along the columns, written either way, so that a column-major matrix
 // becomes a row-major one in the same pass. Rows that are longer than a panel of the tile are swept
 // twice, the second time backwards, as the last panel is still there and the ones before it in L2.
-//
-// Shared memory: X tile[panel][PITCH], then A red[3][PARTS][R], then A stats[4][R].
 
 template <class X, class W, class B>
 struct ColumnArguments {
@@ -34,61 +32,22 @@ __device__ __forceinline__ void get_tile(
 
 template <class Op, int THREADS, int R, bool IN_ROWS, bool OUT_ROWS, class X, class W, class B, bool HAS_WEIGHT, bool HAS_BIAS>
 __device__ __forceinline__ void norm_fwd_column(const ColumnArguments<X, W, B>& a, i64 panel) {
-    typedef typename Accumulator<X>::type A;
-    typedef Tile<X, R> Shape;
-    constexpr int PAIR = Shape::PAIR, LANES = R / PAIR, PARTS = THREADS / LANES;
     DYNAMIC_SHARED(shared);
     X* tile = (X*)shared;
-    const i64 tile_bytes = (panel * Shape::PITCH * (i64)sizeof(X) + 15) / 16 * 16;
-    A* red = (A*)(shared + tile_bytes);
-    A* stats = red + 3 * PARTS * R;
     const i64 groups = (a.M + R - 1) / R;
     const i64 outer = blockIdx.x / groups, m = (blockIdx.x - outer * groups) * R;
     const int rows = at_most(a.M - m, R);
     const X* x = a.x + outer * a.x_outer + m * a.x_row;
+    const auto get = [&](i64 first, int cols) {
+        get_tile<THREADS, R, IN_ROWS>(tile, x, a.x_row, a.x_col, first, rows, cols);
+        staged();
+    };
+    const auto tell = [&](int r, const RowStats<typename Accumulator<X>::type>& stats) {
+        store_stats(a.mean, a.rstd, outer * a.stats_outer + (m + r) * a.stats_row, stats);
+    };
     X* y = a.y + outer * a.y_outer + m * a.y_row;
-    const A p = factor_for<A>(a.N);
-    const i64 last = (a.N - 1) / panel * panel;  // where the last panel begins
-    const int r = threadIdx.x % LANES * PAIR;
-
-    TileLook<Op, X, PAIR> look;
-    TileRuns<PAIR, A> runs;
-    do {
-        runs.clear();
-        for (i64 first = 0; first <= last; first += panel) {
-            const int cols = at_most(a.N - first, (int)panel);
-            if (first) __syncthreads();  // before the tile of the panel before is overwritten
-            if (last || look.first) {
-                get_tile<THREADS, R, IN_ROWS>(tile, x, a.x_row, a.x_col, first, rows, cols);
-                staged();
-                __syncthreads();
-            }
-            add_panel<Op, THREADS, R, false>(tile, rows, cols, p, red, look, runs);
-        }
-    } while (take_stats<Op, R>(look, runs, r, threadIdx.x < LANES, p, a.N, a.eps, stats));
-    RowStats<A> mine[PAIR];
-#pragma unroll
-    for (int i = 0; i < PAIR; ++i) mine[i] = stats_of<R>(stats, r + i);
-    if (threadIdx.x < LANES) {
-#pragma unroll
-        for (int i = 0; i < PAIR; ++i)
-            if (r + i < rows) store_stats(a.mean, a.rstd, outer * a.stats_outer + (m + r + i) * a.stats_row, mine[i]);
-    }
-    for (i64 first = last; first >= 0; first -= panel) {
-        const int cols = at_most(a.N - first, (int)panel);
-        if (first < last) {
-            __syncthreads();
-            get_tile<THREADS, R, IN_ROWS>(tile, x, a.x_row, a.x_col, first, rows, cols);
-            staged();
-            __syncthreads();
-        }
-        if (OUT_ROWS)
-            store_along_rows<Op, THREADS, R, HAS_WEIGHT, HAS_BIAS>(
-                tile, y + first * a.y_col, a.y_col, a.weight, a.bias, first, rows, cols, mine);
-        else
-            store_along_columns<Op, THREADS, R, HAS_WEIGHT, HAS_BIAS>(
-                tile, y + first * a.y_col, a.y_row, a.y_col, a.weight, a.bias, first, rows, cols, stats);
-    }
+    normalize_tile<Op, THREADS, R, OUT_ROWS, false, HAS_WEIGHT, HAS_BIAS>(
+        tile, panel, y, a.y_row, a.y_col, a.weight, a.bias, rows, a.N, a.eps, get, tell);
 }
 
 // ---- backward --------------------------------------------------------------------------------------------

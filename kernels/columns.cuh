@@ -1,7 +1,5 @@
 // K7: columns of their own, each with its address, type and validity, to one matrix. K6's tile, but every
 // column is converted on its way in; it holds the type of the statistics.
-//
-// Shared memory: A tile[panel][PITCH], then A red[3 + OMIT][PARTS][R], then A stats[4][R].
 
 // One column, as the table in global memory has it.
 struct ColumnSource {
@@ -81,45 +79,13 @@ template <class Op, int THREADS, int R, bool OUT_ROWS, bool OMIT, class Y, class
 __device__ __forceinline__ void norm_fwd_columns(
     const ColumnSource* table, Y* y, const W* weight, const B* bias, i64 M, i64 y_row, i64 y_col, i64 N, double eps,
     i64 panel) {
-    typedef typename Accumulator<Y>::type A;
-    constexpr int PARTS = THREADS / R;
+    typedef typename Accumulator<Y>::type A;  // of the tile: the columns' types may hold what y's does not
     DYNAMIC_SHARED(shared);
     A* tile = (A*)shared;
-    A* red = (A*)(shared + (panel * Tile<A, R>::PITCH * (i64)sizeof(A) + 15) / 16 * 16);
-    A* stats = red + (3 + OMIT) * PARTS * R;
     const i64 m = (i64)blockIdx.x * R;
-    const int rows = at_most(M - m, R), r = threadIdx.x % R;
-    y += m * y_row;
-    const A p = factor_for<A>(N);
-    const i64 last = (N - 1) / panel * panel;  // where the last panel begins
-
-    TileLook<Op, A, 1> look;  // the columns' own types may hold what y's does not
-    TileRuns<1, A> runs;
-    do {
-        runs.clear();
-        for (i64 first = 0; first <= last; first += panel) {
-            const int cols = at_most(N - first, (int)panel);
-            if (first) __syncthreads();  // before the tile of the panel before is overwritten
-            if (last || look.first) {
-                load_columns<THREADS, R>(tile, table + first, m, rows, cols);
-                __syncthreads();
-            }
-            add_panel<Op, THREADS, R, OMIT>(tile, rows, cols, p, red, look, runs);
-        }
-    } while (take_stats<Op, R>(look, runs, r, threadIdx.x < R, p, N, eps, stats));
-    const RowStats<A> mine[1] = {stats_of<R>(stats, r)};
-    for (i64 first = last; first >= 0; first -= panel) {
-        const int cols = at_most(N - first, (int)panel);
-        if (first < last) {
-            __syncthreads();
-            load_columns<THREADS, R>(tile, table + first, m, rows, cols);
-            __syncthreads();
-        }
-        if (OUT_ROWS)
-            store_along_rows<Op, THREADS, R, HAS_WEIGHT, HAS_BIAS>(
-                tile, y + first * y_col, y_col, weight, bias, first, rows, cols, mine);
-        else
-            store_along_columns<Op, THREADS, R, HAS_WEIGHT, HAS_BIAS>(
-                tile, y + first * y_col, y_row, y_col, weight, bias, first, rows, cols, stats);
-    }
+    const int rows = at_most(M - m, R);
+    const auto get = [&](i64 first, int cols) { load_columns<THREADS, R>(tile, table + first, m, rows, cols); };
+    const auto tell = [](int, const RowStats<A>&) {};
+    normalize_tile<Op, THREADS, R, OUT_ROWS, OMIT, HAS_WEIGHT, HAS_BIAS>(
+        tile, panel, y + m * y_row, y_row, y_col, weight, bias, rows, N, eps, get, tell);
 }
