@@ -37,17 +37,17 @@ __device__ __forceinline__ void norm_fwd_column(const ColumnArguments<X, W, B>& 
     const i64 groups = (a.M + R - 1) / R;
     const i64 outer = blockIdx.x / groups, m = (blockIdx.x - outer * groups) * R;
     const int rows = at_most(a.M - m, R);
-    const X* x = a.x + outer * a.x_outer + m * a.x_row;
     const auto get = [&](i64 first, int cols) {
+        const X* x = a.x + outer * a.x_outer + m * a.x_row;
         get_tile<THREADS, R, IN_ROWS>(tile, x, a.x_row, a.x_col, first, rows, cols);
         staged();
     };
     const auto tell = [&](int r, const RowStats<typename Accumulator<X>::type>& stats) {
         store_stats(a.mean, a.rstd, outer * a.stats_outer + (m + r) * a.stats_row, stats);
     };
-    X* y = a.y + outer * a.y_outer + m * a.y_row;
+    const auto to = [&](i64 first) { return a.y + outer * a.y_outer + m * a.y_row + first * a.y_col; };
     normalize_tile<Op, THREADS, R, OUT_ROWS, false, HAS_WEIGHT, HAS_BIAS>(
-        tile, panel, y, a.y_row, a.y_col, a.weight, a.bias, rows, a.N, a.eps, get, tell);
+        tile, panel, to, a.y_row, a.y_col, a.weight, a.bias, rows, a.N, a.eps, get, tell);
 }
 
 // ---- backward --------------------------------------------------------------------------------------------

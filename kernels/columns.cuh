@@ -85,7 +85,8 @@ __device__ __forceinline__ void norm_fwd_columns(
     const i64 m = (i64)blockIdx.x * R;
     const int rows = at_most(M - m, R);
     const auto get = [&](i64 first, int cols) { load_columns<THREADS, R>(tile, table + first, m, rows, cols); };
+    const auto to = [&](i64 first) { return y + m * y_row + first * y_col; };
     const auto tell = [](int, const RowStats<A>&) {};
     normalize_tile<Op, THREADS, R, OUT_ROWS, OMIT, HAS_WEIGHT, HAS_BIAS>(
-        tile, panel, y + m * y_row, y_row, y_col, weight, bias, rows, N, eps, get, tell);
+        tile, panel, to, y_row, y_col, weight, bias, rows, N, eps, get, tell);
 }

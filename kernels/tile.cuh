@@ -459,11 +459,11 @@ __device__ __forceinline__ void store_along_columns(
 
 // ---- the rows of a block, panel by panel: their statistics, then y, backwards ---------------------------
 
-// `get(first, cols)` brings columns to the tile, as the next barrier shows; `tell(i, stats)` is given those of
-// row i of this thread's word. Shared memory: T tile[panel][PITCH], A red[3 + OMIT][PARTS][R], A stats[4][R].
-template <class Op, int THREADS, int R, bool OUT_ROWS, bool OMIT, bool HAS_WEIGHT, bool HAS_BIAS, class T, class Y, class W, class B, class Get, class Tell>
+// `get(first, cols)` brings columns to the tile, as the next barrier shows; `to(first)` is where y's are;
+// `tell(i, stats)` is given the statistics of row i, of this thread's word. Shared memory: T tile[panel][PITCH], A red[3 + OMIT][PARTS][R], A stats[4][R].
+template <class Op, int THREADS, int R, bool OUT_ROWS, bool OMIT, bool HAS_WEIGHT, bool HAS_BIAS, class T, class W, class B, class To, class Get, class Tell>
 __device__ __forceinline__ void normalize_tile(
-    T* tile, i64 panel, Y* y, i64 y_row, i64 y_col, const W* weight, const B* bias, int rows, i64 N, double eps,
+    T* tile, i64 panel, const To& to, i64 y_row, i64 y_col, const W* weight, const B* bias, int rows, i64 N, double eps,
     const Get& get, const Tell& tell) {
     typedef typename Accumulator<T>::type A;
     typedef Tile<T, R> Shape;
@@ -471,17 +471,17 @@ __device__ __forceinline__ void normalize_tile(
     A* red = (A*)((unsigned char*)tile + (panel * Shape::PITCH * (i64)sizeof(T) + 15) / 16 * 16);
     A* stats = red + (3 + OMIT) * PARTS * R;
     const A p = factor_for<A>(N);
-    const i64 last = (N - 1) / panel * panel;  // where the last panel begins
     const int r = threadIdx.x % LANES * PAIR;
 
     TileLook<Op, T, PAIR> look;
     TileRuns<PAIR, A> runs;
+    i64 first;
     do {
         runs.clear();
-        for (i64 first = 0; first <= last; first += panel) {
+        for (first = 0; first < N; first += panel) {
             const int cols = at_most(N - first, (int)panel);
             if (first) __syncthreads();  // before the tile of the panel before is overwritten
-            if (last || look.first) {
+            if (N > panel || look.first) {
                 get(first, cols);
                 __syncthreads();
             }
@@ -494,18 +494,18 @@ __device__ __forceinline__ void normalize_tile(
         mine[i] = stats_of<R>(stats, r + i);
         if (threadIdx.x < LANES && r + i < rows) tell(r + i, mine[i]);
     }
-    for (i64 first = last; first >= 0; first -= panel) {
+    while ((first -= panel) >= 0) {
         const int cols = at_most(N - first, (int)panel);
-        if (first < last) {
+        if (first + panel < N) {
             __syncthreads();
             get(first, cols);
             __syncthreads();
         }
         if (OUT_ROWS)
             store_along_rows<Op, THREADS, R, HAS_WEIGHT, HAS_BIAS>(
-                tile, y + first * y_col, y_col, weight, bias, first, rows, cols, mine);
+                tile, to(first), y_col, weight, bias, first, rows, cols, mine);
         else
             store_along_columns<Op, THREADS, R, HAS_WEIGHT, HAS_BIAS>(
-                tile, y + first * y_col, y_row, y_col, weight, bias, first, rows, cols, stats);
+                tile, to(first), y_row, y_col, weight, bias, first, rows, cols, stats);
     }
 }
