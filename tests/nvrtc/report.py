@@ -34,7 +34,7 @@ def record_of(
         "arch": arch,
         "family": stage.family,
         "name": stage.name,
-        "kernel": f"{stage.op.name} {kind_of(stage)}",
+        "kernel": f"{stage.op.name} {kind_of(stage)}" + " in a cluster" * (stage.cluster > 1),
         "x_dtype": stage.x_dtype,
         "code": code,
         "registers": facts.registers,
