@@ -1,18 +1,21 @@
 """Which library an array belongs to, and whether two arrays live together."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import numpy as np
 
 # Tables have no single dtype or axis to speak of; guessing a conversion would lose names or nulls.
-TABLES = {
-    "pandas": "{}.astype('float64').to_numpy()",
-    "cudf": "{}.astype('float64').to_cupy(na_value=numpy.nan)",
-    "polars": "numpy.asarray({}, dtype='float64')",
-    "pyarrow": "numpy.asarray({}, dtype='float64')",
+# How they become floats, as it is said and as it is tried.
+TABLES: dict[str, tuple[str, Any]] = {
+    "pandas": ("{}.astype('float64').to_numpy()", lambda x: x.astype("float64")),
+    "cudf": ("{}.astype('float64').to_cupy(na_value=numpy.nan)", lambda x: x.astype("float64")),
+    "polars": ("{}.cast(float).to_numpy()", lambda x: x.cast(float)),
+    "pyarrow": ("numpy.asarray({}, dtype='float64')", lambda x: np.asarray(x, dtype="float64")),
 }
+_SOME = "numpy.zeros((2, 3), 'float32')"  # an array, where there are no numbers in what is given
 _TABLE_TYPES = ("DataFrame", "Series", "Index", "Table", "RecordBatch", "ChunkedArray", "Array")
 GET_CUPY = "pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
 _ON_CPU, _ON_GPU = (1, 3), (2, 13)  # DLPack's device types; 3: pinned, 13: managed memory
@@ -29,7 +32,7 @@ def library_of(x: Any) -> str:
     for name in roots:
         if name in _INTO or name == "jaxlib":
             return name.replace("jaxlib", "jax")
-    namespace = getattr(x, "__array_namespace__", None)
+    namespace = None if isinstance(x, type) else getattr(x, "__array_namespace__", None)
     name = roots[0] if namespace is None else namespace().__name__.partition(".")[0]
     return roots[0] if name in _INTO else name  # a wrapper that has another's namespace
 
@@ -42,6 +45,8 @@ def classify(x: Any, label: str = "x", beside: Any = None) -> tuple[Any, str]:
     """
     if isinstance(x, np.ndarray):
         return _plain_numpy(x, label), "numpy"
+    if isinstance(x, type):
+        refuse(f"{label} is a class, {kind_of(x)}", f"pass an array, e.g. {_into(beside, _SOME)}")
     library = library_of(x)
     # Asked of the type: an array would build its interface, a dict, and look for its stream.
     if library == "cupy" and hasattr(type(x), "__cuda_array_interface__"):
@@ -54,7 +59,7 @@ def classify(x: Any, label: str = "x", beside: Any = None) -> tuple[Any, str]:
         if origin == "polars" and base.__name__ == "LazyFrame":
             refuse(f"{label} is a polars LazyFrame", f"pass {label}.collect()")
         if origin in TABLES and base.__name__ in _TABLE_TYPES and not _plain_arrow(x):
-            taken = _into(beside, TABLES[origin].format(label))
+            taken = _into(beside, floats_of_table(x, label, origin))
             refuse(f"{label} is a {origin} {base.__name__}", f"pass {taken}")
     dense = next((way for way in ("toarray", "todense") if hasattr(x, way)), "")
     if dense and ".sparse" in f".{type(x).__module__}":  # SciPy's, CuPy's, PyData's and JAX's
@@ -92,14 +97,31 @@ def _floats_of(x: Any, label: str) -> str:
     except (TypeError, ValueError, OverflowError):
         x = None
     if x is None:
-        return "numpy.zeros((2, 3), 'float32')"
+        return _SOME
     return f"numpy.asarray({label if ndim else f'[{label}]'}, dtype='float32')"
+
+
+def floats_of_table(x: Any, label: str, origin: str) -> str:
+    """How floats become of a table or column of that library; of words their order."""
+    spelled, cast = TABLES[origin]
+    try:
+        with warnings.catch_warnings(action="error"):  # where complex numbers lose a part
+            cast(x)
+    except Exception:  # of any of the libraries
+        try:
+            return cast_of(f"numpy.asarray({label})", np.asarray(x))
+        except Exception:
+            return _SOME
+    return spelled.format(label)
 
 
 def check_layout(label: str, x: Any, *, jagged: bool = True) -> None:
     """Refuse a tensor that is no one block of memory; jagged ones torch computes itself."""
     import torch
 
+    if isinstance(x, torch.masked.MaskedTensor):
+        fault = f"{label} is a masked tensor, whose mask would be ignored"
+        refuse(fault, f"pass {label}.to_tensor(float('nan'))")
     if x.is_nested and (x.layout is torch.strided or not jagged):
         rows = f"list({label}.unbind())"
         taken = f"torch.nested.as_nested_tensor({rows}, layout=torch.jagged)"
@@ -234,7 +256,10 @@ def _numpy_cast(label: str, x: np.ndarray[Any, Any]) -> str:
     try:
         x.astype("float32")
     except (TypeError, ValueError):  # words: each becomes a number, in their order
-        return f"numpy.unique({label}, return_inverse=True)[1].astype('float32')"
+        with contextlib.suppress(TypeError, ValueError):
+            np.unique(x)
+            return f"numpy.unique({label}, return_inverse=True)[1].astype('float32')"
+        return _SOME
     return f"{label}.astype('float32')"
 
 

@@ -113,6 +113,22 @@ def follow(call, given, way_out):
 # --- rows: a call, what is wrong with it, the way out -------------------------------------------
 
 
+def columns_without_numbers():
+    """Words, dates, lists, and numbers that are no floats; a class."""
+    import pandas as pd
+    import polars as pl
+    import pyarrow as pa
+    import torch
+
+    words, lists = ["b", "a"], [[1.0], [2.0]]
+    yield from (pd.Series(words), pd.Series(X[0].astype("M8[s]")), pd.Series([1j, 2.0]))
+    yield from (pd.MultiIndex.from_product([words, [1]]), pa.array(words), pa.array(lists))
+    yield from (pl.Series(words), pl.Series(lists), pl.Series([1, 2], dtype=pl.Int128))
+    yield from (np.array([{}, {}]), np.array(words), np.ndarray)
+    with pytest.warns(UserWarning, match="prototype"):
+        yield torch.masked.masked_tensor(torch.ones(3, 4), torch.ones(3, 4) > 0)
+
+
 def arguments():
     import array_api_strict as strict
     import jax.numpy as jnp
@@ -130,6 +146,8 @@ def arguments():
               torch.nested.nested_tensor([t, t[:2]]), np.ma.masked_equal(X.astype(int), 3),
               np.matrix(X), np.array(3.0), X.astype("M8[s]"),
               polars.Series([1, None])):  # fmt: skip
+        yield ln, {"x": x}, "x"
+    for x in columns_without_numbers():
         yield ln, {"x": x}, "x"
     yield cn.rms_norm, {"x": polars.LazyFrame({"a": [1.0]})}, {"x": X}
     yield ln, {"x": exporter}, {"x": X}

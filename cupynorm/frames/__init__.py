@@ -7,7 +7,7 @@ from typing import Any
 
 from cupynorm import _rules
 from cupynorm._calls import How
-from cupynorm._libraries import TABLES, kind_of
+from cupynorm._libraries import floats_of_table, kind_of
 from cupynorm._ops import LAYER_NORM, RMS_NORM, ZERO_CENTERED, Op
 from cupynorm.frames import columns, tables
 
@@ -154,7 +154,7 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any
     """Serve `layer_norm(df, ...)`, of whose arguments a table takes those that it can mean."""
     normalized_shape, axis, eps, order, return_stats = how
     axes = _rules.resolve_axes(tuple(x.shape), normalized_shape, axis)
-    matrix = TABLES[tables.library(x)].format("df")
+    matrix = floats_of_table(x, "df", tables.library(x))
     if axes != (1,):
         msg = (
             f"a table is normalized over its columns, axis=1, not axes {axes}; "
