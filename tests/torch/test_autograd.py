@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch.func import grad, jvp, vmap
 
-import cupynorm as cn
 import cupynorm.torch as cn_torch
 from cupynorm._torch import tensors
 from tests.cpu.in_threads import in_threads
-from tests.torch.cases import TORCHSCRIPT, affine, check, check_gradients, name_of, numbers
+from tests.torch.cases import TORCHSCRIPT, affine, check, check_gradients, numbers
 
 pytestmark = pytest.mark.filterwarnings(TORCHSCRIPT)
 
@@ -26,17 +25,6 @@ def theirs(x, weight=None, bias=None):
 
 def dy_of(shape, dtype=torch.float32):
     return (numbers(*shape, seed=9) - 3).to(dtype)
-
-
-# --- first derivatives against the oracle -------------------------------------------------------
-
-
-def test_a_negated_gradient(loops):
-    x, (weight, bias) = numbers(4, 8, grad=True), affine(8, grad=True)
-    dy = torch.complex(dy_of((4, 8)), dy_of((4, 8))).conj().imag
-    assert dy.is_neg()
-    grads = torch.autograd.grad(ours(x, weight, bias), (x, weight, bias), dy)
-    check_gradients(grads, dy.resolve_neg(), x, 1, weight)
 
 
 @pytest.mark.parametrize("wanted", [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)])
@@ -62,25 +50,7 @@ def test_only_what_is_asked_for_is_computed(loops, monkeypatch, wanted):
     check_gradients([t.grad for t in leaves], dy, leaves[0], 1, leaves[1])
 
 
-@pytest.mark.parametrize("parts", ["y", "y mean", "y rstd", "mean", "y mean rstd"])
-def test_gradients_flow_through_cupynorm_layer_norm_too(parts):
-    x = numbers(4, 6, 5, grad=True)
-    weight, bias = affine(6, grad=True)
-
-    def gradients(y, mean, rstd):
-        values = {"y": y * dy_of(y.shape), "mean": mean**2, "rstd": rstd}
-        loss = sum(values[part].sum() for part in parts.split())
-        return torch.autograd.grad(loss, (x, weight, bias), allow_unused=True)
-
-    got = gradients(*cn.layer_norm(x, weight=weight, bias=bias, axis=1, return_stats=True))
-    swapped = x.transpose(1, 2)
-    mean = swapped.mean(-1, keepdim=True).transpose(1, 2)
-    rstd = (x.var(1, keepdim=True, correction=0) + 1e-5).rsqrt()
-    want = gradients(theirs(swapped, weight, bias).transpose(1, 2), mean, rstd)
-    torch.testing.assert_close(got, want)
-
-
-# --- against finite differences -----------------------------------------------------------------
+# --- further derivatives ------------------------------------------------------------------------
 
 
 def test_a_graph_of_the_gradient_costs_one_kernel(monkeypatch):
@@ -132,38 +102,6 @@ def test_third_derivative():
     torch.testing.assert_close(third(ours), third(spelled_out))
 
 
-# --- forward mode and torch.func ----------------------------------------------------------------
-
-
-BATCHES = {
-    "x": ((5, 3, 8), (8,), (8,), (0, None, None)),
-    "all": ((5, 3, 8), (5, 8), (5, 8), (0, 0, 0)),
-    "weight": ((3, 8), (5, 8), (8,), (None, 0, None)),
-    "bias": ((3, 8), (8,), (8, 5), (None, None, 1)),
-    "middle": ((3, 5, 8), (8, 5), (8,), (1, 1, None)),
-    "last": ((3, 8, 5), (8,), (8,), (2, None, None)),
-}
-
-
-@pytest.mark.parametrize("dtype", [double, torch.bfloat16], ids=name_of)
-@pytest.mark.parametrize("batch", BATCHES)
-def test_vmap(batch, dtype):
-    *shapes, dims = BATCHES[batch]
-    args = [numbers(*s, dtype=dtype, seed=i) for i, s in enumerate(shapes)]
-    got, want = vmap(ours, dims)(*args), vmap(theirs, dims)(*args)
-    assert got.dtype == dtype
-    torch.testing.assert_close(
-        got, want, **({"rtol": 2**-7, "atol": 0.1} if dtype != double else {})
-    )
-    for arguments in (0, 1, 2, (0, 1, 2)):
-        per_sample = [
-            vmap(grad(lambda *a, f=f: f(*a).double().pow(3).mean(), arguments), dims)(*args)
-            for f in (ours, theirs)
-        ]
-        if dtype == double:
-            torch.testing.assert_close(*per_sample)
-
-
 def test_vmap_of_vmap_and_grad_of_vmap():
     x, (weight, bias) = numbers(2, 3, 4, 8, dtype=double), affine(8, dtype=double)
     weights = torch.stack([weight, weight + 1])
@@ -177,6 +115,7 @@ def test_vmap_of_vmap_and_grad_of_vmap():
         return grad(lambda x: vmap(f, (0, None, None))(x, weight, bias).sin().sum())(x[0])
 
     torch.testing.assert_close(through(ours), through(theirs))
+    assert vmap(ours)(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_functionalize():
