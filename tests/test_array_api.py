@@ -1,18 +1,22 @@
 """`cn.layer_norm` inside other libraries: the array API, JAX's tracing, a user's own classes."""
 
 import functools
+import types
 import warnings
 
+import array_api_compat.numpy
 import numpy as np
 import pytest
 
 import cupynorm as cn
+from cupynorm import _reference
 from tests import oracle
 
 RNG = np.random.default_rng(20260103)
 X = (RNG.standard_normal((5, 3, 8)) * 2 + 1).astype(np.float32)
 WEIGHT, BIAS = RNG.standard_normal((2, 3, 8)).astype(np.float32)
 WANT = oracle.layer_norm(X, (1, 2), WEIGHT, BIAS, 1e-5)
+PLAIN = oracle.layer_norm(X, (1, 2), None, None, 1e-5)
 VERSIONS = ["2021.12", "2022.12", "2023.12", "2024.12", "2025.12"]
 
 # --- array_api_strict ---------------------------------------------------------------------------
@@ -64,6 +68,17 @@ def test_devices_without_float64(strict, device):
         assert (array.device, array.dtype) == (place, strict.float32)
 
 
+def test_a_namespace_needs_no_more_than_seven_names():
+    names = ("float32", "astype", "sum", "sqrt", "reshape", "permute_dims", "concat")
+    least = types.ModuleType("least")
+    vars(least).update({name: getattr(array_api_compat.numpy, name) for name in names})
+    found = [
+        _reference.normalize(_reference.Rows(xp, X, (1, 2)), WEIGHT, BIAS, 1e-5)[0]
+        for xp in (least, array_api_compat.numpy)
+    ]
+    np.testing.assert_array_equal(*found)
+
+
 # --- JAX ----------------------------------------------------------------------------------------
 
 
@@ -90,6 +105,14 @@ def test_jax_jit(jax, assert_close):
     oracle.assert_gradients([np.asarray(a) for a in found], X[::-1], X, (1, 2), WEIGHT)
 
 
+def test_jax_float64_where_it_is_enabled(jax, assert_close):
+    with jax.enable_x64(True):
+        x = jax.numpy.asarray(X.astype(np.float64))
+        for got, want in zip(cn.layer_norm(x, (3, 8), return_stats=True), PLAIN, strict=True):
+            assert str(got.dtype) == "float64"
+            assert_close(np.asarray(got), want, "float64", 24)
+
+
 def test_jax_rules_hold_while_tracing(jax):
     x = jax.numpy.asarray(X)
     with pytest.raises(ValueError, match=r"normalized_shape=\(7,\).*\(5, 3, 8\)"):
@@ -101,7 +124,7 @@ def test_jax_rules_hold_while_tracing(jax):
 def test_jax_grad_and_vmap(jax):
     x = jax.numpy.asarray(X)
     slope = jax.grad(lambda x: (cn.layer_norm(x, (3, 8)) ** 3).sum())
-    x_hat = oracle.layer_norm(X, (1, 2), None, None, 1e-5)[0]
+    x_hat = PLAIN[0]
     want = oracle.layer_norm_backward(3 * x_hat**2, X, (1, 2), None, 1e-5)[0]
     for gradient in (slope, jax.jit(slope)):
         np.testing.assert_allclose(np.asarray(gradient(x)), want, rtol=1e-4, atol=1e-4)

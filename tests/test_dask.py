@@ -10,6 +10,7 @@ import cupynorm as cn
 from cupynorm.dask import _blocks
 from tests import oracle
 from tests.conftest import np_dtype
+from tests.directions import EVERY, backward
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
@@ -107,6 +108,13 @@ def test_byte_order_is_kept():
     y = cd.layer_norm(lazy(x, (5, 7))).compute()
     assert y.dtype == np.dtype(">f4")
     np.testing.assert_array_equal(y, cd.layer_norm(lazy(values(), (5, 7))).compute())
+
+
+def test_gradients_stay_lazy():
+    x, dy = values(), values(seed=1)
+    grads = backward(lazy(dy, (5, 60)), lazy(x, (5, 60)), output_mask=EVERY)
+    assert all(isinstance(a, da.Array) for a in grads)
+    oracle.assert_gradients([a.compute() for a in grads], dy, x, (1,))
 
 
 def test_weight_is_taken_as_it_is_at_the_call():

@@ -81,16 +81,6 @@ def test_long_rows_take_dsum():
         oracle.assert_gradients((*plain, None), dy, x, (1,), None, 2.0**-23, center=False)
 
 
-def test_eps_of_its_own_is_torchs(lib, dtype):
-    torch = pytest.importorskip("torch")
-    x = lib.array(X3 * 1e-3, dtype)
-    wide = torch.from_numpy(lib.to_numpy(x).astype(np.float64))
-    theirs = torch.nn.functional.rms_norm(wide.to(getattr(torch, dtype)), (10,))
-    got = lib.to_numpy(cn.rms_norm(x, 10)).astype(np.float64)
-    bound = oracle.tolerance(dtype, 10)
-    np.testing.assert_allclose(got, theirs.double().numpy(), rtol=bound, atol=bound)
-
-
 @pytest.mark.parametrize("n", [7, 5000, 70_000])
 def test_neither_large_nor_small_squares_are_lost(lib, n):
     """On every path as far as docs/numerics.md says."""
