@@ -212,9 +212,6 @@ def test_polars_result_is_one_block_without_a_copy(results):
         assert np.shares_memory(series.to_numpy(allow_copy=False), results[0][:, j])
 
 
-# --- refusals -----------------------------------------------------------------------------------
-
-
 # --- cuDF: its interface, by a twin whose device memory is the host's ---------------------------
 
 

@@ -9,8 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from cupynorm import _calls
 from cupynorm._cpu import engine, threads
 from cupynorm._layout import problem_of
+from cupynorm._ops import LAYER_NORM
 from cupynorm._rules import stats_dtype
 from tests.cpu import door
 from tests.cpu.layouts import guarded, same_bits, values
@@ -23,6 +25,11 @@ def address(a):
     return 0 if a is None else a.ctypes.data
 
 
+def gradient_facts(dy, x, mean, rstd, weight=None, mask=(True, True, True)):
+    arrays = dy, x, mean, rstd, weight
+    return _calls._check_backward(LAYER_NORM, arrays, (None, (1,), mask)).facts
+
+
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 def test_backward_has_the_bits_of_the_door(dtype):
     for N, order in itertools.product(WIDTHS, "CF"):
@@ -31,9 +38,9 @@ def test_backward_has_the_bits_of_the_door(dtype):
         x, dy = values((9, N), dtype, N), values((9, N), dtype, N + 1)
         weight = values((N,), stats_dtype(x.dtype.name), 1)
         _, mean, rstd = door.forward(x, (1,))
-        want = door.backward(dy, x, (1,), mean, rstd, weight, dtype=mean.dtype)
+        want = door.backward(dy, x, (1,), mean, rstd, weight)
         for mask in itertools.product((True, False), repeat=3):
-            facts = door.gradient_facts(dy, x, (1,), weight, mask)
+            facts = gradient_facts(dy, x, mean, rstd, weight, mask)
             dx, unharmed = guarded(x.shape, x.dtype, order)
             if mask[0]:
                 dx[...] = dy
@@ -59,9 +66,10 @@ def test_threads_are_as_many_as_the_caller_says(monkeypatch):
         y = np.empty_like(x)
         _, mean, rstd = door.forward(x, (1,))
         asked.clear()
-        problem = problem_of(door.facts_of(x, (1,), out=y))
+        how = None, (1,), 1e-5, "K", True
+        problem = problem_of(_calls.check(LAYER_NORM, x, None, None, y, how).facts)
         engine.normalizer(problem, 1e-5, lambda: 5)(x.ctypes.data, y.ctypes.data, *6 * (0,))
-        problem = problem_of(door.gradient_facts(x, x, (1,)))
+        problem = problem_of(gradient_facts(x, x, mean, rstd))
         call = engine.differentiator(problem, lambda: 5)
         call(*map(address, (x, x, mean, rstd, None, y, None, None)))
         assert set(asked) == {most}, shape
