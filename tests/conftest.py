@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupynorm._cpu.engine import without_numba
+from cupynorm._cpu.engine import state, without_numba
 
 pytest_plugins = ["tests.report"]
 
@@ -109,6 +109,14 @@ class Library:
 
 def np_dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name)) if name == "bfloat16" else np.dtype(name)
+
+
+class Exporter:
+    """Speaks DLPack and nothing else: the least that a producer of the standard offers."""
+
+    def __init__(self, array: Any, device: tuple[int, int] | None = None) -> None:
+        self.__dlpack__ = array.__dlpack__
+        self.__dlpack_device__ = (lambda: device) if device else array.__dlpack_device__
 
 
 def _numpy(backend: Backend) -> Library:
@@ -264,19 +272,12 @@ def lib(request: pytest.FixtureRequest) -> Iterator[Library]:
         yield library(request.param)
 
 
+@pytest.fixture(params=["numba", "numpy"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With numba's loops and without numba."""
+    assert state()[0] or request.param != "numba", state()[1]
+    with contextlib.nullcontext() if request.param == "numba" else without_numba():
+        yield request.param
+
+
 cupy_lib = lib  # the same for tests that need CuPy, simulated or real
-
-
-@pytest.fixture
-def assert_close() -> Callable[[np.ndarray, np.ndarray, str, int], None]:
-    """Compare with the oracle under its one tolerance rule."""
-    from tests import oracle
-
-    def check(actual: np.ndarray, expected: np.ndarray, dtype: str, n: int) -> None:
-        assert actual.shape == expected.shape
-        bound = oracle.tolerance(dtype, n)
-        np.testing.assert_allclose(
-            actual.astype(np.float64), expected, rtol=bound, atol=bound, equal_nan=True
-        )
-
-    return check

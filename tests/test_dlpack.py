@@ -10,7 +10,7 @@ import pytest
 
 import cupynorm as cn
 from tests import oracle
-from tests.conftest import Backend, np_dtype, why_not
+from tests.conftest import Backend, Exporter, np_dtype, why_not
 
 torch = pytest.importorskip("torch")
 
@@ -22,19 +22,6 @@ each_dtype = pytest.mark.parametrize("dtype", NUMPYS)
 each_dtype_on_gpu = pytest.mark.parametrize(
     "dtype", [pytest.param(d, marks=on_gpu) for d in (*NUMPYS, "bfloat16")]
 )
-
-
-class Exporter:
-    """Speaks DLPack and nothing else: the least that a producer of the standard offers."""
-
-    def __init__(self, array, device=None):
-        self._array, self._device = array, device
-
-    def __dlpack__(self, **options):
-        return self._array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self._device or self._array.__dlpack_device__()
 
 
 class CudaExporter:
@@ -51,9 +38,7 @@ def numbers(*shape, dtype="float32"):
 
 def check(y, x, dtype="float32", weight=None, axis=-1):
     want = oracle.layer_norm(x, (axis,), weight, None, 1e-5)[0]
-    bound = oracle.tolerance(dtype, x.shape[axis])
-    atol = bound * np.abs(want).max()
-    np.testing.assert_allclose(np.asarray(y, dtype=np.float64), want, rtol=bound, atol=atol)
+    oracle.assert_close(np.asarray(y), want, x.shape[axis], dtype, np.abs(want).max())
 
 
 def address(array):

@@ -197,8 +197,7 @@ def test_the_matrix_is_the_layer_norm_of_the_table(parquet, table):
     got = parquet.to_torch(pixels, "cpu", normalize=True)
     assert got.dtype == torch.float32
     assert got.is_contiguous()
-    bound = oracle.tolerance("float32", 64)
-    np.testing.assert_allclose(got.numpy(), exact(pixels), rtol=bound, atol=bound)
+    oracle.assert_close(got.numpy(), exact(pixels), 64)
     same = cn.layer_norm(pixels).to_numpy()  # as the script says of it
     np.testing.assert_array_equal(got.numpy(), same)
     plain = parquet.to_torch(pixels, "cpu", False).numpy()
@@ -208,8 +207,7 @@ def test_the_matrix_is_the_layer_norm_of_the_table(parquet, table):
 def test_the_matrix_made_on_a_gpu(cupy_lib, parquet, table):
     pixels = table[0].iloc[:40]
     got = cupy_lib.to_numpy(parquet.matrix_of(pixels, "cuda", normalize=True))
-    bound = oracle.tolerance("float32", 64)
-    np.testing.assert_allclose(got, exact(pixels), rtol=bound, atol=bound)
+    oracle.assert_close(got, exact(pixels), 64)
 
 
 def test_batches_are_views_that_hold_every_row_once(parquet, table):

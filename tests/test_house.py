@@ -1,16 +1,15 @@
 """How the package is built: what it imports and when, which module may know which."""
 
 import ast
-import graphlib
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import cupynorm as cn
+from tests.cpu.programs import run_python
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(cn.__file__).parent
@@ -122,13 +121,6 @@ def rooms_met(path):
     return {p[1] for p in parts if len(p) > 1 and p[1] in ROOMS} - {room_of(path)}
 
 
-def run(program):
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    return done.stdout
-
-
 # --- arrows -------------------------------------------------------------------------------------
 
 
@@ -146,15 +138,6 @@ def test_imports_point_down(path):
     floor = next(i for i, floor in enumerate(FLOORS) if room in floor)
     upward = rooms_met(path) - set().union(*FLOORS[floor + 1 :])
     assert not upward, f"{named(path)} imports {sorted(upward)}, not below it"
-
-
-def test_no_circles():
-    """Of all rooms that the table knows or not: who may import whom can be put in an order."""
-    met = {room: set() for room in ROOMS - {"__init__"}}
-    for path in FILES:
-        if room_of(path) != "__init__":
-            met[room_of(path)] |= rooms_met(path) - {"__init__"}
-    assert len(list(graphlib.TopologicalSorter(met).static_order())) == len(met)
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
@@ -266,24 +249,20 @@ def test_no_drawer_for_everything():
 
 # --- the cost of import -------------------------------------------------------------------------
 
-OPTIONAL = (
-    *("cupy", "torch", "numba", "dask", "sklearn", "pandas"),
-    *("matplotlib", "tqdm", "IPython", "jax", "scipy"),
-)
 
-
-def test_import_brings_no_optional_library():
-    program = f"import cupynorm, sys; print(*[m for m in {OPTIONAL} if m in sys.modules])"
-    assert run(program).split() == []
-
-
-def test_a_numpy_call_brings_no_library_but_numba():
+def test_optional_libraries_come_when_they_are_called_for():
+    """None by import, by a call of NumPy arrays numba alone; those that show_config looks into."""
+    optional = "cupy torch numba dask sklearn pandas matplotlib tqdm IPython jax scipy polars"
     program = (
-        "import numpy, cupynorm, sys\n"
-        "cupynorm.layer_norm(numpy.ones((2, 3)), return_stats=True)\n"
-        f"print(*[m for m in {OPTIONAL} if m in sys.modules])"
+        "import sys, numpy, cupynorm as cn\n"
+        f"def come(): print(*[m for m in {optional.split()} if m in sys.modules], end=';')\n"
+        "come(), cn.layer_norm(numpy.ones((2, 3)), return_stats=True), come()\n"
+        "cn.plot.moments, cn.explain, cn.LayerNorm(3), str(cn.show_config()), come()"
     )
-    assert set(run(program).split()) <= {"numba", "scipy"}  # numba looks for scipy's BLAS
+    imported, called, named = (set(found.split()) for found in run_python(program).split(";")[:3])
+    assert not imported
+    assert called <= {"numba", "scipy"}  # numba looks for scipy's BLAS
+    assert named <= called | {"cupy", "numba", "scipy"}
 
 
 def test_import_adds_less_than_a_tenth_of_a_second_to_numpys():
@@ -293,10 +272,10 @@ def test_import_adds_less_than_a_tenth_of_a_second_to_numpys():
         "import cupynorm\n"
         "print(time.perf_counter() - start)"
     )
-    run(program)  # fills the caches of byte code and of the disk
+    run_python(program)  # fills the caches of byte code and of the disk
     times = []
     for _ in range(3):  # a busy machine gets further tries
-        times += [float(run(program)) for _ in range(5)]
+        times += [float(run_python(program)) for _ in range(5)]
         if statistics.median(times[-5:]) < 0.1:
             return
     pytest.fail(f"import cupynorm took {sorted(times)} s on top of numpy")

@@ -28,14 +28,9 @@ X = RNG.standard_normal((20, 7)) * 3 + 50
 M, N = X.shape
 
 
-def expected(x, eps=1e-5):
-    return oracle.layer_norm(np.asarray(x), (1,), None, None, eps)[0]
-
-
-def close(y, x, eps=1e-5):
-    y = np.asarray(y)
-    bound = oracle.tolerance(y.dtype, y.shape[1])
-    np.testing.assert_allclose(y.astype(np.float64), expected(x, eps), rtol=bound, atol=bound)
+def close(y, x):
+    want = oracle.layer_norm(np.asarray(x), (1,), None, None, 1e-5)[0]
+    oracle.assert_close(np.asarray(y), want, want.shape[1])
 
 
 # --- scikit-learn's own checks ------------------------------------------------------------------
@@ -84,47 +79,32 @@ def without_checks_on_the_stand_in(lib):
     return contextlib.nullcontext()
 
 
-def test_values_dtype_and_library(lib, dtype, assert_close):
+def test_values_dtype_and_library(lib, dtype):
     x = lib.array(X, dtype)
     with without_checks_on_the_stand_in(lib):
         y = LayerNormalizer().fit_transform(x)
     assert type(y) is type(x)
     assert lib.dtype(y) == dtype
     assert getattr(y, "device", None) == getattr(x, "device", None)
-    assert_close(lib.to_numpy(y), expected(lib.to_numpy(x)), dtype, N)
+    close(lib.to_numpy(y), lib.to_numpy(x))
     if lib.backend.same_bits:
         same = lib.to_numpy(cn.layer_norm(x)).tobytes()
         assert lib.to_numpy(y).tobytes() == same
 
 
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("eps", [0.0, 1.0, np.float32(0.25), 2])
-def test_eps_and_layout(order, eps):
-    y = LayerNormalizer(eps=eps).transform(np.asarray(X, order=order))
-    assert y.flags[f"{order}_CONTIGUOUS"]
-    close(y, X, eps)
+INTEGERS = ("int8", "uint8", "int64", "uint64", "bool", "longdouble", ">f8", "object", "bfloat16")
 
 
-@pytest.mark.parametrize(
-    "dtype", ["int8", "uint8", "int64", "uint64", "bool", "longdouble", ">f8", "object", "bfloat16"]
-)
-def test_what_is_no_float_becomes_float64(dtype):
-    x = (X > 50 if dtype == "bool" else X).astype(np_dtype(dtype))
-    y = LayerNormalizer().fit_transform(x)
-    assert y.dtype == (x.dtype if dtype == "bfloat16" else np.float64)
-    close(y, x.astype(np.float64))
-
-
-@pytest.mark.needs("not_numpy")
-@pytest.mark.parametrize("kind", ["int32", "bool"])
-def test_what_is_no_float_in_other_libraries(lib, kind):
+def test_what_is_no_float_becomes_one(lib):
     if lib.backend is Backend.CUPY_SIMULATED:
         return  # has no arithmetic; CuPy itself is among the cases on a GPU
-    x = lib.from_numpy((X > 50 if kind == "bool" else X).astype(kind))
-    y = LayerNormalizer().transform(x)
-    assert type(y) is type(x)
-    assert lib.dtype(y) == ("float32" if lib.backend is Backend.JAX else "float64")
-    close(lib.to_numpy(y), lib.to_numpy(x))
+    for kind in INTEGERS if lib.backend.numpy else ("int32", "bool"):
+        x = lib.from_numpy((X > 50 if kind == "bool" else X).astype(np_dtype(kind)))
+        y = LayerNormalizer().fit_transform(x)
+        wide = "float32" if lib.backend is Backend.JAX else "float64"
+        assert type(y) is type(x)
+        assert lib.dtype(y) == ("bfloat16" if kind == "bfloat16" else wide)
+        close(lib.to_numpy(y), lib.to_numpy(x).astype(np.float64))
 
 
 def test_gradients_go_through():
@@ -178,29 +158,24 @@ def test_a_table_gives_an_array_and_input_gives_a_table(frame, library):
     assert type(LayerNormalizer(output_type="input").transform(X.tolist())) is np.ndarray
 
 
-@pytest.mark.parametrize(
-    ("dtypes", "expect"),
-    [
-        (("float32", "int8"), "float32"),
-        (("float32", "int32"), "float64"),
-        (("float16", "float16"), "float16"),
-        (("int8", "bool"), "float64"),
-        (("Float32", "Float32"), "float32"),
-        (("Int64", "boolean"), "float64"),
-        (("float[pyarrow]", "uint8[pyarrow]"), "float32"),
-        (("object", "float32"), "float64"),  # which scikit-learn converts
-    ],
-)
-def test_dtype_of_a_frame(dtypes, expect):
+def test_dtype_of_a_frame():
     pd = pytest.importorskip("pandas")
-    if "pyarrow" in dtypes[0]:
-        pytest.importorskip("pyarrow")
-    values = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [1, 1, 0]}
-    kinds = dict(zip("abc", (*dtypes, dtypes[0]), strict=True))
-    frame = pd.DataFrame(values).astype(kinds)
-    y = LayerNormalizer().fit_transform(frame)
-    assert y.dtype == expect
-    close(y, np.stack(list(values.values()), axis=1))
+    pytest.importorskip("pyarrow")
+    values = np.array([[1, 0, 1], [0, 1, 1], [0, 0, 0]])
+    for dtypes, expect in (
+        ("float32 int8", "float32"),
+        ("float32 int32", "float64"),
+        ("float16 float16", "float16"),
+        ("int8 bool", "float64"),
+        ("Float32 Float32", "float32"),
+        ("Int64 boolean", "float64"),
+        ("float[pyarrow] uint8[pyarrow]", "float32"),
+        ("object float32", "float64"),  # which scikit-learn converts
+    ):
+        kinds = dict(zip("abc", (dtypes.split() * 2)[:3], strict=True))
+        y = LayerNormalizer().fit_transform(pd.DataFrame(values, columns=[*"abc"]).astype(kinds))
+        assert y.dtype == expect
+        close(y, values)
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars"])

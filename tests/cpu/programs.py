@@ -17,7 +17,7 @@ def run_python(code, root=ROOT, **env):
         env=os.environ | {"PYTHONPATH": str(root)} | env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

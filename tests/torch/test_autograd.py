@@ -28,7 +28,7 @@ def dy_of(shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("wanted", [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)])
-def test_only_what_is_asked_for_is_computed(loops, monkeypatch, wanted):
+def test_only_what_is_asked_for_is_computed(engine, monkeypatch, wanted):
     asked = []
     backward = tensors.backward
 
@@ -76,7 +76,7 @@ def test_a_large_common_offset():
     wide = x.double().requires_grad_()
     exact = torch.autograd.grad(theirs(wide), wide, dy.double())[0].float()
     x.requires_grad_()
-    for create in (False, True):  # by the loops, by torch's functions
+    for create in (False, True):  # by the engine, by torch's functions
         (dx,) = torch.autograd.grad(ours(x), x, dy, create_graph=create)
         torch.testing.assert_close(dx.detach(), exact, rtol=1e-5, atol=1e-6)
     tangent = jvp(ours, (x.detach(),), (dy,))[1]

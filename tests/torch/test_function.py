@@ -2,8 +2,6 @@
 
 import contextlib
 import statistics
-import subprocess
-import sys
 import time
 import timeit
 
@@ -14,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 import cupynorm as cn
 import cupynorm.torch as cn_torch
+from tests.cpu.programs import run_python
 from tests.torch.cases import DTYPES, affine, check, name_of, numbers
 
 reference = torch.nn.functional.layer_norm
@@ -147,8 +146,7 @@ def test_autocast_gives_torchs_dtype(device, dtype, cast):
 def test_the_module_named_torch_finds_torch_and_no_library_that_is_not_needed_yet():
     program = "import runpy, sys; runpy.run_module('cupynorm.torch', run_name='__main__')\n"
     program += "print('cupy' in sys.modules, 'numba' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.split() == ["False", "False"]
+    assert run_python(program).split() == ["False", "False"]
 
 
 def test_a_small_call_costs_at_most_1_8_times_what_torchs_does():

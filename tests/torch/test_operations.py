@@ -94,7 +94,7 @@ def total(found):
 @whole
 @pytest.mark.parametrize("of_weight", DTYPES, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_every_pair_of_dtypes(loops, op, dtype, of_weight):
+def test_every_pair_of_dtypes(engine, op, dtype, of_weight):
     x, *parameters = given(op, 40, 33, dtype=dtype, of_weight=of_weight)
     dy, y = (numbers(40, 33, seed=9) - 3).to(dtype), ours(op, x, *parameters)
     y.backward(dy)
@@ -105,7 +105,7 @@ def test_every_pair_of_dtypes(loops, op, dtype, of_weight):
 
 @each
 @pytest.mark.parametrize("layout", [*LAYOUTS, "multi-axis"])
-def test_every_layout(loops, op, layout):
+def test_every_layout(engine, op, layout):
     """Of x, weight and dy; y lies as torch's, so that a view(-1) that follows it works."""
     x, n = (numbers(3, 4, 5), 2) if layout == "multi-axis" else (LAYOUTS[layout](), 1)
     shape = x.shape[x.ndim - n :]
@@ -132,7 +132,7 @@ def test_every_layout(loops, op, layout):
 @adding
 @pytest.mark.parametrize("wide", [None, torch.float32], ids=["same", "float32"])
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=name_of)
-def test_the_fused_add_has_the_bits_of_two_calls(loops, op, dtype, wide):
+def test_the_fused_add_has_the_bits_of_two_calls(engine, op, dtype, wide):
     x, weight, residual = given(op, 20, 700, dtype=dtype, wide=wide)
     found, want = ours(op, x, weight, residual), two_calls(op, x, weight, residual)
     assert all(map(torch.equal, found, want))
@@ -149,7 +149,7 @@ def test_the_fused_add_has_the_bits_of_two_calls(loops, op, dtype, wide):
 
 
 @whole
-def test_negated_memory(loops, op):
+def test_negated_memory(engine, op):
     """A contiguous view of it looks like any other, for which the backward may be settled."""
     plain = [a[..., ::2] for a in (numbers(3, 16), numbers(16), numbers(3, 16, seed=9) - 3)]
 
