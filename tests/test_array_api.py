@@ -19,8 +19,6 @@ WANT = oracle.layer_norm(X, (1, 2), WEIGHT, BIAS, 1e-5)
 PLAIN = oracle.layer_norm(X, (1, 2), None, None, 1e-5)
 VERSIONS = ["2021.12", "2022.12", "2023.12", "2024.12", "2025.12"]
 
-# --- array_api_strict ---------------------------------------------------------------------------
-
 
 @pytest.fixture
 def strict():
@@ -79,9 +77,6 @@ def test_a_namespace_needs_no_more_than_seven_names():
     np.testing.assert_array_equal(*found)
 
 
-# --- JAX ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def jax():
     return pytest.importorskip("jax")
@@ -130,9 +125,6 @@ def test_jax_grad_and_vmap(jax):
         np.testing.assert_allclose(np.asarray(gradient(x)), want, rtol=1e-4, atol=1e-4)
     mapped = jax.vmap(lambda sample: cn.layer_norm(sample, (3, 8)))(x)
     np.testing.assert_allclose(np.asarray(mapped), x_hat, atol=1e-5)
-
-
-# --- a user's own classes -----------------------------------------------------------------------
 
 
 @functools.cache

@@ -47,9 +47,6 @@ def counted(calls, name, task):
     return run
 
 
-# --- values -------------------------------------------------------------------------------------
-
-
 def test_split_rows_have_the_same_bits_on_every_scheduler_and_in_every_layout():
     x = values((40, 999), offset=1e4)
     chunks = (7, 100)
@@ -108,9 +105,6 @@ def test_weight_is_taken_as_it_is_at_the_call():
     y = cd.layer_norm(lazy(values(), (5, 13)), COLS, weight)
     weight[:] = 7
     assert np.abs(y.compute()).max() < 7
-
-
-# --- laziness, and what the graph holds ---------------------------------------------------------
 
 
 def refuse(*_):
@@ -200,9 +194,6 @@ def test_unknown_lengths_of_other_axes():
         check(y.compute(), x[x[:, 0] > 0])
 
 
-# --- DataFrames -----------------------------------------------------------------------------------
-
-
 def frame():
     pd = pytest.importorskip("pandas")
     return pd.DataFrame(values((30, 4)), columns=list("abcd"), index=np.arange(30) * 2)
@@ -241,9 +232,6 @@ def test_frames(change, kwargs):
     oracle.assert_close(got.to_numpy().astype("f4"), exact, 4, scale=4)
 
 
-# --- errors ---------------------------------------------------------------------------------------
-
-
 def strict_ones():
     return pytest.importorskip("array_api_strict").ones(8)
 
@@ -269,9 +257,6 @@ def test_errors_are_raised_at_the_call(call, said):
     """More of them in test_advice.py."""
     with pytest.raises((TypeError, ValueError), match=said):
         call()
-
-
-# --- CuPy blocks, simulated or of a device ------------------------------------------------------
 
 
 def test_cupy_blocks_of_whole_rows(cupy_lib):

@@ -55,9 +55,6 @@ def assert_shared(a, b):
     assert a[-1, -1] == 20.0
 
 
-# --- NumPy and torch on the CPU -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("order", ["C", "F"])
 @each_dtype
 def test_results_pass_between_numpy_and_torch(dtype, order):
@@ -119,9 +116,6 @@ def test_jax_to_torch():
     assert t.data_ptr() == y.unsafe_buffer_pointer()
 
 
-# --- mere exporters -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("of", ["numpy", "torch"])
 @each_dtype
 def test_an_exporter_comes_back_as_numpy(dtype, of):
@@ -168,9 +162,6 @@ def test_rules_hold_for_exporters():
             cn.layer_norm(elsewhere)
 
 
-# --- out= on memory of another library ----------------------------------------------------------
-
-
 def test_a_call_writes_into_memory_of_another_library():
     x, t = numbers(5, 33), torch.empty(5, 33)
     out = np.from_dlpack(t)
@@ -188,9 +179,6 @@ def test_a_call_writes_into_memory_of_another_library():
     before = x.copy()
     cn.layer_norm(x, out=np.from_dlpack(torch.from_dlpack(x)))  # in place, through a view
     check(x, before)
-
-
-# --- CuPy, simulated or real --------------------------------------------------------------------
 
 
 def test_a_cupy_result_keeps_its_memory(cupy_lib):
@@ -230,9 +218,6 @@ def test_a_gpu_exporter_without_cupy_says_what_to_install(monkeypatch):
     interface = {"shape": (4,), "typestr": "<f4", "data": (4096, False), "version": 3}
     with pytest.raises(ImportError, match=r"cupynorm\[cuda12\]"):
         cn.layer_norm(CudaExporter(SimpleNamespace(__cuda_array_interface__=interface)))
-
-
-# --- CuPy and torch on a GPU --------------------------------------------------------------------
 
 
 @each_dtype_on_gpu

@@ -46,9 +46,6 @@ def refused(error, *words, direction="forward", make=np.asarray, **change):
     return text
 
 
-# --- x ------------------------------------------------------------------------------------------
-
-
 @each_direction
 def test_x_of_another_dtype_in_every_library(lib, direction):
     cast = "x.to(torch.float32)" if lib.name.startswith("torch") else "x.astype('float32')"
@@ -57,9 +54,6 @@ def test_x_of_another_dtype_in_every_library(lib, direction):
     for kind in ("int32", "bool"):
         x = lib.from_numpy(np.ones((2, 3), dtype=kind))
         refused(TypeError, f"dtype {kind}", cast, direction=direction, x=x)
-
-
-# --- what stands beside x -----------------------------------------------------------------------
 
 
 def test_shapes_that_go_with_other_axes():
@@ -96,9 +90,6 @@ def test_another_library(lib, direction, name):
     words = f"{name} is a", "x is a numpy array", "Move it first:"
     text = refused(ValueError, *words, direction=direction, **{name: lib.array(ones(name))})
     assert re.search(rf"numpy\.asarray\({name}\)|asnumpy\({name}\)|{name}.*numpy\(\)", text)
-
-
-# --- out ----------------------------------------------------------------------------------------
 
 
 def overlapping(zeros):

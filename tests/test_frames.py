@@ -54,9 +54,6 @@ def results(monkeypatch):
     return made
 
 
-# --- values and dtypes --------------------------------------------------------------------------
-
-
 def test_names_dtypes_and_no_rows(library):
     """Values are drawn in test_any_call."""
     for data in (mixed(), mixed(0)):
@@ -101,9 +98,6 @@ def test_pandas_keeps_what_is_not_a_value():
     y = frames.layer_norm(twice)
     assert list(y.columns) == ["a", "b", "a"]
     oracle.assert_close(y.to_numpy(), expected([[1, 3], [2, 5], [1, 0]], dtype="float64"), 3)
-
-
-# --- nulls --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nulls", NULLS)
@@ -168,9 +162,6 @@ def test_polars_nulls_slices_and_chunks(pyarrow, nulls, monkeypatch):
     oracle.assert_close(frames.layer_norm(df[7:31], nulls=nulls).to_numpy(), want[7:31], 7)
     joined = pl.concat([df[:20], df[20:]], rechunk=False)
     oracle.assert_close(frames.layer_norm(joined, nulls=nulls).to_numpy(), want, 7)
-
-
-# --- memory -------------------------------------------------------------------------------------
 
 
 def test_columns_are_read_in_place():
@@ -283,9 +274,6 @@ def test_cudf():
         assert list(y.columns) == ["a", "b", "c"]
         want = expected(columns, dtype="float64", omit=nulls == "omit", valid=valid)
         oracle.assert_close(cupy.asnumpy(y.to_cupy()), want, 3)
-
-
-# --- imports -----------------------------------------------------------------------------------
 
 
 def test_a_table_brings_no_other_library():

@@ -41,8 +41,6 @@ def test_signatures_begin_as_torchs():
     assert all(p.kind is p.KEYWORD_ONLY for p in list(ours.values())[6:])
 
 
-# --- normalized_shape and axis ------------------------------------------------------------------
-
 SHAPES = [None, 10, np.int64(10), (10,), [10], (6, 10), [6, 10], (4, 6, 10)]
 AXES = [0, 1, 2, -1, -2, -3, np.int32(1), (0,), [1], (-2, -1), (0, 2), (2, 0), (-1, 1), (2, -3),
         *itertools.permutations(range(3))]  # fmt: skip
@@ -63,9 +61,6 @@ def test_normalized_shape_and_axis(lib, direction, how):
         check(lib, found, dy, x, *affine, **how)
         if direction.endswith("backward"):
             assert {tuple(total.shape) for total in found[1:]} == {shape}
-
-
-# --- dtypes, weight, bias, eps ------------------------------------------------------------------
 
 
 @each_direction
@@ -108,9 +103,6 @@ def test_eps_where_the_variance_is_zero_or_less_is_ieee(lib):
     np.testing.assert_allclose(y[1], want, rtol=1e-6)
 
 
-# --- what comes out, what is left alone ---------------------------------------------------------
-
-
 @each_direction
 def test_the_result_is_a_named_tuple(lib, direction):
     dy, x, weight = lib.array(DY3), lib.array(X3), lib.array(np.ones((4, 10)))
@@ -128,9 +120,6 @@ def test_the_result_is_a_named_tuple(lib, direction):
         assert isinstance(found, (cn.LayerNormResult, cn.LayerNormGradients))
         assert found._fields == fields
     assert [tuple(a.shape) for a in found] == [(4, 6, 10), *[small] * (len(found) - 1)]
-
-
-# --- order, out ---------------------------------------------------------------------------------
 
 
 @pytest.mark.needs("strided")
@@ -171,8 +160,6 @@ def test_numpy_out_beside_x_in_its_memory():
     cn.layer_norm(x, out=x[...])
     np.testing.assert_array_equal(x, out)
 
-
-# --- emptiness, every length, the same bits -----------------------------------------------------
 
 NOTHING = [
     ((0, 4), -1),
@@ -263,9 +250,6 @@ def test_torch_itself_may_differentiate_the_backward():
         return tuple(backward(dy, x, 10, weight))
 
     assert torch.autograd.gradcheck(gradients, (*leaves, weight))
-
-
-# --- NumPy arrays of every kind -----------------------------------------------------------------
 
 
 # Shapes, and the axes to normalize: of strips, of several strides, of rows in chunks.

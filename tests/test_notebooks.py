@@ -74,9 +74,6 @@ def assert_same(new, old):
     assert numbers(text) == pytest.approx(numbers(old_text), rel=0.05, abs=0.011, nan_ok=True)
 
 
-# --- text and notebook --------------------------------------------------------------------------
-
-
 def test_every_notebook_has_its_text():
     assert len(NAMES) >= 4
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == NAMES
@@ -114,9 +111,6 @@ def test_stored_outputs_are_small_and_whole(name):
         assert " at 0x" not in text
         assert "<script" not in json.dumps(cell.outputs)
     assert any(cell.outputs for cell in cells)
-
-
-# --- run ----------------------------------------------------------------------------------------
 
 
 @every_notebook

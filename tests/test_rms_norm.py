@@ -33,9 +33,6 @@ def cast(lib, a, dtype):
     return lib.from_numpy(lib.to_numpy(a).astype(np_dtype(dtype)))
 
 
-# --- 1 + weight, dsum, eps ----------------------------------------------------------------------
-
-
 def test_a_zero_centered_weight_is_one_plus_it(lib, dtype):
     """The bits of 1 + weight in the dtype of the statistics."""
     x, dy, weight = (lib.array(a, dtype) for a in (X3, DY3, WEIGHT))
@@ -116,9 +113,6 @@ def test_beside_an_infinite_element_all_are_zero(lib, axis, n):
     np.testing.assert_allclose(lib.to_numpy(rstd), want[2], rtol=1e-6)
 
 
-# --- the fused add ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("fused", NORMS)
 def test_an_add_has_the_bits_of_the_two_calls(lib, dtype, fused):
     elsewhere = dtype == "float16" or (fused is cn.add_rms_norm and dtype == "float64")
@@ -187,9 +181,6 @@ def test_results_may_not_meet(lib):
         cn.add_rms_norm(np.ones((4, 10), half.dtype), wide, out=half)
 
 
-# --- held fast, told ----------------------------------------------------------------------------
-
-
 def test_explained():
     x = np.ones((64, 768), np.float16)
     of = cn.explain(x, op="add_rms_norm", residual=x.astype(np.float32), return_stats=True)
@@ -197,9 +188,6 @@ def test_explained():
     assert "mean of squares" in str(of)
     back = cn.explain(x, 768, np.ones(768, np.float16), op="rms_norm", backward=True)
     assert back.bytes_floor == 64 * 768 * 2 * 3 + 768 * 2 * 2 + 64 * 4
-
-
-# --- as others define them ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

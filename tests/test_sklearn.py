@@ -33,9 +33,6 @@ def close(y, x):
     oracle.assert_close(np.asarray(y), want, want.shape[1])
 
 
-# --- scikit-learn's own checks ------------------------------------------------------------------
-
-
 def namespaces(check):
     """Libraries that an array-API check needs."""
     named = getattr(check, "keywords", {})
@@ -67,9 +64,6 @@ def test_what_the_tags_promise():
         close(stateless.transform(x), x)
     assert not hasattr(stateless, "n_features_in_")
     assert not hasattr(stateless, "inverse_transform")
-
-
-# --- values, on every library -------------------------------------------------------------------
 
 
 def without_checks_on_the_stand_in(lib):
@@ -115,9 +109,6 @@ def test_gradients_go_through():
     (dx,) = torch.autograd.grad(y, x, torch.tensor(dy))
     want = oracle.layer_norm_backward(dy, X, (1,), None, 1e-5)[0]
     np.testing.assert_allclose(dx.numpy(), want, rtol=1e-10, atol=1e-12)
-
-
-# --- tables -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -195,9 +186,6 @@ def test_a_table_of_anything(frame, library, made_of):
         assert type(y) is tables[0].DataFrame
 
 
-# --- output_type --------------------------------------------------------------------------------
-
-
 @pytest.mark.needs("not_numpy", "has_float16")
 def test_output_type_numpy(lib):
     with without_checks_on_the_stand_in(lib):
@@ -232,9 +220,6 @@ def test_cudf(frame, output_type):
     assert type(LayerNormalizer(output_type="cudf").fit_transform(frame)) is cudf.DataFrame
     with pytest.raises(ValueError, match="nulls in 'a'"):
         LayerNormalizer().fit(x.assign(a=x["a"].where(x["a"] > 50)))
-
-
-# --- memory -------------------------------------------------------------------------------------
 
 
 @pytest.mark.needs("strided")
@@ -283,9 +268,6 @@ class Lender:
     @property
     def shape(self):
         return self.values.shape
-
-
-# --- missing values -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -347,9 +329,6 @@ def test_bitmaps_are_looked_at_in_their_rows_alone():
         _estimator_data.refuse_bad_columns(frame, [column._replace(offset=6)], "it")
 
 
-# --- refusals -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", ["fit", "transform"])
 def test_each_method_refuses_by_itself(method):
     """Every sentence is raised, by `fit_transform`, in test_advice.py."""
@@ -377,9 +356,6 @@ def test_another_library_than_fit_has_seen(monkeypatch):
             normalizer.transform(torch.tensor(X))
         assert type(LayerNormalizer().transform(torch.tensor(X))) is torch.Tensor
         close(normalizer.transform(X.tolist()), X)
-
-
-# --- among scikit-learn's own -------------------------------------------------------------------
 
 
 def test_column_transformer(frame):

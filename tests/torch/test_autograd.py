@@ -50,9 +50,6 @@ def test_only_what_is_asked_for_is_computed(engine, monkeypatch, wanted):
     check_gradients([t.grad for t in leaves], dy, leaves[0], 1, leaves[1])
 
 
-# --- further derivatives ------------------------------------------------------------------------
-
-
 def test_a_graph_of_the_gradient_costs_one_kernel(monkeypatch):
     calls = []
     backward = tensors.backward
@@ -121,9 +118,6 @@ def test_vmap_of_vmap_and_grad_of_vmap():
 def test_functionalize():
     x, (weight, bias) = numbers(3, 8), affine(8)
     check(torch.func.functionalize(ours)(x, weight, bias), x, 1, weight, bias)
-
-
-# --- what autograd asks of a good citizen -------------------------------------------------------
 
 
 def test_an_input_changed_in_place_is_an_error():

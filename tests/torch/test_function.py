@@ -18,9 +18,6 @@ from tests.torch.cases import DTYPES, affine, check, name_of, numbers
 reference = torch.nn.functional.layer_norm
 
 
-# --- values -------------------------------------------------------------------------------------
-
-
 def test_spellings_of_normalized_shape():
     x = numbers(3, 4, 5)
     for spelling, n in ((5, 1), ([5], 1), (torch.Size([4, 5]), 2), (np.int64(5), 1)):
@@ -39,9 +36,6 @@ def test_where_no_gradient_is_kept():
     check(y, x, 1)
     assert torch.equal(y, cn.layer_norm(x.detach(), 8))
     assert not cn_torch.layer_norm(x.detach(), (8,)).requires_grad
-
-
-# --- tensors that are not memory ----------------------------------------------------------------
 
 
 def test_meta_and_fake_tensors():
@@ -115,9 +109,6 @@ def test_modes_see_an_operator():
     check(y, x, 1)
 
 
-# --- autocast -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -138,9 +129,6 @@ def test_autocast_gives_torchs_dtype(device, dtype, cast):
                 torch.set_autocast_enabled(of, False)
                 torch.set_autocast_dtype(of, before)
             assert fake or check(y, x, 1, weight) is None
-
-
-# --- import and cost ----------------------------------------------------------------------------
 
 
 def test_the_module_named_torch_finds_torch_and_no_library_that_is_not_needed_yet():

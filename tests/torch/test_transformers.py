@@ -44,8 +44,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-# --- models -------------------------------------------------------------------------------------
-
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -166,9 +164,6 @@ def is_ours(module):
     return isinstance(module, (ct.LayerNorm, Replaced))
 
 
-# --- what is compared ---------------------------------------------------------------------------
-
-
 def to(values, dtype, device="cpu"):
     """The tensors of a dict on a device, the real ones in a dtype."""
     return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in values.items()}
@@ -216,9 +211,6 @@ def check_against_float64(model, converted, inputs, dtype):
     check_errors(exact, by_torch, ours, dtype)
 
 
-# --- outputs and gradients ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16 with float32 norms"])
 @every_architecture
@@ -255,9 +247,6 @@ def test_autocast(name, device):
             hook.remove()
     assert dtypes[0] == dtypes[1]
     check_errors(exact, *found, torch.bfloat16)
-
-
-# --- training and inference ---------------------------------------------------------------------
 
 
 def test_generated_tokens_are_torchs():
@@ -302,9 +291,6 @@ def test_models_of_rms_norms_train_export_and_revert(name):
     assert_same_outputs(reverted, after.eval(), inputs)
 
 
-# --- what convert leaves as it is ---------------------------------------------------------------
-
-
 @every_architecture
 def test_convert_counts_and_keeps_the_state(name, caplog):
     expected = ARCHITECTURES[name]
@@ -325,9 +311,6 @@ def test_convert_counts_and_keeps_the_state(name, caplog):
     assert all(type(m) is kind for m, kind in others if kind not in changed)
     assert list(model.state_dict()) == keys
     assert all(p is parameters[k] for k, p in model.named_parameters())
-
-
-# --- files --------------------------------------------------------------------------------------
 
 
 def entries(folder):
