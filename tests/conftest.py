@@ -136,8 +136,10 @@ def _steps(a: Any) -> tuple[int, ...]:
     return tuple(s // a.itemsize for s in a.strides)
 
 
-def _torch(device: str) -> Library:
+def _torch(backend: Backend) -> Library:
     import torch
+
+    device = "cuda" if backend.on_gpu else "cpu"
 
     def from_numpy(a: np.ndarray) -> Any:
         if a.dtype == ml_dtypes.bfloat16:
@@ -150,43 +152,31 @@ def _torch(device: str) -> Library:
             return t.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
         return t.numpy()
 
-    backend = Backend.TORCH if device == "cpu" else Backend.TORCH_CUDA
     return Library(backend, from_numpy, to_numpy, strides=lambda t: t.stride())
 
 
-def _jax() -> Library:
+def _jax(backend: Backend) -> Library:
     import jax.numpy as jnp
 
-    return Library(Backend.JAX, from_numpy=jnp.asarray, to_numpy=np.asarray)
+    return Library(backend, from_numpy=jnp.asarray, to_numpy=np.asarray)
 
 
-def _strict(name: str) -> Library:
+def _strict(backend: Backend) -> Library:
     import array_api_strict as strict
 
-    device, host = strict.Device(name), strict.Device("CPU_DEVICE")
+    host = strict.Device("CPU_DEVICE")
+    device = host if backend is Backend.STRICT else strict.Device("device1")
     return Library(
-        Backend.STRICT if device == host else Backend.STRICT_DEVICE1,
+        backend,
         from_numpy=lambda a: strict.asarray(a, device=device, copy=True),
         to_numpy=lambda a: np.asarray(a.to_device(host)),
     )
 
 
-_MAKERS: dict[Backend, Callable[[], Library]] = {
-    Backend.NUMPY: lambda: _numpy(Backend.NUMPY),
-    Backend.NUMPY_PLAIN: lambda: _numpy(Backend.NUMPY_PLAIN),
-    Backend.CUPY_SIMULATED: lambda: _cupy(Backend.CUPY_SIMULATED),
-    Backend.CUPY: lambda: _cupy(Backend.CUPY),
-    Backend.TORCH: lambda: _torch("cpu"),
-    Backend.TORCH_CUDA: lambda: _torch("cuda"),
-    Backend.JAX: _jax,
-    Backend.STRICT: lambda: _strict("CPU_DEVICE"),
-    Backend.STRICT_DEVICE1: lambda: _strict("device1"),
-}
-
-
 def library(backend: Backend) -> Library:
     """The library, where it is here; CuPy's stand-in inside its context alone."""
-    return _MAKERS[backend]()
+    makers = {"numpy": _numpy, "cupy": _cupy, "torch": _torch, "jax": _jax, "strict": _strict}
+    return makers[backend.value.partition("-")[0]](backend)
 
 
 @functools.cache

@@ -179,7 +179,9 @@ def test_names_are_those_of_the_same_call_and_of_no_other():
     names = [cd.layer_norm(x, **named).name for named in calls]
     assert len(set(names)) == len(names)
     assert names[2] == cd.layer_norm(x, weight=weight.copy()).name
-    assert all(name.startswith("layer_norm") for name in names)  # what a dashboard shows
+    assert all(name.startswith("layer_norm") for name in names)
+    shown = {dask.utils.key_split(key) for key in cd.layer_norm(x).__dask_graph__()}
+    assert {"layer_norm", "layer_norm-moments", "layer_norm-statistics"} <= shown  # dashboards'
 
 
 def test_unknown_lengths_of_other_axes():

@@ -154,25 +154,15 @@ def test_a_folder_is_entered_by_its_door(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
-def test_nothing_reaches_up_to_the_package_but_for_its_version(path):
-    reached = {
-        name.split(".")[1]
-        for name in imports(path)
-        if name.startswith("cupynorm.") and name.split(".")[1] not in ROOMS
-    }
-    assert reached <= {"__version__"}
-
-
-@pytest.mark.parametrize("path", FILES, ids=named)
 def test_optional_libraries_are_imported_where_they_are_meant_to_be(path):
     known = {"cupynorm", "numpy", "array_api_compat"} | set(sys.stdlib_module_names)
     met = {name.split(".")[0] for name in imports(path, at_import_time=True)} - known
     assert met <= MAY_IMPORT.get(room_of(path), set())
-
-
-def test_cupy_is_touched_by_one_file():
-    touching = {named(p) for p in FILES if any(n.split(".")[0] == "cupy" for n in imports(p))}
-    assert touching <= {"_cuda.arrays"}
+    every = [name.split(".") for name in imports(path)]
+    assert named(path) == "_cuda.arrays" or ["cupy"] not in [name[:1] for name in every]
+    # Of the package itself nothing but its version.
+    ours = {name[1] for name in every if name[0] == "cupynorm" and name[1:]}
+    assert ours <= {*ROOMS, "__version__"}
 
 
 # --- shape of a module --------------------------------------------------------------------------
@@ -195,19 +185,9 @@ def test_ceilings(folder):
     assert most_files is None or len(files) <= most_files
 
 
-def test_a_file_is_one_idea():
-    lines = {named(p): len(p.read_text(encoding="utf-8").splitlines()) for p in FILES}
-    assert not {p: n for p, n in lines.items() if n > MAX_LINES}, "split these by idea"
-
-
 def is_private(path):
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return any(part.startswith("_") for part in parts if part not in FLOORS[0])
-
-
-@pytest.mark.parametrize("path", [p for p in FILES if is_private(p)], ids=named)
-def test_private_files_list_no_public_names(path):
-    assert not re.search(r"^__all__ *=", path.read_text(encoding="utf-8"), re.M)
 
 
 def with_many_parameters(path):
@@ -232,19 +212,14 @@ def test_functions_take_six_parameters_by_position():
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
-def test_a_module_says_what_it_is(path):
+def test_a_file_is_one_idea_and_says_which(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES, "split it by idea"
     assert ast.get_docstring(tree(path))
-
-
-@pytest.mark.parametrize("path", FILES, ids=named)
-def test_no_assert_in_the_package(path):
+    assert not is_private(path) or not re.search(r"^__all__ *=", text, re.M)
+    assert path.stem.strip("_") not in ("util", "utils", "helper", "helpers", "misc", "common")
     found = [node.lineno for node in ast.walk(tree(path)) if isinstance(node, ast.Assert)]
     assert not found, f"{path.name}: python -O drops the asserts of lines {found}"
-
-
-def test_no_drawer_for_everything():
-    drawers = {"util", "utils", "helper", "helpers", "misc", "common"}
-    assert not {p.stem.strip("_") for p in PACKAGE.rglob("*.py")} & drawers
 
 
 # --- the cost of import -------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_layouts_of_dy_and_x(lib, dy_layout, x_layout, axis):
 
 
 def test_numpy_out_beside_x_in_its_memory():
-    """Interleaved with x, and x through another view."""
+    """Interleaved with x; in place through another view in cpu/test_rows."""
     board = np.zeros((4, 20), np.float32)
     x, out = board[:, ::2], board[:, 1::2]
     x[...] = X3[0, :4]
@@ -157,18 +157,10 @@ def test_numpy_out_beside_x_in_its_memory():
     cn.layer_norm(x, out=out)
     np.testing.assert_array_equal(x, X3[0, :4].astype(np.float32))
     oracle.assert_close(out, want, 10)
-    cn.layer_norm(x, out=x[...])
-    np.testing.assert_array_equal(x, out)
 
 
-NOTHING = [
-    ((0, 4), -1),
-    ((4, 0), -1),
-    ((0,), 0),
-    ((2, 0, 3), 1),
-    ((2, 0, 3), (2, 1)),
-    ((0, 0), (0, 1)),
-]
+NOTHING = [((0, 4), -1), ((4, 0), -1), ((0,), 0), ((2, 0, 3), 1)]
+NOTHING += [((2, 0, 3), (2, 1)), ((0, 0), (0, 1))]
 
 
 @each_direction

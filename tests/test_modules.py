@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
+import cupynorm.torch
 from cupynorm import modules
 from tests import oracle
 from tests.conftest import ALL_DTYPES, Backend, np_dtype
@@ -78,20 +79,31 @@ def test_name_and_signature_are_torchs(kind):
     assert [p.kind for p in ours.values()] == [p.kind for p in theirs.values()]
 
 
-@pytest.mark.parametrize("shape", [64, (3, 4), [3, 4], (7,), torch.Size([2, 5]), np.int64(6), 0])
-@pytest.mark.parametrize("variant", [*VARIANTS.values(), {"eps": 1}, {"eps": 1e-12}], ids=str)
+SHAPES = [64, (3, 4), [3, 4], (7,), torch.Size([2, 5]), np.int64(6), 0]
+MORE = [{"eps": 1}, {"eps": 1e-12}, {"dtype": torch.bfloat16}]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("variant", [*VARIANTS.values(), *MORE], ids=str)
 @each_kind
 def test_attributes_state_and_repr_are_torchs(kind, shape, variant):
+    """Of ours, and of those that are torch's modules too."""
     if kind == "RMSNorm" and "bias" in variant:
         return
-    ours, theirs = (getattr(lib, kind)(shape, **variant) for lib in (cn, torch.nn))
-    assert repr(ours).replace("np.int64(6)", "6") == repr(theirs).replace("np.int64(6)", "6")
-    assert ours.normalized_shape == theirs.normalized_shape
-    assert ours.eps == theirs.eps
-    assert ours.elementwise_affine == theirs.elementwise_affine
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    for name, tensor in theirs.state_dict().items():
-        np.testing.assert_array_equal(ours.state_dict()[name], tensor.numpy(), strict=True)
+    theirs = getattr(torch.nn, kind)(shape, **variant)
+    layers = [getattr(library, kind)(shape, **variant) for library in (cn, cupynorm.torch)]
+    for ours in layers:
+        assert repr(ours).replace("np.int64(6)", "6") == repr(theirs).replace("np.int64(6)", "6")
+        for name in ("normalized_shape", "eps", "elementwise_affine"):
+            assert getattr(ours, name) == getattr(theirs, name)
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        for name, tensor in theirs.state_dict().items():
+            a = ours.state_dict()[name]
+            assert (a.shape, as_bits(a)) == (tensor.shape, as_bits(tensor))
+            assert str(a.dtype).removeprefix("torch.") == str(tensor.dtype).removeprefix("torch.")
+    assert isinstance(layers[1], type(theirs)) and vars(layers[1]).keys() == vars(theirs).keys()
+    nowhere = getattr(cupynorm.torch, kind)(shape, device="meta", **variant)
+    assert {p.device.type for p in nowhere.parameters()} <= {"meta"}
 
 
 def test_a_subclass_keeps_its_class_and_its_forward():
@@ -656,19 +668,6 @@ def test_memory_is_shared_with_torch(dtype, kind, variant):
         with torch.no_grad():
             again.fill_(4)
         assert (array.astype(np.float32) == 4).all()
-
-
-def test_the_way_on_to_the_torch_adapter():
-    import cupynorm.torch
-
-    layer = random_layer()
-    module = cupynorm.torch.convert(layer.to_torch())
-    assert type(module) is cupynorm.torch.LayerNorm
-    assert module.weight.data_ptr() == layer.weight.ctypes.data
-    back = cn.LayerNorm.from_torch(module)
-    assert back.bias.ctypes.data == layer.bias.ctypes.data
-    x = values(3, 5)
-    np.testing.assert_array_equal(module(torch.from_numpy(x)).detach().numpy(), layer(x))
 
 
 def test_memory_is_shared_with_torch_on_a_gpu(cupy_lib):

@@ -115,15 +115,8 @@ def test_gradients_go_through():
 def frame():
     """Columns of four dtypes."""
     pd = pytest.importorskip("pandas")
-    return pd.DataFrame(
-        {
-            "a": X[:, 0].astype(np.float32),
-            "b": X[:, 1],
-            "c": X[:, 2].astype(np.int16),
-            "d": X[:, 3] > 50,
-        },
-        index=[f"row {i}" for i in range(M)],
-    )
+    frame = pd.DataFrame(X[:, :4], [f"row {i}" for i in range(M)], list("abcd"))
+    return frame.astype({"a": np.float32, "c": np.int16}).assign(d=X[:, 3] > 50)
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars"])
@@ -153,19 +146,15 @@ def test_dtype_of_a_frame():
     pd = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
     values = np.array([[1, 0, 1], [0, 1, 1], [0, 0, 0]])
-    for dtypes, expect in (
-        ("float32 int8", "float32"),
-        ("float32 int32", "float64"),
-        ("float16 float16", "float16"),
-        ("int8 bool", "float64"),
-        ("Float32 Float32", "float32"),
-        ("Int64 boolean", "float64"),
-        ("float[pyarrow] uint8[pyarrow]", "float32"),
-        ("object float32", "float64"),  # which scikit-learn converts
-    ):
+    made = {
+        "float16": ["float16 float16"],
+        "float32": ["float32 int8", "Float32 Float32", "float[pyarrow] uint8[pyarrow]"],
+        "float64": ["float32 int32", "int8 bool", "Int64 boolean", "object float32"],
+    }
+    for dtype, dtypes in ((dtype, one) for dtype, several in made.items() for one in several):
         kinds = dict(zip("abc", (dtypes.split() * 2)[:3], strict=True))
         y = LayerNormalizer().fit_transform(pd.DataFrame(values, columns=[*"abc"]).astype(kinds))
-        assert y.dtype == expect
+        assert y.dtype == dtype
         close(y, values)
 
 

@@ -310,19 +310,11 @@ def free(monkeypatch):
     return monkeypatch
 
 
-@pytest.mark.parametrize(
-    ("own", "omp", "count"),
-    [
-        (None, None, 16),
-        ("3", None, 3),
-        ("3", "5", 3),
-        (None, "5", 5),
-        (None, " 4,2 ", 4),
-        ("", "2", 2),
-        (" ", " ", 16),
-        ("1000000", None, 256),
-    ],
-)
+COUNTS = [(None, None, 16), ("3", None, 3), ("3", "5", 3), (None, "5", 5), (None, " 4,2 ", 4)]
+COUNTS += [("", "2", 2), (" ", " ", 16), ("1000000", None, 256)]
+
+
+@pytest.mark.parametrize(("own", "omp", "count"), COUNTS)
 def test_number_of_threads(free, own, omp, count):
     for name, text in (("CUPYNORM_NUM_THREADS", own), ("OMP_NUM_THREADS", omp)):
         if text is not None:
@@ -338,25 +330,25 @@ def test_a_number_that_is_none(free, name, text):
         threads.num_threads()
 
 
-@pytest.mark.parametrize(
-    ("files", "count"),
-    [
-        ({}, 256),
-        ({"cpu.max": "max 100000"}, 256),
-        ({"cpu.max": "200000 100000"}, 2),
-        ({"cpu.max": "250000 100000"}, 3),
-        ({"cpu.max": "5000 100000"}, 1),
-        ({"cpu.max": "nonsense"}, 256),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 256),
-        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
-        ({"cpu/cpu.cfs_quota_us": "400000"}, 256),
-        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "0"}, 256),
-    ],
-)
+NEW = {None: 256, "max 100000": 256, "200000 100000": 2, "250000 100000": 3, "5000 100000": 1}
+NEW |= {"nonsense": 256}
+OLD = [
+    ("-1", "100000", 256),
+    ("400000\n", "100000\n", 4),
+    ("400000", None, 256),
+    ("400000", "0", 256),
+]
+QUOTAS = [({"cpu.max": text}, count) for text, count in NEW.items()]
+QUOTAS += [({"cpu/cpu.cfs_quota_us": quota, "cpu/cpu.cfs_period_us": period}, count)
+           for quota, period, count in OLD]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "count"), QUOTAS)
 def test_a_containers_quota(tmp_path, files, count):
     (tmp_path / "cpu").mkdir()
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        if text is not None:
+            (tmp_path / name).write_text(text)
     assert threads.quota(tmp_path) == count
 
 

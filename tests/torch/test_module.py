@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import pickle
 
 import pytest
 import torch
@@ -12,15 +11,6 @@ import cupynorm.torch as cn_torch
 from tests.torch.cases import affine, check, check_gradients, numbers
 
 TorchNorm, Norm = torch.nn.LayerNorm, cn_torch.LayerNorm
-CONSTRUCTIONS = [
-    ((8,), {}),
-    (((4, 8),), {}),
-    (([8],), {"eps": 0.5}),
-    ((8, 1e-3, False), {}),
-    ((8, 1e-3, True, False), {}),
-    ((8,), {"bias": False, "dtype": torch.bfloat16}),
-    ((8,), {"device": "meta"}),
-]
 
 
 def filled(Norm, *args, **kwargs):
@@ -35,31 +25,6 @@ def filled(Norm, *args, **kwargs):
 
 
 # --- the module ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("args", "kwargs"), CONSTRUCTIONS)
-def test_construction_repr_and_state_are_torchs(args, kwargs):
-    ours, theirs = Norm(*args, **kwargs), TorchNorm(*args, **kwargs)
-    assert isinstance(ours, TorchNorm)
-    assert repr(ours) == repr(theirs)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    for (name, a), (other, b) in zip(
-        ours.named_parameters(), theirs.named_parameters(), strict=True
-    ):
-        assert (name, a.dtype, a.device, a.shape) == (other, b.dtype, b.device, b.shape)
-    assert vars(ours).keys() == vars(theirs).keys()
-
-
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))]
-)
-def test_copies(copied):
-    norm = filled(Norm, 8, 0.5)
-    norm.eval()
-    other = copied(norm)
-    assert type(other) is Norm
-    assert not other.training
-    assert torch.equal(other(numbers(3, 8)), norm(numbers(3, 8)))
 
 
 def test_parameters_that_are_views_of_one_flat_parameter():
