@@ -159,7 +159,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("affine", [True, False])
 def test_arguments_that_are_refused(name, affine):
-    """Whose sentences are held by test_advice and test_frozen."""
+    """Whose sentences are held by test_advice and frozen.json."""
     for wrong in REFUSED[name]:
         with pytest.raises((TypeError, ValueError), match=name):
             cn.LayerNorm(**{"normalized_shape": 3, "elementwise_affine": affine, name: wrong})

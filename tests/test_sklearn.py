@@ -52,12 +52,9 @@ def test_scikit_learns_estimator_checks(estimator, check, monkeypatch):
 
 
 def test_what_the_tags_promise():
+    """Beside what scikit-learn's own checks ask of them."""
     tags = get_tags(LayerNormalizer())
-    assert not tags.requires_fit
-    assert tags.array_api_support
-    assert tags.transformer_tags.preserves_dtype == ["float64", "float32", "float16"]
-    assert not tags.input_tags.sparse
-    assert not tags.input_tags.allow_nan
+    assert tags.array_api_support and not tags.requires_fit and not tags.input_tags.allow_nan
     check_is_fitted(LayerNormalizer())
     stateless = LayerNormalizer()
     for x in (X, X[:, :3]):  # without fit there is no number of features to hold it to

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
+from cupynorm import _calls, _ops
 from cupynorm._cpu import arrays as _cpu
 from cupynorm._cpu import blocks
 from cupynorm._cpu import engine as _engine
+from cupynorm._layout import problem_of
+from cupynorm._rules import stats_dtype
 from tests import directions, oracle
 from tests.conftest import ALL_DTYPES
 from tests.cpu import door
@@ -215,6 +218,33 @@ def test_nothing_is_read_beyond_the_arrays(engine, direction):
         given = [before_a_guard(a) for a in (dy, x, *door.forward(x, (1,))[1:], weight)]
         found = run(direction, *given[:2], (1,), given[4], stats=given[2:4])
         check(direction, found, dy, x, (1,), weight, slack=4)
+
+
+@each_dtype
+def test_a_backward_by_address_has_the_bits_of_arrays(dtype):
+    """As tensors take it: dx may be dy, and nothing is written beside. Forward: frozen.json."""
+    address = lambda a: 0 if a is None else a.ctypes.data  # noqa: E731
+    widths = [1, 3, 15, 16, 17, 64, 100, 768, 4096, 4097, 9000]
+    for N, order in [*itertools.product(widths, "CF"), (33000, "C")]:
+        dy, x = pair((9, N), dtype, N)
+        *stats, weight = *door.forward(x, (1,))[1:], values((N,), stats_dtype(x.dtype.name), 1)
+        want = door.backward(dy, x, (1,), *stats, weight)
+        for mask in itertools.product((True, False), repeat=3):
+            how = None, (1,), mask
+            facts = _calls._check_backward(_ops.LAYER_NORM, (dy, x, *stats, weight), how).facts
+            dx, unharmed = guarded(x.shape, x.dtype, order)
+            if mask[0]:
+                dx[...] = dy
+                steps = tuple(s // x.itemsize for s in dx.strides)
+                facts.strides["dx"] = facts.strides["dy"] = steps
+            sums = [guarded((N,), stats[0].dtype) for _ in range(2)]
+            given = [a if wanted else None for (a, _), wanted in zip(sums, mask[1:], strict=True)]
+            arrays = (dx, x, *stats, weight, dx) if mask[0] else (dy, x, *stats, weight, None)
+            _engine.differentiator(problem_of(facts))(*map(address, (*arrays, *given)))
+            for check in (unharmed, *(check for _, check in sums)):
+                check()
+            for got, exact, wanted in zip((dx, *given), want, mask, strict=True):
+                assert not wanted or same_bits(got, exact), (N, order, mask)
 
 
 # --- values -------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from torch.func import grad, jvp, vmap
 
 import cupynorm.torch as cn_torch
 from cupynorm._torch import tensors
-from tests.cpu.in_threads import in_threads
 from tests.torch.cases import TORCHSCRIPT, affine, check, check_gradients, numbers
 
 pytestmark = pytest.mark.filterwarnings(TORCHSCRIPT)
@@ -146,14 +145,3 @@ def test_what_was_kept_is_freed_and_watched():
         x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
-
-
-def test_gradients_in_many_threads():
-    def work(seed):
-        x, dy = numbers(50, 65, seed=seed, grad=True), dy_of((50, 65))
-        y = ours(x)
-        y.backward(dy)
-        check(y, x, 1)
-        check_gradients((x.grad, None, None), dy, x, 1)
-
-    in_threads(12, work)

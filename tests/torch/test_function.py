@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 import cupynorm as cn
 import cupynorm.torch as cn_torch
 from tests.cpu.programs import run_python
+from tests.cpu.test_threads import threads_asked_for
 from tests.torch.cases import DTYPES, affine, check, name_of, numbers
 
 reference = torch.nn.functional.layer_norm
@@ -162,22 +163,17 @@ def test_a_small_call_costs_at_most_1_8_times_what_torchs_does():
 
 
 def test_threads_are_torchs_unless_ours_are_set(monkeypatch):
-    from cupynorm._torch import machines
-
-    monkeypatch.delenv("CUPYNORM_NUM_THREADS", raising=False)
-    threads = torch.get_num_threads()
+    asked, before = threads_asked_for(monkeypatch), torch.get_num_threads()
+    x = numbers(6000, 300, grad=True)
     try:
-        torch.set_num_threads(1)
-        assert machines.num_threads() == 1
-        torch.set_num_threads(5)
-        assert machines.num_threads() == 5
-        monkeypatch.setenv("CUPYNORM_NUM_THREADS", "3")
-        assert machines.num_threads() == 3
+        for torchs, own, count in ((1, "", 1), (5, "", 5), (5, "3", 3)):
+            monkeypatch.setenv("CUPYNORM_NUM_THREADS", own)
+            torch.set_num_threads(torchs)
+            y = cn_torch.layer_norm(x, (300,))
+            assert max(asked) == count
+            asked.clear()
+            y.sum().backward()
+            assert max(asked) == count
+            asked.clear()
     finally:
-        torch.set_num_threads(threads)
-    asked = []
-    monkeypatch.delenv("CUPYNORM_NUM_THREADS")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: asked.append(1) or 2)
-    x = numbers(4000, 300, grad=True)
-    cn_torch.layer_norm(x, (300,)).sum().backward()
-    assert len(asked) == 2
+        torch.set_num_threads(before)
