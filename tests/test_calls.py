@@ -165,9 +165,6 @@ def test_backward(lib, dtype, layout):
             check(lib, want, **given)  # of the large ones: tests/cpu/test_rows.py, frozen.py
 
 
-# --- calls of nearly the same signature ---------------------------------------------------------
-
-
 def outcome(lib, call, given):
     """What a call gives, or what it raises."""
     try:
@@ -278,9 +275,6 @@ def test_a_warm_call_sees_that_out_overlaps(lib, dtype, rows):
     cn.layer_norm(x, N, weight, beside, out=table)  # which begins where out ends
     want = cn.layer_norm(x, N, weight, lib.from_numpy(lib.to_numpy(beside).copy()))
     np.testing.assert_array_equal(lib.to_numpy(table), lib.to_numpy(want))
-
-
-# --- the memo itself ----------------------------------------------------------------------------
 
 
 def test_rules_are_applied_once_for_a_signature(lib, monkeypatch):

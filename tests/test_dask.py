@@ -244,13 +244,10 @@ X = da.ones((6, 8), chunks=(3, 4), dtype=np.float32)
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: cd.layer_norm(X.astype(int)), r"int64.*x.astype\('float32'\)"),
-        (lambda: cd.layer_norm(X, 7), r"\(7,\).*\(6, 8\).*\(8,\)"),
         (lambda: cd.layer_norm(X, bias=da.ones(7)), r"bias has shape \(7,\).*\(8,\)"),
         (lambda: cd.layer_norm(X[X[:, 0] > 0], (6, 8)), "axis 0.*not known"),
         (lambda: cd.layer_norm(X[X[:, 0] > 0], 7), r"\(7,\).*\(nan, 8\)"),
         (lambda: cd.layer_norm(X, weight=strict_ones()), "weight is a array_api_strict array"),
-        (lambda: cd.layer_norm(table(), weight=np.ones(5)), r"weight has shape \(5,\)"),
         (lambda: cd.layer_norm(table(), 3), r"normalized_shape=\(3,\)"),
         (lambda: cd.layer_norm(table().assign(d="text")), "'d'.*not numeric"),
     ],

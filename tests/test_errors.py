@@ -68,14 +68,10 @@ def test_shapes_that_go_with_other_axes():
 
 
 @pytest.mark.parametrize("name", ["mean", "rstd"])
-@pytest.mark.parametrize(("dtype", "other", "wanted"), [
-    ("float16", "float16", "float32"), ("float64", "float32", "float64"),
-])  # fmt: skip
-def test_statistics_dtype(name, dtype, other, wanted):
+def test_statistics_dtype(name):
     """Those of a half-precision x are float32: in x's own dtype they would be too coarse."""
-    call = {k: ones(k).astype(wanted) for k in ("mean", "rstd")}
-    call |= {"x": X.astype(dtype), "dy": X.astype(dtype), name: ones(name).astype(other)}
-    words = f"{name} has dtype {other}", f"{wanted} goes with x of dtype {dtype}", f"cast {name}"
+    call = {"x": X.astype("f2"), "dy": X.astype("f2"), name: ones(name).astype("f2")}
+    words = f"{name} has dtype float16", "float32 goes with x of dtype float16", f"cast {name}"
     refused(ValueError, *words, direction="backward", **call)
 
 

@@ -8,18 +8,8 @@ import pytest
 
 import cupynorm as cn
 from cupynorm._report.explain import _DEVICES
-from tests.conftest import _simulated
 from tests.cpu.programs import run_python
 from tests.ptx.limits import DeviceLimits
-
-
-@pytest.fixture
-def cupy():
-    with _simulated():
-        import cupy
-
-        yield cupy
-
 
 IMAGES = np.ones((2, 64, 14, 14), np.float32)
 LONG = [(2, 9001), (12, 20_000), (1, 70_000), (1, 262_200)]
@@ -29,12 +19,12 @@ SHAPES += [((3, 4, 500), {"normalized_shape": (4, 500)}), *((shape, {}) for shap
 
 
 @pytest.mark.parametrize(("shape", "kw"), SHAPES, ids=str)
-def test_launches_and_bytes_are_those_of_the_call(cupy, shape, kw):
-    x = cupy.asarray(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+def test_launches_and_bytes_are_those_of_the_call(sim, shape, kw):
+    x = sim.asarray(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
     told = cn.explain(x, **kw)
-    before = len(cupy.simulator.launches)
+    before = len(sim.simulator.launches)
     cn.layer_norm(x, **kw)
-    done = cupy.simulator.launches[before:]
+    done = sim.simulator.launches[before:]
     assert told.path == "cuda"
     assert [text.split(",")[0] for text in told.launches] == [one.name for one in done]
     for text, one in zip(told.launches, done, strict=True):
@@ -141,21 +131,18 @@ def test_a_wider_residual_costs_copies_that_are_named():
     assert "f32" in copied.launches[0] and copied.bytes_moved > copied.bytes_floor
 
 
-# --- warmup -------------------------------------------------------------------------------------
-
-
-def test_warmup_compiles_what_a_call_takes(cupy):
+def test_warmup_compiles_what_a_call_takes(sim):
     names = cn.warmup(100, ["float32", "float16"])
     assert len(names) == 2
-    compiled = len(cupy.simulator.compilations)
+    compiled = len(sim.simulator.compilations)
     assert compiled == 3  # rows of float32 are whole vectors, which have two kernels
-    w = cupy.asarray(np.ones(100, np.float32))
-    cn.layer_norm(cupy.asarray(np.ones((7, 100), np.float32)), weight=w, bias=w)
-    assert len(cupy.simulator.compilations) == compiled
-    assert cupy.simulator.launches[-1].name in names
+    w = sim.asarray(np.ones(100, np.float32))
+    cn.layer_norm(sim.asarray(np.ones((7, 100), np.float32)), weight=w, bias=w)
+    assert len(sim.simulator.compilations) == compiled
+    assert sim.simulator.launches[-1].name in names
 
 
-def test_warmup_of_long_rows_covers_few_and_many(cupy):
+def test_warmup_of_long_rows_covers_few_and_many(sim):
     names = cn.warmup((2, 200_000), ["float32"], affine=False)
     assert [name.split("_f32")[0] for name in names] == [
         "layer_norm_fwd_split_stats",

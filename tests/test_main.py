@@ -25,9 +25,6 @@ def small(monkeypatch):
     monkeypatch.setattr(_selfcheck, "find", lambda config: ([backend], []))
 
 
-# -- the whole program
-
-
 @pytest.mark.filterwarnings("ignore:'cupynorm.__main__' found in sys.modules:RuntimeWarning")
 def test_program_checks_every_path_and_draws(tmp_path, capsys, monkeypatch):
     """Run as `python -m cupynorm` does it, in a process that has the libraries."""
@@ -80,9 +77,6 @@ def test_text_report(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("cupynorm._report.picture.draw", lambda table, path: path.resolve())
     assert main(["--picture", str(tmp_path / "p.png")]) == 0
     assert f"picture: {tmp_path / 'p.png'}" in capsys.readouterr().out
-
-
-# -- it can say no
 
 
 def broken(_):
@@ -141,9 +135,6 @@ def test_no_bfloat16_and_no_library_are_left_out(monkeypatch):
     assert not [b for b in there if "bfloat16" in b.dtypes]
     assert {"torch", "array-api-strict"} <= {u.library for u in absent}
     assert _selfcheck._torch_seconds("cpu", "rms_norm", [np.ones((2, 3))] * 2) is None
-
-
-# -- show_config
 
 
 def test_config_as_text():

@@ -94,6 +94,7 @@ def row(t):
 
 X = ("x", *AFFINE)
 SUMMED = (*X, "residual", "out", "sum_out")
+BACK, ROWS = ("dy", "x", "mean", "rstd", "weight", "dsum"), {"normalized_shape": N}
 ENTRIES = {
     "layer_norm": (lambda t: cn.layer_norm(t["x"], N, *row(t)), X),
     "out": (lambda t: cn.layer_norm(t["x"], N, *row(t), out=t["out"]), (*X, "out")),
@@ -101,18 +102,8 @@ ENTRIES = {
     "columns": (lambda t: cn.layer_norm(t["x"], axis=0), ("x",)),
     "column-major": (lambda t: cn.layer_norm(t["x"], N, *row(t), order="F"), X),
     "1 + weight": (lambda t: cn.rms_norm(t["x"], N, t["weight"], zero_centered_weight=True), X[:2]),
-    "add": (
-        lambda t: cn.add_layer_norm(
-            t["x"], t["residual"], N, *row(t), out=t["out"], sum_out=t["sum_out"]
-        ),
-        SUMMED,
-    ),
-    "backward": (
-        lambda t: cn.layer_norm_backward(
-            t["dy"], t["x"], N, t["mean"], t["rstd"], t["weight"], dsum=t["dsum"]
-        ),
-        ("dy", "x", "mean", "rstd", "weight", "dsum"),
-    ),
+    "add": (lambda t: cn.add_layer_norm(**{k: t[k] for k in SUMMED}), SUMMED),
+    "backward": (lambda t: cn.layer_norm_backward(**ROWS, **{k: t[k] for k in BACK}), BACK),
     "prepared": (prepared, (*X, "out")),
     "torch": (lambda t: ct.layer_norm(t["x"], (N,), *row(t)), X),
     "torch rms": (lambda t: ct.rms_norm(t["x"], (N,), t["weight"]), X[:2]),

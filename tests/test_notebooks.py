@@ -1,6 +1,5 @@
 """The notebooks run, show what is stored, and are what their text says."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Backend, why_not
+from tests.cpu.programs import module_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -24,11 +24,7 @@ every_notebook = pytest.mark.parametrize("name", NAMES)
 @pytest.fixture(scope="module")
 def runner():
     """The script docs/run_notebooks.py as a module."""
-    path = FOLDER.parent / "run_notebooks.py"
-    spec = importlib.util.spec_from_file_location("run_notebooks", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(FOLDER.parent / "run_notebooks.py")
 
 
 def stored(name):

@@ -176,8 +176,7 @@ def test_a_table_of_anything(frame, library, made_of):
 def test_output_type_numpy(lib):
     with without_checks_on_the_stand_in(lib):
         y = LayerNormalizer(output_type="numpy").fit_transform(lib.array(X))
-    assert type(y) is np.ndarray
-    assert y.dtype == np.float32
+    assert (type(y), y.dtype) == (np.ndarray, np.float32)
     close(y, X.astype(np.float32))
 
 

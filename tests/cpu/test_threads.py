@@ -301,12 +301,8 @@ def test_a_number_that_is_none(free, name, text):
 
 NEW = {None: 256, "max 100000": 256, "200000 100000": 2, "250000 100000": 3, "5000 100000": 1}
 NEW |= {"nonsense": 256}
-OLD = [
-    ("-1", "100000", 256),
-    ("400000\n", "100000\n", 4),
-    ("400000", None, 256),
-    ("400000", "0", 256),
-]
+OLD = [("-1", "100000", 256), ("400000\n", "100000\n", 4)]
+OLD += [("400000", None, 256), ("400000", "0", 256)]
 QUOTAS = [({"cpu.max": text}, count) for text, count in NEW.items()]
 QUOTAS += [({"cpu/cpu.cfs_quota_us": quota, "cpu/cpu.cfs_period_us": period}, count)
            for quota, period, count in OLD]  # fmt: skip

@@ -57,6 +57,19 @@ def check_gradients(grads, dy, x, n, weight=None, eps=1e-5, center=True):
     oracle.assert_gradients(grads, dy, x, tuple(range(x.ndim - n, x.ndim)), weight, eps, center)
 
 
+class Scaled(torch.nn.Module):
+    """An RMS norm as another library writes it."""
+
+    def __init__(self, N):
+        super().__init__()
+        self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(N)), 1e-6
+
+    def forward(self, x):
+        wide = x.float()
+        rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * (wide * rstd).to(x.dtype)
+
+
 LAYOUTS = {
     "permuted": lambda: numbers(6, 4, 9).permute(1, 0, 2),
     "transposed": lambda: numbers(9, 7).T,

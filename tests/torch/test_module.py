@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils import parametrize
 
 import cupynorm.torch as cn_torch
-from tests.torch.cases import affine, check, check_gradients, numbers
+from tests.torch.cases import Scaled, affine, check, check_gradients, numbers
 
 TorchNorm, Norm = torch.nn.LayerNorm, cn_torch.LayerNorm
 
@@ -22,9 +22,6 @@ def filled(Norm, *args, **kwargs):
         ):
             parameter.copy_(value)
     return norm
-
-
-# --- the module ---------------------------------------------------------------------------------
 
 
 def test_parameters_that_are_views_of_one_flat_parameter():
@@ -46,9 +43,6 @@ def test_casts_and_moves():
     assert norm(numbers(3, 8, dtype=torch.float64)).dtype == torch.float64
     assert norm.half().weight.dtype == torch.float16
     assert norm.to("meta")(torch.empty(3, 8, device="meta")).shape == (3, 8)
-
-
-# --- convert ------------------------------------------------------------------------------------
 
 
 class OtherNorm(TorchNorm):
@@ -128,15 +122,10 @@ def test_nothing_to_convert_is_said_aloud(caplog):
 
 @pytest.mark.parametrize("way", [cn_torch.convert, cn_torch.revert])
 def test_an_error_on_the_way_leaves_every_module_as_it_was(way, monkeypatch):
-    class Fixed(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.eps = torch.nn.Parameter(torch.ones(8)), 1e-6
+    class Fixed(Scaled):
+        pass
 
-        def forward(self, x):
-            return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
-
-    model = torch.nn.Sequential(TorchNorm(8), torch.nn.RMSNorm(8), Fixed(), TorchNorm(8))
+    model = torch.nn.Sequential(TorchNorm(8), torch.nn.RMSNorm(8), Fixed(8), TorchNorm(8))
     if way is cn_torch.revert:
         cn_torch.convert(model, also={Fixed: "rms_norm"})
     before = [type(m) for m in model]

@@ -18,6 +18,7 @@ from tests.torch.cases import (
     LAYOUTS,
     SHAPES,
     TORCHSCRIPT,
+    Scaled,
     affine,
     check,
     check_gradients,
@@ -282,19 +283,6 @@ def test_export(op):
 
 
 # --- modules ------------------------------------------------------------------------------------
-
-
-class Scaled(torch.nn.Module):
-    """An RMS norm as another library writes it."""
-
-    def __init__(self, N):
-        super().__init__()
-        self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(N)), 1e-6
-
-    def forward(self, x):
-        wide = x.float()
-        rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * (wide * rstd).to(x.dtype)
 
 
 class WithEpsOutside(Scaled):
