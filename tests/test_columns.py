@@ -54,9 +54,6 @@ def check(y, columns, **kwargs):
     oracle.assert_close(y, expected(columns, dtype=y.dtype.name, **kwargs), len(columns))
 
 
-# --- values -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_into_every_result(engine, dtype):
     rng = np.random.default_rng(1)
@@ -166,9 +163,6 @@ def test_inf_and_nan_spoil_their_row_only(engine):
     assert np.isnan(omitted[20]).sum() == 1
 
 
-# --- layouts, threads, memory -------------------------------------------------------------------
-
-
 def test_strided_swapped_and_unaligned_columns(engine):
     rng = np.random.default_rng(6)
     packed = np.zeros(90, np.dtype([("a", "i1"), ("b", "f8"), ("c", "<f2")]))
@@ -250,9 +244,6 @@ def test_exporters_are_columns():
     for lent in ({0}, {1}, {0, 1, 2}):
         given = [Exporter(c) if j in lent else c for j, c in enumerate(columns)]
         check(layer_norm_columns(given), columns)
-
-
-# --- refusals -----------------------------------------------------------------------------------
 
 
 def test_a_result_that_cannot_be_written_is_refused():

@@ -14,6 +14,7 @@ from tests.directions import EVERY, backward
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
+strict = pytest.importorskip("array_api_strict")
 
 import cupynorm.dask as cd  # noqa: E402
 
@@ -234,10 +235,6 @@ def test_frames(change, kwargs):
     oracle.assert_close(got.to_numpy().astype("f4"), exact, 4, scale=4)
 
 
-def strict_ones():
-    return pytest.importorskip("array_api_strict").ones(8)
-
-
 X = da.ones((6, 8), chunks=(3, 4), dtype=np.float32)
 
 
@@ -247,7 +244,7 @@ X = da.ones((6, 8), chunks=(3, 4), dtype=np.float32)
         (lambda: cd.layer_norm(X, bias=da.ones(7)), r"bias has shape \(7,\).*\(8,\)"),
         (lambda: cd.layer_norm(X[X[:, 0] > 0], (6, 8)), "axis 0.*not known"),
         (lambda: cd.layer_norm(X[X[:, 0] > 0], 7), r"\(7,\).*\(nan, 8\)"),
-        (lambda: cd.layer_norm(X, weight=strict_ones()), "weight is a array_api_strict array"),
+        (lambda: cd.layer_norm(X, weight=strict.ones(8)), "weight is a array_api_strict array"),
         (lambda: cd.layer_norm(table(), 3), r"normalized_shape=\(3,\)"),
         (lambda: cd.layer_norm(table().assign(d="text")), "'d'.*not numeric"),
     ],

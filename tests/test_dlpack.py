@@ -74,12 +74,8 @@ def test_bfloat16_passes_as_its_bits():
     """NumPy's DLPack does not know bfloat16; two bytes are two bytes."""
     x = numbers(5, 33, dtype="bfloat16")
     y = cn.layer_norm(x)
-    with pytest.raises(BufferError):
-        torch.from_dlpack(y)
     assert_shared(y, torch.from_dlpack(y.view(np.uint16)).view(torch.bfloat16))
     t = cn.layer_norm(torch.from_dlpack(x.view(np.uint16)).view(torch.bfloat16))
-    with pytest.raises((BufferError, RuntimeError)):
-        np.from_dlpack(t)
     y = np.from_dlpack(t.view(torch.uint16)).view(ml_dtypes.bfloat16)
     check(y.astype(np.float64), x, "bfloat16")
     assert_shared(y, t)
@@ -88,9 +84,6 @@ def test_bfloat16_passes_as_its_bits():
 def test_what_requires_grad_is_detached_first():
     x = torch.from_dlpack(numbers(3, 8)).requires_grad_()
     y = cn.layer_norm(x)
-    with pytest.raises(BufferError, match=r"detach\(\)"):
-        np.from_dlpack(y)
-    assert address(np.from_dlpack(y.detach())) == address(y)
     with pytest.raises(TypeError, match=r"use tensor.detach\(\)"):
         cn.layer_norm(Exporter(y))
 
@@ -151,8 +144,6 @@ def test_a_call_writes_into_memory_of_another_library():
     out = torch.from_dlpack(a)
     assert cn.layer_norm(torch.from_dlpack(x), out=out) is out
     check(a, x)
-    with pytest.raises(ValueError, match="out is a torch array but x is a numpy array"):
-        cn.layer_norm(x, out=torch.empty(5, 33))
     before = x.copy()
     cn.layer_norm(x, out=np.from_dlpack(torch.from_dlpack(x)))  # in place, through a view
     check(x, before)

@@ -92,16 +92,12 @@ def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"), path.name)
 
 
-def is_type_checking(node):
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-
-
 def imports(path, *, at_import_time=False):
     """Dotted names that a file imports, outside `if TYPE_CHECKING`."""
     found, waiting = set(), [tree(path)]
     while waiting:
         node = waiting.pop()
-        if is_type_checking(node):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             waiting += node.orelse
             continue
         if at_import_time and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
@@ -119,9 +115,6 @@ def rooms_met(path):
     """Rooms that a file imports from, by any spelling, but for its own."""
     parts = [name.split(".") for name in imports(path) if name.split(".")[0] == "cupynorm"]
     return {p[1] for p in parts if len(p) > 1 and p[1] in ROOMS} - {room_of(path)}
-
-
-# --- arrows -------------------------------------------------------------------------------------
 
 
 def test_every_room_has_one_floor():
@@ -163,9 +156,6 @@ def test_optional_libraries_are_imported_where_they_are_meant_to_be(path):
     # Of the package itself nothing but its version.
     ours = {name[1] for name in every if name[0] == "cupynorm" and name[1:]}
     assert ours <= {*ROOMS, "__version__"}
-
-
-# --- shape of a module --------------------------------------------------------------------------
 
 
 def test_public_names_can_be_had():
@@ -220,9 +210,6 @@ def test_a_file_is_one_idea_and_says_which(path):
     assert path.stem.strip("_") not in ("util", "utils", "helper", "helpers", "misc", "common")
     found = [node.lineno for node in ast.walk(tree(path)) if isinstance(node, ast.Assert)]
     assert not found, f"{path.name}: python -O drops the asserts of lines {found}"
-
-
-# --- the cost of import -------------------------------------------------------------------------
 
 
 def test_optional_libraries_come_when_they_are_called_for():

@@ -191,10 +191,6 @@ def mapped(folder):
     return np.load(folder / "weight.npy", mmap_mode="r")
 
 
-def of_jax(_):
-    return np.asarray(pytest.importorskip("jax.numpy").asarray(HOST))
-
-
 def locked(_):
     array = HOST.copy()
     array.setflags(write=False)
@@ -204,7 +200,7 @@ def locked(_):
 READ_ONLY = {
     "mapped": mapped,
     "bytes": lambda _: np.frombuffer(HOST.tobytes(), np.float32),
-    "jax": of_jax,
+    "jax": lambda _: np.asarray(pytest.importorskip("jax.numpy").asarray(HOST)),
     "locked": locked,
     "a view of it": lambda _: locked(_)[:],
     "broadcast": lambda _: np.broadcast_to(np.float32(2), N),
@@ -218,17 +214,13 @@ def layer_with(**parameters):
     return layer
 
 
-def as_bfloat16(array):
-    narrow = array.astype("bfloat16")
-    narrow.setflags(write=False)
-    return narrow
-
-
 STATE = {"weight": np.full(N, 3, np.float32), "bias": np.full(N, 4, np.float32)}
 WRITING = {
     "to_torch": lambda a: layer_with(weight=a).to_torch(),
     "to_torch, bias": lambda a: layer_with(bias=a).to_torch(),
-    "to_torch, bfloat16": lambda a: layer_with(weight=as_bfloat16(a)).to_torch(),
+    "to_torch, bfloat16": lambda a: layer_with(
+        weight=np.broadcast_to(a.astype("bfloat16"), N)
+    ).to_torch(),
     "load_state_dict": lambda a: layer_with(weight=a).load_state_dict(STATE),
     "out": lambda a: cn.layer_norm(np.ones(N, np.float32), out=a),
     "out, exported": lambda a: cn.layer_norm(np.ones(N, np.float32), out=Exporter(a)),
