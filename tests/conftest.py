@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupynorm._cpu.engine import without_numba
+from cupynorm._cpu.engine import state, without_numba
 
 pytest_plugins = ["tests.report"]
 
@@ -111,6 +111,14 @@ def np_dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name)) if name == "bfloat16" else np.dtype(name)
 
 
+class Exporter:
+    """Speaks DLPack and nothing else: the least that a producer of the standard offers."""
+
+    def __init__(self, array: Any, device: tuple[int, int] | None = None) -> None:
+        self.__dlpack__ = array.__dlpack__
+        self.__dlpack_device__ = (lambda: device) if device else array.__dlpack_device__
+
+
 def _numpy(backend: Backend) -> Library:
     return Library(backend, lambda a: a, lambda a: a, _steps)
 
@@ -128,8 +136,10 @@ def _steps(a: Any) -> tuple[int, ...]:
     return tuple(s // a.itemsize for s in a.strides)
 
 
-def _torch(device: str) -> Library:
+def _torch(backend: Backend) -> Library:
     import torch
+
+    device = "cuda" if backend.on_gpu else "cpu"
 
     def from_numpy(a: np.ndarray) -> Any:
         if a.dtype == ml_dtypes.bfloat16:
@@ -142,43 +152,31 @@ def _torch(device: str) -> Library:
             return t.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
         return t.numpy()
 
-    backend = Backend.TORCH if device == "cpu" else Backend.TORCH_CUDA
     return Library(backend, from_numpy, to_numpy, strides=lambda t: t.stride())
 
 
-def _jax() -> Library:
+def _jax(backend: Backend) -> Library:
     import jax.numpy as jnp
 
-    return Library(Backend.JAX, from_numpy=jnp.asarray, to_numpy=np.asarray)
+    return Library(backend, from_numpy=jnp.asarray, to_numpy=np.asarray)
 
 
-def _strict(name: str) -> Library:
+def _strict(backend: Backend) -> Library:
     import array_api_strict as strict
 
-    device, host = strict.Device(name), strict.Device("CPU_DEVICE")
+    host = strict.Device("CPU_DEVICE")
+    device = host if backend is Backend.STRICT else strict.Device("device1")
     return Library(
-        Backend.STRICT if device == host else Backend.STRICT_DEVICE1,
+        backend,
         from_numpy=lambda a: strict.asarray(a, device=device, copy=True),
         to_numpy=lambda a: np.asarray(a.to_device(host)),
     )
 
 
-_MAKERS: dict[Backend, Callable[[], Library]] = {
-    Backend.NUMPY: lambda: _numpy(Backend.NUMPY),
-    Backend.NUMPY_PLAIN: lambda: _numpy(Backend.NUMPY_PLAIN),
-    Backend.CUPY_SIMULATED: lambda: _cupy(Backend.CUPY_SIMULATED),
-    Backend.CUPY: lambda: _cupy(Backend.CUPY),
-    Backend.TORCH: lambda: _torch("cpu"),
-    Backend.TORCH_CUDA: lambda: _torch("cuda"),
-    Backend.JAX: _jax,
-    Backend.STRICT: lambda: _strict("CPU_DEVICE"),
-    Backend.STRICT_DEVICE1: lambda: _strict("device1"),
-}
-
-
 def library(backend: Backend) -> Library:
     """The library, where it is here; CuPy's stand-in inside its context alone."""
-    return _MAKERS[backend]()
+    makers = {"numpy": _numpy, "cupy": _cupy, "torch": _torch, "jax": _jax, "strict": _strict}
+    return makers[backend.value.partition("-")[0]](backend)
 
 
 @functools.cache
@@ -264,19 +262,12 @@ def lib(request: pytest.FixtureRequest) -> Iterator[Library]:
         yield library(request.param)
 
 
+@pytest.fixture(params=["numba", "numpy"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With numba's loops and without numba."""
+    assert state()[0] or request.param != "numba", state()[1]
+    with contextlib.nullcontext() if request.param == "numba" else without_numba():
+        yield request.param
+
+
 cupy_lib = lib  # the same for tests that need CuPy, simulated or real
-
-
-@pytest.fixture
-def assert_close() -> Callable[[np.ndarray, np.ndarray, str, int], None]:
-    """Compare with the oracle under its one tolerance rule."""
-    from tests import oracle
-
-    def check(actual: np.ndarray, expected: np.ndarray, dtype: str, n: int) -> None:
-        assert actual.shape == expected.shape
-        bound = oracle.tolerance(dtype, n)
-        np.testing.assert_allclose(
-            actual.astype(np.float64), expected, rtol=bound, atol=bound, equal_nan=True
-        )
-
-    return check

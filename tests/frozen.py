@@ -144,14 +144,6 @@ def unaligned() -> list[np.ndarray]:
     return [cn.layer_norm(x)]
 
 
-def swapped() -> list[np.ndarray]:
-    return [cn.layer_norm(values((9, 70), "float32").astype(">f4")).astype("<f4")]
-
-
-def statistics_of_nothing(*shape: int) -> list[np.ndarray]:
-    return list(cn.layer_norm(np.zeros(shape, np.float32), return_stats=True))
-
-
 def written_cases() -> Any:
     """Out, order, and in place, of NumPy arrays: bits, and where they lie."""
     for dtype in ALL_DTYPES:
@@ -159,16 +151,20 @@ def written_cases() -> Any:
             yield f"order {order} {dtype}", functools.partial(ordered, dtype, order)
         yield f"in place {dtype}", functools.partial(in_place, dtype)
         yield f"into column-major {dtype}", functools.partial(into, dtype)
-    yield "other byte order", swapped
+    big = values((9, 70), "float32").astype(">f4")
+    yield "other byte order", lambda: [cn.layer_norm(big).astype("<f4")]
     yield "unaligned", unaligned
-    yield "empty rows", functools.partial(statistics_of_nothing, 4, 0)
-    yield "no rows", functools.partial(statistics_of_nothing, 0, 4)
+    for name, nothing in (
+        ("empty rows", np.empty((4, 0), "f4")),
+        ("no rows", np.empty((0, 4), "f4")),
+    ):
+        yield name, lambda x=nothing: list(cn.layer_norm(x, return_stats=True))
 
 
 def error_cases() -> Any:
     """(name, function that raises)."""
     x = np.ones((4, 6), np.float32)
-    w = np.ones(6, np.float32)
+    w, memory = np.ones(6, np.float32), np.ones((6, 6), np.float32)
     calls = {
         "integer x": lambda: cn.layer_norm(np.ones((2, 3), int)),
         "bool x": lambda: cn.layer_norm(np.ones((2, 3), bool)),
@@ -207,7 +203,7 @@ def error_cases() -> Any:
         "out order": lambda: cn.layer_norm(x, out=np.ones_like(x), order="C"),
         "out list": lambda: cn.layer_norm(x, out=[0.0]),
         "out read-only": lambda: cn.layer_norm(x, out=np.broadcast_to(np.float32(0), (4, 6))),
-        "out over x": _overlapping,
+        "out over x": lambda: cn.layer_norm(memory[:4], out=memory[1:5]),
         "out over weight": lambda: cn.layer_norm(x[:1], 6, w, out=w.reshape(1, 6)),
         "out over bias": lambda: cn.layer_norm(x[:1], 6, None, w, out=w.reshape(1, 6)),
         "out over itself": lambda: cn.layer_norm(
@@ -235,11 +231,6 @@ def error_cases() -> Any:
     calls |= _errors_of_torch() | _errors_of_tables()
     for name, call in calls.items():
         yield f"error {name}", call
-
-
-def _overlapping() -> Any:
-    memory = np.ones((6, 6), np.float32)
-    return cn.layer_norm(memory[:4], out=memory[1:5])
 
 
 def _backward(**changed: Any) -> Any:

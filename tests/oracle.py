@@ -108,6 +108,14 @@ def tolerance(dtype, N):
     return _EPS[np.dtype(dtype).name] + gradient_tolerance(dtype, N)
 
 
+def assert_close(got, want, N, dtype=None, scale=1):
+    """Hold rows of N values to what is wanted; `dtype`: which they had, `scale`: of their size."""
+    assert np.shape(got) == np.shape(want)
+    bound = tolerance(got.dtype if dtype is None else dtype, N)
+    got = np.asarray(got).astype(np.float64)
+    np.testing.assert_allclose(got, want, rtol=bound, atol=bound * scale)
+
+
 def gradient_excess(got, dy, x, axes, weight=None, eps=1e-5, center=True):
     """Largest error of dx, dweight and dbias over the bound: at most 1; 0 for one that is None.
 

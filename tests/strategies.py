@@ -66,9 +66,8 @@ def largest(*arrays):
 
 def close(a, exact, N, weight=None, bias=None):
     """The one bound, times the largest result, or weight or bias if they are smaller, beyond 1."""
-    bound = oracle.tolerance(a.dtype, N)
-    atol = bound * min(largest(exact), largest(np.ones(1), weight, bias))
-    np.testing.assert_allclose(a.astype(np.float64), exact, rtol=bound, atol=atol)
+    scale = min(largest(exact), largest(np.ones(1), weight, bias))
+    oracle.assert_close(a, exact, N, scale=scale)
 
 
 class Call:

@@ -1,6 +1,8 @@
-"""Any call of a public function against the oracle, and no public function left out."""
+"""Any call of a public function against the oracle, none left out; the frozen ones; a soak."""
 
 import importlib
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cupynorm as cn
+from tests import frozen
+from tests.cpu.programs import run_python
 from tests.strategies import NEEDS, WAY, Call, public
 
 RESULTS = {"Explanation", "LayerNormGradients", "LayerNormResult", "PreparedLayerNorm"}
@@ -46,3 +50,22 @@ def test_every_public_name_is_drawn_but_for_these():
                     known.add(value)
                     left.add(".".join([*room, name]))
     assert left == RESULTS | OTHERS
+
+
+FROZEN = frozen.cases()
+EXPECTED = json.loads(frozen.FILE.read_text(encoding="utf-8"))
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+@pytest.mark.parametrize("name", {**FROZEN, **EXPECTED})
+def test_no_bit_and_no_sentence_has_changed(name):
+    assert frozen.outcome(FROZEN[name]) == EXPECTED[name]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, and tells memory, as Linux does")
+@pytest.mark.parametrize(
+    "how", [("--seconds", "60", "--dtypes", "float32"), ("--small", "20000")], ids=["soak", "small"]
+)
+def test_a_soak_finds_nothing(how):
+    """A minute of what `make soak` does for as long as one likes, and small calls."""
+    run_python(f"import sys; from tests import soak; sys.argv[1:] = {how}; soak.main()")

@@ -55,9 +55,6 @@ def table_rows(path):
         return list(csv.DictReader(file))
 
 
-# --- the check ------------------------------------------------------------------------------------
-
-
 def random(dtype, *shape, seed, center=0.0):
     values = np.random.default_rng(seed).standard_normal(shape) * 1.5 + center
     return values.astype(np_dtype(dtype))
@@ -105,9 +102,6 @@ def test_a_row_left_out_and_a_long_row_that_is_off_are_seen():
     y = oracle.layer_norm(x, (1,), None, None, 1e-5)[0].astype(np.float32)
     assert Given(np, x).error_of_y(y) <= 0.51
     assert Given(np, x).error_of_y(y * np.float32(1 + 1e-5)) > 8
-
-
-# --- a wrong contender never gets a number --------------------------------------------------------
 
 
 def other_eps(inputs, i):
@@ -196,9 +190,6 @@ def test_a_wrong_backward_gets_no_number(device):
     assert [r.times is None for r in found.values()] == [True] * 4 + [False]
 
 
-# --- turns, cases ---------------------------------------------------------------------------------
-
-
 def test_turns_are_interleaved_and_slow_ones_fewer():
     now, order = [0.0], []
 
@@ -252,9 +243,6 @@ def test_bytes_of_the_floor():
     forward, vectors = Case(FWD, BIG, "float16", (1000, 4096)), [np.empty(4096, np.float16)] * 2
     e = cn.explain(np.empty((1000, 4096), np.float16), None, *vectors, device="sm_90")
     assert e.bytes_floor == forward.moved_bytes == forward.copy_bytes + 2 * 4096 * 2
-
-
-# --- table, summary, figures ----------------------------------------------------------------------
 
 
 def timed(name, median, fresh=False):

@@ -32,9 +32,6 @@ def everybody(case, chosen=None, device=None):
     return {r.name: r for r in measure(inputs.device, inputs, builders, 0.0)}
 
 
-# --- who takes part -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("op", [FWD, BWD, BOTH])
 def test_everybody_on_the_cpu_is_right_or_says_why_not(op):
     for library in ("jax", "onnxruntime", "onnx"):
@@ -83,24 +80,6 @@ def test_formulas_fused_or_not_in_other_dtypes(dtype):
     assert [r.status for r in found.values()] == ["ok"] * 4, found
 
 
-# --- who is wrong, and who cannot -----------------------------------------------------------------
-
-
-def test_a_wrong_peer_is_not_timed(monkeypatch):
-    eager = tensors.FUNCTIONS["torch"]
-    assert everybody(CASE, ("torch",))["torch"].times
-
-    def off(m, torch, N):
-        return lambda *given: 1.001 * eager[1](m, torch, N)(*given)
-
-    monkeypatch.setitem(tensors.FUNCTIONS, "torch", ("torch", off))
-    result = everybody(CASE, ("torch",))["torch"]
-    assert (result.status, bool(result.times)) == ("wrong", False)
-
-
-# --- bench.cpu ------------------------------------------------------------------------------------
-
-
 def test_a_cpu_run_writes_table_summary_and_figures(tmp_path, monkeypatch, capsys):
     small = lambda: [Case(op, "shapes", "float32", (16, 8)) for op in (FWD, BOTH)]  # noqa: E731
     monkeypatch.setitem(GROUPS, "shapes", small)
@@ -121,9 +100,6 @@ def test_a_cpu_run_writes_table_summary_and_figures(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit):
         cpu.main(["--peers", "torch,numpie"])
     assert "numpie is not one of" in capsys.readouterr().err
-
-
-# --- bench.gpu ------------------------------------------------------------------------------------
 
 
 def test_a_simulated_run_checks_every_case_and_times_none(tmp_path):
@@ -223,9 +199,6 @@ def test_the_short_set_counts_what_is_wrong(monkeypatch):
         monkeypatch.setattr(peers, "EPS", 1e-3)  # of the call alone
         assert sanitize.run(device, tiny, lines.append) == len(sanitize.WAYS) == 11
     assert [line.startswith("WRONG") for line in lines] == [False] * 11 + [True] * 11
-
-
-# --- tune, training, calls, model, frames, Dask ---------------------------------------------------
 
 
 def test_candidates_and_proposals():

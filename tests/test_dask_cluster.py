@@ -96,14 +96,6 @@ def test_spilling(client):
     np.testing.assert_array_equal(got, y.compute(scheduler="sync"))
 
 
-def test_names_of_a_dashboards_bars(client):
-    """They are named and coloured by the first part of a key."""
-    with distributed.get_task_stream(client) as stream:
-        distributed.wait(cd.layer_norm(made_there((50, 4000), (100, 8000))).persist())
-    shown = {distributed.utils.key_split(task["key"]) for task in stream.data}
-    assert {"layer_norm", "layer_norm-moments", "layer_norm-statistics"} <= shown
-
-
 def test_a_worker_is_killed_in_the_middle(client):
     """The last of these tests, as no other then has to wait for a worker in its place."""
     y = cd.layer_norm(made_there(CHUNKS["split rows"], pause=0.2), eps=1e-3)

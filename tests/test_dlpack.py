@@ -1,7 +1,6 @@
 """Exchange protocols: results pass between libraries as the same memory, exporters are taken."""
 
 import sys
-import weakref
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -10,7 +9,7 @@ import pytest
 
 import cupynorm as cn
 from tests import oracle
-from tests.conftest import Backend, np_dtype, why_not
+from tests.conftest import Backend, Exporter, np_dtype, why_not
 
 torch = pytest.importorskip("torch")
 
@@ -22,19 +21,6 @@ each_dtype = pytest.mark.parametrize("dtype", NUMPYS)
 each_dtype_on_gpu = pytest.mark.parametrize(
     "dtype", [pytest.param(d, marks=on_gpu) for d in (*NUMPYS, "bfloat16")]
 )
-
-
-class Exporter:
-    """Speaks DLPack and nothing else: the least that a producer of the standard offers."""
-
-    def __init__(self, array, device=None):
-        self._array, self._device = array, device
-
-    def __dlpack__(self, **options):
-        return self._array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self._device or self._array.__dlpack_device__()
 
 
 class CudaExporter:
@@ -51,9 +37,7 @@ def numbers(*shape, dtype="float32"):
 
 def check(y, x, dtype="float32", weight=None, axis=-1):
     want = oracle.layer_norm(x, (axis,), weight, None, 1e-5)[0]
-    bound = oracle.tolerance(dtype, x.shape[axis])
-    atol = bound * np.abs(want).max()
-    np.testing.assert_allclose(np.asarray(y, dtype=np.float64), want, rtol=bound, atol=atol)
+    oracle.assert_close(np.asarray(y), want, x.shape[axis], dtype, np.abs(want).max())
 
 
 def address(array):
@@ -68,9 +52,6 @@ def assert_shared(a, b):
         assert b[place] == value
     b[-1, -1] = 20.0
     assert a[-1, -1] == 20.0
-
-
-# --- NumPy and torch on the CPU -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -93,48 +74,18 @@ def test_bfloat16_passes_as_its_bits():
     """NumPy's DLPack does not know bfloat16; two bytes are two bytes."""
     x = numbers(5, 33, dtype="bfloat16")
     y = cn.layer_norm(x)
-    with pytest.raises(BufferError):
-        torch.from_dlpack(y)
     assert_shared(y, torch.from_dlpack(y.view(np.uint16)).view(torch.bfloat16))
     t = cn.layer_norm(torch.from_dlpack(x.view(np.uint16)).view(torch.bfloat16))
-    with pytest.raises((BufferError, RuntimeError)):
-        np.from_dlpack(t)
     y = np.from_dlpack(t.view(torch.uint16)).view(ml_dtypes.bfloat16)
     check(y.astype(np.float64), x, "bfloat16")
     assert_shared(y, t)
 
 
-def test_the_memory_lives_as_long_as_the_last_view():
-    y = cn.layer_norm(numbers(50, 64))
-    before, alive = y.copy(), weakref.ref(y)
-    t = torch.from_dlpack(y)
-    del y
-    assert alive() is not None
-    view = np.from_dlpack(t[10:20])
-    del t
-    assert np.array_equal(view, before[10:20])
-    del view
-    assert alive() is None
-
-
 def test_what_requires_grad_is_detached_first():
     x = torch.from_dlpack(numbers(3, 8)).requires_grad_()
     y = cn.layer_norm(x)
-    with pytest.raises(BufferError, match=r"detach\(\)"):
-        np.from_dlpack(y)
-    assert address(np.from_dlpack(y.detach())) == address(y)
     with pytest.raises(TypeError, match=r"use tensor.detach\(\)"):
         cn.layer_norm(Exporter(y))
-
-
-def test_jax_to_torch():
-    jnp = pytest.importorskip("jax.numpy")
-    y = cn.layer_norm(jnp.asarray(numbers(5, 33)))
-    t = torch.from_dlpack(y)
-    assert t.data_ptr() == y.unsafe_buffer_pointer()
-
-
-# --- mere exporters -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("of", ["numpy", "torch"])
@@ -173,17 +124,12 @@ def test_an_exporter_of_bfloat16_is_taken_or_refused_with_the_way_out():
 
 
 def test_rules_hold_for_exporters():
-    with pytest.raises(TypeError, match=r"int64.*astype"):
-        cn.layer_norm(Exporter(np.ones((2, 3), dtype=np.int64)))
     with pytest.raises(ValueError, match="normalized_shape"):
         cn.layer_norm(Exporter(numbers(5, 8)), 5)
     for device_type in (4, 7, 8, 10, 14):  # of another kind than CPU and CUDA
         elsewhere = Exporter(numbers(5, 8), (device_type, 0))
         with pytest.raises(TypeError, match=r"Exporter.*pass an array"):
             cn.layer_norm(elsewhere)
-
-
-# --- out= on memory of another library ----------------------------------------------------------
 
 
 def test_a_call_writes_into_memory_of_another_library():
@@ -198,23 +144,9 @@ def test_a_call_writes_into_memory_of_another_library():
     out = torch.from_dlpack(a)
     assert cn.layer_norm(torch.from_dlpack(x), out=out) is out
     check(a, x)
-    with pytest.raises(ValueError, match="out is a torch array but x is a numpy array"):
-        cn.layer_norm(x, out=torch.empty(5, 33))
     before = x.copy()
     cn.layer_norm(x, out=np.from_dlpack(torch.from_dlpack(x)))  # in place, through a view
     check(x, before)
-
-
-# --- CuPy, simulated or real --------------------------------------------------------------------
-
-
-def test_a_cupy_result_keeps_its_memory(cupy_lib):
-    import cupy
-
-    x = numbers(5, 77)
-    y = cn.layer_norm(cupy_lib.from_numpy(x))
-    assert cupy.from_dlpack(y).data.ptr == y.data.ptr
-    check(cupy_lib.to_numpy(y), x)
 
 
 @pytest.mark.parametrize("exporter", [Exporter, CudaExporter])
@@ -245,9 +177,6 @@ def test_a_gpu_exporter_without_cupy_says_what_to_install(monkeypatch):
     interface = {"shape": (4,), "typestr": "<f4", "data": (4096, False), "version": 3}
     with pytest.raises(ImportError, match=r"cupynorm\[cuda12\]"):
         cn.layer_norm(CudaExporter(SimpleNamespace(__cuda_array_interface__=interface)))
-
-
-# --- CuPy and torch on a GPU --------------------------------------------------------------------
 
 
 @each_dtype_on_gpu

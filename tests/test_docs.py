@@ -29,9 +29,6 @@ def page_id(path):
 every_page = pytest.mark.parametrize("page", PAGES, ids=page_id)
 
 
-# --- the blocks ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Block:
     page: Path
@@ -124,9 +121,6 @@ def test_faults_of_blocks_are_found(tmp_path, monkeypatch):
     run(page, gpu=False)
     with pytest.raises(NameError, match="torch"):
         run(page, gpu=True)
-
-
-# --- names and links ----------------------------------------------------------------------------
 
 
 @every_page

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from docs._generate import bars, everything, links, results
+from docs._generate import bars, links, results
 
 sphobjinv = pytest.importorskip("sphobjinv")
 inventories = pytest.importorskip("docs._generate.inventories")
@@ -25,29 +25,6 @@ def test_links_that_lead_nowhere_are_found(tmp_path):
     assert outside == ["https://numpy.org"]
     assert links.main(str(tmp_path)) == 1
     assert (tmp_path / "external-links.txt").read_text() == "https://numpy.org\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "docname", "becomes"),
-    [
-        ("[a](../CONTRIBUTING.md)", "install", "[a](generated/contributing.md)"),
-        ("[a](torch.md#x)", "index", "[a](torch.md#x)"),
-        ("[a](../examples/train_digits.py)", "training", "[a](../examples/train_digits.py)"),
-        ("[the folder](../bench/results)", "torch", "the folder"),
-        ("[a](https://numpy.org) [b](#b)", "index", "[a](https://numpy.org) [b](#b)"),
-        ("```\n[a](../CHANGELOG.md)\n```", "index", "```\n[a](../CHANGELOG.md)\n```"),
-    ],
-)
-def test_links_of_the_checkout_become_the_sites(text, docname, becomes):
-    assert everything.with_links_of_the_site(text, docname) == becomes
-    elsewhere = everything._relinked("[p](results/PENDING.md)", "bench/NOTES.md", "generated/n.md")
-    assert elsewhere == "[p](pending.md)"
-
-
-def test_every_generated_page_has_a_source():
-    assert "bench/results/model.md" in everything.LATER
-    for name in everything.PAGES | everything.LATER:
-        assert (ROOT / name).is_file()
 
 
 def test_inventories_are_renewed_by_name(tmp_path):
@@ -70,13 +47,6 @@ def test_inventories_are_renewed_by_name(tmp_path):
     text = mine.read_text()
     assert "numpy.ndarray py:class 1 new.html#$ -" in text
     assert "# Version: 9.9" in text
-
-
-def test_every_inventory_can_be_read(tmp_path):
-    mapping = inventories.packed(inventories.HERE, tmp_path)
-    assert set(mapping) == {path.stem for path in inventories.HERE.glob("*.txt")}
-    for _, file in mapping.values():
-        assert sphobjinv.Inventory(file).count > 1
 
 
 def test_numbers_on_the_pages_are_those_of_the_files():

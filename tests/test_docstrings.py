@@ -13,20 +13,9 @@ for extra in ("dask", "matplotlib", "sklearn", "torch"):
 ClassDoc = pytest.importorskip("numpydoc.docscrape").ClassDoc
 validate = pytest.importorskip("numpydoc.validate").validate
 
-MODULES = (
-    "cupynorm",
-    "cupynorm.frames.columns",
-    "cupynorm.dask",
-    "cupynorm.frames",
-    "cupynorm.plot",
-    "cupynorm.sklearn",
-    "cupynorm.torch",
-)
-RESULTS = (
-    "cupynorm._report.config.Config",
-    "cupynorm._report.config.Gpu",
-    "cupynorm._report.config.PathStatus",
-)
+ROOMS = ("frames.columns", "dask", "frames", "plot", "sklearn", "torch")
+MODULES = ("cupynorm", *(f"cupynorm.{room}" for room in ROOMS))
+RESULTS = [f"cupynorm._report.config.{name}" for name in ("Config", "Gpu", "PathStatus")]
 # Of numpydoc's checks, what does not hold here, and why.
 LEFT_OUT = {
     "ES01",  # a summary that says all needs no second paragraph

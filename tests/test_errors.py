@@ -46,9 +46,6 @@ def refused(error, *words, direction="forward", make=np.asarray, **change):
     return text
 
 
-# --- x ------------------------------------------------------------------------------------------
-
-
 @each_direction
 def test_x_of_another_dtype_in_every_library(lib, direction):
     cast = "x.to(torch.float32)" if lib.name.startswith("torch") else "x.astype('float32')"
@@ -57,24 +54,6 @@ def test_x_of_another_dtype_in_every_library(lib, direction):
     for kind in ("int32", "bool"):
         x = lib.from_numpy(np.ones((2, 3), dtype=kind))
         refused(TypeError, f"dtype {kind}", cast, direction=direction, x=x)
-
-
-# --- what stands beside x: shape and dtype ------------------------------------------------------
-
-
-@pytest.mark.parametrize(("direction", "name"), [c for c in COMPANIONS if c[1] != "out"])
-def test_shape(lib, direction, name):
-    words = ["reshape", "(4,)"]
-    if name == "dy":
-        words = ["(2, 3, 4)", "gradient of layer_norm(x)"]
-    elif name in ("mean", "rstd"):
-        words = ["(2, 3, 1) goes with x of shape (2, 3, 4)", "return_stats=True"]
-    shapes = [(), (1,), (3,), (5,), (6,), (4, 1), (1, 4), (2, 3), (2, 1, 1), (2, 1, 4), (1, 3, 1),
-              (2, 3, 5), (1, 2, 3, 4), (24,)]  # fmt: skip
-    for shape in [*shapes, (2, 3, 1) if name == "dy" else (2, 3, 4)]:
-        bad = {name: lib.array(np.ones(shape))}
-        said = f"{name} has shape {shape}", *words
-        refused(ValueError, *said, direction=direction, make=lib.array, **bad)
 
 
 def test_shapes_that_go_with_other_axes():
@@ -88,35 +67,12 @@ def test_shapes_that_go_with_other_axes():
         refused(ValueError, *words, direction="backward", **change)
 
 
-def test_dy_dtype(lib):
-    name = "float64" if "float64" in lib.backend.dtypes else "float16"
-    words = f"dy has dtype {name}", "float32 goes with x of dtype float32", "cast dy"
-    refused(ValueError, *words, direction="backward", make=lib.array, dy=lib.array(X, name))
-
-
 @pytest.mark.parametrize("name", ["mean", "rstd"])
-@pytest.mark.parametrize(("dtype", "other", "wanted"), [
-    ("float16", "float16", "float32"), ("float64", "float32", "float64"),
-])  # fmt: skip
-def test_statistics_dtype(name, dtype, other, wanted):
+def test_statistics_dtype(name):
     """Those of a half-precision x are float32: in x's own dtype they would be too coarse."""
-    call = {k: ones(k).astype(wanted) for k in ("mean", "rstd")}
-    call |= {"x": X.astype(dtype), "dy": X.astype(dtype), name: ones(name).astype(other)}
-    words = f"{name} has dtype {other}", f"{wanted} goes with x of dtype {dtype}", f"cast {name}"
+    call = {"x": X.astype("f2"), "dy": X.astype("f2"), name: ones(name).astype("f2")}
+    words = f"{name} has dtype float16", "float32 goes with x of dtype float16", f"cast {name}"
     refused(ValueError, *words, direction="backward", **call)
-
-
-# --- what stands beside x: library and device ---------------------------------------------------
-
-
-@each_companion
-@pytest.mark.parametrize("bad", [None, 1.0, 2, [1.0, 1.0, 1.0, 1.0], "ones"], ids=repr)
-def test_what_is_no_array(direction, name, bad):
-    if bad is None and name in ("weight", "bias", "out"):
-        CALLS[direction](**good(direction) | {name: None})
-        return
-    words = f"{name} is a", type(bad).__name__, "no array", "pass an array"
-    refused(TypeError, *words, direction=direction, **{name: bad})
 
 
 @pytest.mark.needs("not_numpy")
@@ -130,23 +86,6 @@ def test_another_library(lib, direction, name):
     words = f"{name} is a", "x is a numpy array", "Move it first:"
     text = refused(ValueError, *words, direction=direction, **{name: lib.array(ones(name))})
     assert re.search(rf"numpy\.asarray\({name}\)|asnumpy\({name}\)|{name}.*numpy\(\)", text)
-
-
-@each_companion
-def test_another_device_of_the_same_library(direction, name):
-    strict, torch = map(pytest.importorskip, ("array_api_strict", "torch"))
-    device = strict.Device("device1")
-    elsewhere = lambda a: strict.asarray(a, device=device)  # noqa: E731
-    on_meta = lambda a: torch.from_numpy(a).to("meta")  # noqa: E731
-    for make, other, *words in (
-        (elsewhere, strict.asarray(ones(name)), "CPU_DEVICE", "device1", ".to_device(x.device)"),
-        (on_meta, torch.from_numpy(ones(name)), "cpu", "x is on meta", f"{name}.to(x.device)"),
-    ):
-        said = f"{name} is on", "Move it first:", *words
-        refused(ValueError, *said, direction=direction, make=make, **{name: other})
-
-
-# --- out ----------------------------------------------------------------------------------------
 
 
 def overlapping(zeros):

@@ -1,9 +1,6 @@
 """The examples run, learn, share memory, and say truthfully what they did."""
 
-import importlib.util
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +11,7 @@ import pytest
 import cupynorm as cn
 from tests import oracle
 from tests.conftest import Backend
+from tests.cpu.programs import module_of, run_python
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 BACKENDS = (Backend.CUPY_SIMULATED, Backend.CUPY)
@@ -30,41 +28,19 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("sklearn")
 
 
-def module_of(name):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def digits():
-    return module_of("train_digits")
+    return module_of(EXAMPLES / "train_digits.py")
 
 
 @pytest.fixture(scope="module")
 def parquet():
-    return module_of("parquet_to_torch")
-
-
-def output_of(script, *options, cwd):
-    """What a script prints, run from a bare checkout."""
-    paths = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / script, "--device", "cpu", *options],
-        capture_output=True, text=True, check=True, cwd=cwd,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-    )  # fmt: skip
-    return done.stdout
+    return module_of(EXAMPLES / "parquet_to_torch.py")
 
 
 def results(text, pattern=RESULT):
     """Numbers of each line of results: first loss, last loss and accuracy; or two accuracies."""
     return {m[1]: tuple(map(float, m.groups()[1:])) for m in pattern.finditer(text)}
-
-
-# --- both ---------------------------------------------------------------------------------------
 
 
 def test_tqdm_draws_a_bar_where_it_is(digits, parquet, monkeypatch):
@@ -98,12 +74,11 @@ def test_without_tqdm_and_torch(digits, parquet, capsys, monkeypatch):
     assert len(results(out)) == 2
 
 
-# --- digits by gradients written out ------------------------------------------------------------
-
-
 def test_the_digits_are_learned(tmp_path):
     path = tmp_path / "norm.npz"
-    out = output_of("train_digits.py", "--epochs", "8", "--save", path, cwd=tmp_path)
+    given = ["train_digits.py", "--device", "cpu", "--epochs", "8", "--save", str(path)]
+    run = f"runpy.run_path({str(EXAMPLES / given[0])!r}, run_name='__main__')"
+    out = run_python(f"import runpy, sys; sys.argv = {given}; {run}")
     told = results(out)
     assert set(told) == {"with", "without"}, out
     for first, last, right in told.values():
@@ -161,9 +136,6 @@ def test_the_digits_are_learned_on_a_gpu(cupy_lib, digits, capsys):
         assert right > 0.94
 
 
-# --- from Parquet to torch ----------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def table(parquet, tmp_path_factory):
     """Pixels and labels, written and read by the script."""
@@ -197,8 +169,7 @@ def test_the_matrix_is_the_layer_norm_of_the_table(parquet, table):
     got = parquet.to_torch(pixels, "cpu", normalize=True)
     assert got.dtype == torch.float32
     assert got.is_contiguous()
-    bound = oracle.tolerance("float32", 64)
-    np.testing.assert_allclose(got.numpy(), exact(pixels), rtol=bound, atol=bound)
+    oracle.assert_close(got.numpy(), exact(pixels), 64)
     same = cn.layer_norm(pixels).to_numpy()  # as the script says of it
     np.testing.assert_array_equal(got.numpy(), same)
     plain = parquet.to_torch(pixels, "cpu", False).numpy()
@@ -208,8 +179,7 @@ def test_the_matrix_is_the_layer_norm_of_the_table(parquet, table):
 def test_the_matrix_made_on_a_gpu(cupy_lib, parquet, table):
     pixels = table[0].iloc[:40]
     got = cupy_lib.to_numpy(parquet.matrix_of(pixels, "cuda", normalize=True))
-    bound = oracle.tolerance("float32", 64)
-    np.testing.assert_allclose(got, exact(pixels), rtol=bound, atol=bound)
+    oracle.assert_close(got, exact(pixels), 64)
 
 
 def test_batches_are_views_that_hold_every_row_once(parquet, table):

@@ -1,50 +1,30 @@
 """What `explain` says is what a call does; `warmup` compiles what a later call takes."""
 
-import itertools
-import subprocess
 import sys
-import textwrap
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import cupynorm as cn
-from cupynorm._layout import result_strides
 from cupynorm._report.explain import _DEVICES
-from tests.conftest import _simulated
+from tests.cpu.programs import run_python
 from tests.ptx.limits import DeviceLimits
 
-
-@pytest.fixture
-def cupy():
-    with _simulated():
-        import cupy
-
-        yield cupy
-
-
-SHAPES = [
-    ((5, 100), {}),
-    ((300, 64), {"axis": -1, "return_stats": True}),
-    ((3, 4, 500), {"normalized_shape": (4, 500)}),
-    ((2, 9001), {}),
-    ((12, 20_000), {}),
-    ((1, 70_000), {}),
-    ((1, 262_200), {}),
-    ((6, 40), {"axis": 0}),
-    ((2, 3, 4, 5), {"axis": (1, 3)}),
-    ((2, 3, 4), {"order": "F"}),
-]
+IMAGES = np.ones((2, 64, 14, 14), np.float32)
+LONG = [(2, 9001), (12, 20_000), (1, 70_000), (1, 262_200)]
+SHAPES = [((5, 100), {}), ((6, 40), {"axis": 0}), ((2, 3, 4), {"order": "F"})]
+SHAPES += [((300, 64), {"axis": -1, "return_stats": True}), ((2, 3, 4, 5), {"axis": (1, 3)})]
+SHAPES += [((3, 4, 500), {"normalized_shape": (4, 500)}), *((shape, {}) for shape in LONG)]
 
 
 @pytest.mark.parametrize(("shape", "kw"), SHAPES, ids=str)
-def test_launches_and_bytes_are_those_of_the_call(cupy, shape, kw):
-    x = cupy.asarray(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+def test_launches_and_bytes_are_those_of_the_call(sim, shape, kw):
+    x = sim.asarray(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
     told = cn.explain(x, **kw)
-    before = len(cupy.simulator.launches)
+    before = len(sim.simulator.launches)
     cn.layer_norm(x, **kw)
-    done = cupy.simulator.launches[before:]
+    done = sim.simulator.launches[before:]
     assert told.path == "cuda"
     assert [text.split(",")[0] for text in told.launches] == [one.name for one in done]
     for text, one in zip(told.launches, done, strict=True):
@@ -62,12 +42,11 @@ def test_launches_and_bytes_are_those_of_the_call(cupy, shape, kw):
 
 
 def test_copies_and_their_reasons():
-    x = np.ones((2, 64, 14, 14), np.float32)
-    told = cn.explain(x, axis=(0, 2), device="sm_90")
+    told = cn.explain(IMAGES, axis=(0, 2), device="sm_90")
     assert [text.partition(":")[0] for text in told.copies] == ["of x", "of y"]
     assert "do not fold into one stride" in told.copies[0]
     assert told.bytes_moved == 3 * told.bytes_floor
-    assert cn.explain(x, axis=(1, 2, 3), device="sm_90").copies == ()
+    assert cn.explain(IMAGES, axis=(1, 2, 3), device="sm_90").copies == ()
     sliced = np.ones((10, 100), np.float32)[:, :64]
     assert cn.explain(sliced, device="sm_90").copies == ()
     backwards = np.ones((10, 100), np.float32)[:, ::-1]
@@ -76,7 +55,7 @@ def test_copies_and_their_reasons():
 
 def test_strided_columns_take_a_tile():
     """Channels first and column-major: no copy, and the floor up to one tile."""
-    image = cn.explain(np.ones((2, 64, 14, 14), np.float32), axis=1, device="sm_90")
+    image = cn.explain(IMAGES, axis=1, device="sm_90")
     assert "K6" in image.kernel and "one sweep" in image.kernel
     assert image.copies == () and image.bytes_moved == image.bytes_floor
     table = np.ones((5000, 3), np.float32, order="F")
@@ -92,15 +71,6 @@ def test_strided_columns_take_a_tile():
         back = cn.explain(x, device="sm_90", backward=True)
         assert all(word in back.kernel for word in words) and not back.copies
         assert (1.5 if N == 2000 else 1) < back.bytes_moved / back.bytes_floor < most
-
-
-def test_floor_counts_each_byte_once():
-    x = np.ones((30, 64), np.float16)
-    w = np.ones(64, np.float64)
-    told = cn.explain(x, weight=w, return_stats=True, device="sm_80")
-    assert told.bytes_floor == 2 * 30 * 64 * 2 + 64 * 8 + 2 * 30 * 4
-    assert told.bytes_moved == told.bytes_floor
-    assert (told.rows, told.cols, told.dtype, told.stats_dtype) == (30, 64, "float16", "float32")
 
 
 def test_each_path_says_what_runs():
@@ -122,22 +92,6 @@ def test_devices_are_those_that_the_harness_knows():
     for cc, device in _DEVICES.items():
         assert device.compute_capability == cc
         assert device.shared_bytes == DeviceLimits.of(str(cc)).opt_in_shared
-
-
-def test_result_strides_are_those_of_numpy():
-    rng = np.random.default_rng(0)
-    for shape in [(3, 4), (2, 3, 4), (2, 1, 4, 3), (5,), (2, 3, 1)]:
-        for perm in itertools.permutations(range(len(shape))):
-            x = np.empty([shape[a] for a in perm], np.float32).transpose(np.argsort(perm))
-            x = x[tuple(slice(None, None, int(rng.choice([1, -1]))) for _ in shape)]
-            for order in "KCF":
-                want = np.empty_like(x, order=order).strides
-                got = result_strides(x.shape, tuple(s // 4 for s in x.strides), order)
-                for n, a, b in zip(x.shape, want, got, strict=True):
-                    assert n == 1 or a == 4 * b, (x.shape, x.strides, order)
-
-
-# --- backward -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -168,9 +122,6 @@ def test_backward_without_weight_on_the_cpu_of_nothing_and_with_copies():
     assert [copy.split(":")[0] for copy in e.copies] == ["of x", "of dy", "of dx"]
 
 
-# --- warmup -------------------------------------------------------------------------------------
-
-
 def test_a_wider_residual_costs_copies_that_are_named():
     x, wide = np.ones((64, 1000), np.float16), np.ones((64, 1000), np.float32)
     how = {"eps": 1e-5, "device": "sm_90", "op": "add_rms_norm"}
@@ -180,18 +131,18 @@ def test_a_wider_residual_costs_copies_that_are_named():
     assert "f32" in copied.launches[0] and copied.bytes_moved > copied.bytes_floor
 
 
-def test_warmup_compiles_what_a_call_takes(cupy):
+def test_warmup_compiles_what_a_call_takes(sim):
     names = cn.warmup(100, ["float32", "float16"])
     assert len(names) == 2
-    compiled = len(cupy.simulator.compilations)
+    compiled = len(sim.simulator.compilations)
     assert compiled == 3  # rows of float32 are whole vectors, which have two kernels
-    w = cupy.asarray(np.ones(100, np.float32))
-    cn.layer_norm(cupy.asarray(np.ones((7, 100), np.float32)), weight=w, bias=w)
-    assert len(cupy.simulator.compilations) == compiled
-    assert cupy.simulator.launches[-1].name in names
+    w = sim.asarray(np.ones(100, np.float32))
+    cn.layer_norm(sim.asarray(np.ones((7, 100), np.float32)), weight=w, bias=w)
+    assert len(sim.simulator.compilations) == compiled
+    assert sim.simulator.launches[-1].name in names
 
 
-def test_warmup_of_long_rows_covers_few_and_many(cupy):
+def test_warmup_of_long_rows_covers_few_and_many(sim):
     names = cn.warmup((2, 200_000), ["float32"], affine=False)
     assert [name.split("_f32")[0] for name in names] == [
         "layer_norm_fwd_split_stats",
@@ -228,7 +179,7 @@ def test_warmup_on_the_cpu_leaves_nothing_to_compile():
         assert taken(lambda: cn.warmup(64, ["float32"], backward=True, device="cpu"))
         assert not taken(calls)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
+    run_python(code)
 
 
 TWO = ["float32", "float64"]
@@ -236,9 +187,9 @@ TWO = ["float32", "float64"]
 
 @pytest.mark.parametrize(
     ("dtypes", "progress", "hidden"),
-    [(TWO, None, None), (TWO[:1], None, True), (TWO[:1], True, False), (TWO, False, "no tqdm")],
+    [(TWO, None, None), (TWO[:1], None, True), (TWO[:1], True, False), (TWO, False, "no bar")],
 )
-def test_when_warmup_draws_a_bar(monkeypatch, dtypes, progress, hidden):
+def test_when_warmup_draws_a_bar(monkeypatch, capsys, dtypes, progress, hidden):
     """`disable=None` leaves it to tqdm: in a notebook and a terminal, but not into a file."""
     asked = []
 
@@ -246,13 +197,10 @@ def test_when_warmup_draws_a_bar(monkeypatch, dtypes, progress, hidden):
         asked.append((list(items), desc, disable))
         return items
 
-    monkeypatch.setitem(sys.modules, "tqdm.auto", SimpleNamespace(tqdm=tqdm))
-    names = cn.warmup(16, dtypes, device="cpu", progress=progress)
-    assert [name.rsplit(" ", 1)[1] for name in names] == dtypes
+    for there in (SimpleNamespace(tqdm=tqdm), None):
+        monkeypatch.setitem(sys.modules, "tqdm.auto", there)
+        if there or not progress:  # which is refused without tqdm: test_advice
+            names = cn.warmup(16, dtypes, device="cpu", progress=progress)
+            assert [name.rsplit(" ", 1)[1] for name in names] == dtypes
     assert asked == ([] if progress is False else [(dtypes, "compiling loops", hidden)])
-
-
-def test_without_tqdm_silence(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    assert len(cn.warmup(16, TWO, device="cpu")) == 2
     assert capsys.readouterr() == ("", "")

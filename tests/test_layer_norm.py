@@ -12,7 +12,7 @@ import cupynorm as cn
 from tests import oracle
 from tests.conftest import Backend, np_dtype, why_not
 from tests.cpu.layouts import LAYOUTS
-from tests.directions import axes_of, check, each_direction, laid_out, run, stats_dtype
+from tests.directions import axes_of, backward, check, each_direction, laid_out, run, stats_dtype
 
 RNG = np.random.default_rng(20260102)
 X3 = RNG.standard_normal((4, 6, 10)) * 2 + 1
@@ -41,8 +41,6 @@ def test_signatures_begin_as_torchs():
     assert all(p.kind is p.KEYWORD_ONLY for p in list(ours.values())[6:])
 
 
-# --- normalized_shape and axis ------------------------------------------------------------------
-
 SHAPES = [None, 10, np.int64(10), (10,), [10], (6, 10), [6, 10], (4, 6, 10)]
 AXES = [0, 1, 2, -1, -2, -3, np.int32(1), (0,), [1], (-2, -1), (0, 2), (2, 0), (-1, 1), (2, -3),
         *itertools.permutations(range(3))]  # fmt: skip
@@ -63,22 +61,6 @@ def test_normalized_shape_and_axis(lib, direction, how):
         check(lib, found, dy, x, *affine, **how)
         if direction.endswith("backward"):
             assert {tuple(total.shape) for total in found[1:]} == {shape}
-
-
-def test_one_axis_and_one_element(lib):
-    one = lib.array([3.0])
-    assert lib.to_numpy(cn.layer_norm(one)).tolist() == [0.0]
-    column = lib.array([[1.0], [2.0]])
-    y, mean, rstd = cn.layer_norm(column, 1, bias=lib.array([0.5]), return_stats=True)
-    assert lib.to_numpy(y).tolist() == [[0.5], [0.5]]
-    assert lib.to_numpy(mean).tolist() == [[1.0], [2.0]]
-    np.testing.assert_allclose(lib.to_numpy(rstd), 1 / math.sqrt(1e-5), rtol=1e-6)
-    # Nothing in y depends on x, whose x_hat is zero.
-    found = run("backward", lib.array([[2.0], [3.0]]), column)
-    assert [lib.to_numpy(a).tolist() for a in found] == [[[0.0], [0.0]], [0.0], [5.0]]
-
-
-# --- dtypes, weight, bias, eps ------------------------------------------------------------------
 
 
 @each_direction
@@ -121,9 +103,6 @@ def test_eps_where_the_variance_is_zero_or_less_is_ieee(lib):
     np.testing.assert_allclose(y[1], want, rtol=1e-6)
 
 
-# --- what comes out, what is left alone ---------------------------------------------------------
-
-
 @each_direction
 def test_the_result_is_a_named_tuple(lib, direction):
     dy, x, weight = lib.array(DY3), lib.array(X3), lib.array(np.ones((4, 10)))
@@ -143,112 +122,126 @@ def test_the_result_is_a_named_tuple(lib, direction):
     assert [tuple(a.shape) for a in found] == [(4, 6, 10), *[small] * (len(found) - 1)]
 
 
-# --- order, out ---------------------------------------------------------------------------------
-
-
 @pytest.mark.needs("strided")
 @pytest.mark.parametrize("layout", ["C", "F", "sliced", "turned"])
 @pytest.mark.parametrize("order", ["K", "C", "F"])
-def test_order_sets_the_layout_of_y(lib, layout, order, assert_close):
+def test_order_sets_the_layout_of_y(lib, layout, order):
     x = laid_out(lib, X3, layout)
     y = cn.layer_norm(x, 10, order=order)
     want = oracle.layer_norm(lib.to_numpy(x), (2,), None, None, 1e-5)[0]
-    assert_close(lib.to_numpy(y), want, "float32", 10)
+    oracle.assert_close(lib.to_numpy(y), want, 10)
     kept = {"C": (60, 10, 1), "F": (1, 4, 24), "sliced": (60, 10, 1), "turned": (1, 40, 4)}[layout]
     assert tuple(lib.strides(y)) == {"K": kept, "C": (60, 10, 1), "F": (1, 4, 24)}[order]
 
 
-def test_numpy_out_beside_x_in_its_memory(assert_close):
-    """Interleaved with x, and x through another view."""
+@pytest.mark.needs("strided")
+@pytest.mark.parametrize("axis", [0, 2, (1, 2)])
+@pytest.mark.parametrize(("dy_layout", "x_layout"), [
+    ("F", "C"), ("C", "F"), ("F", "F"), ("sliced", "turned"), ("turned", "sliced"),
+])  # fmt: skip
+def test_layouts_of_dy_and_x(lib, dy_layout, x_layout, axis):
+    """Whatever they are, the values are the same, and dx is laid out as layer_norm(x) would be."""
+    dy, x = laid_out(lib, DY3, dy_layout), laid_out(lib, X3, x_layout)
+    weight = lib.array(RNG.standard_normal([X3.shape[a] for a in axes_of(3, axis=axis)]))
+    grads = backward(dy, x, axis=axis, weight=weight)
+    check(lib, grads, dy, x, weight, axis=axis)
+    assert tuple(lib.strides(grads.dx)) == tuple(lib.strides(cn.layer_norm(x, axis=axis)))
+
+
+def test_numpy_out_beside_x_in_its_memory():
+    """Interleaved with x; in place through another view in cpu/test_rows."""
     board = np.zeros((4, 20), np.float32)
     x, out = board[:, ::2], board[:, 1::2]
     x[...] = X3[0, :4]
     want = oracle.layer_norm(x, (1,), None, None, 1e-5)[0]
     cn.layer_norm(x, out=out)
     np.testing.assert_array_equal(x, X3[0, :4].astype(np.float32))
-    assert_close(out, want, "float32", 10)
-    cn.layer_norm(x, out=x[...])
-    np.testing.assert_array_equal(x, out)
+    oracle.assert_close(out, want, 10)
 
 
-# --- emptiness, NaN, Inf ------------------------------------------------------------------------
+NOTHING = [((0, 4), -1), ((4, 0), -1), ((0,), 0), ((2, 0, 3), 1)]
+NOTHING += [((2, 0, 3), (2, 1)), ((0, 0), (0, 1))]
 
 
-@pytest.mark.parametrize(
-    ("shape", "axis", "stats"),
-    [
-        ((0, 4), -1, (0, 1)),
-        ((4, 0), -1, (4, 1)),
-        ((0,), 0, (1,)),
-        ((2, 0, 3), 1, (2, 1, 3)),
-        ((2, 0, 3), (2, 1), (2, 1, 1)),
-        ((0, 0), (0, 1), (1, 1)),
-    ],
-)
-def test_nothing_in_nothing_out(lib, shape, axis, stats):
-    """And the sum over no rows is zero."""
-    dy, x = lib.array(np.empty(shape)), lib.array(np.empty(shape))
-    length = tuple(shape[a] for a in axes_of(len(shape), axis=axis))
-    for weight in (lib.array(np.ones(length)), None):
-        y, mean, rstd = run("forward", dy, x, weight, axis=axis)
-        assert [tuple(a.shape) for a in (y, mean, rstd)] == [shape, stats, stats]
-        assert np.isnan(lib.to_numpy(mean)).all()  # vacuous where there are no rows
-        dx, *sums = run("backward", dy, x, weight, axis=axis)
-        assert tuple(dx.shape) == shape
-        for total in sums:
-            assert tuple(total.shape) == length
-            assert not lib.to_numpy(total).any()
-        assert all(type(a) is type(x) for a in (y, mean, rstd, dx, *sums))
-        if lib.backend.writable:
-            assert cn.layer_norm(x, weight=weight, axis=axis, out=x) is x
-
-
-# --- the same bits ------------------------------------------------------------------------------
-
-
-@pytest.mark.needs("same_bits")
 @each_direction
-@pytest.mark.parametrize("n", [1, 7, 64, 250, 1000])
-def test_bits_of_a_row_are_those_of_the_row_alone(lib, direction, n):
+@pytest.mark.parametrize(("shape", "axis"), NOTHING)
+def test_nothing_in_nothing_out(lib, direction, shape, axis):
+    """Statistics of nothing are NaN; the sum over no rows is zero."""
+    length = [shape[a] for a in axes_of(len(shape), axis=axis)]
+    x = lib.array(np.empty(shape))
+    for weight in (lib.array(np.ones(length)), None):
+        first, *others = run(direction, x, x, weight, axis=axis)
+        assert tuple(first.shape) == shape and all(type(a) is type(x) for a in (first, *others))
+        for a in map(lib.to_numpy, others):
+            small = [1 if k in axes_of(x.ndim, axis=axis) else n for k, n in enumerate(shape)]
+            back = direction.endswith("backward")
+            assert list(a.shape) == (length if back else small)
+            assert not a.any() if back else np.isnan(a).all()
+    if lib.backend.writable:
+        assert cn.layer_norm(x, axis=axis, out=x) is x
+
+
+@each_direction
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 64, 250, 1000, 1025, 4097, 40_001])
+def test_rows_of_every_length_have_their_bits_wherever_they_stand(lib, direction, n):
+    """Alone, and in memory of any layout; a GPU's kernel for strided columns has its own order."""
     if lib.backend.compiles and n not in (7, 250):
         pytest.skip("more of them in cuda/test_rows")
-    slopes, values = RNG.standard_normal((40, n)), RNG.standard_normal((40, n)) + 3
+    if lib.backend is Backend.JAX and n not in (1, 9, 1025):
+        pytest.skip("each is compiled anew, from the same sums")
+    hosts = RNG.standard_normal((2, 12, n))
+    hosts[1] += 3
 
-    def of(part):
-        return lib.to_numpy(run(direction, lib.array(slopes[part]), lib.array(values[part]))[0])
+    def of(*given, **named):
+        return lib.to_numpy(run(direction, *given, **named)[0])
 
-    whole = of(slice(None))
-    for part in (0, 13, 39, slice(3, 20)):
-        np.testing.assert_array_equal(of(part), whole[part])
-
-
-def assert_same_row(lib, got, want, strided):
-    """The same bits; but a GPU's kernel for strided columns adds them up in an order of its own."""
-    if strided and lib.backend.tile_for_columns:
-        bound = oracle.tolerance("float32", want.shape[-1])
-        np.testing.assert_allclose(got, want, rtol=bound, atol=bound)
-    else:
-        np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.needs("strided")
-@pytest.mark.parametrize("n", [7, 250, 1000])
-def test_bits_of_a_row_do_not_depend_on_its_layout(lib, n):
-    values = RNG.standard_normal((40, n)) + 3
-    y = lib.to_numpy(cn.layer_norm(lib.array(values)))
-    padded = np.zeros((40, n + 5))
-    padded[:, 2:-3] = values
-    for x, strided in (
-        (lib.array(np.asfortranarray(values)), True),
-        (lib.array(padded)[:, 2:-3], False),
-        (lib.array(np.repeat(values, 2, axis=1))[:, ::2], True),
-    ):
-        assert_same_row(lib, lib.to_numpy(cn.layer_norm(x)), y, strided)
-    turned = cn.layer_norm(lib.array(np.ascontiguousarray(values.T)), axis=0)
-    assert_same_row(lib, lib.to_numpy(turned).T, y, strided=True)
+    given = [lib.array(a) for a in hosts]
+    check(lib, run(direction, *given), *given)
+    if not lib.backend.same_bits:
+        return
+    want = of(*given)
+    for part in (0, 5, 11, slice(3, 9)):
+        np.testing.assert_array_equal(of(*(lib.array(a[part]) for a in hosts)), want[part])
+    padded, twice = (
+        [lib.array(f(a)) for a in hosts]
+        for f in (lambda a: np.pad(a, ((0, 0), (2, 3))), lambda a: np.repeat(a, 2, axis=1))
+    )
+    turned = [lib.array(np.ascontiguousarray(a.T)) for a in hosts]
+    found = [of(*(a[:, 2:-3] for a in padded))] if lib.backend.strided else []
+    if not lib.backend.tile_for_columns:
+        found.append(of(*turned, axis=0).T)
+        if lib.backend.strided:
+            found += [of(*(a.T for a in turned)), of(*(a[:, ::2] for a in twice))]
+    for a in found:
+        np.testing.assert_array_equal(a, want)
 
 
-# --- NumPy arrays of every kind -----------------------------------------------------------------
+@pytest.mark.needs("unstrided")
+@pytest.mark.parametrize("n", [3, 768, 20_000])
+def test_constant_rows_and_squares_that_have_no_room(lib, n):
+    """By the array API; compiled loops in cpu/test_rows."""
+    for value in (1e-20, 1.0, 3e8 + 32, 1e18, 3e38):
+        y, mean, _ = cn.layer_norm(lib.array(np.full((2, n), value)), return_stats=True)
+        assert not lib.to_numpy(y).any()
+        np.testing.assert_array_equal(lib.to_numpy(mean), np.float32(value))
+    spike, wave = np.zeros(n), 1e19 * (-1.0) ** np.arange(n)
+    spike[1] = 5e18 * n**0.5  # the variance is 2.5e37, the square of this n times as large
+    for x in (lib.array([spike, -spike]), lib.array([wave, -wave])):
+        found = cn.layer_norm(x, return_stats=True)[::2]
+        wanted = oracle.layer_norm(lib.to_numpy(x), (1,), None, None, 1e-5)[::2]
+        for a, want in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(lib.to_numpy(a), want, rtol=1e-5)
+
+
+def test_torch_itself_may_differentiate_the_backward():
+    torch = pytest.importorskip("torch")
+    leaves = [torch.tensor(a[0, :3], requires_grad=True) for a in (DY3, X3)]
+    weight = torch.linspace(0.5, 2, 10, dtype=torch.float64, requires_grad=True)
+
+    def gradients(dy, x, weight):
+        return tuple(backward(dy, x, 10, weight))
+
+    assert torch.autograd.gradcheck(gradients, (*leaves, weight))
 
 
 # Shapes, and the axes to normalize: of strips, of several strides, of rows in chunks.

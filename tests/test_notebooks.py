@@ -1,6 +1,5 @@
 """The notebooks run, show what is stored, and are what their text says."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Backend, why_not
+from tests.cpu.programs import module_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -24,11 +24,7 @@ every_notebook = pytest.mark.parametrize("name", NAMES)
 @pytest.fixture(scope="module")
 def runner():
     """The script docs/run_notebooks.py as a module."""
-    path = FOLDER.parent / "run_notebooks.py"
-    spec = importlib.util.spec_from_file_location("run_notebooks", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(FOLDER.parent / "run_notebooks.py")
 
 
 def stored(name):
@@ -74,9 +70,6 @@ def assert_same(new, old):
     assert numbers(text) == pytest.approx(numbers(old_text), rel=0.05, abs=0.011, nan_ok=True)
 
 
-# --- text and notebook --------------------------------------------------------------------------
-
-
 def test_every_notebook_has_its_text():
     assert len(NAMES) >= 4
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == NAMES
@@ -114,9 +107,6 @@ def test_stored_outputs_are_small_and_whole(name):
         assert " at 0x" not in text
         assert "<script" not in json.dumps(cell.outputs)
     assert any(cell.outputs for cell in cells)
-
-
-# --- run ----------------------------------------------------------------------------------------
 
 
 @every_notebook

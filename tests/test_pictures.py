@@ -24,9 +24,6 @@ DRAWN = sorted(name for name, text in PICTURES.items() if "<svg" in text)
 EVERY = {"k1.md", "k2.md", "k3.md", "k4.md", "k5.md", "k6.md", "k7.md", "layouts.md"}
 
 
-# --- who reads what -----------------------------------------------------------------------------
-
-
 def reader(memory, at, nbytes, launch):
     """Block and thread that read some bytes."""
     memory.defined()[at : at + nbytes] = 0
@@ -94,9 +91,6 @@ def test_a_tile_is_read_by_whom_the_picture_says():
         said = tile_holder(plan, row, col)
         got = reader(x, 4 * (col * M + row), 4, launch)
         assert got == (said.block, said.thread), (row, col)
-
-
-# --- how they are drawn -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DRAWN)

@@ -38,9 +38,6 @@ def exact(x, axes=(-1,), weight=None, bias=None):
     return oracle.layer_norm(x, axes, weight, bias, 1e-5)[0]
 
 
-# --- distributions ------------------------------------------------------------------------------
-
-
 def histogram(values, edges):
     return np.array([np.count_nonzero((values >= a) & (values < b)) for a, b in edges])
 
@@ -106,9 +103,6 @@ def test_rows_weight_and_eps_are_those_of_the_call():
     np.testing.assert_allclose(stairs(before)[0][1][[0, -1]], (values.min(), values.max()))
 
 
-# --- moments ------------------------------------------------------------------------------------
-
-
 def test_a_matrix_gives_points_and_one_row_a_point():
     x = data()
     mean, variance = cn.plot.moments(x)
@@ -149,9 +143,6 @@ def test_a_wide_span_gets_a_scale_of_powers():
     assert isinstance(variance.images[0].norm, matplotlib.colors.LogNorm)
 
 
-# --- affine -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("op", ["layer_norm", "zero_centered_layer_norm"])
 @pytest.mark.parametrize("given", ["weight", "bias", "both"])
 def test_bands_are_those_of_the_columns(given, op):
@@ -178,9 +169,6 @@ def test_weight_of_axes_in_any_order_reaches_its_columns():
     y = exact(x.reshape(3, 20), weight=w.T.ravel())
     np.testing.assert_allclose(stairs(scaled)[1][0], y.mean(axis=0), atol=1e-12)
     np.testing.assert_allclose(stairs(scaled)[2][0], w.T.ravel())
-
-
-# --- every library, errors, axes ----------------------------------------------------------------
 
 
 def test_arrays_of_every_library_are_drawn(lib):

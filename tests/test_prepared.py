@@ -24,9 +24,6 @@ def refused(f, *words, **arguments):
         assert word in str(caught.value)
 
 
-# --- what is held -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["plain", "strided", "other dtype"])
 def test_weight_is_held_by_reference(lib, kind):
     x = lib.from_numpy(numbers(4, 12))
@@ -71,9 +68,6 @@ def test_a_copy_does_the_same_with_a_weight_of_its_own(lib, way):
     assert not [word for word in words if word not in repr(f)], repr(f)
 
 
-# --- what is refused ----------------------------------------------------------------------------
-
-
 def test_what_does_not_fit_is_refused(lib):
     """With both values and the way out; nothing is written."""
     memory = lib.from_numpy(numbers(9, 12))
@@ -91,16 +85,6 @@ def test_what_does_not_fit_is_refused(lib):
     assert bits(lib, f(x)) == want
     assert f(x, out=x) is x
     assert bits(lib, x) == want
-
-
-def test_libraries_without_prepared_calls():
-    jax, dask, pd = map(pytest.importorskip, ("jax.numpy", "dask.array", "pandas"))
-    for x in (jax.ones((2, 3)), dask.ones((2, 3)), pd.DataFrame({"a": [1.0]})):
-        with pytest.raises(TypeError, match=r"nothing can be prepared.*cupynorm\.layer_norm"):
-            cn.prepare(x)
-
-
-# --- torch --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -147,9 +131,6 @@ def test_transforms_are_refused(torch):
     Other.__module__ = "torch.other"  # as DTensor's: a tensor of torch's own that is not plain
     with pytest.raises(TypeError, match="plain tensors alone"):
         cn.prepare(x.as_subclass(Other))
-
-
-# --- what a call costs --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,6 @@ def cast(lib, a, dtype):
     return lib.from_numpy(lib.to_numpy(a).astype(np_dtype(dtype)))
 
 
-# --- 1 + weight, dsum, eps ----------------------------------------------------------------------
-
-
 def test_a_zero_centered_weight_is_one_plus_it(lib, dtype):
     """The bits of 1 + weight in the dtype of the statistics."""
     x, dy, weight = (lib.array(a, dtype) for a in (X3, DY3, WEIGHT))
@@ -81,16 +78,6 @@ def test_long_rows_take_dsum():
         oracle.assert_gradients((*plain, None), dy, x, (1,), None, 2.0**-23, center=False)
 
 
-def test_eps_of_its_own_is_torchs(lib, dtype):
-    torch = pytest.importorskip("torch")
-    x = lib.array(X3 * 1e-3, dtype)
-    wide = torch.from_numpy(lib.to_numpy(x).astype(np.float64))
-    theirs = torch.nn.functional.rms_norm(wide.to(getattr(torch, dtype)), (10,))
-    got = lib.to_numpy(cn.rms_norm(x, 10)).astype(np.float64)
-    bound = oracle.tolerance(dtype, 10)
-    np.testing.assert_allclose(got, theirs.double().numpy(), rtol=bound, atol=bound)
-
-
 @pytest.mark.parametrize("n", [7, 5000, 70_000])
 def test_neither_large_nor_small_squares_are_lost(lib, n):
     """On every path as far as docs/numerics.md says."""
@@ -124,9 +111,6 @@ def test_beside_an_infinite_element_all_are_zero(lib, axis, n):
     want = oracle.layer_norm(x, (axis,), None, None, 2.0**-23, center=False)
     np.testing.assert_allclose(lib.to_numpy(y), want[0], rtol=1e-6)
     np.testing.assert_allclose(lib.to_numpy(rstd), want[2], rtol=1e-6)
-
-
-# --- the fused add ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fused", NORMS)
@@ -197,9 +181,6 @@ def test_results_may_not_meet(lib):
         cn.add_rms_norm(np.ones((4, 10), half.dtype), wide, out=half)
 
 
-# --- held fast, told ----------------------------------------------------------------------------
-
-
 def test_explained():
     x = np.ones((64, 768), np.float16)
     of = cn.explain(x, op="add_rms_norm", residual=x.astype(np.float32), return_stats=True)
@@ -207,9 +188,6 @@ def test_explained():
     assert "mean of squares" in str(of)
     back = cn.explain(x, 768, np.ones(768, np.float16), op="rms_norm", backward=True)
     assert back.bytes_floor == 64 * 768 * 2 * 3 + 768 * 2 * 2 + 64 * 4
-
-
-# --- as others define them ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

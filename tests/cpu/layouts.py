@@ -69,4 +69,3 @@ LAYOUTS = {
     "read-only": read_only,
     "memmap": as_memmap,
 }
-WRITABLE = [name for name in LAYOUTS if name not in ("read-only", "memmap")]

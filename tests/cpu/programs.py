@@ -1,5 +1,6 @@
 """Programs in fresh interpreters."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,7 +18,15 @@ def run_python(code, root=ROOT, **env):
         env=os.environ | {"PYTHONPATH": str(root)} | env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def module_of(path):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

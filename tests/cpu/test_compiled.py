@@ -179,12 +179,10 @@ def test_each_job_is_said_to_be_called_as_it_is():
 
 def test_numba_that_is_absent_or_refused():
     assert run_python(FIRST_CALL, CUPYNORM_NUMBA="0").split()[0] == "plain"
-    block = "import sys; sys.modules['numba'] = None\n"
-    code = FIRST_CALL.replace('"numba" not in sys.modules and ', "").replace("\n    ", "\n")
-    assert run_python(block + code).split()[0] == "plain"
     assert run_python(FIRST_CALL, NUMBA_DISABLE_JIT="1").split()[0] == "plain"
-    said = block + "from cupynorm._cpu import engine; print(engine.state()[1])"
-    assert "numba cannot be imported" in run_python(said)
+    code = FIRST_CALL.replace('"numba" not in sys.modules and ', "").replace("\n    ", "\n")
+    said = run_python(f"import sys; sys.modules['numba'] = None\n{code}print(engine.state()[1])")
+    assert said.split()[0] == "plain" and "numba cannot be imported" in said
 
 
 def test_float16_without_the_instruction(monkeypatch):

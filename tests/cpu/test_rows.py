@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
+from cupynorm import _calls, _ops
 from cupynorm._cpu import arrays as _cpu
 from cupynorm._cpu import blocks
 from cupynorm._cpu import engine as _engine
+from cupynorm._layout import problem_of
+from cupynorm._rules import stats_dtype
 from tests import directions, oracle
 from tests.conftest import ALL_DTYPES
 from tests.cpu import door
@@ -27,11 +30,11 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def run(direction, dy, x, axes=(1,), weight=None, bias=None, eps=1e-5, *, y=None, stats=None):
-    """(y, mean, rstd) of the path itself; or dx, dweight, dbias in the statistics' dtype."""
+    """(y, mean, rstd), or (dx, dweight, dbias)."""
     if direction == "forward":
         return door.forward(x, axes, weight, bias, eps, out=y)
     mean, rstd = stats or door.forward(x, axes, eps=eps)[1:]
-    return door.backward(dy, x, axes, mean, rstd, weight, dtype=mean.dtype.newbyteorder("="))
+    return door.backward(dy, x, axes, mean, rstd, weight)
 
 
 def check(direction, found, dy, x, axes=(1,), weight=None, bias=None, eps=1e-5, slack=1.0):
@@ -217,6 +220,33 @@ def test_nothing_is_read_beyond_the_arrays(engine, direction):
         check(direction, found, dy, x, (1,), weight, slack=4)
 
 
+@each_dtype
+def test_a_backward_by_address_has_the_bits_of_arrays(dtype):
+    """As tensors take it: dx may be dy, and nothing is written beside. Forward: frozen.json."""
+    address = lambda a: 0 if a is None else a.ctypes.data  # noqa: E731
+    widths = [1, 3, 15, 16, 17, 64, 100, 768, 4096, 4097, 9000]
+    for N, order in [*itertools.product(widths, "CF"), (33000, "C")]:
+        dy, x = pair((9, N), dtype, N)
+        *stats, weight = *door.forward(x, (1,))[1:], values((N,), stats_dtype(x.dtype.name), 1)
+        want = door.backward(dy, x, (1,), *stats, weight)
+        for mask in itertools.product((True, False), repeat=3):
+            how = None, (1,), mask
+            facts = _calls._check_backward(_ops.LAYER_NORM, (dy, x, *stats, weight), how).facts
+            dx, unharmed = guarded(x.shape, x.dtype, order)
+            if mask[0]:
+                dx[...] = dy
+                steps = tuple(s // x.itemsize for s in dx.strides)
+                facts.strides["dx"] = facts.strides["dy"] = steps
+            sums = [guarded((N,), stats[0].dtype) for _ in range(2)]
+            given = [a if wanted else None for (a, _), wanted in zip(sums, mask[1:], strict=True)]
+            arrays = (dx, x, *stats, weight, dx) if mask[0] else (dy, x, *stats, weight, None)
+            _engine.differentiator(problem_of(facts))(*map(address, (*arrays, *given)))
+            for check in (unharmed, *(check for _, check in sums)):
+                check()
+            for got, exact, wanted in zip((dx, *given), want, mask, strict=True):
+                assert not wanted or same_bits(got, exact), (N, order, mask)
+
+
 # --- values -------------------------------------------------------------------------------------
 
 
@@ -324,38 +354,37 @@ def test_constant_rows(engine, dtype):
         assert N > 1 or np.all(dx == 0)
 
 
+@EACH
 @each_dtype
-def test_nan_and_inf_spoil_their_row_and_column_alone(engine, dtype):
+def test_nan_and_inf_spoil_their_row_and_column_alone(engine, direction, dtype):
     """In x, and for the gradients in dy, whose sums see one column."""
     for N in (5, 64, 100, 5000, 33000):
-        dy, x = pair((8, N), dtype)
-        good, stats = door.forward(x, (1,))[0], door.forward(x, (1,))[1:]
-        clean = run("backward", dy, x, stats=stats)
         bad = {1: (0, np.nan), 4: (N - 1, np.inf), 6: (N // 2, -np.inf)}
         rows = [r for r in range(8) if r not in bad]
-        spoilt_x, spoilt_dy = x.copy(), dy.copy()
+        cols = [c for c in range(N) if c not in (0, N - 1, N // 2)]
+        dy, x = pair((8, N), dtype)
+        stats = door.forward(x, (1,))[1:]
+        good, *sums = run(direction, dy, x, stats=stats)
+        spoilt = (x if direction == "forward" else dy).copy()
         for row, (col, value) in bad.items():
-            spoilt_x[row, col] = spoilt_dy[row, col] = value
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            found = [door.forward(a, (1,))[0] for a in (spoilt_x, np.asfortranarray(spoilt_x))]
-            given = spoilt_dy, np.asfortranarray(spoilt_dy)
-            gradients = [run("backward", a, x, stats=stats) for a in given]
-        for y in found:
-            assert same_bits(y[rows], good[rows])
-            assert np.isnan(y[list(bad)].astype(np.float32)).all()
-        cols = [c for c in range(N) if c not in {col for col, _ in bad.values()}]
-        for dx, *sums in gradients:
-            assert same_bits(dx[rows], clean[0][rows])
-            assert not np.isfinite(dx[list(bad)].astype(np.float32)).any()
-            for total, was in zip(sums, clean[1:], strict=True):
+            spoilt[row, col] = value
+        for a in (spoilt, np.asfortranarray(spoilt)):
+            given = (dy, a) if direction == "forward" else (a, x)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                found, *totals = run(direction, *given, stats=stats)
+            assert same_bits(found[rows], good[rows])
+            lost = np.isnan if direction == "forward" else lambda a: ~np.isfinite(a)
+            assert lost(found[[*bad]].astype(np.float32)).all()
+            for total, was in zip(totals, sums, strict=True) if direction == "backward" else ():
                 np.testing.assert_allclose(total[cols], was[cols], rtol=1e-5, atol=1e-5)
                 assert not np.isfinite(total[[0, N - 1, N // 2]]).any()
-        x[2, 0] = np.nan  # the row has no mean: its x_hat is NaN in every column
-        dx, dweight, dbias = run("backward", dy, x)
-        assert np.isnan(dx[2].astype(np.float32)).all() and np.isnan(dweight).all()
-        rest = [0, 1, 3, 4, 5, 6, 7]
-        assert same_bits(dx[rest], clean[0][rest]) and same_bits(dbias, clean[2])
+        if direction == "backward":
+            x[2, 0] = np.nan  # the row has no mean: its x_hat is NaN in every column
+            dx, dweight, dbias = run(direction, dy, x)
+            assert np.isnan(dx[2].astype(np.float32)).all() and np.isnan(dweight).all()
+            rest = [0, 1, 3, 4, 5, 6, 7]
+            assert same_bits(dx[rest], good[rest]) and same_bits(dbias, sums[1])
 
 
 @EACH
@@ -408,4 +437,5 @@ def test_no_warning_from_any_thread(engine, monkeypatch):
             weight = huge[0].astype(np.float64) * 1e250
             door.forward(huge, (1,), weight)
             stats = door.forward(huge, (1,), eps=0.0)[1:]
-            door.backward(huge, huge, (1,), *stats, weight, dtype="float16")
+            door.backward(huge, huge, (1,), *stats, weight)
+            door.backward(huge, huge, (1,), *stats, np.full(shape[1], 6e4, np.float16))

@@ -44,46 +44,32 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-# --- models -------------------------------------------------------------------------------------
-
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-BERT = {
-    "vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "intermediate_size": 96, "max_position_embeddings": 64, **NO_DROPOUT,
-}  # fmt: skip
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TEXT = {"vocab_size": 99, "hidden_size": 64, "max_position_embeddings": 64, **LAYERS}
 GPT2 = {
     "vocab_size": 99, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4,
     "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-VIT = {
-    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
-    "image_size": 32, "patch_size": 8, **NO_DROPOUT,
-}  # fmt: skip
+VIT = {"hidden_size": 48, "image_size": 32, "patch_size": 8, **LAYERS, **NO_DROPOUT}
 WHISPER = {
     "vocab_size": 99, "d_model": 64, "num_mel_bins": 16, "max_source_positions": 20,
     "max_target_positions": 20, "encoder_layers": 1, "decoder_layers": 1,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96,
-    "decoder_ffn_dim": 96, "dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "decoder_start_token_id": 1,
+    "decoder_ffn_dim": 96, "dropout": 0.0, "decoder_start_token_id": 1, **SPECIAL,
 }  # fmt: skip
-MODERNBERT = {
-    "vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "intermediate_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
-}  # fmt: skip
+MODERNBERT = {**TEXT, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2}
 WAV2VEC2 = {
-    "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96,
-    "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3),
-    "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4, "feat_extract_norm": "layer", "do_stable_layer_norm": True,
-    "mask_time_prob": 0.0, "mask_feature_prob": 0.0, "layerdrop": 0.0, "feat_proj_dropout": 0.0,
-    "hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
+    **LAYERS, "hidden_size": 48, "num_hidden_layers": 1, "conv_dim": (16, 16),
+    "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True, "mask_time_prob": 0.0, "mask_feature_prob": 0.0, "layerdrop": 0.0,
+    "feat_proj_dropout": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
 }  # fmt: skip
-LLAMA = {
-    "vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+LLAMA = {**TEXT, **SPECIAL, "num_key_value_heads": 2}
+GEMMA = {**LLAMA, "head_dim": 16}
 CONVNEXT = {"hidden_sizes": [16, 24], "depths": [1, 1], "num_stages": 2}
 
 
@@ -99,10 +85,14 @@ def reals(*shape):
     return torch.randn(shape, generator=seeded())
 
 
+def sentences():
+    return {"input_ids": tokens(4, 24)}
+
+
 @dataclass(frozen=True)
 class Architecture:
     model: str
-    config: tuple[str, dict]
+    options: dict  # of its config
     inputs: Callable[[], dict]
     converted: int  # torch.nn.LayerNorm modules, or those of `rms`
     left: int = 0  # modules of a subclass of it, with a forward of their own
@@ -121,9 +111,9 @@ class Architecture:
 
     def build(self, seed=0):
         """A model in training mode whose norms have parameters that are not ones and zeros."""
-        kind, options = self.config
         torch.manual_seed(seed)
-        model = getattr(transformers, self.model)(getattr(transformers, kind)(**options))
+        kind = getattr(transformers, self.model)
+        model = kind(kind.config_class(**self.options))
         for module in norms(model):
             torch.nn.init.normal_(module.weight, float(module.weight.detach().mean()), 0.2)
             if getattr(module, "bias", None) is not None:
@@ -132,38 +122,26 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "bert": Architecture(
-        "BertModel", ("BertConfig", BERT), lambda: {"input_ids": tokens(4, 24)}, 5
-    ),
-    "gpt2": Architecture(
-        "GPT2LMHeadModel", ("GPT2Config", GPT2), lambda: {"input_ids": tokens(4, 24)}, 5
-    ),
-    "vit": Architecture(
-        "ViTModel", ("ViTConfig", VIT), lambda: {"pixel_values": reals(4, 3, 32, 32)}, 5
-    ),
+    "bert": Architecture("BertModel", TEXT | NO_DROPOUT, sentences, 5),
+    "gpt2": Architecture("GPT2LMHeadModel", GPT2, sentences, 5),
+    "vit": Architecture("ViTModel", VIT, lambda: {"pixel_values": reals(4, 3, 32, 32)}, 5),
     "whisper": Architecture(
-        "WhisperModel", ("WhisperConfig", WHISPER),
+        "WhisperModel", WHISPER,
         lambda: {"input_features": reals(2, 16, 40), "decoder_input_ids": tokens(2, 12)}, 7,
     ),
-    "modernbert": Architecture(  # norms without a bias
-        "ModernBertModel", ("ModernBertConfig", MODERNBERT),
-        lambda: {"input_ids": tokens(4, 24)}, 5,
-    ),
+    "modernbert": Architecture("ModernBertModel", MODERNBERT, sentences, 5),  # without a bias
     "wav2vec2": Architecture(  # norms of transposed tensors
-        "Wav2Vec2Model", ("Wav2Vec2Config", WAV2VEC2),
-        lambda: {"input_values": reals(2, 600)}, 6,
+        "Wav2Vec2Model", WAV2VEC2, lambda: {"input_values": reals(2, 600)}, 6
     ),
     "convnext": Architecture(
-        "ConvNextModel", ("ConvNextConfig", CONVNEXT),
-        lambda: {"pixel_values": reals(2, 3, 32, 32)}, 1, left=4,
+        "ConvNextModel", CONVNEXT, lambda: {"pixel_values": reals(2, 3, 32, 32)}, 1, left=4
     ),
     "llama": Architecture(
-        "LlamaForCausalLM", ("LlamaConfig", LLAMA), lambda: {"input_ids": tokens(4, 24)}, 5,
+        "LlamaForCausalLM", LLAMA, sentences, 5,
         rms=("llama.modeling_llama", "LlamaRMSNorm", "rms_norm"),
     ),
     "gemma": Architecture(
-        "GemmaForCausalLM", ("GemmaConfig", LLAMA | {"head_dim": 16}),
-        lambda: {"input_ids": tokens(4, 24)}, 5,
+        "GemmaForCausalLM", GEMMA, sentences, 5,
         rms=("gemma.modeling_gemma", "GemmaRMSNorm", "zero_centered"),
     ),
 }  # fmt: skip
@@ -184,9 +162,6 @@ def pair(name, seed=0):
 
 def is_ours(module):
     return isinstance(module, (ct.LayerNorm, Replaced))
-
-
-# --- what is compared ---------------------------------------------------------------------------
 
 
 def to(values, dtype, device="cpu"):
@@ -236,15 +211,6 @@ def check_against_float64(model, converted, inputs, dtype):
     check_errors(exact, by_torch, ours, dtype)
 
 
-def with_float32_norms(model):
-    for module in norms(model):
-        module.float()
-    return model
-
-
-# --- outputs and gradients ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16 with float32 norms"])
 @every_architecture
@@ -254,8 +220,8 @@ def test_outputs_and_gradients_are_as_near_to_float64_as_torchs(name, kind, devi
     model = ARCHITECTURES[name].build()
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     model = model.to(device, dtype)
-    if kind.endswith("norms"):
-        model = with_float32_norms(model)
+    for module in norms(model) if kind.endswith("norms") else ():
+        module.float()
     converted = ARCHITECTURES[name].convert(model)
     check_against_float64(model, converted, ARCHITECTURES[name].inputs(), dtype)
 
@@ -281,9 +247,6 @@ def test_autocast(name, device):
             hook.remove()
     assert dtypes[0] == dtypes[1]
     check_errors(exact, *found, torch.bfloat16)
-
-
-# --- training and inference ---------------------------------------------------------------------
 
 
 def test_generated_tokens_are_torchs():
@@ -328,9 +291,6 @@ def test_models_of_rms_norms_train_export_and_revert(name):
     assert_same_outputs(reverted, after.eval(), inputs)
 
 
-# --- what convert leaves as it is ---------------------------------------------------------------
-
-
 @every_architecture
 def test_convert_counts_and_keeps_the_state(name, caplog):
     expected = ARCHITECTURES[name]
@@ -351,9 +311,6 @@ def test_convert_counts_and_keeps_the_state(name, caplog):
     assert all(type(m) is kind for m, kind in others if kind not in changed)
     assert list(model.state_dict()) == keys
     assert all(p is parameters[k] for k, p in model.named_parameters())
-
-
-# --- files --------------------------------------------------------------------------------------
 
 
 def entries(folder):
@@ -378,10 +335,8 @@ def test_saved_and_loaded_either_way(name, tmp_path):
     assert not any(map(is_ours, loaded.modules()))
     assert_same_outputs(loaded, model, inputs)
 
-    loaded = ARCHITECTURES[name].convert(
-        kind.from_pretrained(tmp_path / "torch")
-    )  # and torch's file into ours
-    assert_same_outputs(loaded, converted, inputs)
+    loaded = kind.from_pretrained(tmp_path / "torch")  # and torch's file into ours
+    assert_same_outputs(ARCHITECTURES[name].convert(loaded), converted, inputs)
 
     other = pair(name, seed=1)[1].eval()
     other.load_state_dict(kind.from_pretrained(tmp_path / "torch").state_dict())
