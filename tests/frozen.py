@@ -18,7 +18,7 @@ import cupynorm as cn
 from tests.conftest import ALL_DTYPES, Backend, library, np_dtype
 
 FILE = Path(__file__).with_name("frozen.json")
-LIBRARIES = (Backend.NUMPY, Backend.TORCH, Backend.JAX, Backend.STRICT)
+LIBRARIES = (Backend.NUMPY, Backend.TORCH, Backend.STRICT)  # JAX's bits go by the CPU
 
 
 def values(shape: tuple[int, ...], dtype: str, seed: int = 0, offset: float = 3.0) -> np.ndarray:
@@ -109,8 +109,8 @@ def backward(backend: Backend, layout: str, dtype: str) -> list[np.ndarray]:
 def array_cases() -> Any:
     """(name, function that gives arrays), in both directions."""
     for backend, layout, dtype in itertools.product(LIBRARIES, LAYOUTS, ALL_DTYPES):
-        few = backend in (Backend.JAX, Backend.STRICT)
-        if few and (layout in ("many", "few_long", "rows") or dtype != "float32"):
+        few = backend is Backend.STRICT
+        if few and (layout in ("many", "few_long", "rows") or dtype.endswith("16")):
             continue
         kinds = ("", "wb", "wb16") if layout in ("small", "odd", "long") else ("wb",)
         about, name = (backend, layout, dtype), f"{backend.value} {layout} {dtype}"
