@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cupynorm._cuda import rows as tables
 from cupynorm._cuda.launch import BACKWARD, FORWARD, ready
 from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device, Plan, Stage
 from cupynorm._layout import Problem
 from cupynorm._ops import LAYER_NORM
 from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests import oracle
-from tests.conftest import np_dtype
+from tests.conftest import ALL_DTYPES, np_dtype
 from tests.gpu_backend import Machine
 from tests.ptx.launch import Traffic
 
@@ -116,6 +117,23 @@ def length(family, dtype, direction="forward"):
 def cols(chunks, dtype, more=0):
     """Columns of so many chunks and `more` vectors, but one."""
     return (chunks * CHUNK_VECS + more) * VEC_BYTES // ITEMSIZE[dtype] - 1
+
+
+# The two kernels of rows of whole vectors: a type for each family.
+WHOLE = [
+    *zip(["forward"] * 5, (*FAMILIES, "cluster"), ("bfloat16", "float32") * 3, strict=False),
+    *zip(["backward"] * 5, (*FAMILIES, "cluster"), ("float32", "bfloat16") * 3, strict=False),
+    *(("forward", "warp", "float64"), ("forward", "block", "float16")),
+]
+
+
+def edges():
+    """The ends of the tables' rows: a type for each, that of the next one's first length."""
+    most = 227 * 1024 // VEC_BYTES - 60  # of sm_90
+    forward = [min(row.max_vecs, most) for row in tables.FORWARD[:-1] if row.cluster == 1]
+    backward = [row.max_vecs for row in tables.BACKWARD if row.family in tables.REGISTERS]
+    for direction, limits in (("forward", forward), ("backward", backward)):
+        yield from ((direction, ALL_DTYPES[i % 4], vecs) for i, vecs in enumerate(limits))
 
 
 # --- devices ------------------------------------------------------------------------------------
@@ -276,7 +294,6 @@ def run(
     stats: bool = True,  # of a forward
     in_place: bool = False,
     wanted: Sequence[bool] = (True, True, True),  # of a backward
-    totals: Sequence[str] = (),  # dtypes of dweight and dbias; weight's, or the statistics'
     add: bool = False,  # whether column_totals itself adds up the partials
 ) -> Result:
     """Run the plan for a case, with a family by force where one is named."""
@@ -301,8 +318,8 @@ def run(
         arrays["dx"] = arrays["dx"] if wanted[0] else None
         for name, vector in zip(("mean", "rstd"), statistics(case.x, eps), strict=True):
             arrays[name] = vector_at(machine, name, vector, 0)
-        totals = totals or (dtypes["weight"] or kind,) * 2
-        for name, total, want in zip(results[1:], totals, wanted[1:], strict=True):
+        total = dtypes["weight"] or kind
+        for name, want in zip(results[1:], wanted[1:], strict=True):
             dtypes[name] = total if want else None
             arrays[name] = Rows(machine, name, np_dtype(total), (1, 1, N)) if want else None
     else:

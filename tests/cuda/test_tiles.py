@@ -8,9 +8,7 @@ import pytest
 
 from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import Device
-from cupynorm._cuda.tiles import LANE_THREADS, LANES, TILE_CHUNK, bytes_beyond_floor, lanes_stage
-from cupynorm._layout import Facts, kernel_problem_of
-from cupynorm._ops import LAYER_NORM
+from cupynorm._cuda.tiles import LANE_THREADS, TILE_CHUNK, bytes_beyond_floor
 from tests.conftest import ALL_DTYPES
 from tests.cuda.rows import DX_ALONE, EACH, SHAPED, At, case, check, problem_of, run
 from tests.gpu_backend import ON_EACH_MACHINE, SIMULATED, SM90
@@ -49,7 +47,7 @@ def main(result):
 
 SHAPES = {  # outer, M, N: rows past the tile's edge, few columns and many, several batches
     "forward": ((1, 2, 2), (1, 70, 3), (3, 77, 8), (2, 33, 13), (1, 130, 40), (1, 65, 300)),
-    "backward": ((1, 3, 2), (1, 70, 8), (2, 150, 13), (1, 65, 40), (1, 130, 300)),
+    "backward": ((1, 70, 2), (1, 70, 8), (2, 100, 13), (1, 65, 40), (1, 130, 300)),
 }
 
 
@@ -127,10 +125,8 @@ def test_two_columns_at_once(machine, way):
 ALONE = dataclasses.replace(SMALL, sm_count=1)
 AFFINE = [
     ("float16", 100, 40, ALONE, "float64", None),
-    ("float16", 100, 40, ALONE, None, None),
     ("float16", 100, LONG, ALONE, None, "float16"),  # in two sweeps: the second reads again
-    ("bfloat16", 520, 12, ONE_SM, "float64", None),  # by lanes
-    ("bfloat16", 520, 12, ONE_SM, None, None),
+    ("bfloat16", 520, 12, ONE_SM, None, None),  # by lanes
 ]
 
 
@@ -164,7 +160,7 @@ def test_what_is_wanted(machine, wanted):
         ("float32", "CF", (True, True, True)),
         ("bfloat16", "FC", (True, True, True)),
         ("float64", "FF", (True, True, True)),
-        *(("float16", "FC", w) for w in (DX_ALONE, (False, True, True), (False, False, True))),
+        *(("float16", "FC", w) for w in (DX_ALONE, (False, True, True))),
     ],
 )
 def test_panels(dtype, way, wanted):
@@ -226,18 +222,20 @@ def test_bytes_sectors_and_banks(dtype, way):
         assert moved.shared.max_ways <= 2
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("dtype", "first"), [("float16", 0), ("float32", 1)])
-def test_three_passes_and_banks(dtype, first, way):
-    for N in (8, 40, 300)[(first + WAYS.index(way)) % 3 :: 2]:
-        data = case("backward", 256, N, dtype)
-        result = tiled(SIMULATED, data, way)
-        moved, size = main(result), 4 * N
-        read = sum(b.read_bytes for b in moved.buffers) - moved["weight"].read_bytes
-        assert read == 2 * data.x.nbytes + 2 * 4 * 256
-        written = sum(b.written_bytes for b in moved.buffers)
-        assert written == data.x.nbytes + 2 * size * result.plan.partials
-        assert moved.shared.max_ways <= 2
+@pytest.mark.parametrize(
+    ("dtype", "way", "N"),
+    [*zip(("float16", "float32") * 3, (*WAYS, *WAYS), (8, 8, 40, 40, 300, 300), strict=False)],
+)
+def test_three_passes_and_banks(dtype, way, N):
+    rows = 128
+    data = case("backward", rows, N, dtype)
+    result = tiled(SIMULATED, data, way)
+    moved = main(result)
+    read = sum(b.read_bytes for b in moved.buffers) - moved["weight"].read_bytes
+    assert read == 2 * data.x.nbytes + 2 * 4 * rows
+    written = sum(b.written_bytes for b in moved.buffers)
+    assert written == data.x.nbytes + 2 * 4 * N * result.plan.partials
+    assert moved.shared.max_ways <= 2
 
 
 @pytest.mark.parametrize(
@@ -347,35 +345,6 @@ def test_who_takes_it(dtype):
     enough = 2 * SM90.sm_count * rows
     assert [family(40, M) for M in (enough, enough - rows)] == ["lanes", "column"]
     assert [family(40, M, outer=10**5) for M in (rows // 2 + 1, rows // 2)] == ["lanes", "column"]
-    assert [cols for cols, _ in LANES] == list(range(8, 65, 8))
-    for N in (1, 8, 9, 56):
-        strides = dict.fromkeys("xy", (0, 1, 10**6))
-        stage = lanes_stage(problem_of({"x": dtype}, (1, 10**6, N), strides), SM90)
-        assert stage.constants[1] - 8 < N <= stage.constants[1]  # or the kernel reads past N
-
-
-@pytest.mark.parametrize(
-    ("shape", "axes", "orders", "folded"),
-    [
-        ((6, 9), (1,), "FF", (1, 6, 9)),
-        ((6, 9), (0,), "CC", (1, 9, 6)),
-        ((2, 5, 3, 4), (1,), "CC", (2, 12, 5)),  # channels first
-        ((3, 5, 7), (1,), "FF", (7, 3, 5)),  # the rows that lie together come first
-        ((3, 5, 7), (1,), "CF", None),  # neighbours in x are not neighbours in y
-        ((2, 3, 4, 5), (0, 2), "CC", None),
-    ],
-)
-def test_what_folds(shape, axes, orders, folded):
-    arrays = zip("xy", orders, strict=True)
-    strides = {
-        name: tuple(s // 4 for s in np.empty(shape, np.float32, order=o).strides)
-        for name, o in arrays
-    }
-    problem = kernel_problem_of(Facts(LAYER_NORM, False, shape, axes, {"x": "float32"}, strides))
-    assert bool(problem.copies) == (folded is None)
-    if folded is not None:
-        assert (problem.outer, problem.M, problem.N) == folded
-        assert not problem.row_major
 
 
 @EACH
@@ -398,9 +367,5 @@ def test_the_plan_stays_within_the_device(direction, dtype):
             continue
         if plan.family == "column":
             assert plan.workspace_bytes >= 2 * plan.partials * N * 4
-            held = N
-            if plan.panels > 1:
-                assert N > 64
-                held = plan.panel
-                assert held % 8 == 0 and held >= 32
-            assert plan.slots >= held
+            assert plan.panels == 1 or (N > 64 and plan.panel % 8 == 0 and plan.panel >= 32)
+            assert plan.slots >= (N if plan.panels == 1 else plan.panel)
