@@ -5,7 +5,6 @@ import re
 import pytest
 
 from cupynorm._cuda.arguments import ENTRIES, entry_of
-from cupynorm._cuda.launch import COLUMN_TYPES
 from cupynorm._cuda.source import kernels_folder
 
 TEXT = "\n".join(
@@ -49,17 +48,3 @@ def test_fields_and_parameters_are_those_of_the_kernel(kernel, residual):
         there = theirs.replace(" __restrict__", "").replace("Y*", "X*")  # K7 calls y's type Y
         assert there in (kind, f"const {kind}"), name  # what is written to is not const
         assert name == called or "*" in kind  # an address may have a name of its own there
-
-
-def test_every_kernel_has_an_entry():
-    found = set(re.findall(r"void (?:norm_)?((?:fwd|bwd)_\w+|column_totals)\(", TEXT))
-    assert found == set(ENTRIES)
-
-
-def test_types_of_columns_have_their_numbers():
-    told = re.search(
-        r"enum \{\s*(.*?),?\s*\};",
-        (kernels_folder() / "columns.cuh").read_text(encoding="utf-8"),
-        re.S,
-    )[1]
-    assert tuple(re.split(r",\s*", told.lower())) == COLUMN_TYPES

@@ -29,7 +29,7 @@ from cupynorm._cuda.rows import (
     choose_row,
     resident_clusters,
 )
-from cupynorm._cuda.source import kernels_folder, source_of
+from cupynorm._cuda.source import source_of
 from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests.cuda.rows import EACH, SHAPED, problem_of
 from tests.ptx.limits import DeviceLimits
@@ -240,12 +240,23 @@ def test_what_is_wanted_and_how_many_rows(dtype):
 
 @EACH
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_every_length_in_registers_is_held(direction, dtype):
-    """K1 and K2, and the backward's K3, whose launch changes with every few columns."""
+def test_every_length_has_its_row_and_is_held(direction, dtype):
+    """K1 and K2, and the backward's K3, whose launch changes with every few columns; beyond, the
+    ends. Without clusters, in memory enough: an interval for each row, from the one before on.
+    """
+    table = [row for row in TABLES[direction] if row.cluster == 1]
+    limits = np.array([row.max_vecs for row in table])
+    assert (np.diff(limits) > 0).all() and limits[-1] >= 2**60
+    families = [family for family, _ in itertools.groupby(row.family for row in table)]
+    assert families == ["warp", "block", "shared", "split"]
+    roomy = dataclasses.replace(BEFORE, shared_bytes=2**30)
+    per_vec = VEC_BYTES // ITEMSIZE[dtype]
     most, step = (2048, 3) if direction == "forward" else (4097, 11)
-    for N in range(1, most * VEC_BYTES // ITEMSIZE[dtype] + 1, step):
-        plan, vecs = checked(direction, N, dtype, BEFORE), vecs_of(N, dtype)
-        row = next(r for r in TABLES[direction] if r.cluster == 1 and vecs <= r.max_vecs)
+    ends = [int(vecs) * per_vec for vecs in (*limits[:-1], *(limits[:-1] + 1))]
+    for N in (*range(1, most * per_vec + 1, step), *ends):
+        row = table[np.searchsorted(limits, vecs_of(N, dtype))]
+        assert choose_row(problem(direction, N, dtype), roomy) is row
+        plan = checked(direction, N, dtype, BEFORE)
         assert plan.family in (row.family, "split" if row.family == "shared" else row.family)
 
 
@@ -257,7 +268,10 @@ def for_any_address(plan):
 @pytest.mark.parametrize("device", [SM90, BEFORE, device_of("120")], ids=["90", "before", "120"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_chunk_edge_is_held(dtype, device):
-    """K3 to K5 change with the number of chunks alone: each edge up to a million columns."""
+    """K3 to K5 change with the number of chunks alone: each edge up to a million columns.
+
+    Far beyond it is K5 for any number of rows.
+    """
     per_chunk = CHUNK_VECS * VEC_BYTES // ITEMSIZE[dtype]
     for edge in range(2 * per_chunk, EVERY_N + per_chunk, per_chunk):
         before = None
@@ -269,13 +283,9 @@ def test_every_chunk_edge_is_held(dtype, device):
         if edge < 130 * per_chunk:
             checked("backward", edge + 1, dtype, device)
             checked("backward", edge + per_chunk, dtype, device)
-
-
-@EACH_DTYPE
-@pytest.mark.parametrize("exponent", [20, 24, 30, 31, 32, 33])
-def test_edges_far_beyond(dtype, exponent):
-    for direction, delta, rows in itertools.product(TABLES, (-1, 0, 1), (1, 7)):
-        plan = checked(direction, 2**exponent + delta, dtype, rows=rows)
+    far = itertools.product(TABLES, (20, 24, 30, 31, 32, 33), (-1, 0, 1), (1, 7))
+    for direction, exponent, delta, rows in far:
+        plan = checked(direction, 2**exponent + delta, dtype, device, rows=rows)
         assert plan.family == "split"
         if direction == "forward" and rows == 1:
             assert plan.workspace_bytes <= 8 * (3 * MAX_SECTIONS + 4)
@@ -312,23 +322,6 @@ def test_too_many_rows(direction, N, most):
 
 
 # --- the tables -----------------------------------------------------------------------------------
-
-
-@EACH
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_every_length_has_exactly_one_row(direction, dtype):
-    """Without clusters, in memory enough: an interval for each row, from the one before on."""
-    table = [row for row in TABLES[direction] if row.cluster == 1]
-    limits = np.array([row.max_vecs for row in table])
-    assert (np.diff(limits) > 0).all() and limits[-1] >= 2**60
-    families = [family for family, _ in itertools.groupby(row.family for row in table)]
-    assert families == ["warp", "block", "shared", "split"]
-    device = dataclasses.replace(BEFORE, shared_bytes=2**30)
-    vecs = {*range(1, vecs_of(EVERY_N, dtype), EVERY_N // 997), *limits[:-1], *(limits[:-1] + 1)}
-    for near in map(int, vecs):
-        N = near * VEC_BYTES // ITEMSIZE[dtype]
-        row = choose_row(problem(direction, N, dtype), device)
-        assert row is table[np.searchsorted(limits, near)]
 
 
 def ends(direction, dtype, device, most):
@@ -432,23 +425,6 @@ def test_shared_memory_is_used_up_backward(capability, dtype, totals):
         assert a_vector_more.shared_bytes > device.shared_bytes
 
 
-def test_which_sums_are_wanted_decides_what_fits():
-    """float16 on sm_86, in vectors of a thread: one sum takes half the memory of two."""
-    for totals, last in ((BOTH, 3), (("float16", None), 6), (NEITHER, 8)):
-        assert kept_by_shared("float16", device_of("86"), totals)[-1] == last
-
-
-@EACH
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_both_halves_are_planned_alike(direction, dtype):
-    for N in (1, 64, 65, 1000, 5000, 20_000, 60_000, 200_000):
-        mine, other = (
-            [dataclasses.replace(s, name="", x_dtype="") for s in plan_of(direction, N, d).stages]
-            for d in (dtype, "float16")
-        )
-        assert mine == other
-
-
 # --- the number of rows -------------------------------------------------------------------------
 
 
@@ -518,19 +494,6 @@ def test_rows_choose_between_cluster_and_split_backward(totals):
 
 
 # --- names and texts ------------------------------------------------------------------------------
-
-
-def test_constants_agree_with_the_kernel_text():
-    text = (kernels_folder() / "split.cuh").read_text(encoding="utf-8")
-    assert f"APPLY_VECS = {APPLY_VECS}," in text
-    chunk = (kernels_folder() / "statistics.cuh").read_text(encoding="utf-8")
-    warps, vecs = (
-        int(re.search(rf"\b{name} = (\d+),", chunk)[1]) for name in ("CHUNK_WARPS", "CHUNK_VECS")
-    )
-    assert (32 * warps, 32 * warps * vecs) == (CHUNK_THREADS, CHUNK_VECS)
-    assert 3 * warps + 1 == CHUNK_PARTIALS
-    assert "CHUNK_PARTIALS = 3 * CHUNK_WARPS + 1" in chunk
-    assert plan_of("backward", 10**6).stages[2].block == (CHUNK_THREADS, 1, 1)
 
 
 def every_stage(direction):
