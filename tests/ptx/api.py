@@ -50,7 +50,7 @@ class Fault(ctypes.Structure):
 
 
 class LaunchRequest(ctypes.Structure):
-    """`LaunchRequest` of engine.cpp."""
+    """`LaunchRequest` of state.hpp."""
 
     _fields_ = [
         *(

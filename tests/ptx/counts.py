@@ -35,25 +35,16 @@ class BufferTraffic:
     read_widths: dict[int, int]
     write_widths: dict[int, int]
 
-    @property
-    def read_sector_use(self) -> float:
-        """Bytes that lanes asked for, over the bytes of the sectors that warp accesses touched."""
-        return _ratio(self.read_bytes, 32 * self.read_sectors)
-
-    @property
-    def write_sector_use(self) -> float:
-        """As read_sector_use, for stores."""
-        return _ratio(self.written_bytes, 32 * self.write_sectors)
-
-    @property
-    def merged_read_sector_use(self) -> float:
-        """Distinct bytes over the bytes of distinct sectors, per block."""
-        return _ratio(self.distinct_read_bytes, 32 * self.distinct_read_sectors)
-
-    @property
-    def merged_write_sector_use(self) -> float:
-        """As merged_read_sector_use, for stores."""
-        return _ratio(self.distinct_written_bytes, 32 * self.distinct_write_sectors)
+    # Bytes that lanes asked for, over those of the sectors that warp accesses touched; and the same
+    # of the distinct ones.
+    read_sector_use = property(lambda self: _ratio(self.read_bytes, self.read_sectors))
+    write_sector_use = property(lambda self: _ratio(self.written_bytes, self.write_sectors))
+    merged_read_sector_use = property(
+        lambda self: _ratio(self.distinct_read_bytes, self.distinct_read_sectors)
+    )
+    merged_write_sector_use = property(
+        lambda self: _ratio(self.distinct_written_bytes, self.distinct_write_sectors)
+    )
 
 
 @dataclass(frozen=True)
@@ -73,8 +64,8 @@ class SharedTraffic:
     remote_warp_writes: int = 0
 
 
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 1.0
+def _ratio(nbytes: int, sectors: int) -> float:
+    return nbytes / (32 * sectors) if sectors else 1.0
 
 
 @dataclass(frozen=True)
@@ -96,15 +87,9 @@ class Traffic:
             raise KeyError(msg)
         return found[0]
 
-    @property
-    def read_bytes(self) -> int:
-        """Bytes read from buffers, summed over lanes."""
-        return sum(b.read_bytes for b in self.buffers)
-
-    @property
-    def written_bytes(self) -> int:
-        """Bytes written to buffers, summed over lanes."""
-        return sum(b.written_bytes for b in self.buffers)
+    # Of all buffers, summed over lanes.
+    read_bytes = property(lambda self: sum(b.read_bytes for b in self.buffers))
+    written_bytes = property(lambda self: sum(b.written_bytes for b in self.buffers))
 
 
 def collect(buffers: Sequence[Buffer]) -> Traffic:

@@ -88,44 +88,6 @@ def test_only_the_barrier_of_all_threads_is_executed():
     good(ptx("bar.sync 0;"), (32,), (unwritten(32),) * 2)
 
 
-SHUFFLES = """
-extern "C" __global__ void k(T* y) {
-  int lane = threadIdx.x;
-  T v = (T)(lane + 100);
-  y[lane] = __shfl_sync(0xffffffffu, v, lane * 3 + 1, W);
-  y[lane + 32] = __shfl_up_sync(0xffffffffu, v, 3, W);
-  y[lane + 64] = __shfl_down_sync(0xffffffffu, v, 3, W);
-  y[lane + 96] = __shfl_xor_sync(0xffffffffu, v, 5, W);
-  y[lane + 128] = __any_sync(0xffffffffu, lane == 9);
-  y[lane + 160] = __all_sync(0xffffffffu, lane == 9);
-  y[lane + 192] = __ballot_sync(0xffffffffu, lane % 3 == 0) >> 1;
-}
-"""
-
-
-@pytest.mark.parametrize("width", [32, 8, 2])
-@pytest.mark.parametrize("ctype", ["float", "double", "int", "unsigned", "long long"])
-def test_shuffles_and_votes(ctype, width):
-    dtype = {"float": "f4", "double": "f8", "int": "i4", "unsigned": "u4", "long long": "i8"}[ctype]
-    y = Buffer.empty(7 * 32 * np.dtype(dtype).itemsize, granule=4)
-    source = f"typedef {ctype} T;\nenum {{ W = {width} }};{SHUFFLES}"
-    good(source, (32,), (y,))
-    lane = np.arange(32)
-    low = lane // width * width
-    high = low + width - 1
-    xor = np.where((lane ^ 5) > high, lane, lane ^ 5)
-    wanted = [
-        low + (lane * 3 + 1) % width,
-        np.where(lane - 3 < low, lane, lane - 3),
-        np.where(lane + 3 > high, lane, lane + 3),
-        xor,
-    ]
-    got = y.to_numpy(dtype, (7, 32))
-    assert (got[:4] == np.array(wanted) + 100).all()
-    ballot = sum(1 << i for i in range(0, 32, 3)) >> 1
-    assert (got[4:] == np.array([[1], [0], [ballot]]).astype(dtype)).all()
-
-
 def test_votes_over_the_block():
     source = """
 extern "C" __global__ void k(int* y) {

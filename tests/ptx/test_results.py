@@ -73,32 +73,6 @@ extern "C" __global__ void k(volatile int* y) {
     assert kinds == {"race", "uninitialized"}
 
 
-def test_indices_in_three_dimensions():
-    source = """
-extern "C" __global__ void k(int* y) {
-  unsigned b = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-  unsigned t = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
-  y[b * (blockDim.x * blockDim.y * blockDim.z) + t] = b * 1000 + t;
-}
-"""
-    y = Buffer.empty(4 * 24 * 30, granule=4)
-    good(source, (2, 3, 5), (y,), grid=(2, 3, 4))
-    wanted = np.arange(24)[:, None] * 1000 + np.arange(30)
-    assert (y.to_numpy(np.int32, (24, 30)) == wanted).all()
-
-
-def test_subnormals_flush_as_cupy_compiles():
-    """Of float32 alone; the process keeps its own mode."""
-    text = 'extern "C" __global__ void k(const T* x, T* y) { y[0] = x[0] * (T)1e-10; }'
-    for ctype, dtype, small, wanted in (
-        ("float", np.float32, 1e-30, 0.0), ("double", np.float64, 1e-300, 1e-300 * 1e-10)
-    ):  # fmt: skip
-        x, y = Buffer.from_array(np.full(1, small, dtype)), Buffer.empty(8, granule=4)
-        good(f"typedef {ctype} T;\n{text}", (1,), (x, y))
-        assert y.to_numpy(dtype)[0] == wanted
-        assert dtype(small) * dtype(1e-10) != 0
-
-
 def test_launches_from_several_threads():
     wrong = []
 

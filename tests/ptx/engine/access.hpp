@@ -30,6 +30,13 @@ inline bool ordered_before(const Cell& c, const Warp& w, u32 lane, u32 first_uid
   return released_to(w, c.uid, thread, clock);
 }
 
+struct Granules {
+  size_t first, last;
+};
+inline Granules granules_of(const Region& r, uintptr_t a, u32 bytes) {
+  return {(a - r.base) >> r.granule_shift, (a + bytes - 1 - r.base) >> r.granule_shift};
+}
+
 inline u32 distance(const Cell& c, const Cell& me) {
   if (c.uid != me.uid) return 2;
   return c.who >> kClockBits >> 5 != me.who >> kClockBits >> 5;
@@ -80,7 +87,7 @@ inline void check_race(const Warp& w, u32 lane, Region& r, uintptr_t a, u32 widt
                        const Instruction& i) {
   const Cell me = cell_of(w, lane, i);
   const u32 oldest = r.space == Space::shared ? g.cluster.first_uid : g.first_uid;
-  size_t first = (a - r.base) >> r.granule_shift, last = (a + width - 1 - r.base) >> r.granule_shift;
+  const auto [first, last] = granules_of(r, a, width);
   for (size_t granule = first; granule <= last; ++granule) {
     Cell* c = r.cells + 3 * granule;
     Cell &writer = c[0], &reader = c[1], &far_reader = c[2];
@@ -139,9 +146,10 @@ inline Region* find_region(uintptr_t a, u32 pc) {
   return r->holds(a) ? guess = r : nullptr;
 }
 
+// A load may look at what somebody wrote, a store at what belongs to no copy, mbarrier or gap.
 // `used`: of the bytes, those that the program looks at (.pragma "used_bytes_mask").
-inline void check_defined(const Warp& w, u32 lane, const Region& r, uintptr_t a, u32 width, u32 used,
-                          const Instruction& i) {
+inline void check_marks(const Warp& w, u32 lane, const Region& r, uintptr_t a, u32 width, u32 used, bool write,
+                        const Instruction& i) {
   const u8* d = r.defined + (a - r.base);
   u64 words[2];
   constexpr u64 all = 0x0101010101010101ull;
@@ -149,19 +157,20 @@ inline void check_defined(const Warp& w, u32 lane, const Region& r, uintptr_t a,
     memcpy(words, d, 16);
     if (words[0] == all && words[1] == all) return;
   }
+  const char* verb = write ? "store at" : "load from";
   for (u32 k = 0; k < width; ++k) {
-    if (d[k] == kDefined || (k < 32 && !(used >> k & 1))) continue;
+    if (d[k] == kDefined || (write && d[k] == kUndefined) || (k < 32 && !(used >> k & 1))) continue;
     auto at = (unsigned long long)(a - r.base);
     if (d[k] == kNowhere)
-      fault(&w, int(lane), &i, "out-of-bounds", "%u-byte load at offset %llu of %s, between its variables",
-            width, at, r.name);
+      fault(&w, int(lane), &i, "out-of-bounds", "%u-byte %s offset %llu of %s, between its variables", width, verb,
+            at, r.name);
     if (d[k] == kArrival)
-      fault(&w, int(lane), &i, "mbarrier", "%u-byte load at offset %llu of %s, which is an mbarrier's",
-            width, at, r.name);
+      fault(&w, int(lane), &i, "mbarrier", "%u-byte %s offset %llu of %s, which is an mbarrier's", width, verb, at,
+            r.name);
     if (d[k] == kInFlight)
-      fault(&w, int(lane), &i, "uninitialized",
-            "%u-byte load from offset %llu of %s: a copy to byte %llu is in flight, and nobody has waited "
-            "for it", width, at, r.name, at + k);
+      fault(&w, int(lane), &i, write ? "in-flight" : "uninitialized",
+            "%u-byte %s offset %llu of %s: a copy is in flight to byte %llu, and nobody has waited for it", width,
+            verb, at, r.name, at + k);
     fault(&w, int(lane), &i, "uninitialized", "%u-byte load from offset %llu of %s: nobody wrote byte %llu",
           width, at, r.name, at + k);
   }
@@ -183,19 +192,7 @@ inline void check_copies(const Warp& w, u32 lane, const Region& r, uintptr_t a, 
       for (auto* copies : {&arrival.staged, &arrival.bulk})
         for (const Copy& c : *copies) source(c);
   }
-  for (u32 k = 0; r.special && k < width; ++k) {
-    u8 d = r.defined[a + k - r.base];
-    auto at = (unsigned long long)(a - r.base);
-    if (d == kNowhere)
-      fault(&w, int(lane), &i, "out-of-bounds", "%u-byte store at offset %llu of %s, between its variables",
-            width, at, r.name);
-    if (d == kInFlight)
-      fault(&w, int(lane), &i, "in-flight", "%u-byte store at offset %llu of %s, to which a copy is in flight",
-            width, at, r.name);
-    if (d == kArrival)
-      fault(&w, int(lane), &i, "mbarrier", "%u-byte store at offset %llu of %s, which is an mbarrier's", width,
-            at, r.name);
-  }
+  if (r.special) check_marks(w, lane, r, a, width, ~0u, true, i);
 }
 
 inline bool is_remote(const Warp& w, const Region& r) {
@@ -265,7 +262,7 @@ inline Region* check_access(Warp& w, u32 lane, u64& a, u32 width, u32 alignment,
     if (r->special | r->sources) check_copies(w, lane, *r, a, width, i);
     memset(r->defined + at, kDefined, width);
   } else {
-    check_defined(w, lane, *r, a, width, used, i);
+    check_marks(w, lane, *r, a, width, used, false, i);
   }
   if (r->writable) check_race(w, lane, *r, a, width, write, i);
   return r;

@@ -8,15 +8,12 @@ namespace ptx {
 inline void land(const Copy& c, const Cell& writer) {
   memcpy(reinterpret_cast<void*>(c.to_at), reinterpret_cast<const void*>(c.from_at), c.bytes);
   memset(c.to->defined + (c.to_at - c.to->base), kDefined, c.bytes);
-  size_t first = (c.to_at - c.to->base) >> c.to->granule_shift;
-  size_t last = (c.to_at + c.bytes - 1 - c.to->base) >> c.to->granule_shift;
-  for (size_t k = first; k <= last; ++k) {
+  const Granules to = granules_of(*c.to, c.to_at, c.bytes), from = granules_of(*c.from, c.from_at, c.bytes);
+  for (size_t k = to.first; k <= to.last; ++k) {
     c.to->cells[3 * k] = writer;
     c.to->cells[3 * k + 1] = c.to->cells[3 * k + 2] = Cell{0, 0, 0};
   }
-  first = (c.from_at - c.from->base) >> c.from->granule_shift;
-  last = (c.from_at + c.bytes - 1 - c.from->base) >> c.from->granule_shift;
-  for (size_t k = first; k <= last && c.from->writable; ++k) {  // it was read until now
+  for (size_t k = from.first; k <= from.last && c.from->writable; ++k) {  // it was read until now
     c.from->cells[3 * k + 2] = c.from->cells[3 * k + 1];
     c.from->cells[3 * k + 1] = writer;
   }
@@ -204,7 +201,7 @@ inline void fence_proxies(Warp& w, Group& group, const Instruction&, u32 active)
 // What loads and stores have done at a bulk copy's target must lie before a fence of the thread that
 // issues it: they and the copy reach memory on different ways.
 inline void check_fence(const Warp& w, u32 lane, const Region& r, uintptr_t a, u32 bytes, const Instruction& i) {
-  size_t first = (a - r.base) >> r.granule_shift, last = (a + bytes - 1 - r.base) >> r.granule_shift;
+  const auto [first, last] = granules_of(r, a, bytes);
   for (const Cell* c = r.cells + 3 * first; c < r.cells + 3 * (last + 1); ++c) {
     if (c->uid != w.block->uid || c->pc & kLanding) continue;
     if (!ordered_before(*c, w, lane, w.block->uid)) continue;  // a race, to be reported as such
@@ -218,7 +215,7 @@ inline void check_fence(const Warp& w, u32 lane, const Region& r, uintptr_t a, u
 
 // The fence that is known here is of shared memory alone.
 inline void check_source(const Warp& w, u32 lane, const Region& r, uintptr_t a, u32 bytes, const Instruction& i) {
-  size_t first = (a - r.base) >> r.granule_shift, last = (a + bytes - 1 - r.base) >> r.granule_shift;
+  const auto [first, last] = granules_of(r, a, bytes);
   for (const Cell* c = r.cells + 3 * first; c < r.cells + 3 * (last + 1); c += 3)
     if (c->uid == w.block->uid)
       fault(&w, int(lane), &i, "mbarrier",
@@ -248,7 +245,6 @@ inline void copy_bulk(Warp& w, Group& group, const Instruction& i, u32 active) {
     if (may_end(a) && awaited(at)) end_phase(a, at);
   });
 }
-
 
 // After a cluster: all that was issued must have been waited for.
 inline void check_copies_in_flight() {

@@ -287,22 +287,6 @@ using namespace ptx;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Read by api.py through ctypes: keep the order of the fields.
-struct LaunchRequest {
-  const Instruction* program;
-  const u8* constants;
-  const i32* suspects;
-  const u8* parameters;
-  const u32* gaps;
-  u32 instructions, register_bytes, predicates, suspect_count, gap_count, shared_granule_shift;
-  u32 grid[3], block[3];
-  u32 cluster, shared_bytes;
-  u32 shuffled, apart, early, count;
-  u64 seed;
-  Region** regions;
-  u64 region_count;
-};
-
 EXPORT u32 ptx_handler(u32 number, const char** name, const char** operands) {
   if (handlers().empty()) add_all();
   if (number < handlers().size()) {
@@ -352,24 +336,12 @@ static bool prepare_shared(u32 blocks, u32 nbytes, u32 granule_shift) {
 }
 
 EXPORT int ptx_launch(const LaunchRequest* q, Fault* out) {
-  g.program = q->program;
-  g.instructions = q->instructions;
-  g.constants = q->constants;
-  g.suspects = q->suspects;
-  g.parameters = q->parameters;
-  g.gaps = q->gaps;
-  g.gap_count = q->gap_count;
-  g.register_bytes = q->register_bytes;
-  g.predicate_count = q->predicates;
-  g.suspect_count = q->suspect_count;
-  g.grid = {q->grid[0], q->grid[1], q->grid[2]};
-  g.block_dim = {q->block[0], q->block[1], q->block[2]};
-  g.shuffled = q->shuffled, g.apart = q->apart, g.early = q->early, g.count = q->count;
-  g.random_state = (q->seed + 1) * 0x9E3779B97F4A7C15ull | 1;
+  static_cast<LaunchRequest&>(g) = *q;
+  g.random_state = (g.seed + 1) * 0x9E3779B97F4A7C15ull | 1;
   g.first_uid = g.next_uid;
-  g.regions.assign(q->regions, q->regions + q->region_count);
-  g.cluster.size = q->cluster;
-  if (!prepare_shared(q->cluster, q->shared_bytes, q->shared_granule_shift)) return 2;
+  g.regions.assign(g.buffers, g.buffers + g.buffer_count);
+  g.cluster.size = g.cluster_size;
+  if (!prepare_shared(g.cluster_size, g.shared_bytes, g.shared_granule_shift)) return 2;
   std::sort(g.regions.begin(), g.regions.end(), [](const Region* a, const Region* b) { return a->base < b->base; });
   g.guesses.assign(g.instructions, nullptr);
   for (Region* r : g.regions) {

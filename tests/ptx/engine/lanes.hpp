@@ -174,12 +174,11 @@ inline u16 to_bfloat(float x) {
 }
 
 inline void add_floats() {
-  floats("add", [](auto a, auto b) { return a + b; });
-  floats("sub", [](auto a, auto b) { return a - b; });
-  floats("mul", [](auto a, auto b) { return a * b; });
-  floats("add.rn", [](auto a, auto b) { return a + b; });
-  floats("sub.rn", [](auto a, auto b) { return a - b; });
-  floats("mul.rn", [](auto a, auto b) { return a * b; });
+  for (const std::string rounding : {"", ".rn"}) {
+    floats("add" + rounding, [](auto a, auto b) { return a + b; });
+    floats("sub" + rounding, [](auto a, auto b) { return a - b; });
+    floats("mul" + rounding, [](auto a, auto b) { return a * b; });
+  }
   floats("div.rn", [](auto a, auto b) { return a / b; });
   floats("rcp.rn", [](auto a) { return decltype(a)(1) / a; });
   floats("sqrt.rn", [](auto a) { return std::sqrt(a); });

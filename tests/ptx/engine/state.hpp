@@ -132,20 +132,25 @@ struct Fault {
 
 struct Stop {};  // thrown once the fault is recorded
 
-struct Engine {
-  Fault fault;
-  const Instruction* program = nullptr;
-  u32 instructions = 0;
-  const u8* constants = nullptr;
-  const i32* suspects = nullptr;
-  const u8* parameters = nullptr;
-  u32 register_bytes = 0, predicate_count = 0, suspect_count = 0;
-  const u32* gaps = nullptr;  // (from, to) in shared memory between variables
-  u32 gap_count = 0;
-
+// Read by api.py through ctypes: keep the order of the fields.
+struct LaunchRequest {
+  const Instruction* program;
+  const u8* constants;
+  const i32* suspects;
+  const u8* parameters;
+  const u32* gaps;  // (from, to) in shared memory between variables
+  u32 instructions, register_bytes, predicate_count, suspect_count, gap_count, shared_granule_shift;
   Index3 grid, block_dim;
+  u32 cluster_size, shared_bytes;
+  u32 shuffled, apart, early, count;
+  u64 seed;
+  Region** buffers;
+  u64 buffer_count;
+};
+
+struct Engine : LaunchRequest {
+  Fault fault;
   u64 random_state = 0;
-  bool shuffled = true, apart = false, count = true, early = false;
   u32 first_uid = 0, next_uid = 1;
 
   std::vector<Warp> warps;
