@@ -1,7 +1,6 @@
 """What a run works on: the host, a GPU, or the simulated device of a run without one."""
 
 import contextlib
-import functools
 import math
 import os
 import time
@@ -192,19 +191,17 @@ def launched(device: Any, body: Callable[[], None], calls: int) -> Batch:
         with device.stream:
             body()
 
-    replay()  # so that there are results to look at
-    return Batch(replay, calls, "launches")
+    return _ready(replay, calls, "launches")
 
 
 def blocking(device: Any, body: Callable[[], None], calls: int) -> Batch:
     """For libraries with streams of their own: their work is over when the device is idle."""
+    return _ready(lambda: (body(), device.synchronize()), calls, "blocking")
 
-    def replay() -> None:
-        body()
-        device.synchronize()
 
-    replay()
-    return Batch(replay, calls, "blocking")
+def _ready(replay: Callable[[], Any], calls: int, method: str) -> Batch:
+    replay()  # so that there are results to look at
+    return Batch(replay, calls, method)
 
 
 def ahead(device: Device, calls: Iterable[Callable[[], Any]]) -> None:
@@ -220,45 +217,22 @@ def ahead(device: Device, calls: Iterable[Callable[[], Any]]) -> None:
         device.synchronize()
 
 
-# -- without a GPU: tests/ptx's stand-in, with graphs that record --------------------------------
-
-
-class _Graph:
-    """Launches that a stream captured, which run when the graph does; and what was allocated."""
-
-    def __init__(self) -> None:
-        self.launches: list[Callable[[], None]] = []
-        self.memory: list[Any] = []
-
-    def launch(self, stream: Any = None) -> None:
-        for launch in self.launches:
-            launch()
+# -- without a GPU: tests/ptx's stand-in ----------------------------------------------------------
 
 
 @contextlib.contextmanager
 def simulated_cupy() -> Iterator[Any]:
     """`import cupy` and the package's own CuPy file speak of a simulated device inside."""
     from tests.ptx import cupy_stand_in
-    from tests.ptx.simulated_kernel import Function
 
     with cupy_stand_in.simulated_cupy(reload=("cupynorm._cuda.arrays",), count=False) as cupy:
-        cuda, plain, launch, capturing = cupy.cuda, cupy.simulator.alloc, Function.__call__, []
-
-        def call(function: Any, *args: Any, **kwargs: Any) -> None:
-            run = functools.partial(launch, function, *args, **kwargs)
-            capturing[0].launches.append(run) if capturing else run()
+        cuda, plain, pool = cupy.cuda, cupy.simulator.alloc, []
 
         def alloc(*args: Any, **kwargs: Any) -> Any:
-            made = plain(*args, **kwargs)
-            for graph in capturing:
-                graph.memory.append(made)
-            return made
+            pool.append(plain(*args, **kwargs))  # memory of a graph's own pool stays
+            return pool[-1]
 
         cuda.Event = cuda.MemoryPool = cuda.set_allocator = mock.Mock()
-        cuda.using_allocator = contextlib.nullcontext
+        cuda.using_allocator = lambda _: mock.patch.object(cupy.simulator, "alloc", alloc)
         cuda.get_elapsed_time = lambda begin, end: 1.0
-        cuda.Stream.begin_capture = lambda stream: capturing.append(_Graph())
-        cuda.Stream.end_capture = lambda stream: capturing.pop()
-        cupy.simulator.alloc = alloc
-        with mock.patch.object(Function, "__call__", call):
-            yield cupy
+        yield cupy

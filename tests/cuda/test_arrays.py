@@ -373,9 +373,13 @@ def test_a_captured_call_keeps_the_memory_that_a_replay_writes(sim):
         call()
         assert len(memory.buffers()) == before  # given back
         stream.begin_capture()
-        call()
-        stream.end_capture()
-    assert len(memory.buffers()) == before + 1
+        result = call()
+        graph = stream.end_capture()
+    assert len(memory.buffers()) == before + 1 + len(result)
+    with Spent(sim) as spent:
+        graph.launch()
+    assert len(spent.launches) == 2
+    call.check(result)
 
 
 @pytest.mark.parametrize("N", [77, 3000])

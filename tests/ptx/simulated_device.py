@@ -63,12 +63,20 @@ class SimulatedDevice:
         return f"<CUDA Device {self.id}>"
 
 
+class SimulatedGraph(list):
+    """`cupy.cuda.Graph`: the launches that a stream captured."""
+
+    def launch(self, stream: Any = None) -> None:
+        """Run them."""
+        for run in self:
+            run()
+
+
 class SimulatedStream:
     """`cupy.cuda.Stream`; its pointer is a number that only the log of launches sees."""
 
     _sim: Simulator
     null: SimulatedStream
-    _captured = False
 
     def __init__(
         self,
@@ -88,16 +96,17 @@ class SimulatedStream:
         return self
 
     def begin_capture(self) -> None:
-        """Launches run at once all the same."""
-        self._captured = True
+        """What is launched from now on runs when the graph does."""
+        self._sim.captured = SimulatedGraph()
 
-    def end_capture(self) -> None:
-        """A real one gives a graph."""
-        self._captured = False
+    def end_capture(self) -> SimulatedGraph:
+        """Give the graph."""
+        made, self._sim.captured = self._sim.captured, None
+        return made
 
     def is_capturing(self) -> bool:
         """Whether a capture has begun and not ended."""
-        return self._captured
+        return self._sim.captured is not None
 
     def synchronize(self) -> None:
         """Launches have ended when they return; that somebody waited is counted."""

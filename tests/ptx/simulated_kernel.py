@@ -53,17 +53,18 @@ class Function:
         full_grid = tuple(max(1, int(n)) for n in (*grid, 1, 1)[:3])
         full_block = tuple(max(1, int(n)) for n in (*block, 1, 1)[:3])
         passed = tuple(a.data.ptr if isinstance(a, Array) else a for a in args)
-        traffic = launch(
-            self._code, self._name, full_grid, full_block, shared_mem, passed,
-            buffers=sim.buffers(), seed=sim.seed, limits=sim.limits, opt_in_shared=self._opt_in,
-            device=self._device, count=sim.count,
-        )  # fmt: skip
         cluster, *_ = load(self._code, self._name, sim.limits.compute_capability).cluster
-        launched = Launch(
-            self._name, full_grid, full_block, shared_mem, pointer, self._device, passed, traffic,
-            cluster,
-        )  # fmt: skip
-        sim.launches.append(launched)
+
+        def run() -> None:
+            traffic = launch(
+                self._code, self._name, full_grid, full_block, shared_mem, passed,
+                buffers=sim.buffers(), seed=sim.seed, limits=sim.limits,
+                opt_in_shared=self._opt_in, device=self._device, count=sim.count,
+            )  # fmt: skip
+            about = self._name, full_grid, full_block, shared_mem, pointer, self._device, passed
+            sim.launches.append(Launch(*about, traffic, cluster))
+
+        run() if sim.captured is None else sim.captured.append(run)
 
 
 class RawKernel:

@@ -45,6 +45,7 @@ class Simulator:
     synchronizations: int = 0
     device_type: Any = None
     null_stream: Any = None
+    captured: Any = None  # a graph, while a stream is captured
 
     def __post_init__(self) -> None:
         self._thread = threading.local()
