@@ -33,8 +33,15 @@ import cupynorm as cn
 from bench import command_line, saved
 from bench.cases import EPS, FWD, Case
 from bench.check import Given, limit
-from bench.clock import Batch, host_batch, host_rounds, host_turn, interleave
-from bench.contender import Builder, Contender
+from bench.contender import (
+    Batch,
+    Builder,
+    Contender,
+    host_batch,
+    host_rounds,
+    host_turn,
+    interleave,
+)
 from bench.device import Device, Gpu, captured
 from bench.machine import ROOT, THREADS, describe, threads
 from bench.peers import contenders, empty_kernel

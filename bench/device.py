@@ -12,8 +12,7 @@ from unittest import mock
 import numpy as np
 
 from bench.cases import Case
-from bench.clock import Batch, host_batch, host_rounds, host_turn
-from bench.contender import Contender
+from bench.contender import Batch, Contender, host_batch, host_rounds, host_turn
 from bench.data import poison
 
 SAMPLE, SAMPLED = 16, 2**24  # rows at each end and between that a check on the host looks at

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from bench.cases import Case
-from bench.clock import interleave
-from bench.contender import SECONDS, Builder, measure
+from bench.contender import SECONDS, Builder, interleave, measure
 from bench.data import make_inputs
 from bench.device import Device, captured
 from bench.peers import copies, empty_kernel

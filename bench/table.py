@@ -1,36 +1,23 @@
 """The CSV: its columns, how a result becomes a row, and what rows say together."""
 
 import csv
-import math
 import os
+import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bench.cases import BWD, FWD, Case
-from bench.clock import Times
-from bench.contender import Result
+from bench.contender import Result, Times
 from bench.machine import GPU_FACTS, LIBRARIES
 
 # Their meaning: bench/README.md, which a test compares.
 COLUMNS = (
-    *(
-        "op",
-        "group",
-        "dtype",
-        "weight_dtype",
-        "shape",
-        "M",
-        "N",
-        "axis",
-        "layout",
-        "peer",
-        "kernel",
-    ),
-    *("method", "status", "error", "median_us", "p10_us", "p90_us", "best_us", "rounds", "bytes"),
-    *("gb_per_s", "fraction_of_copy", "over_torch", "best_over_torch", "ratio_to_peer", "load"),
-    *("note", "cpu", "cpus", "threads", *GPU_FACTS, "python", *LIBRARIES, "commit", "tree", "date"),
-)
+    "op", "group", "dtype", "weight_dtype", "shape", "M", "N", "axis", "layout", "peer", "kernel",
+    "method", "status", "error", "median_us", "p10_us", "p90_us", "best_us", "rounds", "bytes",
+    "gb_per_s", "fraction_of_copy", "over_torch", "best_over_torch", "ratio_to_peer", "load",
+    "note", "cpu", "cpus", "threads", *GPU_FACTS, "python", *LIBRARIES, "commit", "tree", "date",
+)  # fmt: skip
 TIMED = ("median_us", "p10_us", "p90_us", "best_us", "rounds", "gb_per_s", "fraction_of_copy",
          "over_torch", "best_over_torch", "ratio_to_peer")  # fmt: skip
 Rows = list[dict[str, Any]]
@@ -171,13 +158,8 @@ def _comparable(ours: str, theirs: str) -> bool:
 
 def _figures(found: dict[str, tuple[float, float]]) -> tuple[str, ...]:
     worst = max(found, key=lambda where: found[where][0])
-    means = (geometric_mean(r[k] for r in found.values()) for k in (0, 1))
+    means = (statistics.geometric_mean(r[k] for r in found.values()) for k in (0, 1))
     return str(len(found)), *(f"{m:.2f}" for m in means), f"{found[worst][0]:.2f}", worst
-
-
-def geometric_mean(ratios: Iterable[float]) -> float:
-    logs = [math.log(r) for r in ratios]
-    return math.exp(sum(logs) / len(logs))
 
 
 def claims(rows: Rows) -> Iterator[str]:

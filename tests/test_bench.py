@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from bench import cases, clock, plots, sweep, table
+from bench import cases, contender, plots, sweep, table
 from bench.cases import BIG, BOTH, BWD, FWD, OPS, Case
 from bench.check import EPSILON, NAMES, Given, judge
 from bench.contender import Contender, Result, measure
@@ -31,9 +31,9 @@ def in_no_time(monkeypatch):
     """One turn of one call, without a pause, on two threads."""
     monkeypatch.setenv("CUPYNORM_NUM_THREADS", "2")
     for name in ("PAUSE", "TURN"):
-        monkeypatch.setattr(clock, name, 0.0)
+        monkeypatch.setattr(contender, name, 0.0)
     for name in ("FEWEST", "MOST", "FEWEST_SLOW"):
-        monkeypatch.setattr(clock, name, 1)
+        monkeypatch.setattr(contender, name, 1)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -209,7 +209,7 @@ def test_turns_are_interleaved_and_slow_ones_fewer():
             order.append(name)
             now[0] += next(durations)
 
-        return clock.Batch(replay, 10, "graph")
+        return contender.Batch(replay, 10, "graph")
 
     def turn(one):
         before = now[0]
@@ -217,7 +217,7 @@ def test_turns_are_interleaved_and_slow_ones_fewer():
         return now[0] - before
 
     batches = {"a": batch("a", 2e-3, 2e-3, 4e-3), "b": batch("b", 1e-3), "s": batch("s", 0.2)}
-    times = clock.interleave(batches, turn, lambda once, share: 3 if once > 0.1 else 12, 1.0)
+    times = contender.interleave(batches, turn, lambda once, share: 3 if once > 0.1 else 12, 1.0)
     assert times["a"].median == pytest.approx(200) and times["a"].p90 == pytest.approx(400)
     assert [times["b"].median, times["b"].best] == pytest.approx([100, 100])
     assert [times[n].rounds for n in batches] == [12, 12, 3]
@@ -258,7 +258,7 @@ def test_bytes_of_the_floor():
 
 
 def timed(name, median, fresh=False):
-    times = clock.Times(median, 0.9 * median, 1.2 * median, 0.8 * median, 9)
+    times = contender.Times(median, 0.9 * median, 1.2 * median, 0.8 * median, 9)
     return Result(name, "ok", "layer_norm_fwd_warp", "graph", 0.5, times, fresh=fresh)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from bench import calls, clock, cpu, gpu, model, peers, sanitize, training
+from bench import calls, contender, cpu, gpu, model, peers, sanitize, training
 from bench.cases import BIG, BOTH, BWD, FWD, GROUPS, TINY, Case
 from bench.contender import measure
 from bench.data import make_inputs
@@ -238,7 +238,7 @@ def test_candidates_and_proposals():
     first, other = (tune.Candidate(row) for row in rows.FORWARD[:2])
     trial = tune.Trial("forward row 0: warp", [first, other], [])
     for median, verdict in ((9.95, "keep"), (9.0, "change to")):
-        times = {c.label: SimpleNamespace(times=clock.Times(t, t, t, t, 9))
+        times = {c.label: SimpleNamespace(times=contender.Times(t, t, t, t, 9))
                  for c, t in ((first, 10.0), (other, median))}  # fmt: skip
         last = tune.proposal(trial, [times, times], "bench/results/h200")[-1]
         assert last.startswith(f"{verdict} `Row(") and "h200/tune.csv, forward row 0'" in last

@@ -9,7 +9,7 @@ from bench.cases import EPS, FWD, OPS
 from bench.contender import Builder, Contender, refuse
 from bench.data import Inputs
 from bench.device import launched
-from bench.peers import arrays, layouts, tensors
+from bench.peers import arrays, tensors
 
 ORDERS = {"F-C": "C", "C-F": "F"}  # of a y that is made; elsewhere it lies as x does
 # Who is slow and would tell nothing new in a sweep, or is not in its figure.
@@ -151,7 +151,7 @@ MAKERS: dict[str, Callable[[Inputs], Contender]] = {
     "cupynorm": ours,
     "cupynorm out=": functools.partial(ours, out=True),
     **{name: functools.partial(tensors.contender, name=name) for name in tensors.FUNCTIONS},
-    **layouts.MAKERS,
+    **tensors.STRIDED,
     **arrays.MAKERS,
 }
 ELSEWHERE = {
@@ -173,6 +173,6 @@ def contenders(inputs: Inputs, chosen: Iterable[str]) -> list[Builder]:
     """Builders of those that are asked for and that the layout of a case concerns."""
     wanted = set(chosen) - set(LEFT_OUT.get(inputs.case.group, ()))
     # On rows not the ways to get there; on strided columns not those who know rows alone.
-    wanted -= ROWS_ALONE if inputs.case.strided else layouts.MAKERS.keys()
+    wanted -= ROWS_ALONE if inputs.case.strided else tensors.STRIDED.keys()
     made = [(n, functools.partial(make, inputs)) for n, make in MAKERS.items() if n in wanted]
     return made + [(n, build) for n, build in copies(inputs) if n in wanted]

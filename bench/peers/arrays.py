@@ -130,27 +130,18 @@ def _jax_call(jax: Any, inputs: Inputs) -> Callable[[int], Any]:
         w, b = [along(case, a) for a in affine] or (None, None)
         return layer_norm(jax.numpy, x, w, b, case.axis)
 
-    def padded(grads: Any) -> tuple[Any, ...]:
-        return tuple(grads) if affine else (grads[0], None, None)
+    def differentiated(x: Any, dy: Any, *affine: Any) -> tuple[Any, ...]:
+        y, pull = jax.vjp(norm, x, *affine)
+        return y, *pull(dy)
 
+    run, both, pull = map(jax.jit, (norm, differentiated, lambda pull, dy: pull(dy)))
+    absent = () if affine else (None, None)
     if case.direction == "forward":
-        run = jax.jit(norm)
         return lambda i: run(x[i], *affine)
-    if case.direction == "backward":  # what the forward left is given, as others are statistics
-        pull = jax.jit(lambda f, dy: f(dy))
-        left = [jax.vjp(norm, a, *affine)[1] for a in x]
-        return lambda i: padded(pull(left[i], dy[i]))
-
-    @jax.jit
-    def both(x: Any, dy: Any, *affine: Any) -> tuple[Any, ...]:
-        y, f = jax.vjp(norm, x, *affine)
-        return y, f(dy)
-
-    def call(i: int) -> tuple[Any, ...]:
-        y, grads = both(x[i], dy[i], *affine)
-        return y, *padded(grads)
-
-    return call
+    if case.direction == "both":
+        return lambda i: (*both(x[i], dy[i], *affine), *absent)
+    left = [jax.vjp(norm, a, *affine)[1] for a in x]  # given, as others are statistics
+    return lambda i: (*pull(left[i], dy[i]), *absent)
 
 
 def _taken(jax: Any, a: Any) -> Any:
