@@ -19,8 +19,8 @@ enum {{ GOOD, BEYOND, NOT_SHARED, NO_SUCH_RANK, NOT_STARTED, UNORDERED, BLOCK_BA
        NEVER_WAITS, APART, UNWRITTEN, PLAIN, FIRST_PULLS }};
 
 INLINE void barrier() {{
-  arrive();
-  wait();
+  cluster_arrive();
+  cluster_wait();
 }}
 
 extern "C" __global__ void __cluster_dims__(4, 1, 1) k(const float* x, float* y, long long mode) {{
@@ -32,39 +32,39 @@ extern "C" __global__ void __cluster_dims__(4, 1, 1) k(const float* x, float* y,
   if (mode != NOT_STARTED) barrier();
   if (mode == SKIPS && rank == 2) return;
   if (mode == LEAVES && own == 7) return;
-  if (mode == NEVER_ARRIVES && rank == 1) wait();
-  if (mode == ARRIVES_FIRST) arrive();
+  if (mode == NEVER_ARRIVES && rank == 1) cluster_wait();
+  if (mode == ARRIVES_FIRST) cluster_arrive();
   if (pulls) {{
     s[t] = mine;
   }} else if (mode != UNWRITTEN) {{
     for (int to = 0; to < 4; ++to) {{
-      u32 there = address(shared) + 4 * (32 * rank + t);
+      u32 there = shared_address(shared) + 4 * (32 * rank + t);
       if (mode == BEYOND && to == 3) there += 4 * (128 - 32 * rank);
       if (mode == NOT_SHARED) there = t;
       send(peer(there, mode == NO_SUCH_RANK ? to + 1 : to), mine);  // remote store
     }}
   }}
   if (mode == BLOCK_BARRIER) __syncthreads();
-  if (mode == RELAXED) arrive_relaxed(), wait();
-  if (mode == ARRIVES_FIRST) wait();
-  if (mode == TWICE) arrive();
+  if (mode == RELAXED) cluster_arrive_relaxed(), cluster_wait();
+  if (mode == ARRIVES_FIRST) cluster_wait();
+  if (mode == TWICE) cluster_arrive();
   if (mode == APART) {{
-    if (t % 2) arrive(); else arrive_relaxed();
-    wait();
+    if (t % 2) cluster_arrive(); else cluster_arrive_relaxed();
+    cluster_wait();
   }}
   if (mode < UNORDERED || (mode >= PULLS && mode != APART)) barrier();
   if (mode == FIRST_PULLS && rank != 2) return;
   float sum = 0;
   for (int from = 0; from < 4; ++from) {{
     if (pulls)
-      sum += fetch(peer(address(shared) + 4 * t, from));  // remote load
+      sum += fetch(peer(shared_address(shared) + 4 * t, from));  // remote load
     else
       sum += s[32 * from + t];
   }}
   y[own] = sum;
-  if (mode == OVERWRITES) send(peer(address(shared) + 128 * rank + 4 * t, 3 - rank), 0);
+  if (mode == OVERWRITES) send(peer(shared_address(shared) + 128 * rank + 4 * t, 3 - rank), 0);
   if (mode == PULLS || mode == OVERWRITES) barrier();
-  if (mode == NEVER_WAITS) arrive();
+  if (mode == NEVER_WAITS) cluster_arrive();
   if (mode == PLAIN) asm volatile("st.shared.f32 [%0], 0f00000000;" : : "r"(peer(4096, 3 - rank)));
 }}
 """
@@ -147,11 +147,11 @@ def test_a_block_that_leaves_before_or_after(mode, words):
 def test_a_barrier_where_a_peer_waits_elsewhere():
     source = f"""{DEVICE}
 extern "C" __global__ void __cluster_dims__(2, 1, 1) k(float* y) {{
-  arrive();
+  cluster_arrive();
   if (blockIdx.x % 2 && threadIdx.x == 3) __syncthreads();
-  wait();
+  cluster_wait();
   if (blockIdx.x % 2 && threadIdx.x != 3) __syncthreads();
-  if (blockIdx.x % 2 == 0) arrive(), wait();
+  if (blockIdx.x % 2 == 0) cluster_arrive(), cluster_wait();
 }}
 """
     message = caught("barrier-divergence", source, (64,), (unwritten(1),), grid=(2,))
@@ -180,9 +180,9 @@ def test_static_shared_memory_of_a_cluster():
     source = f"""{DEVICE}
 extern "C" __global__ void __cluster_dims__(2, 1, 1) k(float* y) {{
   __shared__ float s[32];
-  arrive(), wait();
-  send(peer(address(s + threadIdx.x), cluster_rank() ^ 1), blockIdx.x);
-  arrive(), wait();
+  cluster_arrive(), cluster_wait();
+  send(peer(shared_address(s + threadIdx.x), cluster_rank() ^ 1), blockIdx.x);
+  cluster_arrive(), cluster_wait();
   y[blockIdx.x * 32 + threadIdx.x] = s[threadIdx.x];
 }}
 """
