@@ -253,12 +253,16 @@ def far_rows(machine, name, nbytes):
 
 @dataclass(frozen=True)
 class Result:
-    """What a plan wrote, and what each of its launches moved (nothing is counted on a GPU)."""
+    """What a plan wrote, and what its launches moved; those of column_totals apart.
+
+    Nothing is counted on a GPU.
+    """
 
     arrays: tuple[np.ndarray | None, ...]  # y, mean, rstd; or dx, dweight, dbias
     backward: bool
     plan: Plan
     traffic: tuple[Traffic, ...] = field(default=(), repr=False)
+    totals: tuple[Traffic, ...] = field(default=(), repr=False)
 
     def bits(self) -> tuple[bytes | None, ...]:
         """Of all arrays."""
@@ -294,7 +298,6 @@ def run(
     stats: bool = True,  # of a forward
     in_place: bool = False,
     wanted: Sequence[bool] = (True, True, True),  # of a backward
-    add: bool = False,  # whether column_totals itself adds up the partials
 ) -> Result:
     """Run the plan for a case, with a family by force where one is named."""
     if family is not None or sm_count is not None:
@@ -333,13 +336,12 @@ def run(
     problem = problem_of(dtypes, sizes, strides, case.backward, stats=stats and not case.backward)
     pointers = {name: a.ptr for name, a in there.items()}
     memories = list({a.ptr: a.memory for a in there.values()}.values())
-    plan, traffic = execute(
-        machine, problem, device, pointers, memories, eps=eps, seed=seed, add=add
-    )
+    plan, traffic = execute(machine, problem, device, pointers, memories, eps=eps, seed=seed)
     assert family is None or plan.family == family
     got = [there[name].get() if name in there else None for name in results]
     flat = (None if a is None else a[0] for a in got[1:])
-    return Result((got[0], *flat), case.backward, plan, traffic)
+    ours = sum(stage.template != "column_totals" for stage in plan.stages)
+    return Result((got[0], *flat), case.backward, plan, traffic[:ours], traffic[ours:])
 
 
 def execute(
@@ -351,21 +353,13 @@ def execute(
     *,
     eps: float = 1e-5,
     seed: int | None = 0,
-    add: bool = True,
 ) -> tuple[Plan, tuple[Traffic, ...]]:
-    """Launch each stage of the plan of a problem, on arrays by name.
-
-    The simulator takes most of a backward's time for the 1024 threads with which column_totals adds
-    up 32 columns. Where that is not what is tested, `add` is false, and they are added here.
-    """
+    """Launch each stage of the plan of a problem, on arrays by name."""
     traffic = []
 
     def load(stage: Stage) -> Any:
         def launch(grid: Any, block: Any, args: Any, shared_bytes: int, stream: Any) -> None:
-            if stage.template == "column_totals" and not add and machine.name == "simulated":
-                add_partials(machine, {m.ptr: m for m in held}, stage, *args)
-            else:
-                traffic.append(machine.run(stage, args, held, seed))
+            traffic.append(machine.run(stage, args, held, seed))
 
         return launch
 
@@ -375,24 +369,6 @@ def execute(
     names = BACKWARD if problem.backward else FORWARD
     settled.run([pointers.get(name, 0) for name in names], eps, workspace.ptr)
     return settled.plan, tuple(t for t in traffic if t is not None)
-
-
-def add_partials(machine, memories, stage, partials, count, pitch, N, *targets):
-    """What column_totals does, bit for bit, as test_row_inputs.py shows."""
-    dtypes = stage.weight_dtype, stage.bias_dtype
-    wanted = [(memories[at], d) for at, d in zip(targets, dtypes, strict=True) if at]
-    kind, turns = np.dtype(stage.x_dtype), -(-count // 32)
-    flat = machine.get(memories[partials]).view(kind)[: len(wanted) * count * pitch]
-    padded = np.zeros((len(wanted), turns * 32, N), kind)
-    padded[:, :count] = flat.reshape(len(wanted), count, pitch)[..., :N]
-    sums = np.zeros((len(wanted), 32, N), kind)
-    for turn in range(turns):
-        sums += padded[:, 32 * turn : 32 * (turn + 1)]
-    while sums.shape[1] > 1:
-        half = sums.shape[1] // 2
-        sums = sums[:, :half] + sums[:, half:]
-    for (memory, dtype), total in zip(wanted, sums[:, 0], strict=True):
-        machine.put(memory, total.astype(np_dtype(dtype)))
 
 
 def check(result: Result, case: Case, eps: float = 1e-5) -> None:

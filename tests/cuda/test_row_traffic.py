@@ -132,13 +132,13 @@ def test_statistics_and_weight_of_the_backward(family):
 def test_partials_are_written_and_read_once(family, wanted):
     """With the bytes that the plan gives them; the columns past N are not read."""
     N, rows = length(family, "float32", "backward"), ROWS[family]
-    result = run(SIMULATED, case("backward", rows, N), family, sm_count=1, wanted=wanted, add=True)
+    result = run(SIMULATED, case("backward", rows, N), family, sm_count=1, wanted=wanted)
     plan, totals = result.plan, sum(wanted[1:])
     kept = 4 * totals * plan.partials * plan.pitch
     own = 12 * rows * (plan.sections + 1) if family == "split" else 0
     assert plan.workspace_bytes == kept + own
     assert plan.partials < rows
-    *_, last, columns = result.traffic
+    last, (columns,) = result.traffic[-1], result.totals
     assert last["workspace"].written_bytes == last["workspace"].distinct_written_bytes == kept
     assert set(last["workspace"].write_widths) == {VEC_BYTES}
     assert columns["workspace"].read_bytes == 4 * totals * plan.partials * N
@@ -284,7 +284,7 @@ def test_odd_rows_use_most_of_their_sectors(direction, dtype, request):
 
 
 def no_bank_waits(result):
-    for traffic in result.traffic:
+    for traffic in (*result.traffic, *result.totals):
         assert traffic.shared.wavefronts == traffic.shared.minimal_wavefronts
         assert traffic.shared.max_ways <= 1
 
@@ -307,7 +307,7 @@ def test_no_bank_conflicts(direction, family, dtype):
         lengths += [7 * VEC_BYTES // ITEMSIZE[dtype], 15 * VEC_BYTES // ITEMSIZE[dtype]]
     for N, at in itertools.product(lengths, (At(), At(1, 1)) if forward else (At(1, 1),)):
         data = case(direction, 2 if forward else 3, N, dtype)
-        result = run(SIMULATED, data, family, at={"x": at}, add=dtype != "float16")
+        result = run(SIMULATED, data, family, at={"x": at})
         no_bank_waits(result)
         assert forward or result.traffic[0].shared.warp_reads > 0
 

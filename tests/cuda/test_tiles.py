@@ -181,8 +181,8 @@ def test_panels_read_twice_but_for_the_last():
     """Counted; and what `explain` says of it, partial sums included."""
     rows, N = 256, 300
     data = case("backward", rows, N, weight=None)
-    result = tiled(SIMULATED, data, device=PANELS, wanted=(True, False, True), add=True)
-    plan, (moved, totals) = result.plan, result.traffic
+    result = tiled(SIMULATED, data, device=PANELS, wanted=(True, False, True))
+    plan, (moved,), (totals,) = result.plan, result.traffic, result.totals
     last = N - N // plan.panel * plan.panel
     tiles, blocks = rows // plan.rows_per_block, plan.stages[0].grid[0]
     assert 0 < last < plan.panel < N and blocks < tiles
