@@ -8,7 +8,7 @@ import re
 import pytest
 
 from cupynorm._cuda.plan import CHUNK_VECS, STAGE_ASYNC, STAGE_BULK
-from cupynorm._cuda.rows import BACKWARD, FORWARD, REGISTERS
+from cupynorm._cuda.rows import BACKWARD
 from cupynorm._cuda.source import source_of
 from tests.nvrtc import build, grid, report
 from tests.nvrtc.check import blocks_by_registers, faults
@@ -91,25 +91,6 @@ def test_an_entry_has_no_text_of_a_caller():
         assert re.fullmatch("[a-zA-Z0-9_]+", stage.name)
         assert {stage.x_dtype, stage.weight_dtype, stage.bias_dtype} <= {*grid.DTYPES, None}
         assert all(type(number) in (int, bool) for number in (*stage.constants, *stage.block))
-
-
-@pytest.mark.parametrize("arch", ["75", FULL])
-def test_the_grid_has_every_row_of_the_tables(arch):
-    stages = (grid.entries(arch, "float32", f, everything=True) for f in grid.FAMILIES)
-    names = " ".join(stage.name for family in stages for stage in family)
-    for row in FORWARD:
-        if row.family in REGISTERS:
-            most = -(-row.max_vecs // row.threads_per_row)
-            assert f"_fwd_{row.family}_f32_t{row.threads_per_row}_v{most}" in names
-    for row in BACKWARD:
-        assert f"_bwd_{row.family}_" in names or (row.cluster > 1 and int(arch) < 90)
-    for part in ("fwd_split_stats", "fwd_split_normalize", "column_totals"):
-        assert f"{part}_" in names
-    for part in ("sums", "merge", "apply"):
-        assert f"_bwd_split_{part}_" in names
-    # Without copies that pass registers by, K5 takes the rows.
-    assert ("fwd_shared" in names) == (int(arch) >= 80)
-    assert ("fwd_cluster" in names) == (int(arch) >= 90)
 
 
 # ---- the compiler is called as CuPy calls it -----------------------------------------------------

@@ -324,50 +324,18 @@ def test_too_many_rows(direction, N, most):
 # --- the tables -----------------------------------------------------------------------------------
 
 
-def ends(direction, dtype, device, most):
-    """(last number of chunks, constants) of each run of chunks that has one K4 kernel."""
-    found = {}
-    for chunks in range(1, most):
-        plan = of_chunks(direction, chunks, dtype, device=device)
-        if plan.family == "cluster":
-            found[plan.stages[0].constants] = chunks
-    return [(chunks, constants) for constants, chunks in found.items()]
-
-
-def test_limits_on_sm_90():
-    """Written out: where the kernels change, in chunks of 16 KiB."""
-    wide = [
-        (n, (*c, 2)) for n, c in ((8, (2, 256)), (16, (4, 256)), (32, (8, 256)), (112, (8, 512)))
-    ]
-    assert ends("forward", "float32", SM90, 130) == wide
-    narrow = [(4, (2, 256, 2)), (8, (4, 256, 2)), *wide[2:]]
-    assert ends("forward", "float16", SM90, 130) == narrow
-    assert ends("forward", "float64", SM90, 130) == [*wide[:3], (104, (8, 512, 2))]
-    ours = [(4, (2, 512, 1, 1)), (8, (4, 512, 1, 1)), (16, (8, 512, 1, 1)), (24, (8, 768, 1, 0))]
-    theirs = [(n, (*c, 1, 1, 1)) for n, c in ours]
-    assert ends("backward", "float16", SM90, 40) == theirs
-    last = (32, (8, 256, 4, 0, 1, 1, 1))
-    assert ends("backward", "float32", SM90, 40) == [*theirs, last]
-    # The longest row of the forward: 8 blocks of 14 chunks, 1.75 MiB; one more fits no block.
-    stage = of_chunks("forward", 112, "float16").stages[0]
-    assert stage.shared_bytes + CHUNK_VECS * VEC_BYTES > SM90.shared_bytes
-    for dtype in ITEMSIZE:
-        for direction, before, beyond in (("forward", "block", 113), ("backward", "shared", 33)):
-            assert of_chunks(direction, 2, dtype).family == before
-            assert of_chunks(direction, 2, dtype, more=1).family == "cluster"
-            assert of_chunks(direction, beyond, dtype).family == "split"
-
-
 def test_every_row_of_clusters_is_reached():
     for direction, table in TABLES.items():
         rows = [row for row in table if row.cluster > 1]
-        keys = [(r.cluster, r.threads, *([r.chunks] if r.chunks else [])) for r in rows]
+        keys = {(r.cluster, r.threads, *([r.chunks] if r.chunks else [])) for r in rows}
+        every = itertools.product(("90", "100", "120"), ITEMSIZE, range(1, 130))
+        plans = (of_chunks(direction, n, dtype, device=device_of(c)) for c, dtype, n in every)
         made = {
-            constants[: len(keys[0])]
-            for capability, dtype in itertools.product(("90", "100", "120"), ITEMSIZE)
-            for _, constants in ends(direction, dtype, device_of(capability), 130)
+            p.stages[0].constants[: 2 + (direction == "backward")]
+            for p in plans
+            if p.family == "cluster"
         }
-        assert made == set(keys)
+        assert made == keys
         assert {row.cluster for row in rows} == {2, 4, 8}
         assert all(row.threads % CHUNK_THREADS == 0 for row in rows)
 

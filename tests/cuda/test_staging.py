@@ -1,17 +1,22 @@
-"""K3's rows on their way into shared memory: the same bits each way, and each barrier needed."""
+"""Architectures: the same bits on each, and each way of K3's rows into shared memory.
+
+There each barrier is needed.
+"""
 
 import dataclasses
+import itertools
 
 import pytest
 
 import tests.gpu_backend
-from cupynorm._cuda.plan import STAGE_ASYNC, STAGE_BULK, STAGE_REGISTERS, VEC_BYTES
+from cupynorm._cuda.plan import STAGE_ASYNC, STAGE_BULK, STAGE_REGISTERS, VEC_BYTES, Device
 from cupynorm._cuda.source import source_of
 from cupynorm._rules import ITEMSIZE
-from tests.cuda.rows import DX_ALONE, At, case, check, run
-from tests.gpu_backend import ON_EACH_MACHINE, SIMULATED
+from tests.cuda.rows import DX_ALONE, At, case, check, length, run
+from tests.gpu_backend import ON_EACH_MACHINE, SIMULATED, SimulatedMachine
 from tests.ptx.kernel import Kernel
 from tests.ptx.launch import PtxFault
+from tests.ptx.limits import DeviceLimits
 
 WAYS = {STAGE_REGISTERS: 75, STAGE_ASYNC: 80, STAGE_BULK: 90}
 CHUNKS = 2300  # vectors: two chunks and a part of a third, so that one group has two
@@ -70,6 +75,37 @@ def test_the_same_bits_each_way(machine, direction, dtype):
         way for way, cc in WAYS.items() if (way or backward) and cc <= capability
     }
     assert not backward or (STAGE_REGISTERS, 1) in ways
+
+
+# --- every family on other architectures ----------------------------------------------------------
+
+# Those of which NVRTC makes PTX of their own: `SAME_PTX` of tests/nvrtc/build.py.
+MACHINES = {
+    arch: SimulatedMachine(Device(int(arch), 132, DeviceLimits.of(arch).opt_in_shared))
+    for arch in ("75", "80", "100")
+}
+SAMPLES = [  # every family on each; both directions where rows come another way (K3), or K4 is met
+    *itertools.product(("100",), ("forward",), ("warp", "shared", "cluster"), ("float32",)),
+    *itertools.product(("100",), ("backward",), ("block", "split", "cluster"), ("bfloat16",)),
+    *itertools.product(("80",), ("forward",), ("warp", "shared", "split"), ("bfloat16",)),
+    *itertools.product(("80",), ("backward",), ("block", "shared"), ("float32",)),
+    *itertools.product(("75",), ("forward",), ("block", "split"), ("bfloat16",)),
+    *itertools.product(("75",), ("backward",), ("warp", "shared"), ("float16",)),
+]
+
+
+@pytest.mark.parametrize(("arch", "direction", "family", "dtype"), SAMPLES)
+def test_the_bits_of_sm_90(arch, direction, family, dtype):
+    """Rows of 16-bit types, whose conversions differ, lie at odd addresses."""
+    # 64 KiB hold the rows of x and dy, and not the sums over rows besides.
+    sums = (arch, family) != ("75", "shared")
+    data = case(direction, 3, length(family, dtype, direction), dtype)
+    places = dict.fromkeys(data.shaped, At() if dtype == "float32" else At(1, 2))
+    expected, got = (
+        run(m, data, family, at=places, wanted=(True, sums, sums))
+        for m in (SIMULATED, MACHINES[arch])
+    )
+    assert got.bits() == expected.bits()
 
 
 # --- each barrier is needed ---------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 
 from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import Device
-from cupynorm._cuda.tiles import LANE_THREADS, TILE_CHUNK, bytes_beyond_floor
+from cupynorm._cuda.tiles import TILE_CHUNK, bytes_beyond_floor
 from tests.conftest import ALL_DTYPES
 from tests.cuda.rows import DX_ALONE, EACH, SHAPED, At, case, check, problem_of, run
 from tests.gpu_backend import ON_EACH_MACHINE, SIMULATED, SM90
@@ -324,27 +324,7 @@ def test_every_warp_access_is_of_256_bytes(dtype):
     assert moved.shared.warp_reads == moved.shared.warp_writes == 0
 
 
-# --- what folds, and the plan -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ALL_DTYPES)
-def test_who_takes_it(dtype):
-    """Lanes where x and y lie along the rows, few columns, and blocks enough."""
-
-    def family(N, M=10**6, way="FF", outer=1):
-        lies = [(N * M, 1, M) if w == "F" else (N * M, N, 1) for w in way]
-        strides = dict(zip("xy", lies, strict=True))
-        plan = choose_plan(problem_of({"x": dtype}, (outer, M, N), strides), SM90)
-        assert plan.stages[0].grid[0] * plan.rows_per_block >= outer * M
-        return plan.family
-
-    rows = LANE_THREADS * 8 // np.dtype("u2" if dtype == "bfloat16" else dtype).itemsize
-    most = 64 if dtype == "float32" else 56
-    assert {family(N) for N in range(1, most + 1)} == {"lanes"}
-    assert family(most + 1) == family(40, way="FC") == family(40, way="CF") == "column"
-    enough = 2 * SM90.sm_count * rows
-    assert [family(40, M) for M in (enough, enough - rows)] == ["lanes", "column"]
-    assert [family(40, M, outer=10**5) for M in (rows // 2 + 1, rows // 2)] == ["lanes", "column"]
+# --- the plan -------------------------------------------------------------------
 
 
 @EACH

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 
 from tests.ptx.__main__ import BACKWARD, FORWARD
 from tests.ptx.__main__ import run as digits_through
 from tests.ptx.launch import Buffer, PtxFault
-from tests.ptx.run_kernel import COPY, floats, good, run, unwritten
+from tests.ptx.run_kernel import good, run, unwritten
 
 ROW_SUM = """
 template <int W> __device__ __forceinline__ float warp_sum(float v) {
@@ -71,24 +69,6 @@ extern "C" __global__ void k(volatile int* y) {
             run(source, (32,), (Buffer.empty(128, granule=4),), seed=seed)
         kinds.add(info.value.kind)
     assert kinds == {"race", "uninitialized"}
-
-
-def test_launches_from_several_threads():
-    wrong = []
-
-    def work(seed):
-        y = unwritten(64)
-        for _ in range(20):
-            run(COPY, (64,), (floats(64), y), seed=seed)
-        if not (y.to_numpy(np.float32) == np.arange(64)).all():
-            wrong.append(seed)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
 
 
 @pytest.mark.parametrize(("case", "backward"), [(FORWARD[1], False), (BACKWARD[1], True)])
