@@ -127,6 +127,12 @@ def host_batch(call: Callable[[], Any], scope: Callable[[], Any] = contextlib.nu
     return Batch(replay, repeat, "calls")
 
 
+def host_times(calls: dict[Any, Callable[[], Any]], seconds: float) -> dict[Any, Times]:
+    """Of each call, in turns on this machine."""
+    batches = {name: host_batch(call) for name, call in calls.items()}
+    return interleave(batches, host_turn, host_rounds, seconds)
+
+
 # -- who takes part ------------------------------------------------------------------------------
 
 

@@ -36,14 +36,6 @@ class Device:
     def time_left(self) -> float:
         return self.deadline - time.monotonic()
 
-    @contextlib.contextmanager
-    def until(self, seconds: float) -> Iterator[None]:
-        before, self.deadline = self.deadline, min(self.deadline, time.monotonic() + seconds)
-        try:
-            yield
-        finally:
-            self.deadline = before
-
     def plain(self, a: Any) -> Any:
         """The array where `xp` can compute with it."""
         return a

@@ -27,7 +27,7 @@ import cupynorm as cn
 from bench import command_line, saved, some_of
 from bench.cases import EPS
 from bench.check import Given, limit
-from bench.contender import host_batch, host_rounds, host_turn, interleave
+from bench.contender import host_times
 from bench.machine import ROOT, describe, threads, version
 from bench.sweep import progress
 from bench.table import dated
@@ -129,8 +129,7 @@ def row_of(name: str, M: int, seconds: float) -> dict[str, Any]:
     df = frame(name, M)
     calls, dtype = contenders(name, df)
     check(calls, df, dtype)
-    batches = {c: host_batch(call) for c, call in calls.items()}
-    times = interleave(batches, host_turn, host_rounds, seconds)
+    times = host_times(calls, seconds)
     row = {"frame": name, "M": M, "N": N, "dtype": dtype.name}
     row |= {f"{c} ms": round(times[c].median / 1e3, 2) if c in times else "" for c in CONTENDERS}
     over = {c: times[c].median / times["frame"].median for c in CONTENDERS[2:4]}

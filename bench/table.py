@@ -176,11 +176,9 @@ def claims(rows: Rows) -> Iterator[str]:
 def faults(rows: Rows) -> Rows:
     """Rows of ours that are wrong or in error; a candidate may be refused, but never be wrong."""
 
-    def is_fault(r: dict[str, Any]) -> bool:
-        ours, candidate = r["peer"].startswith("cupynorm"), "/" in r["peer"]
-        return (r["status"] == "wrong" and (ours or candidate)) or (r["status"] == "error" and ours)
-
-    return [r for r in rows if is_fault(r)]
+    ours, candidate = (lambda r: r["peer"].startswith("cupynorm")), (lambda r: "/" in r["peer"])
+    wrong = [r for r in rows if r["status"] == "wrong" and (ours(r) or candidate(r))]
+    return wrong + [r for r in rows if r["status"] == "error" and ours(r)]
 
 
 def markdown(lines: list[tuple[str, ...]]) -> str:

@@ -330,11 +330,8 @@ def test_every_row_of_clusters_is_reached():
         keys = {(r.cluster, r.threads, *([r.chunks] if r.chunks else [])) for r in rows}
         every = itertools.product(("90", "100", "120"), ITEMSIZE, range(1, 130))
         plans = (of_chunks(direction, n, dtype, device=device_of(c)) for c, dtype, n in every)
-        made = {
-            p.stages[0].constants[: 2 + (direction == "backward")]
-            for p in plans
-            if p.family == "cluster"
-        }
+        constants = (p.stages[0].constants for p in plans if p.family == "cluster")
+        made = {some[: 2 + (direction == "backward")] for some in constants}
         assert made == keys
         assert {row.cluster for row in rows} == {2, 4, 8}
         assert all(row.threads % CHUNK_THREADS == 0 for row in rows)

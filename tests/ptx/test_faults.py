@@ -52,7 +52,7 @@ WRONG = {
                "2 modulo 4"),
     "uninitialized": ("uninitialized", 32, 3, -1, "if (i != n) s[i] = 1;\ny[i] = s[i];", "y[i]",
                       "from offset 12 of shared memory"),
-    # Accesses that no barrier orders. Without one a load may also come before the store that it needs.
+    # Accesses that no barrier orders: a load may also come before the store that it needs.
     "no-barrier": (
         "uninitialized race", 64, 0, 1, "s[i] = x[i];\nif (n) __syncthreads();\ny[i] = s[i ^ 63];",
         None, "of shared memory"),
