@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cupynorm._cuda.arguments import ENTRIES, entry_of
 from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import (
     CHUNK_PARTIALS,
@@ -20,16 +21,14 @@ from cupynorm._cuda.plan import (
 from cupynorm._cuda.rows import (
     APPLY_VECS,
     BACKWARD,
-    CLUSTER_SPLIT_MIN_VECS,
     FORWARD,
     MAX_SECTIONS,
     REGISTERS,
     ROWS_PER_PARTIAL,
-    SPLIT_MIN_VECS,
     choose_row,
     resident_clusters,
 )
-from cupynorm._cuda.source import source_of
+from cupynorm._cuda.source import kernels_folder, source_of
 from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests.cuda.rows import EACH, SHAPED, problem_of
 from tests.ptx.limits import DeviceLimits
@@ -400,49 +399,40 @@ def without_rows(plan):
     return dataclasses.replace(plan, stages=stages, **free)
 
 
-@pytest.mark.parametrize(
-    ("device", "long", "many"),
-    [
-        (BEFORE, SPLIT_MIN_VECS, (1, 2, 66, 67, 1000, 10**6)),
-        (SM90, CLUSTER_SPLIT_MIN_VECS, (1, 2, 8, 9, 1000, 10**6)),
-    ],
-    ids=["shared", "cluster"],
-)
+# Numbers of rows, of which the first few take K5 where a row has so many vectors.
+FEW_ROWS = {
+    "forward without clusters": ((1, 2, 66), (67, 1000, 10**6), BEFORE, 8 * CHUNK_VECS),
+    "forward": ((1, 2, 8), (9, 1000, 10**6), SM90, 64 * CHUNK_VECS),
+    "backward without clusters": ((), (1, 2, 133, 10**6), BEFORE, None),
+}
+
+
+@pytest.mark.parametrize("name", FEW_ROWS)
 @EACH_DTYPE
-def test_rows_choose_only_between_split_and_another(dtype, device, long, many):
-    """As many blocks as half the multiprocessors, and a row long enough; the bits are the same."""
-    edges = {row.max_vecs for row in FORWARD[:-1] if row.cluster == 1}
-    edges |= {long, 14_300, 40_000, 20 * CHUNK_VECS, 63 * CHUNK_VECS, 100 * CHUNK_VECS}
-    for vecs, more in itertools.product(edges, (0, 1)):
-        N = (vecs + more) * VEC_BYTES // ITEMSIZE[dtype]
-        plans = [plan_of("forward", N, dtype, device, rows=rows) for rows in many]
+def test_rows_change_grids_alone(name, dtype):
+    """A row has the same bits in every batch; K5, which takes few long rows, gives them too."""
+    few, more, device, long = FEW_ROWS[name]
+    direction, backward = name.split()[0], long is None
+    vecs = {row.max_vecs for row in FORWARD[:-1] if row.cluster == 1}
+    vecs |= {long or 0, 14_300, 40_000, *(n * CHUNK_VECS for n in (20, 63, 100))}
+    ends = [(v + k) * VEC_BYTES // ITEMSIZE[dtype] for v in vecs for k in (0, 1)]
+    every = lengths(direction, dtype) if backward else ends
+    sums = (BOTH, ("float32", None), NEITHER) if backward else (BOTH,)
+    for N, totals in itertools.product(every, sums):
+        how = {"dtype": dtype, "totals": totals}
+        plans = [plan_of(direction, N, device=device, rows=rows, **how) for rows in (*few, *more)]
+        if backward:  # nor does the device's size
+            smaller = dataclasses.replace(device, sm_count=16)
+            plans.append(plan_of(direction, N, device=smaller, rows=MANY, **how))
         families = [plan.family for plan in plans]
         if len(set(families)) == 2:
-            assert vecs + more >= long
-            assert families[:3] == ["split"] * 3 and "split" not in families[3:]
+            assert vecs_of(N, dtype) >= long
+            assert {*families[: len(few)]} == {"split"} and "split" not in families[len(few) :]
             # One section per chunk, so that the trees over the chunks are the same.
-            assert all(p.chunks_per_section == 1 for p in plans[:3])
+            assert all(p.chunks_per_section == 1 for p in plans[: len(few)])
         for family in set(families):
             same = [without_rows(plan) for plan in plans if plan.family == family]
             assert all(plan == same[0] for plan in same)
-    assert (SPLIT_MIN_VECS, CLUSTER_SPLIT_MIN_VECS) == (8 * CHUNK_VECS, 64 * CHUNK_VECS)
-
-
-@EACH_DTYPE
-@EACH_TOTALS
-def test_rows_choose_no_family_backward(dtype, totals):
-    """Nor anything else but grids: the bits of a row of dx are the same in every batch.
-
-    But for K4 and K5, whose dx has the same bits.
-    """
-    many = [(BEFORE, rows) for rows in (1, 2, 133, 10**6)]
-    many.append((dataclasses.replace(BEFORE, sm_count=16), MANY))
-    for N in lengths("backward", dtype):
-        plans = [
-            without_rows(plan_of("backward", N, dtype, device, rows=rows, totals=totals))
-            for device, rows in many
-        ]
-        assert all(plan == plans[0] for plan in plans)
 
 
 @pytest.mark.parametrize("totals", [BOTH, NEITHER])
@@ -459,6 +449,48 @@ def test_rows_choose_between_cluster_and_split_backward(totals):
 
 
 # --- names and texts ------------------------------------------------------------------------------
+
+
+KERNELS_TEXT = "\n".join(
+    path.read_text(encoding="utf-8") for path in sorted(kernels_folder().iterdir(), key=str)
+)
+
+
+def declared(text):
+    """(type, name) of each C declaration; several may share a type."""
+    found = []
+    for line in re.sub(r"//.*", "", text).replace(",\n", ", ").split(";"):
+        kind, names = re.fullmatch(r"\s*((?:const )?\w+\*?)\s+([\w, ]+?)\s*", line).groups()
+        found += [(kind, name) for name in names.split(", ")]
+    return found
+
+
+def parameters(entry):
+    return [tuple(p.replace("{", "").replace("}", "").rsplit(" ", 1)) for p in entry.split(", ")]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kernel", sorted(ENTRIES))
+def test_fields_and_parameters_are_those_of_the_kernel(kernel, residual):
+    """By name, order and type: the struct's, and what the kernel takes beside it or without one."""
+    entry = entry_of(kernel, residual)
+    mine = parameters(entry.parameters)
+    signature = re.search(rf"void (?:norm_)?{kernel}\(([^)]*)\)", KERNELS_TEXT)[1]
+    taken = [tuple(p.rsplit(" ", 1)) for p in re.split(r",\s+(?![^<]*>)", signature.strip())]
+    if entry.struct:
+        body = re.search(
+            rf"struct {entry.struct} {{\n(?:    typedef[^\n]*\n)?(.*?)\n}};", KERNELS_TEXT, re.S
+        )[1]
+        fields = declared(body.rstrip().removesuffix(";"))[: len(entry.fields)]
+        assert mine[: len(fields)] == fields
+        types = ", ".join(entry.types.split())
+        assert taken[0][0] == f"const {entry.struct}<{types}>&"
+        mine, taken = mine[len(fields) :], taken[1:]
+    assert len(mine) == len(taken)
+    for (kind, name), (theirs, called) in zip(mine, taken, strict=True):
+        there = theirs.replace(" __restrict__", "").replace("Y*", "X*")  # K7 calls y's type Y
+        assert there in (kind, f"const {kind}"), name  # what is written to is not const
+        assert name == called or "*" in kind  # an address may have a name of its own there
 
 
 def every_stage(direction):

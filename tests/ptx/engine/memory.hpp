@@ -18,7 +18,7 @@ using i16 = int16_t;
 using i32 = int32_t;
 using i64 = int64_t;
 
-// Read by api.py through ctypes: keep the order of the fields.
+// api.py reads its declaration.
 struct Counters {
   u64 read_bytes, written_bytes;                     // summed over lanes
   u64 reads, writes;                                 // accesses of single lanes

@@ -10,9 +10,9 @@
 
 namespace ptx {
 
-// One instruction as decode.py writes it: keep the order of the fields. An operand is the byte offset
-// of a row of 32 lanes: of the warp's registers, or, below zero, ~offset in the constants. A predicate
-// is the number of a mask; below zero the constants false (-1) and true (-2).
+// One instruction as decode.py writes it, in the order of the fields; api.py reads the declaration. An
+// operand is the byte offset of a row of 32 lanes: of the warp's registers, or, below zero, ~offset in
+// the constants. A predicate is the number of a mask; below zero the constants false (-1) and true (-2).
 struct Instruction {
   u16 handler;
   u8 negate, space, width, count, flags, wide_base;
@@ -121,7 +121,7 @@ struct Landing {
 };
 constexpr u32 kLanding = 1u << 31;  // in Cell::pc: the rest is the number of a landing
 
-// Read by api.py through ctypes: keep the order of the fields.
+// api.py reads its declaration.
 struct Fault {
   char kind[32];
   char message[3072];  // "@{hex}" stands for an instruction, which kernel.py turns into a line
@@ -132,7 +132,7 @@ struct Fault {
 
 struct Stop {};  // thrown once the fault is recorded
 
-// Read by api.py through ctypes: keep the order of the fields.
+// api.py reads its declaration.
 struct LaunchRequest {
   const Instruction* program;
   const u8* constants;
