@@ -12,9 +12,14 @@ import numpy as np
 
 from .limits import DeviceLimits
 from .simulated_array import Array, MemoryPointer
-from .simulated_device import SimulatedDevice, SimulatedStream, current_stream
-from .simulated_kernel import RawKernel
-from .simulator import CUDARuntimeError, Simulator
+from .simulator import (
+    CUDARuntimeError,
+    RawKernel,
+    SimulatedDevice,
+    SimulatedStream,
+    Simulator,
+    current_stream,
+)
 
 _DTYPES = (
     "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 complex64 bool_"
@@ -56,7 +61,6 @@ def _make_cuda(sim: Simulator, bound: dict[str, Any]) -> Any:
     cuda.ExternalStream = _external_stream(cuda.Stream)
     cuda.MemoryPointer = MemoryPointer
     cuda.get_current_stream = lambda device_id=None: current_stream(sim)
-    cuda.is_available = lambda: sim.device_count > 0
     cuda.runtime = runtime = ModuleType("cupy.cuda.runtime")
     capability = sim.limits.compute_capability
     properties = {

@@ -262,17 +262,11 @@ class _Text:
             op.mnemonic = f"{op.mnemonic}.{len(to if way == 'unpack' else source)}.{way}"
             op.writes = to if way == "unpack" else [to]
             op.reads = [source] if way == "unpack" else source
-        elif op.mnemonic.startswith(("cp.async.ca.", "cp.async.cg.")):
-            (op.base, op.offset), (source, shift), size = operands
-            if shift:
-                raise ValueError("an offset of the source")
-            op.space, op.width, op.reads = SPACES["shared"], int(size), [source]
-            if op.width not in (4, 8, 16):
-                raise ValueError(f"a copy of {size} bytes")
-        elif op.mnemonic.startswith("cp.async.bulk."):
-            (op.base, op.offset), (source, _), size, (arrival, _) = operands
-            op.space, op.reads = SPACES["shared"], [source, size, arrival]
         else:
+            if op.mnemonic.startswith(("cp.async.ca.", "cp.async.cg.")):
+                op.width = int(operands.pop())
+                if op.width not in (4, 8, 16):
+                    raise ValueError(f"a copy of {op.width} bytes")
             self._plain(op, operands)
 
     def _plain(self, op: Operation, operands: list) -> None:
@@ -286,7 +280,11 @@ class _Text:
         for operand in operands:
             if isinstance(operand, tuple) and operand[0] == "|":
                 flat += operand[1:]
-            elif isinstance(operand, tuple):  # an address
+            elif isinstance(operand, tuple) and op.base:  # another address
+                if operand[1]:
+                    raise ValueError("an offset of the second address")
+                flat.append(operand[0])
+            elif isinstance(operand, tuple):
                 op.base, op.offset = operand
             elif operand != "_" or results:
                 flat.append(operand)
@@ -468,13 +466,6 @@ def _registers(text: _Text) -> tuple[list[str], dict[str, int]]:
     return names, {name: k for k, name in enumerate(unwritten)}
 
 
-# Operands of the handlers that decode_entry fills itself: results and sources.
-_LETTERS = {
-    "load": ("v", ""), "load.param": ("v", ""), "store": ("", "v"), "bra": ("", ""),
-    "bra.uni": ("", ""), "ret": ("", ""), "exit": ("", ""),
-}  # fmt: skip
-
-
 @functools.cache
 def _letters_of(mnemonic: str) -> list[str]:
     return handlers()[mnemonic].operands.split(":")
@@ -513,18 +504,9 @@ def _encoded(op: Operation, text: _Text, places: _Places, suspect: int) -> tuple
     """An instruction's fields, in INSTRUCTION's order."""
     handler = handlers()[op.mnemonic]
     wide = "l" if op.flags & WIDE_TARGET else "w"
-    if op.mnemonic in _LETTERS:
-        results, sources = _LETTERS[op.mnemonic]
-        results, sources = results * op.count and wide * op.count, sources and wide * op.count
-    elif op.mnemonic.startswith("cp.async.bulk"):
-        results, sources = "", "lww"
-    elif op.mnemonic.startswith(("cp.async.ca", "cp.async.cg")):
-        results, sources = "", "l"
-    else:
-        results, sources = _letters_of(op.mnemonic)
-        sources = sources.replace("a", "")
     operands = []
-    for tokens, letters in ((op.writes, results), (op.reads, sources)):
+    for tokens, letters in zip((op.writes, op.reads), _letters_of(op.mnemonic), strict=True):
+        letters = letters.replace("a", "").replace("v", wide * op.count)
         if len(tokens) != len(letters):
             raise ValueError(f"{len(tokens)} operands for {letters!r}")
         rows = [places.of(*pair) for pair in zip(tokens, letters, strict=True)]

@@ -65,13 +65,13 @@ void add_all() {
   add_floats();
   add_integers();
   add_moves();
-  add("load", "", load);
-  add("store", "", store);
-  add("load.param", "", load_parameter);
-  add("bra", "", branch);
-  add("bra.uni", "", branch);
-  add("ret", "", leave);
-  add("exit", "", leave);
+  add("load", "v:", load);
+  add("store", ":v", store);
+  add("load.param", "v:", load_parameter);
+  add("bra", ":", branch);
+  add("bra.uni", ":", branch);
+  add("ret", ":", leave);
+  add("exit", ":", leave);
   add("shfl.sync.up.b32", "wp:wwww", shuffle<kUp>);
   add("shfl.sync.down.b32", "wp:wwww", shuffle<kDown>);
   add("shfl.sync.bfly.b32", "wp:wwww", shuffle<kButterfly>);
@@ -89,8 +89,8 @@ void add_all() {
   add("barrier.cluster.arrive.relaxed.aligned", ":", cluster_arrive_relaxed);
   add("barrier.cluster.wait.acquire.aligned", ":", cluster_wait);
   add("mapa.shared::cluster.u32", "w:ww", cluster_map);
-  add("cp.async.ca.shared.global", "", copy_async);
-  add("cp.async.cg.shared.global", "", copy_async);
+  add("cp.async.ca.shared.global", ":al", copy_async);
+  add("cp.async.cg.shared.global", ":al", copy_async);
   add("cp.async.wait_all", ":", wait_copies);
   add("mbarrier.init.shared.b64", ":aw", init_arrival);
   add("mbarrier.arrive.expect_tx.shared.b64", ":aw", arrive_expecting);
@@ -98,7 +98,7 @@ void add_all() {
   add("mbarrier.test_wait.parity.shared.b64", "p:aw", test_wait);
   add("cp.async.mbarrier.arrive.noinc.shared.b64", ":a", arrive_with_copies);
   add("fence.proxy.async.shared::cta", ":", fence_proxies);
-  add("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes", "", copy_bulk);
+  add("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes", ":alww", copy_bulk);
 }
 
 // ---- warps ----

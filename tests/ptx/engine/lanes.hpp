@@ -11,7 +11,7 @@ namespace ptx {
 using Run = void (*)(Warp&, Group&, const Instruction&, u32 active);
 
 // Of each instruction its name in PTX, and its operands, results before the colon: w and l are rows of
-// 32 and 64 bits (16-bit values lie in w), p is a predicate.
+// 32 and 64 bits (16-bit values lie in w), p is a predicate, a an address, v what a load or store moves.
 struct Handler {
   std::string name, operands;
   Run run;
