@@ -37,8 +37,7 @@ inline Copy take_off(Region* target, uintptr_t to, Region* source, uintptr_t fro
   return Copy{target, source, to, from, bytes, pc_of(i)};
 }
 
-inline void copy_async(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+inline void copy_async(Warp& w, Group&, const Instruction& i, u32 active) {
   WarpAccess read{nullptr, i.width, false, 0, {}, {}}, written{nullptr, i.width, true, 0, {}, {}};
   each(active, [&](u32 lane) {
     u64 from = row<u64>(w, i.src[0])[lane], to = address_of(w, i, lane);
@@ -56,15 +55,13 @@ inline void copy_async(Warp& w, Group& group, const Instruction& i, u32 active) 
   count_access(written, w.block->uid);
 }
 
-inline void wait_copies(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+inline void wait_copies(Warp& w, Group&, const Instruction& i, u32 active) {
   each(active, [&](u32 lane) { land_all(w.copies[lane], cell_of(w, lane, i)); });
 }
 
 // ---- mbarriers ----
 
-inline void init_arrival(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+inline void init_arrival(Warp& w, Group&, const Instruction& i, u32 active) {
   each(active, [&](u32 lane) {
     u64 at = address_of(w, i, lane);
     u32 count = row<u32>(w, i.src[0])[lane];
@@ -142,10 +139,10 @@ inline void test_wait(Warp& w, Group& group, const Instruction& i, u32 active) {
   });
   group.waits_at = at;
   if (at && at == asked) {
+    --group.pc;
     group.state = State::in_arrival;
     return;
   }
-  ++group.pc;
   set_predicate(w, i.dst[0], over, active);
 }
 
@@ -162,8 +159,7 @@ inline void after_arrival(Arrival& a, u64 at) {
 }
 
 // Stricter than a GPU, where the mbarrier also answers for what the thread told to another one before.
-inline void arrive_with_copies(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+inline void arrive_with_copies(Warp& w, Group&, const Instruction& i, u32 active) {
   each(active, [&](u32 lane) {
     u64 at = address_of(w, i, lane);
     Arrival& a = expect_arrival(w, lane, at, i);
@@ -174,8 +170,7 @@ inline void arrive_with_copies(Warp& w, Group& group, const Instruction& i, u32 
   });
 }
 
-inline void arrive_expecting(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+inline void arrive_expecting(Warp& w, Group&, const Instruction& i, u32 active) {
   each(active, [&](u32 lane) {
     u64 at = address_of(w, i, lane);
     Arrival& a = expect_arrival(w, lane, at, i);
@@ -188,8 +183,7 @@ inline void arrive_expecting(Warp& w, Group& group, const Instruction& i, u32 ac
   });
 }
 
-inline void fence_proxies(Warp& w, Group& group, const Instruction&, u32 active) {
-  ++group.pc;
+inline void fence_proxies(Warp& w, Group&, const Instruction&, u32 active) {
   each(active, [&](u32 lane) {
     w.fence_clock[lane] = w.clock[lane][lane]++;  // what comes after it has another clock
     w.fence_epoch[lane] = w.block->epoch_start;
@@ -223,8 +217,7 @@ inline void check_source(const Warp& w, u32 lane, const Region& r, uintptr_t a, 
             c->who >> kClockBits, c->pc);
 }
 
-inline void copy_bulk(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+inline void copy_bulk(Warp& w, Group&, const Instruction& i, u32 active) {
   each(active, [&](u32 lane) {
     u64 to = address_of(w, i, lane), from = row<u64>(w, i.src[0])[lane], at = row<u32>(w, i.src[2])[lane];
     u32 bytes = row<u32>(w, i.src[1])[lane];

@@ -29,18 +29,15 @@ void bring(Warp& w, const Instruction& i, u32 lane, const u8* at) {
   }
 }
 
-void load_parameter(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+void load_parameter(Warp& w, Group&, const Instruction& i, u32 active) {
   each(active, [&](u32 lane) { bring(w, i, lane, g.parameters + i.offset); });
 }
 
-void load(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+void load(Warp& w, Group&, const Instruction& i, u32 active) {
   access(w, active, i, false, [&](u32 lane, uintptr_t a) { bring(w, i, lane, reinterpret_cast<const u8*>(a)); });
 }
 
-void store(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+void store(Warp& w, Group&, const Instruction& i, u32 active) {
   access(w, active, i, true, [&](u32 lane, uintptr_t a) {
     for (u32 k = 0; k < i.count; ++k) {
       u64 value = i.flags & kWideTarget ? row<u64>(w, i.src[k])[lane] : row<u32>(w, i.src[k])[lane];
@@ -56,7 +53,6 @@ void branch(Warp& w, Group& group, const Instruction& i, u32 active) {
     group.pc = u32(i.target);
     return;
   }
-  ++group.pc;
   group.mask &= ~active;
   w.groups.push_back({u32(i.target), active, State::runnable, 0, 0});
 }
@@ -105,13 +101,13 @@ void add_all() {
 
 // A register that some path reads before it writes it: the list names those of an instruction, reads
 // before writes, as 2 * number + written.
-void check_suspects(Warp& w, const Group& group, const Instruction& i, u32 active) {
+void check_suspects(Warp& w, const Instruction& i, u32 active) {
   for (const i32* s = g.suspects + i.suspect; *s >= 0; ++s) {
     u32& written = w.written[*s >> 1];
     if (*s & 1)
       written |= active;
     else if (u32 missing = active & ~written)
-      fault(&w, __builtin_ctz(missing), g.program + group.pc, "uninitialized", "a register that nobody has written");
+      fault(&w, __builtin_ctz(missing), &i, "uninitialized", "a register that nobody has written");
   }
 }
 
@@ -171,12 +167,9 @@ void run_warp(Warp& w, u64 slice) {
               (unsigned long long)w.steps);
       u32 active = group->mask;
       if (i.guard >= 0) active &= i.negate ? ~w.predicates[i.guard] : w.predicates[i.guard];
-      if (!active) {
-        ++group->pc;
-        continue;
-      }
-      if (i.suspect >= 0) check_suspects(w, *group, i, active);
-      handlers()[i.handler].run(w, *group, i, active);
+      if (active && i.suspect >= 0) check_suspects(w, i, active);
+      ++group->pc;
+      if (active) handlers()[i.handler].run(w, *group, i, active);
     } while (together && w.groups.size() == 1 && group->mask && group->state == State::runnable &&
              w.steps < until);
     if (w.steps >= until) return;
