@@ -155,11 +155,9 @@ class Array:
         return marks.reshape(shape) if marks.shape != shape else marks
 
     def get(self, stream: Any = None, order: str = "C") -> np.ndarray:
-        """Copy to the host."""
         return np.array(self._host(), order="K" if order == "A" else order)
 
     def set(self, values: np.ndarray) -> None:
-        """Copy from the host."""
         self._host()[...] = values
         self._defined()[...] = True
 
@@ -199,11 +197,9 @@ class Array:
         return self.reshape(-1, order=order)
 
     def transpose(self, *axes: Any) -> Array:
-        """View with permuted axes."""
         return self._view_of(self._host().transpose(*axes))
 
     def view(self, dtype: Any) -> Array:
-        """The same bytes as another dtype."""
         return self._view_of(self._host().view(dtype))
 
     def astype(self, dtype: Any, order: str = "K", *, copy: bool = True) -> Array:
@@ -215,11 +211,9 @@ class Array:
         return self._copy_as(converted)
 
     def copy(self, order: str = "C") -> Array:
-        """Copy in the given order."""
         return self._copy_as(self._host().copy(order=order))
 
     def fill(self, value: Any) -> None:
-        """Set every element."""
         self.set(value)
 
 

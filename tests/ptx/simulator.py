@@ -132,7 +132,6 @@ class SimulatedDevice:
         }
 
     def use(self) -> None:
-        """Make it current."""
         self._sim.current_device = self.id
 
     def synchronize(self) -> None:
@@ -164,7 +163,6 @@ class SimulatedGraph(list):
     """`cupy.cuda.Graph`: the launches that a stream captured."""
 
     def launch(self, stream: Any = None) -> None:
-        """Run them."""
         for run in self:
             run()
 
@@ -188,7 +186,6 @@ class SimulatedStream:
             self._sim.streams[self.ptr] = self.device_id
 
     def use(self) -> SimulatedStream:
-        """Make it current."""
         self._sim.stream_stack[:] = [self]
         return self
 
@@ -197,12 +194,10 @@ class SimulatedStream:
         self._sim.captured = SimulatedGraph()
 
     def end_capture(self) -> SimulatedGraph:
-        """Give the graph."""
         made, self._sim.captured = self._sim.captured, None
         return made
 
     def is_capturing(self) -> bool:
-        """Whether a capture has begun and not ended."""
         return self._sim.captured is not None
 
     def synchronize(self) -> None:
