@@ -334,18 +334,9 @@ def test_a_clean_entry_has_no_fault():
     assert facts.loads128 == facts.stores128 == 1
 
 
-@pytest.mark.parametrize(
-    "registers,threads,blocks",
-    [
-        (64, 128, 8),
-        (65, 128, 7),
-        (72, 128, 7),
-        (80, 128, 6),
-        (80, 256, 3),
-        (128, 512, 1),
-        (255, 128, 2),
-    ],
-)
-def test_registers_bound_the_blocks(registers, threads, blocks):
-    # Figures of NVIDIA's occupancy calculator.
-    assert blocks_by_registers(DeviceLimits.of("90"), registers, threads) == blocks
+def test_registers_bound_the_blocks():
+    """Figures of NVIDIA's occupancy calculator: registers, threads, blocks."""
+    limits = DeviceLimits.of("90")
+    known = ((64, 128, 8), (65, 128, 7), (72, 128, 7), (80, 128, 6), (80, 256, 3), (128, 512, 1))
+    for registers, threads, blocks in (*known, (255, 128, 2)):
+        assert blocks_by_registers(limits, registers, threads) == blocks
