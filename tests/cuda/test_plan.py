@@ -1,5 +1,6 @@
 """The tables of K1 to K5 and what is chosen from them, over every row length."""
 
+import bisect
 import dataclasses
 import itertools
 import re
@@ -347,28 +348,13 @@ def test_no_more_clusters_than_run_at_once():
 @EACH_DTYPE
 def test_shared_memory_is_used_up_to_the_last_vector(capability, dtype):
     """K3 ends where the device's shared memory does, and K5 begins with the next vector."""
-    device = device_of(capability)
-    per_vec = VEC_BYTES // ITEMSIZE[dtype]
-    low, high = 2048, 15 * CHUNK_VECS + 1  # the last row that fits lies between
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = plan_of("forward", middle * per_vec, dtype, device).family == "shared"
-        low, high = (middle, high) if fits else (low, middle)
-    last = checked("forward", low * per_vec, dtype, device)
+    device, per_vec = device_of(capability), VEC_BYTES // ITEMSIZE[dtype]
+    is_split = lambda vecs: plan_of("forward", vecs * per_vec, dtype, device).family == "split"  # noqa: E731
+    first = bisect.bisect_left(range(15 * CHUNK_VECS + 1), True, lo=2048, key=is_split)
+    last = checked("forward", (first - 1) * per_vec, dtype, device)
     assert last.family == "shared"
     assert last.stages[0].shared_bytes + VEC_BYTES + 24 * 8 > device.shared_bytes
-    assert plan_of("forward", low * per_vec + 1, dtype, device).family == "split"
-
-
-def kept_by_shared(dtype, device, totals):
-    """Vectors of a thread for which K3 runs backward."""
-    device = dataclasses.replace(device, max_cluster=1)
-    per_vec = VEC_BYTES // ITEMSIZE[dtype]
-    return [
-        v
-        for v in range(3, 10)
-        if plan_of("backward", 512 * v * per_vec, dtype, device, totals=totals).family == "shared"
-    ]
+    assert plan_of("forward", (first - 1) * per_vec + 1, dtype, device).family == "split"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -379,14 +365,17 @@ def test_shared_memory_is_used_up_backward(capability, dtype, totals):
 
     With 64 KiB of shared memory and float16 it has no row: K5 follows K2.
     """
-    device = device_of(capability)
-    held = kept_by_shared(dtype, device, totals)
-    assert held == list(range(3, 3 + len(held)))
-    if len(held) < 6:
-        roomy = dataclasses.replace(device, shared_bytes=2**20, max_cluster=1)
-        N = 512 * (3 + len(held)) * VEC_BYTES // ITEMSIZE[dtype]
-        a_vector_more = plan_of("backward", N, dtype, roomy, totals=totals).stages[0]
-        assert a_vector_more.shared_bytes > device.shared_bytes
+    device = dataclasses.replace(device_of(capability), max_cluster=1)
+    roomy = dataclasses.replace(device, shared_bytes=2**20)
+
+    def plan(vecs, device):  # of a thread
+        N = 512 * vecs * VEC_BYTES // ITEMSIZE[dtype]
+        return plan_of("backward", N, dtype, device, totals=totals)
+
+    held = [vecs for vecs in range(3, 10) if plan(vecs, device).family == "shared"]
+    more = 3 + len(held)
+    assert held == list(range(3, more))
+    assert more >= 9 or plan(more, roomy).stages[0].shared_bytes > device.shared_bytes
 
 
 # --- the number of rows -------------------------------------------------------------------------

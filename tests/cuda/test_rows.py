@@ -71,14 +71,6 @@ def test_long_rows_in_shared_memory(machine, dtype, vecs, shared):
     check(result, data)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_every_length_coarsely(machine, dtype):
-    most = 600 * 4 // ITEMSIZE[dtype]
-    for N in range(1, most, most // 30):
-        data = case("backward", 5, N, dtype)
-        check(run(machine, data, at={"x": At(0, 1)}), data)
-
-
 SHORT = [
     *itertools.product(("forward",), ALL_DTYPES, (1, 2, 3, 7, 33)),
     *itertools.product(("backward",), FLOATS, (1, 3, 33)),

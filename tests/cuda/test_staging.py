@@ -161,13 +161,3 @@ def test_without_it_the_simulator_objects(name, monkeypatch):
     with pytest.raises(PtxFault) as info:
         shared(SIMULATED, device, direction, at={"x": At(1, 2)}, **options)
     assert info.value.kind in kinds.split(), info.value
-
-
-def test_without_its_ends_a_row_has_those_of_the_row_before(monkeypatch):
-    device = dataclasses.replace(SIMULATED.device, sm_count=1)
-    options = {"at": {"x": At(1, 2)}, "wanted": DX_ALONE}
-    right, _ = shared(SIMULATED, device, "backward", **options)
-    broken(monkeypatch, "if (row + gridDim.x < a.rows) next.put_carried();")
-    wrong, _ = shared(SIMULATED, device, "backward", **options)
-    assert right.rows()[0] == wrong.rows()[0]
-    assert right.rows()[1] != wrong.rows()[1]

@@ -332,20 +332,17 @@ def test_every_warp_access_is_of_256_bytes(dtype):
 def test_the_plan_stays_within_the_device(direction, dtype):
     backward = direction == "backward"
     dtypes = dict.fromkeys(("x", "weight", *(("dweight", "dbias") if backward else ())), dtype)
-    for N, M, shared in itertools.product(
-        (1, 9, 64, 255, 700, 1801, 5000, 30_000), (2, 100, 10**6), (64, 99, 163, 227)
-    ):
+    sizes = (1, 9, 64, 255, 700, 1801, 5000, 30_000), (2, 100, 10**6), (64, 99, 163, 227)
+    for N, M, shared in itertools.product(*sizes):
         device = dataclasses.replace(SM90, shared_bytes=shared * 1024)
         strides = dict.fromkeys(SHAPED[direction], (0, 1, M))
         plan = choose_plan(problem_of(dtypes, (1, M, N), strides, backward), device)
         assert plan.stages[0].shared_bytes <= device.shared_bytes
-        if not backward:
-            assert plan.stages[0].grid[0] * plan.rows_per_block >= M
-            if plan.family == "column":
-                assert plan.panels == 1 or plan.panel % TILE_CHUNK[dtype] == 0
-                assert (plan.panels - 1) * plan.panel < N <= plan.panels * plan.panel
-            continue
-        if plan.family == "column":
+        assert backward or plan.stages[0].grid[0] * plan.rows_per_block >= M
+        if plan.family == "column" and backward:
             assert plan.workspace_bytes >= 2 * plan.partials * N * 4
             assert plan.panels == 1 or (N > 64 and plan.panel % 8 == 0 and plan.panel >= 32)
             assert plan.slots >= (N if plan.panels == 1 else plan.panel)
+        elif plan.family == "column":
+            assert plan.panels == 1 or plan.panel % TILE_CHUNK[dtype] == 0
+            assert (plan.panels - 1) * plan.panel < N <= plan.panels * plan.panel

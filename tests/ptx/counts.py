@@ -60,8 +60,6 @@ class SharedTraffic:
     max_ways: int = 0
     remote_read_bytes: int = 0  # of other blocks of the cluster; not in the bytes above
     remote_written_bytes: int = 0
-    remote_warp_reads: int = 0
-    remote_warp_writes: int = 0
 
 
 def _ratio(nbytes: int, sectors: int) -> float:
@@ -106,6 +104,5 @@ def collect(buffers: Sequence[Buffer]) -> Traffic:
     remote = Counters.from_address(api().ptx_remote_region())
     own = [f.name for f in fields(SharedTraffic) if not f.name.startswith("remote_")]
     merged = {name: getattr(shared, name) for name in own}
-    for name in ("read_bytes", "written_bytes", "warp_reads", "warp_writes"):
-        merged[f"remote_{name}"] = getattr(remote, name)
-    return Traffic(tuple(records), SharedTraffic(**merged))
+    away = remote.read_bytes, remote.written_bytes
+    return Traffic(tuple(records), SharedTraffic(*merged.values(), *away))
