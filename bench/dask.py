@@ -45,9 +45,8 @@ def loop(blocks: list[np.ndarray], w: np.ndarray, b: np.ndarray, threads: int = 
             return [cn.layer_norm(block, width, w, b, EPS) for block in blocks]
         from cupynorm.dask import _blocks
 
-        stats = _blocks.statistics(
-            [_blocks.block_moments(a, (1,), LAYER_NORM) for a in blocks], EPS
-        )
+        moments = [_blocks.block_moments(a, (1,), LAYER_NORM) for a in blocks]
+        stats = _blocks.statistics(moments, EPS)
         parts = [slice(lo, lo + width) for lo in range(0, w.size, width)]
         given = zip(blocks, parts, strict=True)
         how = {"axes": (1,), "op": LAYER_NORM, "order": "K"}

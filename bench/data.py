@@ -64,9 +64,8 @@ def make_inputs(device: Any, case: Case) -> Inputs:
     x_by_column, y_by_column = case.layout[0] in "Fc", case.layout[-1] == "F"
     made = Inputs(device, case, [placed(case, flat, x_by_column) for flat in flat_x])
     if case.affine_dtype:
-        made.weight, made.bias = (
-            random_flat(device, case.affine_dtype, case.N, seed) for seed in (101, 102)
-        )
+        affine = (random_flat(device, case.affine_dtype, case.N, seed) for seed in (101, 102))
+        made.weight, made.bias = affine
     if case.layout == "columns":
         made.columns = [list(flat.reshape(case.N, case.M)) for flat in flat_x]
     if case.op == FWD:
@@ -84,9 +83,8 @@ def make_inputs(device: Any, case: Case) -> Inputs:
         shape = list(case.shape)
         shape[case.axis] = 1
         pairs = [statistics(device.xp, made.rows(device.plain(x))) for x in made.x]
-        made.mean, made.rstd = (
-            [device.lib.asarray(pair[k].reshape(shape)) for pair in pairs] for k in (0, 1)
-        )
+        for k, left in enumerate((made.mean, made.rstd)):
+            left += [device.lib.asarray(pair[k].reshape(shape)) for pair in pairs]
     return made
 
 

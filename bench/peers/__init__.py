@@ -61,13 +61,10 @@ def kernel_names(inputs: Inputs) -> str:
     case = inputs.case
     if inputs.device.kind == "cpu" or inputs.columns:
         return "columns" if inputs.columns else ""
-    given = inputs.x[0], None, inputs.weight, inputs.bias
-    ways = {
-        "forward": {"out": next(iter(inputs.y), None), "return_stats": case.direction == "both"}
-    }
-    ways["backward"] = {"backward": True}
-    told = [cn.explain(*given, axis=case.axis, **way) for direction, way in ways.items()
-            if case.direction in (direction, "both")]  # fmt: skip
+    x, y, both = inputs.x[0], next(iter(inputs.y), None), case.direction == "both"
+    ways = {"forward": {"out": y, "return_stats": both}, "backward": {"backward": True}}
+    told = [cn.explain(x, None, inputs.weight, inputs.bias, axis=case.axis, **way)
+            for direction, way in ways.items() if both or direction == case.direction]  # fmt: skip
     return "+".join(text.partition(",")[0] for e in told for text in e.launches)
 
 
@@ -127,10 +124,8 @@ def copies(inputs: Inputs) -> list[Builder]:
         return Contender(call, "copy", arrived=same)
 
     if inputs.device.kind == "cpu":
-        return [
-            ("copyto", lambda: Contender(into, arrived=same)),
-            ("copyto fresh", lambda: Contender(fresh, arrived=same, fresh=True)),
-        ]
+        kept, new = Contender(into, arrived=same), Contender(fresh, arrived=same, fresh=True)
+        return [("copyto", lambda: kept), ("copyto fresh", lambda: new)]
     stride = min(-(-vecs // 256), 8 * inputs.device.sm_count)
     return [
         ("copy-stride", lambda: kernel(stride, 0)),
@@ -154,19 +149,14 @@ MAKERS: dict[str, Callable[[Inputs], Contender]] = {
     **tensors.STRIDED,
     **arrays.MAKERS,
 }
-ELSEWHERE = {
-    "cpu": {"liger", "cupy-fuse"},
-    "cuda": {"onnxruntime", "onnxruntime out=", "scikit-learn"},
-}
-COPY_NAMES = {
-    "cpu": ("copyto", "copyto fresh"),
-    "cuda": ("copy-stride", "copy-block", "copy-memcpy"),
-}
-ROWS_ALONE = {*tensors.FUNCTIONS, "cupy-fuse", "onnxruntime", "onnxruntime out="}
+ONNX = {"onnxruntime", "onnxruntime out="}
+ELSEWHERE = {"cpu": {"liger", "cupy-fuse"}, "cuda": {*ONNX, "scikit-learn"}}
+COPIED = {"cpu": ("copyto", "copyto fresh"), "cuda": ("copy-stride", "copy-block", "copy-memcpy")}
+ROWS_ALONE = {*tensors.FUNCTIONS, *ONNX, "cupy-fuse"}
 
 
 def names(kind: str) -> tuple[str, ...]:
-    return (*(n for n in MAKERS if n not in ELSEWHERE[kind]), *COPY_NAMES[kind])
+    return (*(n for n in MAKERS if n not in ELSEWHERE[kind]), *COPIED[kind])
 
 
 def contenders(inputs: Inputs, chosen: Iterable[str]) -> list[Builder]:

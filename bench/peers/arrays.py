@@ -177,9 +177,8 @@ def onnx_peer(inputs: Inputs, bound: bool = False) -> Contender:
     node = helper.make_node("LayerNormalization", names, ["y"], axis=-1, epsilon=EPS)
     ends = [[helper.make_tensor_value_info(n, kind, case.shape)] for n in "xy"]
     constants = [constant(getattr(inputs, name), name) for name in names[1:]]
-    graph = helper.make_graph([node], "layer_norm", *ends, constants)
-    opset = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=IR)
+    graph, opset = helper.make_graph([node], "layer_norm", *ends, constants), helper.make_opsetid
+    model = helper.make_model(graph, opset_imports=[opset("", OPSET)], ir_version=IR)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads(), 3
     text, providers = model.SerializeToString(), ["CPUExecutionProvider"]

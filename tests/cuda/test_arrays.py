@@ -196,15 +196,6 @@ def test_the_device_of_x(cp):
         cn.layer_norm(here[1], weight=weight)
 
 
-def test_each_device_compiles_for_itself(sim):
-    host = numbers(2, 77)
-    for index in (0, 1, 0, 1):
-        with sim.cuda.Device(index):
-            cn.layer_norm(sim.asarray(host))
-    assert [device for _, device in sim.simulator.compilations] == [0, 1]
-    assert [launch.device for launch in sim.simulator.launches] == [0, 1, 0, 1]
-
-
 @EACH
 def test_many_host_threads(cp, direction):
     calls = [Call(cp, direction, 4, *FORWARD["warp"]) for _ in range(2)]

@@ -323,14 +323,6 @@ def test_in_place(machine, family):
             assert result.bits() == expected.bits()
 
 
-@pytest.mark.parametrize("family", FULL)
-def test_without_statistics(machine, family):
-    data = case("forward", 3, length(family, "float32"))
-    result = run(machine, data, family, stats=False)
-    assert result.arrays[1:] == (None, None)
-    assert result.bits()[0] == run(machine, data, family).bits()[0]
-
-
 @EACH
 @pytest.mark.parametrize("eps", [0.0, 1.0, 1e-300, -0.5, -1e9])
 def test_eps(machine, direction, eps):

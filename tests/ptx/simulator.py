@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from .buffer import Buffer
-from .counts import Traffic
 from .fault import PtxFault
-from .launch import launch, load
+from .launch import Traffic, launch, load
 from .limits import KIB, DeviceLimits
 from .simulated_array import Array, MemoryPointer
 
