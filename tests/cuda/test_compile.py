@@ -299,16 +299,11 @@ FAULTY = {
     "error": (entry_source(COPY + "    undeclared = 1;"), {}, "NVRTC says"),
     "name": (entry_source(COPY).replace("entry(", "other("), {}, "no entry entry was compiled"),
     "occupancy": (
-        entry_source(COPY),
-        {"block": (1024, 1, 1), "blocks_per_sm": 3},
-        "threads allow 2",
-    ),
+        entry_source(COPY), {"block": (1024, 1, 1), "blocks_per_sm": 3}, "threads allow 2"),
     "shared": (entry_source(COPY), {"shared_bytes": 228 * 1024}, "takes 232448 per block"),
     "shared-occupancy": (
-        entry_source(COPY),
-        {"shared_bytes": 100 * 1024, "blocks_per_sm": 3},
-        "shared memory allow 2",
-    ),
+        entry_source(COPY), {"shared_bytes": 100 * 1024, "blocks_per_sm": 3},
+        "shared memory allow 2"),
     "static": (
         entry_source("    __shared__ float s[8]; s[threadIdx.x & 7] = n; __syncthreads();" + COPY
                      + "    y[n].x = s[n & 7];"),
