@@ -384,13 +384,10 @@ def test_strided_axes_in_every_way(op, shape, axis, layout):
     assert "torch" not in found and "onnxruntime" not in found
 
 
-def test_results_lie_as_the_layout_says():
+def test_a_result_lies_as_the_layout_says():
     inputs = make_inputs(Device(), Case(FWD, "layouts", "float32", (70, 13), layout="F-C"))
-    made = dict(contenders(inputs, ("torch-back", "cupynorm")))
-    strides = {n: made[n]().arrays(made[n]().call(0)).strides for n in made}
-    assert strides == dict.fromkeys(made, (13 * 4, 4))
-    listed = everybody(Case(FWD, "layouts", "float32", (41, 9), layout="columns"))
-    assert listed["cupynorm"].status == listed["contiguous-then-rows"].status == "ok"
+    for _, make in contenders(inputs, ("torch-back", "cupynorm")):
+        assert make().arrays(make().call(0)).strides == (13 * 4, 4)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])

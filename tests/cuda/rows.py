@@ -153,12 +153,6 @@ def device_for(machine, family, direction="forward", sm_count=None):
     return device if sm_count is None else dataclasses.replace(device, sm_count=sm_count)
 
 
-def need_the_memory_of_sm_90(machine):
-    """Skip what looks at K4's table on a device that holds less of a row, such as sm_120."""
-    if machine.device.shared_bytes < 227 * 1024:
-        pytest.skip("this row of the table is for devices with 227 KiB of shared memory")
-
-
 # --- memory -------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,6 @@ from tests.cuda.rows import (
     device_for,
     edges,
     length,
-    need_the_memory_of_sm_90,
     run,
     spread,
 )
@@ -246,7 +245,8 @@ def test_long_rows_have_the_bits_of_split(
     machine, direction, family, dtype, chunks, more, shared, options, constants
 ):
     """What lets the number of rows choose between K5 and the others, and a device how wide."""
-    need_the_memory_of_sm_90(machine)
+    if machine.device.shared_bytes < 227 * 1024:  # such as sm_120's
+        pytest.skip("these rows of the table are for devices with 227 KiB of shared memory")
     rows = (2 if chunks < 9 else 1) if direction == "forward" else (3 if chunks < 16 else 2)
     offset = 1000.0 if direction == "forward" else 5.0
     data = case(direction, rows, cols(chunks, dtype, more), dtype, offset=offset)

@@ -44,21 +44,6 @@ def test_module_comes_and_goes(monkeypatch):
     assert sys.modules["cupyx"] is lazy
 
 
-def test_reload_gives_each_stand_in_its_own_module(tmp_path, monkeypatch):
-    package = tmp_path / "launching"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "low.py").write_text("import cupy\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for _ in range(2):
-        with simulated_cupy(reload=("launching.low",)) as made:
-            from launching import low
-
-            assert low.cupy is made
-    assert "launching.low" not in sys.modules
-    assert not hasattr(sys.modules.pop("launching"), "low")
-
-
 def test_kernel_runs_on_arrays_and_is_logged(cupy, scale):
     x = cupy.asarray(np.arange(100, dtype=np.float32))
     y = cupy.empty_like(x)
