@@ -58,7 +58,8 @@ def _make_cuda(sim: Simulator, bound: dict[str, Any]) -> Any:
     cuda.Device = sim.device_type = type("Device", (SimulatedDevice,), bound)
     cuda.Stream = type("Stream", (SimulatedStream,), bound)
     cuda.Stream.null = sim.null_stream = cuda.Stream(null=True)
-    cuda.ExternalStream = _external_stream(cuda.Stream)
+    external = lambda self, ptr, device_id=-1: vars(self).update(ptr=ptr, device_id=device_id)  # noqa: E731
+    cuda.ExternalStream = type("ExternalStream", (cuda.Stream,), {"__init__": external})
     cuda.MemoryPointer = MemoryPointer
     cuda.get_current_stream = lambda device_id=None: current_stream(sim)
     cuda.runtime = runtime = ModuleType("cupy.cuda.runtime")
@@ -79,16 +80,6 @@ def _make_cuda(sim: Simulator, bound: dict[str, Any]) -> Any:
         deviceSynchronize=lambda: cuda.Device().synchronize(),
     )
     return cuda
-
-
-def _external_stream(stream: type) -> type:
-    class ExternalStream(stream):
-        """`cupy.cuda.ExternalStream`: somebody else's stream, by pointer."""
-
-        def __init__(self, ptr: int, device_id: int = -1) -> None:
-            self.ptr, self.device_id = ptr, device_id
-
-    return ExternalStream
 
 
 def _creation(cupy: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,15 +25,13 @@ class MemoryPointer:
         self.device_id = mem.device
 
 
-class Flags:
-    """Layout of an array, by attribute and by CuPy's keys."""
+class Flags(NamedTuple):
+    """Layout of an array."""
 
-    def __init__(self, c: bool, f: bool, own: bool) -> None:
-        self.c_contiguous, self.f_contiguous, self.owndata = c, f, own
-        self.forc = c or f
-
-    def __getitem__(self, key: str) -> bool:
-        return getattr(self, key.lower())
+    c_contiguous: bool
+    f_contiguous: bool
+    owndata: bool
+    forc: bool
 
 
 class Array:
@@ -77,7 +75,7 @@ class Array:
     def flags(self) -> Flags:
         """Layout; recomputed, as shape and strides say."""
         flags = self._host().flags
-        return Flags(flags.c_contiguous, flags.f_contiguous, self.base is None)
+        return Flags(flags.c_contiguous, flags.f_contiguous, self.base is None, flags.forc)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:

@@ -200,7 +200,6 @@ class SimulatedStream:
         return self._sim.captured is not None
 
     def synchronize(self) -> None:
-        """Launches have ended when they return; that somebody waited is counted."""
         self._sim.synchronizations += 1
 
     def __enter__(self) -> SimulatedStream:

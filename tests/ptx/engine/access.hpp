@@ -215,9 +215,8 @@ inline void check_race(const Warp& w, u32 lane, Region& r, uintptr_t a, u32 widt
   }
 }
 
-[[noreturn]] __attribute__((noinline)) inline void report_outside(const Warp& w, u32 lane, uintptr_t a,
-                                                                  u32 width, bool write,
-                                                                  const Instruction& i) {
+[[noreturn]] __attribute__((noinline)) inline void report_outside(
+    const Warp& w, u32 lane, uintptr_t a, u32 width, bool write, const Instruction& i) {
   const char* verb = write ? "store" : "load";
   const Region* nearest = nullptr;
   uintptr_t gap = ~uintptr_t(0);
