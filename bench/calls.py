@@ -32,13 +32,12 @@ import numpy as np
 import cupynorm as cn
 from bench import command_line, saved
 from bench.cases import EPS, FWD, Case
-from bench.check import Given, limit
+from bench.check import Given, demand
 from bench.contender import Batch, Builder, Contender, host_times
 from bench.device import Device, Gpu, captured
 from bench.machine import ROOT, THREADS, describe, threads
 from bench.peers import contenders, empty_kernel
-from bench.sweep import sweep
-from bench.table import Table, dated
+from bench.table import Table, dated, sweep
 
 M, N = 8, 64
 COUNT = 300  # calls of one sample: few enough for a launch queue, which would make the host wait
@@ -78,8 +77,7 @@ def cpu_calls() -> dict[tuple[str, str], Callable[[], Any]]:
     found["torch", "torch"] = lambda: torch.nn.functional.layer_norm(x, (N,), w, b, EPS)
     given = Given(np, arrays[0], None, *arrays[1:3])
     for key, call in found.items():
-        if (error := given.error_of_y(np.asarray(call()))) > limit("float32", N, ours=True):
-            sys.exit(f"{key} is wrong: error {error:.3g}")
+        demand(key, given.error_of_y(np.asarray(call())), "float32", N)
     return found
 
 

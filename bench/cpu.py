@@ -16,7 +16,7 @@ from bench.device import Device
 from bench.machine import describe, threads
 from bench.peers import OPTIONAL, contenders, names
 from bench.plots import draw, read
-from bench.sweep import sweep
+from bench.table import sweep
 
 MINUTES = 6.0  # after which no case begins: with tables and Dask `make bench` ends within ten
 

@@ -28,13 +28,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 
 
 from bench import calls, command_line, some_of, training, tune
 from bench.cases import Case, gpu_cases
-from bench.data import make_inputs
-from bench.device import Gpu, ahead, simulated_cupy
+from bench.device import Gpu, ahead, make_inputs, simulated_cupy
 from bench.machine import ROOT, describe
 from bench.peers import contenders, names, ours
 from bench.plots import draw, read
-from bench.sweep import sweep
-from bench.table import Table, claims, faults, markdown, summary
+from bench.table import Table, claims, faults, markdown, summary, sweep
 
 Outcome = tuple[str, str]  # ok, failed or skipped; one sentence
 # A step has this share of the time that is left, against those that still come.

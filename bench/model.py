@@ -13,7 +13,7 @@ import numpy as np
 import cupynorm as cn
 from bench import command_line
 from bench.cases import BWD, FEW, FWD, LAYOUT, OPS, Case, sized
-from bench.data import numpy_dtype
+from bench.device import numpy_dtype
 from tests.nvrtc.check import blocks_by_registers
 from tests.ptx.limits import DeviceLimits
 

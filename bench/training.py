@@ -26,7 +26,6 @@ FLOOR = {"float32": 1e-4, "bfloat16": 2e-2, "autocast": 2e-2}
 TIMES_NUDGED = 4.0
 LEARNT = 0.85  # the mean loss of the last steps over the first loss, at most
 WARM_STEPS = 5  # which compile; not in the times
-MACHINE = ("gpu", "driver", "cuda", "torch", "commit", "tree", "date")
 Rows = list[dict[str, Any]]
 
 
@@ -139,7 +138,6 @@ def train(
     import torch
 
     good, said, rows = True, [], []
-    here = {name: machine.get(name, "") for name in MACHINE}
     for mode in modes or MODES[device]:
         made = run_mode(torch, size, mode, device, deadline)
         if len(made) < size.steps:
@@ -147,7 +145,7 @@ def train(
             continue
         right, sentence = verdict(made)
         good, rows, said = good and right, rows + made, [*said, sentence]
-        write([row | here for row in rows], folder / "training.csv")
+        write([row | machine for row in rows], folder / "training.csv")
     return ("skipped" if not rows else "ok" if good else "failed"), "; ".join(said)
 
 

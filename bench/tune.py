@@ -16,7 +16,7 @@ from unittest import mock
 
 from bench.cases import BWD, EPS, FEW, FWD, ITEMSIZE, OPS, Case, sized
 from bench.contender import Contender, Result, measure, refuse
-from bench.data import Inputs, make_inputs
+from bench.device import Inputs, make_inputs
 from bench.machine import ROOT
 from bench.peers import copies
 from bench.table import Table, rows_of

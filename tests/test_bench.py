@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-from bench import calls, contender, cpu, gpu, model, peers, plots, sanitize, sweep, table, training
+from bench import calls, contender, cpu, gpu, model, peers, plots, sanitize, table, training
 from bench import cases as cases_of
 from bench.cases import BIG, BOTH, BWD, FWD, GROUPS, OPS, TINY, Case
 from bench.check import EPSILON, NAMES, Given, judge
 from bench.contender import Contender, Result, measure
-from bench.data import make_inputs
-from bench.device import Device, Gpu, simulated_cupy
+from bench.device import Device, Gpu, make_inputs, simulated_cupy
 from bench.machine import GPU_FACTS, LIBRARIES
 from bench.peers import contenders, names, tensors
 from tests import oracle
@@ -331,12 +330,12 @@ def test_figures_show_who_was_measured(tmp_path):
 def test_a_sweep_ends_at_its_deadline_and_says_what_failed(monkeypatch, capsys):
     device, made = Device(), table.Table(None, MACHINE)
     found = [Case(FWD, BIG, "float32", (6, 32)), Case(FWD, BIG, "float32", (7, 32))]
-    monkeypatch.setattr(sweep, "make_inputs", lambda *_: 1 / 0)
-    assert sweep.sweep(device, made, found, lambda i: []) == "2 cases"
+    monkeypatch.setattr(table, "make_inputs", lambda *_: 1 / 0)
+    assert table.sweep(device, made, found, lambda i: []) == "2 cases"
     assert [r["note"].partition(":")[0] for r in made.rows] == ["ZeroDivisionError"] * 2
     assert len(table.faults(made.rows)) == 2
     device.deadline = 0.0
-    assert "2 left out" in sweep.sweep(device, made, found, lambda i: [])
+    assert "2 left out" in table.sweep(device, made, found, lambda i: [])
     assert "bench 2/2: forward float32 7x32" in capsys.readouterr().err
 
 

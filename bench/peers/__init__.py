@@ -7,8 +7,7 @@ from typing import Any
 import cupynorm as cn
 from bench.cases import EPS, FWD, OPS
 from bench.contender import Builder, Contender, refuse
-from bench.data import Inputs
-from bench.device import launched
+from bench.device import Inputs, launched
 from bench.peers import arrays, tensors
 
 ORDERS = {"F-C": "C", "C-F": "F"}  # of a y that is made; elsewhere it lies as x does

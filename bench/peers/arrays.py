@@ -8,8 +8,7 @@ from typing import Any
 
 from bench.cases import EPS, FEW, Case
 from bench.contender import Contender, load, refuse
-from bench.data import Inputs, numpy_dtype
-from bench.device import blocking
+from bench.device import Inputs, blocking, numpy_dtype
 from bench.machine import threads
 
 OPSET, IR = 17, 10  # LayerNormalization came with 17; an IR version that older runtimes read

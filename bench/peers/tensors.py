@@ -12,8 +12,7 @@ from typing import Any
 import cupynorm as cn
 from bench.cases import EPS
 from bench.contender import Batch, Contender, load, refuse
-from bench.data import Inputs, numpy_dtype
-from bench.device import launched
+from bench.device import Inputs, launched, numpy_dtype
 from bench.peers.arrays import along
 
 BITS = {2: "int16", 4: "int32", 8: "int64"}
