@@ -348,12 +348,19 @@ def execute(
     eps: float = 1e-5,
     seed: int | None = 0,
 ) -> tuple[Plan, tuple[Traffic, ...]]:
-    """Launch each stage of the plan of a problem, on arrays by name."""
-    traffic = []
+    """Launch each stage of the plan of a problem, on arrays by name.
+
+    The simulator takes most of a backward's time for the 1024 threads with which column_totals adds
+    up 32 columns: those of long rows are added here.
+    """
+    traffic, host = [], machine.name == "simulated" and problem.N > 1024
 
     def load(stage: Stage) -> Any:
         def launch(grid: Any, block: Any, args: Any, shared_bytes: int, stream: Any) -> None:
-            traffic.append(machine.run(stage, args, held, seed))
+            if stage.template == "column_totals" and host:
+                add_partials(machine, {m.ptr: m for m in held}, stage, *args)
+            else:
+                traffic.append(machine.run(stage, args, held, seed))
 
         return launch
 
@@ -363,6 +370,21 @@ def execute(
     names = BACKWARD if problem.backward else FORWARD
     settled.run([pointers.get(name, 0) for name in names], eps, workspace.ptr)
     return settled.plan, tuple(t for t in traffic if t is not None)
+
+
+def add_partials(machine, memories, stage, partials, count, pitch, N, *targets):
+    """What column_totals does, bit for bit, as test_row_inputs.py shows."""
+    wanted = zip(targets, (stage.weight_dtype, stage.bias_dtype), strict=True)
+    wanted, kind = [(memories[at], d) for at, d in wanted if at], np.dtype(stage.x_dtype)
+    flat = machine.get(memories[partials]).view(kind)[: len(wanted) * count * pitch]
+    sums = np.zeros((len(wanted), -(-count // 32) * 32, N), kind)
+    sums[:, :count] = flat.reshape(len(wanted), count, pitch)[..., :N]
+    sums = functools.reduce(np.add, np.split(sums, -(-count // 32), axis=1))
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    for (memory, dtype), total in zip(wanted, sums[:, 0], strict=True):
+        machine.put(memory, total.astype(np_dtype(dtype)))
 
 
 def check(result: Result, case: Case, eps: float = 1e-5) -> None:

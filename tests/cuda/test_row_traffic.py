@@ -138,16 +138,17 @@ def test_partials_are_written_and_read_once(family, wanted):
     own = 12 * rows * (plan.sections + 1) if family == "split" else 0
     assert plan.workspace_bytes == kept + own
     assert plan.partials < rows
-    last, (columns,) = result.traffic[-1], result.totals
-    assert last["workspace"].written_bytes == last["workspace"].distinct_written_bytes == kept
-    assert set(last["workspace"].write_widths) == {VEC_BYTES}
-    assert columns["workspace"].read_bytes == 4 * totals * plan.partials * N
-    assert columns["workspace"].distinct_read_bytes == 4 * totals * plan.partials * N
-    assert columns["workspace"].written_bytes == 0
-    for name in ("dweight", "dbias")[2 - totals :]:
-        assert columns[name].written_bytes == 4 * N
-    if family != "split":
-        assert last["workspace"].read_bytes == 0
+    last = result.traffic[-1]["workspace"]
+    assert last.written_bytes == last.distinct_written_bytes == kept
+    assert set(last.write_widths) == {VEC_BYTES}
+    assert family == "split" or last.read_bytes == 0
+    assert bool(result.totals) == (family == "warp")  # of longer rows not executed
+    for columns in result.totals:
+        read = columns["workspace"]
+        assert read.read_bytes == read.distinct_read_bytes == 4 * totals * plan.partials * N
+        assert read.written_bytes == 0
+        for name in ("dweight", "dbias")[2 - totals :]:
+            assert columns[name].written_bytes == 4 * N
 
 
 def test_what_is_not_wanted_moves_nothing():
