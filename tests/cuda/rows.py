@@ -247,16 +247,13 @@ def far_rows(machine, name, nbytes):
 
 @dataclass(frozen=True)
 class Result:
-    """What a plan wrote, and what its launches moved; those of column_totals apart.
-
-    Nothing is counted on a GPU.
-    """
+    """What a plan wrote, and what its launches moved (nothing is counted on a GPU)."""
 
     arrays: tuple[np.ndarray | None, ...]  # y, mean, rstd; or dx, dweight, dbias
     backward: bool
     plan: Plan
     traffic: tuple[Traffic, ...] = field(default=(), repr=False)
-    totals: tuple[Traffic, ...] = field(default=(), repr=False)
+    totals: tuple[Traffic, ...] = field(default=(), repr=False)  # of column_totals
 
     def bits(self) -> tuple[bytes | None, ...]:
         """Of all arrays."""

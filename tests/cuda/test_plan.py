@@ -241,9 +241,7 @@ def test_what_is_wanted_and_how_many_rows(dtype):
 @EACH
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_length_has_its_row_and_is_held(direction, dtype):
-    """K1 and K2, and the backward's K3, whose launch changes with every few columns; beyond, the
-    ends. Without clusters, in memory enough: an interval for each row, from the one before on.
-    """
+    """Without clusters each row has an interval; K1, K2 and K3 backward hold what they take."""
     table = [row for row in TABLES[direction] if row.cluster == 1]
     limits = np.array([row.max_vecs for row in table])
     assert (np.diff(limits) > 0).all() and limits[-1] >= 2**60

@@ -1,7 +1,4 @@
-"""Architectures: the same bits on each, and each way of K3's rows into shared memory.
-
-There each barrier is needed.
-"""
+"""The same bits on every architecture; K3's rows on their way, with each barrier needed."""
 
 import dataclasses
 import itertools

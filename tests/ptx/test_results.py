@@ -1,7 +1,4 @@
-"""Good kernels: right results, the same bits in every order of the threads, and what they move.
-
-Bytes, sectors and bank conflicts are each held against a number counted by hand.
-"""
+"""Good kernels: right results, the same bits in every order, and what they move, by hand."""
 
 from __future__ import annotations
 
