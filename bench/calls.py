@@ -32,14 +32,12 @@ import numpy as np
 import cupynorm as cn
 from bench import command_line, saved
 from bench.cases import EPS, FWD, Case
-from bench.check import Given, limit
-from bench.clock import Batch, host_batch, host_rounds, host_turn, interleave
-from bench.contender import Builder, Contender
+from bench.check import Given, demand
+from bench.contender import Batch, Builder, Contender, host_times
 from bench.device import Device, Gpu, captured
 from bench.machine import ROOT, THREADS, describe, threads
 from bench.peers import contenders, empty_kernel
-from bench.sweep import sweep
-from bench.table import Table, dated
+from bench.table import Table, dated, sweep
 
 M, N = 8, 64
 COUNT = 300  # calls of one sample: few enough for a launch queue, which would make the host wait
@@ -73,15 +71,13 @@ def cpu_calls() -> dict[tuple[str, str], Callable[[], Any]]:
     import torch
 
     torch.set_num_threads(threads())
-    arrays = hosts()
-    given = Given(np, *arrays[:1], None, *arrays[1:3])
-    x, w, b, y = map(torch.from_numpy, hosts())
+    arrays, (x, w, b, y) = hosts(), map(torch.from_numpy, hosts())
     found = {("NumPy", k): call for k, call in ways(*arrays).items()}
     found |= {("torch", k): call for k, call in ways(x, w, b, y).items()}
     found["torch", "torch"] = lambda: torch.nn.functional.layer_norm(x, (N,), w, b, EPS)
+    given = Given(np, arrays[0], None, *arrays[1:3])
     for key, call in found.items():
-        if (error := given.error_of_y(np.asarray(call()))) > limit("float32", N, ours=True):
-            sys.exit(f"{key} is wrong: error {error:.3g}")
+        demand(key, given.error_of_y(np.asarray(call())), "float32", N)
     return found
 
 
@@ -151,9 +147,7 @@ class _Kernel:
         self.launches = self.max_dynamic_shared_size_bytes = 0
         self.kernel = self._launch
 
-    def _launch(
-        self, grid: Any, block: Any, args: Any, shared: int = 0, stream: Any = None
-    ) -> None:
+    def _launch(self, *_: Any) -> None:
         self.launches += 1
 
 
@@ -224,10 +218,7 @@ def check_instructions(update: bool) -> int:
     budgets = kept.get("instructions", {}).get(version, {})
     for name, count in counts.items():
         print(f"{name:32}{count:8} instructions, budget {budgets.get(name)} + {HEADROOM - 1:.0%}")
-    over = [
-        name for name, count in counts.items() if count > HEADROOM * budgets.get(name, math.inf)
-    ]
-    if over:
+    if over := [n for n, count in counts.items() if count > HEADROOM * budgets.get(n, math.inf)]:
         print(f"over budget: {', '.join(over)}; find out why, or --update with the reason")
     return int(bool(over))
 
@@ -327,8 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     with counting_cupy() as cupy:
         arrays = map(cupy.from_numpy, hosts())
         calls |= {("CuPy", k): call for k, call in ways(*arrays).items()}
-        batches = {key: host_batch(call) for key, call in calls.items()}
-        times = interleave(batches, host_turn, host_rounds, given.seconds)
+        times = host_times(calls, given.seconds)
         counts = {key: opcodes(call) for key, call in calls.items()}
     rows, torchs = [], times["torch", "torch"]
     for (library, call), t in times.items():

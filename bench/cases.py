@@ -98,9 +98,8 @@ def _of(group: str, shapes: Iterable[Any], ops: Iterable[str], *dtypes: str, **a
 def _layouts() -> list[Case]:
     """Column-major matrices, as frames hand them over, and channels-first images."""
     shapes = ((200000, 64), (20000, 500))
-    made = _of("layouts", shapes, (FWD, BWD), layout="F-F") + _of(
-        "layouts", shapes, (FWD,), layout="F-C"
-    )
+    made = _of("layouts", shapes, (FWD, BWD), layout="F-F")
+    made += _of("layouts", shapes, (FWD,), layout="F-C")
     return made + _of("layouts", ((32, 96, 56, 56),), (FWD, BWD), axis=1, layout="NCHW")
 
 

@@ -5,6 +5,7 @@ Independent of the package; the same lines run on NumPy and on CuPy.
 
 import functools
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -172,3 +173,9 @@ def judge(
 
 def worst(found: list[tuple[float, float]]) -> tuple[float, float]:
     return max(found, key=lambda e: e[0] / e[1] if e[0] == e[0] else math.inf)
+
+
+def demand(name: Any, error: float, dtype: str, terms: int, ours: bool = True) -> None:
+    """Refuse to time what is wrong."""
+    if not error <= limit(dtype, terms, ours):
+        sys.exit(f"{name} is wrong: error {error:.3g}")

@@ -16,24 +16,21 @@ from bench.device import Device
 from bench.machine import describe, threads
 from bench.peers import OPTIONAL, contenders, names
 from bench.plots import draw, read
-from bench.sweep import sweep
+from bench.table import sweep
 
 MINUTES = 6.0  # after which no case begins: with tables and Dask `make bench` ends within ten
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 1 if a result of ours is wrong."""
-    parser, directions = (
-        command_line("cpu", __doc__),
-        dict.fromkeys(o.direction for o in OPS.values()),
-    )
-    choices = {"groups": GROUPS, "peers": names("cpu"), "ops": directions, "dtypes": ITEMSIZE}
+    parser = command_line("cpu", __doc__)
+    choices = {"groups": GROUPS, "peers": names("cpu"), "dtypes": ITEMSIZE}
+    choices["ops"] = dict.fromkeys(op.direction for op in OPS.values())
     for name, allowed in choices.items():
         about = {"type": some_of(allowed), "help": ",".join(allowed)}
         default = ",".join(p for p in allowed if p not in OPTIONAL)
         parser.add_argument(f"--{name}", default=default, **about)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of turns, per case")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which no case begins")
     parser.add_argument("--out", type=Path, help="folder for the CSV and the summary")
     parser.add_argument("--plots", action="store_true", help="draw the table beside itself")
     given = parser.parse_args(argv)
@@ -50,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
         path = given.out / f"cpu-{host['date']}-{host['commit']}.csv"
-    made, device = table.Table(path, host), Device(60 * given.minutes)
-    cases = [c for c in cpu_cases(given.groups) if c.direction in given.ops]
-    cases = [c for c in cases if c.dtype in given.dtypes]
+    made, device = table.Table(path, host), Device(60 * MINUTES)
+    cases = cpu_cases(given.groups)
+    cases = [c for c in cases if c.direction in given.ops and c.dtype in given.dtypes]
     print(sweep(device, made, cases, lambda inputs: contenders(inputs, given.peers), given.seconds))
     text = table.markdown(table.summary(made.rows))
     print(text)

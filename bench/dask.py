@@ -25,10 +25,9 @@ import cupynorm as cn
 import cupynorm.dask as cd
 from bench import command_line, saved
 from bench.cases import EPS
-from bench.check import Given, limit
+from bench.check import Given, demand
 from bench.machine import THREADS, describe
-from bench.sweep import progress
-from bench.table import dated
+from bench.table import dated, progress
 from cupynorm._ops import LAYER_NORM
 
 COLS = 1000
@@ -45,9 +44,8 @@ def loop(blocks: list[np.ndarray], w: np.ndarray, b: np.ndarray, threads: int = 
             return [cn.layer_norm(block, width, w, b, EPS) for block in blocks]
         from cupynorm.dask import _blocks
 
-        stats = _blocks.statistics(
-            [_blocks.block_moments(a, (1,), LAYER_NORM) for a in blocks], EPS
-        )
+        moments = [_blocks.block_moments(a, (1,), LAYER_NORM) for a in blocks]
+        stats = _blocks.statistics(moments, EPS)
         parts = [slice(lo, lo + width) for lo in range(0, w.size, width)]
         given = zip(blocks, parts, strict=True)
         how = {"axes": (1,), "op": LAYER_NORM, "order": "K"}
@@ -73,9 +71,7 @@ def contenders(block: Grid, grid: Grid, clusters: dict[str, Any]) -> Calls:
     rows, looped = (np.concatenate([a[:16] for a in y], axis=1) for y in (whole, loop(whole, w, b)))
     lazily = cd.layer_norm(local, None, w, b, EPS)[: len(rows)].compute(scheduler="sync")
     for name, y in (("Dask", lazily), ("the loop", looped)):
-        error = Given(np, rows, None, w, b).error_of_y(y)
-        if not error <= limit("float32", w.size, ours=True):
-            sys.exit(f"{name} is wrong: error {error:.3g}")
+        demand(name, Given(np, rows, None, w, b).error_of_y(y), "float32", w.size)
 
     def here(**scheduler: Any) -> Callable[[], Any]:
         return lambda: dask.persist(cd.layer_norm(local, None, w, b, EPS), **scheduler)

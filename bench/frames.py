@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,10 @@ import pyarrow as pa
 import cupynorm as cn
 from bench import command_line, saved, some_of
 from bench.cases import EPS
-from bench.check import Given, limit
-from bench.clock import host_batch, host_rounds, host_turn, interleave
+from bench.check import Given, demand
+from bench.contender import host_times
 from bench.machine import ROOT, describe, threads, version
-from bench.sweep import progress
-from bench.table import dated
+from bench.table import dated, progress
 from cupynorm import frames
 
 N = 100
@@ -96,8 +94,7 @@ def check(calls: dict[str, Callable[[], Any]], df: pd.DataFrame, dtype: Any) -> 
         y = np.asarray(call()[:64], dtype)
         error = Given(np, x[~spoilt]).error_of_y(y[~spoilt])
         same = (np.isnan(y).all(axis=1) == spoilt).all()
-        if not (same and error <= limit(dtype.name, N, ours=False)):
-            sys.exit(f"{name} is wrong: error {error:.3g}, rows with a missing value NaN: {same}")
+        demand(name, error if same else np.nan, dtype.name, N, ours=False)
 
 
 def resident(field: str) -> int:
@@ -111,29 +108,26 @@ def resident(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) * 1024
 
 
-def peak(name: str, contender: str, M: int) -> tuple[float, float]:
-    """Peak memory of one call over the bytes of frame and result: resident, and as traced."""
+def peak(name: str, contender: str, M: int) -> float:
+    """Peak resident memory of one call over the bytes of frame and result."""
     contenders(name, frame(name, 64))[0][contender]()  # compiled code and imports are no part of it
     before = resident("VmRSS")
-    tracemalloc.start()
     df = frame(name, M)
     calls, dtype = contenders(name, df)
     needed = int(df.memory_usage(index=False).sum()) + M * N * dtype.itemsize
     resident("VmRSS")
-    tracemalloc.reset_peak()
     Path("/proc/self/clear_refs").write_text("5")  # resets the highest resident memory
     result = calls[contender]()
-    highest, traced = resident("VmHWM") - before, tracemalloc.get_traced_memory()[1]
+    highest = resident("VmHWM") - before
     del result
-    return highest / needed, traced / needed
+    return highest / needed
 
 
 def row_of(name: str, M: int, seconds: float) -> dict[str, Any]:
     df = frame(name, M)
     calls, dtype = contenders(name, df)
     check(calls, df, dtype)
-    batches = {c: host_batch(call) for c, call in calls.items()}
-    times = interleave(batches, host_turn, host_rounds, seconds)
+    times = host_times(calls, seconds)
     row = {"frame": name, "M": M, "N": N, "dtype": dtype.name}
     row |= {f"{c} ms": round(times[c].median / 1e3, 2) if c in times else "" for c in CONTENDERS}
     over = {c: times[c].median / times["frame"].median for c in CONTENDERS[2:4]}
@@ -142,8 +136,7 @@ def row_of(name: str, M: int, seconds: float) -> dict[str, Any]:
     for contender in ("frame", "numpy"):
         args = [sys.executable, "-m", "bench.frames", "--rows", str(M), "--peak", name, contender]
         done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=True)
-        for kind, value in zip(("peak", "peak traced"), done.stdout.split(), strict=True):
-            row[f"{contender} {kind}"] = round(float(value), 3)
+        row[f"{contender} peak"] = round(float(done.stdout), 3)
     return row
 
 
@@ -157,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     threads()
     if given.peak:
-        print(*peak(*given.peak, given.rows))
+        print(peak(*given.peak, given.rows))
         return 0
     host, rows = describe() | {lib: version(lib) for lib in ("pandas", "pyarrow")}, []
     for name in progress(given.frames, "bench.frames"):

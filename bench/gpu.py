@@ -28,13 +28,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 
 
 from bench import calls, command_line, some_of, training, tune
 from bench.cases import Case, gpu_cases
-from bench.data import make_inputs
-from bench.device import Gpu, ahead, simulated_cupy
+from bench.device import Gpu, ahead, make_inputs, simulated_cupy
 from bench.machine import ROOT, describe
 from bench.peers import contenders, names, ours
 from bench.plots import draw, read
-from bench.sweep import sweep
-from bench.table import Table, claims, faults, markdown, summary
+from bench.table import Table, claims, faults, markdown, summary, sweep
 
 Outcome = tuple[str, str]  # ok, failed or skipped; one sentence
 # A step has this share of the time that is left, against those that still come.
@@ -267,11 +265,11 @@ def main(argv: list[str] | None = None) -> int:
         (given.out / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
         run = Run(given, Gpu(cupy, given.seconds, given.simulate), machine)
         waiting = {name: SHARES.get(name, 1.0) for name in STEPS if name in given.only}
+        device, end = run.device, run.device.deadline
         while waiting:
-            total = sum(waiting.values())
-            name = next(iter(waiting))
-            with run.device.until(waiting.pop(name) / total * min(run.device.time_left(), 86400.0)):
-                getattr(run, name, partial(run.cases, name))()
+            now, total, name = time.monotonic(), sum(waiting.values()), next(iter(waiting))
+            device.deadline = now + waiting.pop(name) / total * min(end - now, 86400.0)
+            getattr(run, name, partial(run.cases, name))()
     print(f"results in {given.out}")
     statuses = [status for _, status, _ in run.outcomes]
     return int("failed" in statuses or "ok" not in statuses)

@@ -13,7 +13,9 @@ import numpy as np
 import cupynorm as cn
 from bench import command_line
 from bench.cases import BWD, FEW, FWD, LAYOUT, OPS, Case, sized
-from bench.data import numpy_dtype
+from bench.device import numpy_dtype
+from tests.nvrtc.check import blocks_by_registers
+from tests.ptx.limits import DeviceLimits
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- model: begin -->", "<!-- model: end -->"
@@ -33,7 +35,6 @@ H100 and to oink's on a GB300, else assumed.
 NEXT_LAUNCH = 2.0  # microseconds between two kernels that wait for each other; assumed
 L2_SHARE = 0.5  # of L2 that keeps what will be read again; assumed
 MARGIN = 4.0  # DeviceTransform's bytes in flight saturate the memory: 1 - exp(-4) = 98 % flow
-REGISTERS, PIECE, PARTITIONS = 65536, 256, 4  # of a multiprocessor; a warp's; each has a quarter
 KEPT = 1024  # bytes of each block's shared memory that the system takes
 CHUNK = 16 * 1024  # bytes that a block of a split row, or of a copy, reads at once
 COPY_BLOCKS = 8  # of 256 threads, on a multiprocessor
@@ -50,7 +51,7 @@ class Gpu(NamedTuple):
     l2_mib: int
     in_flight: int  # KiB per multiprocessor that saturate the memory
     t0: float  # microseconds: launch, fill and drain
-    limits: tuple[int, int, int]  # of a multiprocessor: KiB of shared memory, threads, blocks
+    blocks: int  # of a multiprocessor
     source: str  # of reached
 
     @property
@@ -63,14 +64,13 @@ class Gpu(NamedTuple):
         return self.in_flight * 1024 / MARGIN / (self.supply / 2 / self.sm_count)
 
 
-SM90, SM120 = (228, 2048, 32), (100, 1536, 32)
 GPUS = (
-    Gpu("A100", "sm_80", 108, 2039, 0.88, 40, 16, 7.0, (164, 2048, 32), "assumed; Apex has 0.81"),
-    Gpu("L40S", "sm_89", 142, 864, 0.90, 96, 6, 7.0, (100, 1536, 24), "assumed"),
-    Gpu("H100", "sm_90", 132, 3350, 0.90, 50, 32, 7.3, SM90, "Quack's RMSNorm, 3020 GB/s"),
-    Gpu("H200", "sm_90", 132, 4800, 0.87, 50, 48, 7.3, SM90, "torch.compile's RMSNorm, 4176 GB/s"),
-    Gpu("B200", "sm_100", 148, 8000, 0.89, 126, 64, 9.6, SM90, "triad on a GB300, 7140 GB/s"),
-    Gpu("RTX 5090", "sm_120", 170, 1792, 0.86, 96, 10, 7.0, SM120, "Quack's RMSNorm, 1539 GB/s"),
+    Gpu("A100", "sm_80", 108, 2039, 0.88, 40, 16, 7.0, 32, "assumed; Apex has 0.81"),
+    Gpu("L40S", "sm_89", 142, 864, 0.90, 96, 6, 7.0, 24, "assumed"),
+    Gpu("H100", "sm_90", 132, 3350, 0.90, 50, 32, 7.3, 32, "Quack's RMSNorm, 3020 GB/s"),
+    Gpu("H200", "sm_90", 132, 4800, 0.87, 50, 48, 7.3, 32, "torch.compile's RMSNorm, 4176 GB/s"),
+    Gpu("B200", "sm_100", 148, 8000, 0.89, 126, 64, 9.6, 32, "triad on a GB300, 7140 GB/s"),
+    Gpu("RTX 5090", "sm_120", 170, 1792, 0.86, 96, 10, 7.0, 32, "Quack's RMSNorm, 1539 GB/s"),
 )
 
 
@@ -89,12 +89,12 @@ def matrix() -> dict[str, dict[str, str]]:
 
 
 def resident(entry: str, threads: int, shared_bytes: int, gpu: Gpu) -> int:
-    registers, warps = int(matrix().get(entry, {}).get(gpu.arch) or 64), -(-threads // 32)
-    per_warp = -(-registers * 32 // PIECE) * PIECE
-    shared, most_threads, most_blocks = gpu.limits
-    by_registers = REGISTERS // per_warp // PARTITIONS * PARTITIONS // warps
-    by_shared = shared * 1024 // (shared_bytes + KEPT)
-    return max(1, min(by_registers, by_shared, most_threads // (32 * warps), most_blocks))
+    registers = int(matrix().get(entry, {}).get(gpu.arch) or 64)
+    limits = DeviceLimits.of(gpu.arch.removeprefix("sm_"))
+    by_shared = limits.shared_per_multiprocessor // (shared_bytes + KEPT)
+    by_threads = limits.threads_per_multiprocessor // (-(-threads // 32) * 32)
+    by_registers = blocks_by_registers(limits, registers, threads)
+    return max(1, min(by_registers, by_shared, by_threads, gpu.blocks))
 
 
 def unallocated(shape: tuple[int, ...], dtype: str, by_column: bool) -> Any:

@@ -32,7 +32,7 @@ def read(path: Path) -> Rows:
     return rows
 
 
-def draw(rows: Rows, folder: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
+def draw(rows: Rows, folder: Path) -> list[Path]:
     kind, made = "gpu" if rows[0].get("gpu") else "cpu", []
     for op, about in OPS.items():
         mine = [r for r in rows if r["op"] == op]
@@ -45,11 +45,11 @@ def draw(rows: Rows, folder: Path, formats: tuple[str, ...] = ("png", "svg")) ->
         for name, (plot, chosen) in figures.items():
             if chosen:
                 stem, title = folder / f"{kind}-{name}-{about.direction}", _title(chosen)
-                made += save(lambda plt, p=plot, c=chosen: p(plt, c), stem, title, formats)
+                made += save(lambda plt, p=plot, c=chosen: p(plt, c), stem, title)
     return made
 
 
-def save(plot: Callable[[Any], Any], stem: Path, title: str, formats: Any) -> list[Path]:
+def save(plot: Callable[[Any], Any], stem: Path, title: str) -> list[Path]:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -62,7 +62,7 @@ def save(plot: Callable[[Any], Any], stem: Path, title: str, formats: Any) -> li
         handles = {label: handle for handle, label in found}
         place = {"loc": "outside lower center", "ncols": 4, "frameon": False}
         figure.legend(handles.values(), handles.keys(), **place)
-        paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in formats]
+        paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
         for path in paths:
             figure.savefig(path, dpi=DPI)
         plt.close(figure)

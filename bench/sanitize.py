@@ -12,8 +12,7 @@ from typing import Any
 import cupynorm as cn
 from bench import command_line
 from bench.cases import BOTH, EPS, FWD, Case
-from bench.data import make_inputs
-from bench.device import Gpu, ahead, simulated_cupy
+from bench.device import Gpu, ahead, make_inputs, simulated_cupy
 from bench.peers import ours
 
 # (dtype, M, N): the families by row length, each at a multiple of a vector and off it, forward and

@@ -1,36 +1,27 @@
-"""The CSV: its columns, how a result becomes a row, and what rows say together."""
+"""The CSV: its columns, how results become rows, what rows say together; a sweep that fills it."""
 
 import csv
-import math
 import os
-from collections.abc import Iterable, Iterator
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.cases import BWD, FWD, Case
-from bench.clock import Times
-from bench.contender import Result
+from bench.contender import SECONDS, Builder, Result, Times, interleave, measure
+from bench.device import Device, captured, make_inputs
 from bench.machine import GPU_FACTS, LIBRARIES
+from bench.peers import copies, empty_kernel
 
 # Their meaning: bench/README.md, which a test compares.
 COLUMNS = (
-    *(
-        "op",
-        "group",
-        "dtype",
-        "weight_dtype",
-        "shape",
-        "M",
-        "N",
-        "axis",
-        "layout",
-        "peer",
-        "kernel",
-    ),
-    *("method", "status", "error", "median_us", "p10_us", "p90_us", "best_us", "rounds", "bytes"),
-    *("gb_per_s", "fraction_of_copy", "over_torch", "best_over_torch", "ratio_to_peer", "load"),
-    *("note", "cpu", "cpus", "threads", *GPU_FACTS, "python", *LIBRARIES, "commit", "tree", "date"),
-)
+    "op", "group", "dtype", "weight_dtype", "shape", "M", "N", "axis", "layout", "peer", "kernel",
+    "method", "status", "error", "median_us", "p10_us", "p90_us", "best_us", "rounds", "bytes",
+    "gb_per_s", "fraction_of_copy", "over_torch", "best_over_torch", "ratio_to_peer", "load",
+    "note", "cpu", "cpus", "threads", *GPU_FACTS, "python", *LIBRARIES, "commit", "tree", "date",
+)  # fmt: skip
 TIMED = ("median_us", "p10_us", "p90_us", "best_us", "rounds", "gb_per_s", "fraction_of_copy",
          "over_torch", "best_over_torch", "ratio_to_peer")  # fmt: skip
 Rows = list[dict[str, Any]]
@@ -171,13 +162,8 @@ def _comparable(ours: str, theirs: str) -> bool:
 
 def _figures(found: dict[str, tuple[float, float]]) -> tuple[str, ...]:
     worst = max(found, key=lambda where: found[where][0])
-    means = (geometric_mean(r[k] for r in found.values()) for k in (0, 1))
+    means = (statistics.geometric_mean(r[k] for r in found.values()) for k in (0, 1))
     return str(len(found)), *(f"{m:.2f}" for m in means), f"{found[worst][0]:.2f}", worst
-
-
-def geometric_mean(ratios: Iterable[float]) -> float:
-    logs = [math.log(r) for r in ratios]
-    return math.exp(sum(logs) / len(logs))
 
 
 def claims(rows: Rows) -> Iterator[str]:
@@ -194,13 +180,78 @@ def claims(rows: Rows) -> Iterator[str]:
 def faults(rows: Rows) -> Rows:
     """Rows of ours that are wrong or in error; a candidate may be refused, but never be wrong."""
 
-    def is_fault(r: dict[str, Any]) -> bool:
-        ours, candidate = r["peer"].startswith("cupynorm"), "/" in r["peer"]
-        return (r["status"] == "wrong" and (ours or candidate)) or (r["status"] == "error" and ours)
-
-    return [r for r in rows if is_fault(r)]
+    ours, candidate = (lambda r: r["peer"].startswith("cupynorm")), (lambda r: "/" in r["peer"])
+    wrong = [r for r in rows if r["status"] == "wrong" and (ours(r) or candidate(r))]
+    return wrong + [r for r in rows if r["status"] == "error" and ours(r)]
 
 
 def markdown(lines: list[tuple[str, ...]]) -> str:
     rows = ("| " + " | ".join(row) + " |" for row in (HEADS, ("---",) * len(HEADS), *lines))
     return ABOUT_RATIOS + "\n\n" + "\n".join(rows) + "\n"
+
+
+# -- a sweep over cases: checked, timed, written as it goes ----------------------------------------
+
+Item = TypeVar("Item")
+EVERY = 5.0  # seconds between lines: logs stay readable
+EMPTY_LAUNCHES = 500
+WARM_SECONDS = 1.0  # an idle GPU takes this long to reach its clocks
+
+
+def sweep(
+    device: Device,
+    table: Table,
+    cases: Sequence[Case],
+    contenders: Callable[[Any], list[Builder]],
+    seconds: float = SECONDS,
+) -> str:
+    """Measure the cases until the deadline; a sentence on what was measured."""
+    if device.kind == "cuda" and cases[0].group != "python":
+        _fixed_cost(device, table)
+    done = 0
+    for case in progress(cases, "bench"):
+        if device.time_left() < 0:
+            break
+        try:
+            inputs = make_inputs(device, case)
+            if not done:
+                _warm(device, inputs)
+            table.add(rows_of(case, measure(device, inputs, contenders(inputs), seconds)))
+        except Exception as error:  # the inputs do not fit, say; other cases may
+            note = f"{type(error).__name__}: {error}"
+            table.add([about(case) | {"peer": "cupynorm", "status": "error", "note": note}])
+            device.recover()
+        done += 1
+    left = len(cases) - done
+    return f"{done} cases" + (f"; {left} left out at the deadline" if left else "")
+
+
+def _warm(device: Any, inputs: Any) -> None:
+    if device.simulated or device.kind == "cpu":
+        return
+    contender, end = copies(inputs)[0][1](), time.monotonic() + WARM_SECONDS
+    while time.monotonic() < end:
+        for i in range(len(inputs)):
+            contender.call(i)
+        device.synchronize()
+
+
+def _fixed_cost(device: Any, table: Table) -> None:
+    """t0: what a kernel without work takes of a batch; reported apart, never subtracted."""
+    call, count = empty_kernel(device), 2 if device.simulated else EMPTY_LAUNCHES
+    call(0)
+    device.synchronize()
+    batch = captured(device, lambda: [call(i) for i in range(count)] and None, count)
+    t = interleave({"empty": batch}, device.turn, device.rounds, SECONDS)["empty"]
+    row = {"op": "empty_kernel", "peer": "empty", "kernel": "empty_kernel", "method": batch.method}
+    table.add([row | timing(t) | {"status": "ok", "bytes": 0}])
+
+
+def progress(items: Sequence[Item], label: str) -> Iterator[Item]:
+    """Yield items, and say now and then which one is at work."""
+    said = -EVERY
+    for number, item in enumerate(items, 1):
+        if time.monotonic() - said >= EVERY or number == len(items):
+            print(f"{label} {number}/{len(items)}: {item}", file=sys.stderr, flush=True)
+            said = time.monotonic()
+        yield item

@@ -7,6 +7,7 @@ but each parameter moved by one unit in the last place, up or down by chance, be
 
 import contextlib
 import copy
+import importlib
 import math
 import statistics
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import command_line
-from bench.machine import ROOT, commit, tree_hash
+from bench.machine import ROOT, describe
 from bench.table import write
 
 MODES = {"cuda": ("float32", "bfloat16", "autocast"), "cpu": ("float32", "bfloat16")}
@@ -25,7 +26,6 @@ FLOOR = {"float32": 1e-4, "bfloat16": 2e-2, "autocast": 2e-2}
 TIMES_NUDGED = 4.0
 LEARNT = 0.85  # the mean loss of the last steps over the first loss, at most
 WARM_STEPS = 5  # which compile; not in the times
-MACHINE = ("gpu", "driver", "cuda", "torch", "commit", "tree", "date")
 Rows = list[dict[str, Any]]
 
 
@@ -43,29 +43,23 @@ SIZES = {"cuda": Size(4, 4, 256, 128, 32, 60, 1e-3), "cpu": Size(1, 2, 32, 32, 8
 
 
 def gpt(torch: Any, size: Size, characters: int) -> Any:
-    """A decoder: embeddings, causal blocks, a last norm, and the embedding again as the head."""
+    """A decoder: embeddings, causal blocks, a last norm."""
     nn, about = torch.nn, {"batch_first": True, "norm_first": True}
     layer = nn.TransformerEncoderLayer(size.width, size.heads, 4 * size.width, 0.0, **about)
-    norm = nn.LayerNorm(size.width)
+    norm, about = nn.LayerNorm(size.width), {"enable_nested_tensor": False}
+    made = nn.ModuleDict({"blocks": nn.TransformerEncoder(layer, size.layers, norm, **about)})
+    for name, length in (("token", characters), ("place", size.context)):
+        made[name] = nn.Embedding(length, size.width)
+        nn.init.normal_(made[name].weight, std=0.02)
+    return made
 
-    class GPT(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.token = nn.Embedding(characters, size.width)
-            self.place = nn.Parameter(0.02 * torch.randn(size.context, size.width))
-            self.blocks = nn.TransformerEncoder(
-                layer, size.layers, norm, enable_nested_tensor=False
-            )
-            nn.init.normal_(self.token.weight, std=0.02)
 
-        def forward(self, tokens: Any) -> Any:
-            h = self.token(tokens) + self.place
-            make = nn.Transformer.generate_square_subsequent_mask
-            mask = make(size.context, device=h.device, dtype=h.dtype)
-            h = self.blocks(h, mask, is_causal=True)
-            return h @ self.token.weight.T.to(h.dtype)
-
-    return GPT()
+def logits(torch: Any, model: Any, tokens: Any) -> Any:
+    """Of the next characters; the embedding again is the head."""
+    h = model["token"](tokens) + model["place"].weight
+    make = torch.nn.Transformer.generate_square_subsequent_mask
+    h = model["blocks"](h, make(len(h[0]), device=h.device, dtype=h.dtype), is_causal=True)
+    return (h @ model["token"].weight.T.to(h.dtype)).float().flatten(0, 1)
 
 
 def models(torch: Any, size: Size, characters: int, mode: str, device: str) -> dict[str, Any]:
@@ -105,8 +99,8 @@ def run_mode(torch: Any, size: Size, mode: str, device: str, deadline: float) ->
             wait()
             begin = time.perf_counter()
             with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
-                logits = made[name](window[:, :-1]).float().flatten(0, 1)
-            loss = torch.nn.functional.cross_entropy(logits, window[:, 1:].flatten())
+                scores = logits(torch, made[name], window[:, :-1])
+            loss = torch.nn.functional.cross_entropy(scores, window[:, 1:].flatten())
             optimizers[name].zero_grad()
             loss.backward()
             optimizers[name].step()
@@ -138,14 +132,12 @@ def verdict(rows: Rows) -> tuple[bool, str]:
 
 
 def train(
-    folder: Path, size: Size, device: str, machine: dict[str, str], *, modes: Any = (),
-    deadline: float = math.inf,
-) -> tuple[str, str]:  # fmt: skip
+    folder: Path, size: Size, device: str, machine: Any, modes: Any = (), deadline: float = math.inf
+) -> tuple[str, str]:
     """Run the modes, all by default, write training.csv after each; ok if all of them are."""
     import torch
 
     good, said, rows = True, [], []
-    here = {name: machine.get(name, "") for name in MACHINE}
     for mode in modes or MODES[device]:
         made = run_mode(torch, size, mode, device, deadline)
         if len(made) < size.steps:
@@ -153,7 +145,7 @@ def train(
             continue
         right, sentence = verdict(made)
         good, rows, said = good and right, rows + made, [*said, sentence]
-        write([row | here for row in rows], folder / "training.csv")
+        write([row | machine for row in rows], folder / "training.csv")
     return ("skipped" if not rows else "ok" if good else "failed"), "; ".join(said)
 
 
@@ -175,11 +167,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=tuple(SIZES), default="cuda")
     given = parser.parse_args(argv)
-    import torch
-
-    machine = {"torch": torch.__version__, "commit": commit(), "tree": tree_hash()}
+    machine = describe()
     if given.device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
+        machine["gpu"] = importlib.import_module("torch").cuda.get_device_name()
     status, sentence = train(given.out, SIZES[given.device], given.device, machine)
     print(f"{status}: {sentence}")
     return int(status == "failed")

@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 from unittest import mock
 
 from bench.cases import BWD, EPS, FEW, FWD, ITEMSIZE, OPS, Case, sized
 from bench.contender import Contender, Result, measure, refuse
-from bench.data import Inputs, make_inputs
+from bench.device import Inputs, make_inputs
 from bench.machine import ROOT
 from bench.peers import copies
-from bench.table import Table, geometric_mean, rows_of
+from bench.table import Table, rows_of
 
 DTYPES = ("bfloat16", "float32")
 SECONDS = 0.6

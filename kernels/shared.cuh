@@ -309,7 +309,7 @@ __device__ __forceinline__ void norm_bwd_shared(const GradientArguments<X, W>& a
 
     NextGradient<Op, ALIGNED, STAGING, AHEAD, THREADS, PARTS, VECS, X> next(
         all + (CLUSTER > 1 ? 2 * 3 * 32 : 3 * WARPS), own.begin * COLS,
-        at_most(a.N - own.begin * COLS, own.count * COLS));
+        CLUSTER > 1 ? at_most(a.N - own.begin * COLS, own.count * COLS) : (int)a.N);
     next.start(a, begin, first, n, lane);
     next.put_carried();
     if (STAGING != STAGE_REGISTERS) __syncthreads();

@@ -7,9 +7,8 @@ from typing import Any
 import cupynorm as cn
 from bench.cases import EPS, FWD, OPS
 from bench.contender import Builder, Contender, refuse
-from bench.data import Inputs
-from bench.device import launched
-from bench.peers import arrays, layouts, tensors
+from bench.device import Inputs, launched
+from bench.peers import arrays, tensors
 
 ORDERS = {"F-C": "C", "C-F": "F"}  # of a y that is made; elsewhere it lies as x does
 # Who is slow and would tell nothing new in a sweep, or is not in its figure.
@@ -61,13 +60,10 @@ def kernel_names(inputs: Inputs) -> str:
     case = inputs.case
     if inputs.device.kind == "cpu" or inputs.columns:
         return "columns" if inputs.columns else ""
-    given = inputs.x[0], None, inputs.weight, inputs.bias
-    ways = {
-        "forward": {"out": next(iter(inputs.y), None), "return_stats": case.direction == "both"}
-    }
-    ways["backward"] = {"backward": True}
-    told = [cn.explain(*given, axis=case.axis, **way) for direction, way in ways.items()
-            if case.direction in (direction, "both")]  # fmt: skip
+    x, y, both = inputs.x[0], next(iter(inputs.y), None), case.direction == "both"
+    ways = {"forward": {"out": y, "return_stats": both}, "backward": {"backward": True}}
+    told = [cn.explain(x, None, inputs.weight, inputs.bias, axis=case.axis, **way)
+            for direction, way in ways.items() if both or direction == case.direction]  # fmt: skip
     return "+".join(text.partition(",")[0] for e in told for text in e.launches)
 
 
@@ -127,10 +123,8 @@ def copies(inputs: Inputs) -> list[Builder]:
         return Contender(call, "copy", arrived=same)
 
     if inputs.device.kind == "cpu":
-        return [
-            ("copyto", lambda: Contender(into, arrived=same)),
-            ("copyto fresh", lambda: Contender(fresh, arrived=same, fresh=True)),
-        ]
+        kept, new = Contender(into, arrived=same), Contender(fresh, arrived=same, fresh=True)
+        return [("copyto", lambda: kept), ("copyto fresh", lambda: new)]
     stride = min(-(-vecs // 256), 8 * inputs.device.sm_count)
     return [
         ("copy-stride", lambda: kernel(stride, 0)),
@@ -151,28 +145,23 @@ MAKERS: dict[str, Callable[[Inputs], Contender]] = {
     "cupynorm": ours,
     "cupynorm out=": functools.partial(ours, out=True),
     **{name: functools.partial(tensors.contender, name=name) for name in tensors.FUNCTIONS},
-    **layouts.MAKERS,
+    **tensors.STRIDED,
     **arrays.MAKERS,
 }
-ELSEWHERE = {
-    "cpu": {"liger", "cupy-fuse"},
-    "cuda": {"onnxruntime", "onnxruntime out=", "scikit-learn"},
-}
-COPY_NAMES = {
-    "cpu": ("copyto", "copyto fresh"),
-    "cuda": ("copy-stride", "copy-block", "copy-memcpy"),
-}
-ROWS_ALONE = {*tensors.FUNCTIONS, "cupy-fuse", "onnxruntime", "onnxruntime out="}
+ONNX = {"onnxruntime", "onnxruntime out="}
+ELSEWHERE = {"cpu": {"liger", "cupy-fuse"}, "cuda": {*ONNX, "scikit-learn"}}
+COPIED = {"cpu": ("copyto", "copyto fresh"), "cuda": ("copy-stride", "copy-block", "copy-memcpy")}
+ROWS_ALONE = {*tensors.FUNCTIONS, *ONNX, "cupy-fuse"}
 
 
 def names(kind: str) -> tuple[str, ...]:
-    return (*(n for n in MAKERS if n not in ELSEWHERE[kind]), *COPY_NAMES[kind])
+    return (*(n for n in MAKERS if n not in ELSEWHERE[kind]), *COPIED[kind])
 
 
 def contenders(inputs: Inputs, chosen: Iterable[str]) -> list[Builder]:
     """Builders of those that are asked for and that the layout of a case concerns."""
     wanted = set(chosen) - set(LEFT_OUT.get(inputs.case.group, ()))
     # On rows not the ways to get there; on strided columns not those who know rows alone.
-    wanted -= ROWS_ALONE if inputs.case.strided else layouts.MAKERS.keys()
+    wanted -= ROWS_ALONE if inputs.case.strided else tensors.STRIDED.keys()
     made = [(n, functools.partial(make, inputs)) for n, make in MAKERS.items() if n in wanted]
     return made + [(n, build) for n, build in copies(inputs) if n in wanted]

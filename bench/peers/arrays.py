@@ -8,8 +8,7 @@ from typing import Any
 
 from bench.cases import EPS, FEW, Case
 from bench.contender import Contender, load, refuse
-from bench.data import Inputs, numpy_dtype
-from bench.device import blocking
+from bench.device import Inputs, blocking, numpy_dtype
 from bench.machine import threads
 
 OPSET, IR = 17, 10  # LayerNormalization came with 17; an IR version that older runtimes read
@@ -130,27 +129,18 @@ def _jax_call(jax: Any, inputs: Inputs) -> Callable[[int], Any]:
         w, b = [along(case, a) for a in affine] or (None, None)
         return layer_norm(jax.numpy, x, w, b, case.axis)
 
-    def padded(grads: Any) -> tuple[Any, ...]:
-        return tuple(grads) if affine else (grads[0], None, None)
+    def differentiated(x: Any, dy: Any, *affine: Any) -> tuple[Any, ...]:
+        y, pull = jax.vjp(norm, x, *affine)
+        return y, *pull(dy)
 
+    run, both, pull = map(jax.jit, (norm, differentiated, lambda pull, dy: pull(dy)))
+    absent = () if affine else (None, None)
     if case.direction == "forward":
-        run = jax.jit(norm)
         return lambda i: run(x[i], *affine)
-    if case.direction == "backward":  # what the forward left is given, as others are statistics
-        pull = jax.jit(lambda f, dy: f(dy))
-        left = [jax.vjp(norm, a, *affine)[1] for a in x]
-        return lambda i: padded(pull(left[i], dy[i]))
-
-    @jax.jit
-    def both(x: Any, dy: Any, *affine: Any) -> tuple[Any, ...]:
-        y, f = jax.vjp(norm, x, *affine)
-        return y, f(dy)
-
-    def call(i: int) -> tuple[Any, ...]:
-        y, grads = both(x[i], dy[i], *affine)
-        return y, *padded(grads)
-
-    return call
+    if case.direction == "both":
+        return lambda i: (*both(x[i], dy[i], *affine), *absent)
+    left = [jax.vjp(norm, a, *affine)[1] for a in x]  # given, as others are statistics
+    return lambda i: (*pull(left[i], dy[i]), *absent)
 
 
 def _taken(jax: Any, a: Any) -> Any:
@@ -186,9 +176,8 @@ def onnx_peer(inputs: Inputs, bound: bool = False) -> Contender:
     node = helper.make_node("LayerNormalization", names, ["y"], axis=-1, epsilon=EPS)
     ends = [[helper.make_tensor_value_info(n, kind, case.shape)] for n in "xy"]
     constants = [constant(getattr(inputs, name), name) for name in names[1:]]
-    graph = helper.make_graph([node], "layer_norm", *ends, constants)
-    opset = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=IR)
+    graph, opset = helper.make_graph([node], "layer_norm", *ends, constants), helper.make_opsetid
+    model = helper.make_model(graph, opset_imports=[opset("", OPSET)], ir_version=IR)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads(), 3
     text, providers = model.SerializeToString(), ["CPUExecutionProvider"]

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cupynorm._cuda import rows as tables
 from cupynorm._cuda.launch import BACKWARD, FORWARD, ready
 from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES, Device, Plan, Stage
 from cupynorm._layout import Problem
 from cupynorm._ops import LAYER_NORM
 from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests import oracle
-from tests.conftest import np_dtype
+from tests.conftest import ALL_DTYPES, np_dtype
 from tests.gpu_backend import Machine
 from tests.ptx.launch import Traffic
 
@@ -118,6 +119,23 @@ def cols(chunks, dtype, more=0):
     return (chunks * CHUNK_VECS + more) * VEC_BYTES // ITEMSIZE[dtype] - 1
 
 
+# The two kernels of rows of whole vectors: a type for each family.
+WHOLE = [
+    *zip(["forward"] * 5, (*FAMILIES, "cluster"), ("bfloat16", "float32") * 3, strict=False),
+    *zip(["backward"] * 5, (*FAMILIES, "cluster"), ("float32", "bfloat16") * 3, strict=False),
+    *(("forward", "warp", "float64"), ("forward", "block", "float16")),
+]
+
+
+def edges():
+    """The ends of the tables' rows: a type for each, that of the next one's first length."""
+    most = 227 * 1024 // VEC_BYTES - 60  # of sm_90
+    forward = [min(row.max_vecs, most) for row in tables.FORWARD[:-1] if row.cluster == 1]
+    backward = [row.max_vecs for row in tables.BACKWARD if row.family in tables.REGISTERS]
+    for direction, limits in (("forward", forward), ("backward", backward)):
+        yield from ((direction, ALL_DTYPES[i % 4], vecs) for i, vecs in enumerate(limits))
+
+
 # --- devices ------------------------------------------------------------------------------------
 
 
@@ -133,12 +151,6 @@ def device_for(machine, family, direction="forward", sm_count=None):
     if direction == "forward" and family == "shared":
         device = dataclasses.replace(device, max_cluster=1)
     return device if sm_count is None else dataclasses.replace(device, sm_count=sm_count)
-
-
-def need_the_memory_of_sm_90(machine):
-    """Skip what looks at K4's table on a device that holds less of a row, such as sm_120."""
-    if machine.device.shared_bytes < 227 * 1024:
-        pytest.skip("this row of the table is for devices with 227 KiB of shared memory")
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -235,12 +247,13 @@ def far_rows(machine, name, nbytes):
 
 @dataclass(frozen=True)
 class Result:
-    """What a plan wrote, and what each of its launches moved (nothing is counted on a GPU)."""
+    """What a plan wrote, and what its launches moved (nothing is counted on a GPU)."""
 
     arrays: tuple[np.ndarray | None, ...]  # y, mean, rstd; or dx, dweight, dbias
     backward: bool
     plan: Plan
     traffic: tuple[Traffic, ...] = field(default=(), repr=False)
+    totals: tuple[Traffic, ...] = field(default=(), repr=False)  # of column_totals
 
     def bits(self) -> tuple[bytes | None, ...]:
         """Of all arrays."""
@@ -276,8 +289,6 @@ def run(
     stats: bool = True,  # of a forward
     in_place: bool = False,
     wanted: Sequence[bool] = (True, True, True),  # of a backward
-    totals: Sequence[str] = (),  # dtypes of dweight and dbias; weight's, or the statistics'
-    add: bool = False,  # whether column_totals itself adds up the partials
 ) -> Result:
     """Run the plan for a case, with a family by force where one is named."""
     if family is not None or sm_count is not None:
@@ -301,8 +312,8 @@ def run(
         arrays["dx"] = arrays["dx"] if wanted[0] else None
         for name, vector in zip(("mean", "rstd"), statistics(case.x, eps), strict=True):
             arrays[name] = vector_at(machine, name, vector, 0)
-        totals = totals or (dtypes["weight"] or kind,) * 2
-        for name, total, want in zip(results[1:], totals, wanted[1:], strict=True):
+        total = dtypes["weight"] or kind
+        for name, want in zip(results[1:], wanted[1:], strict=True):
             dtypes[name] = total if want else None
             arrays[name] = Rows(machine, name, np_dtype(total), (1, 1, N)) if want else None
     else:
@@ -316,13 +327,12 @@ def run(
     problem = problem_of(dtypes, sizes, strides, case.backward, stats=stats and not case.backward)
     pointers = {name: a.ptr for name, a in there.items()}
     memories = list({a.ptr: a.memory for a in there.values()}.values())
-    plan, traffic = execute(
-        machine, problem, device, pointers, memories, eps=eps, seed=seed, add=add
-    )
+    plan, traffic = execute(machine, problem, device, pointers, memories, eps=eps, seed=seed)
     assert family is None or plan.family == family
     got = [there[name].get() if name in there else None for name in results]
     flat = (None if a is None else a[0] for a in got[1:])
-    return Result((got[0], *flat), case.backward, plan, traffic)
+    ours = sum(stage.template != "column_totals" for stage in plan.stages)
+    return Result((got[0], *flat), case.backward, plan, traffic[:ours], traffic[ours:])
 
 
 def execute(
@@ -334,18 +344,17 @@ def execute(
     *,
     eps: float = 1e-5,
     seed: int | None = 0,
-    add: bool = True,
 ) -> tuple[Plan, tuple[Traffic, ...]]:
     """Launch each stage of the plan of a problem, on arrays by name.
 
     The simulator takes most of a backward's time for the 1024 threads with which column_totals adds
-    up 32 columns. Where that is not what is tested, `add` is false, and they are added here.
+    up 32 columns: those of long rows are added here.
     """
-    traffic = []
+    traffic, host = [], machine.name == "simulated" and problem.N > 1024
 
     def load(stage: Stage) -> Any:
         def launch(grid: Any, block: Any, args: Any, shared_bytes: int, stream: Any) -> None:
-            if stage.template == "column_totals" and not add and machine.name == "simulated":
+            if stage.template == "column_totals" and host:
                 add_partials(machine, {m.ptr: m for m in held}, stage, *args)
             else:
                 traffic.append(machine.run(stage, args, held, seed))
@@ -362,15 +371,12 @@ def execute(
 
 def add_partials(machine, memories, stage, partials, count, pitch, N, *targets):
     """What column_totals does, bit for bit, as test_row_inputs.py shows."""
-    dtypes = stage.weight_dtype, stage.bias_dtype
-    wanted = [(memories[at], d) for at, d in zip(targets, dtypes, strict=True) if at]
-    kind, turns = np.dtype(stage.x_dtype), -(-count // 32)
+    wanted = zip(targets, (stage.weight_dtype, stage.bias_dtype), strict=True)
+    wanted, kind = [(memories[at], d) for at, d in wanted if at], np.dtype(stage.x_dtype)
     flat = machine.get(memories[partials]).view(kind)[: len(wanted) * count * pitch]
-    padded = np.zeros((len(wanted), turns * 32, N), kind)
-    padded[:, :count] = flat.reshape(len(wanted), count, pitch)[..., :N]
-    sums = np.zeros((len(wanted), 32, N), kind)
-    for turn in range(turns):
-        sums += padded[:, 32 * turn : 32 * (turn + 1)]
+    sums = np.zeros((len(wanted), -(-count // 32) * 32, N), kind)
+    sums[:, :count] = flat.reshape(len(wanted), count, pitch)[..., :N]
+    sums = functools.reduce(np.add, np.split(sums, -(-count // 32), axis=1))
     while sums.shape[1] > 1:
         half = sums.shape[1] // 2
         sums = sums[:, :half] + sums[:, half:]

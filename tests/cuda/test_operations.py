@@ -6,12 +6,13 @@ import pytest
 import cupynorm as cn
 from tests import oracle
 from tests.conftest import np_dtype
+from tests.cuda.rows import length
 from tests.cuda.test_arrays import FORWARD, LENGTHS, numbers
 
 ADDS = {True: (cn.add_layer_norm, cn.layer_norm), False: (cn.add_rms_norm, cn.rms_norm)}
-SUMS = [  # a family with each; float32 in whole vectors
+SUMS = [  # each family; a warp's rows of float32 in whole vectors
     *(("warp", True, "float32"), ("block", False, "float32"), ("split", True, "float32")),
-    *(("shared", True, "bfloat16"), ("cluster", False, "bfloat16"), ("warp", False, "bfloat16")),
+    *(("shared", True, "bfloat16"), ("cluster", False, "float32"), ("warp", False, "bfloat16")),
 ]
 # Each family with one value of a flag, and the next one with the other.
 IN_TURN = [(family, i % 2 == 0) for i, family in enumerate(FORWARD)]
@@ -65,14 +66,17 @@ def test_rms_norm_backward(cp, family, unit):
 def test_a_sum_has_the_bits_of_two_calls(cp, family, center, dtype):
     """The sum is written once, also over the residual and at any address; y over x."""
     fused, alone = ADDS[center]
-    N = LENGTHS["forward"][family][0] + (dtype == "float32")
+    N = length(family, dtype) if family != "split" else LENGTHS["forward"]["split"][0]
+    N += (family, dtype) == ("warp", "float32")
     x, r = (numbers(3, N).astype(np_dtype(dtype)) for _ in range(2))
     total = (x.astype(np.float32) + r.astype(np.float32)).astype(x.dtype)
     X, R, W = cp.asarray(x), cp.asarray(r), cp.asarray(numbers(N))
-    expected = alone(cp.asarray(total), weight=W, eps=1e-5).get().tobytes()
-    y, s = fused(X, R, weight=W, eps=1e-5)
+    how = {"weight": W, "eps": 1e-5} | ({"bias": W} if center else {})
+    expected = alone(cp.asarray(total), **how).get().tobytes()
+    y, s = fused(X, R, **how)
+    assert not hasattr(cp, "simulator") or f"_{family}_" in cp.simulator.launches[-1].name
     assert (s.get().tobytes(), y.get().tobytes()) == (total.tobytes(), expected)
-    y, s, *stats = fused(X, R, weight=W, eps=1e-5, out=X, sum_out=R, return_stats=True)
+    y, s, *stats = fused(X, R, **how, out=X, sum_out=R, return_stats=True)
     assert y is X and s is R and len(stats) == 1 + center
     assert (R.get().tobytes(), X.get().tobytes()) == (total.tobytes(), expected)
 

@@ -1,5 +1,6 @@
 """The tables of K1 to K5 and what is chosen from them, over every row length."""
 
+import bisect
 import dataclasses
 import itertools
 import re
@@ -8,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cupynorm._cuda.arguments import ENTRIES, entry_of
 from cupynorm._cuda.launch import choose_plan
 from cupynorm._cuda.plan import (
     CHUNK_PARTIALS,
-    CHUNK_THREADS,
     CHUNK_VECS,
     MAX_GRID_X,
     VEC_BYTES,
@@ -20,12 +21,10 @@ from cupynorm._cuda.plan import (
 from cupynorm._cuda.rows import (
     APPLY_VECS,
     BACKWARD,
-    CLUSTER_SPLIT_MIN_VECS,
     FORWARD,
     MAX_SECTIONS,
     REGISTERS,
     ROWS_PER_PARTIAL,
-    SPLIT_MIN_VECS,
     choose_row,
     resident_clusters,
 )
@@ -243,12 +242,21 @@ def test_what_is_wanted_and_how_many_rows(dtype):
 
 @EACH
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_every_length_in_registers_is_held(direction, dtype):
-    """K1 and K2, and the backward's K3, whose launch changes with every few columns."""
+def test_every_length_has_its_row_and_is_held(direction, dtype):
+    """Without clusters each row has an interval; K1, K2 and K3 backward hold what they take."""
+    table = [row for row in TABLES[direction] if row.cluster == 1]
+    limits = np.array([row.max_vecs for row in table])
+    assert (np.diff(limits) > 0).all() and limits[-1] >= 2**60
+    families = [family for family, _ in itertools.groupby(row.family for row in table)]
+    assert families == ["warp", "block", "shared", "split"]
+    roomy = dataclasses.replace(BEFORE, shared_bytes=2**30)
+    per_vec = VEC_BYTES // ITEMSIZE[dtype]
     most, step = (2048, 3) if direction == "forward" else (4097, 11)
-    for N in range(1, most * VEC_BYTES // ITEMSIZE[dtype] + 1, step):
-        plan, vecs = checked(direction, N, dtype, BEFORE), vecs_of(N, dtype)
-        row = next(r for r in TABLES[direction] if r.cluster == 1 and vecs <= r.max_vecs)
+    ends = [int(vecs) * per_vec for vecs in (*limits[:-1], *(limits[:-1] + 1))]
+    for N in (*range(1, most * per_vec + 1, step), *ends):
+        row = table[np.searchsorted(limits, vecs_of(N, dtype))]
+        assert choose_row(problem(direction, N, dtype), roomy) is row
+        plan = checked(direction, N, dtype, BEFORE)
         assert plan.family in (row.family, "split" if row.family == "shared" else row.family)
 
 
@@ -260,7 +268,10 @@ def for_any_address(plan):
 @pytest.mark.parametrize("device", [SM90, BEFORE, device_of("120")], ids=["90", "before", "120"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_chunk_edge_is_held(dtype, device):
-    """K3 to K5 change with the number of chunks alone: each edge up to a million columns."""
+    """K3 to K5 change with the number of chunks alone: each edge up to a million columns.
+
+    Far beyond it is K5 for any number of rows.
+    """
     per_chunk = CHUNK_VECS * VEC_BYTES // ITEMSIZE[dtype]
     for edge in range(2 * per_chunk, EVERY_N + per_chunk, per_chunk):
         before = None
@@ -272,24 +283,12 @@ def test_every_chunk_edge_is_held(dtype, device):
         if edge < 130 * per_chunk:
             checked("backward", edge + 1, dtype, device)
             checked("backward", edge + per_chunk, dtype, device)
-
-
-@EACH_DTYPE
-@pytest.mark.parametrize("exponent", [20, 24, 30, 31, 32, 33])
-def test_edges_far_beyond(dtype, exponent):
-    for direction, delta, rows in itertools.product(TABLES, (-1, 0, 1), (1, 7)):
-        plan = checked(direction, 2**exponent + delta, dtype, rows=rows)
+    far = itertools.product(TABLES, (20, 24, 30, 31, 32, 33), (-1, 0, 1), (1, 7))
+    for direction, exponent, delta, rows in far:
+        plan = checked(direction, 2**exponent + delta, dtype, device, rows=rows)
         assert plan.family == "split"
         if direction == "forward" and rows == 1:
             assert plan.workspace_bytes <= 8 * (3 * MAX_SECTIONS + 4)
-
-
-def test_workspace_of_huge_problems_stays_small():
-    for N, rows in ((64, 10**8), (768, 10**7), (8192, 10**6), (10**6, 10**4), (10**9, 4)):
-        plan = plan_of("backward", N, rows=rows)
-        assert plan.workspace_bytes <= 0.7 * 4 * N * rows
-        assert plan.workspace_bytes < 2 * 1024**3 or N > 10**8
-    assert plan_of("forward", 3_000_000, rows=7).workspace_bytes < 0.002 * 7 * 3_000_000 * 4
 
 
 @pytest.mark.parametrize(
@@ -317,71 +316,6 @@ def test_too_many_rows(direction, N, most):
 # --- the tables -----------------------------------------------------------------------------------
 
 
-@EACH
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_every_length_has_exactly_one_row(direction, dtype):
-    """Without clusters, in memory enough: an interval for each row, from the one before on."""
-    table = [row for row in TABLES[direction] if row.cluster == 1]
-    limits = np.array([row.max_vecs for row in table])
-    assert (np.diff(limits) > 0).all() and limits[-1] >= 2**60
-    families = [family for family, _ in itertools.groupby(row.family for row in table)]
-    assert families == ["warp", "block", "shared", "split"]
-    device = dataclasses.replace(BEFORE, shared_bytes=2**30)
-    vecs = {*range(1, vecs_of(EVERY_N, dtype), EVERY_N // 997), *limits[:-1], *(limits[:-1] + 1)}
-    for near in map(int, vecs):
-        N = near * VEC_BYTES // ITEMSIZE[dtype]
-        row = choose_row(problem(direction, N, dtype), device)
-        assert row is table[np.searchsorted(limits, near)]
-
-
-def ends(direction, dtype, device, most):
-    """(last number of chunks, constants) of each run of chunks that has one K4 kernel."""
-    found = {}
-    for chunks in range(1, most):
-        plan = of_chunks(direction, chunks, dtype, device=device)
-        if plan.family == "cluster":
-            found[plan.stages[0].constants] = chunks
-    return [(chunks, constants) for constants, chunks in found.items()]
-
-
-def test_limits_on_sm_90():
-    """Written out: where the kernels change, in chunks of 16 KiB."""
-    wide = [
-        (n, (*c, 2)) for n, c in ((8, (2, 256)), (16, (4, 256)), (32, (8, 256)), (112, (8, 512)))
-    ]
-    assert ends("forward", "float32", SM90, 130) == wide
-    narrow = [(4, (2, 256, 2)), (8, (4, 256, 2)), *wide[2:]]
-    assert ends("forward", "float16", SM90, 130) == narrow
-    assert ends("forward", "float64", SM90, 130) == [*wide[:3], (104, (8, 512, 2))]
-    copied = [(n, (*c, 4, 2)) for n, c in ((4, (2, 512)), (8, (4, 512)), (16, (8, 512)))]
-    kept = [*copied, (24, (8, 768, 4, 0)), (32, (8, 256, 16, 0))]
-    for dtype, last in (("float16", 4), ("float32", 5)):
-        found = [(n, (*c, 0, 1, 1, 1)) for n, c in kept[:last]]  # none into registers ahead
-        assert ends("backward", dtype, SM90, 40) == found
-    # The longest row of the forward: 8 blocks of 14 chunks, 1.75 MiB; one more fits no block.
-    stage = of_chunks("forward", 112, "float16").stages[0]
-    assert stage.shared_bytes + CHUNK_VECS * VEC_BYTES > SM90.shared_bytes
-    for dtype in ITEMSIZE:
-        for direction, before, beyond in (("forward", "block", 113), ("backward", "shared", 33)):
-            assert of_chunks(direction, 2, dtype).family == before
-            assert of_chunks(direction, 2, dtype, more=1).family == "cluster"
-            assert of_chunks(direction, beyond, dtype).family == "split"
-
-
-def test_every_row_of_clusters_is_reached():
-    for direction, table in TABLES.items():
-        rows = [row for row in table if row.cluster > 1]
-        keys = [(r.cluster, r.threads, *([4 * r.chunks] if r.chunks else [])) for r in rows]
-        made = {
-            constants[: len(keys[0])]
-            for capability, dtype in itertools.product(("90", "100", "120"), ITEMSIZE)
-            for _, constants in ends(direction, dtype, device_of(capability), 130)
-        }
-        assert made == set(keys)
-        assert {row.cluster for row in rows} == {2, 4, 8}
-        assert all(row.threads % CHUNK_THREADS == 0 for row in rows)
-
-
 def test_no_more_clusters_than_run_at_once():
     """Quack publishes what an RTX 5090 holds: 85, 41 and 19 clusters of 2, 4 and 8."""
     for cluster, held in ((2, 85), (4, 41), (8, 19)):
@@ -393,28 +327,13 @@ def test_no_more_clusters_than_run_at_once():
 @EACH_DTYPE
 def test_shared_memory_is_used_up_to_the_last_vector(capability, dtype):
     """K3 ends where the device's shared memory does, and K5 begins with the next vector."""
-    device = device_of(capability)
-    per_vec = VEC_BYTES // ITEMSIZE[dtype]
-    low, high = 2048, 15 * CHUNK_VECS + 1  # the last row that fits lies between
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = plan_of("forward", middle * per_vec, dtype, device).family == "shared"
-        low, high = (middle, high) if fits else (low, middle)
-    last = checked("forward", low * per_vec, dtype, device)
+    device, per_vec = device_of(capability), VEC_BYTES // ITEMSIZE[dtype]
+    is_split = lambda vecs: plan_of("forward", vecs * per_vec, dtype, device).family == "split"  # noqa: E731
+    first = bisect.bisect_left(range(15 * CHUNK_VECS + 1), True, lo=2048, key=is_split)
+    last = checked("forward", (first - 1) * per_vec, dtype, device)
     assert last.family == "shared"
     assert last.stages[0].shared_bytes + VEC_BYTES + 24 * 8 > device.shared_bytes
-    assert plan_of("forward", low * per_vec + 1, dtype, device).family == "split"
-
-
-def kept_by_shared(dtype, device, totals):
-    """Vectors of a thread for which K3 runs backward."""
-    device = dataclasses.replace(device, max_cluster=1)
-    per_vec = VEC_BYTES // ITEMSIZE[dtype]
-    return [
-        v
-        for v in range(3, 10)
-        if plan_of("backward", 512 * v * per_vec, dtype, device, totals=totals).family == "shared"
-    ]
+    assert plan_of("forward", (first - 1) * per_vec + 1, dtype, device).family == "split"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -425,31 +344,17 @@ def test_shared_memory_is_used_up_backward(capability, dtype, totals):
 
     With 64 KiB of shared memory and float16 it has no row: K5 follows K2.
     """
-    device = device_of(capability)
-    held = kept_by_shared(dtype, device, totals)
-    assert held == list(range(3, 3 + len(held)))
-    if len(held) < 6:
-        roomy = dataclasses.replace(device, shared_bytes=2**20, max_cluster=1)
-        N = 512 * (3 + len(held)) * VEC_BYTES // ITEMSIZE[dtype]
-        a_vector_more = plan_of("backward", N, dtype, roomy, totals=totals).stages[0]
-        assert a_vector_more.shared_bytes > device.shared_bytes
+    device = dataclasses.replace(device_of(capability), max_cluster=1)
+    roomy = dataclasses.replace(device, shared_bytes=2**20)
 
+    def plan(vecs, device):  # of a thread
+        N = 512 * vecs * VEC_BYTES // ITEMSIZE[dtype]
+        return plan_of("backward", N, dtype, device, totals=totals)
 
-def test_which_sums_are_wanted_decides_what_fits():
-    """float16 on sm_86, in vectors of a thread: one sum takes half the memory of two."""
-    for totals, last in ((BOTH, 3), (("float16", None), 6), (NEITHER, 8)):
-        assert kept_by_shared("float16", device_of("86"), totals)[-1] == last
-
-
-@EACH
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_both_halves_are_planned_alike(direction, dtype):
-    for N in (1, 64, 65, 1000, 5000, 20_000, 60_000, 200_000):
-        mine, other = (
-            [dataclasses.replace(s, name="", x_dtype="") for s in plan_of(direction, N, d).stages]
-            for d in (dtype, "float16")
-        )
-        assert mine == other
+    held = [vecs for vecs in range(3, 10) if plan(vecs, device).family == "shared"]
+    more = 3 + len(held)
+    assert held == list(range(3, more))
+    assert more >= 9 or plan(more, roomy).stages[0].shared_bytes > device.shared_bytes
 
 
 # --- the number of rows -------------------------------------------------------------------------
@@ -462,49 +367,40 @@ def without_rows(plan):
     return dataclasses.replace(plan, stages=stages, **free)
 
 
-@pytest.mark.parametrize(
-    ("device", "long", "many"),
-    [
-        (BEFORE, SPLIT_MIN_VECS, (1, 2, 66, 67, 1000, 10**6)),
-        (SM90, CLUSTER_SPLIT_MIN_VECS, (1, 2, 8, 9, 1000, 10**6)),
-    ],
-    ids=["shared", "cluster"],
-)
+# Numbers of rows, of which the first few take K5 where a row has so many vectors.
+FEW_ROWS = {
+    "forward without clusters": ((1, 2, 66), (67, 1000, 10**6), BEFORE, 8 * CHUNK_VECS),
+    "forward": ((1, 2, 8), (9, 1000, 10**6), SM90, 64 * CHUNK_VECS),
+    "backward without clusters": ((), (1, 2, 133, 10**6), BEFORE, None),
+}
+
+
+@pytest.mark.parametrize("name", FEW_ROWS)
 @EACH_DTYPE
-def test_rows_choose_only_between_split_and_another(dtype, device, long, many):
-    """As many blocks as half the multiprocessors, and a row long enough; the bits are the same."""
-    edges = {row.max_vecs for row in FORWARD[:-1] if row.cluster == 1}
-    edges |= {long, 14_300, 40_000, 20 * CHUNK_VECS, 63 * CHUNK_VECS, 100 * CHUNK_VECS}
-    for vecs, more in itertools.product(edges, (0, 1)):
-        N = (vecs + more) * VEC_BYTES // ITEMSIZE[dtype]
-        plans = [plan_of("forward", N, dtype, device, rows=rows) for rows in many]
+def test_rows_change_grids_alone(name, dtype):
+    """A row has the same bits in every batch; K5, which takes few long rows, gives them too."""
+    few, more, device, long = FEW_ROWS[name]
+    direction, backward = name.split()[0], long is None
+    vecs = {row.max_vecs for row in FORWARD[:-1] if row.cluster == 1}
+    vecs |= {long or 0, 14_300, 40_000, *(n * CHUNK_VECS for n in (20, 63, 100))}
+    ends = [(v + k) * VEC_BYTES // ITEMSIZE[dtype] for v in vecs for k in (0, 1)]
+    every = lengths(direction, dtype) if backward else ends
+    sums = (BOTH, ("float32", None), NEITHER) if backward else (BOTH,)
+    for N, totals in itertools.product(every, sums):
+        how = {"dtype": dtype, "totals": totals}
+        plans = [plan_of(direction, N, device=device, rows=rows, **how) for rows in (*few, *more)]
+        if backward:  # nor does the device's size
+            smaller = dataclasses.replace(device, sm_count=16)
+            plans.append(plan_of(direction, N, device=smaller, rows=MANY, **how))
         families = [plan.family for plan in plans]
         if len(set(families)) == 2:
-            assert vecs + more >= long
-            assert families[:3] == ["split"] * 3 and "split" not in families[3:]
+            assert vecs_of(N, dtype) >= long
+            assert {*families[: len(few)]} == {"split"} and "split" not in families[len(few) :]
             # One section per chunk, so that the trees over the chunks are the same.
-            assert all(p.chunks_per_section == 1 for p in plans[:3])
+            assert all(p.chunks_per_section == 1 for p in plans[: len(few)])
         for family in set(families):
             same = [without_rows(plan) for plan in plans if plan.family == family]
             assert all(plan == same[0] for plan in same)
-    assert (SPLIT_MIN_VECS, CLUSTER_SPLIT_MIN_VECS) == (8 * CHUNK_VECS, 64 * CHUNK_VECS)
-
-
-@EACH_DTYPE
-@EACH_TOTALS
-def test_rows_choose_no_family_backward(dtype, totals):
-    """Nor anything else but grids: the bits of a row of dx are the same in every batch.
-
-    But for K4 and K5, whose dx has the same bits.
-    """
-    many = [(BEFORE, rows) for rows in (1, 2, 133, 10**6)]
-    many.append((dataclasses.replace(BEFORE, sm_count=16), MANY))
-    for N in lengths("backward", dtype):
-        plans = [
-            without_rows(plan_of("backward", N, dtype, device, rows=rows, totals=totals))
-            for device, rows in many
-        ]
-        assert all(plan == plans[0] for plan in plans)
 
 
 @pytest.mark.parametrize("totals", [BOTH, NEITHER])
@@ -523,17 +419,46 @@ def test_rows_choose_between_cluster_and_split_backward(totals):
 # --- names and texts ------------------------------------------------------------------------------
 
 
-def test_constants_agree_with_the_kernel_text():
-    text = (kernels_folder() / "split.cuh").read_text(encoding="utf-8")
-    assert f"APPLY_VECS = {APPLY_VECS}," in text
-    chunk = (kernels_folder() / "statistics.cuh").read_text(encoding="utf-8")
-    warps, vecs = (
-        int(re.search(rf"\b{name} = (\d+),", chunk)[1]) for name in ("CHUNK_WARPS", "CHUNK_VECS")
-    )
-    assert (32 * warps, 32 * warps * vecs) == (CHUNK_THREADS, CHUNK_VECS)
-    assert 3 * warps + 1 == CHUNK_PARTIALS
-    assert "CHUNK_PARTIALS = 3 * CHUNK_WARPS + 1" in chunk
-    assert plan_of("backward", 10**6).stages[2].block == (CHUNK_THREADS, 1, 1)
+KERNELS_TEXT = "\n".join(
+    path.read_text(encoding="utf-8") for path in sorted(kernels_folder().iterdir(), key=str)
+)
+
+
+def declared(text):
+    """(type, name) of each C declaration; several may share a type."""
+    found = []
+    for line in re.sub(r"//.*", "", text).replace(",\n", ", ").split(";"):
+        kind, names = re.fullmatch(r"\s*((?:const )?\w+\*?)\s+([\w, ]+?)\s*", line).groups()
+        found += [(kind, name) for name in names.split(", ")]
+    return found
+
+
+def parameters(entry):
+    return [tuple(p.replace("{", "").replace("}", "").rsplit(" ", 1)) for p in entry.split(", ")]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kernel", sorted(ENTRIES))
+def test_fields_and_parameters_are_those_of_the_kernel(kernel, residual):
+    """By name, order and type: the struct's, and what the kernel takes beside it or without one."""
+    entry = entry_of(kernel, residual)
+    mine = parameters(entry.parameters)
+    signature = re.search(rf"void (?:norm_)?{kernel}\(([^)]*)\)", KERNELS_TEXT)[1]
+    taken = [tuple(p.rsplit(" ", 1)) for p in re.split(r",\s+(?![^<]*>)", signature.strip())]
+    if entry.struct:
+        body = re.search(
+            rf"struct {entry.struct} {{\n(?:    typedef[^\n]*\n)?(.*?)\n}};", KERNELS_TEXT, re.S
+        )[1]
+        fields = declared(body.rstrip().removesuffix(";"))[: len(entry.fields)]
+        assert mine[: len(fields)] == fields
+        types = ", ".join(entry.types.split())
+        assert taken[0][0] == f"const {entry.struct}<{types}>&"
+        mine, taken = mine[len(fields) :], taken[1:]
+    assert len(mine) == len(taken)
+    for (kind, name), (theirs, called) in zip(mine, taken, strict=True):
+        there = theirs.replace(" __restrict__", "").replace("Y*", "X*")  # K7 calls y's type Y
+        assert there in (kind, f"const {kind}"), name  # what is written to is not const
+        assert name == called or "*" in kind  # an address may have a name of its own there
 
 
 def every_stage(direction):

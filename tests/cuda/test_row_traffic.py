@@ -7,7 +7,19 @@ import pytest
 from cupynorm._cuda.plan import CHUNK_VECS, VEC_BYTES
 from cupynorm._rules import ITEMSIZE, stats_dtype
 from tests.conftest import ALL_DTYPES
-from tests.cuda.rows import DX_ALONE, FAMILIES, SHAPED, At, case, cols, device_for, length, run
+from tests.cuda.rows import (
+    DX_ALONE,
+    FAMILIES,
+    SHAPED,
+    WHOLE,
+    At,
+    case,
+    cols,
+    device_for,
+    edges,
+    length,
+    run,
+)
 from tests.cuda.test_plan import plan_of
 from tests.gpu_backend import SIMULATED
 from tests.report import put_table
@@ -120,22 +132,23 @@ def test_statistics_and_weight_of_the_backward(family):
 def test_partials_are_written_and_read_once(family, wanted):
     """With the bytes that the plan gives them; the columns past N are not read."""
     N, rows = length(family, "float32", "backward"), ROWS[family]
-    result = run(SIMULATED, case("backward", rows, N), family, sm_count=1, wanted=wanted, add=True)
+    result = run(SIMULATED, case("backward", rows, N), family, sm_count=1, wanted=wanted)
     plan, totals = result.plan, sum(wanted[1:])
     kept = 4 * totals * plan.partials * plan.pitch
     own = 12 * rows * (plan.sections + 1) if family == "split" else 0
     assert plan.workspace_bytes == kept + own
     assert plan.partials < rows
-    *_, last, columns = result.traffic
-    assert last["workspace"].written_bytes == last["workspace"].distinct_written_bytes == kept
-    assert set(last["workspace"].write_widths) == {VEC_BYTES}
-    assert columns["workspace"].read_bytes == 4 * totals * plan.partials * N
-    assert columns["workspace"].distinct_read_bytes == 4 * totals * plan.partials * N
-    assert columns["workspace"].written_bytes == 0
-    for name in ("dweight", "dbias")[2 - totals :]:
-        assert columns[name].written_bytes == 4 * N
-    if family != "split":
-        assert last["workspace"].read_bytes == 0
+    last = result.traffic[-1]["workspace"]
+    assert last.written_bytes == last.distinct_written_bytes == kept
+    assert set(last.write_widths) == {VEC_BYTES}
+    assert family == "split" or last.read_bytes == 0
+    assert bool(result.totals) == (family == "warp")  # of longer rows not executed
+    for columns in result.totals:
+        read = columns["workspace"]
+        assert read.read_bytes == read.distinct_read_bytes == 4 * totals * plan.partials * N
+        assert read.written_bytes == 0
+        for name in ("dweight", "dbias")[2 - totals :]:
+            assert columns[name].written_bytes == 4 * N
 
 
 def test_what_is_not_wanted_moves_nothing():
@@ -180,125 +193,99 @@ def test_workspace_of_the_split_forward(dtype):
     assert stats.read_bytes == normalizing.written_bytes == 0
 
 
-def partials_share(dtype, N, rows):
-    """Bytes that partials move twice, over the bytes of dy, x and dx, on sm_90; the family."""
-    plan = plan_of("backward", N, dtype, rows=rows, weight=dtype, totals=(dtype, dtype))
-    partials = 2 * plan.partials * plan.pitch * ITEMSIZE[stats_dtype(dtype)]
-    return 2 * partials / (3 * rows * N * ITEMSIZE[dtype]), plan.family
-
-
-def test_partials_are_a_small_part_of_what_moves(request):
-    """Up to two thirds where rows are few, and next to nothing where they are many.
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_partials_are_a_small_part_of_what_moves(dtype):
+    """Up to two thirds where rows are few, and next to nothing where they are many, on sm_90.
 
     (Few rows that leave partials of megabytes leave them in L2.)
     """
-    rows_tried = (1, 64, 512, 4096, 32_768, 200_000)
-    lines = [f"{'dtype':8} {'N':>6} {'family':>7} " + " ".join(f"{r:>9}" for r in rows_tried)]
-    for dtype in FLOATS:
-        for N in (64, 768, 4096, 8192, 65_536):
-            shares = [partials_share(dtype, N, rows)[0] for rows in rows_tried]
-            family = partials_share(dtype, N, 1)[1]
-            lines.append(f"{dtype:8} {N:6} {family:>7} " + " ".join(f"{s:9.4f}" for s in shares))
-            # 8 bytes a column written and read, for at least 4 rows of 12 (float16: 6) each.
-            assert max(shares[1:]) <= (0.7 if dtype == "float16" else 0.34)
-            assert shares[-2] <= 0.1
-            assert shares[-1] <= 0.02
-    put_table(request.config, "Backward: partials written and read over dy, x and dx", lines)
+    # 8 bytes a column written and read, for at least 4 rows of 12 (float16: 6) each.
+    few = 0.7 if dtype == "float16" else 0.34
+    limits = {64: few, 512: few, 4096: few, 32_768: 0.1, 200_000: 0.02}
+    for (rows, most), N in itertools.product(limits.items(), (64, 768, 4096, 8192, 65_536)):
+        plan = plan_of("backward", N, dtype, rows=rows, weight=dtype, totals=(dtype, dtype))
+        partials = 2 * plan.partials * plan.pitch * ITEMSIZE[stats_dtype(dtype)]
+        assert 2 * partials <= most * 3 * rows * N * ITEMSIZE[dtype]
 
 
 # --- sectors ------------------------------------------------------------------------------------
 
-# Vectors, of each type a third; every other one fills a row of the tables.
-ALIGNED = (2, 8, 10, 16, 48, 32, 60, 64, 128, 256, 600, 512, 2048, 1024, 7168, 14_000)
+# Of whole vectors: what test_rows.py runs, and groups of 8 and of 16 lanes.
+ALIGNED = [
+    *((*whole, None) for whole in WHOLE),
+    *(("forward", "warp", *narrow) for narrow in (("float16", 8), ("float32", 16))),
+    *(("backward", "warp", *narrow) for narrow in (("float16", 8), ("float64", 16))),
+]
 
 
-def at_every_alignment(direction, N, dtype):
-    """Enough rows that odd ones come at every alignment, and more than a block holds."""
-    vecs = N * ITEMSIZE[dtype] / VEC_BYTES
-    return case(direction, 37 if vecs <= 64 else 8, N, dtype)
+@pytest.mark.parametrize(("direction", "family", "dtype", "vecs"), ALIGNED)
+def test_aligned_rows_use_whole_sectors(direction, family, dtype, vecs):
+    """Every byte of every touched sector is asked for, 16 at a time; of the partials too.
 
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_aligned_rows_use_whole_sectors(dtype):
-    """Rows of whole sectors: every byte of every touched sector is asked for, 16 at a time."""
-    per_vec = VEC_BYTES // ITEMSIZE[dtype]
-    for N in (v * per_vec for v in ALIGNED[FLOATS.index(dtype) :: 3]):
-        result = run(SIMULATED, at_every_alignment("forward", N, dtype), device=DEVICES["forward"])
-        assert use(result) == 1.0, N
-        last = result.traffic[-1]
-        assert set(last["y"].write_widths) == {VEC_BYTES}
-        copied = result.plan.family == "shared"  # in bulk, counted under the widest
-        assert set(last["x"].read_widths) == {32 if copied else VEC_BYTES}
-    N = (3 * CHUNK_VECS - 8) * per_vec
-    assert use(run(SIMULATED, case("forward", 2, N, dtype), "split")) == 1.0
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_aligned_rows_use_whole_sectors_backward(dtype):
-    """Of the partials too, but for float16, whose lanes store 32 bytes each in two instructions:
-    L2 sees both halves of such a sector.
+    But for 16-bit types, whose lanes store 32 bytes each of those in two instructions: L2 sees both
+    halves of such a sector. K1 needs no shared memory forward.
     """
-    partials = "merged_write_sector_use" if dtype == "float16" else "write_sector_use"
-    per_vec = VEC_BYTES // ITEMSIZE[dtype]
-    for vecs in (2, 8, 10, 16, 32, 48, 64, 128, 300)[FLOATS.index(dtype) :: 3]:
-        data = case("backward", 19 if vecs <= 64 else 3, vecs * per_vec, dtype)
-        result = run(SIMULATED, data)
-        assert use(result) == 1.0, vecs
-        main = result.traffic[0]
-        widths = {*main["x"].read_widths, *main["dy"].read_widths, *main["dx"].write_widths}
-        assert widths == {VEC_BYTES}
-        assert getattr(main["workspace"], partials) == 1.0
-    for family in ("shared", "split"):
-        data = case("backward", 2, (CHUNK_VECS + 64) * per_vec, dtype)
-        result = run(SIMULATED, data, family)
-        assert use(result) == 1.0
-        assert getattr(result.traffic[-1]["workspace"], partials) == 1.0
+    per_vec, backward = VEC_BYTES // ITEMSIZE[dtype], direction == "backward"
+    N = vecs * per_vec if vecs else length(family, dtype, direction) + 1
+    N -= N % (2 * per_vec)  # whole sectors
+    result = run(SIMULATED, case(direction, 37 if vecs else 5, N, dtype), family)
+    assert use(result) == 1.0
+    last = result.traffic[-1]
+    *read, written = SHAPED[direction]
+    assert set(last[written].write_widths) == {VEC_BYTES}
+    # What is copied in bulk is counted under the widest.
+    copied = family in ("shared", "cluster")
+    widths = {width for name in read for width in last[name].read_widths}
+    assert widths == {32 if copied else VEC_BYTES}
+    if backward:
+        merged = "merged_" * dtype.endswith("16")
+        assert getattr(last["workspace"], f"{merged}write_sector_use") == 1.0
+    elif family == "warp":
+        assert last.shared.warp_reads == last.shared.warp_writes == 0
 
 
-ODD = (65, 101, 129, 255, 385, 511, 769, 1023, 1025, 1537, 2049, 3001, 5001, 8191, 20_001)
-ODD_BACKWARD = (65, 101, 255, 385, 511, 769, 1025, 2049, 3001)
 # By direction: what a warp must reach, and from how many bytes a row on.
 LEAST = {"forward": (0.9, 1536), "backward": (0.85, 768)}
 
 
-@pytest.mark.parametrize(
-    ("direction", "dtype"),
-    [*(("forward", d) for d in FLOATS), ("backward", "float16"), ("backward", "float32")],
-)
+@pytest.mark.parametrize(("direction", "dtype"), [*itertools.product(SHAPED, ALL_DTYPES)])
 def test_odd_rows_use_most_of_their_sectors(direction, dtype, request):
-    """Rows of odd lengths, whose alignments cycle.
+    """Rows of odd lengths, whose alignments cycle, at the ends of the tables' rows.
 
     `warp` counts the sectors of each warp's instruction, `merged` those of a block: what L2 sees
     when L1 joins the two halves of a sector, which must reach 0.98. Shorter rows end in more pieces
     than LEAST for a warp. Backward a warp holds 1 KiB of a row, half of the forward's: the pieces
     at its ends weigh more.
     """
+    size = ITEMSIZE[dtype]
+    lengths = [
+        vecs * VEC_BYTES // size - 1 for d, t, vecs in edges() if (d, t) == (direction, dtype)
+    ]
+    families = [(N, None) for N in lengths if N * size > 64]
+    families.append((length("split", dtype, direction), "split"))
     lines = []
-    forward, i = direction == "forward", FLOATS.index(dtype)
-    for N in ODD[i::3] if forward else ODD_BACKWARD[i::2]:
-        result = run(SIMULATED, at_every_alignment(direction, N, dtype), device=DEVICES[direction])
+    for N, family in families:
+        rows = 37 if N * size <= 1024 else 8
+        options = {} if family else {"device": DEVICES[direction]}
+        result = run(SIMULATED, case(direction, rows, N, dtype), family, **options)
         lines.append((N, result.plan.family, use(result), use(result, merged=True)))
-    N = ODD[-1] if forward else length("shared", dtype, direction)
-    result = run(SIMULATED, at_every_alignment(direction, N, dtype), "split")
-    lines.append((N, "split", use(result), use(result, merged=True)))
-    prefix = "Odd rows" if forward else "Backward, odd rows"
+    prefix = "Odd rows" if direction == "forward" else "Backward, odd rows"
     title = f"{prefix} of {dtype}: share of the touched 32-byte sectors that is used"
     table = [f"{'N':>6} {'bytes':>7} {'family':>7}   warp  merged"]
     for N, family, warp, merged in lines:
-        size = N * ITEMSIZE[dtype]
-        table.append(f"{N:6} {size:7} {family:>7} {warp:6.3f} {merged:6.3f}")
+        table.append(f"{N:6} {N * size:7} {family:>7} {warp:6.3f} {merged:6.3f}")
     put_table(request.config, title, table)
     share, enough = LEAST[direction]
     for N, _, warp, merged in lines:
         assert merged >= 0.98, N
-        assert warp >= (share if N * ITEMSIZE[dtype] >= enough else 0.49), N
+        assert warp >= (share if N * size >= enough else 0.49), N
 
 
 # --- shared memory ------------------------------------------------------------------------------
 
 
 def no_bank_waits(result):
-    for traffic in result.traffic:
+    for traffic in (*result.traffic, *result.totals):
         assert traffic.shared.wavefronts == traffic.shared.minimal_wavefronts
         assert traffic.shared.max_ways <= 1
 
@@ -315,53 +302,33 @@ def test_no_bank_conflicts(direction, family, dtype):
     sums, and the turned tile of column_totals.
     """
     lengths, forward = [length(family, dtype, direction)], direction == "forward"
-    if forward and family == "shared":
-        lengths += [(c * CHUNK_VECS + 5) * VEC_BYTES // ITEMSIZE[dtype] for c in (4, 8, 13)]
+    if forward and family == "shared" and dtype in ("bfloat16", "float64"):
+        lengths += [cols(c, dtype, 5) for c in (4, 8, 13)]
     if not forward and family == "warp":  # groups of 8 and 16 lanes too
         lengths += [7 * VEC_BYTES // ITEMSIZE[dtype], 15 * VEC_BYTES // ITEMSIZE[dtype]]
     for N, at in itertools.product(lengths, (At(), At(1, 1)) if forward else (At(1, 1),)):
         data = case(direction, 2 if forward else 3, N, dtype)
-        result = run(SIMULATED, data, family, at={"x": at}, add=dtype != "float16")
+        result = run(SIMULATED, data, family, at={"x": at})
         no_bank_waits(result)
         assert forward or result.traffic[0].shared.warp_reads > 0
 
 
-@pytest.mark.parametrize("N", [64, 1000])
-def test_the_warp_kernel_needs_no_shared_memory(N):
-    result = run(SIMULATED, case("forward", 5, N), "warp")
-    assert result.traffic[0].shared.warp_reads == result.traffic[0].shared.warp_writes == 0
-
-
-# --- clusters -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("dtype", "chunks", "cluster"), [("float16", 5, 4), ("float64", 4, 2)])
-def test_what_a_cluster_moves(dtype, chunks, cluster):
-    """Whole sectors, no bank conflicts; between blocks three numbers a chunk and nothing else."""
-    result = run(SIMULATED, case("forward", 2, cols(chunks, dtype) + 1, dtype), "cluster")
+@pytest.mark.parametrize(
+    ("direction", "dtype", "chunks", "cluster"),
+    [("forward", "float16", 5, 4), ("forward", "float64", 4, 2), ("backward", "float64", 3, 2)],
+)
+def test_what_a_cluster_moves(direction, dtype, chunks, cluster):
+    """No bank conflicts; between blocks three numbers a chunk and nothing else."""
+    rows, backward = 3, direction == "backward"
+    result = run(
+        SIMULATED, case(direction, rows, cols(chunks, dtype), dtype), "cluster", sm_count=1
+    )
     (traffic,) = result.traffic
-    assert use(result) == 1.0
-    assert set(traffic["y"].write_widths) == {VEC_BYTES}
-    assert set(traffic["x"].read_widths) == {32}  # copied in bulk, counted under the widest
     no_bank_waits(result)
     number = 8 if dtype == "float64" else 4
-    assert traffic.shared.remote_written_bytes == 2 * chunks * 3 * number * (cluster - 1)
-    assert traffic.shared.remote_read_bytes == 0
-
-
-def test_what_a_cluster_moves_backward():
-    """Partials by the cluster, three numbers of each chunk."""
-    rows, chunks, N = 5, 3, cols(3, "float64") + 1
-    result = run(SIMULATED, case("backward", rows, N, "float64"), "cluster", sm_count=1, add=True)
-    main, columns = result.traffic
-    assert use(result) == main["workspace"].write_sector_use == 1.0
-    for name in ("x", "dy"):
-        assert main[name].read_bytes == rows * N * 8
-        assert set(main[name].read_widths) == {32}  # as in the forward
-    assert result.plan.passes == 3
-    kept = 2 * result.plan.partials * N * 8
-    assert main["workspace"].written_bytes == columns["workspace"].read_bytes == kept
-    assert result.plan.workspace_bytes == kept
-    no_bank_waits(result)
-    assert main.shared.remote_written_bytes == rows * chunks * 3 * 8  # to the one peer
-    assert main.shared.remote_read_bytes == 0
+    sent = rows * chunks * 3 * number * (cluster - 1)
+    assert result.plan.stages[0].cluster == cluster
+    assert (traffic.shared.remote_written_bytes, traffic.shared.remote_read_bytes) == (sent, 0)
+    if backward:
+        kept = 2 * result.plan.partials * result.plan.pitch * number
+        assert traffic["workspace"].written_bytes == result.plan.workspace_bytes == kept

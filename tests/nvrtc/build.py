@@ -100,7 +100,7 @@ def _wheels_version(name: str) -> str:
         return "none"
 
 
-def _compile(source: str, chosen: tuple[str, ...], *wanted: str) -> tuple[list[bytes], str]:
+def compiled(source: str, chosen: tuple[str, ...], *wanted: str) -> tuple[list[bytes], str]:
     """What is wanted of NVRTC's getters, and its log; nothing where the text does not compile."""
     program = nvrtc.createProgram(source, "kernel.cu", (), ())
     try:
@@ -114,21 +114,10 @@ def _compile(source: str, chosen: tuple[str, ...], *wanted: str) -> tuple[list[b
         nvrtc.destroyProgram(program)
 
 
-def compile_text(source: str, chosen: tuple[str, ...]) -> tuple[str, bytes, str]:
-    """PTX, cubin and log; without the first two where it does not compile."""
-    (ptx, cubin), log = _compile(source, chosen, "getPTX", "getCUBIN")
-    return ptx.rstrip(b"\0").decode(), cubin, log
-
-
 def ptx_of(source: str, chosen: tuple[str, ...]) -> tuple[str, str]:
     """PTX and log, for a virtual architecture (compute_90), which has no cubin."""
-    (ptx,), log = _compile(source, chosen, "getPTX")
+    (ptx,), log = compiled(source, chosen, "getPTX")
     return ptx.rstrip(b"\0").decode(), log
-
-
-def ptxas() -> Path | None:
-    """Path of the ptxas in NVIDIA's wheel; never the machine's own, whose version could be any."""
-    return _program("nvidia.cuda_nvcc", "ptxas")
 
 
 @cache
@@ -141,14 +130,16 @@ def _program(package: str, name: str) -> Path | None:
 
 def run_ptxas(ptx: str, arch: str) -> tuple[str, bytes]:
     """Log and cubin of the wheel's ptxas, without the latter where it finds an error."""
-    if ptxas() is None:
+    # Never the machine's own, whose version could be any.
+    ptxas = _program("nvidia.cuda_nvcc", "ptxas")
+    if ptxas is None:
         msg = "compiling many entries takes ptxas: pip install nvidia-cuda-nvcc-cu12"
         raise RuntimeError(msg)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(re.sub(r"^\.target .*$", f".target sm_{arch}", ptx, flags=re.M))
         made = path.with_suffix(".cubin")
-        command = [str(ptxas()), "-v", f"-arch=sm_{arch}", str(path), "-o", str(made)]
+        command = [str(ptxas), "-v", f"-arch=sm_{arch}", str(path), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout + done.stderr, made.read_bytes() if made.exists() else b""
 

@@ -81,14 +81,8 @@ def faults(stage: Stage, facts: Facts, arch: str) -> list[str]:
                 f"the plan states {stage.blocks_per_sm} blocks per multiprocessor, {limit} allow "
                 f"{blocks} ({facts.registers} registers, {stage.block[0]} threads)"
             )
-    refusal = limits.refuse(
-        stage.grid,
-        stage.block,
-        stage.shared_bytes,
-        facts.static_shared,
-        stage.shared_bytes,
-        facts.registers,
-    )
+    launched, shared = (stage.grid, stage.block), stage.shared_bytes
+    refusal = limits.refuse(*launched, shared, facts.static_shared, shared, facts.registers)
     found += _of_instructions(stage, facts) + _of_copies(stage, facts)
     return found + ([refusal] if refusal else [])
 

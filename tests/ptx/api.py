@@ -4,74 +4,35 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from .build import engine_path
+from .build import HERE, engine_path
 
-# `Instruction` of state.hpp.
-INSTRUCTION = np.dtype([
-    ("handler", "u2"),
-    *((name, "u1") for name in ("negate", "space", "width", "count", "flags", "wide_base")),
-    *((name, "i4") for name in ("guard", "target", "suspect", "base")),
-    ("used", "u4"), ("unused", "u4"), ("offset", "i8"), ("dst", "i4", 8), ("src", "i4", 8),
-])  # fmt: skip
-
-_U64_COUNTERS = (
-    "read_bytes", "written_bytes", "reads", "writes", "warp_reads", "warp_writes",
-    "read_sectors", "write_sectors", "distinct_read_bytes", "distinct_written_bytes",
-    "distinct_read_sectors", "distinct_write_sectors",
-)  # fmt: skip
+TYPES = {
+    "char": ctypes.c_char, "u8": ctypes.c_uint8, "u16": ctypes.c_uint16, "u32": ctypes.c_uint32,
+    "i32": ctypes.c_int32, "u64": ctypes.c_uint64, "i64": ctypes.c_int64,
+    "Index3": ctypes.c_uint32 * 3,
+}  # fmt: skip
 
 
-class Counters(ctypes.Structure):
-    """`Counters` of memory.hpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_uint64) for name in _U64_COUNTERS),
-        ("read_widths", ctypes.c_uint64 * 6),
-        ("write_widths", ctypes.c_uint64 * 6),
-        *((name, ctypes.c_uint64) for name in ("wavefronts", "minimal_wavefronts", "max_ways")),
-    ]
-
-
-class Fault(ctypes.Structure):
-    """`Fault` of state.hpp."""
-
-    _fields_ = [
-        ("kind", ctypes.c_char * 32),
-        ("message", ctypes.c_char * 3072),
-        ("has_thread", ctypes.c_uint32),
-        ("block", ctypes.c_uint32 * 3),
-        ("thread", ctypes.c_uint32 * 3),
-        ("pc", ctypes.c_int32),
-    ]
+def structure(name: str) -> type[ctypes.Structure]:
+    """A C++ struct of plain fields, as the engine's text declares it."""
+    text = "".join(path.read_text() for path in sorted(HERE.glob("*.hpp")))
+    body = re.search(rf"^struct {name} {{\n(.*?)^}};", text, re.M | re.S)[1]
+    fields = []
+    for declared in re.sub(r"//.*", "", body).split(";")[:-1]:
+        kind, names = re.fullmatch(r"\s*(?:const )?(\w+\**) (.*)", declared, re.S).groups()
+        for field, length in re.findall(r"(\w+)(?:\[(\d+)\])?", names):
+            one = ctypes.c_void_p if "*" in kind else TYPES[kind]
+            fields.append((field, one * int(length) if length else one))
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-class LaunchRequest(ctypes.Structure):
-    """`LaunchRequest` of engine.cpp."""
-
-    _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("program", "constants", "suspects", "parameters", "gaps")
-        ),
-        *(
-            (name, ctypes.c_uint32)
-            for name in ("instructions", "register_bytes", "predicates", "suspect_count",
-                         "gap_count", "shared_granule_shift")
-        ),
-        ("grid", ctypes.c_uint32 * 3),
-        ("block", ctypes.c_uint32 * 3),
-        *(
-            (name, ctypes.c_uint32)
-            for name in ("cluster", "shared_bytes", "shuffled", "apart", "early", "count")
-        ),
-        ("seed", ctypes.c_uint64),
-        ("regions", ctypes.c_void_p),
-        ("region_count", ctypes.c_uint64),
-    ]  # fmt: skip
+Counters, Fault, LaunchRequest = map(structure, ("Counters", "Fault", "LaunchRequest"))
+INSTRUCTION = np.dtype(structure("Instruction"))
 
 
 @functools.cache

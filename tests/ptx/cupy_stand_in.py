@@ -12,9 +12,14 @@ import numpy as np
 
 from .limits import DeviceLimits
 from .simulated_array import Array, MemoryPointer
-from .simulated_device import SimulatedDevice, SimulatedStream, current_stream
-from .simulated_kernel import RawKernel
-from .simulator import CUDARuntimeError, Simulator
+from .simulator import (
+    CUDARuntimeError,
+    RawKernel,
+    SimulatedDevice,
+    SimulatedStream,
+    Simulator,
+    current_stream,
+)
 
 _DTYPES = (
     "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 complex64 bool_"
@@ -53,10 +58,10 @@ def _make_cuda(sim: Simulator, bound: dict[str, Any]) -> Any:
     cuda.Device = sim.device_type = type("Device", (SimulatedDevice,), bound)
     cuda.Stream = type("Stream", (SimulatedStream,), bound)
     cuda.Stream.null = sim.null_stream = cuda.Stream(null=True)
-    cuda.ExternalStream = _external_stream(cuda.Stream)
+    external = lambda self, ptr, device_id=-1: vars(self).update(ptr=ptr, device_id=device_id)  # noqa: E731
+    cuda.ExternalStream = type("ExternalStream", (cuda.Stream,), {"__init__": external})
     cuda.MemoryPointer = MemoryPointer
     cuda.get_current_stream = lambda device_id=None: current_stream(sim)
-    cuda.is_available = lambda: sim.device_count > 0
     cuda.runtime = runtime = ModuleType("cupy.cuda.runtime")
     capability = sim.limits.compute_capability
     properties = {
@@ -75,16 +80,6 @@ def _make_cuda(sim: Simulator, bound: dict[str, Any]) -> Any:
         deviceSynchronize=lambda: cuda.Device().synchronize(),
     )
     return cuda
-
-
-def _external_stream(stream: type) -> type:
-    class ExternalStream(stream):
-        """`cupy.cuda.ExternalStream`: somebody else's stream, by pointer."""
-
-        def __init__(self, ptr: int, device_id: int = -1) -> None:
-            self.ptr, self.device_id = ptr, device_id
-
-    return ExternalStream
 
 
 def _creation(cupy: Any) -> dict[str, Any]:

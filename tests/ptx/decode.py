@@ -262,17 +262,11 @@ class _Text:
             op.mnemonic = f"{op.mnemonic}.{len(to if way == 'unpack' else source)}.{way}"
             op.writes = to if way == "unpack" else [to]
             op.reads = [source] if way == "unpack" else source
-        elif op.mnemonic.startswith(("cp.async.ca.", "cp.async.cg.")):
-            (op.base, op.offset), (source, shift), size = operands
-            if shift:
-                raise ValueError("an offset of the source")
-            op.space, op.width, op.reads = SPACES["shared"], int(size), [source]
-            if op.width not in (4, 8, 16):
-                raise ValueError(f"a copy of {size} bytes")
-        elif op.mnemonic.startswith("cp.async.bulk."):
-            (op.base, op.offset), (source, _), size, (arrival, _) = operands
-            op.space, op.reads = SPACES["shared"], [source, size, arrival]
         else:
+            if op.mnemonic.startswith(("cp.async.ca.", "cp.async.cg.")):
+                op.width = int(operands.pop())
+                if op.width not in (4, 8, 16):
+                    raise ValueError(f"a copy of {op.width} bytes")
             self._plain(op, operands)
 
     def _plain(self, op: Operation, operands: list) -> None:
@@ -286,7 +280,11 @@ class _Text:
         for operand in operands:
             if isinstance(operand, tuple) and operand[0] == "|":
                 flat += operand[1:]
-            elif isinstance(operand, tuple):  # an address
+            elif isinstance(operand, tuple) and op.base:  # another address
+                if operand[1]:
+                    raise ValueError("an offset of the second address")
+                flat.append(operand[0])
+            elif isinstance(operand, tuple):
                 op.base, op.offset = operand
             elif operand != "_" or results:
                 flat.append(operand)
@@ -372,41 +370,22 @@ def _number(text: str) -> int | None:
 
 
 class _Places:
-    """Rows for registers and constants: registers whose lives do not meet share one."""
+    """Rows for registers and constants."""
 
     def __init__(self, text: _Text) -> None:
         self.text = text
-        self.ops = text.operations
         self.constants = bytearray()
         self._known: dict[tuple[int, int], int] = {}
         self._held: dict[tuple[str, str], int] = {}
-        self.suspects = _Lives(text)
-        self.places, self.register_bytes = self._rows()
-        names = [n for n in self.suspects.names if text.kind(n) == "pred"]
-        self.predicates = {name: k for k, name in enumerate(names)}
-
-    def _rows(self) -> tuple[dict[str, int], int]:
-        places: dict[str, int] = {}
-        counts = {4: 0, 8: 0}
-        for slot in counts:
-            free: list[int] = []
-            ends: list[tuple[int, int]] = []
-            spans = self.suspects.spans(lambda n: _slot(self.text.kind(n)), slot)
-            for name, (first, last) in spans:
-                while ends and ends[0][0] < first:
-                    free.append(ends.pop(0)[1])
-                if free:
-                    place = free.pop()
-                else:
-                    place = counts[slot]
-                    counts[slot] += 1
-                places[name] = place
-                at = next((k for k, (end, _) in enumerate(ends) if end > last), len(ends))
-                ends.insert(at, (last, place))
-        wide = {n: p * 8 * LANES for n, p in places.items() if _slot(self.text.kind(n)) == 8}
-        start = counts[8] * 8 * LANES
-        narrow = {n: start + p * 4 * LANES for n, p in places.items() if n not in wide}
-        return wide | narrow, start + counts[4] * 4 * LANES
+        names, self.unwritten = _registers(text)
+        self.places: dict[str, int] = {}
+        self.register_bytes = 0
+        for slot in (8, 4):
+            for name in (n for n in names if _slot(text.kind(n)) == slot):
+                self.places[name] = self.register_bytes
+                self.register_bytes += slot * LANES
+        predicates = (n for n in names if text.kind(n) == "pred")
+        self.predicates = {name: k for k, name in enumerate(predicates)}
 
     def of(self, token: str, letter: str) -> int:
         """What an instruction holds for an operand."""
@@ -443,104 +422,48 @@ def _slot(kind: str) -> int:
     return 0 if kind == "pred" else 8 if BITS[kind] == 64 else 4
 
 
-class _Lives:
-    """From where to where each register is needed, and those that a path reads before it writes."""
+def _registers(text: _Text) -> tuple[list[str], dict[str, int]]:
+    """All registers; numbers of those that some path reads before it writes them."""
+    ops, names = text.operations, []
+    bits: dict[str, int] = {}
 
-    def __init__(self, text: _Text) -> None:
-        ops = text.operations
-        self.names: list[str] = []
-        bits: dict[str, int] = {}
+    def mask(tokens: list[str]) -> int:
+        out = 0
+        for token in tokens:
+            if token not in bits:
+                bits[token] = 0
+                if text.is_register(token):
+                    bits[token] = 1 << len(names)
+                    names.append(token)
+            out |= bits[token]
+        return out
 
-        def bit(name: str) -> int:
-            if not text.is_register(name):
-                return 0
-            self.names.append(name)
-            return 1 << len(self.names) - 1
-
-        def registers(tokens: list[str]) -> int:
-            out = 0
-            for token in tokens:
-                if token not in bits:
-                    bits[token] = bit(token)
-                out |= bits[token]
-            return out
-
-        self.reads = [registers([*op.reads, op.base, op.guard]) for op in ops]
-        self.writes = [registers(op.writes) for op in ops]
-        self._live(text)
-        firsts, lasts = self._ends(1), self._ends(-1)
-        self._spans = {name: (firsts[k], lasts[k]) for k, name in enumerate(self.names)}
-        entry = self.live_in[0] if self.live_in else 0
-        unwritten = (name for name in self.names if entry & bits[name])
-        self.unwritten = {name: k for k, name in enumerate(unwritten)}
-
-    def _ends(self, step: int) -> dict[int, int]:
-        """The first place of each register, or going back (-1) the last."""
-        live = self.live_in if step > 0 else self.live_out
-        found: dict[int, int] = {}
-        seen = 0
-        for (start, stop), held in list(zip(self.blocks, live, strict=True))[::step]:
-            places = range(start, stop)[::step]
-            masks = [held, *(self.reads[at] | self.writes[at] for at in places)]
-            for at, mask in zip((places[0], *places), masks, strict=True):
-                new = mask & ~seen
-                seen |= mask
-                while new:
-                    low = new & -new
-                    found[low.bit_length() - 1] = at
-                    new ^= low
-        return found
-
-    def _live(self, text: _Text) -> None:
-        ops = text.operations
-        starts = {0, *text.labels.values()}
-        starts |= {at + 1 for at, op in enumerate(ops) if op.mnemonic in CONTROL}
-        cuts = sorted(s for s in starts if s < len(ops))
-        self.blocks = list(zip(cuts, [*cuts[1:], len(ops)], strict=True))
-        index = {start: k for k, (start, _) in enumerate(self.blocks)}
-        after: list[list[int]] = []
-        for k, (_, stop) in enumerate(self.blocks):
-            last = ops[stop - 1]
-            next_ones = []
-            if last.target:
-                next_ones.append(index[text.labels[last.target]])
-            ends = last.mnemonic in CONTROL and not last.guard
-            if not ends and k + 1 < len(self.blocks):
-                next_ones.append(k + 1)
-            after.append(next_ones)
-        used, made = [], []
-        for start, stop in self.blocks:
-            u = m = 0
-            for at in range(start, stop):
-                u |= self.reads[at] & ~m
-                m |= self.writes[at] if not ops[at].guard else 0
-            used.append(u)
-            made.append(m)
-        self.live_in = [0] * len(self.blocks)
-        self.live_out = [0] * len(self.blocks)
-        changed = True
-        while changed:
-            changed = False
-            for k in reversed(range(len(self.blocks))):
-                out = 0
-                for other in after[k]:
-                    out |= self.live_in[other]
-                into = used[k] | (out & ~made[k])
-                if (into, out) != (self.live_in[k], self.live_out[k]):
-                    self.live_in[k], self.live_out[k] = into, out
-                    changed = True
-
-    def spans(self, slot_of, slot: int) -> list[tuple[str, tuple[int, int]]]:
-        """(name, (first, last)) of one kind of register, by where they begin."""
-        found = [(n, s) for n, s in self._spans.items() if slot_of(n) == slot]
-        return sorted(found, key=lambda item: item[1])
-
-
-# Operands of the handlers that decode_entry fills itself: results and sources.
-_LETTERS = {
-    "load": ("v", ""), "load.param": ("v", ""), "store": ("", "v"), "bra": ("", ""),
-    "bra.uni": ("", ""), "ret": ("", ""), "exit": ("", ""),
-}  # fmt: skip
+    starts = {0, *text.labels.values()}
+    starts |= {at + 1 for at, op in enumerate(ops) if op.mnemonic in CONTROL}
+    cuts = sorted(s for s in starts if s < len(ops))
+    index = {start: k for k, start in enumerate(cuts)}
+    used, made, after = [], [], []  # by block: read before written, written, blocks that may follow
+    for k, (start, stop) in enumerate(zip(cuts, [*cuts[1:], len(ops)], strict=True)):
+        u = m = 0
+        for op in ops[start:stop]:
+            u |= mask([*op.reads, op.base, op.guard]) & ~m
+            writes = mask(op.writes)
+            m |= 0 if op.guard else writes
+        used.append(u)
+        made.append(m)
+        last = ops[stop - 1]
+        ends = last.mnemonic in CONTROL and not last.guard
+        after.append([] if ends or k + 1 == len(cuts) else [k + 1])
+        if last.target:
+            after[-1].append(index[text.labels[last.target]])
+    live, before = list(used), None
+    while live != before:
+        before = list(live)
+        for k in reversed(range(len(live))):
+            for other in after[k]:
+                live[k] |= live[other] & ~made[k]
+    unwritten = (name for name in names if live and live[0] & bits[name])
+    return names, {name: k for k, name in enumerate(unwritten)}
 
 
 @functools.cache
@@ -555,7 +478,7 @@ def decode(ptx: str, entry: str) -> Program:
     ops = text.operations
     records = []
     suspects: list[int] = []
-    numbers = places.suspects.unwritten
+    numbers = places.unwritten
     for op in ops:
         touched = [2 * numbers[n] for n in (*op.reads, op.base, op.guard) if n in numbers]
         touched += [2 * numbers[n] + 1 for n in op.writes if n in numbers]
@@ -581,18 +504,9 @@ def _encoded(op: Operation, text: _Text, places: _Places, suspect: int) -> tuple
     """An instruction's fields, in INSTRUCTION's order."""
     handler = handlers()[op.mnemonic]
     wide = "l" if op.flags & WIDE_TARGET else "w"
-    if op.mnemonic in _LETTERS:
-        results, sources = _LETTERS[op.mnemonic]
-        results, sources = results * op.count and wide * op.count, sources and wide * op.count
-    elif op.mnemonic.startswith("cp.async.bulk"):
-        results, sources = "", "lww"
-    elif op.mnemonic.startswith(("cp.async.ca", "cp.async.cg")):
-        results, sources = "", "l"
-    else:
-        results, sources = _letters_of(op.mnemonic)
-        sources = sources.replace("a", "")
     operands = []
-    for tokens, letters in ((op.writes, results), (op.reads, sources)):
+    for tokens, letters in zip((op.writes, op.reads), _letters_of(op.mnemonic), strict=True):
+        letters = letters.replace("a", "").replace("v", wide * op.count)
         if len(tokens) != len(letters):
             raise ValueError(f"{len(tokens)} operands for {letters!r}")
         rows = [places.of(*pair) for pair in zip(tokens, letters, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 KIB = 1024
@@ -52,54 +53,41 @@ class DeviceLimits:
         cluster: tuple[int, int, int] = (1, 1, 1),
     ) -> str:
         """Why the device would refuse the launch; empty when it would not."""
-        sm = f"sm_{self.compute_capability}"
-        threads = block[0] * block[1] * block[2]
-        for axis, g, b, most_g, most_b in zip(
-            "xyz", grid, block, self.grid, self.block, strict=True
+        sm, threads = f"sm_{self.compute_capability}", math.prod(block)
+        for axis, g, b, c, most_g, most_b in zip(
+            "xyz", grid, block, cluster, self.grid, self.block, strict=True
         ):
             if not 1 <= g <= most_g:
                 return f"grid {axis} is {g}; {sm} takes 1 to {most_g}"
             if not 1 <= b <= most_b:
                 return f"block {axis} is {b}; {sm} takes 1 to {most_b}"
-        refusal = self._refuse_cluster(grid, cluster)
-        if refusal:
-            return refusal
+            if g % c:
+                return f"grid {axis} is {g}, no multiple of the cluster's {c}"
+        blocks, shared = math.prod(cluster), dynamic_shared + static_shared
+        if blocks > 1 and int(self.compute_capability) < 90:
+            return f"clusters of {blocks} blocks; {sm} has none, sm_90 and newer have"
+        if blocks > self.cluster:
+            return f"clusters of {blocks} blocks; {sm} takes {self.cluster}"
         if threads > self.threads:
             return f"block {block} has {threads} threads; {sm} takes {self.threads}"
         if static_shared > self.shared:
             return f"{static_shared} bytes of static shared memory; {sm} takes {self.shared}"
-        if dynamic_shared < 0 or dynamic_shared + static_shared > self.opt_in_shared:
+        if dynamic_shared < 0 or shared > self.opt_in_shared:
             return (
                 f"{dynamic_shared} bytes of dynamic and {static_shared} of static shared memory; "
                 f"{sm} takes {self.opt_in_shared} per block"
             )
-        if dynamic_shared + static_shared > self.shared and dynamic_shared > opt_in:
+        if shared > self.shared and dynamic_shared > opt_in:
             return (
                 f"{dynamic_shared} bytes of dynamic shared memory need the opt-in attribute "
                 f"max_dynamic_shared_size_bytes, which is {opt_in}"
             )
-        if registers_per_thread is None:
-            return ""
         # Registers are handed out to warps in pieces of 256.
-        per_warp = -(-registers_per_thread * 32 // 256) * 256
-        used = -(-threads // 32) * per_warp
-        if registers_per_thread > self.registers_per_thread or used > self.registers:
+        held = registers_per_thread or 0
+        used = -(-threads // 32) * -(-held * 32 // 256) * 256
+        if held > self.registers_per_thread or used > self.registers:
             return (
-                f"{threads} threads of {registers_per_thread} registers use {used}; "
+                f"{threads} threads of {held} registers use {used}; "
                 f"{sm} has {self.registers} per block and {self.registers_per_thread} per thread"
             )
-        return ""
-
-    def _refuse_cluster(self, grid: tuple[int, int, int], cluster: tuple[int, int, int]) -> str:
-        if cluster == (1, 1, 1):
-            return ""
-        sm = f"sm_{self.compute_capability}"
-        blocks = cluster[0] * cluster[1] * cluster[2]
-        if int(self.compute_capability) < 90:
-            return f"clusters of {blocks} blocks; {sm} has none, sm_90 and newer have"
-        if not 1 <= blocks <= self.cluster:
-            return f"clusters of {blocks} blocks; {sm} takes {self.cluster}"
-        for axis, g, c in zip("xyz", grid, cluster, strict=True):
-            if g % c:
-                return f"grid {axis} is {g}, no multiple of the cluster's {c}"
         return ""

@@ -5,71 +5,50 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cupynorm._cuda.source import kernels_folder
 from tests.ptx.fault import KINDS
 from tests.ptx.launch import Buffer, PtxFault, launch
 
 SEEDS = (None, 1, 2, 3, 0)  # orders of threads, blocks and copies; traffic is counted for the last
 
-# What kernels/stage.cuh and kernels/cluster.cuh have, for texts that are wrong with it.
-DEVICE = """
+# The copies, mbarriers and barriers of the kernels themselves, for texts that are wrong with them,
+# and what only such texts do.
+STAGING = (kernels_folder() / "stage.cuh").read_text(encoding="utf-8")
+STAGING = "__device__" + STAGING.partition("__device__")[2].partition("// In one access")[0]
+CLUSTERS = (kernels_folder() / "cluster.cuh").read_text(encoding="utf-8")
+CLUSTERS = "__device__" + CLUSTERS.partition("__device__")[2].partition("// Stores `value`")[0]
+DEVICE = f"""
 typedef unsigned int u32;
 typedef unsigned long long u64;
 #define INLINE __device__ __forceinline__
 extern __shared__ __align__(16) unsigned char shared[];
-INLINE u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+{STAGING}{CLUSTERS}
 #define STAGE(to, from, bytes) \\
   asm volatile("cp.async.ca.shared.global [%0], [%1], " #bytes ";" \\
-               : : "r"(address(to)), "l"(from) : "memory")
-INLINE void staged() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-INLINE void arrival_init(u64* a, u32 count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" : : "r"(address(a)), "r"(count) : "memory");
-}
-INLINE void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-INLINE void arrive_with_copies(u64* a) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" : : "r"(address(a)) : "memory");
-}
-INLINE void arrive_expecting(u64* a, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
-               : : "r"(address(a)), "r"(bytes) : "memory");
-}
-INLINE void copy_bulk(void* to, const void* from, u32 bytes, u64* a) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-               "[%0], [%1], %2, [%3];"
-               : : "r"(address(to)), "l"(from), "r"(bytes), "r"(address(a)) : "memory");
-}
-INLINE bool is_over(u64* a, u32 parity) {
+               : : "r"(shared_address(to)), "l"(from) : "memory")
+INLINE bool is_over(u64* a, u32 parity) {{
   u32 done;
-  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; "
-               "selp.u32 %0, 1, 0, p;}"
-               : "=r"(done) : "r"(address(a)), "r"(parity) : "memory");
+  asm volatile("{{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; "
+               "selp.u32 %0, 1, 0, p;}}"
+               : "=r"(done) : "r"(shared_address(a)), "r"(parity) : "memory");
   return done;
-}
-INLINE void wait_for(u64* a, u32 parity) {
-  while (!is_over(a, parity)) {}
-}
-INLINE int cluster_rank() {
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return (int)rank;
-}
-INLINE void arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-INLINE void arrive_relaxed() {
+}}
+INLINE void cluster_arrive_relaxed() {{
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-INLINE void wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-INLINE u32 peer(u32 here, int rank) {
+}}
+INLINE u32 peer(u32 here, int rank) {{
   u32 there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
   return there;
-}
-INLINE void send(u32 there, float v) {
+}}
+INLINE void send(u32 there, float v) {{
   asm volatile("st.shared::cluster.f32 [%0], %1;" : : "r"(there), "f"(v) : "memory");
-}
-INLINE float fetch(u32 there) {
+}}
+INLINE float fetch(u32 there) {{
   float v;
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there) : "memory");
   return v;
-}
+}}
 """
 
 COPY = """

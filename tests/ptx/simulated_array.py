@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,15 +25,13 @@ class MemoryPointer:
         self.device_id = mem.device
 
 
-class Flags:
-    """Layout of an array, by attribute and by CuPy's keys."""
+class Flags(NamedTuple):
+    """Layout of an array."""
 
-    def __init__(self, c: bool, f: bool, own: bool) -> None:
-        self.c_contiguous, self.f_contiguous, self.owndata = c, f, own
-        self.forc = c or f
-
-    def __getitem__(self, key: str) -> bool:
-        return getattr(self, key.lower())
+    c_contiguous: bool
+    f_contiguous: bool
+    owndata: bool
+    forc: bool
 
 
 class Array:
@@ -77,7 +75,7 @@ class Array:
     def flags(self) -> Flags:
         """Layout; recomputed, as shape and strides say."""
         flags = self._host().flags
-        return Flags(flags.c_contiguous, flags.f_contiguous, self.base is None)
+        return Flags(flags.c_contiguous, flags.f_contiguous, self.base is None, flags.forc)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -155,11 +153,9 @@ class Array:
         return marks.reshape(shape) if marks.shape != shape else marks
 
     def get(self, stream: Any = None, order: str = "C") -> np.ndarray:
-        """Copy to the host."""
         return np.array(self._host(), order="K" if order == "A" else order)
 
     def set(self, values: np.ndarray) -> None:
-        """Copy from the host."""
         self._host()[...] = values
         self._defined()[...] = True
 
@@ -199,11 +195,9 @@ class Array:
         return self.reshape(-1, order=order)
 
     def transpose(self, *axes: Any) -> Array:
-        """View with permuted axes."""
         return self._view_of(self._host().transpose(*axes))
 
     def view(self, dtype: Any) -> Array:
-        """The same bytes as another dtype."""
         return self._view_of(self._host().view(dtype))
 
     def astype(self, dtype: Any, order: str = "K", *, copy: bool = True) -> Array:
@@ -215,11 +209,9 @@ class Array:
         return self._copy_as(converted)
 
     def copy(self, order: str = "C") -> Array:
-        """Copy in the given order."""
         return self._copy_as(self._host().copy(order=order))
 
     def fill(self, value: Any) -> None:
-        """Set every element."""
         self.set(value)
 
 

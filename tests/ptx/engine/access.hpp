@@ -1,8 +1,109 @@
-// What happens at a load or store: where it falls, whether it may, and what it is counted as.
+// What happens at a load or store: where it falls, whether it may, and what it is counted as: bytes,
+// 32-byte sectors, wavefronts.
 #pragma once
-#include "traffic.hpp"
+#include "state.hpp"
 
 namespace ptx {
+
+// One instruction of a warp at work in one region.
+struct WarpAccess {
+  Region* region;
+  u32 width;
+  bool write;
+  u32 lanes = 0;
+  uintptr_t address[32];
+  u32 lane_of[32];
+};
+
+// 32-byte sectors that one warp access touches; an aligned access never straddles two.
+inline u32 count_sectors(const WarpAccess& w) {
+  uintptr_t sector[32];
+  u32 n = 0;
+  bool sorted = true;
+  for (u32 i = 0; i < w.lanes; ++i) {
+    uintptr_t s = w.address[i] >> 5;
+    if (n && s == sector[n - 1]) continue;
+    if (n && s < sector[n - 1]) sorted = false;
+    sector[n++] = s;
+  }
+  if (!sorted) {
+    std::sort(sector, sector + n);
+    n = u32(std::unique(sector, sector + n) - sector);
+  }
+  return n;
+}
+
+// Shared memory: 32 banks of 4 bytes; 8-byte accesses go by half warps, 16-byte ones by quarters.
+inline void count_banks(const WarpAccess& w, Counters& c) {
+  u32 lanes_per_phase = w.width <= 4 ? 32 : w.width == 8 ? 16 : 8;
+  for (u32 phase = 0; phase < 32 / lanes_per_phase; ++phase) {
+    uintptr_t words[32 * 4];
+    u32 n = 0;
+    for (u32 i = 0; i < w.lanes; ++i) {
+      if (w.lane_of[i] / lanes_per_phase != phase) continue;
+      for (u32 b = 0; b < w.width && n < 128; b += 4) words[n++] = (w.address[i] + b) >> 2;
+    }
+    if (!n) continue;
+    std::sort(words, words + n);
+    n = u32(std::unique(words, words + n) - words);
+    u64 per_bank[32] = {}, ways = 1;
+    for (u32 i = 0; i < n; ++i) ways = std::max(ways, ++per_bank[words[i] & 31]);
+    c.wavefronts += ways;
+    c.minimal_wavefronts += (n + 31) / 32;
+    c.max_ways = std::max(c.max_ways, ways);
+  }
+}
+
+// Bytes and sectors that this block touches for the first time.
+inline void count_distinct(Region& r, uintptr_t a, u32 width, bool write, u32 uid) {
+  Counters& c = r.counters;
+  Stamp* stamps = write ? r.write_stamps : r.read_stamps;
+  u64& bytes = write ? c.distinct_written_bytes : c.distinct_read_bytes;
+  u64& sectors = write ? c.distinct_write_sectors : c.distinct_read_sectors;
+  while (width) {
+    u32 at = u32(a & 31), n = std::min(width, 32 - at);
+    u32 mask = (n == 32 ? ~0u : ((1u << n) - 1)) << at;
+    Stamp& s = stamps[(a >> 5) - (r.base >> 5)];
+    if (s.uid != uid) {
+      s = {uid, 0};
+      ++sectors;
+    }
+    bytes += u64(__builtin_popcount(mask & ~s.mask));
+    s.mask |= mask;
+    a += n;
+    width -= n;
+  }
+}
+
+inline void count_access(const WarpAccess& w, u32 uid) {
+  Counters& c = w.region->counters;
+  ++(w.write ? c.warp_writes : c.warp_reads);
+  (w.write ? c.writes : c.reads) += w.lanes;
+  (w.write ? c.written_bytes : c.read_bytes) += u64(w.lanes) * w.width;
+  (w.write ? c.write_widths : c.read_widths)[31 - __builtin_clz(w.width)] += w.lanes;
+  if (w.region->space == Space::shared) {
+    count_banks(w, c);
+  } else if (w.region->space == Space::buffer) {
+    (w.write ? c.write_sectors : c.read_sectors) += count_sectors(w);
+    for (u32 i = 0; i < w.lanes; ++i)
+      count_distinct(*w.region, w.address[i], w.width, w.write, uid);
+  }
+}
+
+// A bulk copy reads whole rows of sectors and writes 128 bytes of shared memory at a time.
+inline void count_bulk(const Copy& copy, u32 uid) {
+  Counters &read = copy.from->counters, &written = copy.to->tally->counters;
+  u64 waves = (copy.bytes + 127) / 128;
+  ++read.reads, ++read.warp_reads, ++read.read_widths[5];
+  read.read_bytes += copy.bytes;
+  read.read_sectors += ((copy.from_at + copy.bytes - 1) >> 5) - (copy.from_at >> 5) + 1;
+  count_distinct(*copy.from, copy.from_at, copy.bytes, false, uid);
+  ++written.writes, ++written.warp_writes, ++written.write_widths[5];
+  written.written_bytes += copy.bytes;
+  written.wavefronts += waves, written.minimal_wavefronts += waves;
+}
+
+// ---- checks ----
 
 inline u32 in_cluster(const Block& b, u32 thread) { return b.rank * kMaxThreads + thread; }
 
@@ -28,6 +129,13 @@ inline bool ordered_before(const Cell& c, const Warp& w, u32 lane, u32 first_uid
     if (thread / 32 == w.index && clock < w.clock[lane][thread % 32]) return true;
   }
   return released_to(w, c.uid, thread, clock);
+}
+
+struct Granules {
+  size_t first, last;
+};
+inline Granules granules_of(const Region& r, uintptr_t a, u32 bytes) {
+  return {(a - r.base) >> r.granule_shift, (a + bytes - 1 - r.base) >> r.granule_shift};
 }
 
 inline u32 distance(const Cell& c, const Cell& me) {
@@ -80,7 +188,7 @@ inline void check_race(const Warp& w, u32 lane, Region& r, uintptr_t a, u32 widt
                        const Instruction& i) {
   const Cell me = cell_of(w, lane, i);
   const u32 oldest = r.space == Space::shared ? g.cluster.first_uid : g.first_uid;
-  size_t first = (a - r.base) >> r.granule_shift, last = (a + width - 1 - r.base) >> r.granule_shift;
+  const auto [first, last] = granules_of(r, a, width);
   for (size_t granule = first; granule <= last; ++granule) {
     Cell* c = r.cells + 3 * granule;
     Cell &writer = c[0], &reader = c[1], &far_reader = c[2];
@@ -107,9 +215,8 @@ inline void check_race(const Warp& w, u32 lane, Region& r, uintptr_t a, u32 widt
   }
 }
 
-[[noreturn]] __attribute__((noinline)) inline void report_outside(const Warp& w, u32 lane, uintptr_t a,
-                                                                  u32 width, bool write,
-                                                                  const Instruction& i) {
+[[noreturn]] __attribute__((noinline)) inline void report_outside(
+    const Warp& w, u32 lane, uintptr_t a, u32 width, bool write, const Instruction& i) {
   const char* verb = write ? "store" : "load";
   const Region* nearest = nullptr;
   uintptr_t gap = ~uintptr_t(0);
@@ -139,9 +246,10 @@ inline Region* find_region(uintptr_t a, u32 pc) {
   return r->holds(a) ? guess = r : nullptr;
 }
 
+// A load may look at what somebody wrote, a store at what belongs to no copy, mbarrier or gap.
 // `used`: of the bytes, those that the program looks at (.pragma "used_bytes_mask").
-inline void check_defined(const Warp& w, u32 lane, const Region& r, uintptr_t a, u32 width, u32 used,
-                          const Instruction& i) {
+inline void check_marks(const Warp& w, u32 lane, const Region& r, uintptr_t a, u32 width, u32 used, bool write,
+                        const Instruction& i) {
   const u8* d = r.defined + (a - r.base);
   u64 words[2];
   constexpr u64 all = 0x0101010101010101ull;
@@ -149,19 +257,20 @@ inline void check_defined(const Warp& w, u32 lane, const Region& r, uintptr_t a,
     memcpy(words, d, 16);
     if (words[0] == all && words[1] == all) return;
   }
+  const char* verb = write ? "store at" : "load from";
   for (u32 k = 0; k < width; ++k) {
-    if (d[k] == kDefined || (k < 32 && !(used >> k & 1))) continue;
+    if (d[k] == kDefined || (write && d[k] == kUndefined) || (k < 32 && !(used >> k & 1))) continue;
     auto at = (unsigned long long)(a - r.base);
     if (d[k] == kNowhere)
-      fault(&w, int(lane), &i, "out-of-bounds", "%u-byte load at offset %llu of %s, between its variables",
-            width, at, r.name);
+      fault(&w, int(lane), &i, "out-of-bounds", "%u-byte %s offset %llu of %s, between its variables", width, verb,
+            at, r.name);
     if (d[k] == kArrival)
-      fault(&w, int(lane), &i, "mbarrier", "%u-byte load at offset %llu of %s, which is an mbarrier's",
-            width, at, r.name);
+      fault(&w, int(lane), &i, "mbarrier", "%u-byte %s offset %llu of %s, which is an mbarrier's", width, verb, at,
+            r.name);
     if (d[k] == kInFlight)
-      fault(&w, int(lane), &i, "uninitialized",
-            "%u-byte load from offset %llu of %s: a copy to byte %llu is in flight, and nobody has waited "
-            "for it", width, at, r.name, at + k);
+      fault(&w, int(lane), &i, write ? "in-flight" : "uninitialized",
+            "%u-byte %s offset %llu of %s: a copy is in flight to byte %llu, and nobody has waited for it", width,
+            verb, at, r.name, at + k);
     fault(&w, int(lane), &i, "uninitialized", "%u-byte load from offset %llu of %s: nobody wrote byte %llu",
           width, at, r.name, at + k);
   }
@@ -183,19 +292,7 @@ inline void check_copies(const Warp& w, u32 lane, const Region& r, uintptr_t a, 
       for (auto* copies : {&arrival.staged, &arrival.bulk})
         for (const Copy& c : *copies) source(c);
   }
-  for (u32 k = 0; r.special && k < width; ++k) {
-    u8 d = r.defined[a + k - r.base];
-    auto at = (unsigned long long)(a - r.base);
-    if (d == kNowhere)
-      fault(&w, int(lane), &i, "out-of-bounds", "%u-byte store at offset %llu of %s, between its variables",
-            width, at, r.name);
-    if (d == kInFlight)
-      fault(&w, int(lane), &i, "in-flight", "%u-byte store at offset %llu of %s, to which a copy is in flight",
-            width, at, r.name);
-    if (d == kArrival)
-      fault(&w, int(lane), &i, "mbarrier", "%u-byte store at offset %llu of %s, which is an mbarrier's", width,
-            at, r.name);
-  }
+  if (r.special) check_marks(w, lane, r, a, width, ~0u, true, i);
 }
 
 inline bool is_remote(const Warp& w, const Region& r) {
@@ -265,7 +362,7 @@ inline Region* check_access(Warp& w, u32 lane, u64& a, u32 width, u32 alignment,
     if (r->special | r->sources) check_copies(w, lane, *r, a, width, i);
     memset(r->defined + at, kDefined, width);
   } else {
-    check_defined(w, lane, *r, a, width, used, i);
+    check_marks(w, lane, *r, a, width, used, false, i);
   }
   if (r->writable) check_race(w, lane, *r, a, width, write, i);
   return r;

@@ -8,15 +8,12 @@ namespace ptx {
 inline void land(const Copy& c, const Cell& writer) {
   memcpy(reinterpret_cast<void*>(c.to_at), reinterpret_cast<const void*>(c.from_at), c.bytes);
   memset(c.to->defined + (c.to_at - c.to->base), kDefined, c.bytes);
-  size_t first = (c.to_at - c.to->base) >> c.to->granule_shift;
-  size_t last = (c.to_at + c.bytes - 1 - c.to->base) >> c.to->granule_shift;
-  for (size_t k = first; k <= last; ++k) {
+  const Granules to = granules_of(*c.to, c.to_at, c.bytes), from = granules_of(*c.from, c.from_at, c.bytes);
+  for (size_t k = to.first; k <= to.last; ++k) {
     c.to->cells[3 * k] = writer;
     c.to->cells[3 * k + 1] = c.to->cells[3 * k + 2] = Cell{0, 0, 0};
   }
-  first = (c.from_at - c.from->base) >> c.from->granule_shift;
-  last = (c.from_at + c.bytes - 1 - c.from->base) >> c.from->granule_shift;
-  for (size_t k = first; k <= last && c.from->writable; ++k) {  // it was read until now
+  for (size_t k = from.first; k <= from.last && c.from->writable; ++k) {  // it was read until now
     c.from->cells[3 * k + 2] = c.from->cells[3 * k + 1];
     c.from->cells[3 * k + 1] = writer;
   }
@@ -40,8 +37,7 @@ inline Copy take_off(Region* target, uintptr_t to, Region* source, uintptr_t fro
   return Copy{target, source, to, from, bytes, pc_of(i)};
 }
 
-inline void copy_async(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+inline void copy_async(Warp& w, Group&, const Instruction& i, u32 active) {
   WarpAccess read{nullptr, i.width, false, 0, {}, {}}, written{nullptr, i.width, true, 0, {}, {}};
   each(active, [&](u32 lane) {
     u64 from = row<u64>(w, i.src[0])[lane], to = address_of(w, i, lane);
@@ -59,15 +55,13 @@ inline void copy_async(Warp& w, Group& group, const Instruction& i, u32 active) 
   count_access(written, w.block->uid);
 }
 
-inline void wait_copies(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+inline void wait_copies(Warp& w, Group&, const Instruction& i, u32 active) {
   each(active, [&](u32 lane) { land_all(w.copies[lane], cell_of(w, lane, i)); });
 }
 
 // ---- mbarriers ----
 
-inline void init_arrival(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+inline void init_arrival(Warp& w, Group&, const Instruction& i, u32 active) {
   each(active, [&](u32 lane) {
     u64 at = address_of(w, i, lane);
     u32 count = row<u32>(w, i.src[0])[lane];
@@ -145,10 +139,10 @@ inline void test_wait(Warp& w, Group& group, const Instruction& i, u32 active) {
   });
   group.waits_at = at;
   if (at && at == asked) {
+    --group.pc;
     group.state = State::in_arrival;
     return;
   }
-  ++group.pc;
   set_predicate(w, i.dst[0], over, active);
 }
 
@@ -165,8 +159,7 @@ inline void after_arrival(Arrival& a, u64 at) {
 }
 
 // Stricter than a GPU, where the mbarrier also answers for what the thread told to another one before.
-inline void arrive_with_copies(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+inline void arrive_with_copies(Warp& w, Group&, const Instruction& i, u32 active) {
   each(active, [&](u32 lane) {
     u64 at = address_of(w, i, lane);
     Arrival& a = expect_arrival(w, lane, at, i);
@@ -177,8 +170,7 @@ inline void arrive_with_copies(Warp& w, Group& group, const Instruction& i, u32 
   });
 }
 
-inline void arrive_expecting(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+inline void arrive_expecting(Warp& w, Group&, const Instruction& i, u32 active) {
   each(active, [&](u32 lane) {
     u64 at = address_of(w, i, lane);
     Arrival& a = expect_arrival(w, lane, at, i);
@@ -191,8 +183,7 @@ inline void arrive_expecting(Warp& w, Group& group, const Instruction& i, u32 ac
   });
 }
 
-inline void fence_proxies(Warp& w, Group& group, const Instruction&, u32 active) {
-  ++group.pc;
+inline void fence_proxies(Warp& w, Group&, const Instruction&, u32 active) {
   each(active, [&](u32 lane) {
     w.fence_clock[lane] = w.clock[lane][lane]++;  // what comes after it has another clock
     w.fence_epoch[lane] = w.block->epoch_start;
@@ -204,7 +195,7 @@ inline void fence_proxies(Warp& w, Group& group, const Instruction&, u32 active)
 // What loads and stores have done at a bulk copy's target must lie before a fence of the thread that
 // issues it: they and the copy reach memory on different ways.
 inline void check_fence(const Warp& w, u32 lane, const Region& r, uintptr_t a, u32 bytes, const Instruction& i) {
-  size_t first = (a - r.base) >> r.granule_shift, last = (a + bytes - 1 - r.base) >> r.granule_shift;
+  const auto [first, last] = granules_of(r, a, bytes);
   for (const Cell* c = r.cells + 3 * first; c < r.cells + 3 * (last + 1); ++c) {
     if (c->uid != w.block->uid || c->pc & kLanding) continue;
     if (!ordered_before(*c, w, lane, w.block->uid)) continue;  // a race, to be reported as such
@@ -218,7 +209,7 @@ inline void check_fence(const Warp& w, u32 lane, const Region& r, uintptr_t a, u
 
 // The fence that is known here is of shared memory alone.
 inline void check_source(const Warp& w, u32 lane, const Region& r, uintptr_t a, u32 bytes, const Instruction& i) {
-  size_t first = (a - r.base) >> r.granule_shift, last = (a + bytes - 1 - r.base) >> r.granule_shift;
+  const auto [first, last] = granules_of(r, a, bytes);
   for (const Cell* c = r.cells + 3 * first; c < r.cells + 3 * (last + 1); c += 3)
     if (c->uid == w.block->uid)
       fault(&w, int(lane), &i, "mbarrier",
@@ -226,8 +217,7 @@ inline void check_source(const Warp& w, u32 lane, const Region& r, uintptr_t a, 
             c->who >> kClockBits, c->pc);
 }
 
-inline void copy_bulk(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+inline void copy_bulk(Warp& w, Group&, const Instruction& i, u32 active) {
   each(active, [&](u32 lane) {
     u64 to = address_of(w, i, lane), from = row<u64>(w, i.src[0])[lane], at = row<u32>(w, i.src[2])[lane];
     u32 bytes = row<u32>(w, i.src[1])[lane];
@@ -248,7 +238,6 @@ inline void copy_bulk(Warp& w, Group& group, const Instruction& i, u32 active) {
     if (may_end(a) && awaited(at)) end_phase(a, at);
   });
 }
-
 
 // After a cluster: all that was issued must have been waited for.
 inline void check_copies_in_flight() {

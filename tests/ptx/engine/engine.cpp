@@ -29,18 +29,15 @@ void bring(Warp& w, const Instruction& i, u32 lane, const u8* at) {
   }
 }
 
-void load_parameter(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+void load_parameter(Warp& w, Group&, const Instruction& i, u32 active) {
   each(active, [&](u32 lane) { bring(w, i, lane, g.parameters + i.offset); });
 }
 
-void load(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+void load(Warp& w, Group&, const Instruction& i, u32 active) {
   access(w, active, i, false, [&](u32 lane, uintptr_t a) { bring(w, i, lane, reinterpret_cast<const u8*>(a)); });
 }
 
-void store(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+void store(Warp& w, Group&, const Instruction& i, u32 active) {
   access(w, active, i, true, [&](u32 lane, uintptr_t a) {
     for (u32 k = 0; k < i.count; ++k) {
       u64 value = i.flags & kWideTarget ? row<u64>(w, i.src[k])[lane] : row<u32>(w, i.src[k])[lane];
@@ -56,7 +53,6 @@ void branch(Warp& w, Group& group, const Instruction& i, u32 active) {
     group.pc = u32(i.target);
     return;
   }
-  ++group.pc;
   group.mask &= ~active;
   w.groups.push_back({u32(i.target), active, State::runnable, 0, 0});
 }
@@ -65,13 +61,13 @@ void add_all() {
   add_floats();
   add_integers();
   add_moves();
-  add("load", "", load);
-  add("store", "", store);
-  add("load.param", "", load_parameter);
-  add("bra", "", branch);
-  add("bra.uni", "", branch);
-  add("ret", "", leave);
-  add("exit", "", leave);
+  add("load", "v:", load);
+  add("store", ":v", store);
+  add("load.param", "v:", load_parameter);
+  add("bra", ":", branch);
+  add("bra.uni", ":", branch);
+  add("ret", ":", leave);
+  add("exit", ":", leave);
   add("shfl.sync.up.b32", "wp:wwww", shuffle<kUp>);
   add("shfl.sync.down.b32", "wp:wwww", shuffle<kDown>);
   add("shfl.sync.bfly.b32", "wp:wwww", shuffle<kButterfly>);
@@ -89,8 +85,8 @@ void add_all() {
   add("barrier.cluster.arrive.relaxed.aligned", ":", cluster_arrive_relaxed);
   add("barrier.cluster.wait.acquire.aligned", ":", cluster_wait);
   add("mapa.shared::cluster.u32", "w:ww", cluster_map);
-  add("cp.async.ca.shared.global", "", copy_async);
-  add("cp.async.cg.shared.global", "", copy_async);
+  add("cp.async.ca.shared.global", ":al", copy_async);
+  add("cp.async.cg.shared.global", ":al", copy_async);
   add("cp.async.wait_all", ":", wait_copies);
   add("mbarrier.init.shared.b64", ":aw", init_arrival);
   add("mbarrier.arrive.expect_tx.shared.b64", ":aw", arrive_expecting);
@@ -98,20 +94,20 @@ void add_all() {
   add("mbarrier.test_wait.parity.shared.b64", "p:aw", test_wait);
   add("cp.async.mbarrier.arrive.noinc.shared.b64", ":a", arrive_with_copies);
   add("fence.proxy.async.shared::cta", ":", fence_proxies);
-  add("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes", "", copy_bulk);
+  add("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes", ":alww", copy_bulk);
 }
 
 // ---- warps ----
 
 // A register that some path reads before it writes it: the list names those of an instruction, reads
 // before writes, as 2 * number + written.
-void check_suspects(Warp& w, const Group& group, const Instruction& i, u32 active) {
+void check_suspects(Warp& w, const Instruction& i, u32 active) {
   for (const i32* s = g.suspects + i.suspect; *s >= 0; ++s) {
     u32& written = w.written[*s >> 1];
     if (*s & 1)
       written |= active;
     else if (u32 missing = active & ~written)
-      fault(&w, __builtin_ctz(missing), g.program + group.pc, "uninitialized", "a register that nobody has written");
+      fault(&w, __builtin_ctz(missing), &i, "uninitialized", "a register that nobody has written");
   }
 }
 
@@ -171,12 +167,9 @@ void run_warp(Warp& w, u64 slice) {
               (unsigned long long)w.steps);
       u32 active = group->mask;
       if (i.guard >= 0) active &= i.negate ? ~w.predicates[i.guard] : w.predicates[i.guard];
-      if (!active) {
-        ++group->pc;
-        continue;
-      }
-      if (i.suspect >= 0) check_suspects(w, *group, i, active);
-      handlers()[i.handler].run(w, *group, i, active);
+      if (active && i.suspect >= 0) check_suspects(w, i, active);
+      ++group->pc;
+      if (active) handlers()[i.handler].run(w, *group, i, active);
     } while (together && w.groups.size() == 1 && group->mask && group->state == State::runnable &&
              w.steps < until);
     if (w.steps >= until) return;
@@ -287,22 +280,6 @@ using namespace ptx;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Read by api.py through ctypes: keep the order of the fields.
-struct LaunchRequest {
-  const Instruction* program;
-  const u8* constants;
-  const i32* suspects;
-  const u8* parameters;
-  const u32* gaps;
-  u32 instructions, register_bytes, predicates, suspect_count, gap_count, shared_granule_shift;
-  u32 grid[3], block[3];
-  u32 cluster, shared_bytes;
-  u32 shuffled, apart, early, count;
-  u64 seed;
-  Region** regions;
-  u64 region_count;
-};
-
 EXPORT u32 ptx_handler(u32 number, const char** name, const char** operands) {
   if (handlers().empty()) add_all();
   if (number < handlers().size()) {
@@ -352,24 +329,12 @@ static bool prepare_shared(u32 blocks, u32 nbytes, u32 granule_shift) {
 }
 
 EXPORT int ptx_launch(const LaunchRequest* q, Fault* out) {
-  g.program = q->program;
-  g.instructions = q->instructions;
-  g.constants = q->constants;
-  g.suspects = q->suspects;
-  g.parameters = q->parameters;
-  g.gaps = q->gaps;
-  g.gap_count = q->gap_count;
-  g.register_bytes = q->register_bytes;
-  g.predicate_count = q->predicates;
-  g.suspect_count = q->suspect_count;
-  g.grid = {q->grid[0], q->grid[1], q->grid[2]};
-  g.block_dim = {q->block[0], q->block[1], q->block[2]};
-  g.shuffled = q->shuffled, g.apart = q->apart, g.early = q->early, g.count = q->count;
-  g.random_state = (q->seed + 1) * 0x9E3779B97F4A7C15ull | 1;
+  static_cast<LaunchRequest&>(g) = *q;
+  g.random_state = (g.seed + 1) * 0x9E3779B97F4A7C15ull | 1;
   g.first_uid = g.next_uid;
-  g.regions.assign(q->regions, q->regions + q->region_count);
-  g.cluster.size = q->cluster;
-  if (!prepare_shared(q->cluster, q->shared_bytes, q->shared_granule_shift)) return 2;
+  g.regions.assign(g.buffers, g.buffers + g.buffer_count);
+  g.cluster.size = g.cluster_size;
+  if (!prepare_shared(g.cluster_size, g.shared_bytes, g.shared_granule_shift)) return 2;
   std::sort(g.regions.begin(), g.regions.end(), [](const Region* a, const Region* b) { return a->base < b->base; });
   g.guesses.assign(g.instructions, nullptr);
   for (Region* r : g.regions) {

@@ -8,10 +8,11 @@
 
 namespace ptx {
 
+// The group stands behind the instruction; who must wait goes back to it.
 using Run = void (*)(Warp&, Group&, const Instruction&, u32 active);
 
 // Of each instruction its name in PTX, and its operands, results before the colon: w and l are rows of
-// 32 and 64 bits (16-bit values lie in w), p is a predicate.
+// 32 and 64 bits (16-bit values lie in w), p is a predicate, a an address, v what a load or store moves.
 struct Handler {
   std::string name, operands;
   Run run;
@@ -46,8 +47,7 @@ template <class D, class... S, class F>
 inline void map(const std::string& name, F) {
   static_assert(std::is_empty_v<F>);  // a function by name would come as a null pointer
   add(name, std::string{letter<D>(), ':', letter<S>()...},
-      [](Warp& w, Group& group, const Instruction& i, u32 active) {
-        ++group.pc;
+      [](Warp& w, Group&, const Instruction& i, u32 active) {
         apply<F, D, S...>(w, i, active, std::index_sequence_for<S...>{});
       });
 }
@@ -56,8 +56,7 @@ inline void map(const std::string& name, F) {
 template <class S, class F>
 inline void compare(const std::string& name, F) {
   add(name, std::string{'p', ':', letter<S>(), letter<S>()},
-      [](Warp& w, Group& group, const Instruction& i, u32 active) {
-        ++group.pc;
+      [](Warp& w, Group&, const Instruction& i, u32 active) {
         const Slot<S>*a = row<S>(w, i.src[0]), *b = row<S>(w, i.src[1]);
         u32 mask = 0;
         for (u32 lane = 0; lane < 32; ++lane) mask |= u32(F{}(get<S>(a[lane]), get<S>(b[lane]))) << lane;
@@ -67,8 +66,7 @@ inline void compare(const std::string& name, F) {
 
 template <class F>
 inline void logic(const std::string& name, const std::string& operands, F) {
-  add(name, operands, [](Warp& w, Group& group, const Instruction& i, u32 active) {
-    ++group.pc;
+  add(name, operands, [](Warp& w, Group&, const Instruction& i, u32 active) {
     set_predicate(w, i.dst[0], F{}(predicate(w, i.src[0]), predicate(w, i.src[1])), active);
   });
 }
@@ -76,8 +74,7 @@ inline void logic(const std::string& name, const std::string& operands, F) {
 template <class T>
 inline void select(const std::string& name) {
   add(name, std::string{letter<T>(), ':', letter<T>(), letter<T>(), 'p'},
-      [](Warp& w, Group& group, const Instruction& i, u32 active) {
-        ++group.pc;
+      [](Warp& w, Group&, const Instruction& i, u32 active) {
         const Slot<T>*a = row<T>(w, i.src[0]), *b = row<T>(w, i.src[1]);
         Slot<T>* d = target<T>(w, i.dst[0]);
         const u32 mask = predicate(w, i.src[2]);
@@ -174,12 +171,11 @@ inline u16 to_bfloat(float x) {
 }
 
 inline void add_floats() {
-  floats("add", [](auto a, auto b) { return a + b; });
-  floats("sub", [](auto a, auto b) { return a - b; });
-  floats("mul", [](auto a, auto b) { return a * b; });
-  floats("add.rn", [](auto a, auto b) { return a + b; });
-  floats("sub.rn", [](auto a, auto b) { return a - b; });
-  floats("mul.rn", [](auto a, auto b) { return a * b; });
+  for (const std::string rounding : {"", ".rn"}) {
+    floats("add" + rounding, [](auto a, auto b) { return a + b; });
+    floats("sub" + rounding, [](auto a, auto b) { return a - b; });
+    floats("mul" + rounding, [](auto a, auto b) { return a * b; });
+  }
   floats("div.rn", [](auto a, auto b) { return a / b; });
   floats("rcp.rn", [](auto a) { return decltype(a)(1) / a; });
   floats("sqrt.rn", [](auto a) { return std::sqrt(a); });
@@ -333,8 +329,7 @@ inline void add_integers() {
 
 // ---- moves ----
 
-inline void special_register(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+inline void special_register(Warp& w, Group&, const Instruction& i, u32 active) {
   Slot<u32>* d = target<u32>(w, i.dst[0]);
   const Block& b = *w.block;
   const Index3& dim = g.block_dim;
@@ -356,8 +351,7 @@ inline void packing(const std::string& type) {
   constexpr u32 parts = sizeof(Whole) / sizeof(Part);
   const std::string letters(parts, letter<Part>());
   add("mov." + type + ".pack", std::string{letter<Whole>(), ':'} + letters,
-      [](Warp& w, Group& group, const Instruction& i, u32 active) {
-        ++group.pc;
+      [](Warp& w, Group&, const Instruction& i, u32 active) {
         each(active, [&](u32 lane) {
           Whole value = 0;
           for (u32 k = 0; k < parts; ++k)
@@ -366,8 +360,7 @@ inline void packing(const std::string& type) {
         });
       });
   add("mov." + type + ".unpack", letters + ':' + letter<Whole>(),
-      [](Warp& w, Group& group, const Instruction& i, u32 active) {
-        ++group.pc;
+      [](Warp& w, Group&, const Instruction& i, u32 active) {
         each(active, [&](u32 lane) {
           const auto value = get<Whole>(row<Whole>(w, i.src[0])[lane]);
           for (u32 k = 0; k < parts; ++k)

@@ -132,6 +132,7 @@ inline bool all_here(Warp& w, Group& group, const Instruction& i, u32 active, i3
     });
   });
   if ((all & ~active) == 0) return true;
+  --group.pc;
   group.state = State::in_warp;
   group.named = all;
   for (const Group& other : w.groups)
@@ -148,7 +149,6 @@ enum Shuffle { kUp, kDown, kButterfly, kIndex };
 template <Shuffle kind>
 void shuffle(Warp& w, Group& group, const Instruction& i, u32 active) {
   if (!all_here(w, group, i, active, i.src[3])) return;
-  ++group.pc;
   u32 values[32], there = 0;
   memcpy(values, row<u32>(w, i.src[0]), sizeof values);
   const Slot<u32>*b = row<u32>(w, i.src[1]), *c = row<u32>(w, i.src[2]);
@@ -180,7 +180,6 @@ enum Vote { kAny, kAll, kBallot };
 template <Vote kind>
 void vote(Warp& w, Group& group, const Instruction& i, u32 active) {
   if (!all_here(w, group, i, active, i.src[1])) return;
-  ++group.pc;
   const u32 votes = (predicate(w, i.src[0]) ^ (i.negate ? ~0u : 0u)) & active;
   const Slot<u32>* named = row<u32>(w, i.src[1]);
   u32 yes = 0, ballots[32];
@@ -195,7 +194,6 @@ void vote(Warp& w, Group& group, const Instruction& i, u32 active) {
 
 inline void warp_barrier(Warp& w, Group& group, const Instruction& i, u32 active) {
   if (!all_here(w, group, i, active, i.src[0])) return;
-  ++group.pc;
   const Slot<u32>* named = row<u32>(w, i.src[0]);
   for (u32 rest = active; rest; rest &= ~named[__builtin_ctz(rest)]) join_clocks(w, named[__builtin_ctz(rest)]);
 }
@@ -205,6 +203,7 @@ inline void warp_barrier(Warp& w, Group& group, const Instruction& i, u32 active
 // An aligned barrier takes whole warps: a part of one waits for the rest, which must come to the same.
 inline bool whole_warp(const Warp& w, Group& group, State state) {
   if (group.mask == w.alive()) return true;
+  --group.pc;
   group.state = state;
   return false;
 }
@@ -222,6 +221,7 @@ void block_barrier(Warp& w, Group& group, const Instruction& i, u32 active) {
           describe_waiting(b).c_str());
   if (!whole_warp(w, group, State::in_barrier)) return;
   if (b.waiting && b.waiting_pc != pc_of(i)) {
+    --group.pc;
     group.state = State::in_barrier;
     fault(&w, lane, &i, "barrier-divergence", "threads of one block wait at different barriers:%s",
           describe_waiting(b).c_str());
@@ -231,7 +231,6 @@ void block_barrier(Warp& w, Group& group, const Instruction& i, u32 active) {
   if (kind != kNoVote)
     b.votes += u32(__builtin_popcount((predicate(w, i.src[1]) ^ (i.negate ? ~0u : 0u)) & active));
   group.state = State::in_barrier;
-  ++group.pc;  // behind it when woken
   if (b.waiting < b.size) return;
   b.waiting = 0;
   next_epoch(b);
@@ -256,7 +255,6 @@ inline void cluster_arrive(Warp& w, Group& group, const Instruction& i, u32 acti
     fault(&w, lane, &i, "barrier-divergence", "not all threads of the cluster reach its barrier: %u have exited",
           c.exited);
   if (!whole_warp(w, group, State::in_cluster)) return;
-  ++group.pc;
   w.arrived = true;
   each(active, [&](u32 l) {
     u32& clock = w.clock[l][l];
@@ -283,17 +281,16 @@ inline void cluster_wait(Warp& w, Group& group, const Instruction& i, u32 active
           "the thread waits at a cluster barrier where it has not arrived");
   if (!whole_warp(w, group, State::in_cluster)) return;
   if (g.cluster.phases == w.phases) {
+    --group.pc;
     group.state = State::in_cluster;
     return;
   }
-  ++group.pc;
   w.arrived = false;
   ++w.phases;
 }
 
 // Where the block of that rank has what this block has at an address.
-inline void cluster_map(Warp& w, Group& group, const Instruction& i, u32 active) {
-  ++group.pc;
+inline void cluster_map(Warp& w, Group&, const Instruction& i, u32 active) {
   const Slot<u32>*from = row<u32>(w, i.src[0]), *ranks = row<u32>(w, i.src[1]);
   Slot<u32>* d = target<u32>(w, i.dst[0]);
   each(active, [&](u32 lane) {
@@ -340,7 +337,6 @@ inline void leave(Warp& w, Group& group, const Instruction&, u32 active) {
   u32 count = u32(__builtin_popcount(active));
   w.exited |= active;
   group.mask &= ~active;
-  ++group.pc;
   b.exited += count;
   g.cluster.exited += count;
   bool awaited = b.waiting != 0;
