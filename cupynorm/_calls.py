@@ -47,7 +47,7 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How, *added
 
     `added` is residual and sum_out, of an operation that has them.
     """
-    door = doors.get(type(x))
+    door, plain = doors.get(type(x)), type(how[2]) is float or how[2] is None
     if door is not None:
         if door.select is not None:
             door = door.select(x, weight, bias, out, *added)
@@ -69,13 +69,12 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How, *added
             except (AttributeError, TypeError, RuntimeError):  # no array, a shape that is a list
                 call = None
             if call is not None and (
-                (type(how[2]) is float or how[2] is None)
+                plain
                 and (type(how[0]) is int or _rules.exact(how[0]))
                 and (how[1] is None or _rules.exact(how[1]))
             ):
                 return call(x, weight, bias, out, *added) if added else call(x, weight, bias, out)
     checked = check(op, x, weight, bias, out, how, *added)
-    plain = type(how[2]) is float or how[2] is None
     result = _settle(checked, how, plain)(*checked.arrays)
     given = out, *added[1:]  # the caller's own objects
     if type(result) is not tuple:

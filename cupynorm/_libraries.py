@@ -92,27 +92,23 @@ def kind_of(x: Any) -> str:
 
 def _floats_of(x: Any, label: str) -> str:
     """How NumPy makes an array of what is none; another one where there are no numbers in it."""
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         ndim = np.asarray(x, dtype="float32").ndim
-    except (TypeError, ValueError, OverflowError):
-        x = None
-    if x is None:
-        return _SOME
-    return f"numpy.asarray({label if ndim else f'[{label}]'}, dtype='float32')"
+        if x is not None:
+            return f"numpy.asarray({label if ndim else f'[{label}]'}, dtype='float32')"
+    return _SOME
 
 
 def floats_of_table(x: Any, label: str, origin: str) -> str:
     """How floats become of a table or column of that library; of words their order."""
     spelled, cast = TABLES[origin]
-    try:
-        with warnings.catch_warnings(action="error"):  # where complex numbers lose a part
-            cast(x)
-    except Exception:  # of any of the libraries
-        try:
-            return cast_of(f"numpy.asarray({label})", np.asarray(x))
-        except Exception:
-            return _SOME
-    return spelled.format(label)
+    # Any of the libraries' errors; a warning is of complex numbers, which would lose a part.
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="error"):
+        cast(x)
+        return spelled.format(label)
+    with contextlib.suppress(Exception):
+        return cast_of(f"numpy.asarray({label})", np.asarray(x))
+    return _SOME
 
 
 def check_layout(label: str, x: Any, *, jagged: bool = True) -> None:
@@ -194,10 +190,9 @@ def check_companion(label: str, other: Any, x: Any) -> None:
         host = on_host(label, other)
         if mine == "torch" and its == "numpy" and not _torch_takes(other):
             host = f"{label}.astype('float32')"
-        moved = _into(x, host)
         msg = (
             f"{label} is a {its} array but x is a {mine} array; nothing is copied between "
-            f"libraries or devices in silence. Move it first: {moved}"
+            f"libraries or devices in silence. Move it first: {_into(x, host)}"
         )
         raise ValueError(msg)
     if mine == "numpy":

@@ -286,8 +286,7 @@ def _specialize(call: _Call, row: Row, copies: bool) -> tuple[tuple[int, ...], s
         more = next_row_bytes(min(call.vecs, most * CHUNK_VECS))
     else:
         staging = STAGE_REGISTERS
-    alone = staging == STAGE_REGISTERS and row.cluster == 1
-    ahead = alone and per_thread <= AHEAD_VECS[call.dtype]
+    ahead = not staging and row.cluster == 1 and per_thread <= AHEAD_VECS[call.dtype]
     held = (row.cluster, row.threads, per_thread, staging, int(ahead))
     return held, f"{label}_v{per_thread}{STAGE_LABELS[staging]}", more
 

@@ -122,16 +122,13 @@ class Stateful(Table):
             for name, host in hosts.items()
             if host.shape != tuple(mine[name].shape)
         ]
-        if strict and missing:
-            faults.append(f"it lacks {_listed(missing)}")
-        if strict and unexpected:
-            faults.append(f"the layer has no {_listed(unexpected)}")
+        way_out = "Make a layer of that shape, or reshape the arrays"
+        for fault, names in (("it lacks", missing), ("the layer has no", unexpected)):
+            if strict and names:
+                faults.append(f"{fault} {_listed(names)}")
+                way_out = "Pass strict=False to leave out what is on one side only"
         if faults:
-            msg = f"cannot load {source} into {self!r}: {'; '.join(faults)}. "
-            if strict and (missing or unexpected):
-                msg += "Pass strict=False to leave out what is on one side only"
-            else:
-                msg += "Make a layer of that shape, or reshape the arrays"
+            msg = f"cannot load {source} into {self!r}: {'; '.join(faults)}. {way_out}"
             raise ValueError(msg)
         # Copies: a host may be memory of the other parameter.
         hosts = {k: np.array(host, mine[k].dtype, order="C") for k, host in hosts.items()}
