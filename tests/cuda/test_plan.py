@@ -291,6 +291,14 @@ def test_every_chunk_edge_is_held(dtype, device):
             assert plan.workspace_bytes <= 8 * (3 * MAX_SECTIONS + 4)
 
 
+def test_workspace_of_huge_problems_stays_small():
+    for N, rows in ((64, 10**8), (768, 10**7), (8192, 10**6), (10**6, 10**4), (10**9, 4)):
+        plan = plan_of("backward", N, rows=rows)
+        assert plan.workspace_bytes <= 0.7 * 4 * N * rows
+        assert plan.workspace_bytes < 2 * 1024**3 or N > 10**8
+    assert plan_of("forward", 3_000_000, rows=7).workspace_bytes < 0.002 * 7 * 3_000_000 * 4
+
+
 @pytest.mark.parametrize(
     ("direction", "N", "most"),
     [

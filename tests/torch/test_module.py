@@ -32,6 +32,9 @@ def test_parameters_that_are_views_of_one_flat_parameter():
     del norm.weight, norm.bias
     norm.weight, norm.bias = flat[:8], flat[8:]
     x, dy = numbers(3, 8), numbers(3, 8, seed=4) - 3
+    lent = {"weight": flat[:8], "bias": flat[8:]}
+    y = torch.func.functional_call(filled(Norm, 8), lent, (x,))
+    check(y, x, 1, weight, bias)
     y = norm(x)
     check(y, x, 1, weight, bias)
     y.backward(dy)
