@@ -46,10 +46,10 @@ __device__ __forceinline__ void set_nan(float& v) { v = bit_cast<float>(0x7fc000
 __device__ __forceinline__ void set_nan(double& v) { v = bit_cast<double>(0x7ff8000000000000ull); }
 
 // Rows [row, row + rows) of `cols` columns. Eight columns are asked for before the first is looked at,
-// or too few bytes would be on their way.
+// or too few bytes would be on their way; seven where eight of float64 spill on sm_120.
 template <int THREADS, int R, class A>
 __device__ __forceinline__ void load_columns(A* tile, const ColumnSource* table, i64 row, int rows, int cols) {
-    constexpr int PARTS = THREADS / R, AHEAD = 8;
+    constexpr int PARTS = THREADS / R, AHEAD = sizeof(A) == 8 ? 7 : 8;
     const int r = threadIdx.x % R;
     if (r >= rows) return;
     row += r;

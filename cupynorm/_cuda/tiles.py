@@ -45,7 +45,7 @@ LANE_THREADS = 64  # few: blocks that end one by one leave no gap between a wave
 # Columns in registers, and the blocks that a multiprocessor holds of them without a spill (12 of
 # float64 at most). Ten warps get no more registers each than twelve: 40 columns want four blocks.
 # With 4 blocks of 64 columns 128 KiB are on their way, with 16 of 8 columns 64 KiB.
-LANES = ((8, 16), (16, 10), (24, 8), (32, 6), (40, 4), (48, 4), (56, 4), (64, 4))
+LANES = ((8, 16), (16, 8), (24, 8), (32, 6), (40, 4), (48, 4), (56, 4), (64, 4))
 
 
 @dataclass(frozen=True, slots=True)
