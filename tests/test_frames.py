@@ -83,6 +83,17 @@ class Table(pd.DataFrame):
         return Table
 
 
+def test_a_table_is_not_cast_to_say_what_is_not_wrong():
+    """The way out of an error is tried when there is one, not in every call."""
+    pd = pytest.importorskip("pandas")
+
+    class Uncast(pd.DataFrame):
+        def astype(self, *_, **__):
+            pytest.fail("the whole table was cast")
+
+    assert cn.layer_norm(Uncast({"a": [1.0, 2.0], "b": [3.0, 5.0]})).shape == (2, 2)
+
+
 def test_pandas_keeps_what_is_not_a_value():
     names = pd.MultiIndex.from_tuples([("x", 1), ("x", 2), ("y", 1)], names=["k", "n"])
     index = pd.date_range("2026-01-01", periods=4, name="day")

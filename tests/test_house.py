@@ -62,7 +62,7 @@ MAY_IMPORT = {
 CEILINGS = {
     "cupynorm": (58, 13_411, {".py"}),
     "bench": (20, 3_861, {".py"}),
-    "tests": (None, 23_127, {".py", ".hpp", ".cpp"}),
+    "tests": (None, 23_142, {".py", ".hpp", ".cpp"}),
     "kernels": (16, 3_610, {".cuh"}),
 }
 MAX_LINES = 500  # of a file of the package, which is one idea

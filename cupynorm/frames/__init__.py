@@ -154,15 +154,15 @@ def normalize(op: Op, x: Any, weight: Any, bias: Any, out: Any, how: How) -> Any
     """Serve `layer_norm(df, ...)`, of whose arguments a table takes those that it can mean."""
     normalized_shape, axis, eps, order, return_stats = how
     axes = _rules.resolve_axes(tuple(x.shape), normalized_shape, axis)
-    matrix = floats_of_table(x, "df", tables.library(x))
+    library = tables.library(x)
     if axes != (1,):
         msg = (
             f"a table is normalized over its columns, axis=1, not axes {axes}; "
-            f"pass an array for others, e.g. {matrix}"
+            f"pass an array for others, e.g. {floats_of_table(x, 'df', library)}"
         )
         raise ValueError(msg)
     if out is not None or return_stats:
         name = "out=" if out is not None else "return_stats=True"
-        msg = f"{name} is for arrays, not for tables; pass {matrix}"
+        msg = f"{name} is for arrays, not for tables; pass {floats_of_table(x, 'df', library)}"
         raise TypeError(msg)
     return _normalize(op, x, weight, bias, eps, dtype=None, order=order, nulls="propagate")

@@ -336,7 +336,10 @@ def test_no_more_clusters_than_run_at_once():
 def test_shared_memory_is_used_up_to_the_last_vector(capability, dtype):
     """K3 ends where the device's shared memory does, and K5 begins with the next vector."""
     device, per_vec = device_of(capability), VEC_BYTES // ITEMSIZE[dtype]
-    is_split = lambda vecs: plan_of("forward", vecs * per_vec, dtype, device).family == "split"  # noqa: E731
+
+    def is_split(vecs):
+        return plan_of("forward", vecs * per_vec, dtype, device).family == "split"
+
     first = bisect.bisect_left(range(15 * CHUNK_VECS + 1), True, lo=2048, key=is_split)
     last = checked("forward", (first - 1) * per_vec, dtype, device)
     assert last.family == "shared"

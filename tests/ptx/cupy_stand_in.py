@@ -58,7 +58,10 @@ def _make_cuda(sim: Simulator, bound: dict[str, Any]) -> Any:
     cuda.Device = sim.device_type = type("Device", (SimulatedDevice,), bound)
     cuda.Stream = type("Stream", (SimulatedStream,), bound)
     cuda.Stream.null = sim.null_stream = cuda.Stream(null=True)
-    external = lambda self, ptr, device_id=-1: vars(self).update(ptr=ptr, device_id=device_id)  # noqa: E731
+
+    def external(self: Any, ptr: int, device_id: int = -1) -> None:
+        vars(self).update(ptr=ptr, device_id=device_id)
+
     cuda.ExternalStream = type("ExternalStream", (cuda.Stream,), {"__init__": external})
     cuda.MemoryPointer = MemoryPointer
     cuda.get_current_stream = lambda device_id=None: current_stream(sim)
